@@ -1,0 +1,190 @@
+"""The servers, their GPUs, their links and their users."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prism_plan.errors import Infeasible, InputError
+from prism_plan.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of a server.
+
+    Memory is given by ``memory_bytes``, or the number of experts it holds by ``slots``. Bandwidth
+    is in GB/s (1e9 bytes), compute in TFLOP/s, launch overhead in microseconds.
+    """
+
+    memory_bytes: int | None = None
+    memory_fraction: float = 1.0
+    reserve_bytes: int = 0
+    dense: bool = False
+    slots: int | None = None
+    memory_bandwidth_gbs: float = 1555.0
+    tflops: float = 312.0
+    launch_overhead_us: float = 20.0
+    load_gbs: float = 12.0
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory that may be used, before anything is placed."""
+        if self.memory_bytes is None:
+            raise ValueError("a GPU described by slots has no memory size")
+        return round(self.memory_bytes * self.memory_fraction)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Network figures: what any server has, unless it or a pair says otherwise."""
+
+    bandwidth_mbps: float = 1000.0
+    rtt_ms: float = 1.0
+    call_overhead_ms: float = 0.2
+    burst_kb: float = 0.0
+
+
+@dataclass(frozen=True)
+class PairLink:
+    """Figures of one pair of servers (by index, ``a < b``) that differ from the default."""
+
+    a: int
+    b: int
+    bandwidth_mbps: float | None = None
+    rtt_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Server:
+    """One edge site.
+
+    ``tasks`` are shares of its requests by task of the trace and sum to one; empty means it has
+    no users of its own. ``weight`` replaces its token rate. ``pin`` and ``forbid`` hold
+    (decoder layer, expert) pairs; ``layer_cap`` bounds the experts of any one layer.
+    """
+
+    name: str
+    gpus: tuple[Gpu, ...]
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    arrival_interval_s: float | None = None
+    weight: float | None = None
+    uplink_mbps: float | None = None
+    downlink_mbps: float | None = None
+    kv_tokens: int = 0
+    concurrency: int = 1
+    pin: tuple[tuple[int, int], ...] = ()
+    forbid: tuple[tuple[int, int], ...] = ()
+    layer_cap: int | None = None
+
+    @property
+    def dense_gpu(self) -> int:
+        """Index of the GPU that holds the dense part of the model."""
+        return next((g for g, gpu in enumerate(self.gpus) if gpu.dense), 0)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """All servers and links. Read from TOML by :func:`prism_plan.cluster_file.read_cluster`.
+
+    Raises
+    ------
+    InputError
+        No server, a server without GPUs, two servers of one name, two dense GPUs.
+    """
+
+    name: str
+    servers: tuple[Server, ...]
+    link: Link = Link()
+    pair_links: tuple[PairLink, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.servers:
+            raise InputError(
+                "no servers", place="server", remedy="describe each one in a [[server]] table"
+            )
+        seen: dict[str, int] = {}
+        for index, server in enumerate(self.servers):
+            place = f"server[{index}]"
+            if server.name in seen:
+                raise InputError(
+                    f"name {server.name!r} is taken by server[{seen[server.name]}]",
+                    place=f"{place}.name",
+                    remedy="give every server a name of its own",
+                )
+            seen[server.name] = index
+            if not server.gpus:
+                raise InputError(
+                    "no GPUs", place=place, remedy="describe each one in a [[server.gpu]] table"
+                )
+            if sum(gpu.dense for gpu in server.gpus) > 1:
+                raise InputError("two GPUs say dense = true", place=place, expected="at most one")
+            for pair in server.pin:
+                if pair in server.forbid:
+                    raise InputError(
+                        f"[layer, expert] {list(pair)} is both pinned and forbidden",
+                        place=place,
+                        remedy="remove it from one of the two lists",
+                    )
+
+    @property
+    def num_servers(self) -> int:
+        """N, the number of servers."""
+        return len(self.servers)
+
+
+def resident_bytes(model: ModelSpec, server: Server, gpu: int) -> int:
+    """Bytes on that GPU that are not routed experts: dense part, KV cache, reserve."""
+    resident = server.gpus[gpu].reserve_bytes
+    if gpu == server.dense_gpu:
+        resident += model.dense_bytes + server.kv_tokens * model.kv_bytes_per_token
+    return resident
+
+
+def expert_room_bytes(model: ModelSpec, server: Server, gpu: int) -> int:
+    """Bytes left on a GPU for routed experts (DESIGN section 1, "slots").
+
+    Raises
+    ------
+    Infeasible
+        The GPU is too small for what must reside on it.
+    """
+    room = server.gpus[gpu].usable_bytes - resident_bytes(model, server, gpu)
+    if room < 0:
+        held = "the dense part" if gpu == server.dense_gpu else "its reserve"
+        raise Infeasible(
+            f"server {server.name!r} gpu[{gpu}]: {server.gpus[gpu].usable_bytes:,} usable bytes do "
+            f"not hold {held} of {resident_bytes(model, server, gpu):,} bytes",
+            shortfall=-room,
+            unit="bytes",
+            remedy="raise memory_gb or memory_fraction, or put dense = true on another GPU",
+        )
+    return room
+
+
+def gpu_slots(model: ModelSpec, server: Server) -> tuple[int, ...]:
+    """How many experts of equal size each GPU of the server holds, [G of the server].
+
+    The floor is taken per GPU: two half experts on two GPUs are no expert.
+
+    Raises
+    ------
+    Infeasible
+        A GPU is too small for the dense part.
+    InputError
+        Experts differ in size, so that "slots" has no meaning.
+    """
+    if not model.equal_expert_bytes:
+        raise InputError(
+            f"experts of {model.name} differ in size by layer",
+            place=f"server {server.name!r}",
+            expected="experts of one size where memory is counted in slots",
+        )
+    size = model.expert_bytes_by_layer[0]
+    counts = []
+    for index, gpu in enumerate(server.gpus):
+        if gpu.slots is not None:
+            counts.append(gpu.slots)
+        else:
+            counts.append(expert_room_bytes(model, server, index) // size)
+    return tuple(counts)

@@ -1,0 +1,121 @@
+"""Every error that prism-plan raises on purpose.
+
+::
+
+    PrismError                 exit code
+    ├── InputError             2   a file, value or option is wrong
+    │   └── WrongModel         2   two files speak of different models
+    ├── SolverRefused          2   the solver has no rule for what was asked
+    ├── OutputError            2   a result cannot be written where it was asked for
+    ├── Infeasible             3   no placement can exist: which constraint, by how much
+    └── LimitReached           4   a limit ended the search before a placement was found
+
+The message of each is one line. The command line prints it and leaves with the exit code; nothing
+else in the package prints or exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class PrismError(Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class InputError(PrismError):
+    """A file, value or option is wrong.
+
+    Parameters are the parts of the message: ``source`` (file or option), ``place`` in it, what was
+    ``found``, what was ``expected`` and the ``remedy``.
+    """
+
+    def __init__(
+        self,
+        found: str,
+        *,
+        source: object = "",
+        place: str = "",
+        expected: str = "",
+        remedy: str = "",
+    ) -> None:
+        self.source = str(source)
+        self.place = place
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+        where = ": ".join(part for part in (self.source, place) if part)
+        text = f"{where}: {found}" if where else found
+        if expected:
+            text += f"; expected {expected}"
+        if remedy:
+            text += f"; {remedy}"
+        super().__init__(text)
+
+    def within(self, source: object) -> InputError:
+        """The same error, told to come from the file ``source`` (if it named no file yet)."""
+        if self.source:
+            return self
+        return type(self)(
+            self.found,
+            source=source,
+            place=self.place,
+            expected=self.expected,
+            remedy=self.remedy,
+        )
+
+
+class WrongModel(InputError):
+    """Two files speak of different models."""
+
+
+class SolverRefused(PrismError):
+    """The solver has no rule for what was asked; the message names solvers that have one."""
+
+
+class OutputError(PrismError):
+    """A result cannot be written where it was asked for."""
+
+
+class Infeasible(PrismError):
+    """No placement satisfies the constraints.
+
+    Attributes
+    ----------
+    constraint : str
+        Which constraint (or set of constraints) cannot be met.
+    shortfall : float
+        By how much, in ``unit``.
+    unit : str
+        ``"slots"``, ``"servers"`` or ``"bytes"``.
+    """
+
+    exit_code = 3
+
+    def __init__(self, constraint: str, *, shortfall: float, unit: str, remedy: str = "") -> None:
+        self.constraint = constraint
+        self.shortfall = shortfall
+        self.unit = unit
+        text = f"infeasible: {constraint}; short by {shortfall:,.0f} {unit}"
+        if remedy:
+            text += f"; {remedy}"
+        super().__init__(text)
+
+
+class LimitReached(PrismError):
+    """A time or memory limit ended the search before any placement was found."""
+
+    exit_code = 4
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` for the closest of the ``known`` words, or nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,219 @@
+"""The planning problem as a solver sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots
+from prism_plan.errors import InputError
+from prism_plan.model import ModelShape
+from prism_plan.trace import Trace
+from prism_plan.workload import Workload, activations, workload
+
+Pairs = Sequence[tuple[int, int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """Section 2 of DESIGN: activations, capacities and rules. Immutable; change it by `replace`.
+
+    Parameters
+    ----------
+    model
+        Layers, experts and sizes.
+    servers
+        Names, [N].
+    activations
+        f[n, l, e], expected calls per second of expert e of MoE layer position l caused by
+        requests of server n; float64 [N, L, E], finite and not negative; copied and made
+        read-only.
+    gpu_capacity
+        For each server the capacity of each of its GPUs: in experts ("slots") where experts are
+        of one size, else in bytes.
+    min_replicas
+        Every expert is to be held by at least so many servers.
+    pinned, forbidden
+        (server, layer position, expert) triples that must, or must not, be held.
+    layer_caps
+        For each server the most experts of any one layer, or ``None``.
+
+    Raises
+    ------
+    InputError
+        Shapes disagree, a number is NaN, infinite or negative, a rule names a server, layer or
+        expert that is not there, or contradicts another.
+    """
+
+    model: ModelShape
+    servers: tuple[str, ...]
+    activations: npt.NDArray[np.float64]
+    gpu_capacity: tuple[tuple[int, ...], ...]
+    min_replicas: int = 1
+    pinned: tuple[tuple[int, int, int], ...] = ()
+    forbidden: tuple[tuple[int, int, int], ...] = ()
+    layer_caps: tuple[int | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "servers", tuple(self.servers))
+        set_field(self, "gpu_capacity", tuple(tuple(gpus) for gpus in self.gpu_capacity))
+        set_field(self, "pinned", tuple(sorted(set(self.pinned))))
+        set_field(self, "forbidden", tuple(sorted(set(self.forbidden))))
+        caps = tuple(self.layer_caps) or (None,) * len(self.servers)
+        set_field(self, "layer_caps", caps)
+        if not self.servers:
+            raise InputError("no servers", place="servers", expected="at least one")
+        if len(set(self.servers)) != len(self.servers):
+            raise InputError("a name stands twice", place="servers", expected="different names")
+        try:
+            given = np.array(self.activations, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{error}", place="activations", expected="numbers") from error
+        shape = (self.num_servers, self.model.num_layers, self.model.num_experts)
+        if given.shape != shape:
+            raise InputError(f"shape {given.shape}", place="activations", expected=f"{shape}")
+        bad = ~np.isfinite(given) | (given < 0)
+        if bad.any():
+            n, layer, expert = (int(i) for i in np.argwhere(bad)[0])
+            raise InputError(
+                f"{given[n, layer, expert]}",
+                place=f"activations of server {self.servers[n]!r} "
+                + self.model.pair_text(layer * self.model.num_experts + expert),
+                expected="a finite number of at least 0",
+            )
+        given = given + 0.0  # turns -0.0 into 0.0
+        given.setflags(write=False)
+        set_field(self, "activations", given)
+        if len(self.gpu_capacity) != self.num_servers or len(caps) != self.num_servers:
+            raise InputError(
+                f"{len(self.gpu_capacity)} capacities and {len(caps)} layer caps",
+                place="gpu_capacity",
+                expected=f"one for each of {self.num_servers} servers",
+            )
+        for n, gpus in enumerate(self.gpu_capacity):
+            for capacity in (*gpus, caps[n] or 0):
+                _whole(capacity, f"server {self.servers[n]!r}", 0)
+        _whole(self.min_replicas, "min_replicas", 1)
+        for triple in (*self.pinned, *self.forbidden):
+            if any(not 0 <= i < size for i, size in zip(triple, shape, strict=True)):
+                raise InputError(f"{triple}", place="rules", expected=f"indices below {shape}")
+        both = set(self.pinned) & set(self.forbidden)
+        if both:
+            raise InputError(f"{min(both)} is both pinned and forbidden", place="rules")
+
+    def replace(self, **changes: Any) -> Instance:
+        """A changed copy, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def num_servers(self) -> int:
+        """N, the number of servers."""
+        return len(self.servers)
+
+    @property
+    def in_slots(self) -> bool:
+        """Whether capacities count experts (all of one size) rather than bytes."""
+        return self.model.equal_expert_bytes
+
+    @property
+    def expert_size(self) -> npt.NDArray[np.int64]:
+        """What an expert of each layer takes of a capacity, int64 [L]: 1, or its bytes."""
+        if self.in_slots:
+            return np.ones(self.model.num_layers, np.int64)
+        return np.array(self.model.expert_bytes_by_layer, np.int64)
+
+    @property
+    def slots(self) -> npt.NDArray[np.int64]:
+        """C[n], experts that each server holds, int64 [N]; more than J count as J."""
+        assert self.in_slots, "slots have no meaning where experts differ in size"
+        pairs = self.model.num_pairs
+        return np.array([min(sum(gpus), pairs) for gpus in self.gpu_capacity], np.int64)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether there are pins, forbidden experts or layer caps."""
+        return bool(self.pinned or self.forbidden or any(c is not None for c in self.layer_caps))
+
+    def mask(self, triples: Pairs) -> npt.NDArray[np.bool_]:
+        """bool [N, L, E], true at the triples."""
+        mask = np.zeros(self.activations.shape, bool)
+        for n, layer, expert in triples:
+            mask[n, layer, expert] = True
+        return mask
+
+    @classmethod
+    def build(
+        cls,
+        trace: Trace,
+        cluster: Cluster,
+        *,
+        min_replicas: int = 1,
+        load: Workload | None = None,
+    ) -> Instance:
+        """The problem of serving a trace's tasks on a cluster.
+
+        Raises
+        ------
+        InputError
+            See :func:`prism_plan.workload.workload`; a rule names a layer or expert that the
+            model does not have; slots are given though experts differ in size.
+        Infeasible
+            A GPU is too small for what must reside on it.
+        """
+        model = trace.model
+        if model.equal_expert_bytes:
+            capacity = [gpu_slots(model, server) for server in cluster.servers]
+        else:
+            capacity = []
+            for n, server in enumerate(cluster.servers):
+                for g, gpu in enumerate(server.gpus):
+                    if gpu.slots is not None:
+                        raise InputError(
+                            f"slots = {gpu.slots}",
+                            place=f"server[{n}].gpu[{g}]",
+                            expected="memory_gb, for experts of this model differ in size by layer",
+                        )
+                capacity.append(
+                    tuple(expert_room_bytes(model, server, g) for g in range(len(server.gpus)))
+                )
+        rules: dict[str, list[tuple[int, int, int]]] = {"pin": [], "forbid": []}
+        for n, server in enumerate(cluster.servers):
+            for key, triples in rules.items():
+                for layer, expert in getattr(server, key):
+                    place = f"server[{n}].{key}"
+                    if layer not in model.moe_layers:
+                        raise InputError(
+                            f"layer {layer}",
+                            place=place,
+                            expected=f"a MoE layer of {model.name}, {model.layers_text()}",
+                        )
+                    if expert >= model.num_experts:
+                        raise InputError(
+                            f"expert {expert}",
+                            place=place,
+                            expected=f"ids 0..{model.num_experts - 1} of {model.name}",
+                        )
+                    triples.append((n, model.moe_layers.index(layer), expert))
+        return cls(
+            model=model.shape(),
+            servers=tuple(server.name for server in cluster.servers),
+            activations=activations(trace, load or workload(trace, cluster)),
+            gpu_capacity=tuple(capacity),
+            min_replicas=min_replicas,
+            pinned=tuple(rules["pin"]),
+            forbidden=tuple(rules["forbid"]),
+            layer_caps=tuple(server.layer_cap for server in cluster.servers),
+        )
+
+
+def _whole(value: object, place: str, least: int) -> None:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise InputError(
+            f"{value!r:.60}", place=place, expected=f"a whole number of at least {least}"
+        )

@@ -1,0 +1,102 @@
+"""Which GPU holds which expert."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.model import ModelShape
+
+Termination = Literal["optimal", "heuristic", "time_limit"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a placement came about. Shares are of the instance that it was planned on.
+
+    ``bound`` is a proven lower bound on the remote share of any placement, where one is known;
+    ``gap`` the relative gap that the solver left where it was stopped by a limit. ``extra`` keeps
+    further keys of a file.
+    """
+
+    solver: str
+    objective: str = "remote"
+    remote_share: float | None = None
+    bound: float | None = None
+    termination: Termination = "heuristic"
+    seed: int = 0
+    runtime_s: float = 0.0
+    min_replicas: int = 1
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that a placement was planned from."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Which GPU holds which (layer, expert). It may be infeasible; `objective.violations` tells.
+
+    ``gpu_capacity`` is as in :class:`~prism_plan.instance.Instance`; ``on_gpu`` is bool
+    [G, L, E] over the GPUs of all servers in order, copied and made read-only.
+    """
+
+    model: ModelShape
+    servers: tuple[str, ...]
+    gpu_capacity: tuple[tuple[int, ...], ...]
+    on_gpu: npt.NDArray[np.bool_]
+    plan: Plan
+    inputs: Mapping[str, InputFile] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        held = np.array(self.on_gpu, dtype=bool)
+        shape = (
+            sum(len(gpus) for gpus in self.gpu_capacity),
+            self.model.num_layers,
+            self.model.num_experts,
+        )
+        if held.shape != shape or len(self.servers) != len(self.gpu_capacity):
+            raise ValueError(f"on_gpu has shape {held.shape}, expected {shape}")
+        held.setflags(write=False)
+        object.__setattr__(self, "on_gpu", held)
+
+    def replace(self, **changes: Any) -> Placement:
+        """A changed copy, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def num_servers(self) -> int:
+        """N, the number of servers."""
+        return len(self.servers)
+
+    @property
+    def server_of_gpu(self) -> npt.NDArray[np.int64]:
+        """Index of the server of each GPU, int64 [G]."""
+        return server_of_gpu(self.gpu_capacity)
+
+    @property
+    def local(self) -> npt.NDArray[np.bool_]:
+        """Whether any GPU of a server holds the expert, bool [N, L, E]."""
+        local = np.zeros((self.num_servers, *self.on_gpu.shape[1:]), bool)
+        for g, n in enumerate(self.server_of_gpu):
+            local[n] |= self.on_gpu[g]
+        return local
+
+    def gpus_of(self, server: int) -> npt.NDArray[np.int64]:
+        """Indices into the G axis of the GPUs of a server."""
+        return np.flatnonzero(self.server_of_gpu == server)
+
+
+def server_of_gpu(gpu_capacity: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    """Index of the server of each GPU, int64 [G]."""
+    return np.repeat(np.arange(len(gpu_capacity)), [len(gpus) for gpus in gpu_capacity])

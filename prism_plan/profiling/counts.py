@@ -1,0 +1,165 @@
+"""Tables of calls per task, layer and expert: CSV with columns task, layer, expert, count."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.errors import InputError
+from prism_plan.files import read_text
+from prism_plan.model import ModelSpec
+from prism_plan.profiling.sources import Source
+from prism_plan.trace import Trace
+from prism_plan.trace_file import counts_from_rows
+
+COLUMNS = ("task", "layer", "expert", "count")
+
+
+def read_counts(
+    sources: Sequence[Source],
+    model: ModelSpec,
+    *,
+    tokens: Mapping[str, int] | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Trace:
+    """One counts-only trace from CSV files.
+
+    The column ``task`` may be missing where the source carries a label (which otherwise replaces
+    it). The tokens of a task are its calls in a layer divided by K. Where layers disagree (counts
+    reconstructed from rounded frequencies), the layer with the most calls decides and ``notify``
+    is told; ``tokens`` gives the true number.
+
+    Raises
+    ------
+    InputError
+        A column is missing, a value is not a whole number, NaN or negative, a layer or expert is
+        not of the model, a key stands twice, a task has no calls in some layer.
+    """
+    tasks: list[str] = []
+    parts: list[npt.NDArray[np.int64]] = []
+    for source in sources:
+        names, counts = _read_csv(source, model)
+        for name in names:
+            if name in tasks:
+                raise InputError(
+                    f"task {name!r} was read already",
+                    source=source.path,
+                    remedy="label each source with a task of its own, TASK=SOURCE",
+                )
+        tasks.extend(names)
+        parts.append(counts)
+    counts = np.concatenate(parts)
+    known = dict(tokens or {})
+    for name in known:
+        if name not in tasks:
+            raise InputError(f"unknown task {name!r}", source="--tokens", expected=", ".join(tasks))
+    number = np.array(
+        [known.get(t) or _tokens(t, counts[i], model, notify) for i, t in enumerate(tasks)],
+        np.int64,
+    )
+    for index, name in enumerate(tasks):
+        over = int(counts[index].max())
+        if over > number[index]:
+            raise InputError(
+                f"an expert of task {name!r} has {over} calls in a layer for {number[index]} tokens",
+                expected="at most one call a token",
+                remedy="check the counts and --tokens",
+            )
+    return Trace(
+        model=model,
+        tasks=tuple(tasks),
+        counts=counts,
+        tokens=number,
+        provenance={"source": "counts", "files": [source.path.name for source in sources]},
+        name="counts",
+    )
+
+
+def _tokens(
+    task: str, counts: npt.NDArray[np.int64], model: ModelSpec, notify: Callable[[str], None]
+) -> int:
+    calls = counts.sum(axis=1)
+    if calls.min() == 0:
+        layer = model.moe_layers[int(np.argmin(calls))]
+        raise InputError(
+            f"task {task!r} has no calls in layer {layer}",
+            expected=f"calls in every MoE layer of {model.name}, {model.layers_text()}",
+            remedy="check --model",
+        )
+    tokens = -(-int(calls.max()) // model.top_k)
+    if calls.min() != calls.max() or calls.max() % model.top_k:
+        low, high = calls.min() / tokens, calls.max() / tokens
+        notify(
+            f"task {task!r}: {low:.2f} to {high:.2f} calls a token and layer instead of "
+            f"{model.top_k}; took {tokens} tokens from the fullest layer "
+            f"(--tokens {task}=N gives the true number)"
+        )
+    return tokens
+
+
+def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[np.int64]]:
+    path = source.path
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    wanted = COLUMNS if source.task is None else COLUMNS[1:]
+    names: list[str] = []
+    rows: list[tuple[int, int, int, int, int]] = []
+    try:
+        header = next(reader, [])
+        for column in wanted:
+            if header.count(column) != 1:
+                raise InputError(
+                    f"columns {', '.join(header) or '(none)'}",
+                    source=path,
+                    place="line 1",
+                    expected=f"{', '.join(wanted)}, each once",
+                )
+        at = [header.index(column) for column in wanted]
+        for cells in reader:
+            if not cells:
+                continue
+            place = f"line {reader.line_num}"
+            if len(cells) != len(header):
+                raise InputError(
+                    f"{len(cells)} values",
+                    source=path,
+                    place=place,
+                    expected=f"{len(header)}",
+                    remedy="the file may be cut short",
+                )
+            values = [cells[i] for i in at]
+            task = source.task if source.task is not None else values.pop(0)
+            if not task:
+                raise InputError("empty task", source=path, place=place)
+            if task not in names:
+                names.append(task)
+            layer, expert, count = (
+                _whole(v, path, f"{place} column {c!r}")
+                for v, c in zip(values, COLUMNS[1:], strict=True)
+            )
+            rows.append((names.index(task), layer, expert, count, reader.line_num))
+    except csv.Error as error:
+        raise InputError(f"not CSV: {error}", source=path, place=f"line {reader.line_num}") from None
+    if not rows:
+        raise InputError("no rows in it", source=path)
+    task_code, layers, experts, counts, lines = np.array(rows, np.int64).T
+    table = counts_from_rows(
+        model, names, None, task_code, layers, experts, counts, source=path, lines=lines
+    )
+    return names, table
+
+
+def _whole(text: str, path: Any, place: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**53:
+        raise InputError(
+            f"{text!r:.60}", source=path, place=place, expected="a whole number of at least 0"
+        )
+    return value

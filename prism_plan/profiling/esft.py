@@ -1,0 +1,184 @@
+"""Expert-score folders of ESFT (github.com/deepseek-ai/ESFT, ``results/expert_scores``).
+
+A folder holds one file per MoE layer, ``expert_weights_<decoder layer>.txt``, with one line per
+request: the expert ids of all its tokens, tab-separated, K per token in no order of weight; two
+tabs; then the gate weights in the same order. Line i is the same request in every file. Prefill
+and decode are not told apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.errors import InputError
+from prism_plan.files import read_text
+from prism_plan.model import ModelSpec
+from prism_plan.profiling.sources import Source, distinct
+from prism_plan.trace import (
+    UNKNOWN_PHASE,
+    TokenBatch,
+    Trace,
+    bad_selection,
+    check_experts,
+    trace_from_batches,
+)
+
+FILE_NAME = re.compile(r"expert_weights_(\d+)\.txt")
+
+Rows = list[tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]]
+
+
+def read_esft(sources: Sequence[Source], model: ModelSpec, *, weights: bool = True) -> Trace:
+    """One token-level trace from ESFT folders, each a task (named by its label or its folder).
+
+    Raises
+    ------
+    InputError
+        A layer file is missing or foreign, files disagree on the number of requests or tokens, or
+        a line does not parse; names file and line.
+    """
+    tasks = [source.task or source.path.resolve().name for source in sources]
+    distinct(tasks)
+    return trace_from_batches(
+        model,
+        tasks,
+        _batches(sources, model, weights),
+        provenance={"source": "esft", "folders": {t: s.path.name for t, s in zip(tasks, sources, strict=True)}},
+        name="esft",
+    )
+
+
+def _batches(sources: Sequence[Source], model: ModelSpec, weights: bool) -> Iterator[TokenBatch]:
+    request = 0
+    for code, source in enumerate(sources):
+        folder = _read_folder(source.path, model)
+        num_requests = len(folder[0])
+        for index in range(num_requests):
+            ids = [rows[index][0] for rows in folder]
+            tokens = _same_tokens(source.path, model, index, ids)
+            shape = (tokens, model.num_layers, model.top_k)
+            experts = np.stack([row.reshape(tokens, model.top_k) for row in ids], axis=1)
+            gates = np.stack([rows[index][1].reshape(tokens, -1) for rows in folder], axis=1)
+            batch = TokenBatch(
+                request=np.full(tokens, request, np.int32),
+                position=np.arange(tokens, dtype=np.int32),
+                phase=np.full(tokens, UNKNOWN_PHASE, np.int8),
+                task=np.full(tokens, code, np.int32),
+                experts=experts.reshape(shape),
+                weights=gates.reshape(shape) if weights else None,
+            )
+            bad = check_experts(batch.experts, model.num_experts)
+            if bad is not None:
+                error = bad_selection(model, batch, bad)
+                layer = model.moe_layers[bad[1]]
+                raise InputError(
+                    error.found,
+                    source=source.path / f"expert_weights_{layer}.txt",
+                    place=f"line {index + 1} token {bad[0] + 1}",
+                    expected=error.expected,
+                    remedy=error.remedy,
+                )
+            yield batch
+            request += 1
+
+
+def _same_tokens(
+    folder: Path, model: ModelSpec, index: int, ids: Sequence[npt.NDArray[np.uint16]]
+) -> int:
+    for layer, row in zip(model.moe_layers, ids, strict=True):
+        if len(row) != len(ids[0]):
+            raise InputError(
+                f"{len(row) // model.top_k} tokens",
+                source=folder / f"expert_weights_{layer}.txt",
+                place=f"line {index + 1}",
+                expected=f"{len(ids[0]) // model.top_k}, as in layer {model.moe_layers[0]}",
+                remedy="the file may be cut short",
+            )
+    return len(ids[0]) // model.top_k
+
+
+def _read_folder(folder: Path, model: ModelSpec) -> list[Rows]:
+    """The rows of every MoE layer's file, in layer order."""
+    if not folder.is_dir():
+        raise InputError("not a folder", source=folder, expected="a folder of expert_weights_*.txt")
+    found = {}
+    for path in folder.iterdir():
+        match = FILE_NAME.fullmatch(path.name)
+        if match:
+            found[int(match.group(1))] = path
+    if not found:
+        raise InputError("no expert_weights_*.txt in it", source=folder)
+    for layer in sorted(set(found) - set(model.moe_layers)):
+        raise InputError(
+            f"layer {layer}",
+            source=found[layer],
+            expected=f"a MoE layer of {model.name}, {model.layers_text()}",
+            remedy="check --model",
+        )
+    for layer in model.moe_layers:
+        if layer not in found:
+            raise InputError(
+                f"expert_weights_{layer}.txt is missing",
+                source=folder,
+                expected=f"a file for each MoE layer of {model.name}, {model.layers_text()}",
+            )
+    layers = [_read_layer(found[layer], model) for layer in model.moe_layers]
+    for layer, rows in zip(model.moe_layers, layers, strict=True):
+        if len(rows) != len(layers[0]):
+            raise InputError(
+                f"{len(rows)} requests",
+                source=found[layer],
+                expected=f"{len(layers[0])}, as in layer {model.moe_layers[0]}",
+                remedy="the file may be cut short",
+            )
+    if not layers[0]:
+        raise InputError("no requests in it", source=folder)
+    return layers
+
+
+def _read_layer(path: Path, model: ModelSpec) -> Rows:
+    rows: Rows = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        place = f"line {number}"
+        ids_text, tabs, weights_text = line.partition("\t\t")
+        if not tabs:
+            raise InputError(
+                "no two tabs between ids and gate weights",
+                source=path,
+                place=place,
+                expected="ids, two tabs, weights",
+                remedy="the file may be cut short",
+            )
+        try:
+            ids = np.array(ids_text.split("\t"), dtype=np.int64)
+            gates = np.array(weights_text.split("\t"), dtype=np.float64)
+        except (ValueError, OverflowError) as error:
+            raise InputError(f"{error}", source=path, place=place, expected="numbers") from error
+        if len(ids) != len(gates) or len(ids) % model.top_k:
+            raise InputError(
+                f"{len(ids)} ids and {len(gates)} weights",
+                source=path,
+                place=place,
+                expected=f"as many of both, {model.top_k} a token",
+                remedy="the line may be cut short, or --model is not the model that was recorded",
+            )
+        if ids.min() < 0 or ids.max() >= model.num_experts:
+            bad = int(np.argmax((ids < 0) | (ids >= model.num_experts)))
+            raise InputError(
+                f"expert {ids[bad]}",
+                source=path,
+                place=f"{place} token {bad // model.top_k + 1}",
+                expected=f"ids 0..{model.num_experts - 1} of {model.name}",
+                remedy="check that --model is the model that was recorded",
+            )
+        if not np.isfinite(gates).all() or (gates < 0).any() or (gates > 65504).any():
+            raise InputError(
+                "a gate weight is negative, NaN or too large", source=path, place=place
+            )
+        rows.append((ids.astype(np.uint16), gates.astype(np.float16)))
+    return rows

@@ -1,0 +1,277 @@
+"""Activation traces: which experts the tokens of each task were sent to.
+
+A trace is either token-level (every selection of every token, read in batches, so that a large one
+never has to fit in memory) or counts-only (calls per task, layer and expert).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.errors import InputError
+from prism_plan.model import ModelSpec
+
+#: Names of the phase codes, in code order.
+PHASES = ("prefill", "decode", "unknown")
+UNKNOWN_PHASE = 2
+
+Kind = Literal["tokens", "counts"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Some tokens of a trace, in columns of T rows.
+
+    Shapes: ``request``, ``position`` int32 [T]; ``phase`` int8 [T], codes into :data:`PHASES`;
+    ``task`` int32 [T], codes into the trace's ``tasks``; ``experts`` uint16 [T, L, K];
+    ``weights`` float16 [T, L, K] or ``None``.
+    """
+
+    request: npt.NDArray[np.int32]
+    position: npt.NDArray[np.int32]
+    phase: npt.NDArray[np.int8]
+    task: npt.NDArray[np.int32]
+    experts: npt.NDArray[np.uint16]
+    weights: npt.NDArray[np.float16] | None = None
+
+    def __len__(self) -> int:
+        return len(self.request)
+
+    def rows(self, keep: npt.NDArray[Any]) -> TokenBatch:
+        """Only the rows that ``keep`` (a mask or indices) names."""
+        return TokenBatch(
+            self.request[keep],
+            self.position[keep],
+            self.phase[keep],
+            self.task[keep],
+            self.experts[keep],
+            None if self.weights is None else self.weights[keep],
+        )
+
+
+BatchSource = Callable[[], Iterator[TokenBatch]]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A trace and its totals.
+
+    Shapes: ``counts`` int64 [tasks, L, E], calls; ``tokens`` int64 [tasks]; ``requests`` int64
+    [tasks] or ``None`` where the trace is counts-only. ``batches`` gives the tokens anew each
+    time it is called, and is ``None`` for a counts-only trace. Arrays are read-only.
+    """
+
+    model: ModelSpec
+    tasks: tuple[str, ...]
+    counts: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    requests: npt.NDArray[np.int64] | None = None
+    batches: BatchSource | None = None
+    has_weights: bool = False
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        shape = (len(self.tasks), self.model.num_layers, self.model.num_experts)
+        if self.counts.shape != shape:
+            raise ValueError(f"counts have shape {self.counts.shape}, expected {shape}")
+        for array in (self.counts, self.tokens, self.requests):
+            if array is not None:
+                array.setflags(write=False)
+
+    @property
+    def kind(self) -> Kind:
+        """``"tokens"`` or ``"counts"``."""
+        return "counts" if self.batches is None else "tokens"
+
+    def calls_per_token(self) -> npt.NDArray[np.float64]:
+        """p_t[l, e] of DESIGN section 1, [tasks, L, E]; zero for a task without tokens."""
+        tokens = np.maximum(self.tokens, 1).astype(np.float64)
+        return self.counts / tokens[:, None, None]
+
+    def mean_tokens(self) -> npt.NDArray[np.float64]:
+        """m_t, mean tokens of a request of each task, [tasks]; one where it is not known."""
+        if self.requests is None:
+            return np.ones(len(self.tasks))
+        return self.tokens / np.maximum(self.requests, 1)
+
+    def split(self, holdout: float, seed: int) -> tuple[Trace, Trace]:
+        """Split each task's requests at random into a part to plan on and a part to score on.
+
+        ``holdout`` is the share of requests that is kept back; each part gets at least one.
+
+        Raises
+        ------
+        InputError
+            The trace is counts-only, or a task has fewer than two requests.
+        """
+        if not 0 < holdout < 1:
+            raise InputError(
+                f"{holdout}", source="--holdout", expected="a share above 0 and below 1"
+            )
+        if self.batches is None:
+            raise InputError(
+                "a counts-only trace has no requests to split",
+                source=self.name or "trace",
+                expected="a token-level trace for --holdout",
+                remedy="leave --holdout out, or profile token by token",
+            )
+        task_of: dict[int, int] = {}
+        for batch in self.batches():
+            requests, first = np.unique(batch.request, return_index=True)
+            task_of.update(zip(requests.tolist(), batch.task[first].tolist(), strict=True))
+        rng = np.random.default_rng(seed)
+        held: set[int] = set()
+        for code, task in enumerate(self.tasks):
+            ids = np.array(sorted(r for r, t in task_of.items() if t == code))
+            if len(ids) < 2:
+                raise InputError(
+                    f"task {task!r} has {len(ids)} request",
+                    source=self.name or "trace",
+                    expected="at least 2 requests of each task for --holdout",
+                    remedy="profile more requests of it, or leave --holdout out",
+                )
+            number = min(max(round(holdout * len(ids)), 1), len(ids) - 1)
+            held.update(rng.permutation(ids)[:number].tolist())
+        keep = np.array(sorted(held), dtype=np.int32)
+        return self._where(keep, invert=True), self._where(keep, invert=False)
+
+    def _where(self, requests: npt.NDArray[np.int32], *, invert: bool) -> Trace:
+        source = self.batches
+        assert source is not None
+
+        def batches() -> Iterator[TokenBatch]:
+            for batch in source():
+                kept = batch.rows(np.isin(batch.request, requests, invert=invert))
+                if len(kept):
+                    yield kept
+
+        totals = Totals(self.model, len(self.tasks))
+        for batch in batches():
+            totals.add(batch)
+        return dataclasses.replace(
+            self,
+            counts=totals.counts,
+            tokens=totals.tokens,
+            requests=totals.requests(),
+            batches=batches,
+        )
+
+
+class Totals:
+    """Running totals over token batches: calls, tokens and requests of each task."""
+
+    def __init__(self, model: ModelSpec, num_tasks: int = 0) -> None:
+        self.model = model
+        self.counts = np.zeros((num_tasks, model.num_layers, model.num_experts), np.int64)
+        self.tokens = np.zeros(num_tasks, np.int64)
+        self._requests: list[npt.NDArray[np.int64]] = []
+
+    def grow(self, num_tasks: int) -> None:
+        """Make room for tasks that appear while reading."""
+        more = num_tasks - len(self.tokens)
+        if more > 0:
+            self.counts = np.pad(self.counts, ((0, more), (0, 0), (0, 0)))
+            self.tokens = np.pad(self.tokens, (0, more))
+
+    def add(self, batch: TokenBatch) -> None:
+        """Count a batch of T tokens."""
+        if not len(batch):
+            return
+        self.grow(int(batch.task.max()) + 1)
+        count_calls(batch.experts, batch.task, self.counts)
+        self.tokens += np.bincount(batch.task, minlength=len(self.tokens))
+        pairs = batch.task.astype(np.int64) << 32 | batch.request.astype(np.int64)
+        self._requests.append(np.unique(pairs))
+
+    def requests(self) -> npt.NDArray[np.int64]:
+        """Requests of each task, [tasks]."""
+        if not self._requests:
+            return np.zeros(len(self.tokens), np.int64)
+        pairs = np.unique(np.concatenate(self._requests))
+        return np.bincount(pairs >> 32, minlength=len(self.tokens)).astype(np.int64)
+
+
+def count_calls(
+    experts: npt.NDArray[np.uint16],
+    task: npt.NDArray[np.int32],
+    counts: npt.NDArray[np.int64],
+) -> None:
+    """Add the calls of ``experts`` [T, L, K] of tokens of ``task`` [T] to ``counts`` [·, L, E]."""
+    from prism_plan.kernels import count_selections
+
+    count_selections(experts, task, counts)
+
+
+def check_experts(experts: npt.NDArray[np.uint16], num_experts: int) -> tuple[int, int] | None:
+    """Row and layer position of the first bad selection in [T, L, K], or ``None``.
+
+    Bad is an id of ``num_experts`` or more, or one expert twice for one token and layer.
+    """
+    from prism_plan.kernels import first_bad_selection
+
+    row, layer = first_bad_selection(experts, num_experts)
+    return None if row < 0 else (row, layer)
+
+
+def trace_from_batches(
+    model: ModelSpec,
+    tasks: Iterable[str],
+    batches: Iterable[TokenBatch],
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    name: str = "",
+) -> Trace:
+    """A token-level trace that is held in memory.
+
+    Raises
+    ------
+    InputError
+        A selection is not an expert of the model, or one token names an expert twice.
+    """
+    kept = tuple(batches)
+    names = tuple(tasks)
+    totals = Totals(model, len(names))
+    for batch in kept:
+        bad = check_experts(batch.experts, model.num_experts)
+        if bad is not None:
+            raise bad_selection(model, batch, bad).within(name)
+        totals.add(batch)
+    return Trace(
+        model=model,
+        tasks=names,
+        counts=totals.counts,
+        tokens=totals.tokens,
+        requests=totals.requests(),
+        batches=lambda: iter(kept),
+        has_weights=bool(kept) and all(batch.weights is not None for batch in kept),
+        provenance=dict(provenance or {}),
+        name=name,
+    )
+
+
+def bad_selection(
+    model: ModelSpec, batch: TokenBatch, place: tuple[int, int], first_row: int = 0
+) -> InputError:
+    """The error that names the selection found by :func:`check_experts`."""
+    row, layer = place
+    ids = batch.experts[row, layer].tolist()
+    over = [e for e in ids if e >= model.num_experts]
+    where = f"row {first_row + row} (request {batch.request[row]}, position {batch.position[row]})"
+    return InputError(
+        f"expert {over[0]}" if over else f"experts {ids} name one expert twice",
+        place=f"{where} layer {model.moe_layers[layer]}",
+        expected=(
+            f"ids 0..{model.num_experts - 1} of {model.name}"
+            if over
+            else f"{model.top_k} different experts"
+        ),
+        remedy="check that --model is the model that was recorded" if over else "",
+    )

@@ -1,0 +1,88 @@
+"""What a cluster's users ask for, by a trace: token rates and expected expert calls per server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.cluster import Cluster, Server
+from prism_plan.errors import InputError, did_you_mean
+from prism_plan.trace import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """Tokens per second of each task at each server.
+
+    ``rates`` is float64 [N, tasks], read-only. Where servers give a ``weight``, rates are
+    relative to it instead of per second.
+    """
+
+    tasks: tuple[str, ...]
+    rates: npt.NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        self.rates.setflags(write=False)
+
+
+def workload(trace: Trace, cluster: Cluster) -> Workload:
+    """Token rates r·s_t·m_t of DESIGN section 1 (``weight`` replaces their sum over t).
+
+    Raises
+    ------
+    InputError
+        A server names a task that the trace does not have, or one without tokens; tells no
+        arrival rate; the trace is counts-only and a server has no ``weight``.
+    """
+    rates = np.zeros((cluster.num_servers, len(trace.tasks)))
+    mean_tokens = trace.mean_tokens()
+    for n, server in enumerate(cluster.servers):
+        shares = _shares(trace, server, f"server[{n}]")
+        tokens = shares * mean_tokens
+        if not tokens.any():
+            continue
+        if server.weight is not None:
+            rates[n] = server.weight * tokens / tokens.sum()
+        elif trace.kind == "counts":
+            raise InputError(
+                f"server {server.name!r} has no weight",
+                place=f"server[{n}].weight",
+                expected="a relative token rate, for a counts-only trace tells no tokens a request",
+                remedy="give weight = 1.0 to servers that serve equally many tokens",
+            )
+        elif server.arrival_interval_s is None:
+            raise InputError(
+                f"server {server.name!r} has tasks but no arrival rate",
+                place=f"server[{n}]",
+                expected="arrival_interval_s (mean seconds between requests) or weight",
+            )
+        else:
+            rates[n] = tokens / server.arrival_interval_s
+    return Workload(trace.tasks, rates)
+
+
+def _shares(trace: Trace, server: Server, place: str) -> npt.NDArray[np.float64]:
+    shares = np.zeros(len(trace.tasks))
+    for task, share in server.tasks.items():
+        if task not in trace.tasks:
+            raise InputError(
+                f"unknown task {task!r}{did_you_mean(task, trace.tasks)}",
+                place=f"{place}.tasks",
+                expected=f"tasks of {trace.name or 'the trace'}: {', '.join(trace.tasks)}",
+            )
+        index = trace.tasks.index(task)
+        if share > 0 and trace.tokens[index] == 0:
+            raise InputError(
+                f"task {task!r} has no tokens in {trace.name or 'the trace'}",
+                place=f"{place}.tasks",
+                remedy="leave it out, or profile it",
+            )
+        shares[index] = share
+    return shares
+
+
+def activations(trace: Trace, load: Workload) -> npt.NDArray[np.float64]:
+    """f[n, l, e], expected calls per second, float64 [N, L, E]."""
+    return np.einsum("nt,tle->nle", load.rates, trace.calls_per_token())
