@@ -40,3 +40,112 @@ def first_bad_selection(
                     if experts[t, layer, other] == e:
                         return t, layer
     return -1, -1
+
+
+@jit
+def smallest_cover(
+    masks: npt.NDArray[np.int64], count: int, full: int, exact_up_to: int, chosen: npt.NDArray[Any]
+) -> int:  # pragma: no cover - compiled
+    """Smallest set of the first ``count`` masks whose union is ``full``; its size is returned.
+
+    ``chosen`` receives the positions, ascending; of the smallest sets the lexicographically first.
+    Up to ``exact_up_to`` masks by enumeration in order of size; beyond, greedily (largest gain,
+    lowest position first). The union of all masks must be ``full``.
+    """
+    if count > exact_up_to:
+        covered = 0
+        size = 0
+        while covered != full:
+            best = -1
+            best_gain = 0
+            for i in range(count):
+                gain = 0
+                rest = masks[i] & ~covered
+                while rest:
+                    rest &= rest - 1
+                    gain += 1
+                if gain > best_gain:
+                    best = i
+                    best_gain = gain
+            covered |= masks[best]
+            chosen[size] = best
+            size += 1
+        chosen[:size].sort()
+        return size
+    for size in range(1, count + 1):
+        for i in range(size):
+            chosen[i] = i
+        while True:
+            covered = 0
+            for i in range(size):
+                covered |= masks[chosen[i]]
+            if covered == full:
+                return size
+            i = size - 1  # next combination in lexicographic order
+            while i >= 0 and chosen[i] == count - size + i:
+                i -= 1
+            if i < 0:
+                break
+            chosen[i] += 1
+            for j in range(i + 1, size):
+                chosen[j] = chosen[j - 1] + 1
+    return 0
+
+
+@jit
+def score_steps(
+    experts: npt.NDArray[np.uint16],
+    task: npt.NDArray[np.int32],
+    local: npt.NDArray[np.bool_],
+    holder: npt.NDArray[np.int32],
+    start: npt.NDArray[np.int64],
+    served: npt.NDArray[np.bool_],
+    exact_up_to: int,
+    sums: npt.NDArray[np.int64],
+) -> None:  # pragma: no cover - compiled
+    """Add the waiting steps, destinations and greedy steps of T tokens to ``sums`` [3, N, tasks].
+
+    ``holder[start[j] : start[j + 1]]`` are the servers that hold pair j = l·E + e, ascending. An
+    expert that is held nowhere makes its step wait and adds no destination.
+    """
+    tokens, layers, top_k = experts.shape
+    num_servers, _, num_experts = local.shape
+    missing = np.empty(top_k, np.int64)
+    mask_of = np.zeros(num_servers, np.int64)
+    servers = np.empty(num_servers, np.int64)
+    masks = np.empty(num_servers, np.int64)
+    chosen = np.empty(num_servers + 1, np.int64)
+    for t in range(tokens):
+        for n in range(num_servers):
+            if not served[n, task[t]]:
+                continue
+            for layer in range(layers):
+                number = 0
+                for k in range(top_k):
+                    e = experts[t, layer, k]
+                    if not local[n, layer, e]:
+                        missing[number] = e
+                        number += 1
+                if number == 0:
+                    continue
+                sums[0, n, task[t]] += 1
+                count = 0
+                full = 0
+                for i in range(number):
+                    pair = layer * num_experts + missing[i]
+                    if start[pair] < start[pair + 1]:
+                        full |= 1 << i
+                    for at in range(start[pair], start[pair + 1]):
+                        m = holder[at]
+                        if mask_of[m] == 0:
+                            servers[count] = m
+                            count += 1
+                        mask_of[m] |= 1 << i
+                ordered = np.sort(servers[:count])
+                for i in range(count):
+                    masks[i] = mask_of[ordered[i]]
+                    mask_of[ordered[i]] = 0
+                size = smallest_cover(masks, count, full, exact_up_to, chosen)
+                sums[1, n, task[t]] += size
+                if count > exact_up_to:
+                    sums[2, n, task[t]] += 1

@@ -1,0 +1,264 @@
+"""The one definition of remote share, waiting share, destinations and feasibility.
+
+Every number that is printed or written about a placement is computed here from the placement
+itself, whatever the solver said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.instance import Instance
+from prism_plan.model import ModelShape, require_same_model
+from prism_plan.placement import Placement
+from prism_plan.trace import Trace
+from prism_plan.workload import Workload
+
+#: Up to so many candidate servers the smallest cover of a step is found by enumeration.
+EXACT_COVER_SERVERS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class RemoteScore:
+    """Remote calls of a placement: ``calls`` per second [N] and ``remote`` of them [N]."""
+
+    calls: npt.NDArray[np.float64]
+    remote: npt.NDArray[np.float64]
+
+    @property
+    def share(self) -> float:
+        """Remote share over all servers; zero where nothing is called."""
+        return _ratio(math.fsum(self.remote), math.fsum(self.calls))
+
+    @property
+    def by_server(self) -> list[float | None]:
+        """Remote share of each server; ``None`` for one that calls nothing."""
+        return _ratios(self.remote, self.calls)
+
+
+@dataclass(frozen=True, eq=False)
+class StepScore:
+    """What a placement means for (token, layer) steps, in steps per second.
+
+    ``steps`` [N] all of them, ``waiting`` [N] those with a remote expert, ``destinations`` [N]
+    the sum of their smallest sets of remote servers, ``greedy`` [N] the steps whose set was found
+    greedily because more than :data:`EXACT_COVER_SERVERS` servers hold a missing expert.
+    """
+
+    steps: npt.NDArray[np.float64]
+    waiting: npt.NDArray[np.float64]
+    destinations: npt.NDArray[np.float64]
+    greedy: npt.NDArray[np.float64]
+
+    @property
+    def waiting_share(self) -> float:
+        """Waiting share over all servers."""
+        return _ratio(math.fsum(self.waiting), math.fsum(self.steps))
+
+    @property
+    def mean_destinations(self) -> float:
+        """Mean number of remote servers per step over all servers."""
+        return _ratio(math.fsum(self.destinations), math.fsum(self.steps))
+
+    @property
+    def greedy_share(self) -> float:
+        """Share of steps whose destinations are an upper bound found greedily."""
+        return _ratio(math.fsum(self.greedy), math.fsum(self.steps))
+
+    @property
+    def waiting_by_server(self) -> list[float | None]:
+        """Waiting share of each server; ``None`` for one that serves nothing."""
+        return _ratios(self.waiting, self.steps)
+
+    @property
+    def destinations_by_server(self) -> list[float | None]:
+        """Mean destinations of each server; ``None`` for one that serves nothing."""
+        return _ratios(self.destinations, self.steps)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _ratios(part: Iterable[float], whole: Iterable[float]) -> list[float | None]:
+    return [float(p / w) if w > 0 else None for p, w in zip(part, whole, strict=True)]
+
+
+def worst(shares: list[float | None]) -> tuple[int, float] | None:
+    """Index and value of the largest share, or ``None`` where no server has one."""
+    known = [(value, -n) for n, value in enumerate(shares) if value is not None]
+    if not known:
+        return None
+    value, index = max(known)
+    return -index, value
+
+
+def remote_score(
+    activations: npt.NDArray[np.float64], local: npt.NDArray[np.bool_]
+) -> RemoteScore:
+    """Calls and remote calls of each server from f and locality, both [N, L, E]."""
+    calls = [math.fsum(f.ravel()) for f in activations]
+    remote = [math.fsum(f[~held]) for f, held in zip(activations, local, strict=True)]
+    return RemoteScore(np.array(calls), np.array(remote))
+
+
+def score(placement: Placement, instance: Instance) -> RemoteScore:
+    """Remote calls of a placement under the activations of an instance.
+
+    Raises
+    ------
+    WrongModel
+        They speak of different models.
+    """
+    require_same_model(
+        placement.model, instance.model, source="placement", other="the planning problem"
+    )
+    return remote_score(instance.activations, placement.local)
+
+
+def step_score(local: npt.NDArray[np.bool_], trace: Trace, load: Workload) -> StepScore:
+    """Waiting and destinations of locality [N, L, E] over every token of a trace.
+
+    A token of task t counts at server n with weight rate[n, t] / tokens[t].
+
+    Raises
+    ------
+    ValueError
+        The trace is counts-only: it does not tell which experts are called together.
+    """
+    from prism_plan.kernels import score_steps
+
+    if trace.batches is None:
+        raise ValueError("a counts-only trace does not tell which experts are called together")
+    num_servers, layers, experts = local.shape
+    tasks = len(trace.tasks)
+    # holders of (l, e) in ascending server order: holder[start[l·E + e] : start[l·E + e + 1]]
+    by_pair = local.reshape(num_servers, -1).T
+    holder = np.nonzero(by_pair)[1].astype(np.int32)
+    start = np.concatenate([[0], np.cumsum(by_pair.sum(axis=1))]).astype(np.int64)
+    sums = np.zeros((3, num_servers, tasks), np.int64)
+    served = load.rates > 0
+    for batch in trace.batches():
+        score_steps(
+            np.ascontiguousarray(batch.experts),
+            np.ascontiguousarray(batch.task),
+            np.ascontiguousarray(local),
+            holder,
+            start,
+            served,
+            EXACT_COVER_SERVERS,
+            sums,
+        )
+    weight = load.rates / np.maximum(trace.tokens, 1)
+    steps = load.rates.sum(axis=1) * layers
+    waiting, destinations, greedy = (sums * weight).sum(axis=2)
+    return StepScore(steps, waiting, destinations, greedy)
+
+
+# ------------------------------------------------------------------------------------ feasibility
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One constraint that a placement breaks, with the amount in ``unit``."""
+
+    constraint: str
+    where: str
+    amount: int
+    unit: str
+    message: str
+
+
+def violations(
+    placement: Placement, *, min_replicas: int = 1, instance: Instance | None = None
+) -> list[Violation]:
+    """Every constraint that a placement breaks.
+
+    Coverage and the capacities that the placement itself states are always checked; with an
+    ``instance`` also its capacities, replicas, pins, forbidden experts and layer caps.
+    """
+    found = _coverage(placement, max(min_replicas, instance.min_replicas if instance else 1))
+    found += _capacity(placement, placement.gpu_capacity, placement.model, "the placement")
+    if instance is not None:
+        found += _against(placement, instance)
+    return found
+
+
+def _coverage(placement: Placement, min_replicas: int) -> list[Violation]:
+    model = placement.model
+    copies = placement.local.sum(axis=0).ravel()
+    found = []
+    for pair in np.flatnonzero(copies < min_replicas):
+        missing = min_replicas - int(copies[pair])
+        where = model.pair_text(int(pair))
+        held = f"is held by {copies[pair]} servers, {min_replicas} wanted"
+        text = f"{where} {held if copies[pair] else 'is held nowhere'}"
+        name = "min_replicas" if copies[pair] else "coverage"
+        found.append(Violation(name, where, missing, "servers", text))
+    return found
+
+
+def _capacity(
+    placement: Placement,
+    gpu_capacity: tuple[tuple[int, ...], ...],
+    model: ModelShape,
+    source: str,
+) -> list[Violation]:
+    equal = model.equal_expert_bytes
+    size = np.ones(model.num_layers) if equal else np.array(model.expert_bytes_by_layer)
+    unit = "slots" if equal else "bytes"
+    used = placement.on_gpu.sum(axis=2) @ size.astype(np.int64)
+    found = []
+    index = 0
+    for name, gpus in zip(placement.servers, gpu_capacity, strict=True):
+        for g, capacity in enumerate(gpus):
+            over = int(used[index]) - capacity
+            if over > 0:
+                where = f"server {name!r} gpu[{g}]"
+                text = f"{where} holds {used[index]:,} {unit} of experts, {source} says {capacity:,}"
+                found.append(Violation("capacity", where, over, unit, text))
+            index += 1
+    return found
+
+
+def _against(placement: Placement, instance: Instance) -> list[Violation]:
+    require_same_model(
+        placement.model, instance.model, source="placement", other="the planning problem"
+    )
+    if placement.servers != instance.servers:
+        text = f"servers are {list(placement.servers)}, the cluster has {list(instance.servers)}"
+        return [Violation("servers", "servers", 1, "servers", text)]
+    sizes = [len(gpus) for gpus in placement.gpu_capacity]
+    wanted = [len(gpus) for gpus in instance.gpu_capacity]
+    if sizes != wanted:
+        text = f"GPUs per server are {sizes}, the cluster has {wanted}"
+        return [Violation("gpus", "gpus", 1, "servers", text)]
+    found = []
+    if placement.gpu_capacity != instance.gpu_capacity:
+        found += _capacity(placement, instance.gpu_capacity, placement.model, "the cluster")
+    local = placement.local
+    for kind, triples, wanted_state in (
+        ("pin", instance.pinned, True),
+        ("forbid", instance.forbidden, False),
+    ):
+        for n, layer, expert in triples:
+            if bool(local[n, layer, expert]) != wanted_state:
+                pair = placement.model.pair_text(layer * placement.model.num_experts + expert)
+                where = f"server {placement.servers[n]!r} {pair}"
+                text = f"{where} is {'pinned but not' if wanted_state else 'forbidden but'} held"
+                found.append(Violation(kind, where, 1, "experts", text))
+    for n, cap in enumerate(instance.layer_caps):
+        if cap is None:
+            continue
+        for layer, held in enumerate(local[n].sum(axis=1)):
+            if held > cap:
+                number = placement.model.moe_layers[layer]
+                where = f"server {placement.servers[n]!r} layer {number}"
+                text = f"{where} holds {held} experts, layer_cap is {cap}"
+                found.append(Violation("layer_cap", where, int(held) - cap, "experts", text))
+    return found

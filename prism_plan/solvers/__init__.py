@@ -1,0 +1,16 @@
+"""Solvers under one contract, by the names that the command line gives them."""
+
+from prism_plan.solvers.contract import Answer, Options, Rule, Solver
+from prism_plan.solvers.registry import SOLVER_NAMES, get_solver, solvers_that_know
+from prism_plan.solvers.run import solve
+
+__all__ = [
+    "SOLVER_NAMES",
+    "Answer",
+    "Options",
+    "Rule",
+    "Solver",
+    "get_solver",
+    "solve",
+    "solvers_that_know",
+]

@@ -1,0 +1,67 @@
+"""A lower bound on the objective that anyone can check, from prices on slots and coverage.
+
+The problem is a linear program (DESIGN section 2). With w[n, j] the worth of holding expert j on
+server n, any prices μ[n] ≥ 0 on slots, ν[n, l] ≥ 0 on layer caps and λ[j] ≥ 0 on coverage give, by
+weak duality,
+
+    Σ w·x  ≤  Σ μ[n]·C'[n] + Σ ν[n, l]·cap'[n, l] − min_replicas·Σ λ[j] + Σ_pinned (w + λ)
+              + Σ_{n, j open} max(0, w[n, j] + λ[j] − μ[n] − ν[n, l(j)])
+
+for every feasible x, where C' and cap' are what the pins leave. No word of the solver is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.instance import Instance
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """Dual prices: ``slot`` [N], ``layer_cap`` [N, L], ``coverage`` [L, E]; none negative."""
+
+    slot: Floats
+    layer_cap: Floats
+    coverage: Floats
+
+
+def worth_bound(instance: Instance, worth: Floats, prices: Prices) -> float:
+    """Upper bound on Σ worth·x over all feasible placements x; ``worth`` is [N, L, E].
+
+    Raises
+    ------
+    ValueError
+        A price is negative or not finite.
+    """
+    for array in (prices.slot, prices.layer_cap, prices.coverage):
+        if not np.isfinite(array).all() or (array < 0).any():
+            raise ValueError("prices must be finite and not negative")
+    pinned = instance.mask(instance.pinned)
+    open_ = ~(pinned | instance.mask(instance.forbidden))
+    slots = instance.slots - pinned.sum(axis=(1, 2))
+    caps = np.array(
+        [instance.model.num_experts if cap is None else cap for cap in instance.layer_caps]
+    )
+    room = caps[:, None] - pinned.sum(axis=2)
+    reduced = (
+        worth
+        + prices.coverage[None]
+        - prices.slot[:, None, None]
+        - prices.layer_cap[:, :, None]
+    )
+    return math.fsum(
+        [
+            *(prices.slot * slots),
+            *(prices.layer_cap * room).ravel(),
+            *(-instance.min_replicas * prices.coverage).ravel(),
+            *(worth + prices.coverage[None])[pinned],
+            *np.maximum(reduced, 0.0)[open_],
+        ]
+    )

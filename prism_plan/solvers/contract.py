@@ -1,0 +1,110 @@
+"""What every solver is given and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.errors import InputError
+from prism_plan.instance import Instance
+from prism_plan.placement import Placement, Termination
+
+
+class Rule(StrEnum):
+    """Parts of the problem that not every solver has a rule for."""
+
+    MIN_REPLICAS = "min_replicas above 1"
+    RULES = "pinned experts, forbidden experts and layer caps"
+    LOAD_PRICE = "planning near an existing placement"
+    UNEQUAL_BYTES = "experts of unequal size"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to solve. Frozen: the same options can be used for any number of solves.
+
+    Parameters
+    ----------
+    seed
+        Of the random choices of solvers that make any.
+    time_limit_s
+        Wall time for the search of `ilp`, or ``None``.
+    backend
+        Of `ilp`: ``"highs"`` or ``"cbc"``.
+    near
+        An existing placement; each expert that a server would have to load anew costs
+        ``load_price``, and among equally good plans the one with fewer loads is taken.
+    load_price
+        In the unit of the activations (calls per second): an expert is loaded only where it saves
+        more remote calls than this.
+
+    Raises
+    ------
+    InputError
+        A value is out of range.
+    """
+
+    seed: int = 0
+    time_limit_s: float | None = None
+    backend: Literal["highs", "cbc"] = "highs"
+    near: Placement | None = None
+    load_price: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"{self.seed}", source="--seed", expected="a number of at least 0")
+        if self.time_limit_s is not None and not 0 < self.time_limit_s < float("inf"):
+            raise InputError(
+                f"{self.time_limit_s}", source="--time-limit", expected="seconds above 0"
+            )
+        if self.backend not in ("highs", "cbc"):
+            raise InputError(f"{self.backend!r}", source="--backend", expected="highs or cbc")
+        if not 0 <= self.load_price < float("inf"):
+            raise InputError(
+                f"{self.load_price}", source="--load-price", expected="a number of at least 0"
+            )
+        if self.load_price > 0 and self.near is None:
+            raise InputError(
+                "a price without a placement to stay near",
+                source="--load-price",
+                remedy="give the existing placement with --from",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a solver found.
+
+    ``local`` is bool [N, L, E]; a solver that decides on GPUs itself gives ``on_gpu`` bool
+    [G, L, E] too. ``bound`` is a proven lower bound on the objective (calls per second, loads
+    priced), ``runtime_s`` the time of the search without compilation.
+    """
+
+    local: npt.NDArray[np.bool_]
+    termination: Termination = "heuristic"
+    bound: float | None = None
+    on_gpu: npt.NDArray[np.bool_] | None = None
+    runtime_s: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A function from an instance to an answer, with the rules that it knows.
+
+    ``summary`` and ``guarantee`` are what the documentation says of it.
+    """
+
+    name: str
+    summary: str
+    guarantee: str
+    function: Callable[[Instance, Options], Answer]
+    knows: frozenset[Rule] = frozenset()
+
+    def __call__(self, instance: Instance, options: Options) -> Answer:
+        return self.function(instance, options)

@@ -1,0 +1,152 @@
+"""DeepSeek's Expert Parallelism Load Balancer (github.com/deepseek-ai/EPLB), for unequal servers.
+
+:func:`rebalance_experts` is the published algorithm. The solver uses its two steps, replication
+and balanced packing, layer by layer with servers in the place of GPUs; capacities may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.instance import Instance
+from prism_plan.solvers.contract import Answer, Options, Solver
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def replicate_experts(weight: Floats, num_physical: int) -> tuple[Ints, Ints]:
+    """Give each further copy to the expert with the highest load per copy.
+
+    ``weight`` [E] is the load of one layer. Returns ``physical_to_logical`` [P] and the copies of
+    each expert [E]. Ties: lowest index. Equals ``replicate_experts`` of EPLB on one row.
+    """
+    copies = np.ones(len(weight), np.int64)
+    physical = list(range(len(weight)))
+    for _ in range(len(weight), num_physical):
+        expert = int(np.argmax(weight / copies))
+        physical.append(expert)
+        copies[expert] += 1
+    return np.array(physical, np.int64), copies
+
+
+def balanced_packing(weight: Floats, capacity: Sequence[int]) -> tuple[Ints, Ints]:
+    """Pack items onto packs, heaviest first onto the pack with the least load for its size.
+
+    ``weight`` [n]; ``capacity`` [packs] sums to n. Returns the pack of each item and its rank in
+    it, both [n]. Ties: lowest index. Equals ``balanced_packing`` of EPLB on one row where all
+    capacities are equal.
+    """
+    capacities = np.asarray(capacity, np.float64)
+    pack = np.zeros(len(weight), np.int64)
+    rank = np.zeros(len(weight), np.int64)
+    if (capacities == 1).all():
+        return np.arange(len(weight)), rank
+    # relative size is exactly 1 for equal packs, so that their loads compare as published
+    size = capacities / capacities.mean()
+    load = np.zeros(len(capacities))
+    count = np.zeros(len(capacities), np.int64)
+    for item in np.argsort(-weight, kind="stable"):
+        relative = np.divide(load, size, out=np.full_like(load, np.inf), where=count < capacities)
+        chosen = int(np.argmin(relative))
+        pack[item] = chosen
+        rank[item] = count[chosen]
+        load[chosen] += weight[item]
+        count[chosen] += 1
+    return pack, rank
+
+
+def rebalance_experts(
+    weight: Floats, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> Ints:
+    """The published algorithm: physical to logical expert, int64 [L, num_replicas].
+
+    ``weight`` [L, E]. Groups of experts are packed onto nodes, experts replicated within nodes,
+    and the copies packed onto GPUs; where groups do not divide evenly, replication is global.
+    Chunk r of a row is GPU r.
+
+    Raises
+    ------
+    ValueError
+        A count does not divide as EPLB requires.
+    """
+    layers, experts = weight.shape
+    if num_groups % num_nodes:
+        num_groups, num_nodes = 1, 1
+    if experts % num_groups or num_gpus % num_nodes or num_replicas % num_gpus:
+        raise ValueError("experts % groups, gpus % nodes and replicas % gpus must be zero")
+    if num_replicas < experts:
+        raise ValueError("fewer replicas than experts")
+    rows = [
+        _rebalance_layer(weight[layer], num_replicas, num_groups, num_nodes, num_gpus)
+        for layer in range(layers)
+    ]
+    return np.stack(rows)
+
+
+def _rebalance_layer(
+    weight: Floats, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> Ints:
+    group_size = len(weight) // num_groups
+    group_load = weight.reshape(num_groups, group_size).sum(axis=1)
+    node_of_group, rank = balanced_packing(group_load, [num_groups // num_nodes] * num_nodes)
+    per_node, per_gpu = num_replicas // num_nodes, num_replicas // num_gpus
+    result = np.empty(num_replicas, np.int64)
+    for node in range(num_nodes):
+        groups = np.flatnonzero(node_of_group == node)
+        groups = groups[np.argsort(rank[groups])]
+        logical = (groups[:, None] * group_size + np.arange(group_size)).ravel()
+        physical, copies = replicate_experts(weight[logical], per_node)
+        gpu, place = balanced_packing(
+            (weight[logical] / copies)[physical], [per_gpu] * (num_gpus // num_nodes)
+        )
+        result[node * per_node + gpu * per_gpu + place] = logical[physical]
+    return result
+
+
+def layer_slots(slots: Ints, layers: int, experts: int) -> Ints:
+    """Slots of each server for each layer, int64 [N, L].
+
+    Evenly, as EPLB has it; what does not divide goes one slot at a time to the layers that have
+    the fewest so far, so that every layer has room for all experts if the servers have it at all.
+    """
+    share = np.zeros((len(slots), layers), np.int64)
+    for n, capacity in enumerate(slots):
+        whole, rest = divmod(min(int(capacity), layers * experts), layers)
+        share[n] = whole
+        share[n, np.argsort(share.sum(axis=0), kind="stable")[:rest]] += 1
+    return share
+
+
+def _solve(instance: Instance, options: Options) -> Answer:
+    """Layer by layer: replicate to fill the slots, pack to balance load.
+
+    A second copy on one server serves nobody: it is left out, and its slot goes to the expert of
+    the highest load per copy that the server lacks.
+    """
+    servers, layers, experts = instance.activations.shape
+    load = instance.activations.sum(axis=0)
+    share = layer_slots(instance.slots, layers, experts)
+    local = np.zeros((servers, layers, experts), bool)
+    for layer in range(layers):
+        used = np.flatnonzero(share[:, layer])
+        capacity = share[used, layer]
+        physical, copies = replicate_experts(load[layer], int(capacity.sum()))
+        pack, _ = balanced_packing((load[layer] / copies)[physical], capacity.tolist())
+        local[used[pack], layer, physical] = True
+        for n in used:
+            while local[n, layer].sum() < share[n, layer]:
+                per_copy = load[layer] / local[:, layer].sum(axis=0)
+                local[n, layer, np.argmax(np.where(local[n, layer], -1.0, per_copy))] = True
+    return Answer(local)
+
+
+SOLVER = Solver(
+    name="eplb",
+    summary="DeepSeek's EPLB: replicate the busiest experts, pack to balance load",
+    guarantee="feasible; the published algorithm on equal servers; blind to locality",
+    function=_solve,
+)

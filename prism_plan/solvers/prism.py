@@ -1,0 +1,20 @@
+"""The paper's method, reconstructed: entropy counts, then greedy with coverage."""
+
+from __future__ import annotations
+
+from prism_plan.instance import Instance
+from prism_plan.solvers.contract import Answer, Options, Solver
+from prism_plan.solvers.entropy import entropy_counts
+from prism_plan.solvers.greedy import greedy_with_coverage
+
+
+def _solve(instance: Instance, options: Options) -> Answer:
+    return Answer(greedy_with_coverage(instance, entropy_counts(instance)))
+
+
+SOLVER = Solver(
+    name="prism",
+    summary="the Prism paper's entropy counts and greedy with coverage (reconstructed)",
+    guarantee="feasible; no bound on its distance from the optimum (1–3 % on real traces)",
+    function=_solve,
+)

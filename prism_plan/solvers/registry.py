@@ -1,0 +1,44 @@
+"""Which solvers there are. Modules are imported when a solver is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from prism_plan.errors import InputError, did_you_mean
+from prism_plan.solvers.contract import Rule, Solver
+
+_MODULES = {
+    "uniform": "uniform",
+    "redundance": "redundance",
+    "smartmoe": "smartmoe",
+    "eplb": "eplb",
+    "layer-partition": "layer_partition",
+    "prism": "prism",
+    "ilp": "ilp",
+    "exact": "exact",
+}
+
+#: In the order of tables: from naive to exact.
+SOLVER_NAMES = tuple(_MODULES)
+
+
+def get_solver(name: str) -> Solver:
+    """The solver of that name.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    if name not in _MODULES:
+        raise InputError(
+            f"unknown solver {name!r}{did_you_mean(name, SOLVER_NAMES)}",
+            expected=f"one of {', '.join(SOLVER_NAMES)}",
+        )
+    solver: Solver = import_module(f"prism_plan.solvers.{_MODULES[name]}").SOLVER
+    return solver
+
+
+def solvers_that_know(rules: frozenset[Rule]) -> list[str]:
+    """Names of the solvers that have a rule for all of them."""
+    return [name for name in SOLVER_NAMES if rules <= get_solver(name).knows]
