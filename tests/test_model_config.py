@@ -286,7 +286,7 @@ def test_sizes_equal_those_of_the_transformers_model(case: str) -> None:
     }
     assert spec.moe_layers == tuple(blocks)
     for experts in blocks.values():
-        assert stored_bytes(experts) == spec.num_experts * spec.expert_bytes  # type: ignore[operator]
+        assert stored_bytes(experts) == spec.num_experts * spec.expert_bytes_by_layer[0]
     routed = sum(spec.expert_bytes_by_layer) * spec.num_experts
     assert routed + spec.dense_bytes == stored_bytes(model)
 

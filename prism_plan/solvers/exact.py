@@ -46,7 +46,7 @@ def _solve(instance: Instance, options: Options) -> Answer:
         termination="optimal" if proven else "heuristic",
         bound=objective if proven else bound,
         runtime_s=runtime_s,
-        extra={"augmentations": int(work[0]), "certificate_gap": max(objective - bound, 0.0)},
+        extra={"augmentations": int(work[0]), "expanded": int(work[1]), "certificate_gap": max(objective - bound, 0.0)},
     )
 
 
@@ -93,14 +93,16 @@ def solve_flow(
     used = np.zeros(servers, np.int64)
     copies = np.zeros(pairs, np.int64)
     potential = np.zeros(servers * (groups + 1), np.int64)
+    cheapest = np.full((servers, groups, servers), flow.UNKNOWN, np.int32)
+    cost = np.zeros((servers, groups, servers), np.int64)
     work = np.zeros(2, np.int64)
     flow.start(
         weight, order, state, slots, cap, group_size, far,
-        place, held, count, used, copies, potential,
+        place, held, count, used, copies, potential, cheapest, cost,
     )  # fmt: skip
     stuck = flow.cover(
         weight, state, slots, cap, group_size, instance.min_replicas, far,
-        place, held, count, used, copies, potential, work,
+        place, held, count, used, copies, potential, cheapest, cost, work,
     )  # fmt: skip
     if stuck >= 0:
         explain_infeasible(instance)
@@ -127,14 +129,11 @@ def _prices(
     # what the dearest holder would lose by the price of its slot is paid by coverage
     per_pair = np.repeat(slot[:, None] + above, layers * experts // groups, axis=1)
     lack = np.where(state.T == flow.HELD, per_pair - weight.T, 0).max(axis=0)
-    coverage = np.where(copies == instance.min_replicas, np.maximum(lack, 0), 0)
+    coverage = np.where(copies == instance.min_replicas, lack, 0)
     return Prices(
-        slot=np.maximum(slot, 0) / scale,
-        layer_cap=np.broadcast_to(above / scale, (servers, groups)).repeat(
-            layers // groups if groups == 1 else 1, axis=1
-        )
-        if groups > 1
-        else np.zeros((servers, layers)),
+        slot=slot / scale,
+        # without caps there is one group, whose node is never dearer than its hub
+        layer_cap=np.broadcast_to(above / scale, (servers, layers)),
         coverage=(coverage / scale).reshape(layers, experts),
     )
 

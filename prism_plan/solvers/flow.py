@@ -14,6 +14,7 @@ many of group g on n; at hub n it is an expert too many on n, of whichever group
 
 from __future__ import annotations
 
+import heapq
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,16 @@ import numpy.typing as npt
 from prism_plan.jit import jit
 
 FREE, HELD, FORBIDDEN, PINNED = 0, 1, 2, 3
+#: Instead of an expert in the table of cheapest hand-overs: to be searched for; none can go.
+UNKNOWN, NOTHING = -1, -2
 
 Ints = npt.NDArray[Any]
 
 
 @jit
 def _add(
-    k: int, n: int, g: int, state: Ints, place: Ints, held: Ints, count: Ints, used: Ints,
-    copies: Ints,
+    k: int, n: int, g: int, weight: Ints, state: Ints, place: Ints, held: Ints, count: Ints,
+    used: Ints, copies: Ints, cheapest: Ints, cost: Ints,
 ) -> None:  # pragma: no cover - compiled
     state[k, n] = HELD
     place[k, n] = count[n, g]
@@ -37,12 +40,17 @@ def _add(
     count[n, g] += 1
     used[n] += 1
     copies[k] += 1
+    for m in range(state.shape[1]):
+        if state[k, m] == FREE:
+            _offer(k, n, g, m, weight, cheapest, cost)
+        elif cheapest[m, g, n] == k:
+            cheapest[m, g, n] = UNKNOWN
 
 
 @jit
 def _remove(
-    k: int, n: int, g: int, state: Ints, place: Ints, held: Ints, count: Ints, used: Ints,
-    copies: Ints,
+    k: int, n: int, g: int, weight: Ints, state: Ints, place: Ints, held: Ints, count: Ints,
+    used: Ints, copies: Ints, cheapest: Ints, cost: Ints,
 ) -> None:  # pragma: no cover - compiled
     state[k, n] = FREE
     count[n, g] -= 1
@@ -51,12 +59,43 @@ def _remove(
     place[last, n] = place[k, n]
     used[n] -= 1
     copies[k] -= 1
+    for m in range(state.shape[1]):
+        if cheapest[n, g, m] == k:
+            cheapest[n, g, m] = UNKNOWN
+        if state[k, m] == HELD:
+            _offer(k, m, g, n, weight, cheapest, cost)
+
+
+@jit
+def _offer(
+    k: int, n: int, g: int, m: int, weight: Ints, cheapest: Ints, cost: Ints
+) -> None:  # pragma: no cover - compiled
+    """Expert k can now go from n to m: keep it if it is the cheapest that can."""
+    if cheapest[n, g, m] != UNKNOWN:
+        loss = weight[k, n] - weight[k, m]
+        if cheapest[n, g, m] == NOTHING or loss < cost[n, g, m]:
+            cheapest[n, g, m] = k
+            cost[n, g, m] = loss
+
+
+@jit
+def _search(
+    n: int, g: int, m: int, weight: Ints, state: Ints, held: Ints, count: Ints, cheapest: Ints,
+    cost: Ints,
+) -> None:  # pragma: no cover - compiled
+    """The expert of group g that n hands to m at the least loss."""
+    cheapest[n, g, m] = NOTHING
+    for i in range(count[n, g]):
+        k = held[n, g, i]
+        if state[k, m] == FREE:
+            _offer(k, n, g, m, weight, cheapest, cost)
 
 
 @jit
 def start(
     weight: Ints, order: Ints, state: Ints, slots: Ints, cap: Ints, group_size: int, far: int,
     place: Ints, held: Ints, count: Ints, used: Ints, copies: Ints, potential: Ints,
+    cheapest: Ints, cost: Ints,
 ) -> None:  # pragma: no cover - compiled
     """Give each server its pins and then its best experts; set the potentials to match.
 
@@ -82,7 +121,7 @@ def start(
             g = k // group_size
             if state[k, n] != FREE or count[n, g] >= cap[n, g]:
                 continue
-            _add(k, n, g, state, place, held, count, used, copies)
+            _add(k, n, g, weight, state, place, held, count, used, copies, cheapest, cost)
             lowest[g] = weight[k, n]
             if used[n] >= slots[n]:
                 price = weight[k, n]
@@ -96,11 +135,13 @@ def start(
 def cover(
     weight: Ints, state: Ints, slots: Ints, cap: Ints, group_size: int, min_replicas: int,
     far: int, place: Ints, held: Ints, count: Ints, used: Ints, copies: Ints, potential: Ints,
-    work: Ints,
+    cheapest: Ints, cost: Ints, work: Ints,
 ) -> int:  # pragma: no cover - compiled
     """Augment until every expert has ``min_replicas`` copies; -1, or an expert that cannot.
 
-    ``work`` int64 [2] counts augmentations and expanded nodes.
+    ``cheapest`` int32 and ``cost`` int64 [N, groups, N] remember, from server to server, the
+    expert that is handed over at the least loss; they are searched for when first wanted and kept
+    up to date by every move. ``work`` int64 [2] counts augmentations and expanded nodes.
     """
     pairs, servers = weight.shape
     groups = cap.shape[1]
@@ -115,6 +156,7 @@ def cover(
         while copies[wanted] < min_replicas:
             key[:] = infinite
             done[:] = False
+            queue = [(infinite, np.int64(-1))]
             own = wanted // group_size
             for n in range(servers):
                 if state[wanted, n] == FREE:
@@ -122,18 +164,16 @@ def cover(
                     key[v] = potential[v] - weight[wanted, n]
                     parent[v] = -1
                     moved[v] = wanted
+                    heapq.heappush(queue, (key[v], np.int64(v)))
             best = infinite  # length of the shortest complete path so far
             end = -1
             dropped = np.int64(-1)
             while True:
-                v = -1
-                least = best
-                for u in range(nodes):
-                    if not done[u] and key[u] < least:
-                        least = key[u]
-                        v = u
-                if v < 0:
+                least, v = heapq.heappop(queue)
+                if least >= best:
                     break
+                if done[v]:
+                    continue
                 done[v] = True
                 work[1] += 1
                 length = key[v] - potential[v]
@@ -151,6 +191,7 @@ def cover(
                             key[u] = length + potential[u]
                             parent[u] = v
                             moved[u] = -1
+                            heapq.heappush(queue, (key[u], np.int64(u)))
                     continue
                 n, g = v // groups, v % groups
                 u = hub + n
@@ -158,19 +199,24 @@ def cover(
                     key[u] = length + potential[u]
                     parent[u] = v
                     moved[u] = -1
+                    heapq.heappush(queue, (key[u], np.int64(u)))
                 for i in range(count[n, g]):
                     k = held[n, g, i]
-                    without = length + weight[k, n]
-                    if copies[k] > min_replicas and without < best:
-                        best, end, dropped = without, v, k
-                    for m in range(servers):
-                        if state[k, m] == FREE:
-                            u = m * groups + g
-                            onward = without - weight[k, m] + potential[u]
-                            if onward < key[u] and not done[u]:
-                                key[u] = onward
-                                parent[u] = v
-                                moved[u] = k
+                    if copies[k] > min_replicas and length + weight[k, n] < best:
+                        best, end, dropped = length + weight[k, n], v, k
+                for m in range(servers):
+                    u = m * groups + g
+                    if m == n or done[u]:
+                        continue
+                    if cheapest[n, g, m] == UNKNOWN:
+                        _search(n, g, m, weight, state, held, count, cheapest, cost)
+                    if cheapest[n, g, m] >= 0:
+                        onward = length + cost[n, g, m] + potential[u]
+                        if onward < key[u]:
+                            key[u] = onward
+                            parent[u] = v
+                            moved[u] = cheapest[n, g, m]
+                            heapq.heappush(queue, (onward, np.int64(u)))
             if end < 0 or best >= far // 2:
                 return wanted
             for u in range(nodes):
@@ -179,7 +225,7 @@ def cover(
             if dropped >= 0:
                 _remove(
                     dropped, end // groups, dropped // group_size,
-                    state, place, held, count, used, copies,
+                    weight, state, place, held, count, used, copies, cheapest, cost,
                 )
             v = end
             while True:
@@ -187,11 +233,14 @@ def cover(
                 u = parent[v]
                 if k >= 0:
                     n = v // groups
-                    _add(k, n, k // group_size, state, place, held, count, used, copies)
+                    _add(
+                        k, n, k // group_size,
+                        weight, state, place, held, count, used, copies, cheapest, cost,
+                    )
                     if u >= 0:
                         _remove(
                             k, u // groups, k // group_size,
-                            state, place, held, count, used, copies,
+                            weight, state, place, held, count, used, copies, cheapest, cost,
                         )
                 if u < 0:
                     break

@@ -1,0 +1,254 @@
+"""Placement files: JSON, format ``prism-plan/placement`` version 1 (DESIGN section 6)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from prism_plan.errors import InputError
+from prism_plan.files import parse_json, read_text, write_bytes
+from prism_plan.model import ModelShape
+from prism_plan.placement import InputFile, Placement, Plan
+
+FORMAT = "prism-plan/placement"
+VERSION = 1
+PLAN_KEYS = (
+    "solver",
+    "objective",
+    "remote_share",
+    "bound",
+    "termination",
+    "seed",
+    "runtime_s",
+    "min_replicas",
+)
+
+
+def placement_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a placement file, as shipped."""
+    text = (files("prism_plan") / "schemas" / "placement-1.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def placement_to_json(placement: Placement) -> dict[str, Any]:
+    """The file's values; keys and lists in a fixed order."""
+    unit = "slots" if placement.model.equal_expert_bytes else "bytes"
+    layers = placement.model.moe_layers
+    servers = []
+    index = 0
+    for name, capacities in zip(placement.servers, placement.gpu_capacity, strict=True):
+        gpus = []
+        for capacity in capacities:
+            held = placement.on_gpu[index]
+            experts = {
+                str(layer): np.flatnonzero(row).tolist()
+                for layer, row in zip(layers, held, strict=True)
+                if row.any()
+            }
+            gpus.append({unit: capacity, "experts": experts})
+            index += 1
+        servers.append({"name": name, "gpus": gpus})
+    plan = {key: getattr(placement.plan, key) for key in PLAN_KEYS} | dict(placement.plan.extra)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": placement.model.to_json(),
+        "servers": servers,
+        "plan": plan,
+        "inputs": {
+            key: {"name": file.name, "sha256": file.sha256}
+            for key, file in placement.inputs.items()
+        },
+    }
+
+
+_NUMBERS = re.compile(r"\[\s+(\d+(?:,\s+\d+)*)\s+\]")
+
+
+def dump_placement(placement: Placement) -> bytes:
+    """The bytes of a placement file: indented, each list of experts on one line."""
+    text = json.dumps(placement_to_json(placement), indent=1, allow_nan=False, ensure_ascii=False)
+    text = _NUMBERS.sub(lambda found: "[" + re.sub(r"\s+", "", found.group(1)) + "]", text)
+    return (text + "\n").encode("utf-8")
+
+
+def write_placement(path: str | os.PathLike[str], placement: Placement) -> None:
+    """Write a placement whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    write_bytes(path, dump_placement(placement))
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def read_placement(path: str | os.PathLike[str]) -> Placement:
+    """Read a placement and check its form; whether it is feasible, `objective.violations` tells.
+
+    Raises
+    ------
+    InputError
+        Not JSON, not a placement, a newer version, a value that the schema does not allow, a
+        layer or expert that the model does not have; names the place and the value.
+    """
+    return placement_from_json(parse_json(read_text(path), path), source=path)
+
+
+def placement_from_json(values: Any, source: object = "") -> Placement:
+    """The reverse of :func:`placement_to_json`; see :func:`read_placement`."""
+    _check_format(values, source)
+    _check_schema(values, source)
+    model = ModelShape.from_json(values["model"], source=source)
+    names = [server["name"] for server in values["servers"]]
+    for index, name in enumerate(names):
+        if names.index(name) != index:
+            raise InputError(
+                f"name {name!r} is taken by servers[{names.index(name)}]",
+                source=source,
+                place=f"servers[{index}].name",
+                expected="different names",
+            )
+    unit = "slots" if model.equal_expert_bytes else "bytes"
+    held = []
+    for n, server in enumerate(values["servers"]):
+        for g, gpu in enumerate(server["gpus"]):
+            place = f"servers[{n}].gpus[{g}]"
+            if unit not in gpu:
+                raise InputError(
+                    f"key {unit!r} is missing",
+                    source=source,
+                    place=place,
+                    expected=f"{unit!r}, for the experts are "
+                    + ("of one size" if unit == "slots" else "of unequal size"),
+                )
+            held.append(_experts(gpu["experts"], model, source, f"{place}.experts"))
+    plan = values["plan"]
+    return Placement(
+        model=model,
+        servers=tuple(names),
+        gpu_capacity=tuple(
+            tuple(gpu[unit] for gpu in server["gpus"]) for server in values["servers"]
+        ),
+        on_gpu=np.stack(held),
+        plan=Plan(
+            **{key: plan[key] for key in PLAN_KEYS},
+            extra={key: value for key, value in plan.items() if key not in PLAN_KEYS},
+        ),
+        inputs={key: InputFile(**file) for key, file in values["inputs"].items()},
+    )
+
+
+def _check_format(values: Any, source: object) -> None:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{values!r:.60}", source=source, expected="an object")
+    if values.get("format") != FORMAT:
+        raise InputError(
+            f"{values.get('format')!r:.60}",
+            source=source,
+            place="format",
+            expected=repr(FORMAT),
+            remedy="make placements with prism-plan solve",
+        )
+    version = values.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise InputError(
+            f"{version!r:.60}",
+            source=source,
+            place="version",
+            expected=str(VERSION),
+            remedy="a newer file needs a newer prism-plan",
+        )
+
+
+def _check_schema(values: Any, source: object) -> None:
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(placement_schema())
+    error = next(iter(sorted(validator.iter_errors(values), key=lambda e: list(map(str, e.path)))), None)
+    if error is not None:
+        place = ""
+        for part in error.absolute_path:
+            place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
+        raise InputError(_plain(error), source=source, place=place)
+    _check_numbers(values, source, "")
+
+
+def _plain(error: Any) -> str:
+    """A schema error in one short line."""
+    value = repr(error.instance)
+    if len(value) > 60:
+        value = f"a {type(error.instance).__name__} of {len(error.instance)} entries"
+    if error.validator == "type":
+        kinds = error.validator_value
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        return f"{value}; expected {' or '.join(kinds)}"
+    if error.validator in ("required", "additionalProperties", "propertyNames"):
+        return str(error.message)
+    if error.validator == "oneOf" and "gpus" in list(error.absolute_path):
+        return "expected either 'slots' or 'bytes'"
+    if error.validator == "oneOf":
+        return f"{value}; expected a whole number of at least 1, or a list of them"
+    return f"{value}; expected {error.validator} {error.validator_value!r}"
+
+
+def _check_numbers(values: Any, source: object, place: str) -> None:
+    """JSON can spell 1e999, and 2.0 where a schema says integer."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            _check_numbers(value, source, f"{place}.{key}" if place else str(key))
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            _check_numbers(value, source, f"{place}[{index}]")
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise InputError(f"{values}", source=source, place=place, expected="a finite number")
+    elif isinstance(values, float) and not place.startswith("plan."):
+        raise InputError(f"{values}", source=source, place=place, expected="a whole number")
+    elif isinstance(values, int) and not isinstance(values, bool) and abs(values) >= 2**63:
+        raise InputError(f"{values}", source=source, place=place, expected="below 2**63")
+
+
+def _experts(
+    experts: Mapping[str, list[int]], model: ModelShape, source: object, place: str
+) -> Any:
+    held = np.zeros((model.num_layers, model.num_experts), bool)
+    for key, ids in experts.items():
+        layer = int(key)
+        if layer not in model.moe_layers:
+            raise InputError(
+                f"layer {layer}",
+                source=source,
+                place=place,
+                expected=f"a MoE layer of {model.name}, {model.layers_text()}",
+            )
+        if max(ids) >= model.num_experts:
+            raise InputError(
+                f"expert {max(ids)}",
+                source=source,
+                place=f"{place}.{key}",
+                expected=f"ids 0..{model.num_experts - 1} of {model.name}",
+            )
+        for a, b in zip(ids, ids[1:], strict=False):
+            if a >= b:
+                raise InputError(
+                    f"expert {b} after {a}",
+                    source=source,
+                    place=f"{place}.{key}",
+                    expected="ascending ids, each once",
+                )
+        held[model.moe_layers.index(layer), ids] = True
+    return held

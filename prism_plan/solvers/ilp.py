@@ -1,0 +1,210 @@
+"""The planning problem as an integer program in PuLP: the referee, and for experts of unequal size.
+
+Back ends: HiGHS and the CBC that comes with PuLP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.errors import Infeasible, LimitReached
+from prism_plan.feasibility import explain_infeasible
+from prism_plan.instance import Instance
+from prism_plan.placement import server_of_gpu
+from prism_plan.solvers.contract import Answer, Options, Rule, Solver
+from prism_plan.solvers.packing import standing_local
+
+#: A gap of this share of all calls is rounding of the back ends, not distance from the optimum.
+TOLERANCE = 1e-7
+#: The largest weight in the objective, so that the back ends' absolute tolerances are small to it.
+LARGEST_WEIGHT = 1000.0
+
+
+def _solve(instance: Instance, options: Options) -> Answer:
+    import pulp
+
+    worth = instance.activations
+    if options.near is not None:
+        standing = standing_local(instance, options.near)
+        # too small to outweigh any saving that matters: among equal plans the one with fewer loads
+        tie = 1e-9 * float(worth.max())
+        worth = worth - max(options.load_price, tie) * ~standing
+    scale = LARGEST_WEIGHT / (float(np.abs(worth).max()) or 1.0)
+    problem, variables, gpu_variables = _model(instance, worth * scale)
+    with _stdout_to_stderr(), tempfile.TemporaryDirectory(prefix="prism-plan-") as folder:
+        log = Path(folder) / "log"
+        problem.solve(_backend(options, log))
+        bound = _bound(problem, options, log)
+    status = problem.sol_status
+    if status == pulp.LpSolutionInfeasible:
+        if instance.in_slots:
+            explain_infeasible(instance)
+        raise Infeasible(
+            "no packing of whole experts onto the GPUs covers every expert",
+            shortfall=1,
+            unit="experts at least",
+            remedy="add memory",
+        )
+    held = _held(problem, variables, instance.activations.shape)
+    if status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) or held is None:
+        limit = f"{options.time_limit_s:g} s" if options.time_limit_s else "the back end's own limit"
+        raise LimitReached(
+            f"ilp with {options.backend} found no placement within {limit} "
+            f"({pulp.LpSolution[status]}); raise --time-limit or use --solver exact"
+        )
+    total = math.fsum(instance.activations.ravel())
+    if options.near is not None:  # the tie-break is no part of the objective
+        worth = instance.activations - options.load_price * ~standing
+    objective = total - math.fsum(worth[held])
+    lower = -math.inf if bound is None else total + bound / scale
+    gap = max(objective - lower, 0.0)
+    finished = status == pulp.LpSolutionOptimal and problem.status == pulp.LpStatusOptimal
+    optimal = finished and gap <= TOLERANCE * max(total, abs(objective))
+    extra: dict[str, Any] = {"backend": options.backend}
+    if not optimal and math.isfinite(gap):
+        extra["gap"] = gap / abs(objective) if objective else gap
+    return Answer(
+        local=held,
+        termination="optimal" if optimal else "time_limit",
+        bound=objective if optimal else (lower if math.isfinite(lower) else None),
+        on_gpu=None if gpu_variables is None else _on_gpu(gpu_variables, instance),
+        extra=extra,
+    )
+
+
+def _model(instance: Instance, worth: npt.NDArray[np.float64]) -> tuple[Any, Any, Any]:
+    """Minimise −Σ worth·x. Variables x[n][j], and per GPU z[g][j] where experts differ in size."""
+    import pulp
+
+    servers, layers, experts = worth.shape
+    pairs = layers * experts
+    pinned = instance.mask(instance.pinned).reshape(servers, pairs)
+    forbidden = instance.mask(instance.forbidden).reshape(servers, pairs)
+    flat = worth.reshape(servers, pairs).tolist()
+    problem = pulp.LpProblem("placement", pulp.LpMinimize)
+    x = [
+        [
+            pulp.LpVariable(f"x_{n}_{j}", int(pinned[n, j]), int(not forbidden[n, j]), "Integer")
+            for j in range(pairs)
+        ]
+        for n in range(servers)
+    ]
+    problem += pulp.LpAffineExpression(
+        [(x[n][j], -flat[n][j]) for n in range(servers) for j in range(pairs)]
+    )
+    for j in range(pairs):
+        copies = pulp.LpAffineExpression([(x[n][j], 1) for n in range(servers)])
+        problem += copies >= instance.min_replicas
+    for n, cap in enumerate(instance.layer_caps):
+        for layer in range(layers if cap is not None else 0):
+            held = x[n][layer * experts : (layer + 1) * experts]
+            problem += pulp.LpAffineExpression([(v, 1) for v in held]) <= cap
+    if instance.in_slots:
+        for n, slots in enumerate(instance.slots.tolist()):
+            problem += pulp.LpAffineExpression([(v, 1) for v in x[n]]) <= slots
+        return problem, x, None
+    size = np.repeat(instance.expert_size, experts).tolist()
+    owner = server_of_gpu(instance.gpu_capacity).tolist()
+    capacity = [room for gpus in instance.gpu_capacity for room in gpus]
+    unit = max(size)  # bytes in units of the largest expert keep the numbers near one
+    z = [
+        [pulp.LpVariable(f"z_{g}_{j}", 0, 1, "Integer") for j in range(pairs)]
+        for g in range(len(owner))
+    ]
+    for g, room in enumerate(capacity):
+        used = pulp.LpAffineExpression([(z[g][j], size[j] / unit) for j in range(pairs)])
+        problem += used <= room / unit
+    for n in range(servers):
+        gpus = [g for g in range(len(owner)) if owner[g] == n]
+        for j in range(pairs):
+            problem += pulp.LpAffineExpression([(z[g][j], 1) for g in gpus]) == x[n][j]
+    return problem, x, z
+
+
+def _backend(options: Options, log: Path) -> Any:
+    """A back end that stops only at a proven optimum or at the time limit."""
+    import pulp
+
+    if options.backend == "highs":
+        return pulp.HiGHS(
+            msg=False, timeLimit=options.time_limit_s, gapRel=0.0, gapAbs=0.0, threads=1
+        )
+    return pulp.PULP_CBC_CMD(
+        msg=False, timeLimit=options.time_limit_s, gapRel=0.0, threads=1, logPath=str(log)
+    )
+
+
+_CBC_BOUND = re.compile(r"^Lower bound:\s+(\S+)", re.MULTILINE)
+_CBC_RELAXED = re.compile(r"^Continuous objective value is\s+(\S+)", re.MULTILINE)
+_CBC_OPTIMAL = re.compile(r"^(?:Result - Optimal solution found|Optimal objective)", re.MULTILINE)
+
+
+def _bound(problem: Any, options: Options, log: Path) -> float | None:
+    """The back end's own proven bound on the scaled objective, if it told one."""
+    import pulp
+
+    if options.backend == "highs":
+        model = getattr(problem, "solverModel", None)
+        if model is None:
+            return None
+        bound = float(model.getInfo().mip_dual_bound)
+        return bound if math.isfinite(bound) else None
+    text = log.read_text(errors="replace") if log.exists() else ""
+    found = _CBC_BOUND.search(text)
+    if found:
+        return float(found.group(1))
+    if _CBC_OPTIMAL.search(text) and problem.sol_status == pulp.LpSolutionOptimal:
+        return float(pulp.value(problem.objective))
+    found = _CBC_RELAXED.search(text)
+    return float(found.group(1)) if found else None
+
+
+def _held(
+    problem: Any, variables: Any, shape: tuple[int, ...]
+) -> npt.NDArray[np.bool_] | None:
+    values = [[variable.value() for variable in row] for row in variables]
+    if any(value is None for row in values for value in row):
+        return None
+    found = np.array(values, np.float64).reshape(shape)
+    if np.abs(found - np.rint(found)).max() > 1e-5:
+        return None
+    return found > 0.5
+
+
+def _on_gpu(variables: Any, instance: Instance) -> npt.NDArray[np.bool_]:
+    values = np.array([[variable.value() for variable in row] for row in variables])
+    return (values > 0.5).reshape(len(variables), *instance.activations.shape[1:])
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """HiGHS prints a banner to file descriptor 1 even when told to be silent; keep it clean."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+SOLVER = Solver(
+    name="ilp",
+    summary="integer program in PuLP (HiGHS or CBC): the referee on small and medium clusters",
+    guarantee="optimal, or the gap that a time limit left; experts of unequal size too",
+    function=_solve,
+    knows=frozenset(Rule),
+)
