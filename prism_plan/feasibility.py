@@ -111,14 +111,14 @@ def explain_infeasible(instance: Instance) -> None:
     server_at = 2 + np.arange(servers)
     layer_at = 2 + servers + np.arange(servers * layers).reshape(servers, layers)
     pair_at = 2 + servers + servers * layers + np.arange(pairs)
-    n, layer, expert = np.nonzero(open_)
+    at_server, at_layer, at_expert = np.nonzero(open_)
     tails = np.concatenate(
-        [np.zeros(servers), np.repeat(server_at, layers), layer_at[n, layer], pair_at]
+        [np.zeros(servers), np.repeat(server_at, layers), layer_at[at_server, at_layer], pair_at]
     )
     heads = np.concatenate(
-        [server_at, layer_at.ravel(), pair_at[layer * experts + expert], np.ones(pairs)]
+        [server_at, layer_at.ravel(), pair_at[at_layer * experts + at_expert], np.ones(pairs)]
     )
-    capacity = np.concatenate([slots, caps.ravel(), np.ones(len(n)), need])
+    capacity = np.concatenate([slots, caps.ravel(), np.ones(len(at_server)), need])
     size = 2 + servers + servers * layers + pairs
     graph = csr_array(
         (capacity.astype(np.int32), (tails.astype(np.int32), heads.astype(np.int32))),

@@ -141,7 +141,7 @@ class Instance:
         return bool(self.pinned or self.forbidden or any(c is not None for c in self.layer_caps))
 
     def mask(self, triples: Pairs) -> npt.NDArray[np.bool_]:
-        """bool [N, L, E], true at the triples."""
+        """Bool [N, L, E], true at the triples."""
         mask = np.zeros(self.activations.shape, bool)
         for n, layer, expert in triples:
             mask[n, layer, expert] = True

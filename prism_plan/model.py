@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -50,7 +51,7 @@ class ModelShape:
             _wrong("moe_layers", layers, "a list of decoder indices")
         for layer in layers:
             _whole("moe_layers", layer, 0)
-        if not layers or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+        if not layers or any(a >= b for a, b in itertools.pairwise(layers)):
             _wrong("moe_layers", list(layers), "at least one decoder index, ascending")
         if self.num_experts > MAX_EXPERTS:
             _wrong("num_experts", self.num_experts, f"at most {MAX_EXPERTS}")
@@ -208,8 +209,7 @@ def _whole(field: str, value: object, least: int) -> None:
         _wrong(field, value, f"a whole number of at least {least}")
 
 
-def require_same_model(
-    a: ModelShape, b: ModelShape, *, source: object, other: object) -> None:
+def require_same_model(a: ModelShape, b: ModelShape, *, source: object, other: object) -> None:
     """Refuse to use two files together that speak of different models.
 
     The name, the layers, the experts, top-k and the expert sizes must agree.

@@ -98,9 +98,7 @@ def worst(shares: list[float | None]) -> tuple[int, float] | None:
     return -index, value
 
 
-def remote_score(
-    activations: npt.NDArray[np.float64], local: npt.NDArray[np.bool_]
-) -> RemoteScore:
+def remote_score(activations: npt.NDArray[np.float64], local: npt.NDArray[np.bool_]) -> RemoteScore:
     """Calls and remote calls of each server from f and locality, both [N, L, E]."""
     calls = [math.fsum(f.ravel()) for f in activations]
     remote = [math.fsum(f[~held]) for f, held in zip(activations, local, strict=True)]
@@ -135,7 +133,7 @@ def step_score(local: npt.NDArray[np.bool_], trace: Trace, load: Workload) -> St
 
     if trace.batches is None:
         raise ValueError("a counts-only trace does not tell which experts are called together")
-    num_servers, layers, experts = local.shape
+    num_servers, layers, _ = local.shape
     tasks = len(trace.tasks)
     # holders of (l, e) in ascending server order: holder[start[l·E + e] : start[l·E + e + 1]]
     by_pair = local.reshape(num_servers, -1).T
@@ -220,7 +218,9 @@ def _capacity(
             over = int(used[index]) - capacity
             if over > 0:
                 where = f"server {name!r} gpu[{g}]"
-                text = f"{where} holds {used[index]:,} {unit} of experts, {source} says {capacity:,}"
+                text = (
+                    f"{where} holds {used[index]:,} {unit} of experts, {source} says {capacity:,}"
+                )
                 found.append(Violation("capacity", where, over, unit, text))
             index += 1
     return found

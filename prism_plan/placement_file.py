@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -179,7 +180,9 @@ def _check_schema(values: Any, source: object) -> None:
     import jsonschema
 
     validator = jsonschema.Draft202012Validator(placement_schema())
-    error = next(iter(sorted(validator.iter_errors(values), key=lambda e: list(map(str, e.path)))), None)
+    error = next(
+        iter(sorted(validator.iter_errors(values), key=lambda e: list(map(str, e.path)))), None
+    )
     if error is not None:
         place = ""
         for part in error.absolute_path:
@@ -216,7 +219,9 @@ def _check_numbers(values: Any, source: object, place: str) -> None:
             _check_numbers(value, source, f"{place}[{index}]")
     elif isinstance(values, float) and not math.isfinite(values):
         raise InputError(f"{values}", source=source, place=place, expected="a finite number")
-    elif isinstance(values, float) and not place.startswith("plan."):
+    elif isinstance(values, float) and (
+        not place.startswith("plan.") or place in ("plan.seed", "plan.min_replicas")
+    ):
         raise InputError(f"{values}", source=source, place=place, expected="a whole number")
     elif isinstance(values, int) and not isinstance(values, bool) and abs(values) >= 2**63:
         raise InputError(f"{values}", source=source, place=place, expected="below 2**63")
@@ -242,7 +247,7 @@ def _experts(
                 place=f"{place}.{key}",
                 expected=f"ids 0..{model.num_experts - 1} of {model.name}",
             )
-        for a, b in zip(ids, ids[1:], strict=False):
+        for a, b in itertools.pairwise(ids):
             if a >= b:
                 raise InputError(
                     f"expert {b} after {a}",

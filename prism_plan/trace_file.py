@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -232,11 +232,13 @@ def _fixed_lists(values: npt.NDArray[Any], kind: Any) -> Any:
 # ---------------------------------------------------------------------------------------- reading
 
 
-def read_trace(path: str | os.PathLike[str]) -> Trace:
+def read_trace(
+    path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+) -> Trace:
     """Open a trace file, check all of it in one pass over its rows, and total it.
 
     The tokens themselves stay in the file: memory does not grow with its length, but for eight
-    bytes a token while duplicates are looked for.
+    bytes a token while duplicates are looked for. ``progress`` is told (rows read, rows).
 
     Raises
     ------
@@ -257,7 +259,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     }
     if header["kind"] == "counts":
         return _read_counts(path, header, common)
-    return _read_tokens(path, model, common)
+    return _read_tokens(path, model, common, progress or (lambda done, total: None))
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -364,8 +366,8 @@ def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
 def _no_nulls(path: object, batch: Any, first_row: int) -> None:
     for name in batch.schema.names:
         column = batch.column(name)
-        inner = column.flatten() if hasattr(column, "flatten") and "list" in str(column.type) else 0
-        if column.null_count or (inner and inner.null_count):
+        inner = [column.flatten()] if "list" in str(column.type) else []
+        if any(part.null_count for part in [column, *inner]):
             raise InputError(
                 f"column {name!r} has an empty value",
                 source=path,
@@ -392,7 +394,8 @@ class _Words:
             if word not in self.words:
                 self.words.append(word)
             mapping[code] = self.words.index(word)
-        return mapping[indices]
+        codes: npt.NDArray[np.int32] = mapping[indices]
+        return codes
 
 
 def _token_batches(
@@ -432,8 +435,13 @@ def _token_batches(
 
 
 def _read_tokens(
-    path: str | os.PathLike[str], model: ModelSpec, common: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    model: ModelSpec,
+    common: Mapping[str, Any],
+    progress: Callable[[int, int], None],
 ) -> Trace:
+    with _open(path) as parquet:
+        num_rows = parquet.metadata.num_rows
     words = _Words()
     totals = Totals(model)
     keys: list[npt.NDArray[np.int64]] = []
@@ -458,6 +466,7 @@ def _read_tokens(
         task_of.add(batch, words.words)
         keys.append(batch.request.astype(np.int64) << 32 | batch.position.astype(np.int64))
         row += len(batch)
+        progress(row, num_rows)
     if row == 0:
         raise InputError("the trace has no rows", source=path, remedy=REMEDY)
     _no_duplicates(path, np.concatenate(keys))

@@ -85,4 +85,5 @@ def _shares(trace: Trace, server: Server, place: str) -> npt.NDArray[np.float64]
 
 def activations(trace: Trace, load: Workload) -> npt.NDArray[np.float64]:
     """f[n, l, e], expected calls per second, float64 [N, L, E]."""
-    return np.einsum("nt,tle->nle", load.rates, trace.calls_per_token())
+    calls: npt.NDArray[np.float64] = np.einsum("nt,tle->nle", load.rates, trace.calls_per_token())
+    return calls

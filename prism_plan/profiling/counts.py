@@ -66,7 +66,7 @@ def read_counts(
         over = int(counts[index].max())
         if over > number[index]:
             raise InputError(
-                f"an expert of task {name!r} has {over} calls in a layer for {number[index]} tokens",
+                f"task {name!r}: {over} calls of one expert in a layer, {number[index]} tokens",
                 expected="at most one call a token",
                 remedy="check the counts and --tokens",
             )
@@ -143,7 +143,9 @@ def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[
             )
             rows.append((names.index(task), layer, expert, count, reader.line_num))
     except csv.Error as error:
-        raise InputError(f"not CSV: {error}", source=path, place=f"line {reader.line_num}") from None
+        raise InputError(
+            f"not CSV: {error}", source=path, place=f"line {reader.line_num}"
+        ) from None
     if not rows:
         raise InputError("no rows in it", source=path)
     task_code, layers, experts, counts, lines = np.array(rows, np.int64).T

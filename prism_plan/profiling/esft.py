@@ -8,8 +8,9 @@ and decode are not told apart.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,16 @@ FILE_NAME = re.compile(r"expert_weights_(\d+)\.txt")
 Rows = list[tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]]
 
 
-def read_esft(sources: Sequence[Source], model: ModelSpec, *, weights: bool = True) -> Trace:
+def read_esft(
+    sources: Sequence[Source],
+    model: ModelSpec,
+    *,
+    weights: bool = True,
+    progress: Callable[[str, int], None] = lambda label, done: None,
+) -> Trace:
     """One token-level trace from ESFT folders, each a task (named by its label or its folder).
+
+    ``progress`` is told (folder, files read so far).
 
     Raises
     ------
@@ -47,16 +56,29 @@ def read_esft(sources: Sequence[Source], model: ModelSpec, *, weights: bool = Tr
     return trace_from_batches(
         model,
         tasks,
-        _batches(sources, model, weights),
-        provenance={"source": "esft", "folders": {t: s.path.name for t, s in zip(tasks, sources, strict=True)}},
+        _batches(sources, model, weights, progress),
+        provenance={
+            "source": "esft",
+            "folders": {t: s.path.name for t, s in zip(tasks, sources, strict=True)},
+        },
         name="esft",
     )
 
 
-def _batches(sources: Sequence[Source], model: ModelSpec, weights: bool) -> Iterator[TokenBatch]:
+def _batches(
+    sources: Sequence[Source],
+    model: ModelSpec,
+    weights: bool,
+    progress: Callable[[str, int], None],
+) -> Iterator[TokenBatch]:
     request = 0
     for code, source in enumerate(sources):
-        folder = _read_folder(source.path, model)
+        read_before = code * model.num_layers
+        folder = _read_folder(
+            source.path,
+            model,
+            functools.partial(_tell, progress, source.path.name, read_before),
+        )
         num_requests = len(folder[0])
         for index in range(num_requests):
             ids = [rows[index][0] for rows in folder]
@@ -87,6 +109,10 @@ def _batches(sources: Sequence[Source], model: ModelSpec, weights: bool) -> Iter
             request += 1
 
 
+def _tell(progress: Callable[[str, int], None], label: str, before: int, done: int) -> None:
+    progress(label, before + done)
+
+
 def _same_tokens(
     folder: Path, model: ModelSpec, index: int, ids: Sequence[npt.NDArray[np.uint16]]
 ) -> int:
@@ -102,7 +128,7 @@ def _same_tokens(
     return len(ids[0]) // model.top_k
 
 
-def _read_folder(folder: Path, model: ModelSpec) -> list[Rows]:
+def _read_folder(folder: Path, model: ModelSpec, progress: Callable[[int], None]) -> list[Rows]:
     """The rows of every MoE layer's file, in layer order."""
     if not folder.is_dir():
         raise InputError("not a folder", source=folder, expected="a folder of expert_weights_*.txt")
@@ -127,7 +153,10 @@ def _read_folder(folder: Path, model: ModelSpec) -> list[Rows]:
                 source=folder,
                 expected=f"a file for each MoE layer of {model.name}, {model.layers_text()}",
             )
-    layers = [_read_layer(found[layer], model) for layer in model.moe_layers]
+    layers = []
+    for number, layer in enumerate(model.moe_layers, start=1):
+        layers.append(_read_layer(found[layer], model))
+        progress(number)
     for layer, rows in zip(model.moe_layers, layers, strict=True):
         if len(rows) != len(layers[0]):
             raise InputError(

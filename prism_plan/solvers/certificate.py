@@ -51,10 +51,7 @@ def worth_bound(instance: Instance, worth: Floats, prices: Prices) -> float:
     )
     room = caps[:, None] - pinned.sum(axis=2)
     reduced = (
-        worth
-        + prices.coverage[None]
-        - prices.slot[:, None, None]
-        - prices.layer_cap[:, :, None]
+        worth + prices.coverage[None] - prices.slot[:, None, None] - prices.layer_cap[:, :, None]
     )
     return math.fsum(
         [

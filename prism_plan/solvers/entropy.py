@@ -20,7 +20,8 @@ def layer_entropy(activations: Floats) -> Floats:
     total = activations.sum(axis=-1, keepdims=True)
     p = np.divide(activations, total, out=np.zeros_like(activations), where=total > 0)
     logs = np.log(p, out=np.zeros_like(p), where=p > 0)
-    return np.maximum(-(p * logs).sum(axis=-1), 0.0)
+    entropy: Floats = np.maximum(-(p * logs).sum(axis=-1), 0.0)
+    return entropy
 
 
 def entropy_counts(instance: Instance) -> Ints:
@@ -54,7 +55,7 @@ def uniform_counts(instance: Instance) -> Ints:
 def _server_counts(slots: int, entropy: Floats, experts: int) -> Ints:
     weights = entropy if entropy.sum() > 0 else np.ones_like(entropy)
     quota = slots * weights / weights.sum()
-    counts = np.floor(np.minimum(quota, experts)).astype(np.int64)
+    counts: Ints = np.floor(np.minimum(quota, experts)).astype(np.int64)
     remainder = quota - counts
     for _ in range(slots - int(counts.sum())):
         layer = int(np.argmax(np.where(counts < experts, remainder, -np.inf)))

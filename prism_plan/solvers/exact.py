@@ -46,7 +46,11 @@ def _solve(instance: Instance, options: Options) -> Answer:
         termination="optimal" if proven else "heuristic",
         bound=objective if proven else bound,
         runtime_s=runtime_s,
-        extra={"augmentations": int(work[0]), "expanded": int(work[1]), "certificate_gap": max(objective - bound, 0.0)},
+        extra={
+            "augmentations": int(work[0]),
+            "expanded": int(work[1]),
+            "certificate_gap": max(objective - bound, 0.0),
+        },
     )
 
 
@@ -78,7 +82,7 @@ def solve_flow(
     weight = np.rint(worth.reshape(servers, pairs) * scale).astype(np.int64)
     if preferred is not None:
         weight += 2 * preferred.reshape(servers, pairs)
-    far = np.int64(1) << 59
+    far = 1 << 59
 
     state = np.zeros((servers, pairs), np.int8)
     state[instance.mask(instance.pinned).reshape(servers, pairs)] = flow.PINNED

@@ -31,8 +31,18 @@ Ints = npt.NDArray[Any]
 
 @jit
 def _add(
-    k: int, n: int, g: int, weight: Ints, state: Ints, place: Ints, held: Ints, count: Ints,
-    used: Ints, copies: Ints, cheapest: Ints, cost: Ints,
+    k: int,
+    n: int,
+    g: int,
+    weight: Ints,
+    state: Ints,
+    place: Ints,
+    held: Ints,
+    count: Ints,
+    used: Ints,
+    copies: Ints,
+    cheapest: Ints,
+    cost: Ints,
 ) -> None:  # pragma: no cover - compiled
     state[k, n] = HELD
     place[k, n] = count[n, g]
@@ -49,8 +59,18 @@ def _add(
 
 @jit
 def _remove(
-    k: int, n: int, g: int, weight: Ints, state: Ints, place: Ints, held: Ints, count: Ints,
-    used: Ints, copies: Ints, cheapest: Ints, cost: Ints,
+    k: int,
+    n: int,
+    g: int,
+    weight: Ints,
+    state: Ints,
+    place: Ints,
+    held: Ints,
+    count: Ints,
+    used: Ints,
+    copies: Ints,
+    cheapest: Ints,
+    cost: Ints,
 ) -> None:  # pragma: no cover - compiled
     state[k, n] = FREE
     count[n, g] -= 1
@@ -80,7 +100,14 @@ def _offer(
 
 @jit
 def _search(
-    n: int, g: int, m: int, weight: Ints, state: Ints, held: Ints, count: Ints, cheapest: Ints,
+    n: int,
+    g: int,
+    m: int,
+    weight: Ints,
+    state: Ints,
+    held: Ints,
+    count: Ints,
+    cheapest: Ints,
     cost: Ints,
 ) -> None:  # pragma: no cover - compiled
     """The expert of group g that n hands to m at the least loss."""
@@ -93,9 +120,21 @@ def _search(
 
 @jit
 def start(
-    weight: Ints, order: Ints, state: Ints, slots: Ints, cap: Ints, group_size: int, far: int,
-    place: Ints, held: Ints, count: Ints, used: Ints, copies: Ints, potential: Ints,
-    cheapest: Ints, cost: Ints,
+    weight: Ints,
+    order: Ints,
+    state: Ints,
+    slots: Ints,
+    cap: Ints,
+    group_size: int,
+    far: int,
+    place: Ints,
+    held: Ints,
+    count: Ints,
+    used: Ints,
+    copies: Ints,
+    potential: Ints,
+    cheapest: Ints,
+    cost: Ints,
 ) -> None:  # pragma: no cover - compiled
     """Give each server its pins and then its best experts; set the potentials to match.
 
@@ -133,9 +172,22 @@ def start(
 
 @jit
 def cover(
-    weight: Ints, state: Ints, slots: Ints, cap: Ints, group_size: int, min_replicas: int,
-    far: int, place: Ints, held: Ints, count: Ints, used: Ints, copies: Ints, potential: Ints,
-    cheapest: Ints, cost: Ints, work: Ints,
+    weight: Ints,
+    state: Ints,
+    slots: Ints,
+    cap: Ints,
+    group_size: int,
+    min_replicas: int,
+    far: int,
+    place: Ints,
+    held: Ints,
+    count: Ints,
+    used: Ints,
+    copies: Ints,
+    potential: Ints,
+    cheapest: Ints,
+    cost: Ints,
+    work: Ints,
 ) -> int:  # pragma: no cover - compiled
     """Augment until every expert has ``min_replicas`` copies; -1, or an expert that cannot.
 
@@ -165,9 +217,9 @@ def cover(
                     parent[v] = -1
                     moved[v] = wanted
                     heapq.heappush(queue, (key[v], np.int64(v)))
-            best = infinite  # length of the shortest complete path so far
-            end = -1
-            dropped = np.int64(-1)
+            best: Any = infinite  # length of the shortest complete path so far
+            end: Any = -1
+            dropped: Any = np.int64(-1)
             while True:
                 least, v = heapq.heappop(queue)
                 if least >= best:
@@ -224,8 +276,18 @@ def cover(
                     potential[u] += best - key[u]
             if dropped >= 0:
                 _remove(
-                    dropped, end // groups, dropped // group_size,
-                    weight, state, place, held, count, used, copies, cheapest, cost,
+                    dropped,
+                    end // groups,
+                    dropped // group_size,
+                    weight,
+                    state,
+                    place,
+                    held,
+                    count,
+                    used,
+                    copies,
+                    cheapest,
+                    cost,
                 )
             v = end
             while True:
@@ -234,13 +296,33 @@ def cover(
                 if k >= 0:
                     n = v // groups
                     _add(
-                        k, n, k // group_size,
-                        weight, state, place, held, count, used, copies, cheapest, cost,
+                        k,
+                        n,
+                        k // group_size,
+                        weight,
+                        state,
+                        place,
+                        held,
+                        count,
+                        used,
+                        copies,
+                        cheapest,
+                        cost,
                     )
                     if u >= 0:
                         _remove(
-                            k, u // groups, k // group_size,
-                            weight, state, place, held, count, used, copies, cheapest, cost,
+                            k,
+                            u // groups,
+                            k // group_size,
+                            weight,
+                            state,
+                            place,
+                            held,
+                            count,
+                            used,
+                            copies,
+                            cheapest,
+                            cost,
                         )
                 if u < 0:
                     break

@@ -58,7 +58,9 @@ def _solve(instance: Instance, options: Options) -> Answer:
         )
     held = _held(problem, variables, instance.activations.shape)
     if status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) or held is None:
-        limit = f"{options.time_limit_s:g} s" if options.time_limit_s else "the back end's own limit"
+        limit = (
+            f"{options.time_limit_s:g} s" if options.time_limit_s else "the back end's own limit"
+        )
         raise LimitReached(
             f"ilp with {options.backend} found no placement within {limit} "
             f"({pulp.LpSolution[status]}); raise --time-limit or use --solver exact"
@@ -170,9 +172,7 @@ def _bound(problem: Any, options: Options, log: Path) -> float | None:
     return float(found.group(1)) if found else None
 
 
-def _held(
-    problem: Any, variables: Any, shape: tuple[int, ...]
-) -> npt.NDArray[np.bool_] | None:
+def _held(problem: Any, variables: Any, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
     values = [[variable.value() for variable in row] for row in variables]
     if any(value is None for row in values for value in row):
         return None

@@ -23,8 +23,7 @@ def _solve(instance: Instance, options: Options) -> Answer:
         more = min(int(spare[n]), layers - int(owned.sum()))
         owned[n] += more
     owner = np.repeat(np.arange(servers), owned)
-    for layer, n in enumerate(owner):
-        local[n, layer] = True
+    local[owner, np.arange(len(owner))] = True
     free -= owned * experts
 
     # layers that no server can own whole are dealt out expert by expert, in index order

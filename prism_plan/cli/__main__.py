@@ -1,0 +1,5 @@
+"""``python -m prism_plan.cli``."""
+
+from prism_plan.cli.main import main
+
+main()

@@ -1,0 +1,142 @@
+"""``prism-plan compare``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prism_plan.cli.solve import BACKENDS
+
+if TYPE_CHECKING:
+    from prism_plan.compare import Comparison
+
+
+@click.command("compare")
+@click.argument("trace", metavar="T.parquet")
+@click.argument("placements", nargs=-1, metavar="[P.json]...")
+@click.option("--cluster", required=True, metavar="C.toml", help="Servers, GPUs and links.")
+@click.option("--solvers", metavar="A,B,C", help="Solvers to compare; default: all. '' for none.")
+@click.option(
+    "--holdout",
+    type=float,
+    metavar="SHARE",
+    help="Score on this share of each task's requests, plan on the others.",
+)
+@click.option("--min-replicas", default=1, show_default=True, metavar="R")
+@click.option("--time-limit", type=float, metavar="S", help="Seconds for ilp; none by default.")
+@click.option("--backend", type=BACKENDS, default="highs", show_default=True, help="Of ilp.")
+@click.option("--seed", default=0, show_default=True, help="Of the split and of random solvers.")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+@click.option("-o", "--output", metavar="R.json", help="Also write the comparison as JSON.")
+def command(
+    trace: str,
+    placements: tuple[str, ...],
+    cluster: str,
+    solvers: str | None,
+    holdout: float | None,
+    min_replicas: int,
+    time_limit: float | None,
+    backend: str,
+    seed: int,
+    as_json: bool,
+    output: str | None,
+) -> None:
+    """Score solvers, and placements that exist, side by side on the same requests.
+
+    Remote share, waiting share and destinations are recomputed from each placement; the worst
+    server stands beside the sum over all.
+    """
+    import json
+
+    from prism_plan.cli.console import deliver, load_trace, print_json, progress
+    from prism_plan.cli.inputs import blaming, load_cluster
+    from prism_plan.compare import compare
+    from prism_plan.files import check_writable
+    from prism_plan.placement_file import read_placement
+    from prism_plan.solvers.contract import Options
+    from prism_plan.solvers.registry import SOLVER_NAMES, get_solver
+
+    names = None
+    if solvers is not None:
+        names = [name.strip() for name in solvers.split(",") if name.strip()]
+        with blaming("--solvers"):
+            for name in names:
+                get_solver(name)
+    if output not in (None, "-"):
+        check_writable(str(output))
+    options = Options(
+        seed=seed, time_limit_s=time_limit, backend="cbc" if backend == "cbc" else "highs"
+    )
+    parsed = load_cluster(cluster)
+    existing = [(path, read_placement(path)) for path in placements]
+    loaded = load_trace(trace)
+    total = len(SOLVER_NAMES if names is None else names) + len(existing)
+    done = -1
+
+    with progress(total, "placements") as update:
+
+        def tell(name: str) -> None:
+            nonlocal done
+            done += 1
+            update(name, done)
+
+        with blaming("--min-replicas" if min_replicas < 1 else cluster):
+            result = compare(
+                loaded,
+                parsed,
+                solvers=names,
+                placements=existing,
+                holdout=holdout,
+                min_replicas=min_replicas,
+                options=options,
+                progress=tell,
+            )
+    values = result.to_json()
+    if output is not None:
+        deliver(output, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+    if as_json and output != "-":
+        print_json(values)
+    else:
+        _print(result, values, err=output == "-")
+
+
+def _print(result: Comparison, values: dict[str, Any], *, err: bool) -> None:
+    from prism_plan.cli.console import note, percent, print_table, seconds
+
+    rows = [row for row in values["rows"] if row["remote_share"] is not None]
+    best = min((row["remote_share"] for row in rows), default=0.0)
+    columns = ["placement", "remote", "vs best", "worst server", "waiting", "worst", "dest.", "s"]
+    with_plan = result.holdout is not None
+    if with_plan:
+        columns.insert(2, "as planned")
+    table = []
+    for row in rows:
+        share = row["remote_share"]
+        above = "best" if share == best else f"+{100 * (share - best) / best:.1f} %" if best else ""
+        cells = [
+            row["name"] + (f" ({row['violations']} violations)" if row["violations"] else ""),
+            percent(share),
+            above,
+            f"{percent(row['worst_server_share'])} {row['worst_server'] or ''}".strip(),
+            percent(row["waiting_share"]),
+            percent(row["worst_waiting_share"]),
+            "–" if row["destinations"] is None else f"{row['destinations']:.3f}",
+            seconds(row["runtime_s"]),
+        ]
+        if with_plan:
+            cells.insert(2, percent(row["planned_share"]))
+        table.append(cells)
+    title = f"{result.trace} on {result.cluster}"
+    if with_plan:
+        title += (
+            f": planned on {result.planned_requests} requests, scored on {result.scored_requests}"
+        )
+    print_table(columns, table, title=title, err=err)
+    for row in values["rows"]:
+        if row["note"]:
+            note(f"{row['name']}: {row['note']}")
+        if (row["destinations_method"] or "exact") != "exact":
+            note(f"{row['name']}: destinations are {row['destinations_method']}")
+    if result.kind == "counts":
+        note("counts-only trace: waiting share and destinations need one token by token")

@@ -1,0 +1,135 @@
+"""Output: messages and progress to standard error, data to standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prism_plan.files import write_bytes
+
+if TYPE_CHECKING:
+    from prism_plan.trace import Trace
+
+#: Width of tables that do not go to a terminal.
+PLAIN_WIDTH = 120
+#: Traces of more rows than this are read with a progress bar.
+LONG_TRACE = 200_000
+
+
+def note(message: str) -> None:
+    """A message to standard error."""
+    click.echo(f"prism-plan: {message}", err=True)
+
+
+def print_json(values: Any) -> None:
+    """JSON to standard output."""
+    click.echo(json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False))
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    left: int = 1,
+    err: bool = False,
+) -> None:
+    """A table on standard output (or error); the first ``left`` columns are words."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    stream = sys.stderr if err else sys.stdout
+    console = Console(
+        file=stream,
+        width=None if stream.isatty() else PLAIN_WIDTH,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    if title:  # not rich's own title, which wraps at the width of the table
+        console.print(title, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+@contextlib.contextmanager
+def progress(total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar on standard error if that is a terminal; call it with (label, done)."""
+    if not sys.stderr.isatty():
+        yield lambda label, done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("", total=total)
+
+        def update(label: str, done: int) -> None:
+            bar.update(task, description=label, completed=done)
+
+        yield update
+
+
+def load_trace(path: str) -> Trace:
+    """Read a trace; a bar shows the progress of a long one."""
+    from prism_plan.trace_file import read_trace
+
+    with contextlib.ExitStack() as stack:
+        bars: list[Callable[[str, int], None]] = []
+
+        def tell(done: int, total: int) -> None:
+            if total > LONG_TRACE and not bars:
+                bars.append(stack.enter_context(progress(total, "tokens")))
+            for update in bars:
+                update(f"reading {Path(path).name}", done)
+
+        return read_trace(path, tell)
+
+
+def deliver(output: str, data: bytes) -> None:
+    """Write ``data`` to the file ``output``, or to standard output for ``-``."""
+    if output == "-":
+        stream = click.get_binary_stream("stdout")
+        stream.write(data)
+        stream.flush()
+    else:
+        write_bytes(output, data)
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """A share for a table."""
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def seconds(value: float | None) -> str:
+    """A duration for a table."""
+    return "–" if value is None else f"{value:.3f}" if value < 100 else f"{value:.0f}"
+
+
+def byte_size(number: int) -> str:
+    """Bytes for a table, in units of 1000."""
+    size = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"

@@ -1,0 +1,111 @@
+"""The group of commands, and the boundary where errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from importlib import import_module
+from types import FrameType
+from typing import Any
+
+import click
+
+from prism_plan import __version__
+from prism_plan.errors import PrismError, did_you_mean
+
+#: Command: (module with a click command ``command``, help line). Modules load when called.
+COMMANDS = {
+    "profile": ("profile", "Turn recordings of a model's routing into a trace."),
+    "solve": ("solve", "Plan which GPU holds which expert."),
+    "compare": ("compare", "Score solvers and existing placements side by side."),
+    "check": ("check", "Check files: valid? If not, where and why."),
+    "diff": ("diff", "Show what moves between two placements."),
+    "plot": ("plot", "Draw traces, placements and comparisons."),
+}
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module only when it runs, so that ``--help`` is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"prism_plan.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS:
+            ctx.fail(f"unknown command {args[0]!r}{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="prism-plan")
+def cli() -> None:
+    """Plan where each expert of a Mixture-of-Experts model goes on a few unequal servers.
+
+    Data goes to standard output or the named file, messages to standard error. Exit codes:
+    0 done, 2 bad input, 3 infeasible, 4 a limit was reached with no placement.
+    """
+
+
+def main() -> None:
+    """Run the command line; every error is one line on standard error."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        try:
+            # not standalone: click then raises instead of printing several lines
+            result: Any = cli.main(standalone_mode=False)
+        finally:
+            sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except PrismError as error:
+        return _fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "prism-plan"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        return _fail(f"{message}; see {path} --help", 2)
+    except click.ClickException as error:
+        return _fail(" ".join(error.format_message().split()), 2)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted; nothing was written", 130)
+    except BrokenPipeError:
+        _discard_stdout()  # the reader has had enough: no more, and no complaint
+        return 0
+    except MemoryError:
+        return _fail("out of memory; use a smaller trace or cluster, or a larger machine", 4)
+    except OSError as error:
+        _discard_stdout()
+        return _fail(f"cannot write or read: {(error.strerror or str(error)).lower()}", 2)
+
+
+def _fail(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"prism-plan: {message}", file=sys.stderr)
+    return code
+
+
+def _discard_stdout() -> None:
+    """Keep the interpreter from failing once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """End as on Ctrl-C, so that temporary files are removed."""
+    raise KeyboardInterrupt

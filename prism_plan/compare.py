@@ -1,0 +1,186 @@
+"""Solvers and existing placements scored side by side on the same requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import InputError, SolverRefused
+from prism_plan.instance import Instance
+from prism_plan.model import require_same_model
+from prism_plan.objective import RemoteScore, StepScore, score, step_score, violations, worst
+from prism_plan.placement import Placement
+from prism_plan.solvers import SOLVER_NAMES, Options, solve
+from prism_plan.trace import Trace
+from prism_plan.workload import workload
+
+#: `ilp` is left out of a comparison of all solvers beyond so many (server, expert) pairs.
+ILP_PAIRS = 50_000
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One placement of a comparison, or why there is none (``note``).
+
+    Scores are of the requests that are scored on; ``planned_share`` is the remote share on those
+    that the solver saw.
+    """
+
+    name: str
+    placement: Placement | None = None
+    remote: RemoteScore | None = None
+    steps: StepScore | None = None
+    planned_share: float | None = None
+    violations: int = 0
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``--json`` and plots."""
+        remote, steps, placement = self.remote, self.steps, self.placement
+        servers = placement.servers if placement else ()
+        worst_remote = worst(remote.by_server) if remote else None
+        worst_waiting = worst(steps.waiting_by_server) if steps else None
+        return {
+            "name": self.name,
+            "remote_share": remote.share if remote else None,
+            "worst_server": servers[worst_remote[0]] if worst_remote else None,
+            "worst_server_share": worst_remote[1] if worst_remote else None,
+            "waiting_share": steps.waiting_share if steps else None,
+            "worst_waiting_server": servers[worst_waiting[0]] if worst_waiting else None,
+            "worst_waiting_share": worst_waiting[1] if worst_waiting else None,
+            "destinations": steps.mean_destinations if steps else None,
+            "destinations_method": _method(steps),
+            "remote_share_by_server": (
+                dict(zip(servers, remote.by_server, strict=True)) if remote else None
+            ),
+            "waiting_share_by_server": (
+                dict(zip(servers, steps.waiting_by_server, strict=True)) if steps else None
+            ),
+            "planned_share": self.planned_share,
+            "bound": placement.plan.bound if placement else None,
+            "termination": placement.plan.termination if placement else None,
+            "runtime_s": placement.plan.runtime_s if placement else None,
+            "violations": self.violations,
+            "note": self.note,
+        }
+
+
+def _method(steps: StepScore | None) -> str | None:
+    if steps is None:
+        return None
+    if steps.greedy_share == 0:
+        return "exact"
+    return f"greedy in {steps.greedy_share:.1%} of steps"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Rows of a comparison, and what they were scored on."""
+
+    rows: tuple[Row, ...]
+    trace: str
+    cluster: str
+    kind: str
+    planned_requests: int | None
+    scored_requests: int | None
+    holdout: float | None
+    seed: int
+    min_replicas: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, format ``prism-plan/comparison`` version 1."""
+        return {
+            "format": "prism-plan/comparison",
+            "version": 1,
+            "trace": self.trace,
+            "cluster": self.cluster,
+            "kind": self.kind,
+            "holdout": self.holdout,
+            "planned_requests": self.planned_requests,
+            "scored_requests": self.scored_requests,
+            "seed": self.seed,
+            "min_replicas": self.min_replicas,
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+
+def compare(
+    trace: Trace,
+    cluster: Cluster,
+    *,
+    solvers: Sequence[str] | None = None,
+    placements: Sequence[tuple[str, Placement]] = (),
+    holdout: float | None = None,
+    min_replicas: int = 1,
+    options: Options | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Comparison:
+    """Plan with each solver and score the results, and placements that exist, alike.
+
+    With ``holdout`` the solvers see one part of each task's requests and all placements are scored
+    on the rest. ``solvers`` of ``None`` is all of them (but `ilp` where it would take minutes).
+
+    Raises
+    ------
+    InputError
+        An unknown solver, a placement of other servers or of another model, a trace that cannot
+        be split.
+    Infeasible
+        No placement satisfies the cluster.
+    """
+    options = options or Options()
+    planned, scored = (trace, trace) if holdout is None else trace.split(holdout, options.seed)
+    instance = Instance.build(planned, cluster, min_replicas=min_replicas)
+    target = Instance.build(scored, cluster, min_replicas=min_replicas)
+    load = workload(scored, cluster)
+    rows: list[Row] = []
+    for name in SOLVER_NAMES if solvers is None else solvers:
+        pairs = instance.num_servers * instance.model.num_pairs
+        if solvers is None and name == "ilp" and pairs > ILP_PAIRS:
+            note = f"left out beyond {ILP_PAIRS:,} pairs; ask for it with --solvers"
+            rows.append(Row(name, note=note))
+            continue
+        progress(name)
+        try:
+            placement = solve(instance, name, options)
+        except SolverRefused as error:
+            if solvers is not None and len(solvers) == 1:
+                raise
+            rows.append(Row(name, note=str(error)))
+            continue
+        rows.append(_row(name, placement, target, scored, load))
+    for name, placement in placements:
+        progress(name)
+        require_same_model(placement.model, trace.model, source=name, other=trace.name)
+        if placement.servers != instance.servers:
+            raise InputError(
+                f"servers {', '.join(placement.servers)}",
+                source=name,
+                place="servers",
+                expected=f"those of {cluster.name}, in order: {', '.join(instance.servers)}",
+            )
+        rows.append(_row(name, placement, target, scored, load))
+    return Comparison(
+        rows=tuple(rows),
+        trace=trace.name,
+        cluster=cluster.name,
+        kind=trace.kind,
+        planned_requests=None if planned.requests is None else int(planned.requests.sum()),
+        scored_requests=None if scored.requests is None else int(scored.requests.sum()),
+        holdout=holdout,
+        seed=options.seed,
+        min_replicas=min_replicas,
+    )
+
+
+def _row(name: str, placement: Placement, target: Instance, scored: Trace, load: Any) -> Row:
+    return Row(
+        name=name,
+        placement=placement,
+        remote=score(placement, target),
+        steps=step_score(placement.local, scored, load) if scored.kind == "tokens" else None,
+        planned_share=placement.plan.remote_share,
+        violations=len(violations(placement, instance=target)),
+    )

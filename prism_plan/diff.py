@@ -1,0 +1,94 @@
+"""What moves between two placements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.model import ModelShape, require_same_model
+from prism_plan.placement import Placement
+
+
+@dataclass(frozen=True, eq=False)
+class PlacementDiff:
+    """Experts that a server newly loads, drops, or moves between its GPUs, from ``a`` to ``b``.
+
+    ``servers`` are those of ``b`` and then those only in ``a``. ``loads`` and ``drops`` are bool
+    [servers, L, E] over a server's GPUs together; ``shifts`` are experts that stay on the server
+    and change GPU, which a load there pays for too.
+    """
+
+    model: ModelShape
+    servers: tuple[str, ...]
+    loads: npt.NDArray[np.bool_]
+    drops: npt.NDArray[np.bool_]
+    shifts: npt.NDArray[np.bool_]
+
+    def bytes_of(self, moved: npt.NDArray[np.bool_]) -> int:
+        """Bytes of the experts in a [..., L, E] mask."""
+        of_layer = moved.reshape(-1, *moved.shape[-2:]).sum(axis=(0, 2))
+        sizes = self.model.expert_bytes_by_layer
+        return sum(int(n) * size for n, size in zip(of_layer, sizes, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """Totals, then per server and per layer; experts are [layer, expert] pairs."""
+        kinds = {"loads": self.loads, "drops": self.drops, "shifts": self.shifts}
+        return {
+            "format": "prism-plan/diff",
+            "version": 1,
+            **{key: int(mask.sum()) for key, mask in kinds.items()},
+            "moved_bytes": self.bytes_of(self.loads | self.shifts),
+            "servers": [
+                {
+                    "name": name,
+                    **{key: self._pairs(mask[n]) for key, mask in kinds.items()},
+                    "moved_bytes": self.bytes_of((self.loads | self.shifts)[n]),
+                }
+                for n, name in enumerate(self.servers)
+            ],
+            "layers": [
+                {
+                    "layer": layer,
+                    **{key: int(mask[:, at].sum()) for key, mask in kinds.items()},
+                }
+                for at, layer in enumerate(self.model.moe_layers)
+            ],
+        }
+
+    def _pairs(self, mask: npt.NDArray[np.bool_]) -> list[list[int]]:
+        return [[self.model.moe_layers[layer], int(e)] for layer, e in np.argwhere(mask)]
+
+
+def diff(a: Placement, b: Placement, names: tuple[str, str] = ("A", "B")) -> PlacementDiff:
+    """What has to move to get from ``a`` to ``b``; servers are matched by name.
+
+    Raises
+    ------
+    WrongModel
+        They place different models.
+    """
+    require_same_model(a.model, b.model, source=names[0], other=names[1])
+    servers = (*b.servers, *(name for name in a.servers if name not in b.servers))
+    shape = (len(servers), *b.on_gpu.shape[1:])
+    loads, drops, shifts = (np.zeros(shape, bool) for _ in range(3))
+    for n, name in enumerate(servers):
+        before, after = _gpus(a, name), _gpus(b, name)
+        width = max(len(before), len(after))
+        before, after = (
+            np.pad(held, ((0, width - len(held)), (0, 0), (0, 0))) for held in (before, after)
+        )
+        had, has = before.any(axis=0), after.any(axis=0)
+        loads[n] = has & ~had
+        drops[n] = had & ~has
+        shifts[n] = had & has & (after & ~before).any(axis=0)
+    return PlacementDiff(b.model, servers, loads, drops, shifts)
+
+
+def _gpus(placement: Placement, name: str) -> npt.NDArray[np.bool_]:
+    """The server's GPUs [G of it, L, E]; none where the placement does not have the server."""
+    if name not in placement.servers:
+        return np.zeros((0, *placement.on_gpu.shape[1:]), bool)
+    return placement.on_gpu[placement.gpus_of(placement.servers.index(name))]
