@@ -1,3 +1,161 @@
-"""Expert placement for Mixture-of-Experts models on a few unequal edge servers."""
+"""Expert placement for Mixture-of-Experts models on a few unequal edge servers.
+
+Everything the command line does is a plain call first::
+
+    import prism_plan as pp
+
+    trace = pp.read_trace("v2.parquet")
+    cluster = pp.read_cluster("cluster.toml")
+    instance = pp.Instance.build(trace, cluster)
+    placement = pp.solve(instance, solver="exact")
+    pp.write_placement("placement.json", placement)
+    print(pp.score(placement, instance).share)
+
+Names are imported when they are first used, so that ``import prism_plan`` stays quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from prism_plan.cluster import Cluster, Gpu, Link, PairLink, Server
+    from prism_plan.cluster_file import parse_cluster, read_cluster
+    from prism_plan.comparison import Comparison, compare
+    from prism_plan.errors import (
+        Infeasible,
+        InputError,
+        LimitReached,
+        OutputError,
+        PrismError,
+        SolverRefused,
+        WrongModel,
+    )
+    from prism_plan.instance import Instance
+    from prism_plan.model import PRESETS, ModelShape, ModelSpec, load_model
+    from prism_plan.moves import PlacementDiff, diff
+    from prism_plan.objective import (
+        RemoteScore,
+        StepScore,
+        Violation,
+        remote_score,
+        score,
+        step_score,
+        violations,
+    )
+    from prism_plan.placement import InputFile, Placement, Plan
+    from prism_plan.placement_file import placement_schema, read_placement, write_placement
+    from prism_plan.solvers.contract import Options
+    from prism_plan.solvers.entropy import entropy_counts, lemma1_bound
+    from prism_plan.solvers.greedy import greedy_with_coverage
+    from prism_plan.solvers.registry import SOLVER_NAMES
+    from prism_plan.solvers.run import solve
+    from prism_plan.trace import TokenBatch, Trace, trace_from_batches
+    from prism_plan.trace_file import TraceWriter, read_trace, write_trace
+    from prism_plan.workload import Workload, activations, expected_workload
+
+_HOME = {
+    "cluster": ("Cluster", "Gpu", "Link", "PairLink", "Server"),
+    "cluster_file": ("parse_cluster", "read_cluster"),
+    "comparison": ("Comparison", "compare"),
+    "moves": ("PlacementDiff", "diff"),
+    "errors": (
+        "Infeasible",
+        "InputError",
+        "LimitReached",
+        "OutputError",
+        "PrismError",
+        "SolverRefused",
+        "WrongModel",
+    ),
+    "instance": ("Instance",),
+    "model": ("PRESETS", "ModelShape", "ModelSpec", "load_model"),
+    "objective": (
+        "RemoteScore",
+        "StepScore",
+        "Violation",
+        "remote_score",
+        "score",
+        "step_score",
+        "violations",
+    ),
+    "placement": ("InputFile", "Placement", "Plan"),
+    "placement_file": ("placement_schema", "read_placement", "write_placement"),
+    "solvers.contract": ("Options",),
+    "solvers.entropy": ("entropy_counts", "lemma1_bound"),
+    "solvers.greedy": ("greedy_with_coverage",),
+    "solvers.registry": ("SOLVER_NAMES",),
+    "solvers.run": ("solve",),
+    "trace": ("TokenBatch", "Trace", "trace_from_batches"),
+    "trace_file": ("TraceWriter", "read_trace", "write_trace"),
+    "workload": ("Workload", "activations", "expected_workload"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "PRESETS",
+    "SOLVER_NAMES",
+    "Cluster",
+    "Comparison",
+    "Gpu",
+    "Infeasible",
+    "InputError",
+    "InputFile",
+    "Instance",
+    "LimitReached",
+    "Link",
+    "ModelShape",
+    "ModelSpec",
+    "Options",
+    "OutputError",
+    "PairLink",
+    "Placement",
+    "PlacementDiff",
+    "Plan",
+    "PrismError",
+    "RemoteScore",
+    "Server",
+    "SolverRefused",
+    "StepScore",
+    "TokenBatch",
+    "Trace",
+    "TraceWriter",
+    "Violation",
+    "Workload",
+    "WrongModel",
+    "__version__",
+    "activations",
+    "compare",
+    "diff",
+    "entropy_counts",
+    "expected_workload",
+    "greedy_with_coverage",
+    "lemma1_bound",
+    "load_model",
+    "parse_cluster",
+    "placement_schema",
+    "read_cluster",
+    "read_placement",
+    "read_trace",
+    "remote_score",
+    "score",
+    "solve",
+    "step_score",
+    "trace_from_batches",
+    "violations",
+    "write_placement",
+    "write_trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"prism_plan.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'prism_plan' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,8 +31,12 @@ def require_feasible(instance: Instance) -> None:
     if not instance.in_slots:
         _require_bytes(instance)
         return
+    if instance.has_rules:
+        _require_pins_fit(instance)
     slots = int(instance.slots.sum())
     if slots < copies * pairs:
+        if instance.has_rules:  # rules can make it fall short by more
+            explain_infeasible(instance)
         each = f" with {copies} replicas each" if copies > 1 else ""
         raise Infeasible(
             f"coverage: {pairs:,} experts{each} need {copies * pairs:,} slots, "
@@ -41,8 +45,6 @@ def require_feasible(instance: Instance) -> None:
             unit="slots",
             remedy="add memory or servers" + (", or lower --min-replicas" if copies > 1 else ""),
         )
-    if instance.has_rules:
-        _require_pins_fit(instance)
 
 
 def _require_bytes(instance: Instance) -> None:

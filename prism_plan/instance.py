@@ -14,7 +14,7 @@ from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots
 from prism_plan.errors import InputError
 from prism_plan.model import ModelShape
 from prism_plan.trace import Trace
-from prism_plan.workload import Workload, activations, workload
+from prism_plan.workload import Workload, activations, expected_workload
 
 Pairs = Sequence[tuple[int, int, int]]
 
@@ -161,8 +161,8 @@ class Instance:
         Raises
         ------
         InputError
-            See :func:`prism_plan.workload.workload`; a rule names a layer or expert that the
-            model does not have; slots are given though experts differ in size.
+            See :func:`prism_plan.workload.expected_workload`; a rule names a layer or expert that
+            the model does not have; slots are given though experts differ in size.
         Infeasible
             A GPU is too small for what must reside on it.
         """
@@ -203,7 +203,7 @@ class Instance:
         return cls(
             model=model.shape(),
             servers=tuple(server.name for server in cluster.servers),
-            activations=activations(trace, load or workload(trace, cluster)),
+            activations=activations(trace, load or expected_workload(trace, cluster)),
             gpu_capacity=tuple(capacity),
             min_replicas=min_replicas,
             pinned=tuple(rules["pin"]),

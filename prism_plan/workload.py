@@ -27,7 +27,7 @@ class Workload:
         self.rates.setflags(write=False)
 
 
-def workload(trace: Trace, cluster: Cluster) -> Workload:
+def expected_workload(trace: Trace, cluster: Cluster) -> Workload:
     """Token rates r·s_t·m_t of DESIGN section 1 (``weight`` replaces their sum over t).
 
     Raises

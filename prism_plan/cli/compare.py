@@ -9,7 +9,7 @@ import click
 from prism_plan.cli.solve import BACKENDS
 
 if TYPE_CHECKING:
-    from prism_plan.compare import Comparison
+    from prism_plan.comparison import Comparison
 
 
 @click.command("compare")
@@ -51,7 +51,7 @@ def command(
 
     from prism_plan.cli.console import deliver, load_trace, print_json, progress
     from prism_plan.cli.inputs import blaming, load_cluster
-    from prism_plan.compare import compare
+    from prism_plan.comparison import compare
     from prism_plan.files import check_writable
     from prism_plan.placement_file import read_placement
     from prism_plan.solvers.contract import Options

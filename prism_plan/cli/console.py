@@ -99,8 +99,8 @@ def load_trace(path: str) -> Trace:
         def tell(done: int, total: int) -> None:
             if total > LONG_TRACE and not bars:
                 bars.append(stack.enter_context(progress(total, "tokens")))
-            for update in bars:
-                update(f"reading {Path(path).name}", done)
+            for show in bars:
+                show(f"reading {Path(path).name}", done)
 
         return read_trace(path, tell)
 
@@ -108,7 +108,7 @@ def load_trace(path: str) -> Trace:
 def deliver(output: str, data: bytes) -> None:
     """Write ``data`` to the file ``output``, or to standard output for ``-``."""
     if output == "-":
-        stream = click.get_binary_stream("stdout")
+        stream = sys.stdout.buffer
         stream.write(data)
         stream.flush()
     else:

@@ -12,7 +12,7 @@ import click
 def command(a: str, b: str, as_json: bool) -> None:
     """Show what moves from placement A to placement B: experts and bytes, per server and layer."""
     from prism_plan.cli.console import byte_size, print_json, print_table
-    from prism_plan.diff import diff
+    from prism_plan.moves import diff
     from prism_plan.placement_file import read_placement
 
     result = diff(read_placement(a), read_placement(b), (a, b))

@@ -57,7 +57,7 @@ def placement_map(placement: str, output: str) -> None:
 def comparison(comparison: str, output: str) -> None:
     """Bars of a comparison written by ``prism-plan compare -o R.json``."""
     from prism_plan import plotting
-    from prism_plan.compare_file import read_comparison
+    from prism_plan.comparison_file import read_comparison
 
     plotting.check_extension(output)
     values = read_comparison(comparison)

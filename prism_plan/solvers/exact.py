@@ -133,7 +133,7 @@ def _prices(
     # what the dearest holder would lose by the price of its slot is paid by coverage
     per_pair = np.repeat(slot[:, None] + above, layers * experts // groups, axis=1)
     lack = np.where(state.T == flow.HELD, per_pair - weight.T, 0).max(axis=0)
-    coverage = np.where(copies == instance.min_replicas, lack, 0)
+    coverage = np.where(copies == instance.min_replicas, np.maximum(lack, 0), 0)
     return Prices(
         slot=slot / scale,
         # without caps there is one group, whose node is never dearer than its hub

@@ -97,7 +97,7 @@ def _model(instance: Instance, worth: npt.NDArray[np.float64]) -> tuple[Any, Any
     problem = pulp.LpProblem("placement", pulp.LpMinimize)
     x = [
         [
-            pulp.LpVariable(f"x_{n}_{j}", int(pinned[n, j]), int(not forbidden[n, j]), "Integer")
+            problem.add_variable(f"x_{n}_{j}", int(pinned[n, j]), int(not forbidden[n, j]), "Integer")
             for j in range(pairs)
         ]
         for n in range(servers)
@@ -121,7 +121,7 @@ def _model(instance: Instance, worth: npt.NDArray[np.float64]) -> tuple[Any, Any
     capacity = [room for gpus in instance.gpu_capacity for room in gpus]
     unit = max(size)  # bytes in units of the largest expert keep the numbers near one
     z = [
-        [pulp.LpVariable(f"z_{g}_{j}", 0, 1, "Integer") for j in range(pairs)]
+        [problem.add_variable(f"z_{g}_{j}", 0, 1, "Integer") for j in range(pairs)]
         for g in range(len(owner))
     ]
     for g, room in enumerate(capacity):
@@ -142,8 +142,13 @@ def _backend(options: Options, log: Path) -> Any:
         return pulp.HiGHS(
             msg=False, timeLimit=options.time_limit_s, gapRel=0.0, gapAbs=0.0, threads=1
         )
-    return pulp.PULP_CBC_CMD(
-        msg=False, timeLimit=options.time_limit_s, gapRel=0.0, threads=1, logPath=str(log)
+    return pulp.COIN_CMD(
+        path=pulp.PULP_CBC_CMD.pulp_cbc_path,  # the CBC that comes with PuLP
+        msg=False,
+        timeLimit=options.time_limit_s,
+        gapRel=0.0,
+        threads=1,
+        logPath=str(log),
     )
 
 

@@ -14,7 +14,7 @@ from prism_plan.objective import RemoteScore, StepScore, score, step_score, viol
 from prism_plan.placement import Placement
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
 from prism_plan.trace import Trace
-from prism_plan.workload import workload
+from prism_plan.workload import expected_workload
 
 #: `ilp` is left out of a comparison of all solvers beyond so many (server, expert) pairs.
 ILP_PAIRS = 50_000
@@ -134,7 +134,7 @@ def compare(
     planned, scored = (trace, trace) if holdout is None else trace.split(holdout, options.seed)
     instance = Instance.build(planned, cluster, min_replicas=min_replicas)
     target = Instance.build(scored, cluster, min_replicas=min_replicas)
-    load = workload(scored, cluster)
+    load = expected_workload(scored, cluster)
     rows: list[Row] = []
     for name in SOLVER_NAMES if solvers is None else solvers:
         pairs = instance.num_servers * instance.model.num_pairs

@@ -1,0 +1,81 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prism_plan.cluster import Cluster
+from prism_plan.cluster_file import parse_cluster
+from prism_plan.model import PRESETS
+from prism_plan.profiling.counts import read_counts
+from prism_plan.profiling.esft import read_esft
+from prism_plan.profiling.sources import Source
+from prism_plan.trace import Trace
+
+ROOT = Path(__file__).resolve().parent.parent
+ESFT_TASKS = ("intent", "law", "summary", "translation")
+
+
+@pytest.fixture(scope="session")
+def traces_dir() -> Path:
+    """The folder of real routing data; tests that need it skip where it is missing."""
+    folder = Path(os.environ.get("PRISM_TRACES", ROOT.parent / "shared" / "traces"))
+    if not (folder / "deepseek-v2-lite-esft").is_dir():
+        pytest.skip(f"no real routing data in {folder} (set PRISM_TRACES)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def v2_trace(traces_dir: Path) -> Trace:
+    """DeepSeek-V2-Lite's architecture, four tasks, token by token."""
+    scores = traces_dir / "deepseek-v2-lite-esft" / "expert_scores"
+    sources = [Source(scores / task) for task in ESFT_TASKS]
+    return read_esft(sources, PRESETS["deepseek-v2-lite"])
+
+
+@pytest.fixture(scope="session")
+def mixtral_trace(traces_dir: Path) -> Trace:
+    """Mixtral-8x7B, seven MMLU subjects, counts only."""
+    source = Source(traces_dir / "mixtral-8x7b-mmlu" / "counts.csv")
+    return read_counts([source], PRESETS["mixtral-8x7b"])
+
+
+@pytest.fixture(scope="session")
+def slots_cluster() -> Callable[..., Cluster]:
+    """Make a cluster of one-task servers of weight 1 from tasks and the slots of their GPUs."""
+
+    def make(tasks: list[str], slots: list[list[int]]) -> Cluster:
+        text = ['name = "test"']
+        for n, (task, gpus) in enumerate(zip(tasks, slots, strict=True)):
+            text.append(f'[[server]]\nname = "edge-{n}"\nweight = 1.0\ntasks = {{ {task} = 1.0 }}')
+            text.extend(f"[[server.gpu]]\nslots = {number}" for number in gpus)
+        return parse_cluster("\n".join(text))
+
+    return make
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def prism_plan() -> Run:
+    """Run the installed command in a process of its own."""
+    script = Path(sys.executable).parent / "prism-plan"
+
+    def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            timeout=120,
+            check=False,
+        )
+
+    return run
