@@ -162,6 +162,7 @@ def heatmap(trace: Trace, tasks: Sequence[str] | None = None) -> Figure:
         if not np.isfinite(ratio).all():
             _legend(figure, [_patch(_NO_DATA)], ["layer without calls"])
         _title(figure, "How often each task calls each expert", *_names(trace))
+        _lay_out(figure)
     return figure
 
 
@@ -215,6 +216,7 @@ def entropy(trace: Trace) -> Figure:
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
         _title(figure, "Entropy of expert usage by layer and task", *_names(trace))
+        _lay_out(figure)
     return figure
 
 
@@ -277,6 +279,7 @@ def placement_map(placement: Placement) -> Figure:
             _server_panels(figure, panels[:-1], cols, placement)
             _copies_panel(figure, panels[-1], local.sum(axis=0))
         _title(figure, f"Placement by {plan.solver}", *facts)
+        _lay_out(figure)
     return figure
 
 
@@ -325,7 +328,7 @@ def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64]) -> 
     )
     missing = int((copies == 0).sum())
     bar = figure.colorbar(drawn, ax=axes, extend="min" if missing else "neither", pad=0.015)
-    step = math.ceil(most / 12)
+    step = math.ceil(most / 6)
     bar.set_ticks(list(range(1, most + 1, step)), minor=False)
     bar.ax.tick_params(length=0)
     bar.set_label("servers that hold it")
@@ -416,6 +419,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
         every[0].set_yticks(range(len(rows)), labels=names, fontsize=_PANEL_PT, parse_math=False)
         _comparison_legend(figure, every[0], rows, any(broken))
         _title(figure, title or "Placements compared")
+        _lay_out(figure)
     return figure
 
 
@@ -588,6 +592,12 @@ def _legend(
 def _title(figure: Figure, what: str, *facts: str) -> None:
     text = "  ·  ".join([what, *(_fit(fact, 60) for fact in facts if fact)])
     figure.suptitle(_fit(text, 150), fontsize=_TITLE_PT, parse_math=False)
+
+
+def _lay_out(figure: Figure) -> None:
+    """Place everything once and for all; laying out anew would move it at every drawing."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def _fit(name: str, most: int) -> str:

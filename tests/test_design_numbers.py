@@ -32,15 +32,17 @@ CASES = {
 }
 
 
+Case = tuple[Instance, float, float, float]
+
+
 @pytest.fixture(params=list(CASES))
-def case(request: pytest.FixtureRequest, slots_cluster: Make) -> tuple[Instance, float, float, float]:
+def case(
+    request: pytest.FixtureRequest, slots_cluster: Make
+) -> tuple[Instance, float, float, float]:
     """An instance with the exact, prism and redundance shares that DESIGN gives."""
     tasks, slots, exact, prism, redundance = CASES[request.param]
     trace = request.getfixturevalue("mixtral_trace" if request.param == "mixtral" else "v2_trace")
     return Instance.build(trace, slots_cluster(tasks, slots)), exact, prism, redundance
-
-
-Case = tuple[Instance, float, float, float]
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,10 @@ def _solve(instance: Instance, options: Options) -> Answer:
         limit = (
             f"{options.time_limit_s:g} s" if options.time_limit_s else "the back end's own limit"
         )
+        other = " or use --solver exact" if instance.in_slots else ""
         raise LimitReached(
             f"ilp with {options.backend} found no placement within {limit} "
-            f"({pulp.LpSolution[status]}); raise --time-limit or use --solver exact"
+            f"({pulp.LpSolution[status]}); raise --time-limit{other}"
         )
     total = math.fsum(instance.activations.ravel())
     if options.near is not None:  # the tie-break is no part of the objective
