@@ -62,5 +62,4 @@ def comparison(comparison: str, output: str) -> None:
     plotting.check_extension(output)
     values = read_comparison(comparison)
     title = f"{values['trace']} on {values['cluster']}"
-    rows = [row for row in values["rows"] if row["remote_share"] is not None]
-    plotting.save(plotting.comparison(rows, title), output)
+    plotting.save(plotting.comparison(values["rows"], title), output)

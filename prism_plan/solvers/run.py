@@ -91,8 +91,8 @@ def _plan(
     calls = math.fsum(score.calls)
     extra = dict(answer.extra)
     bound = None if answer.bound is None or calls == 0 else answer.bound / calls
-    if calls == 0 and answer.bound is not None:
-        bound = 0.0
+    if answer.termination == "optimal":  # proven: the two differ by rounding alone
+        bound = score.share
     objective = "remote"
     if options.near is not None:
         loads = int((answer.local & ~standing_local(instance, options.near)).sum())

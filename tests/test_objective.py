@@ -1,0 +1,268 @@
+"""Remote share, waiting share, destinations and violations against plain definitions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import WrongModel
+from prism_plan.instance import Instance
+from prism_plan.kernels import smallest_cover
+from prism_plan.model import ModelShape, ModelSpec
+from prism_plan.objective import remote_score, score, step_score, violations, worst
+from prism_plan.placement import Placement, Plan
+from prism_plan.profiling.synthetic import synthetic_trace
+from prism_plan.solvers import solve
+from prism_plan.trace import Trace
+from prism_plan.workload import Workload, expected_workload
+
+SPEC = ModelSpec(
+    name="tiny",
+    moe_layers=(1, 2, 5),
+    num_experts=6,
+    top_k=3,
+    hidden_size=16,
+    dtype_bytes=2,
+    expert_bytes=100,
+    dense_bytes=1000,
+    kv_bytes_per_token=10,
+)
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    """Two tasks, nine requests, tokens of six experts in three layers."""
+    return synthetic_trace(SPEC, ["a", "b"], requests=5, prompt_tokens=6, decode_tokens=3, seed=4)
+
+
+def plain_steps(
+    local: np.ndarray, trace: Trace, load: Workload
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, waiting steps and destinations per server, token by token as DESIGN defines them."""
+    assert trace.batches is not None
+    servers = len(local)
+    steps, waiting, destinations = (np.zeros(servers) for _ in range(3))
+    for batch in trace.batches():
+        for t, n in itertools.product(range(len(batch)), range(servers)):
+            task = batch.task[t]
+            weight = load.rates[n, task] / trace.tokens[task]
+            for layer, experts in enumerate(batch.experts[t]):
+                steps[n] += weight
+                missing = {int(e) for e in experts if not local[n, layer, e]}
+                if not missing:
+                    continue
+                waiting[n] += weight
+                others = [m for m in range(servers) if m != n]
+                for size in range(1, servers):
+                    if any(
+                        all(any(local[m, layer, e] for m in chosen) for e in missing)
+                        for chosen in itertools.combinations(others, size)
+                    ):
+                        destinations[n] += weight * size
+                        break
+    return steps, waiting, destinations
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_steps_against_the_definition(trace: Trace, seed: int) -> None:
+    """Waiting and destinations equal a token-by-token count with all sets of servers tried."""
+    rng = np.random.default_rng(seed)
+    servers = int(rng.integers(1, 6))
+    local = rng.random((servers, 3, 6)) < rng.uniform(0.2, 0.9)
+    local[0] |= ~local.any(axis=0)
+    rates = rng.random((servers, 2)) * (rng.random((servers, 2)) < 0.7)
+    load = Workload(trace.tasks, rates)
+    got = step_score(local, trace, load)
+    steps, waiting, destinations = plain_steps(local, trace, load)
+    assert got.steps == pytest.approx(steps)
+    assert got.waiting == pytest.approx(waiting)
+    assert got.destinations == pytest.approx(destinations)
+    assert got.greedy_share == 0
+    if steps.sum():
+        assert got.waiting_share == pytest.approx(waiting.sum() / steps.sum())
+        assert got.mean_destinations == pytest.approx(destinations.sum() / steps.sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_remote_share_is_the_share_of_tokens_calls(
+    trace: Trace, slots_cluster: Callable[..., Cluster], seed: int
+) -> None:
+    """The remote share from activations equals remote calls counted token by token."""
+    rng = np.random.default_rng(seed)
+    cluster = slots_cluster(["a", "b", "a"], [[9], [9], [9]])
+    instance = Instance.build(trace, cluster)
+    load = expected_workload(trace, cluster)
+    local = rng.random((3, 3, 6)) < 0.5
+    remote = calls = 0.0
+    assert trace.batches is not None
+    for batch in trace.batches():
+        for t, n in itertools.product(range(len(batch)), range(3)):
+            weight = load.rates[n, batch.task[t]] / trace.tokens[batch.task[t]]
+            for layer, experts in enumerate(batch.experts[t]):
+                calls += weight * len(experts)
+                remote += weight * sum(not local[n, layer, e] for e in experts)
+    assert remote_score(instance.activations, local).share == pytest.approx(remote / calls)
+
+
+def test_extremes(trace: Trace, slots_cluster: Callable[..., Cluster]) -> None:
+    """Everything local: nothing waits. Nothing local but one server: all others wait, on one."""
+    load = expected_workload(trace, slots_cluster(["a", "b"], [[18], [18]]))
+    everything = np.ones((2, 3, 6), bool)
+    assert step_score(everything, trace, load).waiting_share == 0
+    assert step_score(everything, trace, load).mean_destinations == 0
+    everything[1] = False
+    got = step_score(everything, trace, load)
+    assert got.waiting_by_server == [0.0, 1.0]
+    assert got.destinations_by_server == [0.0, 1.0]
+    assert worst(got.waiting_by_server) == (1, 1.0)
+
+
+def test_an_expert_held_nowhere_waits_and_goes_nowhere(trace: Trace) -> None:
+    """Uncovered experts make steps wait and add no destination."""
+    load = Workload(trace.tasks, np.ones((1, 2)))
+    got = step_score(np.zeros((1, 3, 6), bool), trace, load)
+    assert (got.waiting_share, got.mean_destinations) == (1.0, 0.0)
+
+
+def test_counts_only_has_no_steps(mixtral_trace: Trace) -> None:
+    """A counts-only trace does not tell which experts are called together."""
+    with pytest.raises(ValueError, match="called together"):
+        step_score(np.ones((1, 32, 8), bool), mixtral_trace, Workload((), np.ones((1, 7))))
+
+
+def best_cover(masks: list[int], full: int) -> list[int] | None:
+    """Positions of the lexicographically first smallest cover, by trying all sets."""
+    for size in range(1, len(masks) + 1):
+        for chosen in itertools.combinations(range(len(masks)), size):
+            union = 0
+            for i in chosen:
+                union |= masks[i]
+            if union == full:
+                return list(chosen)
+    return None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 255), min_size=1, max_size=9))
+def test_smallest_cover(masks: list[int]) -> None:
+    """Enumeration finds the smallest set, ties to the lowest indices; greedy covers as well."""
+    full = 0
+    for mask in masks:
+        full |= mask
+    chosen = np.zeros(len(masks) + 1, np.int64)
+    array = np.array(masks, np.int64)
+    size = smallest_cover(array, len(masks), full, 16, chosen)
+    assert chosen[:size].tolist() == best_cover(masks, full)
+    greedy = smallest_cover(array, len(masks), full, 0, chosen)
+    union = 0
+    for i in chosen[:greedy]:
+        union |= masks[i]
+    assert union == full
+    assert greedy >= size
+    assert greedy <= size * (1 + np.log(8))
+
+
+def test_greedy_beyond_sixteen_servers_is_reported() -> None:
+    """With more than 16 candidate servers the report says that destinations are greedy."""
+    spec = ModelSpec(
+        name="wide",
+        moe_layers=(0,),
+        num_experts=40,
+        top_k=2,
+        hidden_size=1,
+        dtype_bytes=2,
+        expert_bytes=1,
+        dense_bytes=0,
+        kv_bytes_per_token=0,
+    )
+    trace = synthetic_trace(spec, ["a"], requests=4, seed=1)
+    local = np.random.default_rng(0).random((40, 1, 40)) < 0.6
+    got = step_score(local, trace, Workload(("a",), np.ones((40, 1))))
+    assert 0 < got.greedy_share <= 1
+    few = step_score(local[:10], trace, Workload(("a",), np.ones((10, 1))))
+    assert few.greedy_share == 0
+
+
+def test_shares_of_servers_without_calls() -> None:
+    """A server that calls nothing has no share and is never the worst; no calls at all are 0."""
+    f = np.zeros((2, 1, 2))
+    f[0] = [[1, 3]]
+    got = remote_score(f, np.array([[[True, False]], [[False, True]]]))
+    assert got.by_server == [0.75, None]
+    assert worst(got.by_server) == (0, 0.75)
+    assert worst([None, None]) is None
+    assert remote_score(np.zeros((1, 1, 2)), np.zeros((1, 1, 2), bool)).share == 0.0
+
+
+def placed(held: np.ndarray, slots: tuple[tuple[int, ...], ...]) -> Placement:
+    model = ModelShape("m", (3, 4), held.shape[2], 1, 7)
+    names = tuple(f"s{n}" for n in range(len(slots)))
+    return Placement(model, names, slots, held, Plan("hand"))
+
+
+def test_violations_are_named() -> None:
+    """Each broken constraint is found once, with place and amount."""
+    held = np.zeros((3, 2, 2), bool)
+    held[0] = [[True, True], [True, False]]
+    held[2] = [[True, False], [True, False]]
+    placement = placed(held, ((2,), (4, 4)))
+    found = violations(placement)
+    assert [(v.constraint, v.where, v.amount) for v in found] == [
+        ("coverage", "layer 4 expert 1", 1),
+        ("capacity", "server 's0' gpu[0]", 1),
+    ]
+    instance = Instance(
+        placement.model,
+        placement.servers,
+        np.ones((2, 2, 2)),
+        ((2,), (4, 1)),
+        min_replicas=2,
+        pinned=((1, 1, 1),),
+        forbidden=((0, 0, 1),),
+        layer_caps=(1, None),
+    )
+    found = violations(placement, instance=instance)
+    assert [(v.constraint, v.amount) for v in found] == [
+        ("min_replicas", 1),
+        ("coverage", 2),
+        ("capacity", 1),
+        ("capacity", 1),
+        ("capacity", 1),
+        ("pin", 1),
+        ("forbid", 1),
+        ("layer_cap", 1),
+    ]
+    assert "server 's0' layer 3 holds 2 experts, layer_cap is 1" in found[-1].message
+
+
+def test_other_servers_are_a_violation() -> None:
+    """A placement for other servers, or other GPUs, says so instead of being scored."""
+    placement = placed(np.ones((2, 2, 2), bool), ((4,), (4,)))
+    model, f = placement.model, np.ones((2, 2, 2))
+    other = Instance(model, ("x", "y"), f, ((4,), (4,)))
+    assert [v.constraint for v in violations(placement, instance=other)] == ["servers"]
+    gpus = Instance(model, placement.servers, f, ((2, 2), (4,)))
+    assert [v.constraint for v in violations(placement, instance=gpus)] == ["gpus"]
+
+
+def test_another_model_is_refused() -> None:
+    """A placement is never scored on another model's problem."""
+    placement = placed(np.ones((1, 2, 2), bool), ((4,),))
+    model = ModelShape("other", (3, 4), 2, 1, 7)
+    instance = Instance(model, ("s0",), np.ones((1, 2, 2)), ((4,),))
+    with pytest.raises(WrongModel, match="name is 'm'; expected 'other'"):
+        score(placement, instance)
+
+
+def test_no_violations_of_a_solver() -> None:
+    """What a solver returns breaks nothing, also as seen by the placement alone."""
+    model = ModelShape("m", (0, 1), 4, 2, 7)
+    f = np.random.default_rng(0).random((2, 2, 4))
+    instance = Instance(model, ("a", "b"), f, ((5,), (3, 3)))
+    assert violations(solve(instance, "prism"), instance=instance) == []
