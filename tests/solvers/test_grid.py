@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from instances import random_instance
+from tests.solvers.instances import random_instance
 
 from prism_plan.errors import Infeasible, SolverRefused
 from prism_plan.instance import Instance

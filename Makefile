@@ -1,0 +1,45 @@
+# make demo    install and run the main job end to end; results in demo-out/
+# make test    install with test tools and run all tests
+# make lint    style, formatting and types
+# make bench   measure the speeds that tests/benchmarks/README.md promises
+# Only Python (3.11 or newer) and make are needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+# dev: test tools. Add hf to also check model sizes against transformers (needs PyTorch).
+EXTRAS ?= dev
+PIP_FLAGS ?= --quiet --disable-pip-version-check
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "prism-plan needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/made pyproject.toml
+	$(BIN)/pip install $(PIP_FLAGS) -e .
+	@touch $@
+
+$(VENV)/installed-$(EXTRAS): $(VENV)/made pyproject.toml
+	$(BIN)/pip install $(PIP_FLAGS) -c .ci/constraints.txt -e '.[$(EXTRAS)]'
+	@touch $(VENV)/installed $@
+
+demo: $(VENV)/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh traces/demo.sh demo-out
+
+test: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) demo-out build *.egg-info

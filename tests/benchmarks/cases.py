@@ -1,0 +1,232 @@
+"""The benchmark registry: each case is frozen by name, sizes and seed.
+
+A case prepares its input, then `run` is what is timed; it returns figures that prove that a faster
+run did the same work (objective, augmentations, rows).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prism_plan.cluster_file import parse_cluster
+from prism_plan.instance import Instance
+from prism_plan.model import PRESETS, ModelShape, ModelSpec
+from prism_plan.profiling.esft import read_esft
+from prism_plan.profiling.sources import Source
+from prism_plan.solvers import Options, solve
+from prism_plan.trace import TokenBatch, Trace
+from prism_plan.trace_file import TraceWriter, read_trace, write_trace
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ESFT_TASKS = ("intent", "law", "summary", "translation")
+SCRIPT = Path(sys.executable).parent / "prism-plan"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A frozen measurement: `prepare` makes the input, `run` is timed, `limit_s` is promised."""
+
+    name: str
+    prepare: Callable[[Path], Any]
+    run: Callable[[Any], dict[str, Any]]
+    limit_s: float | None = None
+    limit_mib: float | None = None
+    repeats: int = 5
+    small: bool = False
+
+
+def traces_dir() -> Path:
+    """The folder of real routing data."""
+    return Path(os.environ.get("PRISM_TRACES", ROOT.parent / "shared" / "traces"))
+
+
+def v2_trace() -> Trace:
+    """The real V2-Lite trace, four tasks."""
+    scores = traces_dir() / "deepseek-v2-lite-esft" / "expert_scores"
+    return read_esft([Source(scores / task) for task in ESFT_TASKS], PRESETS["deepseek-v2-lite"])
+
+
+def v2_three(folder: Path) -> Instance:
+    """V2-Lite, intent, law and translation on the paper's three servers."""
+    cluster = parse_cluster((ROOT / "traces" / "paper-v2lite.toml").read_text())
+    return Instance.build(v2_trace(), cluster)
+
+
+def v2_many(servers: int, slots: int) -> Callable[[Path], Instance]:
+    """V2-Lite, the four tasks in turn on so many servers: 16 of 64 servers are alike."""
+
+    def prepare(folder: Path) -> Instance:
+        trace = v2_trace()
+        activations = trace.calls_per_token()[np.arange(servers) % len(trace.tasks)]
+        names = tuple(f"s{n}" for n in range(servers))
+        return Instance(trace.model.shape(), names, activations, ((slots,),) * servers)
+
+    return prepare
+
+
+def gamma(
+    layers: int, experts: int, top_k: int, servers: int, slots: int, tasks: int, seed: int = 0
+) -> Callable[[Path], Instance]:
+    """Activations drawn per task from a gamma distribution (shape ½), tasks dealt to servers."""
+
+    def prepare(folder: Path) -> Instance:
+        rng = np.random.default_rng(seed)
+        f = rng.gamma(0.5, size=(tasks, layers, experts))
+        f *= top_k / f.sum(axis=2, keepdims=True)
+        model = ModelShape("gamma", tuple(range(layers)), experts, top_k, 1)
+        names = tuple(f"s{n}" for n in range(servers))
+        return Instance(model, names, f[np.arange(servers) % tasks], ((slots,),) * servers)
+
+    return prepare
+
+
+def solved(solver: str, **options: Any) -> Callable[[Instance], dict[str, Any]]:
+    """Run a solver, model building counted, and tell what came out."""
+
+    def run(instance: Instance) -> dict[str, Any]:
+        plan = solve(instance, solver, Options(**options)).plan
+        work = {key: plan.extra[key] for key in ("augmentations", "expanded") if key in plan.extra}
+        return {
+            "remote_share": plan.remote_share,
+            "termination": plan.termination,
+            "runtime_s": plan.runtime_s,
+            **work,
+        }
+
+    return run
+
+
+def large_trace(tokens: int, *, weights: bool = False) -> Callable[[Path], Path]:
+    """A token-level trace of V2-Lite's shape: 20,000 drawn tokens, shuffled again and again."""
+
+    def prepare(folder: Path) -> Path:
+        path = folder / f"large-{tokens}.parquet"
+        model: ModelSpec = PRESETS["deepseek-v2-lite"]
+        rng = np.random.default_rng(0)
+        drawn = 20_000
+        popularity = rng.normal(0, 0.8, (model.num_layers, model.num_experts))
+        base = np.empty((drawn, model.num_layers, model.top_k), np.uint16)
+        for layer in range(model.num_layers):
+            noisy = popularity[layer] + rng.gumbel(size=(drawn, model.num_experts))
+            base[:, layer] = np.argpartition(-noisy, model.top_k, axis=1)[:, : model.top_k]
+        with TraceWriter(path, model, weights=weights) as writer:
+            for start in range(0, tokens, drawn):
+                rows = np.arange(start, min(start + drawn, tokens))
+                chosen = rng.permutation(drawn)[: len(rows)]
+                gates = rng.random((len(rows), model.num_layers, model.top_k))
+                writer.write(
+                    TokenBatch(
+                        request=(rows // 500).astype(np.int32),
+                        position=(rows % 500).astype(np.int32),
+                        phase=np.full(len(rows), 2, np.int8),
+                        task=(rows // 500 % 3).astype(np.int32),
+                        experts=base[chosen],
+                        weights=gates.astype(np.float16) if weights else None,
+                    ),
+                    ("a", "b", "c"),
+                )
+        return path
+
+    return prepare
+
+
+def counted(path: Path) -> dict[str, Any]:
+    """Read, check and count a trace."""
+    trace = read_trace(path)
+    calls = int(trace.counts.sum())
+    return {"calls": calls, "bytes_a_selection": round(path.stat().st_size / calls, 4)}
+
+
+def solve_files(folder: Path) -> tuple[Path, Path]:
+    """The real V2-Lite trace as a file."""
+    path = folder / "v2.parquet"
+    write_trace(path, v2_trace())
+    return path, folder / "p.json"
+
+
+def command(*arguments: object) -> dict[str, Any]:
+    """Run the installed command as a whole process."""
+    command = [str(SCRIPT), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, check=True)
+    return {"stdout_bytes": len(result.stdout)}
+
+
+def solve_command(files: tuple[Path, Path]) -> dict[str, Any]:
+    """`prism-plan solve` with the exact solver on the real trace."""
+    trace, output = files
+    cluster = ROOT / "traces" / "paper-v2lite.toml"
+    return command("solve", trace, "--cluster", cluster, "-o", output)
+
+
+CASES = [
+    Case("exact, V2-Lite, 3 servers", v2_three, solved("exact"), 0.1),
+    Case("ilp HiGHS, V2-Lite, 3 servers", v2_three, solved("ilp", backend="highs")),
+    Case("ilp CBC, V2-Lite, 3 servers", v2_three, solved("ilp", backend="cbc")),
+    Case("exact, V2-Lite, 64 servers x 80", v2_many(64, 80), solved("exact"), 0.3),
+    Case(
+        "ilp CBC, V2-Lite, 64 servers x 80",
+        v2_many(64, 80),
+        solved("ilp", backend="cbc"),
+        repeats=2,
+    ),
+    Case("exact, V2-Lite, 128 servers x 80", v2_many(128, 80), solved("exact")),
+    Case("exact, V2-Lite, 256 servers x 80", v2_many(256, 80), solved("exact")),
+    Case(
+        "exact, V3 size, 64 servers x 300, each its own task",
+        gamma(58, 256, 8, 64, 300, 64),
+        solved("exact"),
+        2.0,
+        1024,
+    ),
+    Case(
+        "exact, V3 size, 64 servers x 300, 4 tasks",
+        gamma(58, 256, 8, 64, 300, 4),
+        solved("exact"),
+        2.0,
+        1024,
+    ),
+    Case(
+        "exact, V3 size, 128 servers x 300, 4 tasks",
+        gamma(58, 256, 8, 128, 300, 4),
+        solved("exact"),
+        repeats=3,
+    ),
+    Case(
+        "exact, V3 size, 256 servers x 300, 4 tasks",
+        gamma(58, 256, 8, 256, 300, 4),
+        solved("exact"),
+        repeats=3,
+    ),
+    Case(
+        "exact, V3 size, 256 servers x 60, each its own task",
+        gamma(58, 256, 8, 256, 60, 256),
+        solved("exact"),
+        repeats=3,
+    ),
+    Case("count 1,000,000 tokens x 26 x 6", large_trace(1_000_000), counted, 5.0, 1024, repeats=3),
+    Case(
+        "count 1,000,000 tokens x 26 x 6 with weights",
+        large_trace(1_000_000, weights=True),
+        counted,
+        repeats=3,
+    ),
+    Case("prism-plan --help", lambda folder: None, lambda _: command("--help"), 0.4),
+    Case("prism-plan solve, V2-Lite", solve_files, solve_command, 2.0),
+    Case("small: exact", gamma(4, 16, 2, 8, 12, 8), solved("exact"), small=True),
+    Case("small: ilp", gamma(4, 16, 2, 8, 12, 8), solved("ilp"), small=True),
+    Case("small: count 5,000 tokens", large_trace(5_000), counted, small=True),
+]
+
+
+def folder() -> tempfile.TemporaryDirectory[str]:
+    """A place for prepared files."""
+    return tempfile.TemporaryDirectory(prefix="prism-plan-bench-")
