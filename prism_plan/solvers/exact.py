@@ -82,58 +82,48 @@ def solve_flow(
     weight = np.rint(worth.reshape(servers, pairs) * scale).astype(np.int64)
     if preferred is not None:
         weight += 2 * preferred.reshape(servers, pairs)
-    far = 1 << 59
-
     state = np.zeros((servers, pairs), np.int8)
     state[instance.mask(instance.pinned).reshape(servers, pairs)] = flow.PINNED
     state[instance.mask(instance.forbidden).reshape(servers, pairs)] = flow.FORBIDDEN
-    order = np.argsort(-weight, axis=1, kind="stable").astype(np.int32)
-    weight = np.ascontiguousarray(weight.T)
-    state = np.ascontiguousarray(state.T)
-    place = np.full((pairs, servers), -1, np.int32)
-    room = int(max(1, min(int(slots.max()), group_size))) + 1
-    held = np.empty((servers, groups, room), np.int32)
-    count = np.zeros((servers, groups), np.int64)
-    used = np.zeros(servers, np.int64)
-    copies = np.zeros(pairs, np.int64)
-    potential = np.zeros(servers * (groups + 1), np.int64)
-    cheapest = np.full((servers, groups, servers), flow.UNKNOWN, np.int32)
-    cost = np.zeros((servers, groups, servers), np.int64)
-    work = np.zeros(2, np.int64)
-    flow.start(
-        weight, order, state, slots, cap, group_size, far,
-        place, held, count, used, copies, potential, cheapest, cost,
-    )  # fmt: skip
-    stuck = flow.cover(
-        weight, state, slots, cap, group_size, instance.min_replicas, far,
-        place, held, count, used, copies, potential, cheapest, cost, work,
-    )  # fmt: skip
+    most = int(max(1, min(int(slots.max()), group_size))) + 1
+    tables = flow.Tables(
+        weight=np.ascontiguousarray(weight.T),
+        slots=slots,
+        sizes=np.array([group_size, instance.min_replicas]),
+        far=1 << 59,
+        order=np.argsort(-weight, axis=1, kind="stable").astype(np.int32),
+        cap=cap,
+        state=np.ascontiguousarray(state.T),
+        held=np.empty((servers, groups, most), np.int32),
+        place=np.full((pairs, servers), -1, np.int32),
+        number=np.zeros((servers, groups), np.int64),
+        used=np.zeros(servers, np.int64),
+        copies=np.zeros(pairs, np.int64),
+        potential=np.zeros(servers * (groups + 1), np.int64),
+        cheapest=np.full((servers, groups, servers + 1), flow.UNKNOWN, np.int32),
+        cost=np.zeros((servers, groups, servers + 1), np.int64),
+        work=np.zeros(2, np.int64),
+    )
+    flow.start(tables)
+    stuck = flow.cover(tables)
     if stuck >= 0:
         explain_infeasible(instance)
         raise AssertionError(f"no path for {instance.model.pair_text(stuck)}, yet no cut")
-    local = ((state == flow.HELD) | (state == flow.PINNED)).T.reshape(worth.shape)
-    prices = _prices(potential, weight, state, copies, instance, groups, scale)
-    return np.ascontiguousarray(local), prices, work
+    local = ((tables.state == flow.HELD) | (tables.state == flow.PINNED)).T.reshape(worth.shape)
+    return np.ascontiguousarray(local), _prices(tables, instance, scale), tables.work
 
 
-def _prices(
-    potential: npt.NDArray[np.int64],
-    weight: npt.NDArray[np.int64],
-    state: npt.NDArray[np.int8],
-    copies: npt.NDArray[np.int64],
-    instance: Instance,
-    groups: int,
-    scale: float,
-) -> Prices:
+def _prices(tables: flow.Tables, instance: Instance, scale: float) -> Prices:
     """Prices from potentials: a slot costs its hub's, a layer cap what its node adds to that."""
     servers, layers, experts = instance.activations.shape
-    slot = potential[servers * groups :]
-    node = potential[: servers * groups].reshape(servers, groups)
+    groups = tables.cap.shape[1]
+    slot = tables.potential[servers * groups :]
+    node = tables.potential[: servers * groups].reshape(servers, groups)
     above = np.maximum(node - slot[:, None], 0)
     # what the dearest holder would lose by the price of its slot is paid by coverage
     per_pair = np.repeat(slot[:, None] + above, layers * experts // groups, axis=1)
-    lack = np.where(state.T == flow.HELD, per_pair - weight.T, 0).max(axis=0)
-    coverage = np.where(copies == instance.min_replicas, np.maximum(lack, 0), 0)
+    lack = np.where(tables.state.T == flow.HELD, per_pair - tables.weight.T, 0).max(axis=0)
+    coverage = np.where(tables.copies == instance.min_replicas, np.maximum(lack, 0), 0)
     return Prices(
         slot=slot / scale,
         # without caps there is one group, whose node is never dearer than its hub

@@ -15,7 +15,7 @@ many of group g on n; at hub n it is an expert too many on n, of whichever group
 from __future__ import annotations
 
 import heapq
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,178 +23,165 @@ import numpy.typing as npt
 from prism_plan.jit import jit
 
 FREE, HELD, FORBIDDEN, PINNED = 0, 1, 2, 3
-#: Instead of an expert in the table of cheapest hand-overs: to be searched for; none can go.
+#: Instead of an expert in `Tables.cheapest`: to be searched for; there is none.
 UNKNOWN, NOTHING = -1, -2
 
 Ints = npt.NDArray[Any]
 
 
-@jit
-def _add(
-    k: int,
-    n: int,
-    g: int,
-    weight: Ints,
-    state: Ints,
-    place: Ints,
-    held: Ints,
-    count: Ints,
-    used: Ints,
-    copies: Ints,
-    cheapest: Ints,
-    cost: Ints,
-) -> None:  # pragma: no cover - compiled
-    state[k, n] = HELD
-    place[k, n] = count[n, g]
-    held[n, g, count[n, g]] = k
-    count[n, g] += 1
-    used[n] += 1
-    copies[k] += 1
-    for m in range(state.shape[1]):
-        if state[k, m] == FREE:
-            _offer(k, n, g, m, weight, cheapest, cost)
-        elif cheapest[m, g, n] == k:
-            cheapest[m, g, n] = UNKNOWN
+class Tables(NamedTuple):
+    """The search's state, over N servers, J experts and their groups; all but the first five vary.
+
+    ``weight`` int64 [J, N] what holding an expert is worth; ``slots`` int64 [N]; ``sizes`` int64
+    [2]: experts of a group, copies wanted of each; ``far`` int64: more than any path costs;
+    ``order`` int32 [N, J] experts by falling weight. ``cap`` int64 [N, groups], from which pins
+    are taken off. ``state`` int8 [J, N]; ``held`` int32 [N, groups, most] the experts that may
+    leave, ``place`` int32 [J, N] where in it; ``number`` int64 [N, groups] how many; ``used`` int64
+    [N] slots; ``copies`` int64 [J]; ``potential`` int64 [N·(groups + 1)].
+
+    ``cheapest`` int32 and ``cost`` int64 [N, groups, N + 1] remember the expert that a server
+    hands to each other server at the least loss, and in the last column the one that it drops: of
+    those that have copies to spare. They are searched for when first wanted and kept up to date by
+    every move. ``work`` int64 [2] counts augmentations and expanded nodes.
+    """
+
+    weight: Ints
+    slots: Ints
+    sizes: Ints
+    far: int
+    order: Ints
+    cap: Ints
+    state: Ints
+    held: Ints
+    place: Ints
+    number: Ints
+    used: Ints
+    copies: Ints
+    potential: Ints
+    cheapest: Ints
+    cost: Ints
+    work: Ints
 
 
 @jit
-def _remove(
-    k: int,
-    n: int,
-    g: int,
-    weight: Ints,
-    state: Ints,
-    place: Ints,
-    held: Ints,
-    count: Ints,
-    used: Ints,
-    copies: Ints,
-    cheapest: Ints,
-    cost: Ints,
-) -> None:  # pragma: no cover - compiled
-    state[k, n] = FREE
-    count[n, g] -= 1
-    last = held[n, g, count[n, g]]
-    held[n, g, place[k, n]] = last
-    place[last, n] = place[k, n]
-    used[n] -= 1
-    copies[k] -= 1
-    for m in range(state.shape[1]):
-        if cheapest[n, g, m] == k:
-            cheapest[n, g, m] = UNKNOWN
-        if state[k, m] == HELD:
-            _offer(k, m, g, n, weight, cheapest, cost)
+def _offer(t: Tables, k: int, n: int, g: int, to: int, loss: int) -> None:  # pragma: no cover
+    """Expert k can now go from n to server ``to``: keep it if it is the cheapest that can."""
+    known = t.cheapest[n, g, to]
+    if known == NOTHING or (known >= 0 and loss < t.cost[n, g, to]):
+        t.cheapest[n, g, to] = k
+        t.cost[n, g, to] = loss
 
 
 @jit
-def _offer(
-    k: int, n: int, g: int, m: int, weight: Ints, cheapest: Ints, cost: Ints
-) -> None:  # pragma: no cover - compiled
-    """Expert k can now go from n to m: keep it if it is the cheapest that can."""
-    if cheapest[n, g, m] != UNKNOWN:
-        loss = weight[k, n] - weight[k, m]
-        if cheapest[n, g, m] == NOTHING or loss < cost[n, g, m]:
-            cheapest[n, g, m] = k
-            cost[n, g, m] = loss
+def _add(t: Tables, k: int, n: int) -> None:  # pragma: no cover - compiled
+    g = k // t.sizes[0]
+    away = len(t.slots)
+    t.state[k, n] = HELD
+    t.place[k, n] = t.number[n, g]
+    t.held[n, g, t.number[n, g]] = k
+    t.number[n, g] += 1
+    t.used[n] += 1
+    t.copies[k] += 1
+    spare = t.copies[k] - t.sizes[1]
+    for m in range(away):
+        if t.state[k, m] == FREE:
+            _offer(t, k, n, g, m, t.weight[k, n] - t.weight[k, m])
+            continue
+        if t.cheapest[m, g, n] == k:
+            t.cheapest[m, g, n] = UNKNOWN
+        if t.state[k, m] == HELD and (spare == 1 or (spare > 1 and m == n)):
+            _offer(t, k, m, g, away, t.weight[k, m])
 
 
 @jit
-def _search(
-    n: int,
-    g: int,
-    m: int,
-    weight: Ints,
-    state: Ints,
-    held: Ints,
-    count: Ints,
-    cheapest: Ints,
-    cost: Ints,
-) -> None:  # pragma: no cover - compiled
-    """The expert of group g that n hands to m at the least loss."""
-    cheapest[n, g, m] = NOTHING
-    for i in range(count[n, g]):
+def _remove(t: Tables, k: int, n: int) -> None:  # pragma: no cover - compiled
+    g = k // t.sizes[0]
+    away = len(t.slots)
+    t.state[k, n] = FREE
+    t.number[n, g] -= 1
+    last = t.held[n, g, t.number[n, g]]
+    t.held[n, g, t.place[k, n]] = last
+    t.place[last, n] = t.place[k, n]
+    t.used[n] -= 1
+    t.copies[k] -= 1
+    none_to_spare = t.copies[k] == t.sizes[1]
+    for m in range(away):
+        if t.cheapest[n, g, m] == k:
+            t.cheapest[n, g, m] = UNKNOWN
+        if t.state[k, m] == HELD:
+            _offer(t, k, m, g, n, t.weight[k, m] - t.weight[k, n])
+        if (none_to_spare or m == n) and t.cheapest[m, g, away] == k:
+            t.cheapest[m, g, away] = UNKNOWN
+
+
+@jit
+def _search(t: Tables, n: int, g: int, to: int) -> None:  # pragma: no cover - compiled
+    """Find the expert of group g that n hands to ``to``, or drops, at the least loss."""
+    weight, state, held, copies, min_replicas = t.weight, t.state, t.held, t.copies, t.sizes[1]
+    away = len(t.slots)
+    found = NOTHING
+    least = t.far
+    for i in range(t.number[n, g]):
         k = held[n, g, i]
-        if state[k, m] == FREE:
-            _offer(k, n, g, m, weight, cheapest, cost)
-
-
-@jit
-def start(
-    weight: Ints,
-    order: Ints,
-    state: Ints,
-    slots: Ints,
-    cap: Ints,
-    group_size: int,
-    far: int,
-    place: Ints,
-    held: Ints,
-    count: Ints,
-    used: Ints,
-    copies: Ints,
-    potential: Ints,
-    cheapest: Ints,
-    cost: Ints,
-) -> None:  # pragma: no cover - compiled
-    """Give each server its pins and then its best experts; set the potentials to match.
-
-    ``weight`` int64 [J, N]; ``order`` [N, J] by falling weight; ``state`` int8 [J, N] with FREE,
-    FORBIDDEN and PINNED; ``slots`` [N]; ``cap`` [N, groups]. The rest is filled in.
-    """
-    pairs, servers = weight.shape
-    groups = cap.shape[1]
-    for n in range(servers):
-        lowest = np.full(groups, far, np.int64)
-        for k in range(pairs):
-            if state[k, n] == PINNED:
-                count_at = k // group_size
-                place[k, n] = -1
-                used[n] += 1
-                cap[n, count_at] -= 1  # pins are outside the lists and the caps
-                copies[k] += 1
-        price = far if used[n] >= slots[n] else 0
-        for i in range(pairs):
-            k = order[n, i]
-            if used[n] >= slots[n] or weight[k, n] <= 0:
-                break
-            g = k // group_size
-            if state[k, n] != FREE or count[n, g] >= cap[n, g]:
+        if to == away:
+            if copies[k] <= min_replicas:
                 continue
-            _add(k, n, g, weight, state, place, held, count, used, copies, cheapest, cost)
-            lowest[g] = weight[k, n]
-            if used[n] >= slots[n]:
-                price = weight[k, n]
-        potential[servers * groups + n] = price
-        for g in range(groups):
-            full = count[n, g] >= cap[n, g]
-            potential[n * groups + g] = max(price, lowest[g]) if full else price
+            loss = weight[k, n]
+        else:
+            if state[k, to] != FREE:
+                continue
+            loss = weight[k, n] - weight[k, to]
+        if loss < least:
+            found = k
+            least = loss
+    t.cheapest[n, g, to] = found
+    t.cost[n, g, to] = least
 
 
 @jit
-def cover(
-    weight: Ints,
-    state: Ints,
-    slots: Ints,
-    cap: Ints,
-    group_size: int,
-    min_replicas: int,
-    far: int,
-    place: Ints,
-    held: Ints,
-    count: Ints,
-    used: Ints,
-    copies: Ints,
-    potential: Ints,
-    cheapest: Ints,
-    cost: Ints,
-    work: Ints,
-) -> int:  # pragma: no cover - compiled
-    """Augment until every expert has ``min_replicas`` copies; -1, or an expert that cannot.
+def start(t: Tables) -> None:  # pragma: no cover - compiled
+    """Give each server its pins and then its best experts; set the potentials to match."""
+    pairs, servers = t.weight.shape
+    groups = t.cap.shape[1]
+    for n in range(servers):
+        for k in range(pairs):
+            if t.state[k, n] == PINNED:
+                t.used[n] += 1
+                t.cap[n, k // t.sizes[0]] -= 1
+                t.copies[k] += 1
+    for n in range(servers):
+        lowest = np.full(groups, t.far, np.int64)
+        price = t.far if t.used[n] >= t.slots[n] else 0
+        for i in range(pairs):
+            k = t.order[n, i]
+            if t.used[n] >= t.slots[n] or t.weight[k, n] <= 0:
+                break
+            g = k // t.sizes[0]
+            if t.state[k, n] != FREE or t.number[n, g] >= t.cap[n, g]:
+                continue
+            _add(t, k, n)
+            lowest[g] = t.weight[k, n]
+            if t.used[n] >= t.slots[n]:
+                price = t.weight[k, n]
+        t.potential[servers * groups + n] = price
+        for g in range(groups):
+            full = t.number[n, g] >= t.cap[n, g]
+            t.potential[n * groups + g] = max(price, lowest[g]) if full else price
 
-    ``cheapest`` int32 and ``cost`` int64 [N, groups, N] remember, from server to server, the
-    expert that is handed over at the least loss; they are searched for when first wanted and kept
-    up to date by every move. ``work`` int64 [2] counts augmentations and expanded nodes.
-    """
+
+@jit
+def cover(t: Tables) -> int:  # pragma: no cover - compiled
+    """Augment until every expert has the copies wanted; -1, or an expert that cannot have them."""
+    # by local names: looked up in the tuple inside the loops, arrays cost three times as much
+    weight, slots, cap, number = t.weight, t.slots, t.cap, t.number
+    state, used, copies, potential = t.state, t.used, t.copies, t.potential
+    cheapest, cost, far, group_size, min_replicas = (
+        t.cheapest,
+        t.cost,
+        t.far,
+        t.sizes[0],
+        t.sizes[1],
+    )
     pairs, servers = weight.shape
     groups = cap.shape[1]
     hub = servers * groups
@@ -209,10 +196,9 @@ def cover(
             key[:] = infinite
             done[:] = False
             queue = [(infinite, np.int64(-1))]
-            own = wanted // group_size
             for n in range(servers):
                 if state[wanted, n] == FREE:
-                    v = n * groups + own
+                    v = n * groups + wanted // group_size
                     key[v] = potential[v] - weight[wanted, n]
                     parent[v] = -1
                     moved[v] = wanted
@@ -227,7 +213,7 @@ def cover(
                 if done[v]:
                     continue
                 done[v] = True
-                work[1] += 1
+                t.work[1] += 1
                 length = key[v] - potential[v]
                 if length + far < best:  # more than there is room for: the way out of no way
                     best, end, dropped = length + far, v, np.int64(-1)
@@ -239,93 +225,58 @@ def cover(
                         continue
                     for g in range(groups):
                         u = n * groups + g
-                        if count[n, g] > 0 and not done[u] and length + potential[u] < key[u]:
-                            key[u] = length + potential[u]
+                        onward = length + potential[u]
+                        if number[n, g] > 0 and onward < key[u]:
+                            key[u] = onward
                             parent[u] = v
                             moved[u] = -1
-                            heapq.heappush(queue, (key[u], np.int64(u)))
+                            heapq.heappush(queue, (onward, np.int64(u)))
                     continue
                 n, g = v // groups, v % groups
                 u = hub + n
-                if count[n, g] < cap[n, g] and not done[u] and length + potential[u] < key[u]:
-                    key[u] = length + potential[u]
+                onward = length + potential[u]
+                if number[n, g] < cap[n, g] and onward < key[u]:
+                    key[u] = onward
                     parent[u] = v
                     moved[u] = -1
-                    heapq.heappush(queue, (key[u], np.int64(u)))
-                for i in range(count[n, g]):
-                    k = held[n, g, i]
-                    if copies[k] > min_replicas and length + weight[k, n] < best:
-                        best, end, dropped = length + weight[k, n], v, k
+                    heapq.heappush(queue, (onward, np.int64(u)))
+                if cheapest[n, g, servers] == UNKNOWN:
+                    _search(t, n, g, servers)
+                if cheapest[n, g, servers] >= 0 and length + cost[n, g, servers] < best:
+                    best = length + cost[n, g, servers]
+                    end = v
+                    dropped = np.int64(cheapest[n, g, servers])
                 for m in range(servers):
                     u = m * groups + g
                     if m == n or done[u]:
                         continue
                     if cheapest[n, g, m] == UNKNOWN:
-                        _search(n, g, m, weight, state, held, count, cheapest, cost)
-                    if cheapest[n, g, m] >= 0:
-                        onward = length + cost[n, g, m] + potential[u]
-                        if onward < key[u]:
-                            key[u] = onward
-                            parent[u] = v
-                            moved[u] = cheapest[n, g, m]
-                            heapq.heappush(queue, (onward, np.int64(u)))
+                        _search(t, n, g, m)
+                    if cheapest[n, g, m] == NOTHING:
+                        continue
+                    onward = length + cost[n, g, m] + potential[u]
+                    if onward < key[u] and onward < best:  # else it is on no shortest path
+                        key[u] = onward
+                        parent[u] = v
+                        moved[u] = cheapest[n, g, m]
+                        heapq.heappush(queue, (onward, np.int64(u)))
             if end < 0 or best >= far // 2:
                 return wanted
             for u in range(nodes):
                 if done[u]:
                     potential[u] += best - key[u]
             if dropped >= 0:
-                _remove(
-                    dropped,
-                    end // groups,
-                    dropped // group_size,
-                    weight,
-                    state,
-                    place,
-                    held,
-                    count,
-                    used,
-                    copies,
-                    cheapest,
-                    cost,
-                )
+                _remove(t, dropped, end // groups)
             v = end
             while True:
                 k = moved[v]
                 u = parent[v]
-                if k >= 0:
-                    n = v // groups
-                    _add(
-                        k,
-                        n,
-                        k // group_size,
-                        weight,
-                        state,
-                        place,
-                        held,
-                        count,
-                        used,
-                        copies,
-                        cheapest,
-                        cost,
-                    )
+                if k >= 0:  # v may be a hub, but no expert is handed over on the way to one
+                    _add(t, k, v // groups)
                     if u >= 0:
-                        _remove(
-                            k,
-                            u // groups,
-                            k // group_size,
-                            weight,
-                            state,
-                            place,
-                            held,
-                            count,
-                            used,
-                            copies,
-                            cheapest,
-                            cost,
-                        )
+                        _remove(t, k, u // groups)
                 if u < 0:
                     break
                 v = u
-            work[0] += 1
+            t.work[0] += 1
     return -1

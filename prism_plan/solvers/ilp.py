@@ -98,7 +98,9 @@ def _model(instance: Instance, worth: npt.NDArray[np.float64]) -> tuple[Any, Any
     problem = pulp.LpProblem("placement", pulp.LpMinimize)
     x = [
         [
-            problem.add_variable(f"x_{n}_{j}", int(pinned[n, j]), int(not forbidden[n, j]), "Integer")
+            problem.add_variable(
+                f"x_{n}_{j}", int(pinned[n, j]), int(not forbidden[n, j]), "Integer"
+            )
             for j in range(pairs)
         ]
         for n in range(servers)
