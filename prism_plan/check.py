@@ -103,9 +103,11 @@ def _kind(path: str | os.PathLike[str]) -> str:
 def _check_trace(path: str | os.PathLike[str]) -> Report:
     trace = read_trace(path)
     calls = int(trace.counts.sum())
+    source = trace.provenance.get("source")
     summary = (
         f"{trace.kind} of {trace.model.name}, {len(trace.tasks)} tasks, "
         f"{int(trace.tokens.sum()):,} tokens, {calls:,} calls"
+        + (f", source: {source}" if source else "")
     )
     return Report(str(path), "trace", summary)
 

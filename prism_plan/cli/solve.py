@@ -144,6 +144,8 @@ def _summary(placement: Placement, instance: Instance, output: str, as_json: boo
         for n, row in enumerate(rows)
     ]
     bound = "no bound" if plan.bound is None else f"bound {percent(plan.bound, 4)}"
+    if "priced_bound" in plan.extra:
+        bound = "in calls and loads together"
     title = (
         f"{plan.solver}: {percent(plan.remote_share, 4)} of calls are remote "
         f"({plan.termination}, {bound}, {plan.runtime_s:.3f} s)"
