@@ -9,12 +9,13 @@ from typing import Any
 
 from prism_plan.cluster import Cluster
 from prism_plan.cluster_file import parse_cluster
-from prism_plan.errors import InputError
-from prism_plan.files import parse_json, read_text, sha256
+from prism_plan.comparison_file import comparison_from_json
+from prism_plan.errors import Infeasible, InputError
+from prism_plan.files import decode, parse_json, read_bytes
 from prism_plan.instance import Instance
 from prism_plan.model import require_same_model
 from prism_plan.objective import score, violations
-from prism_plan.placement import Placement
+from prism_plan.placement import InputFile, Placement
 from prism_plan.placement_file import placement_from_json
 from prism_plan.trace import Trace
 from prism_plan.trace_file import read_trace
@@ -48,56 +49,51 @@ class Report:
 def check_file(
     path: str | os.PathLike[str],
     *,
-    cluster: tuple[str, Cluster] | None = None,
+    cluster: tuple[str, Cluster, InputFile] | None = None,
     trace: tuple[str, Trace] | None = None,
 ) -> Report:
-    """Check a trace, a cluster file or a placement, told apart by content.
+    """Check a trace, a cluster file, a placement or a comparison, told apart by content.
 
     A placement is checked for coverage, for the replicas that it promises and for the capacities
-    that it states; with ``cluster`` and ``trace`` (file name and content) also against those, and
-    its remote share is recomputed.
+    that it states; with ``cluster`` (file name, content, identity) for its servers and slots;
+    with ``trace`` (file name, content) too for memory and rules, and its remote share is
+    recomputed.
 
     Raises
     ------
     InputError
         The file is not of our formats, or its form is broken.
     """
-    kind = _kind(path)
-    if kind == "trace":
+    name = os.fspath(path)
+    if name.endswith(".parquet"):
         return _check_trace(path)
-    text = read_text(path)
-    if kind == "cluster":
+    data = read_bytes(path)
+    if data[:4] == b"PAR1":
+        return _check_trace(path)
+    text = decode(data, path)
+    if name.endswith(".toml"):
         found = parse_cluster(text, source=path)
         gpus = sum(len(server.gpus) for server in found.servers)
-        return Report(str(path), kind, f"{found.num_servers} servers, {gpus} GPUs")
+        return Report(name, "cluster", f"{found.num_servers} servers, {gpus} GPUs")
+    if text.lstrip()[:1] not in ("{", "["):
+        raise InputError(
+            "neither Parquet, JSON nor a .toml file",
+            source=path,
+            expected="a trace, a placement, a comparison or a cluster file",
+        )
     values = parse_json(text, path)
     form = values.get("format") if isinstance(values, Mapping) else None
+    if form == "prism-plan/comparison":
+        rows = comparison_from_json(values, source=path)["rows"]
+        return Report(name, "comparison", f"{len(rows)} rows")
     if form != "prism-plan/placement":
         raise InputError(
-            f"{form!r:.60}", source=path, place="format", expected="'prism-plan/placement'"
+            f"{form!r:.60}",
+            source=path,
+            place="format",
+            expected="'prism-plan/placement' or 'prism-plan/comparison'",
         )
     return _check_placement(path, placement_from_json(values, source=path), cluster, trace)
-
-
-def _kind(path: str | os.PathLike[str]) -> str:
-    try:
-        with open(path, "rb") as stream:
-            start = stream.read(512)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(reason, source=path, remedy="give a readable file") from error
-    name = os.fspath(path)
-    if start[:4] == b"PAR1" or name.endswith(".parquet"):
-        return "trace"
-    if start.lstrip()[:1] in (b"{", b"[") and not name.endswith(".toml"):
-        return "placement"
-    if name.endswith(".toml"):
-        return "cluster"
-    raise InputError(
-        "neither Parquet, JSON nor a .toml file",
-        source=path,
-        expected="a trace, a placement or a cluster file",
-    )
 
 
 def _check_trace(path: str | os.PathLike[str]) -> Report:
@@ -115,22 +111,29 @@ def _check_trace(path: str | os.PathLike[str]) -> Report:
 def _check_placement(
     path: str | os.PathLike[str],
     placement: Placement,
-    cluster: tuple[str, Cluster] | None,
+    cluster: tuple[str, Cluster, InputFile] | None,
     trace: tuple[str, Trace] | None,
 ) -> Report:
     plan = placement.plan
     problems: list[str] = []
     notes: list[str] = []
     instance = None
-    for given in (cluster, trace):
-        if given is not None:
-            _same_input(placement, given[0], notes)
+    if cluster is not None:
+        _same_input(placement, cluster[0], cluster[2].sha256, notes)
+    if trace is not None:
+        _same_input(placement, trace[0], trace[1].sha256, notes)
     if trace is not None:
         require_same_model(placement.model, trace[1].model, source=path, other=trace[0])
     if cluster is not None and trace is not None:
-        instance = Instance.build(trace[1], cluster[1], min_replicas=plan.min_replicas)
+        try:
+            instance = Instance.build(trace[1], cluster[1], min_replicas=plan.min_replicas)
+        except (InputError, Infeasible) as error:
+            raise error.within(cluster[0]) from error
     found = violations(placement, min_replicas=plan.min_replicas, instance=instance)
     problems += [violation.message for violation in found]
+    if cluster is not None and instance is None:
+        problems += _against_cluster(placement, cluster[1])
+        notes.append(f"memory and rules of {cluster[0]} not checked: that needs --trace")
     if plan.remote_share is not None and plan.bound is not None:
         slack = plan.remote_share - plan.bound
         if slack < -SHARE_TOLERANCE:
@@ -155,6 +158,29 @@ def _check_placement(
     return Report(str(path), "placement", summary, tuple(problems), tuple(notes))
 
 
-def _same_input(placement: Placement, path: str, notes: list[str]) -> None:
-    if placement.inputs and sha256(path) not in {f.sha256 for f in placement.inputs.values()}:
+def _against_cluster(placement: Placement, cluster: Cluster) -> list[str]:
+    """What can be told without the sizes of the model: servers, GPUs, slots given directly."""
+    names = tuple(server.name for server in cluster.servers)
+    if placement.servers != names:
+        return [f"servers are {list(placement.servers)}, the cluster has {list(names)}"]
+    problems = []
+    held = placement.on_gpu.sum(axis=(1, 2))
+    for n, server in enumerate(cluster.servers):
+        gpus = placement.gpus_of(n)
+        if len(gpus) != len(server.gpus):
+            problems.append(
+                f"server {server.name!r} has {len(gpus)} GPUs, in the cluster {len(server.gpus)}"
+            )
+            continue
+        for g, (at, gpu) in enumerate(zip(gpus, server.gpus, strict=True)):
+            if gpu.slots is not None and held[at] > gpu.slots:
+                problems.append(
+                    f"server {server.name!r} gpu[{g}] holds {held[at]:,} experts, the cluster "
+                    f"says {gpu.slots:,} slots"
+                )
+    return problems
+
+
+def _same_input(placement: Placement, path: str, digest: str, notes: list[str]) -> None:
+    if placement.inputs and digest not in {file.sha256 for file in placement.inputs.values()}:
         notes.append(f"{path} is not a file that it was planned from")

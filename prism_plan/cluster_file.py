@@ -13,6 +13,8 @@ from prism_plan.cluster import Cluster, Gpu, Link, PairLink, Server
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import read_text
 
+#: No quantity of a cluster is smaller than this and not zero; products of some still are numbers.
+LEAST = 1e-12
 #: Shares of a server's requests must sum to one within this.
 SHARE_TOLERANCE = 1e-6
 
@@ -60,20 +62,22 @@ class _Table:
     def wrong(self, key: str, value: object, expected: str, remedy: str = "") -> InputError:
         return InputError(f"{value!r:.80}", place=self.at(key), expected=expected, remedy=remedy)
 
-    def number(self, key: str, *, positive: bool = False, most: float = math.inf) -> float | None:
+    def number(self, key: str, *, positive: bool = False, most: float = 1e12) -> float | None:
+        """A number that is 0 (unless positive) or between :data:`LEAST` and ``most``."""
         value = self.take(key)
         if value is None:
             return None
-        least = "above 0" if positive else "of at least 0"
-        expected = f"a number {least}" + (f" and at most {most:g}" if most < math.inf else "")
+        expected = f"a number {'above' if positive else 'of at least'} 0 and at most {most:g}"
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.wrong(key, value, expected)
         try:
             number = float(value)
         except OverflowError:
             raise self.wrong(key, value, expected) from None
-        if not math.isfinite(number) or number < 0 or number > most or (positive and number == 0):
+        if not 0 <= number <= most or (positive and number == 0):
             raise self.wrong(key, value, expected)
+        if 0 < number < LEAST:
+            raise self.wrong(key, value, f"0 or a number of at least {LEAST:g}")
         return number
 
     def whole(self, key: str, *, least: int = 0) -> int | None:
@@ -99,6 +103,11 @@ class _Table:
         if value is not None and not isinstance(value, bool):
             raise self.wrong(key, value, "true or false")
         return bool(value)
+
+    def table(self, key: str) -> _Table:
+        """A table inside this one; empty where it is not given."""
+        value = self.take(key)
+        return _Table({} if value is None else value, self.at(key))
 
     def tables(self, key: str) -> list[_Table]:
         value = self.take(key)
@@ -145,7 +154,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 def _cluster(table: _Table, default_name: str) -> Cluster:
     name = table.text("name") or default_name
-    link = _link(_Table(table.take("link") or {}, "link"))
+    link = _link(table.table("link"))
     servers = tuple(_server(item, index) for index, item in enumerate(table.tables("server")))
     pairs = _pair_links(table.tables("links"), [server.name for server in servers])
     table.end()
@@ -192,7 +201,7 @@ def _server(table: _Table, index: int) -> Server:
     server = Server(
         name=table.text("name") or f"server-{index}",
         gpus=gpus,
-        tasks=_tasks(_Table(table.take("tasks") or {}, table.at("tasks"))),
+        tasks=_tasks(table.table("tasks")),
         **_given(
             arrival_interval_s=table.number("arrival_interval_s", positive=True),
             weight=table.number("weight"),
@@ -210,7 +219,9 @@ def _server(table: _Table, index: int) -> Server:
 
 
 def _tasks(table: _Table) -> dict[str, float]:
-    shares = {key: table.number(key) or 0.0 for key in list(table.values)}
+    shares = {key: table.number(key, most=1.0) or 0.0 for key in list(table.values)}
+    if any(not key.strip() for key in shares):
+        raise InputError("empty task", place=table.place, expected="names of tasks")
     total = math.fsum(shares.values())
     if shares and abs(total - 1.0) > SHARE_TOLERANCE:
         raise InputError(

@@ -24,8 +24,14 @@ class PrismError(Exception):
 
     exit_code = 2
 
+    #: Longer messages are cut in the middle: a value of a broken file can be of any length.
+    MOST = 380
+
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        if len(line) > self.MOST:
+            line = f"{line[: self.MOST // 2]} … {line[-self.MOST // 2 + 3 :]}"
+        super().__init__(line)
 
 
 class InputError(PrismError):
@@ -89,22 +95,41 @@ class Infeasible(PrismError):
     ----------
     constraint : str
         Which constraint (or set of constraints) cannot be met.
-    shortfall : float
+    shortfall : int
         By how much, in ``unit``.
     unit : str
         ``"slots"``, ``"servers"`` or ``"bytes"``.
+    source : str
+        The file whose constraint it is, where known.
     """
 
     exit_code = 3
 
-    def __init__(self, constraint: str, *, shortfall: float, unit: str, remedy: str = "") -> None:
+    def __init__(
+        self, constraint: str, *, shortfall: int, unit: str, remedy: str = "", source: object = ""
+    ) -> None:
         self.constraint = constraint
         self.shortfall = shortfall
         self.unit = unit
-        text = f"infeasible: {constraint}; short by {shortfall:,.0f} {unit}"
+        self.remedy = remedy
+        self.source = str(source)
+        where = f"{source}: " if self.source else ""
+        text = f"{where}infeasible: {constraint}; short by {shortfall:,} {unit}"
         if remedy:
             text += f"; {remedy}"
         super().__init__(text)
+
+    def within(self, source: object) -> Infeasible:
+        """The same error, told to come from the file ``source`` (if it named no file yet)."""
+        if self.source:
+            return self
+        return Infeasible(
+            self.constraint,
+            shortfall=self.shortfall,
+            unit=self.unit,
+            remedy=self.remedy,
+            source=source,
+        )
 
 
 class LimitReached(PrismError):

@@ -140,9 +140,10 @@ def explain_infeasible(instance: Instance) -> None:
     names = [instance.model.pair_text(int(pair)) for pair in short[:3]]
     more = f" and {len(short) - 3} more" if len(short) > 3 else ""
     wanted = int(need[short].sum())
+    besides = " besides pinned ones" if instance.pinned else ""
     raise Infeasible(
-        f"{', '.join(names)}{more} want {wanted:,} more copies than the pins give, and under "
-        f"slots, pins, forbidden experts and layer caps only {wanted - shortfall:,} fit",
+        f"{', '.join(names)}{more} want {wanted:,} copies{besides}, but slots, pins, forbid and "
+        f"layer_cap leave room for {wanted - shortfall:,}",
         shortfall=shortfall,
         unit="slots",
         remedy="loosen forbid, pin or layer_cap, add memory, or lower --min-replicas",

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,46 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     OutputError
         The folder does not exist or cannot be written, or ``path`` is a folder.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise OutputError(f"{path}: is a folder; give the name of a file")
-    if target.exists() and not target.is_file():
-        return  # a device or a pipe: it is written in place
-    if not target.parent.is_dir():
-        raise OutputError(f"{path}: folder {target.parent} does not exist; create it first")
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        if os.path.isdir(path):
+            raise OutputError(f"{path}: is a folder; give the name of a file")
+        if _special(path):
+            return  # a device or a pipe: it is written in place
+        target = Path(os.path.realpath(path))
+        if not target.parent.is_dir():
+            raise OutputError(f"{path}: folder {target.parent} does not exist; create it first")
+        temporary = _temporary(target)
     except OSError as error:
-        raise OutputError(
-            f"{path}: cannot write in {target.parent}: {_reason(error)}; choose another folder"
-        ) from error
+        raise OutputError(f"{path}: cannot write: {_reason(error)}; choose another file") from error
+    temporary.unlink()
+
+
+def _special(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is there and is no regular file."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def _temporary(target: Path) -> Path:
+    """A new empty file beside ``target``; a long name is cut, for it must not become too long."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.")
     os.close(handle)
-    os.unlink(name)
+    return Path(name)
+
+
+def not_over_an_input(
+    output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]
+) -> None:
+    """Refuse to write over a file that is being read.
+
+    Raises
+    ------
+    OutputError
+        ``output`` is one of the ``inputs``, or inside a folder that is one.
+    """
+    target = os.path.realpath(output)
+    for path in inputs:
+        if os.path.realpath(path) == target and os.path.isfile(target):
+            raise OutputError(f"{output}: is also read; give the name of another file")
 
 
 @contextlib.contextmanager
@@ -57,19 +82,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         The folder is missing, read-only or full.
     """
     check_writable(path)
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
+    if _special(path):
         try:
-            yield target
+            yield Path(path)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {_reason(error)}") from error
         return
+    target = Path(os.path.realpath(path))
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
+        temporary = _temporary(target)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {_reason(error)}") from error
-    temporary = Path(name)
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -106,6 +129,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         stream.write(data)
 
 
+def printable(path: str | os.PathLike[str]) -> str:
+    """A file's name as text that UTF-8 can hold."""
+    return os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hex digest of a file's bytes.
 
@@ -122,25 +150,60 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """A UTF-8 text file.
+    """A UTF-8 text file, a byte order mark left out.
 
     Raises
     ------
     InputError
         Missing, unreadable or not UTF-8.
     """
+    return decode(read_bytes(path), path)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A file's bytes.
+
+    Raises
+    ------
+    InputError
+        Missing or unreadable.
+    """
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        with open(path, "rb") as stream:
+            return stream.read()
     except OSError as error:
         raise InputError(_reason(error), source=path, remedy="give a readable file") from error
+
+
+def decode(data: bytes, path: object) -> str:
+    """The text of a UTF-8 file; see :func:`read_text`."""
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"byte {error.start} is not UTF-8", source=path, expected="a UTF-8 text file"
         ) from error
 
 
+def _no_half_characters(values: Any, source: object, place: str) -> None:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            _no_half_characters(key, source, place)
+            _no_half_characters(value, source, f"{place}.{key}" if place else key)
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            _no_half_characters(value, source, f"{place}[{index}]")
+    elif isinstance(values, str) and any("\ud800" <= c <= "\udfff" for c in values):
+        raise InputError(
+            f"{values!r:.60} has half a character",
+            source=source,
+            place=place,
+            expected="text that UTF-8 can hold",
+        )
+
+
 def parse_json(text: str, source: object) -> Any:
-    """JSON without duplicate keys, NaN or infinities (JSON has none of the three).
+    """JSON without duplicate keys, NaN, infinities or lone surrogates (it has none of them).
 
     Raises
     ------
@@ -164,7 +227,10 @@ def parse_json(text: str, source: object) -> Any:
         raise InputError(f"{word} is not JSON", source=source, expected="finite numbers")
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        values = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        if "\\u" in text:
+            _no_half_characters(values, source, "")
+        return values
     except json.JSONDecodeError as error:
         raise InputError(
             f"not JSON: {error.msg}",

@@ -16,6 +16,9 @@ from prism_plan.model import ModelShape
 from prism_plan.trace import Trace
 from prism_plan.workload import Workload, activations, expected_workload
 
+#: Activations are zero or within these bounds, so that sums and ratios of them are numbers too.
+LEAST_CALLS, MOST_CALLS = 1e-100, 1e100
+
 Pairs = Sequence[tuple[int, int, int]]
 
 
@@ -78,14 +81,14 @@ class Instance:
         shape = (self.num_servers, self.model.num_layers, self.model.num_experts)
         if given.shape != shape:
             raise InputError(f"shape {given.shape}", place="activations", expected=f"{shape}")
-        bad = ~np.isfinite(given) | (given < 0)
+        bad = ~((given == 0) | ((given >= LEAST_CALLS) & (given <= MOST_CALLS)))
         if bad.any():
             n, layer, expert = (int(i) for i in np.argwhere(bad)[0])
             raise InputError(
                 f"{given[n, layer, expert]}",
                 place=f"activations of server {self.servers[n]!r} "
                 + self.model.pair_text(layer * self.model.num_experts + expert),
-                expected="a finite number of at least 0",
+                expected=f"0, or a number from {LEAST_CALLS:g} to {MOST_CALLS:g}",
             )
         given = given + 0.0  # turns -0.0 into 0.0
         given.setflags(write=False)
@@ -100,6 +103,8 @@ class Instance:
             for capacity in (*gpus, caps[n] or 0):
                 _whole(capacity, f"server {self.servers[n]!r}", 0)
         _whole(self.min_replicas, "min_replicas", 1)
+        if self.min_replicas > 2**31:
+            raise InputError(f"{self.min_replicas}", place="min_replicas", expected="at most 2**31")
         for triple in (*self.pinned, *self.forbidden):
             if any(not 0 <= i < size for i, size in zip(triple, shape, strict=True)):
                 raise InputError(f"{triple}", place="rules", expected=f"indices below {shape}")

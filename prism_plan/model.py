@@ -50,7 +50,7 @@ class ModelShape:
         if not isinstance(layers, tuple):
             _wrong("moe_layers", layers, "a list of decoder indices")
         for layer in layers:
-            _whole("moe_layers", layer, 0)
+            _whole("moe_layers", layer, 0, 2**31)
         if not layers or any(a >= b for a, b in itertools.pairwise(layers)):
             _wrong("moe_layers", list(layers), "at least one decoder index, ascending")
         if self.num_experts > MAX_EXPERTS:
@@ -204,9 +204,9 @@ def _wrong(field: str, value: object, expected: str) -> None:
     raise InputError(f"{value!r:.80}", place=field, expected=expected)
 
 
-def _whole(field: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        _wrong(field, value, f"a whole number of at least {least}")
+def _whole(field: str, value: object, least: int, below: int = 2**53) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < below:
+        _wrong(field, value, f"a whole number of at least {least} and below {below}")
 
 
 def require_same_model(a: ModelShape, b: ModelShape, *, source: object, other: object) -> None:
@@ -278,9 +278,14 @@ def load_model(reference: str) -> ModelSpec:
     if reference in PRESETS:
         return PRESETS[reference]
     path = Path(reference)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.exists():
+    try:
+        if path.is_dir():
+            path = path / "config.json"
+        found = path.exists()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(reason, source=reference, remedy="give a readable file") from error
+    if not found:
         raise InputError(
             f"{reference!r} is neither a preset nor a file{did_you_mean(reference, PRESETS)}",
             source="--model",

@@ -195,7 +195,7 @@ def _plain(error: Any) -> str:
     """A schema error in one short line."""
     value = repr(error.instance)
     if len(value) > 60:
-        value = f"a {type(error.instance).__name__} of {len(error.instance)} entries"
+        value = f"{value[:50]}…"
     if error.validator == "type":
         kinds = error.validator_value
         kinds = kinds if isinstance(kinds, list) else [kinds]
@@ -233,6 +233,10 @@ def _experts(
     held = np.zeros((model.num_layers, model.num_experts), bool)
     for key, ids in experts.items():
         layer = int(key)
+        if str(layer) != key:  # the schema's $ also matches before a line break
+            raise InputError(
+                f"layer {key!r}", source=source, place=place, expected=repr(str(layer))
+            )
         if layer not in model.moe_layers:
             raise InputError(
                 f"layer {layer}",

@@ -7,7 +7,7 @@ never has to fit in memory) or counts-only (calls per task, layer and expert).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,6 +53,19 @@ class TokenBatch:
             self.experts[keep],
             None if self.weights is None else self.weights[keep],
         )
+
+
+def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """One batch of all rows, in order; gate weights only where all batches have them."""
+    weights = [batch.weights for batch in batches if batch.weights is not None]
+    return TokenBatch(
+        request=np.concatenate([batch.request for batch in batches]),
+        position=np.concatenate([batch.position for batch in batches]),
+        phase=np.concatenate([batch.phase for batch in batches]),
+        task=np.concatenate([batch.task for batch in batches]),
+        experts=np.concatenate([batch.experts for batch in batches]),
+        weights=np.concatenate(weights) if len(weights) == len(batches) else None,
+    )
 
 
 BatchSource = Callable[[], Iterator[TokenBatch]]
@@ -131,6 +144,8 @@ class Trace:
         held: set[int] = set()
         for code, task in enumerate(self.tasks):
             ids = np.array(sorted(r for r, t in task_of.items() if t == code))
+            if not self.tokens[code]:
+                continue
             if len(ids) < 2:
                 raise InputError(
                     f"task {task!r} has {len(ids)} request",

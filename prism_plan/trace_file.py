@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.files import atomic_path, parse_json, sha256
+from prism_plan.files import atomic_path, parse_json, printable, sha256
 from prism_plan.model import ModelSpec
 from prism_plan.trace import (
     PHASES,
@@ -23,6 +23,7 @@ from prism_plan.trace import (
     Trace,
     bad_selection,
     check_experts,
+    concatenate,
 )
 
 if TYPE_CHECKING:
@@ -62,23 +63,42 @@ class TraceWriter:
         self.model = model
         self.weights = weights
         self.provenance = dict(provenance or {})
-        self._stack = contextlib.ExitStack()
         self._path = path
         self._writer: Any = None
+        self._tasks: list[str] = []
+        self._held: list[TokenBatch] = []
+        self._rows = 0
 
     def __enter__(self) -> TraceWriter:
         import pyarrow.parquet as pq
 
-        self._temporary = self._stack.enter_context(atomic_path(self._path))
         encoding = {"weights.list.element": "BYTE_STREAM_SPLIT"} if self.weights else None
-        self._writer = pq.ParquetWriter(
-            self._temporary,
-            token_schema(self.model, self.weights),
-            compression="zstd",
-            use_dictionary=["request", "phase", "task", "experts.list.element"],
-            column_encoding=encoding,
-        )
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(atomic_path(self._path))
+            # pyarrow removes a path that it fails to write, be it a device; a stream it leaves
+            stream = stack.enter_context(open(temporary, "wb"))
+            self._writer = pq.ParquetWriter(
+                stream,
+                token_schema(self.model, self.weights),
+                compression="zstd",
+                use_dictionary=["request", "phase", "task", "experts.list.element"],
+                column_encoding=encoding,
+                write_page_checksum=True,
+            )
+            stack.push(self._finish)
+            self._stack = stack.pop_all()
         return self
+
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                header = _header("tokens", self.model, self.provenance)
+                self._writer.add_key_value_metadata({METADATA_KEY: header})
+            with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+                self._writer.close()
+        finally:
+            self._writer.is_open = False  # or it would close once more when it is collected
 
     def write(self, batch: TokenBatch, tasks: Sequence[str]) -> None:
         """Append a batch of T tokens whose task codes index ``tasks``.
@@ -88,11 +108,26 @@ class TraceWriter:
         InputError
             A selection is out of range or repeated.
         """
-        import pyarrow as pa
-
         bad = check_experts(batch.experts, self.model.num_experts)
         if bad is not None:
             raise bad_selection(self.model, batch, bad)
+        for task in tasks:
+            if task not in self._tasks:
+                self._tasks.append(task)
+        codes = np.array([self._tasks.index(task) for task in tasks], np.int32)
+        self._held.append(dataclasses.replace(batch, task=codes[batch.task]))
+        self._rows += len(batch)
+        if self._rows >= BATCH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what is held as row groups; small ones would cost space and time."""
+        import pyarrow as pa
+
+        held, self._held, self._rows = self._held, [], 0
+        if not held:
+            return
+        batch = concatenate(held) if len(held) > 1 else held[0]
         for start in range(0, len(batch), BATCH_ROWS):
             part = batch.rows(np.arange(start, min(start + BATCH_ROWS, len(batch))))
             schema = token_schema(self.model, self.weights)
@@ -100,7 +135,7 @@ class TraceWriter:
                 pa.array(part.request),
                 pa.array(part.position),
                 _dictionary(part.phase, PHASES),
-                _dictionary(part.task, tasks),
+                _dictionary(part.task, self._tasks),
                 _fixed_lists(part.experts, schema.field("experts").type),
             ]
             if self.weights:
@@ -114,16 +149,6 @@ class TraceWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                header = _header("tokens", self.model, self.provenance)
-                self._writer.add_key_value_metadata({METADATA_KEY: header})
-            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
-                self._writer.close()
-        except BaseException as failure:
-            if not self._stack.__exit__(type(failure), failure, failure.__traceback__):
-                raise
-            return
         self._stack.__exit__(kind, error, traceback)
 
 
@@ -163,8 +188,8 @@ def _write_counts(path: str | os.PathLike[str], trace: Trace) -> None:
     tokens = dict(zip(trace.tasks, trace.tokens.tolist(), strict=True))
     header = _header("counts", trace.model, trace.provenance, tokens=tokens)
     table = table.replace_schema_metadata({METADATA_KEY: header})
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
 
 
 def token_schema(model: ModelSpec, weights: bool) -> pa.Schema:
@@ -254,7 +279,7 @@ def read_trace(
     common: dict[str, Any] = {
         "model": model,
         "provenance": dict(provenance),
-        "name": Path(path).name,
+        "name": printable(path),
         "sha256": sha256(path),
     }
     if header["kind"] == "counts":
@@ -289,7 +314,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(
             f"{found!r:.60}", source=path, place="format", expected=repr(FORMAT), remedy=REMEDY
         )
-    if header.get("version") != VERSION:
+    if header.get("version") != VERSION or isinstance(header.get("version"), bool):
         raise InputError(
             f"{header.get('version')!r:.60}",
             source=path,
@@ -311,20 +336,27 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as parquet:
+        stream = open(path, "rb")  # noqa: SIM115 - pyarrow's own messages name no reason
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(reason, source=path, remedy="give a readable trace file") from error
+    try:
+        with stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
             yield parquet
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-            reason = (error.strerror or str(error)).lower()
-            raise InputError(reason, source=path, remedy="give a readable trace file") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"not a readable Parquet file: {str(error).splitlines()[0]}",
             source=path,
-            remedy=f"it may be cut short or of another kind; {REMEDY}",
+            remedy=f"it may be cut short, damaged or of another kind; {REMEDY}",
         ) from error
 
 
 def _require_columns(path: object, found: pa.Schema, wanted: pa.Schema) -> None:
+    for name in found.names:
+        if found.names.count(name) > 1:
+            raise InputError(
+                f"column {name!r} stands twice", source=path, expected="each column once"
+            )
     for column in wanted:
         if column.name not in found.names:
             raise InputError(
@@ -337,7 +369,10 @@ def _require_columns(path: object, found: pa.Schema, wanted: pa.Schema) -> None:
             continue
         if not _same_type(kind, column.type):
             raise InputError(
-                f"{kind}", source=path, place=f"column {column.name!r}", expected=f"{column.type}"
+                f"type {_type_text(kind)}",
+                source=path,
+                place=f"column {column.name!r}",
+                expected=_type_text(column.type),
             )
     for name in found.names:
         if name not in wanted.names:
@@ -346,6 +381,17 @@ def _require_columns(path: object, found: pa.Schema, wanted: pa.Schema) -> None:
                 source=path,
                 expected=f"columns {', '.join(wanted.names)}",
             )
+
+
+def _type_text(kind: pa.DataType) -> str:
+    """A column type in words."""
+    import pyarrow.types as kinds
+
+    if kinds.is_fixed_size_list(kind):
+        return f"lists of {kind.list_size} {kind.value_type}"
+    if kinds.is_dictionary(kind):
+        return f"dictionary of {kind.value_type}"
+    return str(kind)
 
 
 def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
@@ -377,9 +423,10 @@ def _no_nulls(path: object, batch: Any, first_row: int) -> None:
 
 
 class _Words:
-    """Codes for the words of a dictionary column, in order of appearance over the file."""
+    """Codes for the words of a dictionary column, in the order of the file's dictionaries."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: object) -> None:
+        self.path = path
         self.words: list[str] = []
 
     def codes(self, column: Any) -> npt.NDArray[np.int32]:
@@ -388,9 +435,16 @@ class _Words:
         local = column.dictionary.to_pylist()
         indices = column.indices.to_numpy(zero_copy_only=False).astype(np.int64)
         mapping = np.zeros(max(len(local), 1), np.int32)
-        used, first = np.unique(indices, return_index=True)
-        for code in used[np.argsort(first)]:
-            word = local[code]
+        used = np.unique(indices)
+        if len(used) and not 0 <= used[0] <= used[-1] < len(local):
+            raise InputError(
+                f"code {used[-1]} in a dictionary of {len(local)} words",
+                source=self.path,
+                remedy="the file is damaged; write it again",
+            )
+        for code, word in enumerate(local):  # unused ones too: so tasks keep their order
+            if not word or not word.strip():
+                raise InputError("empty task or phase", source=self.path, expected="a word")
             if word not in self.words:
                 self.words.append(word)
             mapping[code] = self.words.index(word)
@@ -410,7 +464,7 @@ def _token_batches(
         row = 0
         for rows in parquet.iter_batches(BATCH_ROWS):
             _no_nulls(path, rows, row)
-            phases = _Words()
+            phases = _Words(path)
             phase = phases.codes(rows.column("phase"))
             for word in phases.words:
                 if word not in PHASES:
@@ -442,7 +496,7 @@ def _read_tokens(
 ) -> Trace:
     with _open(path) as parquet:
         num_rows = parquet.metadata.num_rows
-    words = _Words()
+    words = _Words(path)
     totals = Totals(model)
     keys: list[npt.NDArray[np.int64]] = []
     task_of = _TaskOfRequest(path)
@@ -455,12 +509,12 @@ def _read_tokens(
         _no_negatives(path, batch, row)
         if batch.weights is not None:
             has_weights = True
-            if not np.isfinite(batch.weights).all():
+            if not (np.isfinite(batch.weights) & (batch.weights >= 0)).all():
                 raise InputError(
-                    "a gate weight is NaN or infinite",
+                    "a gate weight is negative, NaN or infinite",
                     source=path,
                     place=f"rows {row}..{row + len(batch) - 1}",
-                    expected="finite numbers",
+                    expected="finite numbers of at least 0",
                 )
         totals.add(batch)
         task_of.add(batch, words.words)
@@ -470,19 +524,22 @@ def _read_tokens(
     if row == 0:
         raise InputError("the trace has no rows", source=path, remedy=REMEDY)
     _no_duplicates(path, np.concatenate(keys))
+    totals.grow(len(words.words))
+    used = np.flatnonzero(totals.tokens)  # a dictionary may hold words that no row has
+    tasks = tuple(words.words[code] for code in used)
     return Trace(
         **common,
-        tasks=tuple(words.words),
-        counts=totals.counts,
-        tokens=totals.tokens,
-        requests=totals.requests(),
-        batches=lambda: _token_batches(path, model, _fixed_words(words.words)),
+        tasks=tasks,
+        counts=totals.counts[used],
+        tokens=totals.tokens[used],
+        requests=totals.requests()[used],
+        batches=lambda: _token_batches(path, model, _fixed_words(path, list(tasks))),
         has_weights=has_weights,
     )
 
 
-def _fixed_words(words: list[str]) -> _Words:
-    fixed = _Words()
+def _fixed_words(path: object, words: list[str]) -> _Words:
+    fixed = _Words(path)
     fixed.words = list(words)
     return fixed
 
@@ -546,7 +603,7 @@ def _read_counts(
                 place=f"tokens.{task}",
                 expected="a whole number of at least 1",
             )
-    words = _Words()
+    words = _Words(path)
     columns: list[list[npt.NDArray[Any]]] = [[], [], [], []]
     with _open(path) as parquet:
         _require_columns(path, parquet.schema_arrow, counts_schema())
@@ -634,6 +691,36 @@ def counts_from_rows(
         np.stack([layer, expert], axis=1),
         "each task, layer and expert once",
     )
-    counts = np.zeros(len(tasks) * model.num_pairs, np.int64)
-    counts[key] = count
-    return counts.reshape(len(tasks), model.num_layers, model.num_experts)
+    flat = np.zeros(len(tasks) * model.num_pairs, np.int64)
+    flat[key] = count
+    counts = flat.reshape(len(tasks), model.num_layers, model.num_experts)
+    if tokens is not None:
+        check_sums(model, tasks, tokens, counts, source)
+    return counts
+
+
+def check_sums(
+    model: ModelSpec,
+    tasks: Sequence[str],
+    tokens: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int64],
+    source: object,
+) -> None:
+    """Refuse counts [tasks, L, E] with more calls in a layer than ``tokens`` [tasks] can make.
+
+    Raises
+    ------
+    InputError
+        Names task, layer, calls and what would be possible.
+    """
+    calls = counts.sum(axis=2, dtype=np.float64)
+    over = np.argwhere(calls > tokens[:, None] * float(model.top_k))
+    if len(over):
+        t, layer = (int(i) for i in over[0])
+        raise InputError(
+            f"{calls[t, layer]:,.0f} calls",
+            source=source,
+            place=f"task {tasks[t]!r} layer {model.moe_layers[layer]}",
+            expected=f"at most {tokens[t]:,} tokens times top-{model.top_k}",
+            remedy="check the counts, the tokens and --model",
+        )

@@ -13,6 +13,7 @@ from prism_plan.cluster_file import parse_cluster
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
 from prism_plan.model import ModelSpec
+from prism_plan.placement import InputFile
 from prism_plan.placement_file import placement_to_json, write_placement
 from prism_plan.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import solve
@@ -63,7 +64,7 @@ def checked(files: dict[str, Path], changes: dict[str, Any] | None = None) -> An
     files["p.json"].write_text(json.dumps(values))
     return check_file(
         files["p.json"],
-        cluster=(str(files["c.toml"]), parse_cluster(CLUSTER)),
+        cluster=(str(files["c.toml"]), parse_cluster(CLUSTER), InputFile("c.toml", "0" * 64)),
         trace=(str(files["t.parquet"]), read_trace(files["t.parquet"])),
     )
 
@@ -106,7 +107,7 @@ def test_another_cluster(files: dict[str, Path]) -> None:
     smaller = CLUSTER.replace("slots = 4", "slots = 3")
     report = check_file(
         files["p.json"],
-        cluster=("small.toml", parse_cluster(smaller)),
+        cluster=("small.toml", parse_cluster(smaller), InputFile("small.toml", "0" * 64)),
         trace=(str(files["t.parquet"]), read_trace(files["t.parquet"])),
     )
     assert any("the cluster says 3" in problem for problem in report.problems)

@@ -209,7 +209,7 @@ def test_server_without_users(kind: str, idle: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("server", "place", "message"),
     [
-        ({"tasks": {"law": 1.0, "cod": 0.0}}, "server[1].tasks", "did you mean 'law'"),
+        ({"tasks": {"law": 1.0, "cod": 0.0}}, "server[1].tasks", "did you mean 'code'"),
         ({"tasks": {"law": 1.0}}, "server[1]", "has tasks but no arrival rate"),
         ({"tasks": {"silent": 1.0}, "weight": 1.0}, "server[1].tasks", "'silent' has no tokens"),
     ],

@@ -1,5 +1,5 @@
 """``python -m prism_plan.cli``."""
 
-from prism_plan.cli.main import main
+from prism_plan.cli import main
 
 main()

@@ -9,8 +9,16 @@ from prism_plan.errors import PrismError
 
 @click.command("check")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--cluster", metavar="C.toml", help="Check placements against this cluster too.")
-@click.option("--trace", metavar="T.parquet", help="With --cluster: recompute remote shares.")
+@click.option(
+    "--cluster",
+    metavar="C.toml",
+    help="Check placements against this cluster: servers, GPUs, slots.",
+)
+@click.option(
+    "--trace",
+    metavar="T.parquet",
+    help="With --cluster: its memory too, and recompute remote shares.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @click.pass_context
 def command(
@@ -20,7 +28,7 @@ def command(
     trace: str | None,
     as_json: bool,
 ) -> None:
-    """Check traces, cluster files and placements: valid? If not, where and why.
+    """Check traces, cluster files, placements and comparisons: valid? If not, where and why.
 
     Exit code 2 if a file is malformed, 3 if a well-formed placement breaks a constraint.
     """
@@ -30,7 +38,7 @@ def command(
 
     if trace is not None and cluster is None:
         raise click.UsageError("--trace needs --cluster", ctx=ctx)
-    against_cluster = None if cluster is None else (cluster, load_cluster(cluster))
+    against_cluster = None if cluster is None else (cluster, *load_cluster(cluster))
     against_trace = None if trace is None else (trace, load_trace(trace))
     code = 0
     found = []
@@ -38,9 +46,7 @@ def command(
         try:
             report = check_file(path, cluster=against_cluster, trace=against_trace)
         except PrismError as error:
-            code = max(code, error.exit_code) if code != 2 else 2
-            if error.exit_code == 2:
-                code = 2
+            code = 2 if 2 in (code, error.exit_code) else error.exit_code
             note(str(error))
             found.append({"file": path, "valid": False, "problems": [str(error)]})
             continue

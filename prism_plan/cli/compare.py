@@ -50,9 +50,8 @@ def command(
     import json
 
     from prism_plan.cli.console import deliver, load_trace, print_json, progress
-    from prism_plan.cli.inputs import blaming, load_cluster
+    from prism_plan.cli.inputs import blaming, load_cluster, writable
     from prism_plan.comparison import compare
-    from prism_plan.files import check_writable
     from prism_plan.placement_file import read_placement
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.registry import SOLVER_NAMES, get_solver
@@ -63,12 +62,11 @@ def command(
         with blaming("--solvers"):
             for name in names:
                 get_solver(name)
-    if output not in (None, "-"):
-        check_writable(str(output))
+    writable(output, trace, cluster, *placements)
     options = Options(
         seed=seed, time_limit_s=time_limit, backend="cbc" if backend == "cbc" else "highs"
     )
-    parsed = load_cluster(cluster)
+    parsed, _ = load_cluster(cluster)
     existing = [(path, read_placement(path)) for path in placements]
     loaded = load_trace(trace)
     total = len(SOLVER_NAMES if names is None else names) + len(existing)

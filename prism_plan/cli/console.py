@@ -24,7 +24,7 @@ LONG_TRACE = 200_000
 
 def note(message: str) -> None:
     """A message to standard error."""
-    click.echo(f"prism-plan: {message}", err=True)
+    click.echo(f"prism-plan: {' '.join(message.split())}", err=True)
 
 
 def print_json(values: Any) -> None:

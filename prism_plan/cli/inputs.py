@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prism_plan.errors import InputError
-from prism_plan.files import sha256
+from prism_plan.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
@@ -16,11 +15,15 @@ if TYPE_CHECKING:
     from prism_plan.trace import Trace
 
 
-def load_cluster(path: str) -> Cluster:
-    """Read a cluster file."""
-    from prism_plan.cluster_file import read_cluster
+def load_cluster(path: str) -> tuple[Cluster, InputFile]:
+    """Read a cluster file once, and tell what was read."""
+    from prism_plan.cluster_file import parse_cluster
+    from prism_plan.files import decode, printable, read_bytes
+    from prism_plan.placement import InputFile
 
-    return read_cluster(path)
+    data = read_bytes(path)
+    digest = hashlib.sha256(data).hexdigest()
+    return parse_cluster(decode(data, path), source=path), InputFile(printable(path), digest)
 
 
 @contextlib.contextmanager
@@ -28,15 +31,23 @@ def blaming(path: str) -> Iterator[None]:
     """Errors in the block that name no file come from ``path``."""
     try:
         yield
-    except InputError as error:
+    except (InputError, Infeasible) as error:
         raise error.within(path) from error
 
 
-def input_files(trace: Trace, cluster_path: str) -> dict[str, InputFile]:
-    """Names and digests of what a placement is planned from."""
+def trace_file(trace: Trace) -> InputFile:
+    """Name and digest of the trace that a placement is planned from."""
     from prism_plan.placement import InputFile
 
-    return {
-        "trace": InputFile(trace.name, trace.sha256),
-        "cluster": InputFile(Path(cluster_path).name, sha256(cluster_path)),
-    }
+    return InputFile(trace.name, trace.sha256)
+
+
+def writable(output: str | None, *inputs: str | None) -> None:
+    """Fail before long work where the output cannot be written, or is one of the inputs."""
+    from prism_plan.files import check_writable, not_over_an_input
+
+    if output == "":
+        raise InputError("empty", source="--output", expected="the name of a file")
+    if output is not None and output != "-":
+        check_writable(output)
+        not_over_an_input(output, [path for path in inputs if path is not None])

@@ -8,7 +8,6 @@ import signal
 import sys
 from importlib import import_module
 from types import FrameType
-from typing import Any
 
 import click
 
@@ -61,28 +60,36 @@ def cli() -> None:
     """
 
 
-def main() -> None:
-    """Run the command line; every error is one line on standard error."""
+def run() -> int:
+    """Run the command line and return its exit code; every error is one line on standard error."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_run())
-
-
-def _run() -> int:
+    for name, mode in (("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for good
+        elif hasattr(stream, "reconfigure"):  # an encoding that lacks a character is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            # not standalone: click then raises instead of printing several lines
-            result: Any = cli.main(standalone_mode=False)
+            # not cli.main(): on Ctrl-C and on a closed pipe it prints and exits in its own way
+            with cli.make_context("prism-plan", sys.argv[1:]) as context:
+                cli.invoke(context)
         finally:
             sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        return 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
     except PrismError as error:
         return _fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        path = error.ctx.command_path if error.ctx else "prism-plan"
+        return _fail(f"no command; see {path} --help", 2)
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "prism-plan"
         message = " ".join(error.format_message().split()).rstrip(".")
         return _fail(f"{message}; see {path} --help", 2)
     except click.ClickException as error:
-        return _fail(" ".join(error.format_message().split()), 2)
+        return _fail(error.format_message(), 2)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted; nothing was written", 130)
     except BrokenPipeError:
@@ -92,18 +99,20 @@ def _run() -> int:
         return _fail("out of memory; use a smaller trace or cluster, or a larger machine", 4)
     except OSError as error:
         _discard_stdout()
-        return _fail(f"cannot write or read: {(error.strerror or str(error)).lower()}", 2)
+        where = f"{error.filename}: " if error.filename else "standard output: "
+        return _fail(f"{where}{(error.strerror or str(error)).lower()}", 2)
 
 
 def _fail(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
-        print(f"prism-plan: {message}", file=sys.stderr)
+        print(f"prism-plan: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
 def _discard_stdout() -> None:
     """Keep the interpreter from failing once more when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

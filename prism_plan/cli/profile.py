@@ -59,7 +59,7 @@ def command(
     import dataclasses
 
     from prism_plan.cli.console import note
-    from prism_plan.files import check_writable
+    from prism_plan.cli.inputs import writable
     from prism_plan.model import load_model
     from prism_plan.profiling.sources import parse_source
     from prism_plan.provenance import stamped
@@ -74,7 +74,7 @@ def command(
         raise InputError("-", source="--output", expected="a file, for a trace is Parquet")
     spec = load_model(reference)
     parsed = [parse_source(source) for source in sources]
-    check_writable(output)
+    writable(output, model, *(str(source.path) for source in parsed))
     trace = _read(form, parsed, spec, weights=weights, tokens=_numbers(tokens))
     write_trace(output, dataclasses.replace(trace, provenance=stamped(trace.provenance)))
     requests = "" if trace.requests is None else f"{int(trace.requests.sum()):,} requests, "
@@ -110,7 +110,8 @@ def _numbers(texts: tuple[str, ...]) -> dict[str, int]:
     numbers = {}
     for text in texts:
         task, _, value = text.rpartition("=")
-        if not task or not value.isdecimal() or not 0 < int(value) < 2**53:
-            raise InputError(f"{text!r}", source="--tokens", expected="TASK=N, N at least 1")
+        digits = value.isascii() and value.isdigit() and len(value) < 16
+        if not task or not digits or not int(value):
+            raise InputError(f"{text!r:.60}", source="--tokens", expected="TASK=N, N at least 1")
         numbers[task] = int(value)
     return numbers

@@ -66,9 +66,9 @@ def command(
 ) -> None:
     """Plan which GPU holds which expert, for the tasks and servers of a cluster file."""
     from prism_plan.cli.console import deliver, load_trace, note
-    from prism_plan.cli.inputs import blaming, input_files, load_cluster
-    from prism_plan.files import check_writable
+    from prism_plan.cli.inputs import blaming, load_cluster, trace_file, writable
     from prism_plan.instance import Instance
+    from prism_plan.model import require_same_model
     from prism_plan.placement_file import dump_placement, read_placement
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.registry import get_solver
@@ -76,8 +76,7 @@ def command(
 
     with blaming("--solver"):
         get_solver(solver)
-    if output != "-":
-        check_writable(output)
+    writable(output, trace, cluster, near)
     options = Options(
         seed=seed,
         time_limit_s=time_limit,
@@ -85,12 +84,15 @@ def command(
         near=None if near is None else read_placement(near),
         load_price=load_price,
     )
-    parsed = load_cluster(cluster)
+    parsed, cluster_input = load_cluster(cluster)
     loaded = load_trace(trace)
     with blaming("--min-replicas" if min_replicas < 1 else cluster):
         instance = Instance.build(loaded, parsed, min_replicas=min_replicas)
-    with blaming(near or cluster):
-        placement = solve(instance, solver, options, inputs=input_files(loaded, cluster))
+    if options.near is not None:
+        require_same_model(options.near.model, loaded.model, source=near, other=trace)
+    inputs = {"trace": trace_file(loaded), "cluster": cluster_input}
+    with blaming(cluster):
+        placement = solve(instance, solver, options, inputs=inputs)
     deliver(output, dump_placement(placement))
     if placement.plan.termination == "time_limit":
         note("the time limit ended the search; the gap to the bound is in the file")

@@ -15,7 +15,7 @@ from prism_plan.files import read_text
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.sources import Source
 from prism_plan.trace import Trace
-from prism_plan.trace_file import counts_from_rows
+from prism_plan.trace_file import check_sums, counts_from_rows
 
 COLUMNS = ("task", "layer", "expert", "count")
 
@@ -58,18 +58,23 @@ def read_counts(
     for name in known:
         if name not in tasks:
             raise InputError(f"unknown task {name!r}", source="--tokens", expected=", ".join(tasks))
+    files = ", ".join(str(source.path) for source in sources)
     number = np.array(
-        [known.get(t) or _tokens(t, counts[i], model, notify) for i, t in enumerate(tasks)],
-        np.int64,
+        [known.get(t) or _tokens(t, counts[i], model) for i, t in enumerate(tasks)], np.int64
     )
     for index, name in enumerate(tasks):
         over = int(counts[index].max())
         if over > number[index]:
             raise InputError(
                 f"task {name!r}: {over} calls of one expert in a layer, {number[index]} tokens",
+                source=files,
                 expected="at most one call a token",
                 remedy="check the counts and --tokens",
             )
+    check_sums(model, tasks, number, counts, files)
+    for index, name in enumerate(tasks):
+        if name not in known:
+            _notify_if_uneven(name, counts[index], int(number[index]), model, notify)
     return Trace(
         model=model,
         tasks=tuple(tasks),
@@ -80,18 +85,30 @@ def read_counts(
     )
 
 
-def _tokens(
-    task: str, counts: npt.NDArray[np.int64], model: ModelSpec, notify: Callable[[str], None]
-) -> int:
+def _tokens(task: str, counts: npt.NDArray[np.int64], model: ModelSpec) -> int:
+    return -(-int(counts.sum(axis=1).max()) // model.top_k)
+
+
+def _every_layer(path: Any, task: str, counts: npt.NDArray[np.int64], model: ModelSpec) -> None:
     calls = counts.sum(axis=1)
     if calls.min() == 0:
         layer = model.moe_layers[int(np.argmin(calls))]
         raise InputError(
             f"task {task!r} has no calls in layer {layer}",
+            source=path,
             expected=f"calls in every MoE layer of {model.name}, {model.layers_text()}",
-            remedy="check --model",
+            remedy="the file may be cut short, or --model is not the model that was recorded",
         )
-    tokens = -(-int(calls.max()) // model.top_k)
+
+
+def _notify_if_uneven(
+    task: str,
+    counts: npt.NDArray[np.int64],
+    tokens: int,
+    model: ModelSpec,
+    notify: Callable[[str], None],
+) -> None:
+    calls = counts.sum(axis=1)
     if calls.min() != calls.max() or calls.max() % model.top_k:
         low, high = calls.min() / tokens, calls.max() / tokens
         notify(
@@ -99,7 +116,6 @@ def _tokens(
             f"{model.top_k}; took {tokens} tokens from the fullest layer "
             f"(--tokens {task}=N gives the true number)"
         )
-    return tokens
 
 
 def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[np.int64]]:
@@ -133,7 +149,7 @@ def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[
                 )
             values = [cells[i] for i in at]
             task = source.task if source.task is not None else values.pop(0)
-            if not task:
+            if not task.strip():
                 raise InputError("empty task", source=path, place=place)
             if task not in names:
                 names.append(task)
@@ -152,14 +168,14 @@ def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[
     table = counts_from_rows(
         model, names, None, task_code, layers, experts, counts, source=path, lines=lines
     )
+    for name, calls in zip(names, table, strict=True):
+        _every_layer(path, name, calls, model)
     return names, table
 
 
 def _whole(text: str, path: Any, place: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
+    # int() would also take 1_0, +6 and digits of other scripts
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
     if not 0 <= value < 2**53:
         raise InputError(
             f"{text!r:.60}", source=path, place=place, expected="a whole number of at least 0"

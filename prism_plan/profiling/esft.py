@@ -9,9 +9,11 @@ and decode are not told apart.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +31,11 @@ from prism_plan.trace import (
     trace_from_batches,
 )
 
-FILE_NAME = re.compile(r"expert_weights_(\d+)\.txt")
+FILE_NAME = re.compile(r"expert_weights_(0|[1-9][0-9]{0,8})\.txt")
+
+#: What an expert id and a gate weight look like; int() and float() would also take 1_0 and ٣.
+ID = r"-?[0-9]{1,9}"
+WEIGHT = r"-?(?:(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,3})?|nan|inf)"
 
 Rows = list[tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]]
 
@@ -109,6 +115,23 @@ def _batches(
             request += 1
 
 
+def _numbers(
+    text: str, form: str, dtype: type[np.generic], path: Path, place: str
+) -> npt.NDArray[Any]:
+    """Tab-separated numbers; a word that is none is named with its position."""
+    words = text.split("\t")
+    if not re.fullmatch(f"{form}(\t{form})*", text):
+        index = next(i for i, word in enumerate(words) if not re.fullmatch(form, word))
+        raise InputError(
+            f"{words[index]!r:.40}",
+            source=path,
+            place=f"{place} number {index + 1}",
+            expected="a number",
+            remedy="the file may be cut short or damaged",
+        )
+    return np.array(words, dtype=dtype)
+
+
 def _tell(progress: Callable[[str, int], None], label: str, before: int, done: int) -> None:
     progress(label, before + done)
 
@@ -133,10 +156,21 @@ def _read_folder(folder: Path, model: ModelSpec, progress: Callable[[int], None]
     if not folder.is_dir():
         raise InputError("not a folder", source=folder, expected="a folder of expert_weights_*.txt")
     found = {}
-    for path in folder.iterdir():
-        match = FILE_NAME.fullmatch(path.name)
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(reason, source=folder, remedy="give a readable folder") from error
+    for name in names:
+        match = FILE_NAME.fullmatch(name)
         if match:
-            found[int(match.group(1))] = path
+            found[int(match.group(1))] = folder / name
+        elif name.startswith("expert_weights_") and name.endswith(".txt"):
+            raise InputError(
+                "not the name of a layer",
+                source=folder / name,
+                expected="expert_weights_<decoder layer>.txt, each layer once",
+            )
     if not found:
         raise InputError("no expert_weights_*.txt in it", source=folder)
     for layer in sorted(set(found) - set(model.moe_layers)):
@@ -183,11 +217,8 @@ def _read_layer(path: Path, model: ModelSpec) -> Rows:
                 expected="ids, two tabs, weights",
                 remedy="the file may be cut short",
             )
-        try:
-            ids = np.array(ids_text.split("\t"), dtype=np.int64)
-            gates = np.array(weights_text.split("\t"), dtype=np.float64)
-        except (ValueError, OverflowError) as error:
-            raise InputError(f"{error}", source=path, place=place, expected="numbers") from error
+        ids = _numbers(ids_text, ID, np.int64, path, f"{place}: ids")
+        gates = _numbers(weights_text, WEIGHT, np.float64, path, f"{place}: weights")
         if len(ids) != len(gates) or len(ids) % model.top_k:
             raise InputError(
                 f"{len(ids)} ids and {len(gates)} weights",

@@ -25,16 +25,24 @@ def parse_source(text: str) -> Source:
     InputError
         The path does not exist, or the task is empty.
     """
-    if Path(text).exists():
+    if _exists(text):
         return Source(Path(text))
     task, equals, path = text.partition("=")
     if not equals:
         raise InputError("no such file or folder", source=text)
     if not task.strip():
         raise InputError("empty task", source=text, expected="TASK=SOURCE or SOURCE")
-    if not Path(path).exists():
+    if not _exists(path):
         raise InputError("no such file or folder", source=path)
     return Source(Path(path), task)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(reason, source=path, remedy="give a readable file or folder") from error
 
 
 def distinct(tasks: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.instance import Instance
+from prism_plan.instance import MOST_CALLS, Instance
 from prism_plan.placement import Placement, Termination
 
 
@@ -57,16 +57,20 @@ class Options:
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
-            raise InputError(f"{self.seed}", source="--seed", expected="a number of at least 0")
+            raise InputError(
+                f"{self.seed}", source="--seed", expected="a number of at least 0 and below 2**63"
+            )
         if self.time_limit_s is not None and not 0 < self.time_limit_s < float("inf"):
             raise InputError(
                 f"{self.time_limit_s}", source="--time-limit", expected="seconds above 0"
             )
         if self.backend not in ("highs", "cbc"):
             raise InputError(f"{self.backend!r}", source="--backend", expected="highs or cbc")
-        if not 0 <= self.load_price < float("inf"):
+        if not 0 <= self.load_price <= MOST_CALLS:
             raise InputError(
-                f"{self.load_price}", source="--load-price", expected="a number of at least 0"
+                f"{self.load_price}",
+                source="--load-price",
+                expected=f"a number of at least 0 and at most {MOST_CALLS:g}",
             )
         if self.load_price > 0 and self.near is None:
             raise InputError(

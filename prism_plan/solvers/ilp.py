@@ -44,7 +44,8 @@ def _solve(instance: Instance, options: Options) -> Answer:
     problem, variables, gpu_variables = _model(instance, worth * scale)
     with _stdout_to_stderr(), tempfile.TemporaryDirectory(prefix="prism-plan-") as folder:
         log = Path(folder) / "log"
-        problem.solve(_backend(options, log))
+        with _ended_with_this():
+            problem.solve(_backend(options, log))
         bound = _bound(problem, options, log)
     status = problem.sol_status
     if status == pulp.LpSolutionInfeasible:
@@ -142,10 +143,13 @@ def _backend(options: Options, log: Path) -> Any:
     import pulp
 
     if options.backend == "highs":
-        return pulp.HiGHS(
-            msg=False, timeLimit=options.time_limit_s, gapRel=0.0, gapAbs=0.0, threads=1
-        )
-    return pulp.COIN_CMD(
+
+        class Highs(pulp.HiGHS):  # type: ignore[misc]
+            def callSolver(self, lp: Any) -> None:  # noqa: N802 - PuLP's name
+                _run_interruptibly(lp.solverModel)
+
+        return Highs(msg=False, timeLimit=options.time_limit_s, gapRel=0.0, gapAbs=0.0, threads=1)
+    solver = pulp.COIN_CMD(
         path=pulp.PULP_CBC_CMD.pulp_cbc_path,  # the CBC that comes with PuLP
         msg=False,
         timeLimit=options.time_limit_s,
@@ -153,6 +157,38 @@ def _backend(options: Options, log: Path) -> Any:
         threads=1,
         logPath=str(log),
     )
+    solver.tmpDir = str(log.parent)
+    return solver
+
+
+def _run_interruptibly(highs: Any) -> None:
+    """Run HiGHS in a thread of its own, so that Ctrl-C is seen before the search ends."""
+    highs.HandleUserInterrupt = True
+    thread = highs.startSolve()
+    try:
+        while thread.is_alive():
+            thread.join(0.05)
+    except BaseException:
+        highs.cancelSolve()
+        thread.join(1)  # it may take longer to hear of it; nothing waits for it then
+        raise
+
+
+@contextlib.contextmanager
+def _ended_with_this() -> Iterator[None]:
+    """PuLP leaves CBC running when the wait for it is interrupted: end it, whatever happens."""
+    import psutil
+
+    own = psutil.Process()
+    before = set(own.children(recursive=True))
+    try:
+        yield
+    except BaseException:
+        for child in set(own.children(recursive=True)) - before:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+                child.wait(5)
+        raise
 
 
 _CBC_BOUND = re.compile(r"^Lower bound:\s+(\S+)", re.MULTILINE)

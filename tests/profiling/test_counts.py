@@ -197,7 +197,7 @@ def test_wrong_lines(tmp_path: Path, line: str, message: str) -> None:
     [
         ("", "columns (none)"),
         ("task,layer,expert,count\n", "no rows in it"),
-        ("task,layer,layer,expert,count\n", "layer, each once"),
+        ("task,layer,layer,expert,count\n", "columns task, layer, layer, expert, count"),
         ("task;layer;expert;count\n", "columns task;layer;expert;count"),
     ],
 )

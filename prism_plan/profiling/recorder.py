@@ -1,0 +1,338 @@
+"""Recording which experts a running Hugging Face model calls.
+
+In transformers 5 every MoE family calls its experts module with the tokens' hidden states, the
+chosen experts and their gate weights (``hidden_states, top_k_index, top_k_weights``; gpt-oss names
+them ``router_indices, routing_weights``). Forward hooks read the last two; nothing of the model is
+changed, so its output is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prism_plan.errors import InputError
+from prism_plan.model import ModelSpec
+from prism_plan.model_config import spec_from_config
+from prism_plan.provenance import stamped
+from prism_plan.trace import PHASES, TokenBatch
+from prism_plan.trace_file import TraceWriter
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+EXPERTS = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.+\.)?experts$")
+PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")
+#: Recorded steps are kept on their device until they hold so many tokens, padding included.
+FLUSH_TOKENS = 4096
+
+Sink = Callable[[TokenBatch, Sequence[str]], None]
+
+
+@dataclass
+class _Step:
+    """One forward pass of B sequences of S new tokens, still on its device.
+
+    ``mask`` bool [B, S] or ``None``; ``fed`` int64 [B], the token fed in a decode step;
+    ``experts`` int16 [B·S, L, K]; ``weights`` [B·S, L, K] or ``None``. ``tasks`` is set where the
+    sequences are new.
+    """
+
+    shape: tuple[int, int]
+    tasks: tuple[str, ...] | None
+    mask: torch.Tensor | None
+    fed: torch.Tensor | None
+    experts: torch.Tensor
+    weights: torch.Tensor | None
+
+
+class Recorder:
+    """Turns forward passes into token batches. Made by :func:`record`.
+
+    A pass without cached tokens begins new requests, one for each sequence of the batch; passes
+    that follow go on with them. A pass of one token after cached ones is a decode step, any other
+    is prefill. Padding is what the attention mask says. A sequence that is fed its end-of-sequence
+    token in a decode step has ended: what ``generate`` feeds it from then on is not recorded.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, spec: ModelSpec, sink: Sink, *, weights: bool
+    ) -> None:
+        self.spec = spec
+        self.tokens = 0
+        self.num_requests = 0
+        self._model = model
+        self._sink = sink
+        self._weights = weights
+        self._label: str | tuple[str, ...] = "unlabelled"
+        self._tasks: list[str] = []
+        self._ends = _end_tokens(model)
+        self._steps: list[_Step] = []
+        self._held = 0
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._step: tuple[tuple[int, int], bool, Any, Any] | None = None
+        # of the sequences in the cache, as far as steps were flushed
+        self._requests = np.zeros(0, np.int64)
+        self._codes = np.zeros(0, np.int32)
+        self._lengths = np.zeros(0, np.int64)
+        self._alive = np.zeros(0, bool)
+
+    def label(self, tasks: str | Sequence[str]) -> None:
+        """Say which task the requests that begin from now on are of: one for all, or one each."""
+        self._label = tasks if isinstance(tasks, str) else tuple(tasks)
+
+    # ------------------------------------------------------------------------------------- hooks
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks on the decoder and on the experts modules, for the time of the block."""
+        modules = expert_modules(self._model)
+        if tuple(modules) != self.spec.moe_layers:
+            raise InputError(
+                f"experts modules in layers {', '.join(map(str, modules)) or '(none)'}",
+                source=self.spec.name,
+                expected=f"one in each MoE layer, {self.spec.layers_text()}",
+                remedy="a model with experts of its own code cannot be recorded",
+            )
+        decoder: Any = self._model.get_decoder()  # type: ignore[no-untyped-call]
+        handles = [
+            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            decoder.register_forward_hook(self._after),
+        ]
+        for at, module in enumerate(modules.values()):
+            handles.append(module.register_forward_pre_hook(self._hook(at), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, at: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = list(args[1:])
+            index = _argument(rest, kwargs, "top_k_index", "router_indices")
+            weights = _argument(rest, kwargs, "top_k_weights", "routing_weights")
+            self._seen[at] = (index, weights)
+
+        return hook
+
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._seen.clear()
+        ids = args[0] if args else kwargs.get("input_ids")
+        inputs = ids if ids is not None else kwargs.get("inputs_embeds")
+        if inputs is None:
+            raise InputError("neither input_ids nor inputs_embeds", source="forward pass")
+        shape = (int(inputs.shape[0]), int(inputs.shape[1]))
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if mask is not None:
+            if getattr(mask, "ndim", 0) != 2:
+                raise InputError(
+                    "an attention mask that is not [sequences, tokens]",
+                    source="forward pass",
+                    remedy="give the two-dimensional mask, which tells padding",
+                )
+            mask = mask[:, -shape[1] :].bool()
+        fed = ids[:, 0] if ids is not None and past > 0 and shape[1] == 1 else None
+        self._step = (shape, past == 0, mask, fed)
+
+    def _after(self, module: Any, args: Any, output: Any) -> None:
+        import torch
+
+        assert self._step is not None
+        shape, fresh, mask, fed = self._step
+        layers = self.spec.num_layers
+        if len(self._seen) != layers:
+            missing = next(at for at in range(layers) if at not in self._seen)
+            raise InputError(
+                f"the experts module of layer {self.spec.moe_layers[missing]} was not called",
+                source=self.spec.name,
+                remedy="load the model without replacement kernels",
+            )
+        device = self._seen[0][0].device
+        experts = torch.stack(
+            [self._seen[at][0].reshape(-1, self.spec.top_k).to(device) for at in range(layers)], 1
+        )
+        weights = None
+        if self._weights:
+            weights = torch.stack(
+                [self._seen[at][1].reshape(-1, self.spec.top_k).to(device) for at in range(layers)],
+                1,
+            ).detach()
+        small = torch.int16 if self.spec.num_experts < 2**15 else torch.int32
+        self._seen.clear()
+        self._steps.append(
+            _Step(
+                shape=shape,
+                tasks=self._labels(shape[0]) if fresh else None,
+                mask=None if mask is None else mask.clone(),
+                fed=None if fed is None else fed.clone(),
+                experts=experts.to(small),
+                weights=weights,
+            )
+        )
+        self._held += shape[0] * shape[1]
+        if self._held >= FLUSH_TOKENS:
+            self.flush()
+
+    def _labels(self, sequences: int) -> tuple[str, ...]:
+        if isinstance(self._label, str):
+            return (self._label,) * sequences
+        if len(self._label) != sequences:
+            raise InputError(
+                f"{len(self._label)} labels for {sequences} sequences",
+                source="Recorder.label",
+                expected="one task for all, or one for each sequence of the batch",
+            )
+        return self._label
+
+    # ----------------------------------------------------------------------------------- writing
+
+    def flush(self) -> None:
+        """Hand everything recorded so far to the sink."""
+        steps, self._steps, self._held = self._steps, [], 0
+        for step in steps:
+            batch = self._batch(step)
+            if len(batch):
+                self.tokens += len(batch)
+                self._sink(batch, self._tasks)
+
+    def _batch(self, step: _Step) -> TokenBatch:
+        sequences, length = step.shape
+        if step.tasks is not None:
+            self._begin(step.tasks)
+        elif len(self._requests) != sequences:
+            raise InputError(
+                f"{sequences} sequences go on with a cache of {len(self._requests)}",
+                source="forward pass",
+                expected="the same sequences in the same order",
+            )
+        real = np.ones((sequences, length), bool)
+        if step.mask is not None:
+            real = step.mask.cpu().numpy()
+        if step.fed is not None and self._ends:
+            self._alive &= ~np.isin(step.fed.cpu().numpy(), self._ends)
+        real = real & self._alive[:, None]
+        position = self._lengths[:, None] + np.cumsum(real, axis=1) - 1
+        self._lengths += real.sum(axis=1)
+        keep = real.ravel()
+        decode = step.fed is not None or (step.tasks is None and length == 1)
+        number = int(keep.sum())
+        weights = None
+        if step.weights is not None:
+            weights = step.weights.float().cpu().numpy()[keep].astype(np.float16)
+        return TokenBatch(
+            request=np.repeat(self._requests, length)[keep].astype(np.int32),
+            position=position.ravel()[keep].astype(np.int32),
+            phase=np.full(number, DECODE if decode else PREFILL, np.int8),
+            task=np.repeat(self._codes, length)[keep],
+            experts=step.experts.cpu().numpy()[keep].astype(np.uint16),
+            weights=weights,
+        )
+
+    def _begin(self, tasks: tuple[str, ...]) -> None:
+        for task in tasks:
+            if task not in self._tasks:
+                self._tasks.append(task)
+        self._codes = np.array([self._tasks.index(task) for task in tasks], np.int32)
+        self._requests = self.num_requests + np.arange(len(tasks))
+        self.num_requests += len(tasks)
+        self._lengths = np.zeros(len(tasks), np.int64)
+        self._alive = np.ones(len(tasks), bool)
+
+
+def _argument(rest: list[Any], kwargs: dict[str, Any], *names: str) -> Any:
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    if not rest:
+        raise InputError(
+            f"an experts module called without {' or '.join(names)}",
+            source="forward pass",
+            remedy="this model's code cannot be recorded",
+        )
+    return rest.pop(0)
+
+
+def _end_tokens(model: PreTrainedModel) -> list[int]:
+    config = getattr(model, "generation_config", None) or model.config
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, list | tuple) else [int(ends)]
+
+
+def expert_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
+    """The modules that hold routed experts, by decoder layer, ascending."""
+    found = {}
+    for name, module in model.named_modules():
+        match = EXPERTS.search(name)
+        if match:
+            found[int(match.group(1))] = module
+    return dict(sorted(found.items()))
+
+
+def spec_of(model: PreTrainedModel, name: str = "") -> ModelSpec:
+    """The model spec of a loaded model, from its configuration.
+
+    Raises
+    ------
+    InputError
+        The model has no MoE layers, or is of an unknown family.
+    """
+    config = model.config
+    origin = Path(str(getattr(config, "_name_or_path", "") or "")).name
+    return spec_from_config(
+        config.to_dict(),
+        source=origin or config.model_type,
+        name=name or origin or config.model_type,
+    )
+
+
+@contextlib.contextmanager
+def record(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    *,
+    task: str = "unlabelled",
+    weights: bool = False,
+    name: str = "",
+) -> Iterator[Recorder]:
+    """Record every forward pass and ``generate`` call of the block into a trace file.
+
+    ::
+
+        with record(model, "trace.parquet") as recorder:
+            recorder.label(["law", "summary"])      # one task for each sequence of the batch
+            model.generate(**inputs, max_new_tokens=32)
+
+    The file appears when the block ends well, and not at all when it fails. See :class:`Recorder`
+    for what is a request, a decode step and padding. With beam search every beam is a request.
+
+    Raises
+    ------
+    InputError
+        The model has no MoE layers or calls its experts in a way that cannot be recorded, or
+        nothing was recorded.
+    OutputError
+        The file cannot be written.
+    """
+    spec = spec_of(model, name)
+    provenance = stamped({"source": "record", "checkpoint": spec.name})
+    with TraceWriter(path, spec, weights=weights, provenance=provenance) as writer:
+        recorder = Recorder(model, spec, writer.write, weights=weights)
+        recorder.label(task)
+        with recorder.attached():
+            yield recorder
+        recorder.flush()
+        if not recorder.tokens:
+            raise InputError("nothing was recorded", source="record", remedy="run the model in it")

@@ -1,0 +1,160 @@
+"""Expert statistics of TensorRT-LLM, ``EXPERT_STATISTIC_ITER_RANGE`` and ``EXPERT_STATISTIC_PATH``.
+
+Read in ``tensorrt_llm/_torch/modules/fused_moe`` of mid-2026 (class ``ExpertStatistic``). A folder
+holds ``meta_info.json`` with ``num_experts`` and ``num_experts_per_token`` (more keys may stand
+there) and ``rank<r>.safetensors`` with one int64 [E] for each ``<iteration>_<decoder layer>``. All
+are summed. Without attention data parallelism every rank counts the same tokens: the sum is then a
+multiple of the calls, and so is the number of tokens, which leaves calls per token as they were.
+
+With its load balancer on the engine counts slots, not experts, and ``num_experts`` is the number
+of slots. Such a recording is refused where the two numbers differ; where they are equal it cannot
+be told apart, so record without a load balancer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.errors import InputError
+from prism_plan.files import parse_json, read_text
+from prism_plan.model import ModelSpec
+from prism_plan.profiling.sources import Source, distinct
+from prism_plan.profiling.tensors import (
+    CHECK_MODEL,
+    CUT_SHORT,
+    Notify,
+    counts_trace,
+    default_task,
+    json_object,
+    tokens_of_calls,
+)
+from prism_plan.trace import Trace
+
+RANK_FILE = re.compile(r"rank(\d+)\.safetensors")
+KEY = re.compile(r"(\d{1,18})_(\d{1,9})")
+
+
+def read_trtllm(
+    sources: Sequence[Source], model: ModelSpec, *, notify: Notify = lambda message: None
+) -> Trace:
+    """One counts-only trace from statistics folders, each a task (its label or its folder's name).
+
+    Raises
+    ------
+    InputError
+        A file is missing, cut short or foreign; a tensor, layer or count is not of the model.
+    """
+    if not sources:
+        raise InputError("no sources", expected="at least one recording")
+    tasks = [source.task or default_task(source.path) for source in sources]
+    distinct(tasks)
+    counts = {}
+    for task, source in zip(tasks, sources, strict=True):
+        counts[task] = _read_folder(source.path, model)
+        try:
+            tokens_of_calls(task, counts[task], model, lambda message: None)
+        except InputError as error:
+            raise error.within(source.path) from error
+    folders = {
+        task: source.path.resolve().name for task, source in zip(tasks, sources, strict=True)
+    }
+    return counts_trace("trtllm", model, counts, {"folders": folders}, notify)
+
+
+def _read_folder(folder: Path, model: ModelSpec) -> npt.NDArray[np.int64]:
+    if not folder.is_dir():
+        raise InputError(
+            "not a folder",
+            source=folder,
+            expected="a folder of meta_info.json and rank*.safetensors",
+        )
+    _check_meta(folder / "meta_info.json", model)
+    ranks = {}
+    for path in folder.iterdir():
+        match = RANK_FILE.fullmatch(path.name)
+        if match:
+            ranks[int(match.group(1))] = path
+    if not ranks:
+        raise InputError("no rank*.safetensors in it", source=folder)
+    counts = np.zeros((model.num_layers, model.num_experts), np.int64)
+    for _, path in sorted(ranks.items()):
+        _add_rank(path, model, counts)
+    return counts
+
+
+def _check_meta(path: Path, model: ModelSpec) -> None:
+    meta = json_object(parse_json(read_text(path), path), path, "")
+    wanted = {"num_experts": model.num_experts, "num_experts_per_token": model.top_k}
+    for key, number in wanted.items():
+        if key not in meta:
+            raise InputError(
+                f"key {key!r} is missing", source=path, expected=" and ".join(map(repr, wanted))
+            )
+        if meta[key] != number or isinstance(meta[key], bool):
+            raise InputError(
+                f"{meta[key]!r:.60}",
+                source=path,
+                place=key,
+                expected=f"{number} of {model.name}",
+                remedy=f"{CHECK_MODEL}, without a load balancer (which counts slots)",
+            )
+
+
+def _add_rank(path: Path, model: ModelSpec, counts: npt.NDArray[np.int64]) -> None:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise InputError(
+            "safetensors is not installed", source=path, remedy="pip install 'prism-plan[hf]'"
+        ) from error
+
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no mapping
+                layer = _layer(path, key, model)
+                part = tensors.get_slice(key)
+                if part.get_dtype() != "I64" or part.get_shape() != [model.num_experts]:
+                    raise InputError(
+                        f"{part.get_dtype()} {part.get_shape()}",
+                        source=path,
+                        place=f"key {key!r}",
+                        expected=f"I64 [{model.num_experts}], calls of each expert of {model.name}",
+                        remedy=CHECK_MODEL,
+                    )
+                calls = tensors.get_tensor(key)
+                if calls.min() < 0 or calls.max() >= 2**53:
+                    expert = int(np.argmax((calls < 0) | (calls >= 2**53)))
+                    raise InputError(
+                        f"{calls[expert]} calls",
+                        source=path,
+                        place=f"key {key!r} expert {expert}",
+                        expected="a whole number of at least 0",
+                    )
+                counts[layer] += calls
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"not a readable safetensors file: {error}", source=path, remedy=CUT_SHORT
+        ) from error
+
+
+def _layer(path: Path, key: str, model: ModelSpec) -> int:
+    match = KEY.fullmatch(key)
+    if match is None:
+        raise InputError(
+            f"key {key!r:.60}", source=path, expected="<iteration>_<decoder layer>, as in '100_3'"
+        )
+    layer = int(match.group(2))
+    if layer not in model.moe_layers:
+        raise InputError(
+            f"layer {layer}",
+            source=path,
+            place=f"key {key!r}",
+            expected=f"a MoE layer of {model.name}, {model.layers_text()}",
+            remedy=CHECK_MODEL,
+        )
+    return model.moe_layers.index(layer)

@@ -1,0 +1,181 @@
+"""Routed experts that vLLM returns with its responses (read in the source of vLLM 0.33.0).
+
+Start the server with ``--enable-return-routed-experts`` and write each response as one line of a
+JSONL file. ``choices[].routed_experts`` is the base64 text of .npy bytes
+[tokens - 1, decoder layers, K] (``vllm/entrypoints/openai/chat_completion/protocol.py``,
+``vllm/utils/serial_utils.py``), uint8 up to 256 experts, else uint16 (``vllm/model_executor/
+layers/fused_moe/routed_experts_capturer.py``; older versions: int32); ids are logical, columns of
+dense layers stay zeros. The last token is never fed, so it has no row.
+
+A line may also be a plain object, for people who use vLLM from Python::
+
+    {"routed_experts": base64 | nested list | "file.npy", "task": "...", "prompt_tokens": 12,
+     "completion_tokens": 30}
+
+A single ``.npy`` file is one request of unknown phases. Each choice of a response is a request of
+its own, its prompt included. The task is the source's label, else the line's ``task``, else the
+file's stem; files of one task are put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.errors import InputError
+from prism_plan.model import ModelSpec
+from prism_plan.profiling.sources import Source
+from prism_plan.profiling.tensors import (
+    Notify,
+    Requests,
+    decode_base64,
+    default_task,
+    files_of_tasks,
+    json_lines,
+    json_object,
+    parse_npy,
+    task_of_line,
+    whole_number,
+)
+from prism_plan.trace import Trace, trace_from_batches
+
+
+def read_vllm(
+    sources: Sequence[Source], model: ModelSpec, *, notify: Notify = lambda message: None
+) -> Trace:
+    """One token-level trace from JSONL files of responses, or from .npy files.
+
+    ``usage.prompt_tokens`` tells prefill from decode. At least 512 equal rows at the start of a
+    request are start-up profiling: they are dropped, and ``notify`` is told.
+
+    Raises
+    ------
+    InputError
+        Not JSONL or .npy, cut short, no routed experts in it, or of another model.
+    """
+    files_of_tasks(sources)  # refuses two unlabelled files of one name
+    requests = Requests(model)
+    for source in sources:
+        if source.path.is_dir():
+            raise InputError(
+                "is a folder", source=source.path, expected="a JSONL file of responses, or .npy"
+            )
+        if source.path.suffix == ".npy":
+            array = _npy_file(source.path, source.path, "")
+            task = source.task or default_task(source.path)
+            requests.add(task, array, None, None, source.path, "")
+        else:
+            _add_lines(source, requests)
+    requests.tell(sources[0].path, notify)
+    return trace_from_batches(
+        model,
+        requests.tasks,
+        requests.batches,
+        provenance={
+            "source": "vllm",
+            "files": [source.path.name for source in sources],
+            "profiling_rows_dropped": requests.profiling_rows,
+        },
+        name="vllm",
+    )
+
+
+def _add_lines(source: Source, requests: Requests) -> None:
+    path = source.path
+    for place, value in json_lines(path):
+        line = json_object(value, path, place)
+        task = task_of_line(line, source.task, path, place)
+        for where, recorded, prompt, generated in _recordings(line, path, place):
+            if recorded is None:
+                requests.missing += 1
+                continue
+            array = _array(recorded, path, where)
+            requests.add(task, array, prompt, generated, path, where)
+
+
+Recording = tuple[str, Any, int | None, int | None]
+
+
+def _recordings(line: Mapping[str, Any], path: Path, place: str) -> Iterator[Recording]:
+    """(place, value of routed_experts, prompt tokens, generated tokens) of each request."""
+    if "routed_experts" in line:
+        yield (
+            place,
+            line["routed_experts"],
+            whole_number(line, "prompt_tokens", path, place),
+            whole_number(line, "completion_tokens", path, place),
+        )
+        return
+    choices = line.get("choices")
+    if not isinstance(choices, list):
+        sglang = "meta_info" in line or "sglext" in line
+        raise InputError(
+            "neither 'choices' nor 'routed_experts' in it",
+            source=path,
+            place=place,
+            expected="a response with choices[].routed_experts",
+            remedy="SGLang's responses are read with --format sglang" if sglang else "",
+        )
+    usage = json_object(line.get("usage") or {}, path, f"{place} 'usage'")
+    prompt = whole_number(usage, "prompt_tokens", path, place)
+    for index, value in enumerate(choices):
+        where = f"{place} choice {index}"
+        choice = json_object(value, path, where)
+        if "routed_experts" not in choice:
+            raise InputError(
+                "no 'routed_experts' in it",
+                source=path,
+                place=where,
+                expected="a response with choices[].routed_experts",
+                remedy="start vLLM with --enable-return-routed-experts",
+            )
+        # usage counts the generated tokens of all choices together
+        generated = whole_number(usage, "completion_tokens", path, place)
+        if len(choices) > 1:
+            ids = choice.get("token_ids")
+            generated = len(ids) if isinstance(ids, list) else None
+        yield where, choice["routed_experts"], prompt, generated
+
+
+def _array(recorded: Any, path: Path, place: str) -> npt.NDArray[Any]:
+    if isinstance(recorded, str):
+        if recorded.endswith(".npy"):  # no base64 text ends so
+            return _npy_file(path.parent / recorded, path, place)
+        return parse_npy(decode_base64(recorded, path, place), path, place)
+    if isinstance(recorded, list):
+        try:
+            array = np.array(recorded)
+        except (ValueError, OverflowError):
+            array = np.array("ragged")
+        if array.dtype.kind in "iu" and array.ndim == 3:
+            return array
+        raise InputError(
+            "the lists are no array of whole numbers",
+            source=path,
+            place=place,
+            expected="[tokens][decoder layers][top-k] expert ids",
+        )
+    raise InputError(
+        f"{recorded!r:.60}",
+        source=path,
+        place=f"{place} 'routed_experts'",
+        expected="base64 of .npy bytes, nested lists, or the name of a .npy file",
+    )
+
+
+def _npy_file(file: Path, source: Path, place: str) -> npt.NDArray[Any]:
+    try:
+        data = file.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"{file.name}: {reason.lower()}",
+            source=source,
+            place=place,
+            remedy="give a readable file",
+        ) from error
+    return parse_npy(data, source, place if file == source else f"{place} {file.name}")
