@@ -179,6 +179,17 @@ def test_task_order(tmp_path: Path) -> None:
     check_same(round_trip(tmp_path / "t.parquet", trace), trace)
 
 
+@pytest.mark.parametrize("tasks", [("a", "b", "none"), ("none", "a", "b"), ("a", "none", "b")])
+def test_task_without_tokens(tmp_path: Path, tasks: tuple[str, ...]) -> None:
+    """A task that has no tokens is left out of a file; the others are as before."""
+    whole = random_batch(np.random.default_rng(0), 64, TINY, 2, weights=False)
+    codes = np.array([tasks.index("a"), tasks.index("b")], np.int32)
+    trace = trace_from_batches(TINY, tasks, [dataclasses.replace(whole, task=codes[whole.task])])
+    assert trace.tokens[tasks.index("none")] == 0
+    found = round_trip(tmp_path / "t.parquet", trace)
+    check_same(found, trace_from_batches(TINY, ["a", "b"], [whole]))
+
+
 @pytest.mark.parametrize("size", [10, 5000])
 def test_different_dictionaries(tmp_path: Path, size: int) -> None:
     """Batches may each have their own list of tasks; a name is the same task in all of them."""

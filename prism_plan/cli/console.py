@@ -64,10 +64,10 @@ def print_table(
 
 
 @contextlib.contextmanager
-def progress(total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar on standard error if that is a terminal; call it with (label, done)."""
+def progress(total: int, unit: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error, if that is a terminal; call it with (label, done)."""
     if not sys.stderr.isatty():
-        yield lambda label, done: None
+        yield lambda label, done, total=None: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -83,8 +83,8 @@ def progress(total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
     ) as bar:
         task = bar.add_task("", total=total)
 
-        def update(label: str, done: int) -> None:
-            bar.update(task, description=label, completed=done)
+        def update(label: str, done: int, total: int | None = None) -> None:
+            bar.update(task, description=label, completed=done, total=total)
 
         yield update
 

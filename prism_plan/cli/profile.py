@@ -10,11 +10,19 @@ from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
     from prism_plan.model import ModelSpec
+    from prism_plan.profiling.hf import HfOptions
     from prism_plan.profiling.sources import Source
     from prism_plan.trace import Trace
 
 #: Formats, and the model that a recording of each is of unless --model says otherwise.
-DEFAULT_MODEL = {"esft": "deepseek-v2-lite", "counts": None}
+DEFAULT_MODEL = {
+    "hf": None,
+    "esft": "deepseek-v2-lite",
+    "counts": None,
+    "sglang": None,
+    "vllm": None,
+    "trtllm": None,
+}
 
 
 @click.command("profile")
@@ -23,9 +31,10 @@ DEFAULT_MODEL = {"esft": "deepseek-v2-lite", "counts": None}
     "--format",
     "form",
     type=click.Choice(list(DEFAULT_MODEL)),
-    required=True,
-    help="esft: folders of expert_weights_LAYER.txt, token by token. "
-    "counts: CSV of task, layer, expert, count.",
+    default="hf",
+    show_default=True,
+    help="hf: run a checkpoint on --prompts. esft: folders of expert_weights_LAYER.txt. counts: "
+    "CSV of task, layer, expert, count. sglang, vllm, trtllm: what these engines record.",
 )
 @click.option(
     "--model",
@@ -34,7 +43,9 @@ DEFAULT_MODEL = {"esft": "deepseek-v2-lite", "counts": None}
     "config.json. Default for esft: deepseek-v2-lite.",
 )
 @click.option(
-    "--weights/--no-weights", default=True, help="Keep gate weights (esft).  [default: keep]"
+    "--weights/--no-weights",
+    default=None,
+    help="Keep gate weights (hf, esft).  [default: esft keeps them]",
 )
 @click.option(
     "--tokens",
@@ -42,19 +53,39 @@ DEFAULT_MODEL = {"esft": "deepseek-v2-lite", "counts": None}
     metavar="TASK=N",
     help="True number of tokens of a task (counts); default: calls of a layer / top-k.",
 )
+@click.option("--prompts", metavar="FILE.jsonl", help='hf: lines {"prompt": ..., "task": ...}.')
+@click.option("--max-new-tokens", default=32, show_default=True, help="hf: 0 for prompts alone.")
+@click.option("--batch-size", default=8, show_default=True, help="hf: prompts run together.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="hf: of the weights; auto is the checkpoint's own.",
+)
+@click.option("--device", default="auto", show_default=True, help="hf: auto, cpu, cuda:0, ...")
+@click.option("--resume", is_flag=True, help="hf: go on with a partial trace at the output.")
+@click.option("--trust-remote-code", is_flag=True, help="hf: run code that the checkpoint brings.")
 @click.option("-o", "--output", required=True, metavar="T.parquet", help="Trace to write.")
 def command(
     sources: tuple[str, ...],
     form: str,
     model: str | None,
-    weights: bool,
+    weights: bool | None,
     tokens: tuple[str, ...],
+    prompts: str | None,
+    max_new_tokens: int,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    resume: bool,
+    trust_remote_code: bool,
     output: str,
 ) -> None:
-    """Turn recordings of a model's routing into a trace.
+    """Run a checkpoint, or read recordings of a model's routing, into a trace.
 
-    SOURCE is a file or folder; TASK=SOURCE labels one with the task that it records. Several
-    sources make one trace.
+    SOURCE is a checkpoint folder or hub id (hf), or a file or folder; TASK=SOURCE labels a
+    recording with its task. Several recordings make one trace.
     """
     import dataclasses
 
@@ -65,17 +96,43 @@ def command(
     from prism_plan.provenance import stamped
     from prism_plan.trace_file import write_trace
 
+    if output == "-":
+        raise InputError("-", source="--output", expected="a file, for a trace is Parquet")
+    if form == "hf":
+        from prism_plan.profiling.hf import HfOptions
+
+        options = HfOptions(
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            weights=bool(weights),
+            trust_remote_code=trust_remote_code,
+        )
+        if len(sources) != 1 or model is not None or tokens or prompts is None:
+            raise InputError(
+                "profile --format hf",
+                expected="one checkpoint, and --prompts FILE.jsonl; no --model, no --tokens",
+                remedy="for a recording say what it is with --format",
+            )
+        _run_checkpoint(sources[0], prompts, output, options, resume)
+        return
+    if prompts is not None or resume or trust_remote_code:
+        raise InputError(
+            f"given with --format {form}",
+            source="--prompts, --resume or --trust-remote-code",
+            expected="only with --format hf",
+        )
     reference = model or DEFAULT_MODEL[form]
     if reference is None:
         raise InputError(
             "not given", source="--model", expected=f"the model that was recorded, for {form}"
         )
-    if output == "-":
-        raise InputError("-", source="--output", expected="a file, for a trace is Parquet")
     spec = load_model(reference)
     parsed = [parse_source(source) for source in sources]
     writable(output, model, *(str(source.path) for source in parsed))
-    trace = _read(form, parsed, spec, weights=weights, tokens=_numbers(tokens))
+    kept = True if weights is None else weights
+    trace = _read(form, parsed, spec, weights=kept, tokens=_numbers(tokens))
     write_trace(output, dataclasses.replace(trace, provenance=stamped(trace.provenance)))
     requests = "" if trace.requests is None else f"{int(trace.requests.sum()):,} requests, "
     note(
@@ -98,12 +155,51 @@ def _read(
         from prism_plan.profiling.counts import read_counts
 
         return read_counts(sources, spec, tokens=tokens, notify=note)
-    from prism_plan.profiling.esft import read_esft
-
     if tokens:
         raise InputError("given", source="--tokens", expected="only with --format counts")
+    if form == "sglang":
+        from prism_plan.profiling.sglang import read_sglang
+
+        return read_sglang(sources, spec, notify=note)
+    if form == "vllm":
+        from prism_plan.profiling.vllm import read_vllm
+
+        return read_vllm(sources, spec, notify=note)
+    if form == "trtllm":
+        from prism_plan.profiling.trtllm import read_trtllm
+
+        return read_trtllm(sources, spec, notify=note)
+    from prism_plan.profiling.esft import read_esft
+
     with progress(len(sources) * spec.num_layers, "files") as update:
         return read_esft(sources, spec, weights=weights, progress=update)
+
+
+def _run_checkpoint(
+    checkpoint: str, prompts: str, output: str, options: HfOptions, resume: bool
+) -> None:
+    import time
+
+    from prism_plan.cli.console import note, progress
+    from prism_plan.cli.inputs import writable
+    from prism_plan.profiling.hf import profile_checkpoint
+
+    writable(output, prompts)
+    begin = time.perf_counter()
+    recorded = 0
+    with progress(1, "prompts") as update:
+
+        def tell(done: int, total: int, tokens: int) -> None:
+            nonlocal recorded
+            recorded = tokens
+            rate = tokens / max(time.perf_counter() - begin, 1e-9)
+            update(f"profiling, {rate:,.0f} tokens/s", done, total)
+
+        profile_checkpoint(
+            checkpoint, prompts, output, options, resume=resume, progress=tell, notify=note
+        )
+    rate = recorded / (time.perf_counter() - begin)
+    note(f"{output}: {recorded:,} tokens recorded, {rate:,.0f} tokens/s with loading")
 
 
 def _numbers(texts: tuple[str, ...]) -> dict[str, int]:

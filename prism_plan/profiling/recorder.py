@@ -102,7 +102,7 @@ class Recorder:
                 expected=f"one in each MoE layer, {self.spec.layers_text()}",
                 remedy="a model with experts of its own code cannot be recorded",
             )
-        decoder: Any = self._model.get_decoder()  # type: ignore[no-untyped-call]
+        decoder: Any = self._model.get_decoder()
         handles = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after),
@@ -205,6 +205,10 @@ class Recorder:
             if len(batch):
                 self.tokens += len(batch)
                 self._sink(batch, self._tasks)
+
+    def discard(self) -> None:
+        """Forget what was recorded since the last flush."""
+        self._steps, self._held = [], 0
 
     def _batch(self, step: _Step) -> TokenBatch:
         sequences, length = step.shape

@@ -1,0 +1,367 @@
+"""Profiling a real checkpoint: prompts in, a token-level trace out.
+
+Needs the extra ``hf`` (transformers 5 and PyTorch). The model runs its own ``generate``; recording
+is by the hooks of :mod:`prism_plan.profiling.recorder`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prism_plan.errors import InputError, PrismError
+from prism_plan.model import ModelSpec
+from prism_plan.profiling.prompts import Prompt, digest, read_prompts
+from prism_plan.provenance import stamped
+from prism_plan.trace import Trace
+from prism_plan.trace_file import TraceWriter, read_trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EXTRA = "pip install 'prism-plan[hf]'"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+class Interrupted(PrismError):
+    """A run was stopped; what it had recorded is kept as a partial trace."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class HfOptions:
+    """How to run the model.
+
+    ``max_new_tokens`` of 0 records the prompts alone. ``device`` is ``"auto"`` (accelerators with
+    ``device_map="auto"`` where there are any, else the CPU) or a PyTorch device.
+
+    Raises
+    ------
+    InputError
+        A number is out of range.
+    """
+
+    max_new_tokens: int = 32
+    batch_size: int = 8
+    dtype: str = "auto"
+    device: str = "auto"
+    weights: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_new_tokens < 2**31:
+            raise InputError(
+                f"{self.max_new_tokens}", source="--max-new-tokens", expected="at least 0"
+            )
+        if not 1 <= self.batch_size < 2**31:
+            raise InputError(f"{self.batch_size}", source="--batch-size", expected="at least 1")
+        if self.dtype not in DTYPES:
+            raise InputError(f"{self.dtype!r}", source="--dtype", expected=", ".join(DTYPES))
+
+
+def profile_checkpoint(
+    checkpoint: str,
+    prompts: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: HfOptions | None = None,
+    *,
+    resume: bool = False,
+    progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Run a file of prompts through a checkpoint and write the trace of its routing.
+
+    Prompts are taken in order, ``batch_size`` at a time, left-padded; decoding is greedy. Request
+    i of the trace is the i-th prompt. Rows are written as they come, so that memory does not grow
+    with the number of prompts. Stopped by Ctrl-C the run leaves a valid trace of the batches that
+    were done, whose provenance says ``partial``; with ``resume`` it goes on from there.
+    ``progress`` is told (prompts done, prompts, tokens recorded).
+
+    Raises
+    ------
+    InputError
+        The checkpoint is missing or gated, has no MoE layers, or is of an unknown family; a line of
+        the prompts is wrong, or longer than the model's context; the trace to go on with is of
+        another run.
+    OutputError
+        The trace cannot be written.
+    Interrupted
+        Stopped by Ctrl-C; tells what was kept.
+    """
+    options = options or HfOptions()
+    run = _Run(checkpoint, prompts, options)
+    total = sum(1 for _ in read_prompts(prompts))
+    earlier = _earlier(output, run) if resume else None
+    done = 0 if earlier is None else int(earlier.provenance["prompts_done"])
+    tokenizer = load_tokenizer(checkpoint, options)
+    model = load_model(checkpoint, options)
+    _check_lengths(prompts, tokenizer, model, options)
+    from prism_plan.profiling.recorder import Recorder, spec_of
+
+    spec = spec_of(model, name=Path(checkpoint).resolve().name if os.path.isdir(checkpoint) else "")
+    provenance = run.provenance()
+    stopped = False
+    with TraceWriter(output, spec, weights=options.weights, provenance=provenance) as writer:
+        if earlier is not None:
+            _copy(earlier, writer, spec)
+            notify(f"going on after {done} of {total} prompts")
+        recorder = Recorder(model, spec, writer.write, weights=options.weights)
+        recorder.num_requests = done
+        progress(done, total, 0)
+        with recorder.attached():
+            try:
+                for batch in _batches(itertools.islice(read_prompts(prompts), done, None), options):
+                    recorder.label([prompt.task for prompt in batch])
+                    _generate(model, tokenizer, [prompt.prompt for prompt in batch], options)
+                    recorder.flush()
+                    done += len(batch)
+                    progress(done, total, recorder.tokens)
+            except KeyboardInterrupt:
+                stopped = True
+                recorder.discard()
+                if not done:
+                    raise
+                writer.provenance |= {"partial": True, "prompts_done": done}
+    if stopped:
+        raise Interrupted(
+            f"interrupted; {output} holds the first {done} of {total} prompts; go on with --resume"
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What makes two runs the same, so that one can go on with the other's trace."""
+
+    checkpoint: str
+    prompts: str | os.PathLike[str]
+    options: HfOptions
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "source": "hf",
+            "checkpoint": Path(self.checkpoint).name or self.checkpoint,
+            "prompts": os.path.basename(self.prompts),
+            "prompts_sha256": digest(self.prompts),
+            "max_new_tokens": self.options.max_new_tokens,
+            "dtype": self.options.dtype,
+            "weights": self.options.weights,
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        import torch
+        import transformers
+
+        return stamped(
+            {
+                **self.identity(),
+                "batch_size": self.options.batch_size,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__.split("+")[0],
+            }
+        )
+
+
+def _earlier(output: str | os.PathLike[str], run: _Run) -> Trace | None:
+    """The partial trace of an earlier run at ``output``; none if there is no file."""
+    if not os.path.exists(output):
+        return None
+    trace = read_trace(output)
+    if not trace.provenance.get("partial"):
+        raise InputError(
+            "is complete", source=output, expected="a partial trace", remedy="leave --resume out"
+        )
+    for key, value in run.identity().items():
+        if trace.provenance.get(key) != value:
+            raise InputError(
+                f"{key} is {trace.provenance.get(key)!r:.80}",
+                source=output,
+                place="provenance",
+                expected=f"{value!r:.80}, as in this run",
+                remedy="--resume goes on with the same checkpoint, prompts and options",
+            )
+    return trace
+
+
+def _copy(earlier: Trace, writer: TraceWriter, spec: ModelSpec) -> None:
+    from prism_plan.model import require_same_model
+
+    require_same_model(earlier.model, spec, source=earlier.name, other="the checkpoint")
+    assert earlier.batches is not None
+    for batch in earlier.batches():
+        writer.write(batch, earlier.tasks)
+
+
+def _batches(prompts: Iterator[Prompt], options: HfOptions) -> Iterator[list[Prompt]]:
+    while batch := list(itertools.islice(prompts, options.batch_size)):
+        yield batch
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    options: HfOptions,
+) -> None:
+    """Run prompts, left-padded, and decode greedily; only what the hooks see is kept."""
+    import torch
+
+    inputs = tokenizer(list(texts), return_tensors="pt", padding=True)
+    inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    # the last new token is never fed, so one new token is the prompt alone
+    with torch.inference_mode():
+        model.generate(
+            **inputs,
+            max_new_tokens=max(options.max_new_tokens, 1),
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+
+def _check_lengths(
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    options: HfOptions,
+) -> None:
+    """Refuse a prompt that does not fit the model's context, before anything is run."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    for prompt in read_prompts(path):
+        tokens = len(tokenizer(prompt.prompt)["input_ids"])
+        place = f"line {prompt.line}"
+        if tokens == 0:
+            raise InputError("the prompt has no tokens", source=path, place=place)
+        fed = tokens + max(options.max_new_tokens - 1, 0)
+        if longest is not None and fed > longest:
+            raise InputError(
+                f"{tokens:,} tokens and {options.max_new_tokens} new ones",
+                source=path,
+                place=place,
+                expected=f"at most {longest:,}, the model's context",
+                remedy="shorten the prompt or lower --max-new-tokens",
+            )
+
+
+def _import() -> None:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            f"{error.name or error} is not installed", source="--format hf", remedy=EXTRA
+        ) from error
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise InputError(
+            f"transformers {transformers.__version__}", expected="5 or newer", remedy=EXTRA
+        )
+    del torch
+
+
+@contextlib.contextmanager
+def _loading(checkpoint: str, what: str) -> Iterator[None]:
+    """Failures of loading, which come as many kinds of exception, as one line."""
+    try:
+        yield
+    except PrismError:
+        raise
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split())
+        gated = "gated" in words.lower() or "401" in words or "403" in words
+        if os.path.isdir(checkpoint):
+            reason, remedy = f"cannot load the {what}: {words[:120]}", "check the files in it"
+        elif gated:
+            reason = "the checkpoint is gated or private"
+            remedy = "ask for access on its page and log in with: hf auth login"
+        else:
+            reason = "no such folder, and no checkpoint of that name can be had from the hub"
+            remedy = "give a local folder, or a hub id and a network connection"
+        raise InputError(reason, source=checkpoint, remedy=remedy) from error
+
+
+def load_tokenizer(checkpoint: str, options: HfOptions) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, padding on the left.
+
+    Raises
+    ------
+    InputError
+        It cannot be loaded, or has neither a padding nor an end-of-sequence token.
+    """
+    _import()
+    from transformers import AutoTokenizer
+
+    _folder_has_config(checkpoint)
+    with _quiet(), _loading(checkpoint, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            checkpoint, trust_remote_code=options.trust_remote_code
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                "the tokenizer has neither a padding nor an end-of-sequence token",
+                source=checkpoint,
+                remedy="set one in its tokenizer_config.json",
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:
+    """The checkpoint's model, checked to be a MoE of a known family before weights are read.
+
+    Raises
+    ------
+    InputError
+        Missing, gated, damaged, without MoE layers, or of an unknown family.
+    """
+    _import()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from prism_plan.model_config import spec_from_config
+
+    _folder_has_config(checkpoint)
+    with _quiet(), _loading(checkpoint, "model"):
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=options.trust_remote_code)
+        spec_from_config(config.to_dict(), source=checkpoint, name=Path(checkpoint).name)
+        where: dict[str, Any] = {}
+        if options.device != "auto":
+            where["device_map"] = {"": torch.device(options.device)}
+        elif torch.accelerator.is_available():
+            where["device_map"] = "auto"
+        dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=dtype, trust_remote_code=options.trust_remote_code, **where
+        )
+    return model.eval()
+
+
+def _folder_has_config(checkpoint: str) -> None:
+    if os.path.exists(checkpoint) and not os.path.isfile(os.path.join(checkpoint, "config.json")):
+        raise InputError(
+            "has no config.json", source=checkpoint, expected="a checkpoint folder or a hub id"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Progress bars of loading would mix with ours."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
