@@ -255,6 +255,12 @@ def trace_from_batches(
     names = tuple(tasks)
     totals = Totals(model, len(names))
     for batch in kept:
+        if batch.experts.shape[1:] != (model.num_layers, model.top_k):
+            raise InputError(
+                f"experts of shape {batch.experts.shape}",
+                source=name,
+                expected=f"[tokens, {model.num_layers}, {model.top_k}]",
+            )
         bad = check_experts(batch.experts, model.num_experts)
         if bad is not None:
             raise bad_selection(model, batch, bad).within(name)

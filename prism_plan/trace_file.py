@@ -44,7 +44,8 @@ class TraceWriter:
     """Writes a token-level trace row group by row group; the file appears when it is complete.
 
     Use as a context manager. Expert ids are dictionary-encoded (log2 E bits each) and compressed
-    with zstd: less than one byte a selection up to 256 experts, less than three with weights.
+    with zstd: less than one byte a selection below 256 experts (1.01 for 256), with gate weights
+    two more.
 
     Raises
     ------

@@ -110,10 +110,9 @@ def _notify_if_uneven(
 ) -> None:
     calls = counts.sum(axis=1)
     if calls.min() != calls.max() or calls.max() % model.top_k:
-        low, high = calls.min() / tokens, calls.max() / tokens
         notify(
-            f"task {task!r}: {low:.2f} to {high:.2f} calls a token and layer instead of "
-            f"{model.top_k}; took {tokens} tokens from the fullest layer "
+            f"task {task!r}: layers have {calls.min():,} to {calls.max():,} calls, not all "
+            f"{model.top_k} a token; took {tokens:,} tokens from the fullest layer "
             f"(--tokens {task}=N gives the true number)"
         )
 

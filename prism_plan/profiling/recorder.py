@@ -64,7 +64,13 @@ class Recorder:
     """
 
     def __init__(
-        self, model: PreTrainedModel, spec: ModelSpec, sink: Sink, *, weights: bool
+        self,
+        model: PreTrainedModel,
+        spec: ModelSpec,
+        sink: Sink,
+        *,
+        weights: bool,
+        end_tokens: Sequence[int] | None = None,
     ) -> None:
         self.spec = spec
         self.tokens = 0
@@ -74,7 +80,7 @@ class Recorder:
         self._weights = weights
         self._label: str | tuple[str, ...] = "unlabelled"
         self._tasks: list[str] = []
-        self._ends = _end_tokens(model)
+        self._ends = _end_tokens(model) if end_tokens is None else list(end_tokens)
         self._steps: list[_Step] = []
         self._held = 0
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -310,6 +316,7 @@ def record(
     task: str = "unlabelled",
     weights: bool = False,
     name: str = "",
+    end_tokens: Sequence[int] | None = None,
 ) -> Iterator[Recorder]:
     """Record every forward pass and ``generate`` call of the block into a trace file.
 
@@ -321,6 +328,8 @@ def record(
 
     The file appears when the block ends well, and not at all when it fails. See :class:`Recorder`
     for what is a request, a decode step and padding. With beam search every beam is a request.
+    ``end_tokens`` are those that end a sequence, if not the generation configuration's; give ``()``
+    where ``generate`` is told to go on beyond them.
 
     Raises
     ------
@@ -333,7 +342,7 @@ def record(
     spec = spec_of(model, name)
     provenance = stamped({"source": "record", "checkpoint": spec.name})
     with TraceWriter(path, spec, weights=weights, provenance=provenance) as writer:
-        recorder = Recorder(model, spec, writer.write, weights=weights)
+        recorder = Recorder(model, spec, writer.write, weights=weights, end_tokens=end_tokens)
         recorder.label(task)
         with recorder.attached():
             yield recorder
