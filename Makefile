@@ -2,12 +2,13 @@
 # make test    install with test tools and run all tests
 # make lint    style, formatting and types
 # make bench   measure the speeds that tests/benchmarks/README.md promises
-# Only Python (3.11 or newer) and make are needed.
+# Only Python (3.11 or newer) and make are needed. PyTorch comes from the package index that pip is
+# set up for; on Linux that is a large build with CUDA unless the index offers the CPU build.
 
 PYTHON ?= python3
 VENV ?= .venv
-# dev: test tools. Add hf to also check model sizes against transformers (needs PyTorch).
-EXTRAS ?= dev
+# dev: test tools; hf: PyTorch and transformers. With EXTRAS=dev the tests that need hf skip.
+EXTRAS ?= dev,hf
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
@@ -19,15 +20,15 @@ $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/installed: $(VENV)/made pyproject.toml
-	$(BIN)/pip install $(PIP_FLAGS) -e .
+$(VENV)/installed-hf: $(VENV)/made pyproject.toml
+	$(BIN)/pip install $(PIP_FLAGS) -c .ci/constraints.txt -e '.[hf]'
 	@touch $@
 
 $(VENV)/installed-$(EXTRAS): $(VENV)/made pyproject.toml
 	$(BIN)/pip install $(PIP_FLAGS) -c .ci/constraints.txt -e '.[$(EXTRAS)]'
-	@touch $(VENV)/installed $@
+	@touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed-hf
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh traces/demo.sh demo-out
 
 test: $(VENV)/installed-$(EXTRAS)

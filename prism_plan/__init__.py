@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     )
     from prism_plan.placement import InputFile, Placement, Plan
     from prism_plan.placement_file import placement_schema, read_placement, write_placement
+    from prism_plan.profiling.hf import HfOptions, profile_checkpoint
+    from prism_plan.profiling.recorder import Recorder, record
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.entropy import entropy_counts, lemma1_bound
     from prism_plan.solvers.greedy import greedy_with_coverage
@@ -80,6 +82,8 @@ _HOME = {
         "step_score",
         "violations",
     ),
+    "profiling.hf": ("HfOptions", "profile_checkpoint"),
+    "profiling.recorder": ("Recorder", "record"),
     "placement": ("InputFile", "Placement", "Plan"),
     "placement_file": ("placement_schema", "read_placement", "write_placement"),
     "solvers.contract": ("Options",),
@@ -99,6 +103,7 @@ __all__ = [
     "Cluster",
     "Comparison",
     "Gpu",
+    "HfOptions",
     "Infeasible",
     "InputError",
     "InputFile",
@@ -114,6 +119,7 @@ __all__ = [
     "PlacementDiff",
     "Plan",
     "PrismError",
+    "Recorder",
     "RemoteScore",
     "Server",
     "SolverRefused",
@@ -135,9 +141,11 @@ __all__ = [
     "load_model",
     "parse_cluster",
     "placement_schema",
+    "profile_checkpoint",
     "read_cluster",
     "read_placement",
     "read_trace",
+    "record",
     "remote_score",
     "score",
     "solve",

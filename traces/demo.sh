@@ -1,5 +1,5 @@
 #!/bin/sh
-# The main job end to end: a trace, placements by several solvers, a comparison, plots.
+# The main job end to end: a real (tiny) model and prompts in, placements, a comparison, plots out.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-demo-out}
@@ -10,25 +10,26 @@ run() {
     "$@"
 }
 
-echo "NOTE: this demonstration runs on a SYNTHETIC trace (prism_plan/profiling/synthetic.py):"
-echo "NOTE: the numbers below show what the tool does, not how any model behaves."
+echo "A DeepSeek-V2 of a million parameters, really trained on three tasks (traces/TINY.md), is run on"
+echo "held-out prompts; its routing is planned for. Real models are larger; the steps are the same."
 echo
-run python "$here/make_synthetic.py" "$out/synthetic.parquet"
-run prism-plan check "$out/synthetic.parquet" "$here/paper-v2lite.toml"
+run prism-plan profile "$here/tiny-deepseek-v2" --prompts "$here/tiny-prompts.jsonl" \
+    --max-new-tokens 32 --dtype float32 -o "$out/trace.parquet"
+run prism-plan check "$out/trace.parquet" "$here/tiny-cluster.toml"
 echo
 for solver in eplb prism exact; do
-    run prism-plan solve "$out/synthetic.parquet" --cluster "$here/paper-v2lite.toml" \
+    run prism-plan solve "$out/trace.parquet" --cluster "$here/tiny-cluster.toml" \
         --solver "$solver" -o "$out/$solver.json"
 done
-run prism-plan check "$out/exact.json" --cluster "$here/paper-v2lite.toml" \
-    --trace "$out/synthetic.parquet"
+run prism-plan check "$out/exact.json" --cluster "$here/tiny-cluster.toml" \
+    --trace "$out/trace.parquet"
 echo
 echo "Plan on half of the requests, score on the other half:"
-run prism-plan compare "$out/synthetic.parquet" --cluster "$here/paper-v2lite.toml" \
+run prism-plan compare "$out/trace.parquet" --cluster "$here/tiny-cluster.toml" \
     --holdout 0.5 -o "$out/comparison.json"
-run prism-plan plot heatmap "$out/synthetic.parquet" -o "$out/heatmap.png"
-run prism-plan plot entropy "$out/synthetic.parquet" -o "$out/entropy.png"
+run prism-plan plot heatmap "$out/trace.parquet" -o "$out/heatmap.png"
+run prism-plan plot entropy "$out/trace.parquet" -o "$out/entropy.png"
 run prism-plan plot placement "$out/exact.json" -o "$out/placement.png"
 run prism-plan plot comparison "$out/comparison.json" -o "$out/comparison.png"
 echo
-echo "In $out: synthetic.parquet, eplb.json, prism.json, exact.json, comparison.json and four plots."
+echo "In $out: trace.parquet, eplb.json, prism.json, exact.json, comparison.json and four plots."

@@ -18,7 +18,7 @@ from prism_plan.errors import InputError, PrismError
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.prompts import Prompt, digest, read_prompts
 from prism_plan.provenance import stamped
-from prism_plan.trace import Trace
+from prism_plan.trace import TokenBatch, Trace
 from prism_plan.trace_file import TraceWriter, read_trace
 
 if TYPE_CHECKING:
@@ -111,7 +111,14 @@ def profile_checkpoint(
         if earlier is not None:
             _copy(earlier, writer, spec)
             notify(f"going on after {done} of {total} prompts")
-        recorder = Recorder(model, spec, writer.write, weights=options.weights)
+        # rows of a batch are written when it is done, or they would be in the trace twice
+        # after an interruption and --resume
+        pending: list[tuple[TokenBatch, tuple[str, ...]]] = []
+
+        def hold(rows: TokenBatch, tasks: Sequence[str]) -> None:
+            pending.append((rows, tuple(tasks)))
+
+        recorder = Recorder(model, spec, hold, weights=options.weights)
         recorder.num_requests = done
         progress(done, total, 0)
         with recorder.attached():
@@ -120,11 +127,13 @@ def profile_checkpoint(
                     recorder.label([prompt.task for prompt in batch])
                     _generate(model, tokenizer, [prompt.prompt for prompt in batch], options)
                     recorder.flush()
+                    for rows, tasks in pending:
+                        writer.write(rows, tasks)
+                    pending.clear()
                     done += len(batch)
                     progress(done, total, recorder.tokens)
             except KeyboardInterrupt:
                 stopped = True
-                recorder.discard()
                 if not done:
                     raise
                 writer.provenance |= {"partial": True, "prompts_done": done}
@@ -329,18 +338,27 @@ def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:
     from prism_plan.model_config import spec_from_config
 
     _folder_has_config(checkpoint)
+    if options.device != "auto":
+        try:
+            torch.empty(1, device=options.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(
+                f"{options.device!r} cannot be used: {str(error).splitlines()[0]:.80}",
+                source="--device",
+                expected="auto, cpu, or an accelerator of this machine such as cuda:0",
+            ) from error
     with _quiet(), _loading(checkpoint, "model"):
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=options.trust_remote_code)
         spec_from_config(config.to_dict(), source=checkpoint, name=Path(checkpoint).name)
         where: dict[str, Any] = {}
-        if options.device != "auto":
-            where["device_map"] = {"": torch.device(options.device)}
-        elif torch.accelerator.is_available():
-            where["device_map"] = "auto"
+        if options.device == "auto" and torch.accelerator.is_available():
+            where["device_map"] = "auto"  # over all accelerators, for models larger than one
         dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=dtype, trust_remote_code=options.trust_remote_code, **where
         )
+        if options.device != "auto":
+            model = model.to(options.device)
     return model.eval()
 
 

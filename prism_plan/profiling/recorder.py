@@ -9,6 +9,7 @@ changed, so its output is the same to the bit.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
@@ -39,19 +41,24 @@ Sink = Callable[[TokenBatch, Sequence[str]], None]
 
 @dataclass
 class _Step:
-    """One forward pass of B sequences of S new tokens, still on its device.
+    """One forward pass of B sequences of S new tokens, as the hooks saw it, still on its device.
 
     ``mask`` bool [B, S] or ``None``; ``fed`` int64 [B], the token fed in a decode step;
-    ``experts`` int16 [B·S, L, K]; ``weights`` [B·S, L, K] or ``None``. ``tasks`` is set where the
-    sequences are new.
+    ``experts`` and ``weights``: for each MoE layer [B·S, K]. ``tasks`` is set where the sequences
+    are new.
     """
 
     shape: tuple[int, int]
     tasks: tuple[str, ...] | None
     mask: torch.Tensor | None
     fed: torch.Tensor | None
-    experts: torch.Tensor
-    weights: torch.Tensor | None
+    experts: list[torch.Tensor]
+    weights: list[torch.Tensor] | None
+
+    @property
+    def decode(self) -> bool:
+        """One token for each sequence of the cache."""
+        return self.tasks is None and self.shape[1] == 1
 
 
 class Recorder:
@@ -131,7 +138,7 @@ class Recorder:
         return hook
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._seen.clear()
+        self._seen = {}
         ids = args[0] if args else kwargs.get("input_ids")
         inputs = ids if ids is not None else kwargs.get("inputs_embeds")
         if inputs is None:
@@ -152,8 +159,6 @@ class Recorder:
         self._step = (shape, past == 0, mask, fed)
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
-        import torch
-
         assert self._step is not None
         shape, fresh, mask, fed = self._step
         layers = self.spec.num_layers
@@ -164,26 +169,15 @@ class Recorder:
                 source=self.spec.name,
                 remedy="load the model without replacement kernels",
             )
-        device = self._seen[0][0].device
-        experts = torch.stack(
-            [self._seen[at][0].reshape(-1, self.spec.top_k).to(device) for at in range(layers)], 1
-        )
-        weights = None
-        if self._weights:
-            weights = torch.stack(
-                [self._seen[at][1].reshape(-1, self.spec.top_k).to(device) for at in range(layers)],
-                1,
-            ).detach()
-        small = torch.int16 if self.spec.num_experts < 2**15 else torch.int32
-        self._seen.clear()
+        seen, self._seen = self._seen, {}
         self._steps.append(
             _Step(
                 shape=shape,
                 tasks=self._labels(shape[0]) if fresh else None,
-                mask=None if mask is None else mask.clone(),
-                fed=None if fed is None else fed.clone(),
-                experts=experts.to(small),
-                weights=weights,
+                mask=mask,
+                fed=fed,
+                experts=[seen[at][0] for at in range(layers)],
+                weights=[seen[at][1] for at in range(layers)] if self._weights else None,
             )
         )
         self._held += shape[0] * shape[1]
@@ -206,48 +200,73 @@ class Recorder:
     def flush(self) -> None:
         """Hand everything recorded so far to the sink."""
         steps, self._steps, self._held = self._steps, [], 0
-        for step in steps:
-            batch = self._batch(step)
-            if len(batch):
-                self.tokens += len(batch)
-                self._sink(batch, self._tasks)
+        # passes are many and small: those of one kind in a row are taken together
+        for kind, alike in itertools.groupby(steps, key=_kind):
+            group = list(alike)
+            if kind[0] == "new":
+                parts = [[_merged(group)]]
+            else:
+                parts = [group] if kind[0] == "decode" else [[step] for step in group]
+            for part in parts:
+                batch = self._batch(part)
+                if len(batch):
+                    self.tokens += len(batch)
+                    self._sink(batch, self._tasks)
+            if kind[0] == "new":  # only the last pass has its sequences in the cache
+                last = -group[-1].shape[0]
+                self._requests, self._codes = self._requests[last:], self._codes[last:]
+                self._lengths, self._alive = self._lengths[last:], self._alive[last:]
 
-    def discard(self) -> None:
-        """Forget what was recorded since the last flush."""
-        self._steps, self._held = [], 0
-
-    def _batch(self, step: _Step) -> TokenBatch:
-        sequences, length = step.shape
-        if step.tasks is not None:
-            self._begin(step.tasks)
+    def _batch(self, steps: list[_Step]) -> TokenBatch:
+        """The tokens of one pass, or of decode steps in a row; rows step by step."""
+        first = steps[0]
+        sequences, length = first.shape
+        if first.tasks is not None:
+            self._begin(first.tasks)
         elif len(self._requests) != sequences:
             raise InputError(
                 f"{sequences} sequences go on with a cache of {len(self._requests)}",
                 source="forward pass",
                 expected="the same sequences in the same order",
             )
-        real = np.ones((sequences, length), bool)
-        if step.mask is not None:
-            real = step.mask.cpu().numpy()
-        if step.fed is not None and self._ends:
-            self._alive &= ~np.isin(step.fed.cpu().numpy(), self._ends)
-        real = real & self._alive[:, None]
-        position = self._lengths[:, None] + np.cumsum(real, axis=1) - 1
-        self._lengths += real.sum(axis=1)
+        # real [steps, B, S]: neither padding nor fed after the sequence's end
+        real = np.ones((len(steps), sequences, length), bool)
+        for row, step in zip(real, steps, strict=True):
+            if step.mask is not None:
+                row[:] = step.mask.cpu().numpy()
+        if first.decode and first.fed is not None and self._ends:
+            fed = _stack([step.fed for step in steps if step.fed is not None])
+            ended = np.logical_or.accumulate(np.isin(fed, self._ends), axis=0)
+            real &= (self._alive & ~ended)[:, :, None]
+            self._alive &= ~ended[-1]
+        else:
+            real &= self._alive[None, :, None]
+        in_order = real.swapaxes(0, 1).reshape(sequences, -1)  # [B, steps · S]
+        position = self._lengths[:, None] + np.cumsum(in_order, axis=1) - 1
+        position = position.reshape(sequences, len(steps), length).swapaxes(0, 1)
+        self._lengths += in_order.sum(axis=1)
         keep = real.ravel()
-        decode = step.fed is not None or (step.tasks is None and length == 1)
         number = int(keep.sum())
+        shape = (len(steps) * sequences * length, self.spec.num_layers, self.spec.top_k)
         weights = None
-        if step.weights is not None:
-            weights = step.weights.float().cpu().numpy()[keep].astype(np.float16)
+        if first.weights is not None:
+            found = [_stack(step.weights or [], number=True) for step in steps]
+            weights = self._rows(found, shape)[keep].astype(np.float16)
+        experts = self._rows([_stack(step.experts) for step in steps], shape)[keep]
         return TokenBatch(
-            request=np.repeat(self._requests, length)[keep].astype(np.int32),
+            request=np.tile(np.repeat(self._requests, length), len(steps))[keep].astype(np.int32),
             position=position.ravel()[keep].astype(np.int32),
-            phase=np.full(number, DECODE if decode else PREFILL, np.int8),
-            task=np.repeat(self._codes, length)[keep],
-            experts=step.experts.cpu().numpy()[keep].astype(np.uint16),
+            phase=np.full(number, DECODE if first.decode else PREFILL, np.int8),
+            task=np.tile(np.repeat(self._codes, length), len(steps))[keep],
+            experts=experts.astype(np.uint16),
             weights=weights,
         )
+
+    def _rows(self, by_step: list[npt.NDArray[Any]], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """[steps][L, B·S, K] as [steps · B · S, L, K]."""
+        layers = self.spec.num_layers
+        stacked = np.stack([step.reshape(layers, -1, self.spec.top_k) for step in by_step])
+        return stacked.swapaxes(1, 2).reshape(shape)
 
     def _begin(self, tasks: tuple[str, ...]) -> None:
         for task in tasks:
@@ -258,6 +277,47 @@ class Recorder:
         self.num_requests += len(tasks)
         self._lengths = np.zeros(len(tasks), np.int64)
         self._alive = np.ones(len(tasks), bool)
+
+
+def _kind(step: _Step) -> tuple[str, tuple[int, int], bool, bool]:
+    name = "new" if step.tasks is not None else "decode" if step.decode else "prefill"
+    return name, step.shape, step.mask is None, step.fed is None
+
+
+def _merged(steps: list[_Step]) -> _Step:
+    """Passes over new sequences of one length as one pass over all of them."""
+    import torch
+
+    first = steps[0]
+    if len(steps) == 1:
+        return first
+    layers = range(len(first.experts))
+    masks = [step.mask for step in steps if step.mask is not None]
+    weights = None
+    if first.weights is not None:
+        weights = [torch.cat([(step.weights or [])[at] for step in steps]) for at in layers]
+    return _Step(
+        shape=(sum(step.shape[0] for step in steps), first.shape[1]),
+        tasks=tuple(task for step in steps for task in step.tasks or ()),
+        mask=torch.cat(masks) if masks else None,
+        fed=None,
+        experts=[torch.cat([step.experts[at] for step in steps]) for at in layers],
+        weights=weights,
+    )
+
+
+def _stack(tensors: list[torch.Tensor], *, number: bool = False) -> npt.NDArray[Any]:
+    """Tensors of one shape, on whatever devices, as one array; gate weights become float32."""
+    import torch
+
+    device = tensors[0].device
+    stacked = torch.stack([tensor.to(device) for tensor in tensors])
+    if number:
+        stacked = stacked.float()
+    elif device.type != "cpu":
+        stacked = stacked.to(torch.int32)  # half the way over the bus
+    array: npt.NDArray[Any] = stacked.detach().cpu().numpy()
+    return array
 
 
 def _argument(rest: list[Any], kwargs: dict[str, Any], *names: str) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tests.benchmarks import recording
 from tests.benchmarks.cases import CASES, Case, folder
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -91,6 +92,7 @@ def main() -> None:
         "commit": commit(),
         "ilp_cbc_over_exact_64_servers": round(ratio, 1),
         "cases": rows,
+        "recording": recording.measure(),
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 

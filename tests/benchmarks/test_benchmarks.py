@@ -28,6 +28,7 @@ def test_recorded_results_are_of_the_registry() -> None:
     assert [row["name"] for row in results["cases"]] == [c.name for c in CASES if not c.small]
     assert results["machine"]["processor"]
     assert results["commit"]
+    assert set(results["recording"]["overhead"]) == {"tiny-mixtral", "tiny-deepseek-v2"}
     limits = {case.name: (case.limit_s, case.limit_mib) for case in CASES}
     for row in results["cases"]:
         assert (row["limit_s"], row["limit_mib"]) == limits[row["name"]]

@@ -117,7 +117,7 @@ def test_layers_that_disagree(tmp_path: Path) -> None:
     assert trace.tokens.tolist() == [10, 3]
     assert len(told) == 1
     assert "task 'odd'" in told[0]
-    assert "1.90 to 2.00 calls" in told[0]
+    assert "19 to 20 calls" in told[0]
     both_odd = {**LAW, (2, 2): 11, (10, 2): 11}
     trace = read_counts([write(tmp_path / "c.csv", table(odd=both_odd))], TINY, notify=told.append)
     assert trace.tokens.tolist() == [11]  # 21 calls, two a token
