@@ -37,7 +37,7 @@ def test_they_are_of_the_committed_checkpoints(trace: Trace) -> None:
 
 
 def test_routing_depends_on_the_task(trace: Trace) -> None:
-    """Divergence between tasks is at least that of real DeepSeek-V2-Lite traces by order: 0.1 bits."""
+    """Tasks diverge by about what real DeepSeek-V2-Lite traces show, 0.16 bits."""
     p = trace.counts / trace.counts.sum(axis=2, keepdims=True)
     pairs = [(0, 1), (0, 2), (1, 2)]
     divergence = np.mean(

@@ -99,12 +99,12 @@ def profile_checkpoint(
     total = sum(1 for _ in read_prompts(prompts))
     earlier = _earlier(output, run) if resume else None
     done = 0 if earlier is None else int(earlier.provenance["prompts_done"])
+    spec = checkpoint_spec(checkpoint, options)
     tokenizer = load_tokenizer(checkpoint, options)
     model = load_model(checkpoint, options)
     _check_lengths(prompts, tokenizer, model, options)
-    from prism_plan.profiling.recorder import Recorder, spec_of
+    from prism_plan.profiling.recorder import Recorder
 
-    spec = spec_of(model, name=Path(checkpoint).resolve().name if os.path.isdir(checkpoint) else "")
     provenance = run.provenance()
     stopped = False
     with TraceWriter(output, spec, weights=options.weights, provenance=provenance) as writer:
@@ -323,8 +323,8 @@ def load_tokenizer(checkpoint: str, options: HfOptions) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:
-    """The checkpoint's model, checked to be a MoE of a known family before weights are read.
+def checkpoint_spec(checkpoint: str, options: HfOptions) -> ModelSpec:
+    """The spec of a checkpoint as it is stored: ``--dtype`` is how it is run here, not served.
 
     Raises
     ------
@@ -332,10 +332,29 @@ def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:
         Missing, gated, damaged, without MoE layers, or of an unknown family.
     """
     _import()
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from prism_plan.model_config import spec_from_config
+
+    _folder_has_config(checkpoint)
+    folder = os.path.isdir(checkpoint)
+    name = os.path.basename(os.path.realpath(checkpoint) if folder else checkpoint)
+    with _quiet(), _loading(checkpoint, "configuration"):
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=options.trust_remote_code)
+        return spec_from_config(config.to_dict(), source=checkpoint, name=name)
+
+
+def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:
+    """The checkpoint's model, ready to run.
+
+    Raises
+    ------
+    InputError
+        Missing, gated or damaged; the device cannot be used.
+    """
+    _import()
+    import torch
+    from transformers import AutoModelForCausalLM
 
     _folder_has_config(checkpoint)
     if options.device != "auto":
@@ -348,8 +367,6 @@ def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:
                 expected="auto, cpu, or an accelerator of this machine such as cuda:0",
             ) from error
     with _quiet(), _loading(checkpoint, "model"):
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=options.trust_remote_code)
-        spec_from_config(config.to_dict(), source=checkpoint, name=Path(checkpoint).name)
         where: dict[str, Any] = {}
         if options.device == "auto" and torch.accelerator.is_available():
             where["device_map"] = "auto"  # over all accelerators, for models larger than one
