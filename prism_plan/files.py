@@ -61,11 +61,13 @@ def not_over_an_input(
     Raises
     ------
     OutputError
-        ``output`` is one of the ``inputs``, or inside a folder that is one.
+        ``output`` is one of the ``inputs``, or a file of a folder that is one.
     """
     target = os.path.realpath(output)
     for path in inputs:
-        if os.path.realpath(path) == target and os.path.isfile(target):
+        source = os.path.realpath(path)
+        inside = os.path.isdir(source) and target.startswith(source + os.sep)
+        if os.path.isfile(target) and (source == target or inside):
             raise OutputError(f"{output}: is also read; give the name of another file")
 
 

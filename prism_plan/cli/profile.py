@@ -184,7 +184,7 @@ def _run_checkpoint(
     from prism_plan.cli.inputs import writable
     from prism_plan.profiling.hf import profile_checkpoint
 
-    writable(output, prompts)
+    writable(output, prompts, checkpoint)
     begin = time.perf_counter()
     recorded = 0
     with progress(1, "prompts") as update:

@@ -7,6 +7,7 @@ is by the hooks of :mod:`prism_plan.profiling.recorder`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prism_plan.errors import InputError, PrismError
+from prism_plan.errors import InputError, LimitReached, PrismError
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.prompts import Prompt, digest, read_prompts
 from prism_plan.provenance import stamped
@@ -102,11 +103,14 @@ def profile_checkpoint(
     spec = checkpoint_spec(checkpoint, options)
     tokenizer = load_tokenizer(checkpoint, options)
     model = load_model(checkpoint, options)
-    _check_lengths(prompts, tokenizer, model, options)
+    with _quiet():
+        _check_lengths(prompts, tokenizer, model, options)
+    import torch
+
     from prism_plan.profiling.recorder import Recorder
 
     provenance = run.provenance()
-    stopped = False
+    stopped: BaseException | None = None
     with TraceWriter(output, spec, weights=options.weights, provenance=provenance) as writer:
         if earlier is not None:
             _copy(earlier, writer, spec)
@@ -132,15 +136,18 @@ def profile_checkpoint(
                     pending.clear()
                     done += len(batch)
                     progress(done, total, recorder.tokens)
-            except KeyboardInterrupt:
-                stopped = True
-                if not done:
+            except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError) as error:
+                stopped = error
+                if not done and isinstance(error, KeyboardInterrupt):
                     raise
+                if not done:
+                    raise LimitReached("out of memory; lower --batch-size") from error
                 writer.provenance |= {"partial": True, "prompts_done": done}
-    if stopped:
-        raise Interrupted(
-            f"interrupted; {output} holds the first {done} of {total} prompts; go on with --resume"
-        )
+    if stopped is not None:
+        kept = f"{output} holds the first {done} of {total} prompts; go on with --resume"
+        if isinstance(stopped, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; {kept}")
+        raise LimitReached(f"out of memory; {kept} and a lower --batch-size") from stopped
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,7 @@ class _Run:
         return {
             "source": "hf",
             "checkpoint": Path(self.checkpoint).name or self.checkpoint,
+            "fingerprint": fingerprint(self.checkpoint),
             "prompts": os.path.basename(self.prompts),
             "prompts_sha256": digest(self.prompts),
             "max_new_tokens": self.options.max_new_tokens,
@@ -176,15 +184,41 @@ class _Run:
         )
 
 
+#: Of a weight file larger than this many pieces only the pieces are read, evenly spread.
+PIECE_BYTES, PIECES = 65_536, 64
+
+
+def fingerprint(checkpoint: str) -> str:
+    """Identity of a checkpoint folder: configuration, and size and samples of each weight file.
+
+    Of a file beyond 4 MiB 64 pieces of 64 KiB are read, so that large models take no minutes. A
+    hub id has no fingerprint here and gives an empty text.
+    """
+    if not os.path.isdir(checkpoint):
+        return ""
+    found = hashlib.sha256()
+    names = [n for n in sorted(os.listdir(checkpoint)) if n.endswith((".safetensors", ".bin"))]
+    for name in ("config.json", *names):
+        path = os.path.join(checkpoint, name)
+        if not os.path.isfile(path):
+            continue
+        size = os.path.getsize(path)
+        found.update(f"{name} {size}\n".encode())
+        with open(path, "rb") as stream:
+            if size <= PIECE_BYTES * PIECES:
+                found.update(stream.read())
+                continue
+            for piece in range(PIECES):
+                stream.seek((size - PIECE_BYTES) * piece // (PIECES - 1))
+                found.update(stream.read(PIECE_BYTES))
+    return found.hexdigest()
+
+
 def _earlier(output: str | os.PathLike[str], run: _Run) -> Trace | None:
     """The partial trace of an earlier run at ``output``; none if there is no file."""
     if not os.path.exists(output):
         return None
     trace = read_trace(output)
-    if not trace.provenance.get("partial"):
-        raise InputError(
-            "is complete", source=output, expected="a partial trace", remedy="leave --resume out"
-        )
     for key, value in run.identity().items():
         if trace.provenance.get(key) != value:
             raise InputError(
@@ -194,6 +228,8 @@ def _earlier(output: str | os.PathLike[str], run: _Run) -> Trace | None:
                 expected=f"{value!r:.80}, as in this run",
                 remedy="--resume goes on with the same checkpoint, prompts and options",
             )
+    if not trace.provenance.get("partial"):
+        raise InputError("is complete", source=output, expected="a partial trace")
     return trace
 
 
@@ -359,7 +395,8 @@ def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:
     _folder_has_config(checkpoint)
     if options.device != "auto":
         try:
-            torch.empty(1, device=options.device)
+            if torch.empty(1, device=options.device).is_meta:
+                raise RuntimeError("it computes nothing")
         except (RuntimeError, AssertionError) as error:
             raise InputError(
                 f"{options.device!r} cannot be used: {str(error).splitlines()[0]:.80}",

@@ -9,6 +9,7 @@ changed, so its output is the same to the bit.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import os
 import re
@@ -66,8 +67,11 @@ class Recorder:
 
     A pass without cached tokens begins new requests, one for each sequence of the batch; passes
     that follow go on with them. A pass of one token after cached ones is a decode step, any other
-    is prefill. Padding is what the attention mask says. A sequence that is fed its end-of-sequence
-    token in a decode step has ended: what ``generate`` feeds it from then on is not recorded.
+    is prefill (so a last chunk of one token of a prompt counts as decode). Padding is what the
+    attention mask says. A sequence that is fed an end-of-sequence or padding token in a decode step
+    has ended: what ``generate`` feeds it from then on is not recorded, until it is fed more than
+    one token again. Passes that do not go on where the last one ended are refused, for their rows
+    would be wrong: without a cache, with a cache that was cut, reordered or made elsewhere.
     """
 
     def __init__(
@@ -92,6 +96,10 @@ class Recorder:
         self._held = 0
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._step: tuple[tuple[int, int], bool, Any, Any] | None = None
+        # of the last pass: its tokens if they were new sequences, its cache, the tokens in that
+        self._ids: Any = None
+        self._cache: Any = None
+        self._fed = -1
         # of the sequences in the cache, as far as steps were flushed
         self._requests = np.zeros(0, np.int64)
         self._codes = np.zeros(0, np.int32)
@@ -100,7 +108,14 @@ class Recorder:
 
     def label(self, tasks: str | Sequence[str]) -> None:
         """Say which task the requests that begin from now on are of: one for all, or one each."""
-        self._label = tasks if isinstance(tasks, str) else tuple(tasks)
+        names = (tasks,) if isinstance(tasks, str) else tuple(tasks or ())
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+            raise InputError(
+                f"{tasks!r:.60}",
+                source="label",
+                expected="the name of a task, or one for each sequence",
+            )
+        self._label = tasks if isinstance(tasks, str) else names
 
     # ------------------------------------------------------------------------------------- hooks
 
@@ -139,6 +154,8 @@ class Recorder:
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._seen = {}
+        if len(args) > 1:  # seldom: by name is how models call their decoder
+            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         ids = args[0] if args else kwargs.get("input_ids")
         inputs = ids if ids is not None else kwargs.get("inputs_embeds")
         if inputs is None:
@@ -146,17 +163,45 @@ class Recorder:
         shape = (int(inputs.shape[0]), int(inputs.shape[1]))
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        self._follow(shape, past, cache, ids)
+        mask = kwargs.get("attention_mask")
         if mask is not None:
             if getattr(mask, "ndim", 0) != 2:
                 raise InputError(
                     "an attention mask that is not [sequences, tokens]",
                     source="forward pass",
-                    remedy="give the two-dimensional mask, which tells padding",
+                    remedy="give the two-dimensional mask, which tells padding, and generate "
+                    "without a static cache, which replaces it",
                 )
             mask = mask[:, -shape[1] :].bool()
         fed = ids[:, 0] if ids is not None and past > 0 and shape[1] == 1 else None
         self._step = (shape, past == 0, mask, fed)
+
+    def _follow(self, shape: tuple[int, int], past: int, cache: Any, ids: Any) -> None:
+        """Refuse passes that do not go on where the last one ended: their rows would be wrong."""
+        if past == 0:
+            before = self._ids
+            if (
+                before is not None
+                and ids is not None
+                and tuple(ids.shape) == (before.shape[0], before.shape[1] + 1)
+                and bool((ids[:, :-1] == before).all())
+            ):
+                raise InputError(
+                    "sequences are fed again with one more token",
+                    source="forward pass",
+                    remedy="generate with use_cache=True, or every token counts many times",
+                )
+            self._ids, self._cache, self._fed = ids, cache, shape[1]
+            return
+        if past != self._fed or (self._cache is not None and cache is not self._cache):
+            raise InputError(
+                f"a cache of {past} tokens, where {self._fed} were recorded last",
+                source="forward pass",
+                remedy="record sequences from their start, one batch after the other, without "
+                "speculative decoding or a cache that is cut",
+            )
+        self._ids, self._cache, self._fed = None, cache, past + shape[1]
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
         assert self._step is not None
@@ -223,7 +268,9 @@ class Recorder:
         sequences, length = first.shape
         if first.tasks is not None:
             self._begin(first.tasks)
-        elif len(self._requests) != sequences:
+        elif not first.decode:
+            self._alive[:] = True  # another turn
+        if first.tasks is None and len(self._requests) != sequences:
             raise InputError(
                 f"{sequences} sequences go on with a cache of {len(self._requests)}",
                 source="forward pass",
@@ -336,9 +383,10 @@ def _argument(rest: list[Any], kwargs: dict[str, Any], *names: str) -> Any:
 def _end_tokens(model: PreTrainedModel) -> list[int]:
     config = getattr(model, "generation_config", None) or model.config
     ends = getattr(config, "eos_token_id", None)
-    if ends is None:
-        return []
-    return list(ends) if isinstance(ends, list | tuple) else [int(ends)]
+    found = list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [int(ends)]
+    # what generate feeds a sequence that ended for another reason, such as a stop string
+    padding = getattr(config, "pad_token_id", None)
+    return found if padding is None else [*found, int(padding)]
 
 
 def expert_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:

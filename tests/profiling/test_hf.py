@@ -148,6 +148,40 @@ def test_interrupted_within_a_batch(
     assert {r for r, _ in table(read_trace(output))} == set(range(12))
 
 
+def test_out_of_memory(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory in the second batch keeps the first, with exit code 4 and what to do."""
+    import torch
+
+    from prism_plan.errors import LimitReached
+    from prism_plan.profiling import hf
+
+    original, calls = hf._generate, []
+
+    def full(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        original(*args)
+
+    monkeypatch.setattr(hf, "_generate", full)
+    output = tmp_path / "t.parquet"
+    options = HfOptions(max_new_tokens=2, batch_size=4)
+    with pytest.raises(LimitReached, match=r"out of memory; .* the first 4 of 12 prompts"):
+        profile_checkpoint(str(CHECKPOINTS[0]), prompts, output, options)
+    assert {r for r, _ in table(read_trace(output))} == set(range(4))
+
+
+def test_output_inside_the_checkpoint(prompts: Path, tmp_path: Path) -> None:
+    """The checkpoint's own files are not overwritten."""
+    target = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINTS[0], target)
+    before = (target / "model.safetensors").read_bytes()
+    result = run("profile", target, "--prompts", prompts, "-o", target / "model.safetensors")
+    assert result.returncode == 2
+    assert "is also read" in result.stderr
+    assert (target / "model.safetensors").read_bytes() == before
+
+
 def test_interrupted_before_anything(prompts: Path, tmp_path: Path) -> None:
     """Stopped in the first batch there is nothing to keep, and no file."""
 
@@ -160,7 +194,7 @@ def test_interrupted_before_anything(prompts: Path, tmp_path: Path) -> None:
     assert not output.exists()
 
 
-@pytest.mark.parametrize("change", ["max_new_tokens", "prompts", "checkpoint"])
+@pytest.mark.parametrize("change", ["max_new_tokens", "prompts", "checkpoint", "weights"])
 def test_resume_of_another_run(prompts: Path, tmp_path: Path, change: str) -> None:
     """A partial trace is only gone on with by the same checkpoint, prompts and options."""
     output = tmp_path / "t.parquet"
@@ -174,6 +208,12 @@ def test_resume_of_another_run(prompts: Path, tmp_path: Path, change: str) -> No
         profile_checkpoint(str(CHECKPOINTS[0]), prompts, output, options, progress=stop)
     before = output.read_bytes()
     checkpoint = CHECKPOINTS[1] if change == "checkpoint" else CHECKPOINTS[0]
+    if change == "weights":  # a checkpoint of the same name and shape
+        checkpoint = tmp_path / CHECKPOINTS[0].name
+        shutil.copytree(CHECKPOINTS[0], checkpoint)
+        weights = bytearray((checkpoint / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (checkpoint / "model.safetensors").write_bytes(weights)
     if change == "prompts":
         prompts.write_text(prompts.read_text() + prompts.read_text())
     if change == "max_new_tokens":
@@ -285,6 +325,7 @@ def test_the_command(prompts: Path, tmp_path: Path) -> None:
         ((CHECKPOINTS[0], "--prompts", "PROMPTS", "--max-new-tokens", -1), "--max-new-tokens: -1"),
         ((CHECKPOINTS[0], "--prompts", "PROMPTS", "--batch-size", 0), "--batch-size: 0"),
         ((CHECKPOINTS[0], "--prompts", "PROMPTS", "--device", "gpu"), "gpu"),
+        ((CHECKPOINTS[0], "--prompts", "PROMPTS", "--device", "meta"), "--device: 'meta'"),
         ((CHECKPOINTS[0], "--prompts", "missing.jsonl"), "missing.jsonl: no such file"),
     ],
 )

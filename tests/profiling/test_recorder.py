@@ -280,3 +280,81 @@ def test_what_cannot_be_recorded(tmp_path: Path) -> None:
         r.label(["a", "b"])
         model(input_ids=torch.ones((1, 3), dtype=torch.long))
     assert not path.exists()
+
+
+def refused(model: Any, path: Path, run: Any, words: str) -> None:
+    """The passes of ``run`` are refused while they are recorded, and no file is left."""
+    with pytest.raises(InputError, match=words), record(model, path):
+        run()
+    assert not path.exists()
+
+
+def test_passes_that_would_give_wrong_rows_are_refused(tmp_path: Path) -> None:
+    """No cache, a cut cache, a foreign cache, interleaved caches, speculation: errors, no trace."""
+    model = tiny_model("mixtral")
+    ids, mask = prompts(2)
+    one = ids[1:2]
+    path = tmp_path / "t.parquet"
+
+    def without_cache() -> None:
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, use_cache=False)
+
+    def cut() -> None:
+        cache = model(input_ids=one, use_cache=True).past_key_values
+        cache.crop(-2)
+        model(input_ids=one[:, :2], past_key_values=cache)
+
+    foreign = model(input_ids=one[:, :3], use_cache=True).past_key_values
+
+    def elsewhere() -> None:
+        model(input_ids=one, use_cache=True)
+        model(input_ids=one[:, :1], past_key_values=foreign)
+
+    def interleaved() -> None:
+        first = model(input_ids=one, use_cache=True).past_key_values
+        second = model(input_ids=one + 1, use_cache=True).past_key_values
+        model(input_ids=one[:, :1], past_key_values=second)
+        model(input_ids=one[:, :1], past_key_values=first)
+
+    def speculation() -> None:
+        repeated = torch.tensor([[5, 6, 7] * 6])  # so that a continuation is guessed, and wrong
+        model.generate(input_ids=repeated, max_new_tokens=12, prompt_lookup_num_tokens=3)
+
+    refused(model, path, without_cache, "fed again with one more token")
+    for run in (cut, elsewhere, interleaved, speculation):
+        refused(model, path, run, "where .* were recorded last")
+
+
+def test_positional_cache(tmp_path: Path) -> None:
+    """A cache given by position is a cache like any other."""
+    model = tiny_model("mixtral")
+    ids, _ = prompts(1)
+    with record(model, tmp_path / "t.parquet"):
+        cache = model.model(ids, use_cache=True).past_key_values
+        model.model(ids[:, :1], None, None, cache)
+    found = rows(read_trace(tmp_path / "t.parquet"))
+    assert sorted(found) == [(0, position) for position in range(ids.shape[1] + 1)]
+    assert found[0, ids.shape[1]][0] == DECODE
+
+
+def test_another_turn(tmp_path: Path) -> None:
+    """A conversation that ended goes on when it is fed more than one token again."""
+    model = tiny_model("mixtral")
+    with record(model, tmp_path / "t.parquet", end_tokens=[2]):
+        cache = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+        for token in (8, 2, 9):  # the last two are fed after the end
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[10, 11]]), past_key_values=cache)
+    phases = [phase for _, (phase, _) in sorted(rows(read_trace(tmp_path / "t.parquet")).items())]
+    assert phases == [PREFILL] * 3 + [DECODE] + [PREFILL] * 2
+
+
+@pytest.mark.parametrize("label", ["", " ", None, [1, 2], [], ["a", ""]])
+def test_labels_are_names(tmp_path: Path, label: Any) -> None:
+    """What no trace could hold as a task is refused when it is given."""
+    model = tiny_model("mixtral")
+    with (
+        pytest.raises(InputError, match="label"),
+        record(model, tmp_path / "t.parquet") as recorder,
+    ):
+        recorder.label(label)
