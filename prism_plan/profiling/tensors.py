@@ -419,6 +419,14 @@ class Requests:
                     "not the model that was recorded",
                 )
             first = max(prompt + generated - 1 - tokens, 0)
+            if first > prompt and not skipped:  # at most the whole prompt can have been left out
+                raise InputError(
+                    f"{tokens} tokens",
+                    source=source,
+                    place=place,
+                    expected=f"at least the {generated - 1} generated that were fed",
+                    remedy="the response and its routing do not belong together",
+                )
         elif prompt is not None and tokens < prompt and not skipped:
             raise InputError(
                 f"{tokens} tokens",

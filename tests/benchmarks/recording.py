@@ -15,7 +15,7 @@ from typing import Any
 from tests.benchmarks.cases import ROOT
 
 CHECKPOINTS = ("tiny-mixtral", "tiny-deepseek-v2")
-PAIRS = 40
+PAIRS = 80
 #: Numbers of prompts whose peak memory is compared.
 PROMPTS = (10, 1000)
 
