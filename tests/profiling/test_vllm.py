@@ -429,7 +429,7 @@ def test_changed_bytes_never_end_in_a_traceback(tmp_path: Path) -> None:
 
 
 def test_more_rows_missing_than_the_prompt_has(tmp_path: Path) -> None:
-    """Only rows of the prompt can have been left out: fewer rows than generated tokens are refused."""
+    """Only rows of the prompt can be left out: fewer rows than generated tokens are refused."""
     line = response(with_dense(routing(9)), 5)
     line["usage"]["completion_tokens"] = 50
     assert "at least the 49 generated" in refusal(write(tmp_path / "r.jsonl", line))
