@@ -43,8 +43,8 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.request)
 
-    def rows(self, keep: npt.NDArray[Any]) -> TokenBatch:
-        """Only the rows that ``keep`` (a mask or indices) names."""
+    def rows(self, keep: npt.NDArray[Any] | slice) -> TokenBatch:
+        """Only the rows that ``keep`` (a mask, indices or a slice) names."""
         return TokenBatch(
             self.request[keep],
             self.position[keep],

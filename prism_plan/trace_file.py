@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -129,8 +130,10 @@ class TraceWriter:
         if not held:
             return
         batch = concatenate(held) if len(held) > 1 else held[0]
-        for start in range(0, len(batch), BATCH_ROWS):
-            part = batch.rows(np.arange(start, min(start + BATCH_ROWS, len(batch))))
+        parts = max(1, len(batch) // BATCH_ROWS)
+        bounds = [len(batch) * part // parts for part in range(parts + 1)]
+        for start, end in itertools.pairwise(bounds):
+            part = batch.rows(slice(start, end))
             schema = token_schema(self.model, self.weights)
             columns: list[Any] = [
                 pa.array(part.request),

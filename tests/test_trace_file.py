@@ -145,7 +145,7 @@ def test_tokens_round_trip(
 def test_several_row_groups(tmp_path: Path, weights: bool) -> None:
     """A trace of several row groups comes back whole, in batches of at most 16,384 rows."""
     rng = np.random.default_rng(0)
-    batch = random_batch(rng, 40_001, TINY, 3, weights=weights)
+    batch = random_batch(rng, 60_001, TINY, 3, weights=weights)
     trace = trace_from_batches(TINY, ["z", "a", "m"], [batch], provenance=PROVENANCE)
     path = tmp_path / "t.parquet"
     found = round_trip(path, trace)
