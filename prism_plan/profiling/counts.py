@@ -14,6 +14,7 @@ from prism_plan.errors import InputError
 from prism_plan.files import read_text
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.sources import Source
+from prism_plan.profiling.tokens import require_every_layer, tell_if_uneven, tokens_of_calls
 from prism_plan.trace import Trace
 from prism_plan.trace_file import check_sums, counts_from_rows
 
@@ -60,7 +61,7 @@ def read_counts(
             raise InputError(f"unknown task {name!r}", source="--tokens", expected=", ".join(tasks))
     files = ", ".join(str(source.path) for source in sources)
     number = np.array(
-        [known.get(t) or _tokens(t, counts[i], model) for i, t in enumerate(tasks)], np.int64
+        [known.get(t) or tokens_of_calls(counts[i], model) for i, t in enumerate(tasks)], np.int64
     )
     for index, name in enumerate(tasks):
         over = int(counts[index].max())
@@ -74,7 +75,8 @@ def read_counts(
     check_sums(model, tasks, number, counts, files)
     for index, name in enumerate(tasks):
         if name not in known:
-            _notify_if_uneven(name, counts[index], int(number[index]), model, notify)
+            remedy = f" (--tokens {name}=N gives the true number)"
+            tell_if_uneven(name, counts[index], model, notify, remedy)
     return Trace(
         model=model,
         tasks=tuple(tasks),
@@ -83,38 +85,6 @@ def read_counts(
         provenance={"source": "counts", "files": [source.path.name for source in sources]},
         name="counts",
     )
-
-
-def _tokens(task: str, counts: npt.NDArray[np.int64], model: ModelSpec) -> int:
-    return -(-int(counts.sum(axis=1).max()) // model.top_k)
-
-
-def _every_layer(path: Any, task: str, counts: npt.NDArray[np.int64], model: ModelSpec) -> None:
-    calls = counts.sum(axis=1)
-    if calls.min() == 0:
-        layer = model.moe_layers[int(np.argmin(calls))]
-        raise InputError(
-            f"task {task!r} has no calls in layer {layer}",
-            source=path,
-            expected=f"calls in every MoE layer of {model.name}, {model.layers_text()}",
-            remedy="the file may be cut short, or --model is not the model that was recorded",
-        )
-
-
-def _notify_if_uneven(
-    task: str,
-    counts: npt.NDArray[np.int64],
-    tokens: int,
-    model: ModelSpec,
-    notify: Callable[[str], None],
-) -> None:
-    calls = counts.sum(axis=1)
-    if calls.min() != calls.max() or calls.max() % model.top_k:
-        notify(
-            f"task {task!r}: layers have {calls.min():,} to {calls.max():,} calls, not all "
-            f"{model.top_k} a token; took {tokens:,} tokens from the fullest layer "
-            f"(--tokens {task}=N gives the true number)"
-        )
 
 
 def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[np.int64]]:
@@ -168,7 +138,7 @@ def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[
         model, names, None, task_code, layers, experts, counts, source=path, lines=lines
     )
     for name, calls in zip(names, table, strict=True):
-        _every_layer(path, name, calls, model)
+        require_every_layer(name, calls, model, path)
     return names, table
 
 

@@ -67,9 +67,9 @@ from prism_plan.profiling.tensors import (
     json_lines,
     json_object,
     task_of_line,
-    tokens_of_calls,
     whole_number,
 )
+from prism_plan.profiling.tokens import require_every_layer
 from prism_plan.trace import TokenBatch, Trace, check_experts, trace_from_batches
 
 EXTEND_MODE, DECODE_MODE, MIXED_MODE, IDLE_MODE = 1, 2, 3, 4
@@ -398,7 +398,7 @@ class _Run:
             parts = [self.sums[rank] for rank in ranks]
         calls: Calls = np.stack(parts).sum(axis=0)
         try:
-            tokens_of_calls(self.task, calls, self.model, lambda message: None)
+            require_every_layer(self.task, calls, self.model)
         except InputError as error:
             raise error.within(self.files[0]) from error
         return calls

@@ -23,6 +23,7 @@ from prism_plan.errors import InputError
 from prism_plan.files import parse_json
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.sources import Source, distinct
+from prism_plan.profiling.tokens import require_every_layer, tell_if_uneven, tokens_of_calls
 from prism_plan.trace import PHASES, UNKNOWN_PHASE, TokenBatch, Trace, check_experts
 
 Notify = Callable[[str], None]
@@ -84,7 +85,9 @@ def counts_trace(
     """
     tokens = []
     for task, calls in counts.items():
-        number = tokens_of_calls(task, calls, model, notify)
+        require_every_layer(task, calls, model)
+        tell_if_uneven(task, calls, model, notify)
+        number = tokens_of_calls(calls, model)
         if calls.max() > number:
             layer, expert = np.unravel_index(int(calls.argmax()), calls.shape)
             raise InputError(
@@ -103,33 +106,6 @@ def counts_trace(
         provenance={"source": engine, **provenance},
         name=engine,
     )
-
-
-def tokens_of_calls(
-    task: str, calls: npt.NDArray[np.int64], model: ModelSpec, notify: Notify
-) -> int:
-    """The tokens behind the calls [L, E] of a task: the calls of its fullest layer / K.
-
-    Raises
-    ------
-    InputError
-        A layer has no calls.
-    """
-    of_layer = calls.sum(axis=1)
-    if of_layer.min() == 0:
-        raise InputError(
-            f"task {task!r} has no calls in layer {model.moe_layers[int(np.argmin(of_layer))]}",
-            expected=f"calls in every MoE layer of {model.name}, {model.layers_text()}",
-            remedy=CHECK_MODEL,
-        )
-    tokens = -(-int(of_layer.max()) // model.top_k)
-    if of_layer.min() != of_layer.max() or of_layer.max() % model.top_k:
-        notify(
-            f"task {task!r}: {of_layer.min() / tokens:.2f} to {of_layer.max() / tokens:.2f} calls "
-            f"a token and layer instead of {model.top_k}; took {tokens} tokens from the fullest "
-            "layer"
-        )
-    return tokens
 
 
 # ------------------------------------------------------------------------------------------ arrays

@@ -31,8 +31,8 @@ from prism_plan.profiling.tensors import (
     counts_trace,
     default_task,
     json_object,
-    tokens_of_calls,
 )
+from prism_plan.profiling.tokens import require_every_layer
 from prism_plan.trace import Trace
 
 RANK_FILE = re.compile(r"rank(\d+)\.safetensors")
@@ -57,7 +57,7 @@ def read_trtllm(
     for task, source in zip(tasks, sources, strict=True):
         counts[task] = _read_folder(source.path, model)
         try:
-            tokens_of_calls(task, counts[task], model, lambda message: None)
+            require_every_layer(task, counts[task], model)
         except InputError as error:
             raise error.within(source.path) from error
     folders = {

@@ -323,6 +323,7 @@ def test_passes_that_would_give_wrong_rows_are_refused(tmp_path: Path) -> None:
     refused(model, path, without_cache, "fed again with one more token")
     for run in (cut, elsewhere, interleaved, speculation):
         refused(model, path, run, "where .* were recorded last")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_positional_cache(tmp_path: Path) -> None:

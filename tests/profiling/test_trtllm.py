@@ -109,7 +109,7 @@ def test_layers_that_disagree_are_told(tmp_path: Path) -> None:
     trace = read_trtllm([Source(write(tmp_path / "chat", ranks))], MODEL, notify=told.append)
     assert trace.tokens.tolist() == [6]
     assert len(told) == 1
-    assert "1.00 to 2.00 calls a token" in told[0]
+    assert "layers have 6 to 12 calls, not all 2 a token" in told[0]
 
 
 @pytest.mark.parametrize(
