@@ -22,9 +22,11 @@ FLOORS = [
     {"workload"},
     {"instance"},
     {"placement", "placement_file", "objective", "feasibility", "moves"},
-    {"solvers"},
+    {"solvers", "simulate"},
+    {"migration"},
     {"profiling"},
-    {"comparison", "comparison_file", "check"},
+    {"comparison", "comparison_file", "simulation", "sweep"},
+    {"check"},
     {"plotting"},
     {"cli"},
 ]
@@ -77,6 +79,13 @@ def test_imports_run_one_way(path: Path) -> None:
         return  # names the public interface, lazily
     for name in imports(path):
         assert FLOOR[name] <= FLOOR[own], f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_solvers_and_the_simulator_do_not_know_each_other(path: Path) -> None:
+    """What plans and what measures the plans share types and nothing else."""
+    strangers = {"solvers": "simulate", "simulate": "solvers"}
+    assert strangers.get(part(path)) not in imports(path)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

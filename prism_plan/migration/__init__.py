@@ -1,0 +1,1 @@
+"""When moving experts pays, and in which order they move."""

@@ -1,0 +1,1 @@
+"""What a placement means in seconds: a discrete-event simulation of a cluster."""
