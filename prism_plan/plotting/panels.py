@@ -1,0 +1,61 @@
+"""Grids of panels of layers × experts."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from prism_plan.model import ModelShape
+from prism_plan.plotting.style import DPI, WIDTH_IN
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def layer_panels(
+    count: int, model: ModelShape, *, last_right: bool = False
+) -> tuple[Figure, list[Axes], int]:
+    """A figure with a grid of ``count`` panels of layers × experts, and its columns.
+
+    With ``last_right`` the last panel stands at the right end of its row, where a colour bar of
+    its own leaves no gap between columns.
+    """
+    from matplotlib.figure import Figure
+
+    wanted = count if count <= 3 else 2 if count == 4 else 3 if count <= 9 else 4
+    cols = min(wanted, 4 if model.num_experts <= 64 else 3 if model.num_experts <= 128 else 2)
+    rows = math.ceil(count / cols)
+    per_layer, least, most = (0.16, 2.0, 5.0) if rows == 1 else (0.09, 1.3, 3.2)
+    panel = min(max(per_layer * model.num_layers, least), most)
+    size = (WIDTH_IN, rows * (panel + 0.35) + 1.2)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    grid = figure.subplots(rows, cols, squeeze=False).ravel().tolist()
+    used = [*range(count - 1), rows * cols - 1 if last_right else count - 1]
+    for place, axes in enumerate(grid):
+        if place not in used:
+            axes.remove()
+            continue
+        expert_axis(axes, model, named=place + cols not in used)
+        layer_axis(axes, model, named=place % cols == 0 or place - 1 not in used)
+    return figure, [grid[place] for place in used], cols
+
+
+def expert_axis(axes: Axes, model: ModelShape, *, named: bool = True) -> None:
+    """Ticks at experts, with their ids unless the panel below has them."""
+    ticks = spread(model.num_experts, 9)
+    axes.set_xticks(ticks, labels=[str(e) for e in ticks] if named else [])
+    axes.set_xlabel("expert" if named else "")
+
+
+def layer_axis(axes: Axes, model: ModelShape, *, named: bool = True) -> None:
+    """Ticks at decoder indices, with their numbers unless the panel to the left has them."""
+    ticks = spread(model.num_layers, 9)
+    axes.set_yticks(ticks, labels=[str(model.moe_layers[i]) for i in ticks] if named else [])
+    axes.set_ylabel("decoder layer" if named else "")
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` indices below ``count`` from zero, a round step apart."""
+    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1 << 30) if count <= s * most)
+    return list(range(0, count, step))

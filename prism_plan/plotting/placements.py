@@ -1,0 +1,144 @@
+"""The figure of a placement: which GPU of which server holds which expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.model import ModelShape
+from prism_plan.placement import Placement
+from prism_plan.plotting.panels import expert_axis, layer_axis, layer_panels
+from prism_plan.plotting.parts import (
+    colour_map,
+    counted,
+    draw_legend,
+    draw_title,
+    fit,
+    lay_out,
+    patch,
+)
+from prism_plan.plotting.style import COLOURS, DPI, MISSING, WIDTH_IN, settings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Beyond so many servers a placement is drawn without a panel for each.
+MAX_SERVER_PANELS = 12
+
+
+def placement_map(placement: Placement) -> Figure:
+    """Which GPU of each server holds which expert, and how many servers hold it.
+
+    The image of a server is int [L, E]: 0 not held, 1 + g held by its GPU g, 1 + (its GPUs) held
+    by several of them. The last panel is int [L, E], servers that hold the expert. Beyond
+    :data:`MAX_SERVER_PANELS` servers that panel is the first, and bars [N] with the number of
+    experts of each server take the place of the others.
+    """
+    model, plan = placement.model, placement.plan
+    local = placement.local
+    many = placement.num_servers > MAX_SERVER_PANELS
+    share = "" if plan.remote_share is None else f"remote share {plan.remote_share:.1%}"
+    inputs = [f"{kind} {file.name}" for kind, file in placement.inputs.items() if file.name]
+    facts = (model.name, *inputs, share)
+    with settings():
+        if many:
+            figure = _many_servers(model, placement.servers, local)
+            facts += (f"{placement.num_servers} servers, too many for a panel each",)
+        else:
+            figure, panels, cols = layer_panels(placement.num_servers + 1, model, last_right=True)
+            _server_panels(figure, panels[:-1], cols, placement)
+            _copies_panel(figure, panels[-1], local.sum(axis=0))
+        draw_title(figure, f"Placement by {plan.solver}", *facts)
+        lay_out(figure)
+    return figure
+
+
+def _server_panels(figure: Figure, panels: Sequence[Axes], cols: int, placement: Placement) -> None:
+    from matplotlib.colors import ListedColormap
+
+    most = max(len(placement.gpus_of(n)) for n in range(placement.num_servers))
+    colours = _gpu_colours(most)
+    doubled = False
+    for n, axes in enumerate(panels):
+        on_gpu = placement.on_gpu[placement.gpus_of(n)]  # [g, L, E]
+        copies = on_gpu.sum(axis=0)
+        first = on_gpu.argmax(axis=0) if len(on_gpu) else np.zeros_like(copies)
+        image = np.where(copies == 0, 0, np.where(copies == 1, 1 + first, 1 + len(on_gpu)))
+        shades = ["white", *colours[: len(on_gpu)], "black"]
+        doubled |= bool((copies > 1).any())
+        axes.imshow(
+            image,
+            cmap=ListedColormap(shades),
+            vmin=-0.5,
+            vmax=len(shades) - 0.5,
+            aspect="auto",
+            interpolation="nearest",
+        )
+        held = f"{np.count_nonzero(copies):,} experts on {counted(len(on_gpu), 'GPU')}"
+        name = fit(placement.servers[n], 170 // cols - len(held))
+        axes.set_title(f"{name}: {held}", parse_math=False)
+    labels = ["not held", *(f"GPU {g}" for g in range(most))]
+    shades = ["white", *colours]
+    if doubled:
+        labels.append("several GPUs of the server")
+        shades.append("black")
+    draw_legend(figure, [patch(shade) for shade in shades], labels)
+
+
+def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64]) -> None:
+    """Draw the number of servers that hold each expert, [L, E]; none at all stands out."""
+    most = max(int(copies.max()), 1)
+    drawn = axes.imshow(
+        copies,
+        cmap=colour_map("YlGnBu", most if most <= 12 else 256, under=MISSING),
+        vmin=0.5,
+        vmax=most + 0.5,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    missing = int((copies == 0).sum())
+    bar = figure.colorbar(drawn, ax=axes, extend="min" if missing else "neither", pad=0.015)
+    step = math.ceil(most / 6)
+    bar.set_ticks(list(range(1, most + 1, step)), minor=False)
+    bar.ax.tick_params(length=0)
+    bar.set_label("servers that hold it")
+    text = f"copies over servers: mean {copies.mean():.2f}, most {int(copies.max())}"
+    if missing:
+        text += f"; {missing:,} experts held nowhere"
+    axes.set_title(text, color=MISSING if missing else "black")
+
+
+def _many_servers(
+    model: ModelShape, servers: Sequence[str], local: npt.NDArray[np.bool_]
+) -> Figure:
+    from matplotlib.figure import Figure
+
+    height = min(max(0.12 * model.num_layers, 2.0), 5.0)
+    figure = Figure(figsize=(WIDTH_IN, height + 4.2), dpi=DPI, layout="constrained")
+    copies, bars = figure.subplots(2, 1, height_ratios=[height, 2.6])
+    expert_axis(copies, model)
+    layer_axis(copies, model)
+    _copies_panel(figure, copies, local.sum(axis=0))
+    bars.bar(range(len(servers)), local.sum(axis=(1, 2)), color=COLOURS[0], width=0.8)
+    step = math.ceil(len(servers) / 80)
+    shown = range(0, len(servers), step)
+    labels = [fit(servers[n], 24) for n in shown]
+    bars.set_xticks(list(shown), labels=labels, rotation=90, parse_math=False)
+    bars.set_xlim(-0.7, len(servers) - 0.3)
+    bars.set_ylabel("experts held")
+    bars.set_title(f"experts on each server, of {model.num_pairs:,} in the model")
+    bars.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    bars.set_axisbelow(True)
+    return figure
+
+
+def _gpu_colours(count: int) -> list[Any]:
+    """One colour for each of ``count`` GPUs."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    return [colour_map("viridis")(0.1 + 0.9 * i / (count - 1)) for i in range(count)]

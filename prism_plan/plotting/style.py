@@ -1,0 +1,43 @@
+"""How figures look: sizes, colours, fonts; the same whatever the reader's configuration says."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+DPI = 100
+WIDTH_IN = 15.0
+TITLE_PT, PANEL_PT, TICK_PT = 13, 10, 8
+#: Colours of Okabe and Ito and one of Tol, told apart by colour-blind readers.
+COLOURS = (
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"),
+    "#882255",
+)
+LINE_COLOURS = (*COLOURS[:6], "#000000")
+LINE_STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+NO_DATA = "#BBBBBB"
+MISSING = "#D55E00"
+SETTINGS = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": PANEL_PT,
+    "axes.titlesize": PANEL_PT,
+    "axes.labelsize": 9,
+    "xtick.labelsize": TICK_PT,
+    "ytick.labelsize": TICK_PT,
+    "image.interpolation": "nearest",
+    "savefig.bbox": None,
+    "savefig.transparent": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "prism-plan",
+    "text.usetex": False,
+}
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """The same look and bytes whatever the reader's matplotlib configuration says."""
+    import matplotlib
+
+    with matplotlib.rc_context(SETTINGS):
+        yield
