@@ -1,0 +1,69 @@
+"""Measured times in place of the cluster file's figures.
+
+A calibration is what a runtime measured on the real machines: the time of one layer's dense part and
+of one expert's batch by number of tokens, the overhead of a call, and the links.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import InputError
+
+#: Points (tokens, seconds), tokens ascending, at least two.
+Curve = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class GpuCurves:
+    """Times of one GPU: the dense part of one MoE layer, and one expert's batch."""
+
+    dense_s: Curve
+    expert_s: Curve
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Measured times. ``gpus`` by (server name, GPU index); ``default`` for all others.
+
+    ``call_overhead_ms``, ``bandwidth_mbps`` and ``rtt_ms`` replace those of the cluster's
+    ``[link]`` table where they are given.
+    """
+
+    name: str = ""
+    default: GpuCurves | None = None
+    gpus: Mapping[tuple[str, int], GpuCurves] = field(default_factory=dict)
+    call_overhead_ms: float | None = None
+    bandwidth_mbps: float | None = None
+    rtt_ms: float | None = None
+
+    def of(self, server: str, gpu: int) -> GpuCurves:
+        """Curves of a GPU.
+
+        Raises
+        ------
+        InputError
+            The calibration has none for it, and no default.
+        """
+        curves = self.gpus.get((server, gpu), self.default)
+        if curves is None:
+            raise InputError(
+                f"no times of server {server!r} gpu[{gpu}]",
+                source=self.name,
+                place="servers",
+                remedy="measure it, or give a default",
+            )
+        return curves
+
+    def applied(self, cluster: Cluster) -> Cluster:
+        """The cluster with the measured link figures."""
+        measured = {
+            key: getattr(self, key)
+            for key in ("call_overhead_ms", "bandwidth_mbps", "rtt_ms")
+            if getattr(self, key) is not None
+        }
+        link = dataclasses.replace(cluster.link, **measured)
+        return dataclasses.replace(cluster, link=link)

@@ -1,0 +1,108 @@
+"""Links between servers: how long a payload holds them, and how long a message is under way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import InputError
+from prism_plan.model import ModelSpec
+
+Floats = npt.NDArray[np.float64]
+
+#: Bytes that name one expert for one token in a message: id and gate weight (DESIGN section 4).
+BYTES_PER_CALL = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """What a message between two servers costs (DESIGN section 4, rule 3).
+
+    ``seconds_per_byte`` [N, N] from sender (row) to receiver at the lowest rate of the sender's
+    uplink, the receiver's downlink and the cap of the pair; ``half_rtt_s`` [N, N];
+    ``up_bytes_per_s`` and ``down_bytes_per_s`` [N], the ports' own rates, at which their token
+    buckets of ``burst_bytes`` fill; ``call_overhead_s``, paid once per call at the sender;
+    ``token_bytes``, a token's hidden state. Diagonals are zero. Arrays are read-only.
+    """
+
+    seconds_per_byte: Floats
+    half_rtt_s: Floats
+    up_bytes_per_s: Floats
+    down_bytes_per_s: Floats
+    call_overhead_s: float
+    burst_bytes: float
+    token_bytes: int
+
+    def __post_init__(self) -> None:
+        for array in vars(self).values():
+            if isinstance(array, np.ndarray):
+                array.setflags(write=False)
+
+    @classmethod
+    def of(cls, cluster: Cluster, model: ModelSpec) -> Network:
+        """The links of a cluster, for messages of a model.
+
+        1 Mbit/s is 1e6 bits a second, 1 kb of ``burst_kb`` is 1000 bytes.
+
+        Raises
+        ------
+        InputError
+            A bandwidth is not above zero, or a time is negative or not finite.
+        """
+        link = cluster.link
+        default = _positive(link.bandwidth_mbps, "link.bandwidth_mbps")
+        up, down = np.empty(cluster.num_servers), np.empty(cluster.num_servers)
+        for n, server in enumerate(cluster.servers):
+            for ports, key in ((up, "uplink_mbps"), (down, "downlink_mbps")):
+                own = getattr(server, key)
+                ports[n] = default if own is None else _positive(own, f"server[{n}].{key}")
+        cap = np.full((cluster.num_servers,) * 2, default)
+        rtt_ms = np.full_like(cap, _not_negative(link.rtt_ms, "link.rtt_ms"))
+        for index, pair in enumerate(cluster.pair_links):
+            ends = ((pair.a, pair.b), (pair.b, pair.a))
+            for a, b in ends:
+                if pair.bandwidth_mbps is not None:
+                    place = f"links[{index}].bandwidth_mbps"
+                    cap[a, b] = _positive(pair.bandwidth_mbps, place)
+                if pair.rtt_ms is not None:
+                    rtt_ms[a, b] = _not_negative(pair.rtt_ms, f"links[{index}].rtt_ms")
+        rate_mbps = np.minimum(np.minimum(up[:, None], down[None, :]), cap)
+        seconds_per_byte = 8e-6 / rate_mbps
+        half_rtt_s = rtt_ms * 0.5e-3
+        np.fill_diagonal(seconds_per_byte, 0.0)
+        np.fill_diagonal(half_rtt_s, 0.0)
+        overhead_ms = _not_negative(link.call_overhead_ms, "link.call_overhead_ms")
+        return cls(
+            seconds_per_byte=seconds_per_byte,
+            half_rtt_s=half_rtt_s,
+            up_bytes_per_s=up * 0.125e6,
+            down_bytes_per_s=down * 0.125e6,
+            call_overhead_s=overhead_ms * 1e-3,
+            burst_bytes=_not_negative(link.burst_kb, "link.burst_kb") * 1e3,
+            token_bytes=model.hidden_size * model.dtype_bytes,
+        )
+
+    def call_cost_s(self) -> Floats:
+        """Seconds of a call of one token on idle links, without compute, [N, N].
+
+        Route ``nearest`` goes by this.
+        """
+        back = self.seconds_per_byte.T * self.token_bytes
+        out = self.seconds_per_byte * (self.token_bytes + BYTES_PER_CALL)
+        return self.half_rtt_s + self.half_rtt_s.T + out + back
+
+
+def _positive(value: float, place: str) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{value!r}", place=place, expected="Mbit/s above 0")
+    return value
+
+
+def _not_negative(value: float, place: str) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"{value!r}", place=place, expected="a number of at least 0")
+    return value
