@@ -18,7 +18,10 @@ PACKAGE = Path(prism_plan.__file__).parent
 FLOORS = [
     {"errors", "jit"},
     {"files", "kernels", "__init__"},
-    {"model", "model_config", "cluster", "cluster_file", "trace", "trace_file", "provenance"},
+    {
+        *("model", "model_config", "cluster", "cluster_file", "toml_table"),
+        *("trace", "trace_file", "provenance"),
+    },
     {"workload"},
     {"instance"},
     {"placement", "placement_file", "objective", "feasibility", "moves"},
