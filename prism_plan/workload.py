@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.cluster import Cluster, Server
+from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.trace import Trace
 
@@ -39,7 +40,7 @@ def expected_workload(trace: Trace, cluster: Cluster) -> Workload:
     rates = np.zeros((cluster.num_servers, len(trace.tasks)))
     mean_tokens = trace.mean_tokens()
     for n, server in enumerate(cluster.servers):
-        shares = _shares(trace, server, f"server[{n}]")
+        shares = shares_by_task(trace, server.tasks, f"server[{n}].tasks")
         tokens = shares * mean_tokens
         if not tokens.any():
             continue
@@ -63,20 +64,29 @@ def expected_workload(trace: Trace, cluster: Cluster) -> Workload:
     return Workload(trace.tasks, rates)
 
 
-def _shares(trace: Trace, server: Server, place: str) -> npt.NDArray[np.float64]:
+def shares_by_task(
+    trace: Trace, tasks: Mapping[str, float], place: str
+) -> npt.NDArray[np.float64]:
+    """A server's shares of requests in the order of the trace's tasks, float64 [tasks].
+
+    Raises
+    ------
+    InputError
+        Names a task that the trace does not have, or one without tokens.
+    """
     shares = np.zeros(len(trace.tasks))
-    for task, share in server.tasks.items():
+    for task, share in tasks.items():
         if task not in trace.tasks:
             raise InputError(
                 f"unknown task {task!r}{did_you_mean(task, trace.tasks)}",
-                place=f"{place}.tasks",
+                place=place,
                 expected=f"tasks of {trace.name or 'the trace'}: {', '.join(trace.tasks)}",
             )
         index = trace.tasks.index(task)
         if share > 0 and trace.tokens[index] == 0:
             raise InputError(
                 f"task {task!r} has no tokens in {trace.name or 'the trace'}",
-                place=f"{place}.tasks",
+                place=place,
                 remedy="leave it out, or profile it",
             )
         shares[index] = share
