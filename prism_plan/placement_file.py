@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import os
-import re
 from collections.abc import Mapping
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -17,6 +13,7 @@ from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text, write_bytes
 from prism_plan.model import ModelShape
 from prism_plan.placement import InputFile, Placement, Plan
+from prism_plan.schema import check_format, check_numbers, check_schema, indented, shipped_schema
 
 FORMAT = "prism-plan/placement"
 VERSION = 1
@@ -34,9 +31,7 @@ PLAN_KEYS = (
 
 def placement_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a placement file, as shipped."""
-    text = (files("prism_plan") / "schemas" / "placement-1.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+    return shipped_schema("placement-1")
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -74,14 +69,9 @@ def placement_to_json(placement: Placement) -> dict[str, Any]:
     }
 
 
-_NUMBERS = re.compile(r"\[\s+(\d+(?:,\s+\d+)*)\s+\]")
-
-
 def dump_placement(placement: Placement) -> bytes:
     """The bytes of a placement file: indented, each list of experts on one line."""
-    text = json.dumps(placement_to_json(placement), indent=1, allow_nan=False, ensure_ascii=False)
-    text = _NUMBERS.sub(lambda found: "[" + re.sub(r"\s+", "", found.group(1)) + "]", text)
-    return (text + "\n").encode("utf-8")
+    return (indented(placement_to_json(placement)) + "\n").encode("utf-8")
 
 
 def write_placement(path: str | os.PathLike[str], placement: Placement) -> None:
@@ -112,8 +102,10 @@ def read_placement(path: str | os.PathLike[str]) -> Placement:
 
 def placement_from_json(values: Any, source: object = "") -> Placement:
     """The reverse of :func:`placement_to_json`; see :func:`read_placement`."""
-    _check_format(values, source)
-    _check_schema(values, source)
+    remedy = "make placements with prism-plan solve"
+    check_format(values, FORMAT, VERSION, source=source, remedy=remedy)
+    check_schema(values, placement_schema(), source=source)
+    check_numbers(values, source=source, fraction=_fraction)
     model = ModelShape.from_json(values["model"], source=source)
     names = [server["name"] for server in values["servers"]]
     for index, name in enumerate(names):
@@ -154,77 +146,9 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
     )
 
 
-def _check_format(values: Any, source: object) -> None:
-    if not isinstance(values, Mapping):
-        raise InputError(f"{values!r:.60}", source=source, expected="an object")
-    if values.get("format") != FORMAT:
-        raise InputError(
-            f"{values.get('format')!r:.60}",
-            source=source,
-            place="format",
-            expected=repr(FORMAT),
-            remedy="make placements with prism-plan solve",
-        )
-    version = values.get("version")
-    if version != VERSION or isinstance(version, bool):
-        raise InputError(
-            f"{version!r:.60}",
-            source=source,
-            place="version",
-            expected=str(VERSION),
-            remedy="a newer file needs a newer prism-plan",
-        )
-
-
-def _check_schema(values: Any, source: object) -> None:
-    import jsonschema
-
-    validator = jsonschema.Draft202012Validator(placement_schema())
-    error = next(
-        iter(sorted(validator.iter_errors(values), key=lambda e: list(map(str, e.path)))), None
-    )
-    if error is not None:
-        place = ""
-        for part in error.absolute_path:
-            place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
-        raise InputError(_plain(error), source=source, place=place)
-    _check_numbers(values, source, "")
-
-
-def _plain(error: Any) -> str:
-    """A schema error in one short line."""
-    value = repr(error.instance)
-    if len(value) > 60:
-        value = f"{value[:50]}…"
-    if error.validator == "type":
-        kinds = error.validator_value
-        kinds = kinds if isinstance(kinds, list) else [kinds]
-        return f"{value}; expected {' or '.join(kinds)}"
-    if error.validator in ("required", "additionalProperties", "propertyNames"):
-        return str(error.message)
-    if error.validator == "oneOf" and "gpus" in list(error.absolute_path):
-        return "expected either 'slots' or 'bytes'"
-    if error.validator == "oneOf":
-        return f"{value}; expected a whole number of at least 1, or a list of them"
-    return f"{value}; expected {error.validator} {error.validator_value!r}"
-
-
-def _check_numbers(values: Any, source: object, place: str) -> None:
-    """JSON can spell 1e999, and 2.0 where a schema says integer."""
-    if isinstance(values, Mapping):
-        for key, value in values.items():
-            _check_numbers(value, source, f"{place}.{key}" if place else str(key))
-    elif isinstance(values, list):
-        for index, value in enumerate(values):
-            _check_numbers(value, source, f"{place}[{index}]")
-    elif isinstance(values, float) and not math.isfinite(values):
-        raise InputError(f"{values}", source=source, place=place, expected="a finite number")
-    elif isinstance(values, float) and (
-        not place.startswith("plan.") or place in ("plan.seed", "plan.min_replicas")
-    ):
-        raise InputError(f"{values}", source=source, place=place, expected="a whole number")
-    elif isinstance(values, int) and not isinstance(values, bool) and abs(values) >= 2**63:
-        raise InputError(f"{values}", source=source, place=place, expected="below 2**63")
+def _fraction(place: str) -> bool:
+    """Whether a number that is not whole may stand there."""
+    return place.startswith("plan.") and place not in ("plan.seed", "plan.min_replicas")
 
 
 def _experts(

@@ -17,7 +17,7 @@ PACKAGE = Path(prism_plan.__file__).parent
 #: are packages do not import each other.
 FLOORS = [
     {"errors", "jit"},
-    {"files", "kernels", "__init__"},
+    {"files", "schema", "kernels", "__init__"},
     {
         *("model", "model_config", "cluster", "cluster_file", "toml_table"),
         *("trace", "trace_file", "provenance"),
@@ -28,7 +28,7 @@ FLOORS = [
     {"solvers", "simulate"},
     {"migration"},
     {"profiling"},
-    {"comparison", "comparison_file", "simulation", "sweep"},
+    {"comparison", "comparison_file", "simulation", "simulation_file", "sweep", "sweep_file"},
     {"check"},
     {"plotting"},
     {"cli"},

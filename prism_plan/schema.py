@@ -1,0 +1,125 @@
+"""What the readers and writers of our JSON files share: shipped schemas, checks, spelling."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from typing import Any
+
+from prism_plan.errors import InputError
+
+
+def shipped_schema(name: str) -> dict[str, Any]:
+    """The JSON Schema (2020-12) ``schemas/<name>.json`` of the package."""
+    text = (files("prism_plan") / "schemas" / f"{name}.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def check_format(values: Any, form: str, version: int, *, source: object, remedy: str) -> None:
+    """Refuse what is not a file of this format and version.
+
+    Raises
+    ------
+    InputError
+        No object, another format (``remedy`` says how such files are made), a newer version.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{values!r:.60}", source=source, expected="an object")
+    if values.get("format") != form:
+        raise InputError(
+            f"{values.get('format')!r:.60}",
+            source=source,
+            place="format",
+            expected=repr(form),
+            remedy=remedy,
+        )
+    found = values.get("version")
+    if found != version or isinstance(found, bool):
+        raise InputError(
+            f"{found!r:.60}",
+            source=source,
+            place="version",
+            expected=str(version),
+            remedy="a newer file needs a newer prism-plan",
+        )
+
+
+def check_schema(
+    values: Any, schema: Mapping[str, Any], *, source: object, place: str = ""
+) -> None:
+    """Refuse values that the schema does not allow; ``place`` is where they stand in the file.
+
+    Raises
+    ------
+    InputError
+        Names the place and the value of the first error.
+    """
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(schema)
+    error = next(
+        iter(sorted(validator.iter_errors(values), key=lambda e: list(map(str, e.path)))), None
+    )
+    if error is not None:
+        for part in error.absolute_path:
+            place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
+        raise InputError(_plain(error), source=source, place=place)
+
+
+def _plain(error: Any) -> str:
+    """A schema error in one short line."""
+    value = repr(error.instance)
+    if len(value) > 60:
+        value = f"{value[:50]}…"
+    if error.validator == "type":
+        kinds = error.validator_value
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        return f"{value}; expected {' or '.join(kinds)}"
+    if error.validator in ("required", "additionalProperties", "propertyNames"):
+        return str(error.message)
+    if error.validator == "oneOf" and "gpus" in list(error.absolute_path):
+        return "expected either 'slots' or 'bytes'"
+    if error.validator == "oneOf":
+        return f"{value}; expected a whole number of at least 1, or a list of them"
+    return f"{value}; expected {error.validator} {error.validator_value!r}"
+
+
+def check_numbers(
+    values: Any, *, source: object, fraction: Callable[[str], bool], place: str = ""
+) -> None:
+    """JSON can spell 1e999, and 2.0 where a schema says integer.
+
+    ``fraction`` tells of a place whether a number with a point may stand there.
+
+    Raises
+    ------
+    InputError
+        Names the place and the number.
+    """
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            inner = f"{place}.{key}" if place else str(key)
+            check_numbers(value, source=source, fraction=fraction, place=inner)
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            inner = f"{place}[{index}]"
+            check_numbers(value, source=source, fraction=fraction, place=inner)
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise InputError(f"{values}", source=source, place=place, expected="a finite number")
+    elif isinstance(values, float) and not fraction(place):
+        raise InputError(f"{values}", source=source, place=place, expected="a whole number")
+    elif isinstance(values, int) and not isinstance(values, bool) and abs(values) >= 2**63:
+        raise InputError(f"{values}", source=source, place=place, expected="below 2**63")
+
+
+_NUMBERS = re.compile(r"\[\s+(\d+(?:,\s+\d+)*)\s+\]")
+
+
+def indented(values: Any) -> str:
+    """JSON text, indented by one, each list of whole numbers on one line."""
+    text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
+    return _NUMBERS.sub(lambda found: "[" + re.sub(r"\s+", "", found.group(1)) + "]", text)
