@@ -1,0 +1,66 @@
+"""What remote calls cost over a horizon, and what loading experts costs: both in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.cluster import Cluster
+from prism_plan.model import ModelSpec
+from prism_plan.simulate.network import Network
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+#: T_mig: loads one after the other as the paper sums them, or side by side on the GPUs.
+MigrationCost = Literal["sum", "max"]
+
+
+def call_seconds(cluster: Cluster, model: ModelSpec) -> Floats:
+    """Expected seconds of one remote call of each server, float64 [N].
+
+    One token on idle links, without compute: call overhead, and the mean over the other servers
+    of the round trip, the payload out and the payload back. Where the call goes is not known
+    here, so a server's figure does not depend on the placement. Zero where there is no other.
+
+    Raises
+    ------
+    InputError
+        A bandwidth or a time of the links is out of range.
+    """
+    others = cluster.num_servers - 1
+    if not others:
+        return np.zeros(1)
+    network = Network.of(cluster, model)
+    to_others: Floats = network.call_cost_s().sum(axis=1)
+    return network.call_overhead_s + to_others / others
+
+
+def gpu_load_gbs(cluster: Cluster) -> Floats:
+    """Load bandwidth of each GPU of all servers in order, GB/s, float64 [G]."""
+    return np.array([gpu.load_gbs for server in cluster.servers for gpu in server.gpus], float)
+
+
+def communication_s(rates: Floats, local: Bools, call_s: Floats, horizon_s: float) -> float:
+    """C(P): expected seconds of remote calls over the horizon.
+
+    ``rates`` [N, L, E] in calls per second, ``local`` [N, L, E], ``call_s`` [N].
+    """
+    remote = np.where(local, 0.0, rates).sum(axis=(1, 2))
+    return float((remote * call_s).sum()) * horizon_s
+
+
+def migration_s(
+    loads: Bools, expert_bytes: Sequence[int], load_gbs: Floats, how: MigrationCost = "sum"
+) -> float:
+    """T_mig: seconds of loading experts.
+
+    ``loads`` [G, L, E] what each GPU newly loads, ``expert_bytes`` [L] bytes of an expert of each
+    layer, ``load_gbs`` [G]. The paper sums over all loads; ``"max"`` is the time until the last
+    GPU is done, for GPUs load side by side.
+    """
+    of_gpu = loads.sum(axis=2) @ np.asarray(expert_bytes, float) / (load_gbs * 1e9)
+    return float(of_gpu.sum() if how == "sum" else of_gpu.max())

@@ -1,0 +1,93 @@
+"""What the planner knows of recent calls: estimated calls per second, period by period."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.errors import InputError
+
+Floats = npt.NDArray[np.float64]
+
+
+class Statistics(Protocol):
+    """An estimate of calls per second that is told of every period as it ends."""
+
+    def add(self, calls: npt.NDArray[np.int64], elapsed_s: float) -> None:
+        """Take in the calls [N, L, E] of a period of ``elapsed_s`` seconds."""
+
+    def rates(self) -> Floats:
+        """Estimated calls per second, [N, L, E]; zero while no time has passed."""
+
+    def moved(self) -> None:
+        """Experts have been moved on the word of these statistics."""
+
+
+class Counting(Protocol):
+    """Frozen options of statistics; each run starts statistics of its own."""
+
+    def start(self, shape: tuple[int, int, int]) -> Statistics:
+        """Statistics that have seen nothing yet, for calls of shape [N, L, E]."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """An exponentially weighted window: a period's share halves every ``half_life_s`` seconds.
+
+    Raises
+    ------
+    InputError
+        The half-life is not above 0 and finite.
+    """
+
+    half_life_s: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.half_life_s < math.inf:
+            raise InputError(
+                f"{self.half_life_s}", source="half_life_s", expected="seconds above 0"
+            )
+
+    def start(self, shape: tuple[int, int, int]) -> Statistics:
+        return _Sums(shape, self.half_life_s, restart=False)
+
+
+@dataclass(frozen=True)
+class Cumulative:
+    """All calls since the last move, as in the paper: old data lingers until something moves."""
+
+    def start(self, shape: tuple[int, int, int]) -> Statistics:
+        return _Sums(shape, math.inf, restart=True)
+
+
+class _Sums:
+    """Calls and seconds, of which the same share fades: so a constant rate has no bias."""
+
+    def __init__(self, shape: tuple[int, int, int], half_life_s: float, *, restart: bool) -> None:
+        self._calls = np.zeros(shape)
+        self._seconds = 0.0
+        self._half_life_s = half_life_s
+        self._restart = restart
+
+    def add(self, calls: npt.NDArray[np.int64], elapsed_s: float) -> None:
+        if not 0 <= elapsed_s < math.inf:
+            raise ValueError(f"a period of {elapsed_s} seconds")
+        if calls.shape != self._calls.shape:
+            raise ValueError(f"calls of shape {calls.shape}, expected {self._calls.shape}")
+        keep = 2.0 ** (-elapsed_s / self._half_life_s)
+        self._calls = self._calls * keep + calls
+        self._seconds = self._seconds * keep + elapsed_s
+
+    def rates(self) -> Floats:
+        if not self._seconds:
+            return np.zeros_like(self._calls)
+        return self._calls / self._seconds
+
+    def moved(self) -> None:
+        if self._restart:
+            self._calls = np.zeros_like(self._calls)
+            self._seconds = 0.0
