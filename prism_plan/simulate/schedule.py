@@ -1,0 +1,56 @@
+"""A phase schedule: "tasks A for 200 requests, then B"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prism_plan.errors import InputError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What users ask for during so many ``requests`` of each server.
+
+    ``tasks`` are shares by task of the servers that change; the others keep what they had.
+    ``arrival_interval_s`` holds for all servers from this phase on; ``None`` keeps it. Only the
+    last phase may have ``requests`` of ``None``: it lasts until the end.
+    """
+
+    requests: int | None = None
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    arrival_interval_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Phases in order; ``source`` is the file they come from, for errors.
+
+    Raises
+    ------
+    InputError
+        No phase, a phase of no request, a phase other than the last without ``requests``.
+    """
+
+    phases: tuple[Phase, ...]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise InputError(
+                "no phases",
+                source=self.source,
+                place="phase",
+                remedy="describe each one in a [[phase]] table",
+            )
+        for index, phase in enumerate(self.phases):
+            last = index == len(self.phases) - 1
+            if (phase.requests is None and not last) or (
+                phase.requests is not None and phase.requests < 1
+            ):
+                raise InputError(
+                    "not given" if phase.requests is None else f"{phase.requests}",
+                    source=self.source,
+                    place=f"phase[{index}].requests",
+                    expected="a whole number of at least 1; only the last phase may leave it out",
+                )
