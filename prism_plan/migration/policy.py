@@ -238,10 +238,10 @@ def _partial(weighing: _Weighing) -> Review:
     """The move of least C(P') + T_mig.
 
     Where a load costs the same on all GPUs of a server and T_mig is a sum, that total is linear in
-    what each server holds, and one flow finds its least. Else a few flows at prices from that of
-    a load by itself down to nothing (of loads side by side, only the longest row costs time) and
-    the plan of policy ``prism`` are weighed by their true totals: never worse than either policy,
-    but perhaps not the least.
+    what each server holds, and one flow finds its least. Else a few flows and the plan of policy
+    ``prism`` are weighed by their true totals: never worse than either policy, but perhaps not the
+    least. Of loads side by side only the longest row costs time, so those flows go by prices from
+    that of a load by itself down to nothing; of unequal GPUs some load on the fastest alone.
     """
     if not weighing.instance.in_slots:
         able = solvers_that_know(frozenset({Rule.UNEQUAL_BYTES}))
@@ -260,27 +260,52 @@ def _moves(weighing: _Weighing) -> Iterator[Placement]:
     """The moves that policy ``partial`` weighs; the first one is optimal where it is the only."""
     if weighing.before_s == 0:
         return
-    gpus = [weighing.load_gbs[weighing.current.gpus_of(n)] for n in range(len(weighing.call_s))]
-    size_gb = weighing.expert_bytes[0] * 1e-9
-    slowest = np.array([size_gb / gbs.min() for gbs in gpus])
-    fastest = np.array([size_gb / gbs.max() for gbs in gpus])
-    linear = weighing.policy.cost == "sum" and bool((slowest == fastest).all())
-    yield _flow(weighing, slowest, exact=linear)
+    instance, size_gb = weighing.instance, weighing.expert_bytes[0] * 1e-9
+    gpus = [weighing.load_gbs[weighing.current.gpus_of(n)] for n in range(instance.num_servers)]
+    slowest_s = np.array([size_gb / gbs.min() for gbs in gpus])
+    fastest_s = np.array([size_gb / gbs.max() for gbs in gpus])
+    equal = bool((slowest_s == fastest_s).all())
+    linear = equal and weighing.policy.cost == "sum"
+    yield _flow(weighing, instance, slowest_s, exact=linear)
     if linear:
         return
-    if weighing.policy.cost == "sum":
-        yield _flow(weighing, fastest)
-    else:
+    scales = [1.0]
+    if weighing.policy.cost == "max":
         halvings = math.ceil(math.log2(max(len(weighing.load_gbs), 2)))
-        for scale in (*(0.5**i for i in range(1, halvings + 1)), 0.0):
-            yield _flow(weighing, slowest * scale)
+        scales = [*(0.5**i for i in range(1 if equal else 0, halvings + 1)), 0.0]
+    for scale in scales:
+        yield _flow(weighing, instance, fastest_s * scale)
+        if not equal:
+            yield _flow(weighing, _slower_gpus_kept(weighing), fastest_s * scale)
     with contextlib.suppress(SolverRefused):  # then policy `prism` could not move at all
         yield _solver_candidate(weighing)
 
 
-def _flow(weighing: _Weighing, price_s: Floats, *, exact: bool = False) -> Placement:
-    """The least communication plus ``price_s`` [N] for each expert that a server newly loads."""
+def _slower_gpus_kept(weighing: _Weighing) -> Instance:
+    """The instance in which only the fastest loading GPUs of each server load and drop."""
     instance, current = weighing.instance, weighing.current
+    pinned, capacity = list(instance.pinned), []
+    for n, slots in enumerate(instance.gpu_capacity):
+        gpus = current.gpus_of(n)
+        room = list(slots)
+        for at, g in enumerate(gpus):
+            if weighing.load_gbs[g] < weighing.load_gbs[gpus].max():
+                held = current.on_gpu[g]
+                room[at] = int(held.sum())
+                pinned += [(n, int(layer), int(e)) for layer, e in np.argwhere(held)]
+        capacity.append(tuple(room))
+    return instance.replace(pinned=tuple(pinned), gpu_capacity=tuple(capacity))
+
+
+def _flow(
+    weighing: _Weighing, instance: Instance, price_s: Floats, *, exact: bool = False
+) -> Placement:
+    """The least communication plus ``price_s`` [N] for each expert that a server newly loads.
+
+    ``instance`` is that of the weighing or one of fewer placements; ``exact`` says that the price
+    is what a load truly costs.
+    """
+    current = weighing.current
     standing = current.local
     worth = instance.activations * (weighing.call_s * weighing.policy.horizon_s)[:, None, None]
     worth -= price_s[:, None, None] * ~standing
@@ -299,7 +324,7 @@ def _flow(weighing: _Weighing, price_s: Floats, *, exact: bool = False) -> Place
     return Placement(
         model=instance.model,
         servers=instance.servers,
-        gpu_capacity=instance.gpu_capacity,
+        gpu_capacity=weighing.instance.gpu_capacity,
         on_gpu=pack_on_gpus(instance, local, current),
         plan=plan,
         inputs=current.inputs,
