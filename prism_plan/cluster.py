@@ -14,7 +14,8 @@ class Gpu:
     """One GPU of a server.
 
     Memory is given by ``memory_bytes``, or the number of experts it holds by ``slots``. Bandwidth
-    is in GB/s (1e9 bytes), compute in TFLOP/s, launch overhead in microseconds.
+    is in GB/s (1e9 bytes), compute in TFLOP/s, launch overhead in microseconds. Loads of experts
+    take time on a channel of their own; with ``load_blocks_compute`` they occupy the GPU too.
     """
 
     memory_bytes: int | None = None
@@ -26,6 +27,7 @@ class Gpu:
     tflops: float = 312.0
     launch_overhead_us: float = 20.0
     load_gbs: float = 12.0
+    load_blocks_compute: bool = False
 
     @property
     def usable_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Measured times in place of the cluster file's figures.
 
-A calibration is what a runtime measured on the real machines: the time of one layer's dense part and
-of one expert's batch by number of tokens, the overhead of a call, and the links.
+A calibration is what a runtime measured on the real machines: the time of one layer's dense part
+and of one expert's batch by number of tokens, the overhead of a call, and the links.
 """
 
 from __future__ import annotations

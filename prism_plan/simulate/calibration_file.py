@@ -60,7 +60,9 @@ def _calibration(values: Any, name: str) -> Calibration:
             remedy="a newer file needs a newer prism-plan",
         )
     _known(values, KEYS, "")
-    link = {key: _time(values[key], key, key == "bandwidth_mbps") for key in LINK_KEYS & values.keys()}
+    link = {
+        key: _time(values[key], key, key == "bandwidth_mbps") for key in LINK_KEYS & values.keys()
+    }
     default = None if values.get("default") is None else _gpu(values["default"], "default")
     gpus: dict[tuple[str, int], GpuCurves] = {}
     for n, server in enumerate(_list(values.get("servers", []), "servers")):
@@ -127,9 +129,9 @@ def _time(value: Any, place: str, positive: bool = False) -> float:
     if (
         not isinstance(value, int | float)
         or isinstance(value, bool)
-        or not (0 < value if positive else 0 <= value)
         or not math.isfinite(value)
-        or value > 1e12
+        or not 0 <= value <= 1e12
+        or (positive and value == 0)
     ):
         expected = "a number above 0" if positive else "a number of at least 0"
         raise InputError(f"{value!r:.60}", place=place, expected=expected)

@@ -57,7 +57,8 @@ def timing(
     sizes, size = np.unique(model.expert_bytes_by_layer, return_inverse=True)
     rows: dict[object, int] = {}
     kind = np.empty(len(gpus), np.int32)
-    dense, expert = [], []
+    dense: list[Floats] = []
+    expert: list[list[Floats]] = []
     counts = np.arange(tokens + 1, dtype=np.float64)
     for index, (n, g, gpu) in enumerate(gpus):
         _require_figures(gpu, f"server[{n}].gpu[{g}]")

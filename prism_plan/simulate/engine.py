@@ -1,0 +1,102 @@
+"""What an engine is given during a run, and what it has measured at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.simulate.events import Log
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a migration: load or drop a (layer, expert) ``pair`` on a GPU.
+
+    It begins when the earlier steps in ``needs`` are done and, for a load, when the GPU's load
+    channel is free. A loaded expert serves from then on; a dropped one takes no new calls.
+    """
+
+    load: bool
+    gpu: int
+    pair: int
+    needs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Everything that was measured; times in seconds.
+
+    Of R requests: ``start_s``, ``first_token_s`` and ``done_s`` [R], NaN where it did not come to
+    pass. Of N servers, by home: ``calls``, ``remote_calls`` (expert calls), ``steps`` (token and
+    layer), ``waiting`` of them with a remote expert, ``destinations`` (servers that tokens were
+    sent to); ``present_s``, the integral over time of the requests at the server. By place:
+    ``bytes_out``, ``bytes_in``, ``up_busy_s``, ``down_busy_s`` [N], ``messages`` [N, N] calls sent
+    from row to column, ``gpu_busy_s`` [G], ``served`` [G] expert calls computed. ``layer_steps``
+    and ``layer_s`` [K + 1]: layers of decode steps by number of remote experts, and the sum of
+    their times. ``loads`` and ``loaded_bytes`` count experts brought from host memory.
+    """
+
+    start_s: Floats
+    first_token_s: Floats
+    done_s: Floats
+    calls: Ints
+    remote_calls: Ints
+    steps: Ints
+    waiting: Ints
+    destinations: Ints
+    present_s: Floats
+    bytes_out: Ints
+    bytes_in: Ints
+    up_busy_s: Floats
+    down_busy_s: Floats
+    messages: Ints
+    gpu_busy_s: Floats
+    served: Ints
+    layer_steps: Ints
+    layer_s: Floats
+    loads: int
+    loaded_bytes: int
+    events: int
+    now_s: float
+
+
+class Engine(Protocol):
+    """Runs a scenario from its first arrival to its last event."""
+
+    def advance(self, until_s: float = math.inf, max_events: int | None = None) -> bool:
+        """Take all events up to and including ``until_s``, at most ``max_events`` of them.
+
+        Returns whether that was all: False if ``max_events`` ended it. A finite ``until_s`` that
+        was reached is the time from then on.
+        """
+
+    @property
+    def arrivals_done(self) -> bool:
+        """Whether every request has been answered."""
+
+    @property
+    def migrating(self) -> bool:
+        """Whether steps of a migration are still to be done."""
+
+    def migrate(self, steps: Sequence[Step]) -> None:
+        """Begin a migration now; the one before must be over."""
+
+    def take_calls(self) -> Ints:
+        """Expert calls by home server since this was last asked, [N, L, E]."""
+
+    def on_gpu(self) -> npt.NDArray[np.bool_]:
+        """Which GPU serves which expert now, [G, L, E]."""
+
+    def outcome(self) -> Outcome:
+        """What has been measured so far."""
+
+    def log(self) -> Log:
+        """The events so far, if logging was asked for."""

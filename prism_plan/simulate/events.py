@@ -1,0 +1,70 @@
+"""Events, their order, and the log that tests compare.
+
+A heap entry is (time, rank, number, kind, subject): entries of one time are taken by the rank of
+their kind, then in the order in which they were pushed, so the order is total and runs repeat.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+#: A request arrives at its home server.
+ARRIVAL = 0
+#: The dense part of a request's layer is done; its tokens are routed.
+DENSE = 1
+#: The local experts of a request's layer are done.
+LOCAL = 2
+#: A message is ready for the link.
+SEND = 3
+#: A message has arrived at the other server.
+ARRIVED = 4
+#: The experts of a message are done; the partial sums are ready for the link.
+COMPUTED = 5
+#: The partial sums of a message are back.
+RETURNED = 6
+#: An expert has been loaded into its new place.
+LOADED = 7
+
+KINDS = ("arrival", "dense", "local", "send", "arrived", "computed", "returned", "loaded")
+#: At one time loads are finished first and arrivals come last, so that an arrival meets the places
+#: that are free at that time.
+RANK = np.array([2, 1, 1, 1, 1, 1, 1, 0], np.int8)
+RANK.setflags(write=False)
+
+
+class Event(NamedTuple):
+    """One line of an event log.
+
+    ``request`` is -1 for loads. ``at`` and ``to`` are servers: of a message its two ends in the
+    direction in which it was first sent, of work the place where it is done, of a load the server
+    and the GPU (in the cluster's order). ``layer`` is a layer position, L for the way home, -1 for
+    arrivals and loads.
+    """
+
+    time_s: float
+    kind: int
+    request: int
+    layer: int
+    at: int
+    to: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.time_s:.9g} {KINDS[self.kind]} request {self.request} layer {self.layer} "
+            f"at {self.at} to {self.to}"
+        )
+
+
+Log = list[Event]
+LOG_DTYPE = np.dtype(
+    [("time_s", "f8"), ("kind", "i4"), ("request", "i4"), ("layer", "i4"), ("at", "i4"),
+     ("to", "i4")]
+)  # fmt: skip
+
+
+def log_from(rows: npt.NDArray[np.void]) -> Log:
+    """A log from rows of :data:`LOG_DTYPE`."""
+    return [Event(*row) for row in rows.tolist()]

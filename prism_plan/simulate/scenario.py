@@ -1,0 +1,162 @@
+"""All that one simulation run depends on, validated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import InputError
+from prism_plan.model import ModelSpec, require_same_model
+from prism_plan.placement import Placement
+from prism_plan.simulate.calibration import Calibration
+from prism_plan.simulate.network import Network
+from prism_plan.simulate.requests import Requests
+from prism_plan.simulate.routes import ROUTES, Route
+from prism_plan.simulate.timing import Timing, timing
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Scenario:
+    """One placement on one cluster under given requests.
+
+    ``execution`` int32 [N, L] is the execution server: where the dense part of a layer runs, and
+    its KV cache lives, for requests of each home server (DESIGN section 4, rule 6). The hidden
+    states of a step travel where it changes from one layer to the next, and home at the end.
+    With ``offload`` servers do not help each other: what is not resident is loaded from host
+    memory (rule 8), and the placement says what is resident at the start.
+    ``load_blocks_compute`` bool [G]: loads occupy the GPU as work does. ``dense_gpu`` int32 [N]:
+    index of the GPU that does each server's dense work.
+    """
+
+    model: ModelSpec
+    placement: Placement
+    requests: Requests
+    network: Network
+    timing: Timing
+    concurrency: tuple[int, ...]
+    route: Route
+    execution: Ints
+    offload: bool
+    load_blocks_compute: npt.NDArray[np.bool_]
+    dense_gpu: Ints
+
+    @classmethod
+    def build(
+        cls,
+        placement: Placement,
+        requests: Requests,
+        cluster: Cluster,
+        model: ModelSpec,
+        *,
+        route: Route = "cover",
+        calibration: Calibration | None = None,
+        execution: Ints | None = None,
+        offload: bool = False,
+    ) -> Scenario:
+        """Put a run together.
+
+        Raises
+        ------
+        InputError
+            The placement is of other servers or GPUs, or lacks an expert that the requests call;
+            a figure of the cluster is not a positive number; an unknown route.
+        WrongModel
+            The placement is of another model.
+        """
+        require_same_model(placement.model, model, source="", other="the trace")
+        names = tuple(server.name for server in cluster.servers)
+        if placement.servers != names:
+            raise InputError(
+                f"servers {', '.join(placement.servers)}",
+                place="servers",
+                expected=f"those of {cluster.name}, in order: {', '.join(names)}",
+            )
+        for n, (held, server) in enumerate(
+            zip(placement.gpu_capacity, cluster.servers, strict=True)
+        ):
+            if len(held) != len(server.gpus):
+                raise InputError(
+                    f"{len(held)} GPUs",
+                    place=f"servers[{n}].gpus",
+                    expected=f"{len(server.gpus)}, as {cluster.name} gives {server.name!r}",
+                )
+        if route not in ROUTES:
+            raise InputError(
+                f"{route!r:.60}", source="--route", expected=f"one of {', '.join(ROUTES)}"
+            )
+        if calibration is not None:
+            cluster = calibration.applied(cluster)
+        prompts = requests.prompts
+        tokens = max(int(prompts.prefill_tokens.max(initial=0)), 1)
+        if not offload:
+            _require_covered(placement, requests)
+        elif any(not sum(gpus) for gpus in placement.gpu_capacity):
+            raise InputError("a server without slots", expected="room for one expert at least")
+        where = home_execution(len(names), model.num_layers) if execution is None else execution
+        return cls(
+            model=model,
+            placement=placement,
+            requests=requests,
+            network=Network.of(cluster, model),
+            timing=timing(cluster, model, tokens, calibration),
+            concurrency=tuple(server.concurrency for server in cluster.servers),
+            route=route,
+            execution=where.astype(np.int32),
+            offload=offload,
+            dense_gpu=_dense_gpus(cluster),
+            load_blocks_compute=np.array(
+                [gpu.load_blocks_compute for server in cluster.servers for gpu in server.gpus]
+            ),
+        )
+
+    @property
+    def gpu_start(self) -> Ints:
+        """Index of each server's first GPU, and their number at the end, int32 [N + 1]."""
+        numbers = [len(gpus) for gpus in self.placement.gpu_capacity]
+        return np.concatenate([[0], np.cumsum(numbers)]).astype(np.int32)
+
+
+def _dense_gpus(cluster: Cluster) -> Ints:
+    first = 0
+    gpus = []
+    for server in cluster.servers:
+        gpus.append(first + server.dense_gpu)
+        first += len(server.gpus)
+    return np.array(gpus, np.int32)
+
+
+def home_execution(num_servers: int, num_layers: int) -> Ints:
+    """The execution server of the paper and of every plan so far: the home server, [N, L]."""
+    return np.repeat(np.arange(num_servers, dtype=np.int32)[:, None], num_layers, axis=1)
+
+
+def called_pairs(requests: Requests, num_experts: int) -> npt.NDArray[np.bool_]:
+    """Which (layer, expert) pairs the prompts of the requests call, bool [L, E]."""
+    prompts = requests.prompts
+    layers = prompts.experts.shape[1]
+    called = np.zeros((layers, num_experts), bool)
+    lengths = prompts.prefill_tokens + prompts.decode_tokens
+    for index in np.unique(requests.prompt):
+        first = int(prompts.first_row[index])
+        rows = prompts.experts[first : first + int(lengths[index])]
+        for layer in range(layers):
+            called[layer, rows[:, layer]] = True
+    return called
+
+
+def _require_covered(placement: Placement, requests: Requests) -> None:
+    called = called_pairs(requests, placement.model.num_experts)
+    lacking = np.flatnonzero(called & ~placement.local.any(axis=0))
+    if len(lacking):
+        more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        raise InputError(
+            f"{placement.model.pair_text(int(lacking[0]))}{more} is called and held nowhere",
+            place="servers",
+            expected="a server for every expert that the trace calls",
+            remedy="plan again with this trace",
+        )
