@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from prism_plan.model import require_same_model
 from prism_plan.objective import score, violations
 from prism_plan.placement import InputFile, Placement
 from prism_plan.placement_file import placement_from_json
+from prism_plan.simulation_file import simulation_from_json
+from prism_plan.sweep_file import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_parquet
 from prism_plan.trace import Trace
 from prism_plan.trace_file import read_trace
 
@@ -52,7 +54,7 @@ def check_file(
     cluster: tuple[str, Cluster, InputFile] | None = None,
     trace: tuple[str, Trace] | None = None,
 ) -> Report:
-    """Check a trace, a cluster file, a placement or a comparison, told apart by content.
+    """Check a trace, a cluster file or what our commands write, told apart by content.
 
     A placement is checked for coverage, for the replicas that it promises and for the capacities
     that it states; with ``cluster`` (file name, content, identity) for its servers and slots;
@@ -65,9 +67,11 @@ def check_file(
         The file is not of our formats, or its form is broken.
     """
     name = os.fspath(path)
-    if name.endswith(".parquet"):
+    if name.endswith(".parquet") and not is_sweep(path):
         return _check_trace(path)
     data = read_bytes(path)
+    if is_sweep(path):
+        return _check_sweep(path, sweep_from_parquet(data, source=path))
     if data[:4] == b"PAR1":
         return _check_trace(path)
     text = decode(data, path)
@@ -75,6 +79,8 @@ def check_file(
         found = parse_cluster(text, source=path)
         gpus = sum(len(server.gpus) for server in found.servers)
         return Report(name, "cluster", f"{found.num_servers} servers, {gpus} GPUs")
+    if is_sweep_csv(text):
+        return _check_sweep(path, sweep_from_csv(text, source=path))
     if text.lstrip()[:1] not in ("{", "["):
         raise InputError(
             "neither Parquet, JSON nor a .toml file",
@@ -86,12 +92,14 @@ def check_file(
     if form == "prism-plan/comparison":
         rows = comparison_from_json(values, source=path)["rows"]
         return Report(name, "comparison", f"{len(rows)} rows")
+    if form == "prism-plan/simulation":
+        return _check_simulation(path, simulation_from_json(values, source=path))
     if form != "prism-plan/placement":
         raise InputError(
             f"{form!r:.60}",
             source=path,
             place="format",
-            expected="'prism-plan/placement' or 'prism-plan/comparison'",
+            expected="'prism-plan/placement', 'prism-plan/comparison' or 'prism-plan/simulation'",
         )
     return _check_placement(path, placement_from_json(values, source=path), cluster, trace)
 
@@ -106,6 +114,19 @@ def _check_trace(path: str | os.PathLike[str]) -> Report:
         + (f", source: {source}" if source else "")
     )
     return Report(str(path), "trace", summary)
+
+
+def _check_simulation(path: str | os.PathLike[str], values: Mapping[str, Any]) -> Report:
+    runs = values["runs"]
+    finished, requests = (sum(run[key] for run in runs) for key in ("finished", "requests"))
+    partial = ", interrupted" if values["partial"] else ""
+    summary = f"{len(runs)} runs, {finished:,} of {requests:,} requests finished{partial}"
+    return Report(str(path), "simulation", summary)
+
+
+def _check_sweep(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Report:
+    failed = sum(row["status"] != OK for row in rows)
+    return Report(str(path), "sweep", f"{len(rows)} runs, {failed} of them failed")
 
 
 def _check_placement(

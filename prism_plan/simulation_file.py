@@ -1,0 +1,173 @@
+"""Simulation reports: JSON, format ``prism-plan/simulation`` version 1 (DESIGN section 6)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+from prism_plan.errors import InputError
+from prism_plan.files import parse_json, read_text
+
+FORMAT = "prism-plan/simulation"
+VERSION = 1
+#: Numbers beyond it are no counts, and other readers of JSON would change them.
+_MOST_COUNT = 2**63
+#: What a schema calls a type, for a reader.
+_TYPES = {"integer": "a whole number", "number": "a finite number", "boolean": "true or false"}
+
+
+def simulation_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a simulation report, as shipped."""
+    text = (files("prism_plan") / "schemas" / "simulation-1.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def read_simulation(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values of a simulation report, checked.
+
+    Raises
+    ------
+    InputError
+        Not JSON, not a simulation report, a newer version, a value that the schema does not allow,
+        or values that contradict each other; names the place and the value.
+    """
+    return simulation_from_json(parse_json(read_text(path), path), source=path)
+
+
+def simulation_from_json(values: Any, source: object = "") -> dict[str, Any]:
+    """The same from the values of the file; see :func:`read_simulation`."""
+    _check_format(values, source)
+    _check_schema(values, source)
+    for index, run in enumerate(values["runs"]):
+        _check_run(run, source, f"runs[{index}]")
+    return dict(values)
+
+
+def _check_format(values: Any, source: object) -> None:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{values!r:.60}", source=source, expected="an object")
+    if values.get("format") != FORMAT:
+        raise InputError(
+            f"{values.get('format')!r:.60}",
+            source=source,
+            place="format",
+            expected=repr(FORMAT),
+            remedy="make reports with prism-plan simulate -o",
+        )
+    version = values.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise InputError(
+            f"{version!r:.60}",
+            source=source,
+            place="version",
+            expected=str(VERSION),
+            remedy="a newer file needs a newer prism-plan",
+        )
+
+
+def _check_schema(values: Any, source: object) -> None:
+    import jsonschema
+
+    base = jsonschema.Draft202012Validator
+    # Stricter than JSON Schema, to which 2.0 is an integer and 1e999 a number.
+    types = base.TYPE_CHECKER.redefine_many(
+        {"integer": lambda _, value: _is_count(value), "number": lambda _, value: _is_number(value)}
+    )
+    extend = jsonschema.validators.extend
+    validator = extend(base, type_checker=types)(simulation_schema())  # type: ignore[no-untyped-call]
+    error = next(iter(validator.iter_errors(values)), None)
+    if error is not None:
+        place = ""
+        for part in error.absolute_path:
+            place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
+        raise InputError(_plain(error), source=source, place=place)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MOST_COUNT
+
+
+def _is_number(value: Any) -> bool:
+    return _is_count(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _plain(error: Any) -> str:
+    """A schema error in one short line."""
+    if error.validator in ("required", "additionalProperties"):
+        return str(error.message)
+    value = repr(error.instance)
+    value = f"{value[:50]}…" if len(value) > 60 else value
+    wanted = error.validator_value
+    if error.validator == "type":
+        kinds = wanted if isinstance(wanted, list) else [wanted]
+        return f"{value}; expected {' or '.join(_TYPES.get(kind, str(kind)) for kind in kinds)}"
+    if error.validator == "enum":
+        return f"{value}; expected {' or '.join(map(repr, wanted))}"
+    if error.validator == "oneOf":  # only the quantiles have a choice
+        return f"{len(error.instance)} numbers; expected 101, or none"
+    words = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "more than"}
+    return f"{value}; expected {words.get(str(error.validator), error.validator)} {wanted!r}"
+
+
+def _check_run(run: Mapping[str, Any], source: object, place: str) -> None:
+    """What a schema cannot say: which values belong together."""
+    if run["finished"] > run["requests"]:
+        raise InputError(
+            f"{run['finished']}",
+            source=source,
+            place=f"{place}.finished",
+            expected=f"at most the {run['requests']} requests",
+        )
+    quantiles = run["latency_quantiles_s"]
+    if bool(quantiles) != (run["finished"] > 0):
+        raise InputError(
+            f"{len(quantiles)} numbers with {run['finished']} requests finished",
+            source=source,
+            place=f"{place}.latency_quantiles_s",
+            expected="numbers exactly if a request finished",
+        )
+    for below, above in itertools.pairwise(quantiles):
+        if above < below:
+            raise InputError(
+                f"{above} after {below}",
+                source=source,
+                place=f"{place}.latency_quantiles_s",
+                expected="ascending numbers",
+            )
+    for key, value in run["latency_s"].items():
+        if value is None and quantiles:
+            raise InputError(
+                "null",
+                source=source,
+                place=f"{place}.latency_s.{key}",
+                expected="a number, for requests finished",
+            )
+    timeline = run["timeline"]
+    if len(timeline["arrivals"]) != len(timeline["mean_latency_s"]):
+        raise InputError(
+            f"{len(timeline['mean_latency_s'])} bins",
+            source=source,
+            place=f"{place}.timeline.mean_latency_s",
+            expected=f"{len(timeline['arrivals'])}, as in arrivals",
+        )
+    for number, layer in enumerate(run["layer_latency_s"]):
+        if layer["remote_experts"] != number:
+            raise InputError(
+                f"{layer['remote_experts']}",
+                source=source,
+                place=f"{place}.layer_latency_s[{number}].remote_experts",
+                expected=f"{number}, one entry for each number from 0",
+            )
+        if layer["steps"] and layer["mean"] is None:
+            raise InputError(
+                f"null with {layer['steps']} steps",
+                source=source,
+                place=f"{place}.layer_latency_s[{number}].mean",
+                expected="a number",
+            )

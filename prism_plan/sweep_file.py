@@ -1,0 +1,323 @@
+"""Sweep tables: one row a simulated run, Parquet or CSV, which the extension says."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prism_plan.errors import InputError, did_you_mean
+from prism_plan.files import decode, read_bytes, write_bytes
+
+VERSION = 1
+METADATA_KEY = b"prism_plan_sweep"
+#: What ``status`` says of a run that went well; otherwise it is the line of the error.
+OK = "ok"
+_REMEDY = "make sweeps with prism-plan simulate --sweep"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    ``kind`` is int, float or str. ``least`` and ``most`` bound its numbers. ``of_run`` tells a
+    result, null where the run failed; ``null`` whether it may be null anyway.
+    """
+
+    kind: type
+    least: float = 0.0
+    most: float = math.inf
+    of_run: bool = False
+    null: bool = False
+
+
+_TIME = Column(float, of_run=True, null=True)
+_SHARE = Column(float, most=1.0, of_run=True, null=True)
+_RESULT = Column(int, of_run=True)
+#: All columns in their order in a file. A null in a condition means: as in the cluster file.
+COLUMNS: Mapping[str, Column] = {
+    "gpus": Column(int, least=1),
+    "servers": Column(int, least=1),
+    "bandwidth_mbps": Column(float, null=True),
+    "arrival_interval_s": Column(float, null=True),
+    "memory_fraction": Column(float, null=True),
+    "solver": Column(str),
+    "seed": Column(int),
+    "status": Column(str),
+    "requests": _RESULT,
+    "latency_mean_s": _TIME,
+    "latency_p50_s": _TIME,
+    "latency_p95_s": _TIME,
+    "latency_p99_s": _TIME,
+    "ttft_mean_s": _TIME,
+    "tpot_mean_s": _TIME,
+    "remote_share": _SHARE,
+    "waiting_share": _SHARE,
+    "destinations": _TIME,
+    "bytes_sent": _RESULT,
+    "utilisation": _TIME,
+    "events": _RESULT,
+    "solve_s": _TIME,
+    "runtime_s": _TIME,
+}
+
+
+def sweep_kind(path: str | os.PathLike[str]) -> str:
+    """The kind of file that the extension of ``path`` asks for: "parquet" or "csv".
+
+    Raises
+    ------
+    InputError
+        Another extension.
+    """
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("parquet", "csv"):
+        raise InputError(
+            f"extension {Path(path).suffix!r}",
+            source=path,
+            expected=".parquet or .csv",
+            remedy="give the file one of these extensions",
+        )
+    return kind
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def write_sweep(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table whole or not at all; keys that a row lacks are null.
+
+    Raises
+    ------
+    InputError
+        Another extension, an unknown key, or a value that its column does not allow.
+    OutputError
+        The file cannot be written.
+    """
+    write_bytes(path, dump_sweep(rows, sweep_kind(path), source=path))
+
+
+def dump_sweep(
+    rows: Sequence[Mapping[str, Any]], kind: str = "csv", source: object = "sweep"
+) -> bytes:
+    """The bytes of a table of ``kind`` "parquet" or "csv"; see :func:`write_sweep`."""
+    for number, row in enumerate(rows, 1):
+        for key in row:
+            if key not in COLUMNS:
+                raise InputError(
+                    f"key {key!r}{did_you_mean(key, COLUMNS)}", source=source, place=f"row {number}"
+                )
+    values = _checked([{name: row.get(name) for name in COLUMNS} for row in rows], source)
+    return _parquet(values) if kind == "parquet" else _csv(values)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, list(COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)  # None is written as nothing, floats with all their digits
+    return stream.getvalue().encode("utf-8")
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    schema = pa.schema(
+        [(name, types[column.kind]) for name, column in COLUMNS.items()],
+        metadata={METADATA_KEY: json.dumps({"version": VERSION}).encode()},
+    )
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), stream, compression="zstd")
+    return stream.getvalue()
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def read_sweep(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a table with Python's own ints, floats, texts and None, columns in order.
+
+    Columns that are not ours are left out, so that a table may be extended elsewhere.
+
+    Raises
+    ------
+    InputError
+        Another extension, an unreadable file, a missing column, no row, or a value that its
+        column does not allow; names row (from 1) and column.
+    """
+    if sweep_kind(path) == "csv":
+        return sweep_from_csv(decode(read_bytes(path), path), source=path)
+    return sweep_from_parquet(read_bytes(path), source=path)
+
+
+def sweep_from_csv(text: str, source: object = "") -> list[dict[str, Any]]:
+    """The rows of a table from the text of a CSV file; see :func:`read_sweep`."""
+    try:
+        header, *lines = [line for line in csv.reader(io.StringIO(text), strict=True) if line]
+    except (csv.Error, ValueError) as error:
+        found = str(error) if isinstance(error, csv.Error) else "an empty file"
+        raise InputError(f"not CSV: {found}", source=source, remedy=_REMEDY) from error
+    _require_columns(header, source)
+    for number, line in enumerate(lines, 1):
+        if len(line) != len(header):
+            raise InputError(
+                f"{len(line)} values",
+                source=source,
+                place=f"row {number}",
+                expected=f"{len(header)}, as in the header",
+            )
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    typed = [
+        {name: _from_text(row[name], column) for name, column in COLUMNS.items()} for row in rows
+    ]
+    return _checked(typed, source, some=True)
+
+
+def _from_text(text: str, column: Column) -> Any:
+    """The value that a cell spells; the text itself if it spells none."""
+    if column.kind is str:
+        return text
+    if not text.strip():
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def sweep_from_parquet(data: bytes, source: object = "") -> list[dict[str, Any]]:
+    """The rows of a table from the bytes of a Parquet file; see :func:`read_sweep`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(io.BytesIO(data))
+        names = parquet.schema_arrow.names
+        header = (parquet.schema_arrow.metadata or {}).get(METADATA_KEY)
+        _require_columns(names, source)
+        _require_version(header, source)
+        rows = parquet.read(columns=list(COLUMNS)).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"not a readable Parquet file: {str(error).splitlines()[0]}",
+            source=source,
+            remedy=f"it may be cut short, damaged or of another kind; {_REMEDY}",
+        ) from error
+    return _checked(rows, source, some=True)
+
+
+def _require_version(header: bytes | None, source: object) -> None:
+    """A table written by another tool has no version, and is taken by its columns."""
+    if header is None:
+        return
+    try:
+        version = json.loads(header)["version"]
+    except (ValueError, KeyError, TypeError):
+        version = header.decode("utf-8", "replace")
+    if version != VERSION or isinstance(version, bool):
+        raise InputError(
+            f"{version!r:.60}",
+            source=source,
+            place=f"metadata {METADATA_KEY.decode()}",
+            expected=f"version {VERSION}",
+            remedy="a newer file needs a newer prism-plan",
+        )
+
+
+def is_sweep(path: str | os.PathLike[str]) -> bool:
+    """Whether a Parquet file says in its metadata that it is a sweep table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with open(path, "rb") as stream:
+            return METADATA_KEY in (pq.read_schema(stream).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def is_sweep_csv(text: str) -> bool:
+    """Whether the first line of a text file names columns of a sweep table."""
+    words = text.partition("\n")[0].replace('"', "").strip().split(",")
+    return len(set(words) & set(COLUMNS)) >= len(COLUMNS) // 2
+
+
+def _require_columns(names: Sequence[str], source: object) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"column {name!r} stands twice", source=source, expected="each column once"
+            )
+    others = [name for name in names if name not in COLUMNS]
+    for name in COLUMNS:
+        if name not in names:
+            raise InputError(
+                f"no column {name!r}{did_you_mean(name, others)}",
+                source=source,
+                expected=f"columns {', '.join(COLUMNS)}",
+                remedy=_REMEDY,
+            )
+
+
+# --------------------------------------------------------------------------------------- checking
+
+
+def _checked(
+    rows: Sequence[Mapping[str, Any]], source: object, *, some: bool = False
+) -> list[dict[str, Any]]:
+    """The rows with their values of the right kind."""
+    if some and not rows:
+        raise InputError("no rows", source=source, expected="a row for each run", remedy=_REMEDY)
+    checked = []
+    for number, row in enumerate(rows, 1):
+        failed = row["status"] != OK
+        checked.append(
+            {
+                name: _value(
+                    row[name],
+                    column,
+                    column.null or (failed and column.of_run),
+                    source,
+                    f"row {number}, column {name}",
+                )
+                for name, column in COLUMNS.items()
+            }
+        )
+    return checked
+
+
+def _value(value: Any, column: Column, null: bool, source: object, place: str) -> Any:
+    """A value of the kind of its column; other tools write whole numbers as 300.0."""
+    if value is None and null:
+        return None
+    if column.kind is str:
+        if isinstance(value, str) and value.strip():
+            return value
+        raise InputError(f"{value!r:.60}", source=source, place=place, expected="a text")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    good = (
+        number
+        and abs(value) < 2**63
+        and column.least <= value <= column.most
+        and (column.kind is float or value == int(value))
+    )
+    if not good:
+        what = "a whole number" if column.kind is int else "a number"
+        bounds = f"of at least {column.least:g}" if column.most == math.inf else "from 0 to 1"
+        raise InputError(
+            f"{value!r:.60}",
+            source=source,
+            place=place,
+            expected=f"{what} {bounds}" + (", or null" if null else ""),
+        )
+    return column.kind(value)
