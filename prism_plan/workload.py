@@ -64,9 +64,7 @@ def expected_workload(trace: Trace, cluster: Cluster) -> Workload:
     return Workload(trace.tasks, rates)
 
 
-def shares_by_task(
-    trace: Trace, tasks: Mapping[str, float], place: str
-) -> npt.NDArray[np.float64]:
+def shares_by_task(trace: Trace, tasks: Mapping[str, float], place: str) -> npt.NDArray[np.float64]:
     """A server's shares of requests in the order of the trace's tasks, float64 [tasks].
 
     Raises

@@ -96,8 +96,8 @@ def test_interval_of_each_request() -> None:
     gaps = generator().standard_exponential(4)
     by_number = arrivals_by_number(generator(), lambda n: np.where(n < 2, 1.0, 100.0), 4)
     np.testing.assert_allclose(by_number, np.cumsum(gaps * [1, 1, 100, 100]), rtol=1e-15)
-    bursts = arrivals_by_number(generator(), lambda n: np.where(n < 3, 1.0, 100.0), 4, 2)
-    np.testing.assert_allclose(bursts[::2], np.cumsum(gaps[:2] * 2), rtol=1e-15)
+    bursts = arrivals_by_number(generator(), lambda n: np.where(n < 2, 1.0, 100.0), 4, 2)
+    np.testing.assert_allclose(bursts[::2], np.cumsum(gaps[:2] * [2, 200]), rtol=1e-15)
 
 
 def test_short_duration() -> None:
