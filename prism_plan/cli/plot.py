@@ -11,7 +11,7 @@ OUTPUT = click.option(
 
 @click.group("plot")
 def command() -> None:
-    """Draw traces, placements and comparisons."""
+    """Draw traces, placements, comparisons and simulations."""
 
 
 @command.command("heatmap")
@@ -63,3 +63,84 @@ def comparison(comparison: str, output: str) -> None:
     values = read_comparison(comparison)
     title = f"{values['trace']} on {values['cluster']}"
     plotting.save(plotting.comparison(values["rows"], title), output)
+
+
+def _draw_simulation(path: str, output: str, figure: str) -> None:
+    from prism_plan import plotting
+    from prism_plan.errors import InputError
+    from prism_plan.simulation_file import read_simulation
+
+    plotting.check_extension(output)
+    report = read_simulation(path)
+    try:
+        drawn = getattr(plotting, figure)(report)
+    except InputError as error:
+        raise InputError(
+            error.found, source=path, expected=error.expected, remedy=error.remedy
+        ) from error
+    plotting.save(drawn, output)
+
+
+@command.command("cdf")
+@click.argument("report", metavar="S.json")
+@OUTPUT
+def cdf(report: str, output: str) -> None:
+    """How many requests took at most how long, one line a run of a simulation."""
+    _draw_simulation(report, output, "simulation_cdf")
+
+
+@command.command("timeline")
+@click.argument("report", metavar="S.json")
+@OUTPUT
+def timeline(report: str, output: str) -> None:
+    """Latency by time of arrival, one line a run, with migrations marked."""
+    _draw_simulation(report, output, "simulation_timeline")
+
+
+@command.command("layer-latency")
+@click.argument("report", metavar="S.json")
+@OUTPUT
+def layer_latency(report: str, output: str) -> None:
+    """Latency of a layer by the share of its experts that are remote, one line a run."""
+    _draw_simulation(report, output, "layer_latency")
+
+
+@command.command("latency")
+@click.argument("report", metavar="S.json")
+@OUTPUT
+def latency(report: str, output: str) -> None:
+    """Bars of mean, p95 and p99 latency, remote share and waiting share of each run."""
+    _draw_simulation(report, output, "simulation_bars")
+
+
+@command.command("sweep")
+@click.argument("table", metavar="R.parquet")
+@click.option("--x", "x", metavar="KEY", help="Condition along x, such as bandwidth_mbps.")
+@click.option("--panels", metavar="KEY", help="Condition that has a panel for each value.")
+@click.option("--solver", "solvers", multiple=True, help="Only this solver; may be repeated.")
+@OUTPUT
+def sweep(
+    table: str, x: str | None, panels: str | None, solvers: tuple[str, ...], output: str
+) -> None:
+    """Mean latency over a sweep by bandwidth or another condition, one line a solver."""
+    from pathlib import Path
+
+    from prism_plan import plotting
+    from prism_plan.errors import InputError
+    from prism_plan.sweep_file import read_sweep
+
+    plotting.check_extension(output)
+    rows = read_sweep(table)
+    try:
+        figure = plotting.sweep_figure(
+            rows, x=x, panels=panels, solvers=solvers or None, name=Path(table).name
+        )
+    except InputError as error:
+        options = {"x": "--x", "panels": "--panels", "x and panels": "--x and --panels"}
+        raise InputError(
+            error.found,
+            source=options.get(error.source, table),
+            expected=error.expected,
+            remedy=error.remedy,
+        ) from error
+    plotting.save(figure, output)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
+from prism_plan.plotting.bars import value_bars
 from prism_plan.plotting.parts import draw_legend, draw_title, fit, lay_out
 from prism_plan.plotting.style import DPI, PANEL_PT, WIDTH_IN, settings
 
@@ -54,8 +55,15 @@ def comparison(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
             fit(str(row["name"]), 36) + " *" * bad for row, bad in zip(rows, broken, strict=True)
         ]
         for axes, (key, label, colour) in zip(every, panels, strict=True):
-            worst = "worst_server_share" if key == "remote_share" else ""
-            _bars(axes, rows, key, worst, colour)
+            remote = key == "remote_share"
+            value_bars(
+                axes,
+                [row.get(key) for row in rows],
+                worst=[row.get("worst_server_share") if remote else None for row in rows],
+                colour=colour,
+                share=key != "destinations",
+                missing="no placement" if remote else "not known",
+            )
             axes.set_yticks(range(len(rows)), labels=[], parse_math=False)
             axes.set_title(label)
         every[0].set_yticks(range(len(rows)), labels=names, fontsize=PANEL_PT, parse_math=False)
@@ -63,66 +71,6 @@ def comparison(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
         draw_title(figure, title or "Placements compared")
         lay_out(figure)
     return figure
-
-
-def _bars(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, worst_key: str, colour: str
-) -> None:
-    """Bars of one quantity, its value at the end of each, and markers of ``worst_key``."""
-    from matplotlib.ticker import PercentFormatter
-
-    share = key != "destinations"
-    values = {i: float(row[key]) for i, row in enumerate(rows) if row.get(key) is not None}
-    worst = {i: float(rows[i][worst_key]) for i in values if rows[i].get(worst_key) is not None}
-    limit = max([*values.values(), *worst.values()], default=0.0) * 1.08 or 1.0
-    axes.barh(list(values), list(values.values()), color=colour, height=0.66, zorder=2)
-    if worst:
-        axes.plot(
-            list(worst.values()),
-            list(worst),
-            linestyle="none",
-            marker="D",
-            markersize=6,
-            color="#E69F00",
-            markeredgecolor="black",
-            markeredgewidth=0.8,
-            zorder=4,
-        )
-    for i in range(len(rows)):
-        if i not in values:
-            text = "no placement" if key == "remote_share" else "not known"
-            _at(axes, 0.0, i, text, 5, "left", "#555555")
-            continue
-        text = f"{values[i]:.1%}" if share else f"{values[i]:.3g}"
-        if values[i] > 0.2 * limit:
-            label = _at(axes, values[i], i, text, -9, "right", "white")
-        else:
-            label = _at(axes, max(values[i], worst.get(i, 0.0)), i, text, 8, "left", "black")
-        # The reference line never strikes a number through.
-        ground = colour if values[i] > 0.2 * limit else "white"
-        label.set_bbox({"facecolor": ground, "edgecolor": "none", "pad": 1.0})
-    axes.set_xlim(0, limit)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    if share:
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _at(axes: Axes, x: float, y: float, text: str, shift_pt: float, side: str, colour: str) -> Any:
-    return axes.annotate(
-        text,
-        (x, y),
-        xytext=(shift_pt, 0),
-        textcoords="offset points",
-        ha=side,
-        va="center",
-        fontsize=9,
-        color=colour,
-        zorder=5,
-    )
 
 
 def _comparison_legend(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prism_plan.plotting.style import NO_DATA, TITLE_PT
+from prism_plan.plotting.style import LINE_COLOURS, LINE_STYLES, MARKERS, NO_DATA, TITLE_PT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +25,18 @@ def colour_map(name: str, levels: int = 256, under: str | None = None) -> Any:
     return colours.with_extremes(bad=NO_DATA, under=under)
 
 
+def look(index: int) -> dict[str, Any]:
+    """Colour, style and marker of a line; the first 147 differ."""
+    again = index // len(LINE_COLOURS)
+    return {
+        "color": LINE_COLOURS[index % len(LINE_COLOURS)],
+        "linestyle": LINE_STYLES[again % len(LINE_STYLES)],
+        "marker": MARKERS[(index + again) % len(MARKERS)],
+        "markersize": 4.5,
+        "linewidth": 1.6,
+    }
+
+
 def patch(colour: Any) -> Any:
     """A square for a legend."""
     from matplotlib.patches import Patch
@@ -40,7 +52,7 @@ def draw_legend(
     legend = figure.legend(
         handles,
         [str(i) for i in range(len(labels))],
-        loc="outside right upper" if beside else "outside lower center",
+        loc="outside right center" if beside else "outside lower center",
         ncols=1 if beside else min(len(labels), max(150 // (longest + 8), 1)),
         frameon=False,
         fontsize=9,

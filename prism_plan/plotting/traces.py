@@ -11,12 +11,9 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.plotting.panels import layer_panels
-from prism_plan.plotting.parts import colour_map, draw_legend, draw_title, fit, lay_out, patch
+from prism_plan.plotting.parts import colour_map, draw_legend, draw_title, fit, lay_out, look, patch
 from prism_plan.plotting.style import (
     DPI,
-    LINE_COLOURS,
-    LINE_STYLES,
-    MARKERS,
     NO_DATA,
     WIDTH_IN,
     settings,
@@ -110,11 +107,7 @@ def entropy(trace: Trace) -> Figure:
             axes.plot(
                 layers,
                 bits[task],
-                color=LINE_COLOURS[i % len(LINE_COLOURS)],
-                linestyle=LINE_STYLES[i // len(LINE_COLOURS) % len(LINE_STYLES)],
-                marker=MARKERS[(i + i // len(LINE_COLOURS)) % len(MARKERS)],
-                markersize=4.5,
-                linewidth=1.6,
+                **look(i),
                 label=trace.tasks[task],
             )[0]
             for i, task in enumerate(chosen)

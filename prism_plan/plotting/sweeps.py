@@ -1,0 +1,246 @@
+"""The figure of a sweep: mean latency by one condition, a panel for each of the others."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prism_plan.errors import InputError, did_you_mean
+from prism_plan.plotting.parts import draw_legend, draw_title, fit, lay_out, look
+from prism_plan.plotting.scales import apart, log_axis, set_axis, spans_much
+from prism_plan.plotting.style import DPI, WIDTH_IN, settings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    Row = Mapping[str, Any]
+
+#: Beyond so many panels, or so many lines in one, a figure would be unreadable.
+MAX_PANELS = 24
+MAX_SOLVERS = 21
+
+#: Conditions of a run, first those that are rather drawn as x: its axis, and how a value is told.
+_KEYS: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "bandwidth_mbps": ("bandwidth of a server (Mbit/s)", lambda v: f"{v:g} Mbit/s"),
+    "gpus": ("GPUs", lambda v: f"{v:g} GPU" + "s" * (v != 1)),
+    "servers": ("servers", lambda v: f"{v:g} server" + "s" * (v != 1)),
+    "arrival_interval_s": ("mean time between requests (s)", lambda v: f"a request every {v:g} s"),
+    "memory_fraction": ("usable part of GPU memory", lambda v: f"{v:.4g} of memory"),
+}
+_FROM_FILE = {
+    "bandwidth_mbps": "bandwidth as in the cluster file",
+    "arrival_interval_s": "requests as in the cluster file",
+    "memory_fraction": "memory as in the cluster file",
+}
+_PANEL_ORDER = ("gpus", "bandwidth_mbps", "arrival_interval_s", "memory_fraction", "servers")
+
+
+def sweep_figure(
+    rows: Sequence[Row],
+    *,
+    x: str | None = None,
+    panels: str | None = None,
+    solvers: Sequence[str] | None = None,
+    name: str = "",
+) -> Figure:
+    """Mean latency by a condition ``x``, a line for each solver, a panel for each other condition.
+
+    ``rows`` are those of a sweep table (see `prism_plan.sweep_file`); those that failed or have no
+    latency are left out, and the title says how many. A line is the mean over seeds, a band their
+    least and most. Left to itself, x is the bandwidth, or the GPUs if one bandwidth was swept, or,
+    where intervals or memory were swept too, the condition of the most values. ``panels`` is
+    the condition that columns of panels stand for; whatever else was swept makes rows of panels,
+    for a line never mixes conditions. ``name`` stands in the title.
+
+    Raises
+    ------
+    InputError
+        An unknown key or solver, nothing to draw, or too much.
+    """
+    for option, key in (("x", x), ("panels", panels)):
+        if key is not None and key not in _KEYS:
+            raise InputError(
+                f"unknown key {key!r}{did_you_mean(key, _KEYS)}",
+                source=option,
+                expected=f"one of {', '.join(_KEYS)}",
+            )
+    if x is not None and x == panels:
+        raise InputError(f"{x!r} for both", source="x and panels", expected="different keys")
+    chosen = _chosen(rows, solvers)
+    drawn = [row for row in chosen if row["status"] == "ok" and row["latency_mean_s"] is not None]
+    if not drawn:
+        raise InputError(
+            f"none of {len(chosen)} runs has a latency",
+            source=name or "sweep",
+            expected="runs whose status is ok",
+        )
+    x = x or _default_x(drawn)
+    if any(row[x] is None for row in drawn):
+        raise InputError(
+            f"runs without a value of {x}",
+            source=name or "sweep",
+            expected="a number in every run",
+            remedy="choose another key for x",
+        )
+    columns, others = _panel_keys(drawn, x, panels)
+    with settings():
+        figure = _draw(drawn, x, columns, others)
+        seeds = len({row["seed"] for row in drawn})
+        told = [key for key in _PANEL_ORDER if key not in (x, columns, "servers")]
+        fixed = [key for key in told if len(_values(drawn, key)) == 1 and drawn[0][key] is not None]
+        left_out = len(chosen) - len(drawn)
+        draw_title(
+            figure,
+            f"Mean latency by {_KEYS[x][0].partition(' (')[0]}",
+            fit(name, 40),
+            *(_told(key, drawn[0][key]) for key in fixed),
+            f"mean of {seeds} seeds, band: least to most" if seeds > 1 else "",
+            f"{left_out} of {len(chosen)} runs left out: failed" if left_out else "",
+        )
+        lay_out(figure)
+    return figure
+
+
+def _chosen(rows: Sequence[Row], solvers: Sequence[str] | None) -> list[Row]:
+    """The rows of the solvers to draw, in the order asked for."""
+    known = list(dict.fromkeys(row["solver"] for row in rows))
+    for solver in solvers or ():
+        if solver not in known:
+            raise InputError(
+                f"no solver {solver!r}{did_you_mean(solver, known)}",
+                source="sweep",
+                expected=f"solvers of {', '.join(known)}",
+            )
+    wanted = list(dict.fromkeys(solvers or known))
+    if len(wanted) > MAX_SOLVERS:
+        raise InputError(
+            f"{len(wanted)} solvers",
+            source="sweep",
+            expected=f"at most {MAX_SOLVERS} in a figure",
+            remedy="name the solvers to draw",
+        )
+    return [row for solver in wanted for row in rows if row["solver"] == solver]
+
+
+def _values(rows: Sequence[Row], key: str) -> list[Any]:
+    """The values of a condition, ascending, None first."""
+    found = {row[key] for row in rows}
+    return [None] * (None in found) + sorted(value for value in found if value is not None)
+
+
+def _varies(rows: Sequence[Row], key: str) -> bool:
+    """Whether a condition was swept by itself; servers mostly follow from the GPUs."""
+    if key == "servers":
+        return len({(row["gpus"], row["servers"]) for row in rows}) > len(_values(rows, "gpus"))
+    return len(_values(rows, key)) > 1
+
+
+def _default_x(rows: Sequence[Row]) -> str:
+    if not any(_varies(rows, key) for key in ("arrival_interval_s", "memory_fraction", "servers")):
+        return "bandwidth_mbps" if _varies(rows, "bandwidth_mbps") else "gpus"
+    full = [key for key in _KEYS if None not in _values(rows, key)]
+    return max(full, key=lambda key: _varies(rows, key) * len(_values(rows, key)))
+
+
+def _panel_keys(rows: Sequence[Row], x: str, panels: str | None) -> tuple[str, list[str]]:
+    """The condition of the columns of panels, or "", and those of the rows of panels."""
+    swept = [key for key in _PANEL_ORDER if key != x and _varies(rows, key)]
+    if x in ("gpus", "servers"):  # one of the two follows from the other
+        swept = [key for key in swept if key not in ("gpus", "servers") or key == panels]
+    columns = panels or (swept[0] if swept else "")
+    return columns, [key for key in swept if key != columns]
+
+
+def _told(key: str, value: float | None) -> str:
+    return _FROM_FILE[key] if value is None else _KEYS[key][1](value)
+
+
+def _draw(rows: Sequence[Row], x: str, columns: str, others: Sequence[str]) -> Figure:
+    """Panels of lines with one legend."""
+    from matplotlib.figure import Figure
+
+    across = _values(rows, columns) if columns else [None]
+    down = list(itertools.product(*(_values(rows, key) for key in others)))
+    wide = len(across)
+    if not others and wide > 4:  # one row of many panels becomes several rows
+        wide = math.ceil(wide / math.ceil(wide / 4))
+    places = [(value, rest) for rest in down for value in across]
+    if len(places) > MAX_PANELS or wide > 6:
+        raise InputError(
+            f"{len(places)} panels" if len(places) > MAX_PANELS else f"{wide} panels in a row",
+            source="sweep",
+            expected=f"at most {MAX_PANELS}, 6 in a row",
+            remedy="choose other keys for x and panels, or leave rows out of the table",
+        )
+    tall = math.ceil(len(places) / wide)
+    height = 5.6 if tall == 1 else 3.0 * tall + 1.2
+    figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI, layout="constrained")
+    grid = figure.subplots(tall, wide, squeeze=False, sharey=True).ravel().tolist()
+    solvers = list(dict.fromkeys(row["solver"] for row in rows))
+    handles: dict[str, Any] = {}
+    for place, axes in enumerate(grid):
+        if place >= len(places):
+            axes.remove()
+            continue
+        value, rest = places[place]
+        here = [
+            row
+            for row in rows
+            if (not columns or row[columns] == value) and tuple(row[k] for k in others) == rest
+        ]
+        for i, solver in enumerate(solvers):
+            lines = _line(axes, [row for row in here if row["solver"] == solver], x, i)
+            if lines:
+                handles.setdefault(solver, lines[0])
+        said = [_told(columns, value)] if columns else []
+        said += [_told(key, part) for key, part in zip(others, rest, strict=True)]
+        axes.set_title(fit(", ".join(said), 190 // wide))
+        label = _KEYS[x][0] + ", logarithmic" * _by(axes, rows, x, 36 // wide)
+        axes.set_xlabel(label if place + wide >= len(places) else "")
+        axes.set_ylabel("mean latency (s)" if place % wide == 0 else "")
+    _scale(grid[0], rows)
+    drawn = [solver for solver in solvers if solver in handles]
+    draw_legend(figure, [handles[solver] for solver in drawn], drawn, beside=len(drawn) > 8)
+    return figure
+
+
+def _line(axes: Axes, rows: Sequence[Row], x: str, index: int) -> list[Any]:
+    """The mean over seeds by x, and a band from their least to their most."""
+    at = _values(rows, x)
+    if not at:
+        return []
+    means = [[row["latency_mean_s"] for row in rows if row[x] == value] for value in at]
+    style = look(index)
+    if any(len(values) > 1 for values in means):
+        low, high = [min(values) for values in means], [max(values) for values in means]
+        axes.fill_between(at, low, high, color=style["color"], alpha=0.16, linewidth=0)
+    line: list[Any] = axes.plot(at, [math.fsum(v) / len(v) for v in means], **style)
+    return line
+
+
+def _by(axes: Axes, rows: Sequence[Row], x: str, ticks: int) -> bool:
+    """The x axis, whose numbers are the values that were swept; whether it is logarithmic."""
+    at = _values(rows, x)
+    log = spans_much(at, *[4.0] if x in ("gpus", "servers") else [])  # they grow by doubling
+    set_axis(axes, "x", apart(at, max(ticks, 3), log=log), log=log)
+    if log:
+        axes.set_xlim(at[0] / (at[-1] / at[0]) ** 0.04, at[-1] * (at[-1] / at[0]) ** 0.04)
+    else:
+        margin = 0.04 * (at[-1] - at[0]) or 0.5
+        axes.set_xlim(at[0] - margin, at[-1] + margin)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return log
+
+
+def _scale(axes: Axes, rows: Sequence[Row]) -> None:
+    """The y axis that all panels share."""
+    latency = [row["latency_mean_s"] for row in rows]
+    if spans_much(latency):
+        log_axis(axes, "y", min(latency) / 1.15, max(latency) * 1.15)
+        axes.set_ylabel("mean latency (s), logarithmic")
+    else:
+        axes.set_ylim(0, max(latency) * 1.08 or 1.0)
