@@ -82,11 +82,19 @@ class CompiledEngine:
 
     @property
     def arrivals_done(self) -> bool:
-        return int(self._state.number[tables.FINISHED]) == len(self.s.requests)
+        return self.finished == len(self.s.requests)
+
+    @property
+    def finished(self) -> int:
+        return int(self._state.number[tables.FINISHED])
 
     @property
     def migrating(self) -> bool:
         return int(self._state.number[tables.OPEN_STEPS]) > 0
+
+    @property
+    def migrated_s(self) -> float:
+        return float(self._state.now[1])
 
     def migrate(self, steps: Sequence[Step]) -> None:
         if self.migrating:

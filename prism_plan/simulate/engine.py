@@ -83,11 +83,19 @@ class Engine(Protocol):
         """Whether every request has been answered."""
 
     @property
+    def finished(self) -> int:
+        """Requests that have been answered."""
+
+    @property
     def migrating(self) -> bool:
         """Whether steps of a migration are still to be done."""
 
     def migrate(self, steps: Sequence[Step]) -> None:
         """Begin a migration now; the one before must be over."""
+
+    @property
+    def migrated_s(self) -> float:
+        """When the last step of the latest migration was done."""
 
     def take_calls(self) -> Ints:
         """Expert calls by home server since this was last asked, [N, L, E]."""

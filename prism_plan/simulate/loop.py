@@ -239,6 +239,8 @@ def let_go(  # pragma: no cover - compiled
     n: int,
 ) -> None:  # fmt: skip
     """GPU g of server n has a pair no longer."""
+    if not held[g, pair]:
+        return
     held[g, pair] = False
     gpu_of[n, pair] = -1
     for other in range(gpu_start[n], gpu_start[n + 1]):
@@ -290,6 +292,8 @@ def begin_steps(f: Fixed, s: State, waiting: int) -> bool:  # pragma: no cover -
 def step_over(s: State, index: int, waiting: int) -> int:  # pragma: no cover - compiled
     """Queue the steps that lacked only this one behind the ``waiting``; returns their number."""
     s.number[OPEN_STEPS] -= 1
+    if s.number[OPEN_STEPS] == 0:
+        s.now[1] = s.now[0]
     for i in range(s.step_start[index], s.step_start[index + 1]):
         other = s.step_next[i]
         s.step_lacking[other] -= 1
@@ -328,10 +332,13 @@ def offloaded(  # pragma: no cover - compiled
                         slot = np.int32(other)
                 g = s.slot_gpu[slot]
                 load_s = f.load_s[g, layer]
-                loaded_s = max(now, s.load_free[g], s.slot_end[slot]) + load_s
-                s.load_free[g] = loaded_s
+                begin_s = max(now, s.load_free[g], s.slot_end[slot])
                 if f.blocks[g]:
-                    s.gpu_free[g] = max(s.gpu_free[g], loaded_s)
+                    begin_s = max(begin_s, s.gpu_free[g])
+                    s.gpu_free[g] = begin_s + load_s
+                    s.gpu_busy_s[g] += load_s
+                loaded_s = begin_s + load_s
+                s.load_free[g] = loaded_s
                 work_s = f.expert_s[f.kind[g], f.size[layer], tokens]
                 done_s = max(loaded_s, s.gpu_free[g]) + work_s
                 if s.slot_pair[slot] >= 0:

@@ -98,6 +98,7 @@ class ReferenceEngine:
         self._lacking: list[int] = []
         self._dependents: list[list[int]] = []
         self._open_steps = 0
+        self.migrated_s = 0.0
         # the slots of `offload`: (expert or -1, end of its last use, GPU) in order of the GPUs
         self._slots: list[list[list[float]]] = []
         if scenario.offload:
@@ -418,12 +419,18 @@ class ReferenceEngine:
     # ------------------------------------------------------------------------------------ offload
 
     def _fill_slots(self) -> None:
-        """Give every server its slots, GPU by GPU, with the experts of the placement in them."""
+        """Give every server its slots, GPU by GPU, with the experts of the placement in them.
+
+        A second copy on one server would never be used: its slot begins empty.
+        """
         gpu = 0
         for capacities in self.s.placement.gpu_capacity:
             slots: list[list[float]] = []
+            resident: set[int] = set()
             for capacity in capacities:
-                held = np.flatnonzero(self._held[gpu])[:capacity].tolist()
+                held = [p for p in np.flatnonzero(self._held[gpu]).tolist() if p not in resident]
+                held = held[:capacity]
+                resident.update(held)
                 slots += [[pair, -1.0, gpu] for pair in held]
                 slots += [[-1, -1.0, gpu] for _ in range(capacity - len(held))]
                 gpu += 1
@@ -453,10 +460,13 @@ class ReferenceEngine:
             slot = min(slots, key=lambda s: s[1])
             gpu = int(slot[2])
             begin_s = max(self.now, self._load_free[gpu], slot[1])
-            loaded_s = begin_s + float(self.s.timing.load_s[gpu, layer])
-            self._load_free[gpu] = loaded_s
+            load_s = float(self.s.timing.load_s[gpu, layer])
             if self.s.load_blocks_compute[gpu]:
-                self._gpu_free[gpu] = max(self._gpu_free[gpu], loaded_s)
+                begin_s = max(begin_s, self._gpu_free[gpu])
+                self._gpu_free[gpu] = begin_s + load_s
+                self.gpu_busy_s[gpu] += load_s
+            loaded_s = begin_s + load_s
+            self._load_free[gpu] = loaded_s
             work_s = self._expert_s(gpu, layer, tokens)
             end_s = max(loaded_s, self._gpu_free[gpu]) + work_s
             self._gpu_free[gpu] = end_s
@@ -518,6 +528,8 @@ class ReferenceEngine:
     def _step_over(self, index: int) -> list[int]:
         """Steps that lacked only this one."""
         self._open_steps -= 1
+        if not self._open_steps:
+            self.migrated_s = self.now
         ready = []
         for dependent in self._dependents[index]:
             self._lacking[dependent] -= 1
@@ -530,6 +542,10 @@ class ReferenceEngine:
     @property
     def arrivals_done(self) -> bool:
         return self._finished == len(self.s.requests)
+
+    @property
+    def finished(self) -> int:
+        return self._finished
 
     @property
     def migrating(self) -> bool:

@@ -62,13 +62,14 @@ class Fixed(NamedTuple):
 class State(NamedTuple):
     """What a run writes.
 
-    Heap: ``heap_s``, ``heap_key`` (rank and number), ``heap_what`` (kind and subject). Requests
-    [R]: ``at`` to ``next_waiting``, the last a list of those that wait at each server between
-    ``head`` and ``tail`` [N]. Messages [M]: ``m_...``, ``m_work`` [M, GPUs of a server], -1 where
-    a GPU has none; ``m_free`` those unused. Holders: ``held`` [G, J], ``gpu_of`` [N, J] first
-    GPU or -1, ``holder`` [J, N] servers ascending, ``copies`` [J]. Scratch of one routing:
-    ``count`` and ``order`` [N, E], ``touched``, ``tokens_to``, ``goals``, ``mask`` [N], ``few``
-    [3, K], ``best`` [2, 2^K]. Migration: ``step_...``. Offload: ``slot_...``, ``slot_of`` [N, J].
+    ``now`` [2]: the time, and when the latest migration was done. Heap: ``heap_s``, ``heap_key``
+    (rank and number), ``heap_what`` (kind and subject). Requests [R]: ``at`` to
+    ``next_waiting``, the last a list of those that wait at each server between ``head`` and
+    ``tail`` [N]. Messages [M]: ``m_...``, ``m_work`` [M, GPUs of a server], -1 where a GPU has
+    none; ``m_free`` those unused. Holders: ``held`` [G, J], ``gpu_of`` [N, J] first GPU or -1,
+    ``holder`` [J, N] servers ascending, ``copies`` [J]. Scratch of one routing: ``count`` and
+    ``order`` [N, E], ``touched``, ``tokens_to``, ``goals``, ``mask`` [N], ``few`` [3, K],
+    ``best`` [3, 2^K]. Migration: ``step_...``. Offload: ``slot_...``, ``slot_of`` [N, J].
     The others are measurements named as in Outcome.
     """
 
@@ -224,7 +225,7 @@ def state(s: Scenario, *, log: bool) -> State:
     if s.offload:
         for n in range(servers):
             for i in range(int(slots[0][n]), int(slots[0][n + 1])):
-                if slots[1][i] >= 0 and slot_of[n, slots[1][i]] < 0:
+                if slots[1][i] >= 0:
                     slot_of[n, slots[1][i]] = i
     bucket = np.zeros((4, servers))  # level and time, up and down
     bucket[0] = bucket[2] = s.network.burst_bytes
@@ -232,7 +233,7 @@ def state(s: Scenario, *, log: bool) -> State:
     number = np.zeros(NUMBERS, i8)
     number[FREE] = room
     return State(
-        now=np.zeros(1),
+        now=np.zeros(2),
         number=number,
         heap_s=np.empty(room, f8),
         heap_key=np.empty(room, i8),
@@ -338,8 +339,11 @@ def _slots(s: Scenario, held: Array) -> tuple[Array, Array, Array, Array]:
     first, pair, gpu_of = [0], [], []
     gpu = 0
     for capacities in s.placement.gpu_capacity:
+        resident: set[int] = set()
         for capacity in capacities:
-            experts = np.flatnonzero(held[gpu])[:capacity].tolist()
+            experts = [p for p in np.flatnonzero(held[gpu]).tolist() if p not in resident]
+            experts = experts[:capacity]
+            resident.update(experts)
             pair += experts + [-1] * (capacity - len(experts))
             gpu_of += [gpu] * capacity
             gpu += 1

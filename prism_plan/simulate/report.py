@@ -1,0 +1,261 @@
+"""What users are told of a run: latencies, shares, traffic, from what an engine has measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.simulate.engine import Outcome
+from prism_plan.simulate.requests import Requests
+from prism_plan.simulate.scenario import Scenario
+
+Floats = npt.NDArray[np.float64]
+
+#: Bins of the timeline, over the time in which requests arrive.
+TIMELINE_BINS = 60
+#: Little's law holds within this share, or the engine is broken.
+LITTLE_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One review: what was decided, and for a move when its last step was done.
+
+    ``saving_s`` and ``cost_s`` are those of the move that was weighed, ``None`` where the review
+    weighed none because the move before was still under way.
+    """
+
+    at_s: float
+    moved_experts: int
+    moved_bytes: int
+    decision: str
+    saving_s: float | None
+    cost_s: float | None
+    finished_at_s: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One placement's simulation."""
+
+    placement: str
+    solver: str
+    scenario: Scenario
+    outcome: Outcome
+    experts: npt.NDArray[np.int64]
+    migrations: tuple[Migration, ...] = ()
+    partial: bool = False
+    runtime_s: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def latency_s(self) -> Floats:
+        """From arrival to the last token of each request, [R]; NaN where it has none."""
+        return self.outcome.done_s - self.scenario.requests.arrival_s
+
+    @property
+    def ttft_s(self) -> Floats:
+        """From arrival to the first token, [R]."""
+        return self.outcome.first_token_s - self.scenario.requests.arrival_s
+
+    @property
+    def tpot_s(self) -> Floats:
+        """Time per output token after the first, [R]; NaN where there is only one."""
+        prompts, prompt = self.scenario.requests.prompts, self.scenario.requests.prompt
+        steps = prompts.decode_tokens[prompt] - (prompts.prefill_tokens[prompt] == 0)
+        after = self.outcome.done_s - self.outcome.first_token_s
+        return np.where(steps > 0, after / np.maximum(steps, 1), np.nan)
+
+    @property
+    def queueing_s(self) -> Floats:
+        """From arrival to admission, [R]."""
+        return self.outcome.start_s - self.scenario.requests.arrival_s
+
+    def utilisation(self) -> list[float | None]:
+        """Share of its places that each server's users need: rate x mean service / concurrency.
+
+        At 1 or more, requests arrive faster than they are served and the queue grows without end.
+        ``None`` where nothing finished or no rate can be told.
+        """
+        requests, outcome = self.scenario.requests, self.outcome
+        service_s = outcome.done_s - outcome.start_s
+        found: list[float | None] = []
+        for n, places in enumerate(self.scenario.concurrency):
+            own = requests.home == n
+            served = service_s[own & np.isfinite(service_s)]
+            rate = _rate(requests, n, own)
+            known = len(served) > 0 and rate is not None
+            found.append(float(served.mean()) * rate / places if known and rate else None)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as in DESIGN section 6."""
+        self._require_littles_law()
+        requests, outcome = self.scenario.requests, self.outcome
+        return {
+            "placement": self.placement,
+            "solver": self.solver,
+            "partial": self.partial,
+            "requests": len(requests),
+            "finished": int(np.isfinite(outcome.done_s).sum()),
+            "latency_s": summary(self.latency_s),
+            "ttft_s": summary(self.ttft_s),
+            "tpot_s": summary(self.tpot_s),
+            "queueing_s": summary(self.queueing_s),
+            "remote_share": _share(outcome.remote_calls.sum(), outcome.calls.sum()),
+            "waiting_share": _share(outcome.waiting.sum(), outcome.steps.sum()),
+            "destinations": _share(outcome.destinations.sum(), outcome.steps.sum()),
+            "expert_calls": int(outcome.calls.sum()),
+            "remote_calls": int(outcome.remote_calls.sum()),
+            "messages": int(outcome.messages.sum()),
+            "bytes_sent": int(outcome.bytes_out.sum()),
+            "servers": self._servers(),
+            "migrations": [vars(migration) for migration in self.migrations],
+            "layer_latency_s": [
+                {
+                    "remote_experts": remote,
+                    "steps": int(steps),
+                    "mean": float(total / steps) if steps else None,
+                }
+                for remote, (steps, total) in enumerate(
+                    zip(outcome.layer_steps, outcome.layer_s, strict=True)
+                )
+            ],
+            "latency_quantiles_s": _quantiles(self.latency_s),
+            "timeline": _timeline(requests.arrival_s, self.latency_s),
+            "loads": outcome.loads,
+            "loaded_bytes": outcome.loaded_bytes,
+            "events": outcome.events,
+            "simulated_s": outcome.now_s,
+            "runtime_s": self.runtime_s,
+        }
+
+    def _servers(self) -> list[dict[str, Any]]:
+        requests, outcome = self.scenario.requests, self.outcome
+        span_s = outcome.now_s or math.inf
+        rows = []
+        utilisation = self.utilisation()
+        for n, name in enumerate(self.scenario.placement.servers):
+            own = requests.home == n
+            gpus = range(int(self.scenario.gpu_start[n]), int(self.scenario.gpu_start[n + 1]))
+            rows.append(
+                {
+                    "name": name,
+                    "requests": int(own.sum()),
+                    "latency_s": summary(self.latency_s[own]),
+                    "utilisation": utilisation[n],
+                    "remote_share": _share(outcome.remote_calls[n], outcome.calls[n]),
+                    "waiting_share": _share(outcome.waiting[n], outcome.steps[n]),
+                    "destinations": _share(outcome.destinations[n], outcome.steps[n]),
+                    "bytes_sent": int(outcome.bytes_out[n]),
+                    "bytes_received": int(outcome.bytes_in[n]),
+                    "uplink_busy": float(outcome.up_busy_s[n] / span_s),
+                    "downlink_busy": float(outcome.down_busy_s[n] / span_s),
+                    "gpus": [
+                        {
+                            "busy": float(outcome.gpu_busy_s[g] / span_s),
+                            "experts": int(self.experts[g]),
+                            "expert_calls": int(outcome.served[g]),
+                        }
+                        for g in gpus
+                    ],
+                }
+            )
+        return rows
+
+    def _require_littles_law(self) -> None:
+        """Σ of the times that requests spent = ∫ of their number, at every server and always."""
+        requests, outcome = self.scenario.requests, self.outcome
+        end_s = np.where(np.isfinite(outcome.done_s), outcome.done_s, outcome.now_s)
+        spent_s = np.maximum(end_s - requests.arrival_s, 0.0)
+        for n, present_s in enumerate(outcome.present_s):
+            total_s = math.fsum(spent_s[requests.home == n])
+            if abs(total_s - present_s) > LITTLE_TOLERANCE * max(total_s, outcome.now_s, 1.0):
+                raise AssertionError(
+                    f"server {n}: requests spent {total_s} s, but {present_s} s were counted"
+                )
+
+
+def _rate(requests: Requests, server: int, own: npt.NDArray[np.bool_]) -> float | None:
+    if requests.rate is not None:
+        return float(requests.rate[server])
+    arrivals = requests.arrival_s[own]
+    span_s = float(arrivals[-1] - arrivals[0]) if len(arrivals) else 0.0
+    return (len(arrivals) - 1) / span_s if span_s > 0 else None
+
+
+def summary(times_s: Floats) -> dict[str, float | None]:
+    """Mean and percentiles of the finite times (linear between order statistics)."""
+    finite = times_s[np.isfinite(times_s)]
+    if not len(finite):
+        return dict.fromkeys(("mean", "p50", "p95", "p99", "max"))
+    p50, p95, p99 = np.percentile(finite, [50, 95, 99])
+    return {
+        "mean": math.fsum(finite) / len(finite),
+        "p50": float(p50),
+        "p95": float(p95),
+        "p99": float(p99),
+        "max": float(finite.max()),
+    }
+
+
+def _share(part: Any, whole: Any) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def _quantiles(times_s: Floats) -> list[float]:
+    finite = times_s[np.isfinite(times_s)]
+    return np.percentile(finite, np.arange(101)).tolist() if len(finite) else []
+
+
+def _timeline(arrival_s: Floats, latency_s: Floats) -> dict[str, Any]:
+    """Requests and their mean latency by time of arrival."""
+    last_s = float(arrival_s[-1]) if len(arrival_s) else 0.0
+    bin_s = _round_up(last_s / TIMELINE_BINS)
+    at = np.minimum((arrival_s / bin_s).astype(np.int64), TIMELINE_BINS - 1)
+    bins = int(at[-1]) + 1 if len(at) else 0
+    finite = np.isfinite(latency_s)
+    number = np.bincount(at[finite], minlength=bins)
+    total = np.bincount(at[finite], weights=latency_s[finite], minlength=bins)
+    return {
+        "bin_s": bin_s,
+        "arrivals": np.bincount(at, minlength=bins).tolist(),
+        "mean_latency_s": [float(s / k) if k else None for s, k in zip(total, number, strict=True)],
+    }
+
+
+def _round_up(seconds: float) -> float:
+    """The next of 1, 2, 5, 10, ... times a power of ten."""
+    if seconds <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(seconds))
+    return next(step * power for step in (1.0, 2.0, 5.0, 10.0, 20.0) if step * power >= seconds)
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What a reader of the runs has to know: overloaded servers, routing that was drawn."""
+    found = []
+    for run in runs:
+        names = run.scenario.placement.servers
+        over = [
+            f"{names[n]} {share:.2f}"
+            for n, share in enumerate(run.utilisation())
+            if share is not None and share >= 1
+        ]
+        if over:
+            shown = ", ".join(over[:5]) + (f" and {len(over) - 5} more" if len(over) > 5 else "")
+            found.append(
+                f"{run.placement}: unstable load: requests arrive faster than they are served "
+                f"(utilisation {shown}); latencies grow with the length of the run"
+            )
+    if runs and not runs[0].scenario.requests.prompts.co_activation:
+        found.append(
+            "tokens were drawn from counts: which experts a token calls together is not real, so "
+            "waiting shares, destinations and latencies are not those of the model"
+        )
+    return found

@@ -1,0 +1,449 @@
+"""`simulate`: placements, requests and a cluster in; a report of latencies and migrations out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import Infeasible, InputError, PrismError, did_you_mean
+from prism_plan.instance import Instance
+from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
+from prism_plan.migration.order import migration_plan
+from prism_plan.migration.policy import Policy, PolicyName, review
+from prism_plan.migration.statistics import Counting, Cumulative, Window
+from prism_plan.objective import violations
+from prism_plan.placement import InputFile, Placement, Plan
+from prism_plan.simulate.calibration import Calibration
+from prism_plan.simulate.compiled import CHUNK, CompiledEngine
+from prism_plan.simulate.engine import Engine, Step
+from prism_plan.simulate.reference import ReferenceEngine
+from prism_plan.simulate.report import Migration, Run, notes
+from prism_plan.simulate.requests import Requests
+from prism_plan.simulate.routes import Route
+from prism_plan.simulate.scenario import Scenario
+from prism_plan.solvers.packing import pack_on_gpus
+from prism_plan.trace import Trace
+
+EngineName = Literal["compiled", "reference"]
+ENGINES: Mapping[str, Callable[[Scenario], Engine]] = {
+    "compiled": CompiledEngine,
+    "reference": ReferenceEngine,
+}
+
+#: The name of the baseline in which servers do not help each other.
+OFFLOAD = "offload"
+
+
+@dataclass(frozen=True)
+class SimulationOptions:
+    """How to simulate.
+
+    Parameters
+    ----------
+    route
+        Where a call goes that several servers could serve: ``cover``, ``nearest``, ``spread``.
+    migrate
+        Policy of the reviews: ``never`` (there are none), ``prism``, ``partial``.
+    migrate_every_s
+        Seconds between reviews.
+    half_life_s
+        Of the statistics' window; ``None`` is the time between reviews. ``math.inf`` counts
+        everything since the last move, as the paper had it.
+    horizon_s
+        Over which a move has to pay; ``None`` is the time between reviews.
+    migration_cost
+        Whether loads cost their sum, as in the paper, or the maximum over GPUs.
+    migrate_solver
+        What plans the candidates of policy ``prism``.
+    calibration
+        Measured times in place of the cluster's figures.
+    engine
+        ``compiled``, or the plain ``reference``: the same numbers, hundreds of times slower.
+    time_limit_s
+        Wall seconds for all runs together; what is not done then is marked partial.
+    seed
+        Of solvers that plan candidates.
+
+    Raises
+    ------
+    InputError
+        A value is out of range.
+    """
+
+    route: Route = "cover"
+    migrate: PolicyName = "never"
+    migrate_every_s: float = 300.0
+    half_life_s: float | None = None
+    horizon_s: float | None = None
+    migration_cost: MigrationCost = "sum"
+    migrate_solver: str = "prism"
+    calibration: Calibration | None = None
+    engine: EngineName = "compiled"
+    time_limit_s: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, value in (
+            ("--migrate-every", self.migrate_every_s),
+            ("--horizon", self.horizon_s),
+            ("--time-limit", self.time_limit_s),
+        ):
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{value}", source=option, expected="seconds above 0")
+        if self.half_life_s is not None and not self.half_life_s > 0:
+            raise InputError(
+                f"{self.half_life_s}", source="--half-life", expected="seconds above 0"
+            )
+        if self.engine not in ENGINES:
+            raise InputError(
+                f"{self.engine!r:.60}{did_you_mean(str(self.engine), ENGINES)}",
+                source="--engine",
+                expected=f"one of {', '.join(ENGINES)}",
+            )
+        self.policy()
+
+    def policy(self) -> Policy:
+        """The policy of the reviews."""
+        return Policy(
+            kind=self.migrate,
+            horizon_s=self.horizon_s or self.migrate_every_s,
+            cost=self.migration_cost,
+            solver=self.migrate_solver,
+            seed=self.seed,
+        )
+
+    def counting(self) -> Counting:
+        """The statistics that reviews go by."""
+        half_life_s = self.half_life_s or self.migrate_every_s
+        return Cumulative() if math.isinf(half_life_s) else Window(half_life_s)
+
+
+@dataclass(frozen=True, eq=False)
+class Simulation:
+    """Runs of several placements under the same requests."""
+
+    runs: tuple[Run, ...]
+    options: SimulationOptions
+    seed: int
+    trace: InputFile
+    kind: str
+    cluster: InputFile
+    partial: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, format ``prism-plan/simulation`` version 1."""
+        options = self.options
+        values: dict[str, Any] = {
+            "format": "prism-plan/simulation",
+            "version": 1,
+            "partial": self.partial,
+            "seed": self.seed,
+            "route": options.route,
+            "migrate": options.migrate,
+            "timing": options.calibration.name if options.calibration else "cluster",
+            "trace": {"name": self.trace.name, "sha256": self.trace.sha256, "kind": self.kind},
+            "cluster": {"name": self.cluster.name, "sha256": self.cluster.sha256},
+            "notes": list(self.notes),
+        }
+        if options.migrate != "never":
+            policy, counting = options.policy(), options.counting()
+            values["review"] = {
+                "every_s": options.migrate_every_s,
+                "horizon_s": policy.horizon_s,
+                "half_life_s": counting.half_life_s if isinstance(counting, Window) else None,
+                "cost": policy.cost,
+                "solver": policy.solver if policy.kind == "prism" else None,
+            }
+        return {**values, "runs": [run.to_json() for run in self.runs]}
+
+
+def offload_placement(instance: Instance) -> Placement:
+    """What each server would keep for itself: its most called experts, on GPUs by their load.
+
+    The start of the baseline `offload` (DESIGN section 4, rule 8). It covers nothing.
+
+    Raises
+    ------
+    InputError
+        Experts differ in size, so that slots have no meaning.
+    """
+    if not instance.in_slots:
+        raise InputError(
+            f"experts of {instance.model.name} differ in size",
+            source="--offload",
+            expected="experts of one size, for one takes the slot of another",
+        )
+    servers = instance.num_servers
+    local = np.zeros((servers, instance.model.num_pairs), bool)
+    for n, slots in enumerate(instance.slots):
+        favourites = np.argsort(-instance.activations[n], axis=None, kind="stable")
+        local[n, favourites[:slots]] = True
+    shaped = local.reshape(instance.activations.shape)
+    return Placement(
+        model=instance.model,
+        servers=instance.servers,
+        gpu_capacity=instance.gpu_capacity,
+        on_gpu=pack_on_gpus(instance, shaped),
+        plan=Plan(solver=OFFLOAD),
+    )
+
+
+def simulate(
+    placements: Sequence[tuple[str, Placement]],
+    requests: Requests,
+    trace: Trace,
+    cluster: Cluster,
+    options: SimulationOptions | None = None,
+    *,
+    inputs: Mapping[str, InputFile] | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Simulation:
+    """Run each placement under the same requests.
+
+    A placement made by :func:`offload_placement` is run as the baseline `offload`. Ctrl-C and the
+    time limit end the run that is under way; the result is then marked partial and lacks the runs
+    that had not begun.
+
+    Parameters
+    ----------
+    placements
+        Pairs of a name and a placement.
+    requests
+        Of :func:`prism_plan.simulate.workload.sample_requests`.
+    trace
+        Gives the model; ``requests`` were sampled from it.
+    cluster
+        Servers, GPUs and links.
+    options
+        How to simulate.
+    inputs
+        Identities of the files ``"trace"`` and ``"cluster"``, for the report.
+    progress
+        Called with the placement's name, finished requests and all.
+
+    Raises
+    ------
+    InputError
+        A placement does not fit the cluster, or lacks an expert that the requests call; a figure
+        of the cluster is not a positive number.
+    WrongModel
+        A placement is of another model than the trace.
+    Infeasible
+        A GPU is too small for what must reside on it.
+    SolverRefused
+        The migration policy has no rule for what the cluster asks.
+    """
+    options = options or SimulationOptions()
+    deadline = math.inf
+    if options.time_limit_s is not None:
+        deadline = time.monotonic() + options.time_limit_s
+    scenarios = []
+    for name, placement in placements:
+        try:
+            scenarios.append(_prepare(placement, requests, trace, cluster, options))
+        except PrismError as error:
+            if isinstance(error, InputError):
+                raise error.within(name) from error
+            raise
+    runs: list[Run] = []
+    ended = False
+    for (name, placement), (scenario, instance) in zip(placements, scenarios, strict=True):
+
+        def tell(done: int, name: str = name) -> None:
+            progress(name, done, len(requests))
+
+        run = _Runner(name, placement, scenario, instance, cluster, options, tell, deadline).run()
+        runs.append(run)
+        ended = run.partial
+        if ended:
+            break
+    files = dict(inputs or {})
+    found = [f"{run.placement}: {note}" for run in runs for note in run.notes]
+    return Simulation(
+        runs=tuple(runs),
+        options=options,
+        seed=options.seed,
+        trace=files.get("trace", InputFile(trace.name, trace.sha256)),
+        kind=trace.kind,
+        cluster=files.get("cluster", InputFile(cluster.name, "")),
+        partial=ended,
+        notes=(*found, *notes(runs)),
+    )
+
+
+def _prepare(
+    placement: Placement,
+    requests: Requests,
+    trace: Trace,
+    cluster: Cluster,
+    options: SimulationOptions,
+) -> tuple[Scenario, Instance]:
+    scenario = Scenario.build(
+        placement,
+        requests,
+        cluster,
+        trace.model,
+        route=options.route,
+        calibration=options.calibration,
+        offload=placement.plan.solver == OFFLOAD,
+    )
+    instance = _instance(trace, cluster, placement)
+    over = [v for v in violations(placement, instance=instance) if v.constraint == "capacity"]
+    if over:
+        raise InputError(
+            over[0].message,
+            place="servers",
+            expected=f"experts within the memory that {cluster.name} has for them",
+            remedy="plan again for this cluster",
+        )
+    return scenario, instance
+
+
+def _instance(trace: Trace, cluster: Cluster, placement: Placement) -> Instance:
+    """Capacities and rules; a server's rate of tokens does not matter to them."""
+    weighted = dataclasses.replace(
+        cluster,
+        servers=tuple(
+            dataclasses.replace(server, weight=1.0 if server.weight is None else server.weight)
+            for server in cluster.servers
+        ),
+    )
+    return Instance.build(trace, weighted, min_replicas=placement.plan.min_replicas)
+
+
+class _Interrupted(Exception):
+    """The time limit has been reached."""
+
+
+class _Runner:
+    """One placement from its first arrival to its last request, with reviews in between."""
+
+    def __init__(
+        self,
+        name: str,
+        placement: Placement,
+        scenario: Scenario,
+        instance: Instance,
+        cluster: Cluster,
+        options: SimulationOptions,
+        progress: Callable[[int], None],
+        deadline: float,
+    ) -> None:
+        self.name = name
+        self.placement = placement
+        self.scenario = scenario
+        self.instance = instance
+        self.options = options
+        self.progress = progress
+        self.deadline = deadline
+        self.engine: Engine = ENGINES[options.engine](scenario)
+        self.migrations: list[Migration] = []
+        self.notes: list[str] = []
+        self.call_s = call_seconds(cluster, scenario.model)
+        self.load_gbs = gpu_load_gbs(cluster)
+
+    def run(self) -> Run:
+        begin = time.perf_counter()
+        partial = False
+        try:
+            if self.options.migrate == "never" or self.scenario.offload:
+                self._advance(math.inf)
+            else:
+                self._with_reviews()
+        except (KeyboardInterrupt, _Interrupted):
+            partial = True
+        self._note_end_of_migration()
+        return Run(
+            placement=self.name,
+            solver=self.placement.plan.solver,
+            scenario=self.scenario,
+            outcome=self.engine.outcome(),
+            experts=self.engine.on_gpu().sum(axis=(1, 2)),
+            migrations=tuple(self.migrations),
+            partial=partial,
+            runtime_s=time.perf_counter() - begin,
+            notes=tuple(self.notes),
+        )
+
+    def _advance(self, until_s: float) -> None:
+        while not self.engine.advance(until_s, CHUNK):
+            self.progress(self.engine.finished)
+            if time.monotonic() > self.deadline:
+                raise _Interrupted
+        self.progress(self.engine.finished)
+        if time.monotonic() > self.deadline:
+            raise _Interrupted
+
+    def _with_reviews(self) -> None:
+        every_s = self.options.migrate_every_s
+        policy = self.options.policy()
+        statistics = self.options.counting().start(self.instance.activations.shape)
+        current = self.placement.replace(gpu_capacity=self.instance.gpu_capacity)
+        reviews = 0
+        while not self.engine.arrivals_done:
+            reviews += 1
+            at_s = reviews * every_s
+            self._advance(at_s)
+            if self.engine.arrivals_done:
+                break
+            statistics.add(self.engine.take_calls(), every_s)
+            if self.engine.migrating:
+                self.migrations.append(Migration(at_s, 0, 0, "busy", None, None))
+                continue
+            self._note_end_of_migration()
+            rates = statistics.rates()
+            found = review(policy, current, rates, self.instance, self.call_s, self.load_gbs)
+            decision = found.decision
+            if found.target is not None and self._move(current, found.target, rates):
+                current = found.target
+                statistics.moved()
+            else:
+                decision = "stay"
+            moved = decision == "move"
+            self.migrations.append(
+                Migration(
+                    at_s=at_s,
+                    moved_experts=found.moved_experts if moved else 0,
+                    moved_bytes=found.moved_bytes if moved else 0,
+                    decision=decision,
+                    saving_s=found.saving_s,
+                    cost_s=found.cost_s,
+                )
+            )
+        self._advance(math.inf)
+
+    def _move(self, current: Placement, target: Placement, rates: Any) -> bool:
+        """Begin to move; whether there is an order in which that can be done."""
+        try:
+            plan = migration_plan(
+                current,
+                target,
+                gpu_capacity=self.instance.gpu_capacity,
+                forbidden=self.instance.mask(self.instance.forbidden),
+                priority=rates,
+            )
+        except Infeasible as error:
+            self.notes.append(f"a move was not made: {error}")
+            return False
+        self.engine.migrate([Step(s.kind == "load", s.gpu, s.pair, s.needs) for s in plan.steps])
+        return True
+
+    def _note_end_of_migration(self) -> None:
+        """The latest move gets the time at which it was done, once it is."""
+        if self.engine.migrating:
+            return
+        for index in range(len(self.migrations) - 1, -1, -1):
+            if self.migrations[index].decision == "move":
+                if self.migrations[index].finished_at_s is None:
+                    self.migrations[index] = dataclasses.replace(
+                        self.migrations[index], finished_at_s=self.engine.migrated_s
+                    )
+                break
