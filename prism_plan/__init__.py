@@ -33,6 +33,9 @@ if TYPE_CHECKING:
         WrongModel,
     )
     from prism_plan.instance import Instance
+    from prism_plan.migration.order import migration_plan
+    from prism_plan.migration.plan import MigrationPlan, Step
+    from prism_plan.migration.plan_file import read_migration, write_migration
     from prism_plan.model import PRESETS, ModelShape, ModelSpec, load_model
     from prism_plan.moves import PlacementDiff, diff
     from prism_plan.objective import (
@@ -61,6 +64,9 @@ _HOME = {
     "cluster": ("Cluster", "Gpu", "Link", "PairLink", "Server"),
     "cluster_file": ("parse_cluster", "read_cluster"),
     "comparison": ("Comparison", "compare"),
+    "migration.order": ("migration_plan",),
+    "migration.plan": ("MigrationPlan", "Step"),
+    "migration.plan_file": ("read_migration", "write_migration"),
     "moves": ("PlacementDiff", "diff"),
     "errors": (
         "Infeasible",
@@ -110,6 +116,7 @@ __all__ = [
     "Instance",
     "LimitReached",
     "Link",
+    "MigrationPlan",
     "ModelShape",
     "ModelSpec",
     "Options",
@@ -123,6 +130,7 @@ __all__ = [
     "RemoteScore",
     "Server",
     "SolverRefused",
+    "Step",
     "StepScore",
     "TokenBatch",
     "Trace",
@@ -139,10 +147,12 @@ __all__ = [
     "greedy_with_coverage",
     "lemma1_bound",
     "load_model",
+    "migration_plan",
     "parse_cluster",
     "placement_schema",
     "profile_checkpoint",
     "read_cluster",
+    "read_migration",
     "read_placement",
     "read_trace",
     "record",
@@ -152,6 +162,7 @@ __all__ = [
     "step_score",
     "trace_from_batches",
     "violations",
+    "write_migration",
     "write_placement",
     "write_trace",
 ]

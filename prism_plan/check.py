@@ -13,6 +13,8 @@ from prism_plan.comparison_file import comparison_from_json
 from prism_plan.errors import Infeasible, InputError
 from prism_plan.files import decode, parse_json, read_bytes
 from prism_plan.instance import Instance
+from prism_plan.migration.plan import MigrationPlan
+from prism_plan.migration.plan_file import migration_from_json
 from prism_plan.model import require_same_model
 from prism_plan.objective import score, violations
 from prism_plan.placement import InputFile, Placement
@@ -59,7 +61,7 @@ def check_file(
     A placement is checked for coverage, for the replicas that it promises and for the capacities
     that it states; with ``cluster`` (file name, content, identity) for its servers and slots;
     with ``trace`` (file name, content) too for memory and rules, and its remote share is
-    recomputed.
+    recomputed. Of a migration the form is checked, and that no step needs a later one.
 
     Raises
     ------
@@ -94,14 +96,25 @@ def check_file(
         return Report(name, "comparison", f"{len(rows)} rows")
     if form == "prism-plan/simulation":
         return _check_simulation(path, simulation_from_json(values, source=path))
+    if form == "prism-plan/migration":
+        return _check_migration(path, migration_from_json(values, source=path))
     if form != "prism-plan/placement":
         raise InputError(
             f"{form!r:.60}",
             source=path,
             place="format",
-            expected="'prism-plan/placement', 'prism-plan/comparison' or 'prism-plan/simulation'",
+            expected="'prism-plan/placement', 'prism-plan/comparison', 'prism-plan/simulation' or "
+            "'prism-plan/migration'",
         )
     return _check_placement(path, placement_from_json(values, source=path), cluster, trace)
+
+
+def _check_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> Report:
+    summary = (
+        f"{plan.model.name} on {len(plan.servers)} servers, {plan.loads:,} loads "
+        f"({plan.extra_loads:,} of them temporary) and {plan.drops:,} drops"
+    )
+    return Report(str(path), "migration", summary)
 
 
 def _check_trace(path: str | os.PathLike[str]) -> Report:
@@ -153,7 +166,7 @@ def _check_placement(
     found = violations(placement, min_replicas=plan.min_replicas, instance=instance)
     problems += [violation.message for violation in found]
     if cluster is not None and instance is None:
-        problems += _against_cluster(placement, cluster[1])
+        problems += against_cluster(placement, cluster[1])
         notes.append(f"memory and rules of {cluster[0]} not checked: that needs --trace")
     if plan.remote_share is not None and plan.bound is not None:
         slack = plan.remote_share - plan.bound
@@ -179,7 +192,7 @@ def _check_placement(
     return Report(str(path), "placement", summary, tuple(problems), tuple(notes))
 
 
-def _against_cluster(placement: Placement, cluster: Cluster) -> list[str]:
+def against_cluster(placement: Placement, cluster: Cluster) -> list[str]:
     """What can be told without the sizes of the model: servers, GPUs, slots given directly."""
     names = tuple(server.name for server in cluster.servers)
     if placement.servers != names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -187,34 +187,46 @@ class Instance:
                 capacity.append(
                     tuple(expert_room_bytes(model, server, g) for g in range(len(server.gpus)))
                 )
-        rules: dict[str, list[tuple[int, int, int]]] = {"pin": [], "forbid": []}
-        for n, server in enumerate(cluster.servers):
-            for key, triples in rules.items():
-                for layer, expert in getattr(server, key):
-                    place = f"server[{n}].{key}"
-                    if layer not in model.moe_layers:
-                        raise InputError(
-                            f"layer {layer}",
-                            place=place,
-                            expected=f"a MoE layer of {model.name}, {model.layers_text()}",
-                        )
-                    if expert >= model.num_experts:
-                        raise InputError(
-                            f"expert {expert}",
-                            place=place,
-                            expected=f"ids 0..{model.num_experts - 1} of {model.name}",
-                        )
-                    triples.append((n, model.moe_layers.index(layer), expert))
         return cls(
             model=model.shape(),
             servers=tuple(server.name for server in cluster.servers),
             activations=activations(trace, load or expected_workload(trace, cluster)),
             gpu_capacity=tuple(capacity),
             min_replicas=min_replicas,
-            pinned=tuple(rules["pin"]),
-            forbidden=tuple(rules["forbid"]),
+            pinned=tuple(rule_triples(cluster, model, "pin")),
+            forbidden=tuple(rule_triples(cluster, model, "forbid")),
             layer_caps=tuple(server.layer_cap for server in cluster.servers),
         )
+
+
+def rule_triples(
+    cluster: Cluster, model: ModelShape, key: Literal["pin", "forbid"]
+) -> list[tuple[int, int, int]]:
+    """(server, layer position, expert) triples of the cluster's rules of one kind.
+
+    Raises
+    ------
+    InputError
+        A rule names a layer or expert that the model does not have.
+    """
+    triples = []
+    for n, server in enumerate(cluster.servers):
+        for layer, expert in getattr(server, key):
+            place = f"server[{n}].{key}"
+            if layer not in model.moe_layers:
+                raise InputError(
+                    f"layer {layer}",
+                    place=place,
+                    expected=f"a MoE layer of {model.name}, {model.layers_text()}",
+                )
+            if expert >= model.num_experts:
+                raise InputError(
+                    f"expert {expert}",
+                    place=place,
+                    expected=f"ids 0..{model.num_experts - 1} of {model.name}",
+                )
+            triples.append((n, model.moe_layers.index(layer), expert))
+    return triples
 
 
 def _whole(value: object, place: str, least: int) -> None:

@@ -19,9 +19,11 @@ COMMANDS = {
     "profile": ("profile", "Turn recordings of a model's routing into a trace."),
     "solve": ("solve", "Plan which GPU holds which expert."),
     "compare": ("compare", "Score solvers and existing placements side by side."),
+    "simulate": ("simulate", "Simulate placements: latency, traffic, migrations."),
     "check": ("check", "Check files: valid? If not, where and why."),
     "diff": ("diff", "Show what moves between two placements."),
-    "plot": ("plot", "Draw traces, placements and comparisons."),
+    "migrate": ("migrate", "Plan the order of loads and drops between two placements."),
+    "plot": ("plot", "Draw traces, placements, comparisons and simulations."),
 }
 
 

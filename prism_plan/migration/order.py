@@ -19,7 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import Infeasible, InputError
-from prism_plan.migration.plan import Bools, Capacity, Endpoints, MigrationPlan, Step, endpoints
+from prism_plan.migration.plan import (
+    NAMES,
+    Bools,
+    Capacity,
+    Endpoints,
+    MigrationPlan,
+    Step,
+    endpoints,
+)
 from prism_plan.placement import Placement
 
 #: A move of a sole copy that others wait for: (GPU that wants it, GPU that holds it, pair).
@@ -33,6 +41,7 @@ def migration_plan(
     gpu_capacity: Capacity | None = None,
     forbidden: npt.ArrayLike | None = None,
     priority: npt.ArrayLike | None = None,
+    names: tuple[str, str] = NAMES,
 ) -> MigrationPlan:
     """The steps that lead from ``a`` to ``b``, see :class:`~prism_plan.migration.plan.Step`.
 
@@ -40,7 +49,7 @@ def migration_plan(
     :class:`~prism_plan.instance.Instance`, by default that of ``b``. ``forbidden`` bool [N, L, E]
     says where no temporary copy may go. Loads of high ``priority`` come first: calls per second,
     [G, J] or [N, L, E]; ties go to the lowest index. Experts that nobody holds yet come before
-    all others where that leaves room to move the rest.
+    all others where that leaves room to move the rest. ``names`` are what errors call the two.
 
     Where experts are of one size, and nothing is forbidden, an order is found if one exists, with
     at most two extra loads for a group of GPUs that wait for each other. Where sizes differ or
@@ -53,7 +62,7 @@ def migration_plan(
     Infeasible
         No order exists, or none was found; says which and why.
     """
-    ends = endpoints(a, b, gpu_capacity)
+    ends = endpoints(a, b, gpu_capacity, names)
     order = _Order(
         ends,
         ~_by_gpu(ends, forbidden, "forbidden", bool) | ends.has,

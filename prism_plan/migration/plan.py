@@ -17,6 +17,8 @@ from prism_plan.placement import InputFile, Placement
 
 Bools = npt.NDArray[np.bool_]
 Capacity = Sequence[Sequence[int]]
+#: What errors call two placements that are no files.
+NAMES = ("first placement", "second placement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +201,15 @@ class Endpoints:
         return f"server {self.servers[server]!r} gpu[{gpu - sum(self.gpus[:server])}]"
 
 
-def endpoints(a: Placement, b: Placement, gpu_capacity: Capacity | None = None) -> Endpoints:
+def endpoints(
+    a: Placement,
+    b: Placement,
+    gpu_capacity: Capacity | None = None,
+    names: tuple[str, str] = NAMES,
+) -> Endpoints:
     """Match two placements; servers by name. Capacities are those of ``b`` if none are given.
+
+    ``names`` are what errors call the two.
 
     Raises
     ------
@@ -210,24 +219,24 @@ def endpoints(a: Placement, b: Placement, gpu_capacity: Capacity | None = None) 
         They are of different servers or GPUs, one is over the capacity of a GPU, or an expert that
         ``a`` holds is nowhere in ``b``.
     """
-    require_same_model(a.model, b.model, source="first placement", other="the second")
+    require_same_model(a.model, b.model, source=names[0], other=names[1])
     if set(a.servers) != set(b.servers):
         raise InputError(
-            f"servers {_names(a.servers, b.servers)}",
-            source="first placement",
+            _names(a.servers, b.servers),
+            source=names[0],
             place="servers",
-            expected=f"{_names(b.servers, a.servers)} as in the second",
+            expected=f"{_names(b.servers, a.servers)} as in {names[1]}",
         )
     model, gpus = b.model, tuple(len(caps) for caps in b.gpu_capacity)
     order = []
-    for n, name in enumerate(b.servers):
-        own = a.gpus_of(a.servers.index(name))
+    for n, server in enumerate(b.servers):
+        own = a.gpus_of(a.servers.index(server))
         if len(own) != gpus[n]:
             raise InputError(
                 f"{len(own)} GPUs",
-                source="first placement",
-                place=f"server {name!r}",
-                expected=f"{gpus[n]} as in the second",
+                source=names[0],
+                place=f"server {server!r}",
+                expected=f"{gpus[n]} as in {names[1]}",
             )
         order += own.tolist()
     capacity = b.gpu_capacity if gpu_capacity is None else gpu_capacity
@@ -248,19 +257,19 @@ def endpoints(a: Placement, b: Placement, gpu_capacity: Capacity | None = None) 
         capacity=np.array([cap for caps in capacity for cap in caps], np.int64),
     )
     unit = "slots" if model.equal_expert_bytes else "bytes"
-    for which, held in (("first", ends.had), ("second", ends.has)):
+    for name, held in zip(names, (ends.had, ends.has), strict=True):
         used = held @ ends.size
         for g in np.flatnonzero(used > ends.capacity)[:1]:
             raise InputError(
                 f"{ends.gpu_text(int(g))} holds {used[g]:,} {unit} of experts",
-                source=f"{which} placement",
+                source=name,
                 expected=f"at most its capacity of {ends.capacity[g]:,}",
             )
     for pair in np.flatnonzero(ends.had.any(axis=0) & ~ends.has.any(axis=0))[:1]:
         raise InputError(
             f"{model.pair_text(int(pair))} is held nowhere",
-            source="second placement",
-            expected="every expert that the first one holds",
+            source=names[1],
+            expected=f"every expert that {names[0]} holds",
         )
     return ends
 

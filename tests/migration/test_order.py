@@ -269,7 +269,7 @@ def test_more_capacity_makes_room() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"names": ["s0", "t"]}, "['t', 's0']; expected ['s1', 's0'] as in the second"),
+        ({"names": ["s0", "t"]}, "['t', 's0']; expected ['s1', 's0'] as in second placement"),
         ({"gpus": [2]}, "servers"),
         ({"slots": [1, 2]}, "second placement: server 's0' gpu[0] holds 2 slots of experts"),
     ],

@@ -1,0 +1,134 @@
+"""``prism-plan migrate``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prism_plan.errors import InputError
+
+if TYPE_CHECKING:
+    from prism_plan.cluster import Cluster
+    from prism_plan.migration.plan import MigrationPlan
+    from prism_plan.placement import Placement
+
+
+@click.command("migrate")
+@click.argument("a", metavar="A.json")
+@click.argument("b", metavar="B.json")
+@click.option("--cluster", required=True, metavar="C.toml", help="Servers, GPUs, load speeds.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("-o", "--output", metavar="M.json", help="Plan to write; - for stdout.")
+def command(a: str, b: str, cluster: str, as_json: bool, output: str | None) -> None:
+    """Plan the order of loads and drops that leads from placement A to placement B.
+
+    Every expert that A holds stays held by some GPU at every moment, and every GPU within its
+    capacity: the slots of the cluster file where it gives them, else what B states. Exit code 3
+    where there is no such order.
+    """
+    import numpy as np
+
+    from prism_plan.cli.console import deliver, note
+    from prism_plan.cli.inputs import blaming, load_cluster, writable
+    from prism_plan.files import printable, sha256
+    from prism_plan.instance import rule_triples
+    from prism_plan.migration.cost import gpu_load_gbs
+    from prism_plan.migration.order import migration_plan
+    from prism_plan.migration.plan_file import dump_migration
+    from prism_plan.placement import InputFile
+    from prism_plan.placement_file import read_placement
+
+    writable(output, a, b, cluster)
+    parsed, _ = load_cluster(cluster)
+    before, after = read_placement(a), read_placement(b)
+    _require_target(after, parsed, b, cluster)
+    forbidden = np.zeros(after.local.shape, bool)
+    with blaming(cluster):
+        for place in rule_triples(parsed, after.model, "forbid"):
+            forbidden[place] = True
+    capacity = _capacity(after, parsed)
+    with blaming(b):
+        plan = migration_plan(
+            before, after, gpu_capacity=capacity, forbidden=forbidden, names=(a, b)
+        )
+    load_gbs = gpu_load_gbs(parsed)
+    plan = plan.replace(
+        inputs={
+            key: InputFile(printable(path), sha256(path)) for key, path in (("from", a), ("to", b))
+        },
+        load_s=plan.load_seconds(load_gbs),
+    )
+    data = dump_migration(plan)
+    if output is not None:
+        deliver(output, data)
+    new = int((after.local.any(axis=0) & ~before.local.any(axis=0)).sum())
+    if new:
+        note(f"{new:,} experts are held nowhere in {a}: they are missing until they are loaded")
+    if plan.extra_loads:
+        note(f"{plan.extra_loads:,} loads are of temporary copies that lead past full GPUs")
+    if as_json and output != "-":
+        deliver("-", data)
+    else:
+        _print(plan, plan.loading_s(load_gbs), f"{a} → {b}", err=output == "-")
+
+
+def _require_target(after: Placement, cluster: Cluster, path: str, cluster_path: str) -> None:
+    """Refuse a target that the cluster cannot hold, or that leaves an expert out."""
+    import numpy as np
+
+    from prism_plan.check import against_cluster
+
+    for problem in against_cluster(after, cluster)[:1]:
+        raise InputError(problem, source=path, remedy=f"plan it for {cluster_path}")
+    missing = np.flatnonzero(~after.local.any(axis=0))
+    if missing.size:
+        more = f" and {missing.size - 1:,} more are" if missing.size > 1 else " is"
+        raise InputError(
+            f"{after.model.pair_text(int(missing[0]))}{more} held nowhere",
+            source=path,
+            expected="every expert on some GPU",
+        )
+
+
+def _capacity(after: Placement, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
+    """Slots where the cluster gives them, else what the placement states."""
+    if not after.model.equal_expert_bytes:
+        return after.gpu_capacity
+    return tuple(
+        tuple(
+            stated if gpu.slots is None else gpu.slots
+            for stated, gpu in zip(capacities, server.gpus, strict=True)
+        )
+        for capacities, server in zip(after.gpu_capacity, cluster.servers, strict=True)
+    )
+
+
+def _print(plan: MigrationPlan, loading_s: list[float], title: str, *, err: bool) -> None:
+    from prism_plan.cli.console import byte_size, print_table, seconds
+
+    server_of_gpu = plan.server_of_gpu
+    sums: list[dict[str, Any]] = [
+        {"loads": 0, "drops": 0, "temporary": 0, "bytes": 0} for _ in plan.servers
+    ]
+    for step in plan.steps:
+        row = sums[server_of_gpu[step.gpu]]
+        row[step.kind + "s"] += 1
+        if step.kind == "load":
+            row["temporary"] += step.temporary
+            row["bytes"] += plan.bytes_of(step)
+    table = []
+    for n, (name, row) in enumerate(zip(plan.servers, sums, strict=True)):
+        slowest = max(loading_s[g] for g in range(len(loading_s)) if server_of_gpu[g] == n)
+        counts = [f"{row[key]:,}" for key in ("loads", "drops", "temporary")]
+        table.append([name, *counts, byte_size(row["bytes"]), seconds(slowest)])
+    counts = [f"{number:,}" for number in (plan.loads, plan.drops, plan.extra_loads)]
+    table.append(["total", *counts, byte_size(plan.moved_bytes), seconds(max(loading_s))])
+    columns = ["server", "loads", "drops", "temporary", "bytes to load", "s on slowest GPU"]
+    print_table(columns, table, title=title, err=err)
+    if plan.load_s is not None:
+        click.echo(
+            f"loading takes {seconds(plan.load_s.makespan_s)} s with all GPUs side by side, "
+            f"{seconds(plan.load_s.sum_s)} s one after the other",
+            err=err,
+        )

@@ -1,0 +1,179 @@
+"""Migration files: exact round trips, the schema, and what is wrong is named."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prism_plan.check import check_file
+from prism_plan.errors import InputError
+from prism_plan.migration.order import migration_plan
+from prism_plan.migration.plan import LoadTime, MigrationPlan, Step
+from prism_plan.migration.plan_file import (
+    dump_migration,
+    migration_from_json,
+    migration_schema,
+    migration_to_json,
+    read_migration,
+    write_migration,
+)
+from prism_plan.model import ModelShape
+from prism_plan.placement import InputFile
+from tests.migration.moves_by_hand import placed
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> MigrationPlan:
+    """Any plan of well-formed steps, whether it makes sense or not."""
+    layers = sorted(draw(st.sets(st.integers(0, 90), min_size=1, max_size=3)))
+    experts = draw(st.integers(1, 6))
+    sizes = st.integers(1, 2**40)
+    many = st.lists(sizes, min_size=len(layers), max_size=len(layers)).map(tuple)
+    model = ModelShape("mö", tuple(layers), experts, 1, draw(sizes | many))
+    names = draw(st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=3, unique=True))
+    gpus = tuple(draw(st.integers(1, 3)) for _ in names)
+    latest: dict[tuple[int, int], bool] = {}
+    steps = []
+    for index in range(draw(st.integers(0, 12))):
+        place = draw(st.integers(0, sum(gpus) - 1)), draw(st.integers(0, model.num_pairs - 1))
+        latest[place] = not latest[place] if place in latest else draw(st.booleans())
+        needs = draw(st.sets(st.integers(0, index - 1))) if index else set()
+        kind = "load" if latest[place] else "drop"
+        steps.append(Step(kind, *place, tuple(sorted(needs)), draw(st.booleans())))  # type: ignore[arg-type]
+    file = st.builds(InputFile, st.text(), st.just("0123456789abcdef" * 4))
+    seconds = st.floats(0, 1e9)
+    return MigrationPlan(
+        model,
+        tuple(names),
+        gpus,
+        tuple(steps),
+        draw(st.dictionaries(st.sampled_from(["from", "to"]), file)),
+        draw(st.none() | st.builds(LoadTime, seconds, seconds)),
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(plan=plans())
+def test_round_trip_is_exact(plan: MigrationPlan, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Reading what was written gives every field back, and writing that the same bytes."""
+    path = tmp_path_factory.mktemp("migration") / "m.json"
+    write_migration(path, plan)
+    again = read_migration(path)
+    for field in ("model", "servers", "gpus", "steps", "inputs", "load_s"):
+        assert getattr(again, field) == getattr(plan, field)
+    assert dump_migration(again) == path.read_bytes()
+    jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), migration_schema())
+    assert not check_file(path).problems
+
+
+@pytest.fixture
+def values() -> dict[str, Any]:
+    """The file's values of a swap with a temporary copy on the second GPU of server s1."""
+    a = placed([[0], [1], []], [1, 1, 1], pairs=2, gpus=[1, 2])
+    b = placed([[1], [0], []], [1, 1, 1], pairs=2, gpus=[1, 2])
+    plan = migration_plan(a, b)
+    files = {"from": InputFile("a.json", "a" * 64), "to": InputFile("b.json", "b" * 64)}
+    timed = plan.replace(inputs=files, load_s=plan.load_seconds([1.0, 1.0, 1.0]))
+    return migration_to_json(timed)
+
+
+def test_the_file_reads_as_documented(values: dict[str, Any]) -> None:
+    """Keys in a fixed order, GPUs counted within servers, a step on each line."""
+    assert list(values) == [
+        *("format", "version", "model", "servers", "from", "to", "loads", "drops"),
+        *("extra_loads", "moved_bytes", "load_s", "steps"),
+    ]
+    assert values["servers"] == [{"name": "s0", "gpus": 1}, {"name": "s1", "gpus": 2}]
+    assert values["from"] == {"name": "a.json", "sha256": "a" * 64}
+    assert (values["loads"], values["drops"], values["extra_loads"]) == (3, 3, 1)
+    assert (values["moved_bytes"], values["load_s"]["sum"]) == (30, pytest.approx(3e-8))
+    first = {"do": "load", "server": "s1", "gpu": 1, "layer": 3, "expert": 1, "needs": []}
+    moved = [step for step in values["steps"] if "temporary" in step]
+    assert moved[0] == first | {"temporary": True}
+    text = dump_migration(migration_from_json(values)).decode()
+    assert json.loads(text) == values
+    lines = [json.loads(line.strip().rstrip(",")) for line in text.splitlines() if '"do"' in line]
+    assert lines == values["steps"]
+
+
+def test_shipped_schema_is_a_schema(values: dict[str, Any]) -> None:
+    """The schema is valid itself and refuses a foreign key."""
+    jsonschema.Draft202012Validator.check_schema(migration_schema())
+    jsonschema.validate(values, migration_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(values | {"more": 1}, migration_schema())
+
+
+MUTATIONS: dict[str, tuple[list[Any], Any, str]] = {
+    "format": (["format"], "other", "format: 'other'"),
+    "version": (["version"], 2, "newer prism-plan"),
+    "steps": (["steps"], {}, "steps"),
+    "word": (["steps", 1, "do"], "move", "steps[1].do"),
+    "server": (["steps", 1, "server"], "edge", "steps[1].server: 'edge'"),
+    "gpu": (["steps", 1, "gpu"], 2, "steps[1].gpu: 2"),
+    "whole float": (["steps", 1, "gpu"], 0.0, "whole number"),
+    "huge": (["steps", 1, "expert"], 2**63, "below 2**63"),
+    "layer": (["steps", 1, "layer"], 1, "steps[1].layer: 1; expected a MoE layer of m, 3"),
+    "expert": (["steps", 1, "expert"], 2, "steps[1].expert: 2; expected ids 0..1 of m"),
+    "later": (["steps", 1, "needs"], [1], "steps[1].needs: [1]; expected earlier steps"),
+    "order": (["steps", 5, "needs"], [3, 1], "steps[5].needs"),
+    "text": (["steps", 1, "needs"], ["0"], "steps[1].needs[0]"),
+    "true": (["steps", 1, "needs"], [False], "steps[1].needs[0]"),
+    "temporary": (["steps", 1, "temporary"], False, "steps[1].temporary"),
+    "foreign": (["steps", 1, "colour"], 1, "'colour' was unexpected"),
+    "no step": (["steps", 1], 5, "steps[1]: 5; expected object"),
+    "by turns": (["steps", 1], None, "steps[1].do: 'load'; expected loads and drops"),
+    "count": (["loads"], 4, "loads: 4; expected 3, as the steps have it"),
+    "bytes": (["moved_bytes"], 1, "moved_bytes: 1; expected 30"),
+    "name taken": (["servers", 1, "name"], "s0", "taken by servers[0]"),
+    "digest": (["from", "sha256"], "xyz", "from.sha256"),
+    "seconds": (["load_s", "sum"], -1.0, "load_s.sum"),
+    "layers": (["model", "moe_layers"], [2, 1], "ascending"),
+}
+
+
+@pytest.mark.parametrize("case", list(MUTATIONS))
+def test_what_is_wrong_is_named(case: str, values: dict[str, Any], tmp_path: Path) -> None:
+    """A wrong value is refused with the file and its place, by `check` too."""
+    path, value, words = MUTATIONS[case]
+    broken = copy.deepcopy(values)
+    target: Any = broken
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = broken["steps"][0] if case == "by turns" else value
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps(broken))
+    for read in (read_migration, check_file):
+        with pytest.raises(InputError) as caught:
+            read(file)
+        assert words in str(caught.value)
+        assert str(file) in str(caught.value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    key=st.sampled_from(["do", "server", "gpu", "layer", "expert", "needs", "temporary", "x"]),
+    value=st.none() | st.booleans() | st.integers(-1, 3) | st.floats(0, 2) | st.text(max_size=2)
+    | st.lists(st.integers(-1, 0) | st.booleans() | st.floats(0, 1), max_size=2),
+)  # fmt: skip
+def test_the_quick_look_at_steps_agrees_with_the_schema(key: str, value: Any) -> None:
+    """Whatever is put into a step, nothing is read that the schema does not allow."""
+    a = placed([[0], []], [1, 1], pairs=1)
+    b = placed([[], [0]], [1, 1], pairs=1)
+    values = migration_to_json(migration_plan(a, b))
+    values["steps"][1][key] = value
+    try:
+        jsonschema.validate(values, migration_schema())
+        allowed = True
+    except jsonschema.ValidationError:
+        allowed = False
+    if not allowed:
+        with pytest.raises(InputError, match=r"steps\[1\]"):
+            migration_from_json(values)
