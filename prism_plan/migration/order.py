@@ -131,6 +131,7 @@ class _Way:
 
     def __init__(self, ends: Endpoints) -> None:
         self.ends = ends
+        self._in_slots = ends.model.equal_expert_bytes
         self.steps: list[Step] = []
         self.held = ends.had.copy()
         self.free: list[int] = (ends.capacity - ends.had @ ends.size).tolist()
@@ -147,7 +148,7 @@ class _Way:
         """Load a pair for which there is room."""
         needs = set()
         size = int(self.ends.size[j])
-        if self.ends.model.equal_expert_bytes:
+        if self._in_slots:
             if self._untouched[g]:
                 self._untouched[g] -= 1
             else:
@@ -195,7 +196,7 @@ class _Way:
         self, kind: Literal["load", "drop"], g: int, j: int, needs: set[int], temporary: bool
     ) -> int:
         last = self._last[g]
-        if last is not None and not self.ends.model.equal_expert_bytes:
+        if last is not None and not self._in_slots:
             needs.add(last)
         index = self._last[g] = len(self.steps)
         self.steps.append(Step(kind, g, j, tuple(needs), temporary))
