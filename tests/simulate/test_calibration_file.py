@@ -1,0 +1,189 @@
+"""Calibration files: what is read, and every bad value refused with file, place and value."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prism_plan.errors import InputError
+from prism_plan.simulate.calibration import Calibration, GpuCurves
+from prism_plan.simulate.calibration_file import calibration_from_json, read_calibration
+
+GPU = {"dense_ms": [[1, 80], [64, 100.5]], "expert_ms": [[1, 30], [64, 40], [65, 0]]}
+CURVES = GpuCurves(((1, 0.08), (64, 0.1005)), ((1, 0.03), (64, 0.04), (65, 0.0)))
+HEAD = {"format": "prism-plan/calibration", "version": 1}
+
+
+def test_a_whole_file(tmp_path: Path) -> None:
+    """Every key: milliseconds become seconds, link figures stay as they are written."""
+    values = {
+        **HEAD,
+        "call_overhead_ms": 0,
+        "bandwidth_mbps": 480.5,
+        "rtt_ms": 1.25,
+        "default": GPU,
+        "servers": [{"name": "edge-1", "gpus": [GPU, GPU]}, {"name": "edge-0", "gpus": []}],
+        "provenance": {"tool": "anything"},
+    }
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(values))
+    assert read_calibration(path) == Calibration(
+        name=str(path),
+        default=CURVES,
+        gpus={("edge-1", 0): CURVES, ("edge-1", 1): CURVES},
+        call_overhead_ms=0.0,
+        bandwidth_mbps=480.5,
+        rtt_ms=1.25,
+    )
+
+
+def test_a_short_file() -> None:
+    """All but one source of times may be left out; what is left out is not measured."""
+    short = calibration_from_json({**HEAD, "default": GPU})
+    assert (short.call_overhead_ms, short.bandwidth_mbps, short.rtt_ms) == (None, None, None)
+    assert short.of("any", 7) == CURVES
+    one = calibration_from_json({**HEAD, "servers": [{"name": "a", "gpus": [GPU]}]})
+    assert one.of("a", 0) == CURVES
+
+
+def dense(points: Any) -> dict[str, Any]:
+    return {**HEAD, "default": {**GPU, "dense_ms": points}}
+
+
+def server(**changes: Any) -> dict[str, Any]:
+    return {**HEAD, "servers": [{"name": "a", "gpus": [GPU], **changes}]}
+
+
+HUGE = 10**400
+
+BAD: dict[str, tuple[Any, str]] = {
+    "a list": ([], "format: []; expected 'prism-plan/calibration'"),
+    "nothing": (None, "format: None; expected 'prism-plan/calibration'"),
+    "another format": ({"format": "prism-plan/trace"}, "format: 'prism-plan/trace'; expected"),
+    "no format": ({"version": 1}, "format: None; expected"),
+    "no version": ({"format": HEAD["format"]}, "version: None; expected 1"),
+    "a newer version": ({**HEAD, "version": 2}, "version: 2; expected 1; a newer file"),
+    "version true": ({**HEAD, "version": True}, "version: True; expected 1"),
+    "unknown key": (
+        {**HEAD, "default": GPU, "rtt_sm": 1},
+        "unknown key 'rtt_sm', did you mean 'rtt_ms'?; expected the keys format, version,",
+    ),
+    "no times": (HEAD, "no times in it; expected default, or servers"),
+    "no times of any server": ({**HEAD, "servers": []}, "no times in it"),
+    "zero bandwidth": (
+        {**HEAD, "default": GPU, "bandwidth_mbps": 0},
+        "bandwidth_mbps: 0; expected a number above 0",
+    ),
+    "negative round trip": (
+        {**HEAD, "default": GPU, "rtt_ms": -0.1},
+        "rtt_ms: -0.1; expected a number of at least 0",
+    ),
+    "overhead NaN": (
+        {**HEAD, "default": GPU, "call_overhead_ms": float("nan")},
+        "call_overhead_ms: nan; expected a number of at least 0",
+    ),
+    "overhead null": (
+        {**HEAD, "default": GPU, "call_overhead_ms": None},
+        "call_overhead_ms: None; expected a number of at least 0",
+    ),
+    "overhead text": (
+        {**HEAD, "default": GPU, "call_overhead_ms": "0.2"},
+        "call_overhead_ms: '0.2'; expected a number of at least 0",
+    ),
+    "round trip true": (
+        {**HEAD, "default": GPU, "rtt_ms": True},
+        "rtt_ms: True; expected a number of at least 0",
+    ),
+    "infinite bandwidth": (
+        {**HEAD, "default": GPU, "bandwidth_mbps": float("inf")},
+        "bandwidth_mbps: inf; expected a number above 0",
+    ),
+    "a bandwidth beyond floating point": (
+        {**HEAD, "default": GPU, "bandwidth_mbps": HUGE},
+        "bandwidth_mbps: 1000000000",
+    ),
+    "default is a list": (
+        {**HEAD, "default": [GPU]},
+        "expected dense_ms and expert_ms",
+    ),
+    "unknown curve": (
+        {**HEAD, "default": {**GPU, "expert_s": []}},
+        "default: unknown key 'expert_s', did you mean 'expert_ms'?",
+    ),
+    "a curve is missing": (
+        {**HEAD, "default": {"dense_ms": GPU["dense_ms"]}},
+        "default.expert_ms: None; expected a list",
+    ),
+    "a curve is a number": (dense(3), "default.dense_ms: 3; expected a list"),
+    "one point": (dense([[1, 2]]), "default.dense_ms: 1 points; expected at least two"),
+    "no points": (dense([]), "default.dense_ms: 0 points; expected at least two"),
+    "a point of three": (
+        dense([[1, 2], [2, 3, 4]]),
+        "default.dense_ms[1]: [2, 3, 4]; expected [tokens, milliseconds]",
+    ),
+    "a point that is a number": (dense([1, 2]), "default.dense_ms[0]: 1; expected [tokens,"),
+    "zero tokens": (dense([[0, 2], [2, 3]]), "default.dense_ms[0]: 0; expected a whole number"),
+    "half a token": (dense([[1, 2], [1.5, 3]]), "default.dense_ms[1]: 1.5; expected a whole"),
+    "true tokens": (dense([[True, 2], [2, 3]]), "default.dense_ms[0]: True; expected a whole"),
+    "tokens beyond int32": (dense([[1, 2], [2**31, 3]]), "default.dense_ms[1]: 2147483648;"),
+    "tokens twice": (
+        dense([[1, 2], [5, 3], [5, 4]]),
+        "default.dense_ms[2]: 5 tokens after 5; expected more tokens",
+    ),
+    "tokens descend": (dense([[8, 2], [5, 3]]), "default.dense_ms[1]: 5 tokens after 8; expected"),
+    "negative time": (
+        dense([[1, 2], [5, -3]]),
+        "default.dense_ms[1]: -3; expected a number of at least 0",
+    ),
+    "NaN time": (dense([[1, float("nan")], [5, 3]]), "default.dense_ms[0]: nan; expected"),
+    "a time beyond floating point": (dense([[1, 2], [5, HUGE]]), "default.dense_ms[1]: 1000"),
+    "servers is an object": ({**HEAD, "servers": {}}, "servers: {}; expected a list"),
+    "a server is a text": ({**HEAD, "servers": ["a"]}, "servers[0]: 'a'; expected an object"),
+    "a server has no name": ({**HEAD, "servers": [{"gpus": []}]}, "servers[0]: {'gpus': []}; exp"),
+    "a server has a number for a name": (server(name=3), "expected an object with a name"),
+    "a server has no GPUs": (server(gpus=None), "servers[0].gpus: None; expected a list"),
+    "a server has an unknown key": (
+        server(gpu=[GPU]),
+        "servers[0]: unknown key 'gpu', did you mean 'gpus'?; expected the keys name, gpus",
+    ),
+    "a GPU is a list": (server(gpus=[GPU, []]), "servers[0].gpus[1]: []; expected dense_ms and"),
+    "a GPU has a bad time": (
+        server(gpus=[{**GPU, "expert_ms": [[1, 1], [2, -1]]}]),
+        "servers[0].gpus[0].expert_ms[1]: -1; expected a number of at least 0",
+    ),
+    "a server twice": (
+        {**HEAD, "servers": [{"name": "a", "gpus": [GPU]}, {"name": "a", "gpus": [GPU]}]},
+        "servers[1].name: 'a' stands twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_values(case: str) -> None:
+    """One line: the file, the place in it, what was found and what was expected."""
+    values, message = BAD[case]
+    with pytest.raises(InputError) as error:
+        calibration_from_json(values, source="c.json")
+    assert str(error.value).startswith("c.json: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": NaN}', "[" * 5000], ids=range(4))
+def test_not_json(tmp_path: Path, text: str) -> None:
+    """A file that is no JSON is an input error that names it."""
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"broken\.json: "):
+        read_calibration(path)
+
+
+def test_numbers_beyond_floating_point_in_a_file(tmp_path: Path) -> None:
+    """JSON may spell numbers of any length: refused like any other bad value."""
+    path = tmp_path / "huge.json"
+    path.write_text(json.dumps({**HEAD, "default": GPU, "rtt_ms": HUGE}))
+    with pytest.raises(InputError, match=r"huge\.json: rtt_ms: 1000"):
+        read_calibration(path)

@@ -1,0 +1,131 @@
+"""Times of GPU work: rooflines by hand, curves between and beyond their points."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from prism_plan.cluster import Cluster, Gpu, Server
+from prism_plan.errors import InputError
+from prism_plan.model import PRESETS
+from prism_plan.simulate.calibration import Calibration, GpuCurves
+from prism_plan.simulate.timing import at, roofline_dense_s, roofline_expert_s, timing
+from tests.simulate.builders import make_model
+
+V2 = PRESETS["deepseek-v2-lite"]
+A100 = Gpu(slots=541, memory_bandwidth_gbs=1555, tflops=312, launch_overhead_us=20, load_gbs=12)
+CURVES = GpuCurves(dense_s=((2, 1.0), (4, 3.0), (8, 4.0)), expert_s=((1, 0.5), (2, 0.5)))
+
+
+def cluster(*servers: tuple[Gpu, ...]) -> Cluster:
+    return Cluster("c", tuple(Server(f"s{n}", gpus) for n, gpus in enumerate(servers)))
+
+
+def test_expert_of_v2_lite_on_an_a100() -> None:
+    """One token: 17.3 MB at 1555 GB/s, 11.1 us; from 201 tokens on its operations take longer.
+
+    One token costs 2 x 3 x 2048 x 1408 = 17.3 M operations at 312 TFLOP/s, 55.5 ns.
+    """
+    tokens = np.array([1.0, 200, 201, 1000])
+    got = roofline_expert_s(V2, A100, V2.expert_bytes_by_layer[0], tokens)
+    read = 3 * 2048 * 1408 * 2 / 1555e9
+    token = 2 * 3 * 2048 * 1408 / 312e12
+    assert read == pytest.approx(11.1264e-6, rel=1e-4)
+    assert token == pytest.approx(55.4535e-9, rel=1e-4)
+    assert 200 * token < read < 201 * token
+    expected = 20e-6 + np.array([read, read, 201 * token, 1000 * token])
+    np.testing.assert_allclose(got, expected, rtol=1e-13)
+
+
+def test_dense_part_of_v2_lite_on_an_a100() -> None:
+    """Its 2.62 GB are spread evenly over 26 MoE layers: 64.9 us to read, 20 us to launch."""
+    got = roofline_dense_s(V2, A100, np.array([1.0, 1000]))
+    read = 2_623_265_792 / 26 / 1555e9
+    assert read == pytest.approx(64.884e-6, rel=1e-4)
+    flops = 1000 * 2_623_265_792 / 26
+    np.testing.assert_allclose(got, [20e-6 + read, 20e-6 + flops / 312e12], rtol=1e-13)
+
+
+def test_loads_of_v2_lite() -> None:
+    """DESIGN section 4: at 12 GB/s an expert loads in 1.44 ms."""
+    table = timing(cluster((A100,)), V2, 1)
+    assert table.load_s.shape == (1, 26)
+    assert table.load_s[0] == pytest.approx(1.44e-3, rel=2e-3)
+
+
+def test_gpus_alike_share_a_row() -> None:
+    """Rows by what GPUs can do, experts by size, in tables up to the largest step."""
+    slow = dataclasses.replace(A100, tflops=31.2)
+    model = make_model(3, 2, expert_bytes=(100, 300, 100))
+    table = timing(cluster((A100, slow), (A100,)), model, 7)
+    assert table.kind.tolist() == [0, 1, 0]
+    assert table.size.tolist() == [0, 1, 0]
+    assert table.dense_s.shape == (2, 8)
+    assert table.expert_s.shape == (2, 2, 8)
+    counts = np.arange(8.0)
+    for row, gpu in enumerate((A100, slow)):
+        np.testing.assert_array_equal(table.dense_s[row], roofline_dense_s(model, gpu, counts))
+        for column, size in enumerate((100, 300)):
+            expected = roofline_expert_s(model, gpu, size, counts)
+            np.testing.assert_array_equal(table.expert_s[row, column], expected)
+    np.testing.assert_array_equal(table.load_s, np.tile(np.array([100, 300, 100]) / 12e9, (3, 1)))
+    assert not any(array.flags.writeable for array in vars(table).values())
+
+
+def test_between_and_beyond_the_points() -> None:
+    """Linear between points, constant before the first, the last slope beyond the last."""
+    got = at(CURVES.dense_s, np.array([0.0, 1, 2, 3, 4, 6, 8, 9, 16]))
+    assert got.tolist() == [1.0, 1.0, 1.0, 2.0, 3.0, 3.5, 4.0, 4.25, 6.0]
+    falling = at(((1, 2.0), (3, 1.0)), np.array([2.0, 3, 100]))
+    assert falling.tolist() == [1.5, 1.0, 1.0]  # a falling end does not fall below zero
+
+
+def test_calibration_replaces_the_figures() -> None:
+    """Curves of the GPU itself, or the default; loads still take the cluster's figure."""
+    other = dataclasses.replace(CURVES, expert_s=((1, 9.0), (2, 9.5)))
+    calibration = Calibration("m.json", CURVES, {("s1", 0): other})
+    table = timing(cluster((A100, A100), (A100,)), V2, 3, calibration)
+    assert table.kind.tolist() == [0, 0, 1]
+    assert table.dense_s.tolist() == [[1.0, 1.0, 1.0, 2.0]] * 2
+    assert table.expert_s[:, 0].tolist() == [[0.5] * 4, [9.0, 9.0, 9.5, 10.0]]
+    assert table.load_s[0, 0] == 17_301_504 / 12e9
+
+
+def test_calibration_lacks_a_gpu() -> None:
+    """No curves for a GPU and no default: the file and the GPU are named."""
+    calibration = Calibration("m.json", None, {("s0", 0): CURVES})
+    with pytest.raises(InputError) as error:
+        timing(cluster((A100, A100)), V2, 3, calibration)
+    assert str(error.value) == (
+        "m.json: servers: no times of server 's0' gpu[1]; measure it, or give a default"
+    )
+
+
+def test_calibrated_links() -> None:
+    """Measured link figures replace the defaults; what is not measured stays."""
+    measured = Calibration("m.json", CURVES, bandwidth_mbps=123.0, rtt_ms=0.0)
+    before = cluster((A100,))
+    link = measured.applied(before).link
+    assert (link.bandwidth_mbps, link.rtt_ms) == (123.0, 0.0)
+    assert link.call_overhead_ms == before.link.call_overhead_ms
+    assert Calibration("m.json", CURVES, call_overhead_ms=7.0).applied(before).link == (
+        dataclasses.replace(before.link, call_overhead_ms=7.0)
+    )
+
+
+@pytest.mark.parametrize(
+    "key", ["memory_bandwidth_gbs", "tflops", "load_gbs", "launch_overhead_us"]
+)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_figures_must_be_numbers(key: str, value: float) -> None:
+    """A figure that no GPU has is refused with its place; only the overhead may be zero."""
+    gpus = (A100, dataclasses.replace(A100, **{key: value}))
+    if key == "launch_overhead_us" and value == 0.0:
+        assert timing(cluster((A100,), gpus), V2, 1).expert_s.shape == (2, 1, 2)
+        return
+    with pytest.raises(InputError) as error:
+        timing(cluster((A100,), gpus), V2, 1)
+    assert str(error.value).startswith(f"server[1].gpu[1].{key}: {value!r}; expected a number")
