@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     )
     from prism_plan.instance import Instance
     from prism_plan.migration.order import migration_plan
-    from prism_plan.migration.plan import MigrationPlan, Step
+    from prism_plan.migration.plan import MigrationPlan
     from prism_plan.migration.plan_file import read_migration, write_migration
     from prism_plan.model import PRESETS, ModelShape, ModelSpec, load_model
-    from prism_plan.moves import PlacementDiff, diff
+    from prism_plan.moves import PlacementDiff, Step, diff
     from prism_plan.objective import (
         RemoteScore,
         StepScore,
@@ -51,11 +51,25 @@ if TYPE_CHECKING:
     from prism_plan.placement_file import placement_schema, read_placement, write_placement
     from prism_plan.profiling.hf import HfOptions, profile_checkpoint
     from prism_plan.profiling.recorder import Recorder, record
+    from prism_plan.simulate.calibration import Calibration
+    from prism_plan.simulate.calibration_file import read_calibration
+    from prism_plan.simulate.requests import Prompts, Requests
+    from prism_plan.simulate.workload import sample_requests
+    from prism_plan.simulation import (
+        Simulation,
+        SimulationOptions,
+        offload_placement,
+        simulate_placements,
+        write_simulation,
+    )
+    from prism_plan.simulation_file import read_simulation
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.entropy import entropy_counts, lemma1_bound
     from prism_plan.solvers.greedy import greedy_with_coverage
     from prism_plan.solvers.registry import SOLVER_NAMES
     from prism_plan.solvers.run import solve
+    from prism_plan.sweep import Grid, SweepOptions
+    from prism_plan.sweep_file import read_sweep, write_sweep
     from prism_plan.trace import TokenBatch, Trace, trace_from_batches
     from prism_plan.trace_file import TraceWriter, read_trace, write_trace
     from prism_plan.workload import Workload, activations, expected_workload
@@ -65,9 +79,9 @@ _HOME = {
     "cluster_file": ("parse_cluster", "read_cluster"),
     "comparison": ("Comparison", "compare"),
     "migration.order": ("migration_plan",),
-    "migration.plan": ("MigrationPlan", "Step"),
+    "migration.plan": ("MigrationPlan",),
     "migration.plan_file": ("read_migration", "write_migration"),
-    "moves": ("PlacementDiff", "diff"),
+    "moves": ("PlacementDiff", "Step", "diff"),
     "errors": (
         "Infeasible",
         "InputError",
@@ -92,11 +106,25 @@ _HOME = {
     "profiling.recorder": ("Recorder", "record"),
     "placement": ("InputFile", "Placement", "Plan"),
     "placement_file": ("placement_schema", "read_placement", "write_placement"),
+    "simulate.calibration": ("Calibration",),
+    "simulate.calibration_file": ("read_calibration",),
+    "simulate.requests": ("Prompts", "Requests"),
+    "simulate.workload": ("sample_requests",),
+    "simulation": (
+        "Simulation",
+        "SimulationOptions",
+        "offload_placement",
+        "simulate_placements",
+        "write_simulation",
+    ),
+    "simulation_file": ("read_simulation",),
     "solvers.contract": ("Options",),
     "solvers.entropy": ("entropy_counts", "lemma1_bound"),
     "solvers.greedy": ("greedy_with_coverage",),
     "solvers.registry": ("SOLVER_NAMES",),
     "solvers.run": ("solve",),
+    "sweep": ("Grid", "SweepOptions"),
+    "sweep_file": ("read_sweep", "write_sweep"),
     "trace": ("TokenBatch", "Trace", "trace_from_batches"),
     "trace_file": ("TraceWriter", "read_trace", "write_trace"),
     "workload": ("Workload", "activations", "expected_workload"),
@@ -106,9 +134,11 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "PRESETS",
     "SOLVER_NAMES",
+    "Calibration",
     "Cluster",
     "Comparison",
     "Gpu",
+    "Grid",
     "HfOptions",
     "Infeasible",
     "InputError",
@@ -126,12 +156,17 @@ __all__ = [
     "PlacementDiff",
     "Plan",
     "PrismError",
+    "Prompts",
     "Recorder",
     "RemoteScore",
+    "Requests",
     "Server",
+    "Simulation",
+    "SimulationOptions",
     "SolverRefused",
     "Step",
     "StepScore",
+    "SweepOptions",
     "TokenBatch",
     "Trace",
     "TraceWriter",
@@ -148,22 +183,30 @@ __all__ = [
     "lemma1_bound",
     "load_model",
     "migration_plan",
+    "offload_placement",
     "parse_cluster",
     "placement_schema",
     "profile_checkpoint",
+    "read_calibration",
     "read_cluster",
     "read_migration",
     "read_placement",
+    "read_simulation",
+    "read_sweep",
     "read_trace",
     "record",
     "remote_score",
+    "sample_requests",
     "score",
+    "simulate_placements",
     "solve",
     "step_score",
     "trace_from_batches",
     "violations",
     "write_migration",
     "write_placement",
+    "write_simulation",
+    "write_sweep",
     "write_trace",
 ]
 

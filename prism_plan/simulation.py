@@ -1,9 +1,11 @@
-"""`simulate`: placements, requests and a cluster in; a report of latencies and migrations out."""
+"""`simulate_placements`: placements, requests and a cluster in; a report of latencies and migrations out."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ import numpy as np
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, PrismError, did_you_mean
+from prism_plan.files import write_bytes
 from prism_plan.instance import Instance
 from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
 from prism_plan.migration.order import migration_plan
@@ -22,7 +25,7 @@ from prism_plan.objective import violations
 from prism_plan.placement import InputFile, Placement, Plan
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.compiled import CHUNK, CompiledEngine
-from prism_plan.simulate.engine import Engine, Step
+from prism_plan.simulate.engine import Engine
 from prism_plan.simulate.reference import ReferenceEngine
 from prism_plan.simulate.report import Migration, Run, notes
 from prism_plan.simulate.requests import Requests
@@ -196,7 +199,7 @@ def offload_placement(instance: Instance) -> Placement:
     )
 
 
-def simulate(
+def simulate_placements(
     placements: Sequence[tuple[str, Placement]],
     requests: Requests,
     trace: Trace,
@@ -319,6 +322,22 @@ def _instance(trace: Trace, cluster: Cluster, placement: Placement) -> Instance:
     return Instance.build(trace, weighted, min_replicas=placement.plan.min_replicas)
 
 
+def write_simulation(path: str | os.PathLike[str], simulation: Simulation) -> None:
+    """Write the report whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    write_bytes(path, dump_report(simulation.to_json()))
+
+
+def dump_report(values: Mapping[str, Any]) -> bytes:
+    """The bytes of a report file."""
+    return (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
 class _Interrupted(Exception):
     """The time limit has been reached."""
 
@@ -433,7 +452,7 @@ class _Runner:
         except Infeasible as error:
             self.notes.append(f"a move was not made: {error}")
             return False
-        self.engine.migrate([Step(s.kind == "load", s.gpu, s.pair, s.needs) for s in plan.steps])
+        self.engine.migrate(plan.steps)
         return True
 
     def _note_end_of_migration(self) -> None:

@@ -28,7 +28,10 @@ FLOORS = [
     {"solvers", "simulate"},
     {"migration"},
     {"profiling"},
-    {"comparison", "comparison_file", "simulation", "simulation_file", "sweep", "sweep_file"},
+    {
+        *("comparison", "comparison_file", "simulation", "simulation_file", "request_table"),
+        *("sweep", "sweep_file"),
+    },
     {"check"},
     {"plotting"},
     {"cli"},

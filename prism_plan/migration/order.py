@@ -25,9 +25,9 @@ from prism_plan.migration.plan import (
     Capacity,
     Endpoints,
     MigrationPlan,
-    Step,
     endpoints,
 )
+from prism_plan.moves import Step
 from prism_plan.placement import Placement
 
 #: A move of a sole copy that others wait for: (GPU that wants it, GPU that holds it, pair).
@@ -43,7 +43,7 @@ def migration_plan(
     priority: npt.ArrayLike | None = None,
     names: tuple[str, str] = NAMES,
 ) -> MigrationPlan:
-    """The steps that lead from ``a`` to ``b``, see :class:`~prism_plan.migration.plan.Step`.
+    """The steps that lead from ``a`` to ``b``, see :class:`~prism_plan.moves.Step`.
 
     Servers are matched by name and come in the order of ``b``. ``gpu_capacity`` is as in
     :class:`~prism_plan.instance.Instance`, by default that of ``b``. ``forbidden`` bool [N, L, E]

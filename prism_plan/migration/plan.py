@@ -6,36 +6,20 @@ import dataclasses
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelShape, require_same_model
+from prism_plan.moves import Step
 from prism_plan.placement import InputFile, Placement
 
 Bools = npt.NDArray[np.bool_]
 Capacity = Sequence[Sequence[int]]
 #: What errors call two placements that are no files.
 NAMES = ("first placement", "second placement")
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Load a pair onto a GPU, or drop it there, once the steps ``needs`` are complete.
-
-    ``gpu`` counts the GPUs of all servers in order, ``pair`` is ``l * E + e``. A load takes its
-    room from its start on, and the copy serves when it is complete; a drop is at once.
-    ``temporary`` steps are no part of the difference between the placements: a copy that only
-    helps others past each other, or a kept copy that makes room for a while.
-    """
-
-    kind: Literal["load", "drop"]
-    gpu: int
-    pair: int
-    needs: tuple[int, ...] = ()
-    temporary: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text, write_bytes
-from prism_plan.migration.plan import LoadTime, MigrationPlan, Step
+from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.model import ModelShape
+from prism_plan.moves import Step
 from prism_plan.placement import InputFile
 from prism_plan.schema import check_format, check_numbers, check_schema, indented, shipped_schema
 

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.moves import Step
 from prism_plan.simulate import loop, tables
-from prism_plan.simulate.engine import Ints, Outcome, Step
+from prism_plan.simulate.engine import Ints, Outcome
 from prism_plan.simulate.events import ARRIVAL, RANK, Event, Log
 from prism_plan.simulate.scenario import Scenario
 
@@ -111,7 +112,7 @@ class CompiledEngine:
         ready = np.flatnonzero(lacking == 0)
         queue[: len(ready)] = ready
         self._state = self._state._replace(
-            step_load=np.array([step.load for step in steps], np.bool_),
+            step_load=np.array([step.kind == "load" for step in steps], np.bool_),
             step_gpu=np.array([step.gpu for step in steps], np.int32),
             step_pair=np.array([step.pair for step in steps], np.int64),
             step_lacking=lacking,

@@ -10,24 +10,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.moves import Step
 from prism_plan.simulate.events import Log
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a migration: load or drop a (layer, expert) ``pair`` on a GPU.
-
-    It begins when the earlier steps in ``needs`` are done and, for a load, when the GPU's load
-    channel is free. A loaded expert serves from then on; a dropped one takes no new calls.
-    """
-
-    load: bool
-    gpu: int
-    pair: int
-    needs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +78,12 @@ class Engine(Protocol):
         """Whether steps of a migration are still to be done."""
 
     def migrate(self, steps: Sequence[Step]) -> None:
-        """Begin a migration now; the one before must be over."""
+        """Begin a migration now; the one before must be over.
+
+        A step begins when those that it needs are done and, for a load, when the GPU's load channel
+        is free. A loaded expert serves from then on; a dropped one takes no new calls, and those
+        under way to it are answered.
+        """
 
     @property
     def migrated_s(self) -> float:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.moves import Step
 from prism_plan.simulate import events
-from prism_plan.simulate.engine import Ints, Outcome, Step
+from prism_plan.simulate.engine import Ints, Outcome
 from prism_plan.simulate.events import Event, Log
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.routes import cover, nearest, spread
@@ -499,7 +500,7 @@ class ReferenceEngine:
         while ready:
             index = ready.popleft()
             step = self._steps[index]
-            if step.load:
+            if step.kind == "load":
                 self._begin_load(index, step)
                 continue
             self._held[step.gpu, step.pair] = False

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from prism_plan.migration.plan import MigrationPlan, Step
+from prism_plan.migration.plan import MigrationPlan
 from prism_plan.model import ModelShape
+from prism_plan.moves import Step
 from prism_plan.placement import Placement, Plan
 
 

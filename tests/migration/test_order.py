@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from prism_plan.errors import Infeasible, InputError, WrongModel
 from prism_plan.migration.order import migration_plan
-from prism_plan.migration.plan import LoadTime, MigrationPlan, Step, check_plan
+from prism_plan.migration.plan import LoadTime, MigrationPlan, check_plan
+from prism_plan.moves import Step
 from prism_plan.placement import Placement
 from tests.migration.moves_by_hand import (
     can_move,

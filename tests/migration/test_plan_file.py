@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from prism_plan.check import check_file
 from prism_plan.errors import InputError
 from prism_plan.migration.order import migration_plan
-from prism_plan.migration.plan import LoadTime, MigrationPlan, Step
+from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.migration.plan_file import (
     dump_migration,
     migration_from_json,
@@ -25,6 +25,7 @@ from prism_plan.migration.plan_file import (
     write_migration,
 )
 from prism_plan.model import ModelShape
+from prism_plan.moves import Step
 from prism_plan.placement import InputFile
 from tests.migration.moves_by_hand import placed
 

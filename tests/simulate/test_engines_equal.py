@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from prism_plan.cluster_file import read_cluster
 from prism_plan.instance import Instance
+from prism_plan.moves import Step
 from prism_plan.simulate.compiled import CompiledEngine
-from prism_plan.simulate.engine import Engine, Step
+from prism_plan.simulate.engine import Engine
 from prism_plan.simulate.reference import ReferenceEngine
 from prism_plan.simulate.routes import ROUTES, Route
 from prism_plan.simulate.scenario import Scenario
@@ -68,15 +69,15 @@ def drawn_steps(rng: np.random.Generator, held: np.ndarray) -> list[Step]:
         needs = tuple(i for i in range(len(steps)) if rng.random() < 0.3)
         pair = int(rng.integers(pairs))
         if rng.random() < 0.6:
-            steps.append(Step(True, int(rng.integers(gpus)), pair, needs))
+            steps.append(Step("load", int(rng.integers(gpus)), pair, needs))
             continue
         copies = np.flatnonzero(held[:, pair])
         again = [i for i, step in enumerate(steps) if step.load and step.pair == pair]
         if len(copies) > 1 or rng.random() < 0.1:
-            steps.append(Step(False, int(rng.choice(copies)), pair, needs))
+            steps.append(Step("drop", int(rng.choice(copies)), pair, needs))
             held[steps[-1].gpu, pair] = len(copies) == 1
         elif again and steps[again[0]].gpu != copies[0]:
-            steps.append(Step(False, int(copies[0]), pair, (*needs, again[0], again[0])))
+            steps.append(Step("drop", int(copies[0]), pair, (*needs, again[0], again[0])))
     return steps
 
 
@@ -161,7 +162,7 @@ def test_room_grows_for_a_migration() -> None:
     held[0] = True
     scenario = make_scenario(model, make_cluster([1, 1]), held, [Ask(1, 0.0, [], [[[7]]])])
     reference, compiled = both(scenario)
-    steps = [Step(True, 1, pair) for pair in range(200)]
+    steps = [Step("load", 1, pair) for pair in range(200)]
     for engine in (reference, compiled):
         engine.migrate(steps)
         finished(engine)

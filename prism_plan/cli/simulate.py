@@ -1,0 +1,348 @@
+"""``prism-plan simulate``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from prism_plan.cluster import Cluster
+    from prism_plan.placement import Placement
+    from prism_plan.simulate.requests import Requests
+    from prism_plan.simulation import SimulationOptions
+    from prism_plan.trace import Trace
+
+
+@click.command("simulate")
+@click.argument("placements", nargs=-1, metavar="[P.json]...")
+@click.option("--trace", required=True, metavar="T.parquet", help="Requests are sampled from it.")
+@click.option("--cluster", required=True, metavar="C.toml", help="Servers, GPUs, links, arrivals.")
+@click.option("--solvers", metavar="A,B,C", help="Plan with these too, and simulate the plans.")
+@click.option(
+    "--holdout",
+    type=float,
+    metavar="SHARE",
+    help="Simulate with this share of each task's requests; --solvers plan on the others.",
+)
+@click.option("--offload", is_flag=True, help="Also the baseline without remote calls.")
+@click.option(
+    "--requests", type=int, metavar="N", help="Of each server with users; 100, in sweeps 20."
+)
+@click.option("--duration", type=float, metavar="S", help="Instead: all arrivals before this time.")
+@click.option("--burst", default=1, show_default=True, metavar="B", help="Arrive at once.")
+@click.option("--arrivals", metavar="F.jsonl", help="Fixed times instead of Poisson arrivals.")
+@click.option("--phases", metavar="F.toml", help="Tasks that change after so many requests.")
+@click.option(
+    "--decode-tokens",
+    default=32,
+    show_default=True,
+    metavar="N",
+    help="Last tokens of a request that are decode steps, if the trace does not tell.",
+)
+@click.option(
+    "--prompt-tokens",
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Of requests drawn from a counts-only trace.",
+)
+@click.option(
+    "--route",
+    type=click.Choice(["cover", "nearest", "spread"]),
+    default="cover",
+    show_default=True,
+    help="Where a call goes that several servers could serve.",
+)
+@click.option("--calibration", metavar="F.json", help="Measured times instead of the cluster's.")
+@click.option(
+    "--migrate",
+    type=click.Choice(["never", "prism", "partial"]),
+    default="never",
+    show_default=True,
+    help="Policy of the reviews that may move experts.",
+)
+@click.option(
+    "--migrate-every", default=300.0, show_default=True, metavar="S", help="Between reviews."
+)
+@click.option(
+    "--statistics",
+    type=click.Choice(["window", "cumulative"]),
+    default="window",
+    show_default=True,
+    help="Reviews go by recent calls, or by all since the last move.",
+)
+@click.option(
+    "--half-life", type=float, metavar="S", help="Of the window; default: --migrate-every."
+)
+@click.option(
+    "--horizon", type=float, metavar="S", help="A move must pay within; default: --migrate-every."
+)
+@click.option(
+    "--migration-cost",
+    type=click.Choice(["sum", "max"]),
+    default="sum",
+    show_default=True,
+    help="Of loads: all added up, or the busiest GPU's.",
+)
+@click.option(
+    "--migrate-solver",
+    default="prism",
+    show_default=True,
+    metavar="NAME",
+    help="Plans what policy prism may adopt.",
+)
+@click.option("--min-replicas", default=1, show_default=True, metavar="R", help="Of --solvers.")
+@click.option("--seed", default=0, show_default=True, help="Of requests, split and solvers.")
+@click.option(
+    "--engine",
+    type=click.Choice(["compiled", "reference"]),
+    default="compiled",
+    show_default=True,
+    help="The reference is plain Python: equal numbers, much slower.",
+)
+@click.option("--time-limit", type=float, metavar="S", help="Then a partial report is written.")
+@click.option(
+    "--sweep",
+    "grid",
+    multiple=True,
+    metavar="KEY=V,V...",
+    help="A run for each value of gpus, bandwidth_mbps, arrival_interval_s, memory_fraction, "
+    "solver, seed; may be repeated. -o names a table, .parquet or .csv.",
+)
+@click.option(
+    "--jobs",
+    default=-1,
+    show_default=True,
+    metavar="N",
+    help="Processes; -1: one a core.",
+)
+@click.option("--per-request", metavar="R.parquet", help="Also write one row a request.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("-o", "--output", metavar="S.json", help="Write the report as JSON.")
+@click.pass_context
+def command(ctx: click.Context, /, **given: Any) -> None:
+    """Simulate requests on a cluster under each placement: latency, traffic, migrations.
+
+    All placements see the same arrivals and the same requests. Ctrl-C writes what is done, marked
+    partial.
+    """
+    if given["grid"]:
+        from prism_plan.cli.sweep import run_sweep
+
+        ctx.exit(run_sweep(given))
+    ctx.exit(_simulate(given))
+
+
+def simulation_options(given: dict[str, Any]) -> SimulationOptions:
+    """How to simulate, from the options of the command."""
+    import math
+
+    from prism_plan.errors import InputError
+    from prism_plan.simulate.calibration_file import read_calibration
+    from prism_plan.simulation import SimulationOptions
+
+    half_life_s = given["half_life"]
+    if given["statistics"] == "cumulative":
+        if half_life_s is not None:
+            raise InputError(
+                f"{half_life_s:g} with cumulative statistics",
+                source="--half-life",
+                remedy="leave one of the two out",
+            )
+        half_life_s = math.inf
+    elif half_life_s is not None and not math.isfinite(half_life_s):
+        raise InputError(f"{half_life_s}", source="--half-life", expected="seconds above 0")
+    calibration = given["calibration"]
+    return SimulationOptions(
+        route=given["route"],
+        migrate=given["migrate"],
+        migrate_every_s=given["migrate_every"],
+        half_life_s=half_life_s,
+        horizon_s=given["horizon"],
+        migration_cost=given["migration_cost"],
+        migrate_solver=given["migrate_solver"],
+        calibration=None if calibration is None else read_calibration(calibration),
+        engine=given["engine"],
+        time_limit_s=given["time_limit"],
+        seed=given["seed"],
+    )
+
+
+def solver_names(text: str | None) -> list[str]:
+    """The solvers of a list with commas."""
+    from prism_plan.cli.inputs import blaming
+    from prism_plan.solvers.registry import get_solver
+
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    with blaming("--solvers"):
+        for name in names:
+            get_solver(name)
+    return names
+
+
+def _simulate(given: dict[str, Any]) -> int:
+    from prism_plan.cli.console import deliver, load_trace, note, print_json, progress
+    from prism_plan.cli.inputs import blaming, load_cluster, trace_file, writable
+    from prism_plan.errors import InputError
+    from prism_plan.placement_file import read_placement
+    from prism_plan.request_table import write_request_table
+    from prism_plan.simulation import dump_report, simulate_placements
+
+    paths = given["placements"]
+    files = (given["trace"], given["cluster"], given["arrivals"], given["phases"],
+             given["calibration"], *paths)  # fmt: skip
+    names = solver_names(given["solvers"])
+    if not paths and not names and not given["offload"]:
+        raise InputError(
+            "nothing to simulate",
+            source="simulate",
+            expected="placement files, --solvers or --offload",
+        )
+    writable(given["output"], *files)
+    if given["per_request"] == "-":
+        raise InputError("-", source="--per-request", expected="the name of a file")
+    writable(given["per_request"], *files, given["output"])
+    options = simulation_options(given)
+    cluster, cluster_input = load_cluster(given["cluster"])
+    existing = [(path, read_placement(path)) for path in paths]
+    trace = load_trace(given["trace"])
+    planned, scored = trace, trace
+    if given["holdout"] is not None:
+        planned, scored = trace.split(given["holdout"], given["seed"])
+    with blaming(given["cluster"]):
+        requests = _requests(scored, cluster, given)
+        placements = existing + _planned(planned, cluster, names, given)
+    with (
+        progress(len(placements) * len(requests), "requests") as update,
+        blaming(given["cluster"]),
+    ):
+        order = {name: at for at, (name, _) in enumerate(placements)}
+        result = simulate_placements(
+            placements,
+            requests,
+            scored,
+            cluster,
+            options,
+            inputs={"trace": trace_file(trace), "cluster": cluster_input},
+            progress=lambda name, done, total: update(name, order[name] * total + done),
+        )
+    values = result.to_json()
+    if given["holdout"] is not None:
+        values["trace"]["holdout"] = given["holdout"]
+    output = given["output"]
+    if given["per_request"] is not None and result.runs:
+        write_request_table(given["per_request"], result)
+    if output is not None:
+        deliver(output, dump_report(values))
+    if given["as_json"] and output != "-":
+        print_json(values)
+    else:
+        _print(values, err=output == "-")
+    for text in values["notes"]:
+        note(text)
+    if result.partial:
+        done = sum(run["finished"] for run in values["runs"])
+        note(
+            f"ended early: {len(values['runs'])} of {len(placements)} placements, {done:,} requests"
+            + (f"; {output} is marked partial" if output not in (None, "-") else "")
+        )
+        return 130 if options.time_limit_s is None else 0
+    return 0
+
+
+def _requests(trace: Trace, cluster: Cluster, given: dict[str, Any]) -> Requests:
+    from prism_plan.simulate.arrivals_file import read_arrivals
+    from prism_plan.simulate.schedule_file import read_schedule
+    from prism_plan.simulate.workload import sample_requests
+
+    arrivals, phases = given["arrivals"], given["phases"]
+    return sample_requests(
+        trace,
+        cluster,
+        requests_per_server=100 if given["requests"] is None else given["requests"],
+        duration_s=given["duration"],
+        burst=given["burst"],
+        schedule=None if phases is None else read_schedule(phases),
+        arrivals=None if arrivals is None else read_arrivals(arrivals),
+        decode_tokens=given["decode_tokens"],
+        prompt_tokens=given["prompt_tokens"],
+        seed=given["seed"],
+    )
+
+
+def _planned(
+    trace: Trace, cluster: Cluster, names: list[str], given: dict[str, Any]
+) -> list[tuple[str, Placement]]:
+    from prism_plan.instance import Instance
+    from prism_plan.simulation import OFFLOAD, offload_placement
+    from prism_plan.solvers import Options, solve
+
+    if not names and not given["offload"]:
+        return []
+    instance = Instance.build(trace, cluster, min_replicas=given["min_replicas"])
+    options = Options(seed=given["seed"])
+    found = [(name, solve(instance, name, options)) for name in names]
+    if given["offload"]:
+        found.append((OFFLOAD, offload_placement(instance)))
+    return found
+
+
+def _print(values: dict[str, Any], *, err: bool) -> None:
+    from prism_plan.cli.console import byte_size, percent, print_table, seconds
+
+    columns = ["placement", "mean", "p95", "p99", "ttft", "tpot", "remote", "waiting", "dest.",
+               "sent", "busiest"]  # fmt: skip
+    rows = []
+    for run in values["runs"]:
+        busiest = max(
+            (server["utilisation"] for server in run["servers"] if server["utilisation"]),
+            default=None,
+        )
+        tpot_s = run["tpot_s"]["mean"]
+        rows.append(
+            [
+                run["placement"] + (" (partial)" if run["partial"] else ""),
+                *(_time(run["latency_s"][key]) for key in ("mean", "p95", "p99")),
+                _time(run["ttft_s"]["mean"]),
+                "–" if tpot_s is None else f"{1e3 * tpot_s:.1f} ms",
+                percent(run["remote_share"], 1),
+                percent(run["waiting_share"], 1),
+                seconds(run["destinations"]),
+                byte_size(run["bytes_sent"] / run["requests"]) if run["requests"] else "–",
+                percent(busiest, 0),
+            ]
+        )
+    number = values["runs"][0]["requests"] if values["runs"] else 0
+    place = f"{values['trace']['name']} on {values['cluster']['name']}"
+    title = f"{place}: {number:,} requests; latency, traffic, busiest server"
+    print_table(columns, rows, title=title, err=err)
+    if values["migrate"] != "never":
+        _print_migrations(values, err=err)
+
+
+def _print_migrations(values: dict[str, Any], *, err: bool) -> None:
+    from prism_plan.cli.console import byte_size, print_table
+
+    rows = []
+    for run in values["runs"]:
+        moves = [review for review in run["migrations"] if review["decision"] == "move"]
+        rows.append(
+            [
+                run["placement"],
+                str(len(run["migrations"])),
+                str(len(moves)),
+                f"{sum(move['moved_experts'] for move in moves):,}",
+                byte_size(sum(move["moved_bytes"] for move in moves)),
+                f"{sum(move['saving_s'] for move in moves):.1f} s",
+                f"{sum(move['cost_s'] for move in moves):.1f} s",
+            ]
+        )
+    columns = ["placement", "reviews", "moves", "experts", "bytes", "expected saving", "cost"]
+    print_table(columns, rows, title=f"Migrations by policy {values['migrate']}", err=err)
+
+
+def _time(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f} s" if value < 100 else f"{value:,.0f} s"

@@ -1,0 +1,78 @@
+"""``prism-plan simulate --sweep``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def run_sweep(given: dict[str, Any]) -> int:
+    """Simulate a grid and write its table; returns the exit code."""
+    import dataclasses
+
+    from prism_plan.cli.console import deliver, load_trace, note, progress
+    from prism_plan.cli.inputs import blaming, load_cluster, writable
+    from prism_plan.cli.simulate import simulation_options, solver_names
+    from prism_plan.errors import InputError
+    from prism_plan.simulation import OFFLOAD
+    from prism_plan.sweep import Grid, SweepOptions, parse_grid, sweep
+    from prism_plan.sweep_file import OK, dump_sweep, sweep_kind
+
+    for key, option in (
+        ("placements", "placement files"),
+        ("arrivals", "--arrivals"),
+        ("phases", "--phases"),
+        ("duration", "--duration"),
+        ("per_request", "--per-request"),
+        ("time_limit", "--time-limit"),
+    ):
+        if given[key]:
+            raise InputError(
+                f"{option} with a sweep", source="--sweep", remedy="leave one of the two out"
+            )
+    output = given["output"]
+    if output is None:
+        raise InputError("no table to write", source="--sweep", expected="-o R.parquet or -o R.csv")
+    kind = "csv" if output == "-" else sweep_kind(output)
+    writable(output, given["trace"], given["cluster"], given["calibration"])
+    texts = list(given["grid"])
+    asked = solver_names(given["solvers"]) + [OFFLOAD] * given["offload"]
+    if asked:
+        texts.append(f"solver={','.join(asked)}")
+    grid: Grid = parse_grid(texts)
+    if "seed=" not in "".join(texts).replace(" ", ""):
+        grid = dataclasses.replace(grid, seed=(given["seed"],))
+    options = SweepOptions(
+        requests_per_server=20 if given["requests"] is None else given["requests"],
+        burst=given["burst"],
+        decode_tokens=given["decode_tokens"],
+        prompt_tokens=given["prompt_tokens"],
+        holdout=given["holdout"],
+        min_replicas=given["min_replicas"],
+        simulation=simulation_options(given),
+    )
+    cluster, _ = load_cluster(given["cluster"])
+    trace = load_trace(given["trace"])
+    if given["jobs"] == 0 or given["jobs"] < -1:
+        raise InputError(f"{given['jobs']}", source="--jobs", expected="-1, or 1 or more")
+    rows: list[dict[str, Any]] = []
+    interrupted = False
+    with progress(grid.runs, "runs") as update, blaming(given["cluster"]):
+        try:
+            for row in sweep(
+                trace, cluster, grid, options, jobs=given["jobs"],
+                progress=lambda done: update("simulating", done),
+            ):  # fmt: skip
+                rows.append(row)
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted and not rows:
+        raise KeyboardInterrupt
+    deliver(output, dump_sweep(rows, kind, source=output))
+    failed = [row for row in rows if row["status"] != OK]
+    note(f"{output}: {len(rows)} of {grid.runs} runs" + (" (interrupted)" if interrupted else ""))
+    for line in sorted({row["status"] for row in failed})[:5]:
+        number = sum(row["status"] == line for row in failed)
+        note(f"{number} of {len(rows)} runs failed: {line}")
+    if interrupted:
+        return 130
+    return 0

@@ -1,0 +1,366 @@
+"""Many simulations over a grid of clusters, arrivals, solvers and seeds; one row each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import InputError, PrismError, did_you_mean
+from prism_plan.instance import Instance
+from prism_plan.placement import Placement
+from prism_plan.simulate.report import Run
+from prism_plan.simulate.workload import sample_requests
+from prism_plan.simulation import OFFLOAD, SimulationOptions, offload_placement, simulate_placements
+from prism_plan.solvers import SOLVER_NAMES, Options, get_solver, solve
+from prism_plan.sweep_file import OK
+from prism_plan.trace import Trace
+
+#: More runs than this are a mistyped grid.
+MOST_RUNS = 100_000
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is varied. ``None`` in a list: as the cluster file has it; so are empty lists.
+
+    ``gpus`` are whole multiples of the cluster's GPUs: its servers are repeated. The bandwidth is
+    that of ``[link]``; servers and pairs with figures of their own keep them. The arrival interval
+    and the usable memory fraction are set for all servers and GPUs alike. ``seed`` is that of the
+    requests, of the split and of random solvers.
+
+    Raises
+    ------
+    InputError
+        A value is out of range, an unknown solver, no solver, too many runs.
+    """
+
+    gpus: tuple[int | None, ...] = (None,)
+    bandwidth_mbps: tuple[float | None, ...] = (None,)
+    arrival_interval_s: tuple[float | None, ...] = (None,)
+    memory_fraction: tuple[float | None, ...] = (None,)
+    solver: tuple[str, ...] = ()
+    seed: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        for key, least, most in (
+            ("gpus", 1, 65536),
+            ("bandwidth_mbps", 1e-6, 1e9),
+            ("arrival_interval_s", 1e-6, 1e9),
+            ("memory_fraction", 1e-6, 1.0),
+            ("seed", 0, 2**63 - 1),
+        ):
+            for value in getattr(self, key):
+                whole = key in ("gpus", "seed")
+                if value is None and key != "seed":
+                    continue
+                if not least <= value <= most or (whole and value != int(value)):
+                    kind = "a whole number" if whole else "a number"
+                    raise InputError(
+                        f"{value!r}",
+                        source="--sweep",
+                        place=key,
+                        expected=f"{kind} from {least:g} to {most:g}",
+                    )
+        for name in self.solver:
+            if name != OFFLOAD:
+                with _blaming_sweep():
+                    get_solver(name)
+        if not self.solver:
+            raise InputError(
+                "no solver",
+                source="--sweep",
+                place="solver",
+                expected=f"some of {', '.join((*SOLVER_NAMES, OFFLOAD))}",
+            )
+        if self.runs > MOST_RUNS:
+            raise InputError(
+                f"{self.runs:,} runs", source="--sweep", expected=f"at most {MOST_RUNS:,}"
+            )
+
+    @property
+    def runs(self) -> int:
+        """How many rows the sweep has."""
+        number = 1
+        for field in dataclasses.fields(self):
+            number *= len(getattr(self, field.name))
+        return number
+
+    def plans(self) -> Iterator[Plans]:
+        """The parts that share one placement, in order."""
+        for gpus, fraction, seed, solver in itertools.product(
+            self.gpus, self.memory_fraction, self.seed, self.solver
+        ):
+            yield Plans(gpus, fraction, solver, seed, self.bandwidth_mbps, self.arrival_interval_s)
+
+
+def parse_grid(texts: Sequence[str]) -> Grid:
+    """A grid from texts ``KEY=VALUE,VALUE,...``, the keys being :class:`Grid`'s fields.
+
+    Raises
+    ------
+    InputError
+        An unknown key, one that stands twice, a value that is no number, and as :class:`Grid`.
+    """
+    keys = [field.name for field in dataclasses.fields(Grid)]
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, listed = text.partition("=")
+        key = key.strip()
+        if not equals or key not in keys or key in values:
+            twice = " stands twice" if key in values else did_you_mean(key, keys)
+            raise InputError(
+                f"{text!r:.60}{twice}",
+                source="--sweep",
+                expected=f"KEY=VALUE,VALUE,... with KEY of {', '.join(keys)}",
+            )
+        words = [word.strip() for word in listed.split(",") if word.strip()]
+        if not words:
+            raise InputError(f"{text!r:.60}", source="--sweep", place=key, expected="values")
+        values[key] = tuple(dict.fromkeys(_value(key, word) for word in words))
+    return Grid(**values)
+
+
+def _value(key: str, word: str) -> Any:
+    if key == "solver":
+        return word
+    try:
+        return int(word) if key in ("gpus", "seed") else float(word)
+    except ValueError:
+        raise InputError(
+            f"{word!r:.60}", source="--sweep", place=key, expected="a number"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Plans:
+    """A placement's conditions, and those that it is simulated under."""
+
+    gpus: int | None
+    memory_fraction: float | None
+    solver: str
+    seed: int
+    bandwidth_mbps: tuple[float | None, ...]
+    arrival_interval_s: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What is the same in all runs: requests of each server, the split, how to simulate."""
+
+    requests_per_server: int = 20
+    burst: int = 1
+    decode_tokens: int = 32
+    prompt_tokens: int = 128
+    holdout: float | None = None
+    min_replicas: int = 1
+    simulation: SimulationOptions = dataclasses.field(default_factory=SimulationOptions)
+
+
+def varied(
+    cluster: Cluster,
+    *,
+    gpus: int | None = None,
+    bandwidth_mbps: float | None = None,
+    arrival_interval_s: float | None = None,
+    memory_fraction: float | None = None,
+) -> Cluster:
+    """A cluster of more GPUs, other links, arrivals or memory; see :class:`Grid`.
+
+    Raises
+    ------
+    InputError
+        ``gpus`` is no whole multiple of the cluster's.
+    """
+    servers = cluster.servers
+    pairs = cluster.pair_links
+    own = sum(len(server.gpus) for server in servers)
+    if gpus is not None and gpus != own:
+        copies, rest = divmod(gpus, own)
+        if rest or not copies:
+            raise InputError(
+                f"{gpus}",
+                source="--sweep",
+                place="gpus",
+                expected=f"whole multiples of the {own} GPUs of {cluster.name}",
+            )
+        number = len(servers)
+        servers = tuple(
+            dataclasses.replace(server, name=f"{server.name}.{copy}") if copy else server
+            for copy in range(copies)
+            for server in servers
+        )
+        pairs = tuple(
+            dataclasses.replace(pair, a=pair.a + copy * number, b=pair.b + copy * number)
+            for copy in range(copies)
+            for pair in pairs
+        )
+    if arrival_interval_s is not None:
+        servers = tuple(
+            dataclasses.replace(server, arrival_interval_s=arrival_interval_s) for server in servers
+        )
+    if memory_fraction is not None:
+        if any(gpu.slots is not None for server in servers for gpu in server.gpus):
+            raise InputError(
+                "a GPU gives its slots directly",
+                source="--sweep",
+                place="memory_fraction",
+                expected="memory_gb or memory_gib in the cluster file",
+            )
+        servers = tuple(
+            dataclasses.replace(
+                server,
+                gpus=tuple(
+                    dataclasses.replace(gpu, memory_fraction=memory_fraction) for gpu in server.gpus
+                ),
+            )
+            for server in servers
+        )
+    link = cluster.link
+    if bandwidth_mbps is not None:
+        link = dataclasses.replace(link, bandwidth_mbps=bandwidth_mbps)
+    return dataclasses.replace(cluster, servers=servers, pair_links=pairs, link=link)
+
+
+def sweep(
+    trace: Trace,
+    cluster: Cluster,
+    grid: Grid,
+    options: SweepOptions | None = None,
+    *,
+    jobs: int = -1,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[dict[str, Any]]:
+    """Rows of the sweep table (:data:`prism_plan.sweep_file.COLUMNS`), in the grid's order.
+
+    Placements are spread over ``jobs`` processes (-1: one a core) by joblib, so that
+    ``joblib.parallel_config(backend="dask")`` or ``"ray"`` around the call takes the sweep beyond
+    one machine. A run that fails is a row whose ``status`` is the error. With
+    ``options.holdout`` placements are planned on one part of each task's requests and simulated
+    with the others.
+    """
+    import joblib
+
+    options = options or SweepOptions()
+    work = joblib.Parallel(n_jobs=jobs, return_as="generator")(
+        joblib.delayed(_rows)(trace, cluster, plans, options) for plans in grid.plans()
+    )
+    done = 0
+    for rows in work:
+        done += len(rows)
+        progress(done)
+        yield from rows
+
+
+def _rows(
+    trace: Trace, cluster: Cluster, plans: Plans, options: SweepOptions
+) -> list[dict[str, Any]]:
+    """All rows of one placement."""
+    conditions = list(itertools.product(plans.bandwidth_mbps, plans.arrival_interval_s))
+    placement: Placement | None = None
+    error: PrismError | None = None
+    solve_s = 0.0
+    scored = trace
+    try:
+        planned = trace
+        if options.holdout is not None:
+            planned, scored = trace.split(options.holdout, plans.seed)
+        base = varied(cluster, gpus=plans.gpus, memory_fraction=plans.memory_fraction)
+        instance = Instance.build(planned, base, min_replicas=options.min_replicas)
+        begin = time.perf_counter()
+        if plans.solver == OFFLOAD:
+            placement = offload_placement(instance)
+        else:
+            placement = solve(instance, plans.solver, Options(seed=plans.seed))
+        solve_s = time.perf_counter() - begin
+    except PrismError as found:
+        error = found
+    rows = []
+    for bandwidth, interval in conditions:
+        row = {
+            "gpus": plans.gpus or sum(len(server.gpus) for server in cluster.servers),
+            "servers": len(cluster.servers) * _copies(cluster, plans.gpus),
+            "bandwidth_mbps": bandwidth,
+            "arrival_interval_s": interval,
+            "memory_fraction": plans.memory_fraction,
+            "solver": plans.solver,
+            "seed": plans.seed,
+            "status": OK if error is None else str(error),
+        }
+        if placement is not None:
+            try:
+                run = _run(scored, cluster, placement, plans, bandwidth, interval, options)
+                row |= _results(run.to_json(), run) | {"solve_s": solve_s}
+            except PrismError as found:
+                row["status"] = str(found)
+        rows.append(row)
+    return rows
+
+
+def _copies(cluster: Cluster, gpus: int | None) -> int:
+    own = sum(len(server.gpus) for server in cluster.servers)
+    return 1 if gpus is None else max(gpus // own, 1)
+
+
+def _run(
+    trace: Trace,
+    cluster: Cluster,
+    placement: Placement,
+    plans: Plans,
+    bandwidth_mbps: float | None,
+    arrival_interval_s: float | None,
+    options: SweepOptions,
+) -> Run:
+    target = varied(
+        cluster,
+        gpus=plans.gpus,
+        memory_fraction=plans.memory_fraction,
+        bandwidth_mbps=bandwidth_mbps,
+        arrival_interval_s=arrival_interval_s,
+    )
+    requests = sample_requests(
+        trace,
+        target,
+        requests_per_server=options.requests_per_server,
+        burst=options.burst,
+        decode_tokens=options.decode_tokens,
+        prompt_tokens=options.prompt_tokens,
+        seed=plans.seed,
+    )
+    simulation = dataclasses.replace(options.simulation, seed=plans.seed)
+    return simulate_placements(
+        [(plans.solver, placement)], requests, trace, target, simulation
+    ).runs[0]
+
+
+def _results(run: Mapping[str, Any], source: Run) -> dict[str, Any]:
+    known = [share for share in source.utilisation() if share is not None]
+    return {
+        "requests": run["requests"],
+        "latency_mean_s": run["latency_s"]["mean"],
+        "latency_p50_s": run["latency_s"]["p50"],
+        "latency_p95_s": run["latency_s"]["p95"],
+        "latency_p99_s": run["latency_s"]["p99"],
+        "ttft_mean_s": run["ttft_s"]["mean"],
+        "tpot_mean_s": run["tpot_s"]["mean"],
+        "remote_share": run["remote_share"],
+        "waiting_share": run["waiting_share"],
+        "destinations": run["destinations"],
+        "bytes_sent": run["bytes_sent"],
+        "utilisation": max(known, default=None),
+        "events": run["events"],
+        "runtime_s": run["runtime_s"],
+    }
+
+
+@contextlib.contextmanager
+def _blaming_sweep() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise error.within("--sweep") from error
