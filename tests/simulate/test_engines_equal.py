@@ -72,7 +72,7 @@ def drawn_steps(rng: np.random.Generator, held: np.ndarray) -> list[Step]:
             steps.append(Step("load", int(rng.integers(gpus)), pair, needs))
             continue
         copies = np.flatnonzero(held[:, pair])
-        again = [i for i, step in enumerate(steps) if step.load and step.pair == pair]
+        again = [i for i, step in enumerate(steps) if step.kind == "load" and step.pair == pair]
         if len(copies) > 1 or rng.random() < 0.1:
             steps.append(Step("drop", int(rng.choice(copies)), pair, needs))
             held[steps[-1].gpu, pair] = len(copies) == 1
