@@ -115,7 +115,7 @@ def counted(scenario: Scenario) -> dict[str, Any]:
 @settings(max_examples=80, deadline=None)
 @given(seed=SEEDS, home=st.booleans())
 def test_counts_are_those_of_requests_and_placement(engine: Any, seed: int, home: bool) -> None:
-    """Calls, remote and waiting ones, destinations; by server traffic and work where it is fixed."""
+    """Calls, remote and waiting ones, destinations; where it is fixed also traffic and work."""
     scenario = drawn_scenario(np.random.default_rng(seed), home=home)
     run = engine(scenario)
     outcome = finished(run)

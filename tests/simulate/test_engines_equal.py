@@ -49,7 +49,7 @@ def assert_equal(a: Engine, b: Engine) -> None:
     assert (a.arrivals_done, a.migrating) == (b.arrivals_done, b.migrating)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(seed=SEEDS, ties=st.booleans(), offload=st.booleans())
 def test_engines_are_equal(seed: int, ties: bool, offload: bool) -> None:
     """All routes, offload, bursts, copies, concurrency, other execution servers, equal times."""
@@ -101,7 +101,7 @@ def taken(engine: Engine, seed: int) -> str:
     return ""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(seed=SEEDS, ties=st.booleans())
 def test_engines_are_equal_while_experts_move(seed: int, ties: bool) -> None:
     """Migrations with needs, begun between pieces of a run, on GPUs that loads block or not."""

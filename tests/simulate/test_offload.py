@@ -1,4 +1,4 @@
-"""The baseline without help (DESIGN section 4, rule 8): loads from host memory, LRU slots, by hand."""
+"""The baseline without help (DESIGN section 4, rule 8): loads into LRU slots, by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def offload(
     prefill: bool = False,
     blocks: bool = False,
 ) -> Scenario:
-    """One request of one server, its tokens as a prompt or one by one."""  # fmt: skip
+    """One request of one server, its tokens as a prompt or one by one."""
     gpus, layers, experts = held.shape
     cluster = make_cluster([gpus])
     if blocks:
@@ -78,7 +78,7 @@ def test_least_recently_used(engine: Any) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_empty_slots_are_taken_first(engine: Any) -> None:
-    """Of three slots one is empty: the first miss evicts nothing, the second what was never used."""
+    """Slots never used go first, in order; after them the one used longest ago."""
     run = engine(
         offload([[[e]] for e in (2, 0, 3, 2, 0, 1)], holding(1, 4, [(0, 0), (0, 1)]), 3), log=True
     )

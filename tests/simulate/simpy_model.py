@@ -1,0 +1,133 @@
+"""The same scenarios as processes of SimPy: another simulator, another way to write the rules.
+
+Requests are processes that hold a place at home; GPUs and ports are resources of capacity one. A
+message asks for the sender's uplink and the receiver's downlink at one time and starts when it has
+both. No bursts, no offload, no migration; layers execute at home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simpy
+
+from prism_plan.simulate.network import BYTES_PER_CALL
+from prism_plan.simulate.routes import cover, nearest, spread
+from prism_plan.simulate.scenario import Scenario
+
+Process = Generator[Any, Any, None]
+
+
+class SimpyModel:
+    """A scenario on SimPy; ``done_s`` [R] after :meth:`run`, ``processed`` counts its events."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.s = scenario
+        servers = len(scenario.concurrency)
+        self.env = env = simpy.Environment()
+        self.place = [simpy.Resource(env, places) for places in scenario.concurrency]
+        self.gpu = [simpy.Resource(env) for _ in scenario.timing.kind]
+        self.up = [simpy.Resource(env) for _ in range(servers)]
+        self.down = [simpy.Resource(env) for _ in range(servers)]
+        self.sent = [[0] * servers for _ in range(servers)]
+        self.done_s = np.full(len(scenario.requests), np.nan)
+        self.local = scenario.placement.local
+
+    def run(self) -> npt.NDArray[np.float64]:
+        """When each request was answered."""
+        self.env.process(self.arrivals())
+        self.env.run()
+        return self.done_s
+
+    def arrivals(self) -> Process:
+        """Start each request when it arrives."""
+        for r, at_s in enumerate(self.s.requests.arrival_s):
+            yield self.env.timeout(at_s - self.env.now)
+            self.env.process(self.request(r))
+
+    def request(self, r: int) -> Process:
+        """Wait for a place; then prefill at once and decode token by token."""
+        prompts, p = self.s.requests.prompts, self.s.requests.prompt[r]
+        home = int(self.s.requests.home[r])
+        row = int(prompts.first_row[p])
+        prefill, decode = int(prompts.prefill_tokens[p]), int(prompts.decode_tokens[p])
+        with self.place[home].request() as place:
+            yield place
+            for tokens in [prefill] * (prefill > 0) + [1] * decode:
+                for layer in range(prompts.experts.shape[1]):
+                    step = prompts.experts[row : row + tokens, layer].tolist()
+                    yield from self.layer(r, home, layer, step)
+                row += tokens
+        self.done_s[r] = self.env.now
+
+    def layer(self, r: int, home: int, layer: int, step: list[list[int]]) -> Process:
+        """Dense part at home; then local experts and calls side by side."""
+        timing, gpu = self.s.timing, int(self.s.dense_gpu[home])
+        yield from self.work(gpu, timing.dense_s[timing.kind[gpu], len(step)])
+        tokens_to: dict[int, int] = {}
+        batches: dict[int, dict[int, int]] = {}
+        for token in step:
+            place = self.places(r, home, layer, token)
+            for e, m in zip(token, place, strict=True):
+                batch = batches.setdefault(m, {})
+                batch[e] = batch.get(e, 0) + 1
+            for m in set(place) - {home}:
+                tokens_to[m] = tokens_to.get(m, 0) + 1
+                self.sent[home][m] += 1
+        parts = []
+        for m, batch in sorted(batches.items()):
+            if m == home:
+                parts.append(self.env.process(self.compute(m, layer, batch)))
+            else:
+                parts.append(self.env.process(self.call(home, m, layer, tokens_to[m], batch)))
+        yield self.env.all_of(parts)
+
+    def places(self, r: int, home: int, layer: int, token: list[int]) -> list[int]:
+        """The server of each expert of a token."""
+        missing = [e for e in token if not self.local[home, layer, e]]
+        holders = [np.flatnonzero(self.local[:, layer, e]).tolist() for e in missing]
+        if self.s.route == "cover":
+            chosen = cover(holders, self.sent[home])
+        elif self.s.route == "nearest":
+            rank = self.s.network.call_cost_s()[home].tolist()
+            chosen = [nearest(rank, held) for held in holders]
+        else:
+            first = layer * self.local.shape[2]
+            pairs = [first + e for e in missing]
+            chosen = [spread(r, p, held) for p, held in zip(pairs, holders, strict=True)]
+        where = dict(zip(missing, chosen, strict=True))
+        return [where.get(e, home) for e in token]
+
+    def compute(self, server: int, layer: int, batch: dict[int, int]) -> Process:
+        """A batch on the GPUs of a server, side by side."""
+        timing, held = self.s.timing, self.s.placement.on_gpu[:, layer]
+        work_s: dict[int, float] = {}
+        for e, tokens in batch.items():
+            gpu = min(g for g in self.s.placement.gpus_of(server).tolist() if held[g, e])
+            entry = timing.expert_s[timing.kind[gpu], timing.size[layer], tokens]
+            work_s[gpu] = work_s.get(gpu, 0.0) + entry
+        yield self.env.all_of([self.env.process(self.work(g, w)) for g, w in work_s.items()])
+
+    def work(self, gpu: int, work_s: float) -> Process:
+        """One thing at a time on a GPU."""
+        with self.gpu[gpu].request() as turn:
+            yield turn
+            yield self.env.timeout(work_s)
+
+    def call(self, home: int, m: int, layer: int, tokens: int, batch: dict[int, int]) -> Process:
+        """Overhead, message out, experts there, message back."""
+        states = tokens * self.s.network.token_bytes
+        yield self.env.timeout(self.s.network.call_overhead_s)
+        yield from self.message(home, m, states + BYTES_PER_CALL * sum(batch.values()))
+        yield from self.compute(m, layer, batch)
+        yield from self.message(m, home, states)
+
+    def message(self, a: int, b: int, payload: int) -> Process:
+        """Hold both ports while the payload passes; then half a round trip."""
+        with self.up[a].request() as up, self.down[b].request() as down:
+            yield up & down
+            yield self.env.timeout(payload * self.s.network.seconds_per_byte[a, b])
+        yield self.env.timeout(self.s.network.half_rtt_s[a, b])
