@@ -433,7 +433,7 @@ class ReferenceEngine:
                 held = held[:capacity]
                 resident.update(held)
                 slots += [[pair, -1.0, gpu] for pair in held]
-                slots += [[-1, -1.0, gpu] for _ in range(capacity - len(held))]
+                slots += [[-1, -2.0, gpu] for _ in range(capacity - len(held))]  # before all others
                 gpu += 1
             self._slots.append(slots)
 

@@ -351,7 +351,7 @@ def _slots(s: Scenario, held: Array) -> tuple[Array, Array, Array, Array]:
     return (
         np.array(first, np.int64),
         np.array(pair, np.int64),
-        np.full(len(pair), -1.0),
+        np.where(np.array(pair) < 0, -2.0, -1.0),  # empty ones go first
         np.array(gpu_of, np.int32),
     )
 
