@@ -42,7 +42,7 @@ class CompiledEngine:
             )
         self.s = scenario
         self._fixed = tables.fixed(scenario)
-        self._state = tables.state(scenario, log=log)
+        self._set(tables.state(scenario, log=log))
         if len(scenario.requests):
             loop.push(
                 self._state.heap_s,
@@ -55,12 +55,16 @@ class CompiledEngine:
                 0,
             )
 
+    def _set(self, state: tables.State) -> None:
+        self._state = state
+        self._links = tables.links(self._fixed, state)
+
     def advance(self, until_s: float = math.inf, max_events: int | None = None) -> bool:
         left = max_events
         while True:
             before = int(self._state.number[tables.TAKEN])
             most = CHUNK if left is None else min(left, CHUNK)
-            code = loop.run(self._fixed, self._state, until_s, most)
+            code = loop.run(self._fixed, self._state, self._links, until_s, most)
             if left is not None:
                 left -= int(self._state.number[tables.TAKEN]) - before
             if code == loop.ALL:
@@ -71,7 +75,7 @@ class CompiledEngine:
             elif code == loop.UNCOVERED:
                 raise self._uncovered()
             else:
-                self._state = tables.grown(self._state, _FULL[code])
+                self._set(tables.grown(self._state, _FULL[code]))
         if math.isfinite(until_s):
             self._state.now[0] = max(self._state.now[0], until_s)
         return True
@@ -122,7 +126,7 @@ class CompiledEngine:
         )
         self._state.number[tables.OPEN_STEPS] = len(steps)
         while len(self._state.heap_s) - int(self._state.number[tables.HEAP]) <= len(steps):
-            self._state = tables.grown(self._state, "heap")
+            self._set(tables.grown(self._state, "heap"))
         if not loop.begin_steps(self._fixed, self._state, len(ready)):
             raise self._uncovered()
 

@@ -27,11 +27,16 @@ COMPUTED = 5
 RETURNED = 6
 #: An expert has been loaded into its new place.
 LOADED = 7
+#: A transfer has ended: the uplink and the downlink that it held are free.
+FREED = 8
 
-KINDS = ("arrival", "dense", "local", "send", "arrived", "computed", "returned", "loaded")
-#: At one time loads are finished first and arrivals come last, so that an arrival meets the places
-#: that are free at that time.
-RANK = np.array([2, 1, 1, 1, 1, 1, 1, 0], np.int8)
+KINDS = (
+    *("arrival", "dense", "local", "send", "arrived", "computed", "returned", "loaded"),
+    "freed",
+)
+#: At one time loads and transfers are finished first and arrivals come last, so that what happens
+#: meets the places and links that are free at that time.
+RANK = np.array([2, 1, 1, 1, 1, 1, 1, 0, 0], np.int8)
 RANK.setflags(write=False)
 
 

@@ -17,6 +17,7 @@ from prism_plan.simulate.events import (
     ARRIVED,
     COMPUTED,
     DENSE,
+    FREED,
     LOADED,
     LOCAL,
     RETURNED,
@@ -33,9 +34,11 @@ from prism_plan.simulate.tables import (
     LOGGED,
     OPEN_STEPS,
     PUSHED,
+    QUEUED,
     SEEN,
     TAKEN,
     Fixed,
+    Links,
     State,
 )  # fmt: skip
 
@@ -192,26 +195,109 @@ def cover(  # pragma: no cover - compiled
 
 
 @jit
-def transfer(  # pragma: no cover - compiled
-    a: int, b: int, payload: int, now: float, per_byte: float, burst: float, up_rate: float,
-    down_rate: float, up_free: Array, down_free: Array, bucket: Array,
-) -> Any:  # fmt: skip
-    """Hold the uplink of a and the downlink of b; returns for how long, to their free times."""
-    start_s = max(now, up_free[a], down_free[b])
-    if burst > 0:
-        up = min(burst, bucket[0, a] + (start_s - bucket[1, a]) * up_rate)
-        down = min(burst, bucket[2, b] + (start_s - bucket[3, b]) * down_rate)
-        unshaped = min(up, down, float(payload))
-        held_s = (payload - unshaped) * per_byte
-        bucket[0, a] = min(burst, max(0.0, up + held_s * up_rate - payload))
-        bucket[1, a] = start_s + held_s
-        bucket[2, b] = min(burst, max(0.0, down + held_s * down_rate - payload))
-        bucket[3, b] = start_s + held_s
-    else:
-        held_s = payload * per_byte
-    up_free[a] = start_s + held_s
-    down_free[b] = start_s + held_s
+def held(t: Links, a: int, b: int, payload: Any) -> Any:  # pragma: no cover - compiled
+    """How long a transfer that begins now holds the uplink of a and the downlink of b."""
+    now = t.now[0]
+    burst = t.scalars[1]
+    per_byte = t.seconds_per_byte[a, b]
+    if burst == 0:
+        return payload * per_byte
+    bucket = t.bucket
+    up = min(burst, bucket[0, a] + (now - bucket[1, a]) * t.up_rate[a])
+    down = min(burst, bucket[2, b] + (now - bucket[3, b]) * t.down_rate[b])
+    unshaped = min(up, down, float(payload))
+    held_s = (payload - unshaped) * per_byte
+    bucket[0, a] = min(burst, max(0.0, up + held_s * t.up_rate[a] - payload))
+    bucket[1, a] = now + held_s
+    bucket[2, b] = min(burst, max(0.0, down + held_s * t.down_rate[b] - payload))
+    bucket[3, b] = now + held_s
     return held_s
+
+
+@jit
+def begin_transfer(t: Links, message: Any, a: Any, b: Any) -> None:  # pragma: no cover - compiled
+    """Hold the uplink of a and the downlink of b, both free, from now on."""
+    returning = t.m_returning[message]
+    payload = t.m_back[message] if returning else t.m_out[message]
+    t.port_busy[0, a] = True
+    t.port_busy[1, b] = True
+    held_s = held(t, a, b, payload)
+    t.up_busy_s[a] += held_s
+    t.down_busy_s[b] += held_s
+    t.bytes_out[a] += payload
+    t.bytes_in[b] += payload
+    end_s = t.now[0] + held_s
+    kind = RETURNED if returning else ARRIVED
+    push(t.heap_s, t.heap_key, t.heap_what, t.number, end_s, t.rank[FREED], FREED, message)
+    push(t.heap_s, t.heap_key, t.heap_what, t.number, end_s + t.half_rtt_s[a, b], t.rank[kind],
+         kind, message)  # fmt: skip
+
+
+@jit
+def ask(t: Links, message: Any, a: Any, b: Any) -> None:  # pragma: no cover - compiled
+    """Begin a transfer, or wait behind all that wait for the uplink of a and the downlink of b."""
+    if not t.port_busy[0, a] and not t.port_busy[1, b]:
+        begin_transfer(t, message, a, b)
+        return
+    t.m_ready[message] = t.number[QUEUED]
+    t.number[QUEUED] += 1
+    for port in range(2):
+        n = a if port == 0 else b
+        last = t.port_last[port, n]
+        t.m_next[message, port] = -1
+        t.m_before[message, port] = last
+        if last < 0:
+            t.port_first[port, n] = message
+        else:
+            t.m_next[last, port] = message
+        t.port_last[port, n] = message
+
+
+@jit
+def stop_waiting(t: Links, message: Any, a: Any, b: Any) -> None:  # pragma: no cover - compiled
+    """Take a message out of the two queues that it waits in."""
+    for port in range(2):
+        n = a if port == 0 else b
+        after = t.m_next[message, port]
+        before = t.m_before[message, port]
+        if before < 0:
+            t.port_first[port, n] = after
+        else:
+            t.m_next[before, port] = after
+        if after < 0:
+            t.port_last[port, n] = before
+        else:
+            t.m_before[after, port] = before
+
+
+@jit
+def free_ports(t: Links, a: Any, b: Any) -> None:  # pragma: no cover - compiled
+    """The uplink of a and the downlink of b are free: begin what waits for them, first come first.
+
+    The queues of the two ports are gone through together, in the order in which messages were
+    ready, until both ports are taken again.
+    """
+    t.port_busy[0, a] = False
+    t.port_busy[1, b] = False
+    up = t.port_first[0, a]
+    down = t.port_first[1, b]
+    while (up >= 0 and not t.port_busy[0, a]) or (down >= 0 and not t.port_busy[1, b]):
+        if t.port_busy[0, a]:
+            up = -1
+        if t.port_busy[1, b]:
+            down = -1
+        up_first = down < 0 or (up >= 0 and t.m_ready[up] <= t.m_ready[down])
+        message = up if up_first else down
+        if message == up:
+            up = t.m_next[up, 0]
+        if message == down:
+            down = t.m_next[down, 1]
+        returning = t.m_returning[message]
+        tail = t.m_to[message] if returning else t.m_at[message]
+        head = t.m_at[message] if returning else t.m_to[message]
+        if not t.port_busy[0, tail] and not t.port_busy[1, head]:
+            stop_waiting(t, message, tail, head)
+            begin_transfer(t, message, tail, head)
 
 
 @jit
@@ -356,11 +442,13 @@ def offloaded(  # pragma: no cover - compiled
 
 
 @jit
-def run(f: Fixed, s: State, until_s: float, most: int) -> int:  # pragma: no cover - compiled
+def run(
+    f: Fixed, s: State, t: Links, until_s: float, most: int
+) -> int:  # pragma: no cover - compiled
     """Take the events up to ``until_s``, at most ``most``; returns why it ended."""
     # by local names: looked up in the tuple inside the loop, arrays cost three times as much
     experts, token_bytes, route, offload = f.sizes[0], f.sizes[1], f.sizes[2], f.sizes[3] == 1
-    overhead_s, burst = f.scalars[0], f.scalars[1]
+    overhead_s = f.scalars[0]
     servers, layers = f.execution.shape
     top_k = f.experts.shape[2]
     rows_of, home_of, rank = f.experts, f.home, f.rank
@@ -380,7 +468,7 @@ def run(f: Fixed, s: State, until_s: float, most: int) -> int:  # pragma: no cov
             break
         if taken >= most:
             return MOST
-        if len(heap_s) - number[HEAP] < servers + 4 + number[OPEN_STEPS]:
+        if len(heap_s) - number[HEAP] < servers + 8 + number[OPEN_STEPS]:
             return HEAP_FULL
         if number[FREE] < servers + 1:
             return MESSAGES_FULL
@@ -421,10 +509,10 @@ def run(f: Fixed, s: State, until_s: float, most: int) -> int:  # pragma: no cov
             row = s.row[r]
             tokens = s.tokens[r]
             remote = 0
-            for t in range(row, row + tokens):
+            for token in range(row, row + tokens):
                 missing = 0
                 for k in range(top_k):
-                    e = np.int64(rows_of[t, layer, k])
+                    e = np.int64(rows_of[token, layer, k])
                     called[home, layer, e] += 1
                     if offload or gpu_of[at, first + e] >= 0:
                         if count[at, e] == 0:
@@ -530,6 +618,7 @@ def run(f: Fixed, s: State, until_s: float, most: int) -> int:  # pragma: no cov
                     s.m_out[message] = states + BYTES_PER_CALL * named
                     s.m_back[message] = states
                     s.m_hop[message] = False
+                    s.m_returning[message] = False
                     s.messages[at, m] += 1
                     push(heap_s, heap_key, heap_what, number, now + overhead_s, rank[SEND], SEND,
                          message)  # fmt: skip
@@ -539,18 +628,13 @@ def run(f: Fixed, s: State, until_s: float, most: int) -> int:  # pragma: no cov
             action = PART_DONE
 
         elif kind == SEND:
-            # ------------------------------------------------------------- over the link and beyond
-            a, b, payload = s.m_at[r], s.m_to[r], s.m_out[r]
-            held_s = transfer(
-                a, b, payload, now, f.seconds_per_byte[a, b], burst, f.up_rate[a], f.down_rate[b],
-                s.up_free, s.down_free, s.bucket,
-            )  # fmt: skip
-            s.up_busy_s[a] += held_s
-            s.down_busy_s[b] += held_s
-            s.bytes_out[a] += payload
-            s.bytes_in[b] += payload
-            push(heap_s, heap_key, heap_what, number, s.up_free[a] + f.half_rtt_s[a, b],
-                 rank[ARRIVED], ARRIVED, r)  # fmt: skip
+            ask(t, r, s.m_at[r], s.m_to[r])
+
+        elif kind == FREED:
+            if s.m_returning[r]:
+                free_ports(t, s.m_to[r], s.m_at[r])
+            else:
+                free_ports(t, s.m_at[r], s.m_to[r])
 
         elif kind == ARRIVED:
             m = s.m_to[r]
@@ -573,17 +657,8 @@ def run(f: Fixed, s: State, until_s: float, most: int) -> int:  # pragma: no cov
                 push(heap_s, heap_key, heap_what, number, end_s, rank[COMPUTED], COMPUTED, r)
 
         elif kind == COMPUTED:
-            a, b, payload = s.m_to[r], s.m_at[r], s.m_back[r]
-            held_s = transfer(
-                a, b, payload, now, f.seconds_per_byte[a, b], burst, f.up_rate[a], f.down_rate[b],
-                s.up_free, s.down_free, s.bucket,
-            )  # fmt: skip
-            s.up_busy_s[a] += held_s
-            s.down_busy_s[b] += held_s
-            s.bytes_out[a] += payload
-            s.bytes_in[b] += payload
-            push(heap_s, heap_key, heap_what, number, s.up_free[a] + f.half_rtt_s[a, b],
-                 rank[RETURNED], RETURNED, r)  # fmt: skip
+            s.m_returning[r] = True
+            ask(t, r, s.m_to[r], s.m_at[r])
 
         elif kind == RETURNED:
             s.m_free[number[FREE]] = r
@@ -656,6 +731,7 @@ def run(f: Fixed, s: State, until_s: float, most: int) -> int:  # pragma: no cov
                     s.m_to[message] = target
                     s.m_out[message] = s.tokens[r] * token_bytes
                     s.m_hop[message] = True
+                    s.m_returning[message] = False
                     push(heap_s, heap_key, heap_what, number, now + overhead_s, rank[SEND], SEND,
                          message)  # fmt: skip
                 elif not over:

@@ -22,6 +22,11 @@ BYTES_PER_CALL = 4
 class Network:
     """What a message between two servers costs (DESIGN section 4, rule 3).
 
+    A message begins when its sender's uplink and its receiver's downlink are both free; of those
+    that wait, the one that was ready first. One that cannot begin yet does not hold up those
+    behind it: with many servers, queues that block each other would stop a cluster whose links
+    are idle.
+
     ``seconds_per_byte`` [N, N] from sender (row) to receiver at the lowest rate of the sender's
     uplink, the receiver's downlink and the cap of the pair; ``half_rtt_s`` [N, N];
     ``up_bytes_per_s`` and ``down_bytes_per_s`` [N], the ports' own rates, at which their token

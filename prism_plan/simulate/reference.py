@@ -55,6 +55,12 @@ class _Message:
     back_bytes: int = 0
     jobs: dict[int, float] = field(default_factory=dict)
     hop: bool = False
+    back: bool = False
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Sender and receiver of the transfer that is next or under way."""
+        return (self.to, self.at) if self.back else (self.at, self.to)
 
 
 class ReferenceEngine:
@@ -84,8 +90,9 @@ class ReferenceEngine:
         # work and links: when each is free next
         self._gpu_free = [0.0] * gpus
         self._load_free = [0.0] * gpus
-        self._up_free = [0.0] * servers
-        self._down_free = [0.0] * servers
+        self._up_busy = [False] * servers
+        self._down_busy = [False] * servers
+        self._waiting: list[_Message] = []  # for links, in the order in which they were ready
         self._bucket = {
             port: [[scenario.network.burst_bytes, 0.0] for _ in range(servers)]
             for port in ("up", "down")
@@ -166,14 +173,18 @@ class ReferenceEngine:
         elif kind == events.LOCAL:
             self._part_done(subject)  # type: ignore[arg-type]
         elif kind == events.SEND:
-            self._send(subject)  # type: ignore[arg-type]
+            self._begin_transfer(subject)  # type: ignore[arg-type]
         elif kind == events.ARRIVED:
             self._serve(subject)  # type: ignore[arg-type]
         elif kind == events.COMPUTED:
-            self._send_back(subject)  # type: ignore[arg-type]
+            assert isinstance(subject, _Message)
+            subject.back = True
+            self._begin_transfer(subject)
         elif kind == events.RETURNED:
             assert isinstance(subject, _Message)
             self._part_done(self._running[subject.request])
+        elif kind == events.FREED:
+            self._freed(subject)  # type: ignore[arg-type]
         else:
             self._loaded(subject)  # type: ignore[arg-type]
 
@@ -368,40 +379,55 @@ class ReferenceEngine:
 
     # ----------------------------------------------------------------------------------- messages
 
-    def _transfer(self, a: int, b: int, payload: int) -> float:
-        """Hold the uplink of a and the downlink of b together from when both are free."""
-        network = self.s.network
-        start_s = max(self.now, self._up_free[a], self._down_free[b])
-        per_byte = float(network.seconds_per_byte[a, b])
-        if network.burst_bytes > 0:
-            ports = (
-                (self._bucket["up"][a], float(network.up_bytes_per_s[a])),
-                (self._bucket["down"][b], float(network.down_bytes_per_s[b])),
-            )
-            for bucket, rate in ports:
-                level, since_s = bucket
-                bucket[0] = min(network.burst_bytes, level + (start_s - since_s) * rate)
-            unshaped = min(ports[0][0][0], ports[1][0][0], float(payload))
-            held_s = (payload - unshaped) * per_byte
-            for bucket, rate in ports:
-                level = bucket[0] + held_s * rate - payload
-                bucket[0] = min(network.burst_bytes, max(0.0, level))
-                bucket[1] = start_s + held_s
-        else:
-            held_s = payload * per_byte
-        end_s = start_s + held_s
-        self._up_free[a] = end_s
-        self._down_free[b] = end_s
+    def _begin_transfer(self, message: _Message) -> None:
+        """Hold the sender's uplink and the receiver's downlink together, or wait for both.
+
+        Of the messages that wait, the one that was ready first begins when both are free; one that
+        cannot begin yet does not hold up those behind it.
+        """
+        a, b = message.ends
+        if self._up_busy[a] or self._down_busy[b]:
+            self._waiting.append(message)
+            return
+        self._up_busy[a] = self._down_busy[b] = True
+        payload = message.back_bytes if message.back else message.out_bytes
+        held_s = self._held_s(a, b, payload)
         self.up_busy_s[a] += held_s
         self.down_busy_s[b] += held_s
         self.bytes_out[a] += payload
         self.bytes_in[b] += payload
-        return end_s
+        end_s = self.now + held_s
+        there_s = end_s + float(self.s.network.half_rtt_s[a, b])
+        self._push(end_s, events.FREED, message)
+        self._push(there_s, events.RETURNED if message.back else events.ARRIVED, message)
 
-    def _send(self, message: _Message) -> None:
-        end_s = self._transfer(message.at, message.to, message.out_bytes)
-        there_s = end_s + float(self.s.network.half_rtt_s[message.at, message.to])
-        self._push(there_s, events.ARRIVED, message)
+    def _held_s(self, a: int, b: int, payload: int) -> float:
+        """How long a transfer that begins now holds the links."""
+        network = self.s.network
+        per_byte = float(network.seconds_per_byte[a, b])
+        if network.burst_bytes == 0:
+            return payload * per_byte
+        ports = (
+            (self._bucket["up"][a], float(network.up_bytes_per_s[a])),
+            (self._bucket["down"][b], float(network.down_bytes_per_s[b])),
+        )
+        for bucket, rate in ports:
+            level, since_s = bucket
+            bucket[0] = min(network.burst_bytes, level + (self.now - since_s) * rate)
+        unshaped = min(ports[0][0][0], ports[1][0][0], float(payload))
+        held_s = (payload - unshaped) * per_byte
+        for bucket, rate in ports:
+            level = bucket[0] + held_s * rate - payload
+            bucket[0] = min(network.burst_bytes, max(0.0, level))
+            bucket[1] = self.now + held_s
+        return held_s
+
+    def _freed(self, message: _Message) -> None:
+        a, b = message.ends
+        self._up_busy[a] = self._down_busy[b] = False
+        waiting, self._waiting = self._waiting, []
+        for other in waiting:
+            self._begin_transfer(other)  # or wait on
 
     def _serve(self, message: _Message) -> None:
         if message.hop:
@@ -411,11 +437,6 @@ class ReferenceEngine:
             return
         end_s = max(self._work(gpu, work_s) for gpu, work_s in sorted(message.jobs.items()))
         self._push(end_s, events.COMPUTED, message)
-
-    def _send_back(self, message: _Message) -> None:
-        end_s = self._transfer(message.to, message.at, message.back_bytes)
-        back_s = end_s + float(self.s.network.half_rtt_s[message.to, message.at])
-        self._push(back_s, events.RETURNED, message)
 
     # ------------------------------------------------------------------------------------ offload
 

@@ -231,7 +231,7 @@ def _timeline(arrival_s: Floats, latency_s: Floats) -> dict[str, Any]:
 
 def _round_up(seconds: float) -> float:
     """The next of 1, 2, 5, 10, ... times a power of ten."""
-    if seconds <= 0:
+    if seconds < 1e-9:  # far below what powers of ten can express there is nothing to tell apart
         return 1.0
     power = 10.0 ** math.floor(math.log10(seconds))
     return next(step * power for step in (1.0, 2.0, 5.0, 10.0, 20.0) if step * power >= seconds)

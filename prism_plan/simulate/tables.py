@@ -15,8 +15,9 @@ Array = Any
 #: Positions in `State.number`.
 (
     PUSHED, TAKEN, HEAP, SEEN, FINISHED, FREE, OPEN_STEPS, LOADS, LOADED_BYTES, LOGGED, ERROR,
-) = range(11)  # fmt: skip
-NUMBERS = 11
+    QUEUED,
+) = range(12)  # fmt: skip
+NUMBERS = 12
 
 #: Log columns, in order: kind, request, layer, at, to.
 LOG_COLUMNS = 5
@@ -66,10 +67,12 @@ class State(NamedTuple):
     (rank and number), ``heap_what`` (kind and subject). Requests [R]: ``at`` to
     ``next_waiting``, the last a list of those that wait at each server between ``head`` and
     ``tail`` [N]. Messages [M]: ``m_...``, ``m_work`` [M, GPUs of a server], -1 where a GPU has
-    none; ``m_free`` those unused. Holders: ``held`` [G, J], ``gpu_of`` [N, J] first GPU or -1,
-    ``holder`` [J, N] servers ascending, ``copies`` [J]. Scratch of one routing: ``count`` and
-    ``order`` [N, E], ``touched``, ``tokens_to``, ``goals``, ``mask`` [N], ``few`` [3, K],
-    ``best`` [3, 2^K]. Migration: ``step_...``. Offload: ``slot_...``, ``slot_of`` [N, J].
+    none; ``m_free`` those unused; ``m_next``, ``m_before`` [M, 2] link those that wait for an
+    uplink, and for a downlink, between ``port_first`` and ``port_last`` [2, N] of the port.
+    Holders: ``held`` [G, J], ``gpu_of`` [N, J] first GPU or -1, ``holder`` [J, N] servers
+    ascending, ``copies`` [J]. Scratch of one routing: ``count`` and ``order`` [N, E],
+    ``touched``, ``tokens_to``, ``goals``, ``mask`` [N], ``few`` [3, K], ``best`` [3, 2^K].
+    Migration: ``step_...``. Offload: ``slot_...``, ``slot_of`` [N, J].
     The others are measurements named as in Outcome.
     """
 
@@ -96,8 +99,9 @@ class State(NamedTuple):
     present_s: Array
     gpu_free: Array
     load_free: Array
-    up_free: Array
-    down_free: Array
+    port_busy: Array
+    port_first: Array
+    port_last: Array
     bucket: Array
     sent: Array
     held: Array
@@ -111,6 +115,10 @@ class State(NamedTuple):
     m_out: Array
     m_back: Array
     m_hop: Array
+    m_returning: Array
+    m_ready: Array
+    m_next: Array
+    m_before: Array
     m_work: Array
     m_free: Array
     count: Array
@@ -153,6 +161,43 @@ class State(NamedTuple):
     called: Array
     log_s: Array
     log_what: Array
+
+
+class Links(NamedTuple):
+    """What transfers read and write: some arrays of `Fixed` and `State`, by the same names."""
+
+    seconds_per_byte: Array
+    half_rtt_s: Array
+    up_rate: Array
+    down_rate: Array
+    scalars: Array
+    rank: Array
+    now: Array
+    number: Array
+    heap_s: Array
+    heap_key: Array
+    heap_what: Array
+    port_busy: Array
+    port_first: Array
+    port_last: Array
+    bucket: Array
+    m_at: Array
+    m_to: Array
+    m_out: Array
+    m_back: Array
+    m_returning: Array
+    m_ready: Array
+    m_next: Array
+    m_before: Array
+    up_busy_s: Array
+    down_busy_s: Array
+    bytes_out: Array
+    bytes_in: Array
+
+
+def links(f: Fixed, s: State) -> Links:
+    """The arrays of transfers."""
+    return Links(*(getattr(f if name in Fixed._fields else s, name) for name in Links._fields))
 
 
 def fixed(s: Scenario) -> Fixed:
@@ -256,8 +301,9 @@ def state(s: Scenario, *, log: bool) -> State:
         present_s=np.zeros(servers, f8),
         gpu_free=np.zeros(gpus, f8),
         load_free=np.zeros(gpus, f8),
-        up_free=np.zeros(servers, f8),
-        down_free=np.zeros(servers, f8),
+        port_busy=np.zeros((2, servers), np.bool_),
+        port_first=np.full((2, servers), -1, i4),
+        port_last=np.full((2, servers), -1, i4),
         bucket=bucket,
         sent=np.zeros((servers, servers), i8),
         held=held,
@@ -271,6 +317,10 @@ def state(s: Scenario, *, log: bool) -> State:
         m_out=np.zeros(room, i8),
         m_back=np.zeros(room, i8),
         m_hop=np.zeros(room, np.bool_),
+        m_returning=np.zeros(room, np.bool_),
+        m_ready=np.zeros(room, i8),
+        m_next=np.full((room, 2), -1, i4),
+        m_before=np.full((room, 2), -1, i4),
         m_work=np.full((room, most_gpus), -1.0),
         m_free=np.arange(room, dtype=i4)[::-1].copy(),
         count=np.zeros((servers, experts), i4),
@@ -374,9 +424,11 @@ def grown(s: State, which: str) -> State:
     if which == "log":
         return s._replace(log_s=_twice(s.log_s), log_what=_twice(s.log_what))
     old = len(s.m_request)
-    names = ("m_request", "m_layer", "m_at", "m_to", "m_out", "m_back", "m_hop", "m_work")
+    names = ("m_request", "m_layer", "m_at", "m_to", "m_out", "m_back", "m_hop",
+             "m_returning", "m_ready", "m_next", "m_before", "m_work")  # fmt: skip
     more = s._replace(**{name: _twice(getattr(s, name)) for name in names})
     more.m_work[old:] = -1.0
+    more.m_next[old:] = more.m_before[old:] = -1
     free = np.empty(2 * old, np.int32)
     unused = int(s.number[FREE])
     free[:old] = np.arange(2 * old - 1, old - 1, -1)  # the new ones, below those on top
