@@ -19,11 +19,21 @@ from prism_plan.model import require_same_model
 from prism_plan.objective import score, violations
 from prism_plan.placement import InputFile, Placement
 from prism_plan.placement_file import placement_from_json
+from prism_plan.simulate.calibration import Calibration
+from prism_plan.simulate.calibration_file import calibration_from_json
+from prism_plan.simulate.schedule import Schedule
+from prism_plan.simulate.schedule_file import parse_schedule
 from prism_plan.simulation_file import simulation_from_json
 from prism_plan.sweep_file import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_parquet
+from prism_plan.toml_table import parse_toml
 from prism_plan.trace import Trace
 from prism_plan.trace_file import read_trace
 
+#: Values of the key ``format`` of our JSON files.
+FORMATS = tuple(
+    f"prism-plan/{kind}"
+    for kind in ("placement", "comparison", "simulation", "migration", "calibration")
+)
 #: A stated remote share may differ from the recomputed one by so much.
 SHARE_TOLERANCE = 1e-9
 
@@ -56,7 +66,9 @@ def check_file(
     cluster: tuple[str, Cluster, InputFile] | None = None,
     trace: tuple[str, Trace] | None = None,
 ) -> Report:
-    """Check a trace, a cluster file or what our commands write, told apart by content.
+    """Check any file that our commands read or write, told apart by content.
+
+    Kinds: trace, cluster, placement, comparison, simulation, migration, sweep, calibration, phases.
 
     A placement is checked for coverage, for the replicas that it promises and for the capacities
     that it states; with ``cluster`` (file name, content, identity) for its servers and slots;
@@ -78,6 +90,9 @@ def check_file(
         return _check_trace(path)
     text = decode(data, path)
     if name.endswith(".toml"):
+        keys = parse_toml(text, path).values
+        if "phase" in keys and "server" not in keys:
+            return _check_phases(path, parse_schedule(text, source=path))
         found = parse_cluster(text, source=path)
         gpus = sum(len(server.gpus) for server in found.servers)
         return Report(name, "cluster", f"{found.num_servers} servers, {gpus} GPUs")
@@ -87,7 +102,7 @@ def check_file(
         raise InputError(
             "neither Parquet, JSON nor a .toml file",
             source=path,
-            expected="a trace, a placement, a comparison or a cluster file",
+            expected="a trace, a sweep, a placement, a report or a cluster file",
         )
     values = parse_json(text, path)
     form = values.get("format") if isinstance(values, Mapping) else None
@@ -98,13 +113,14 @@ def check_file(
         return _check_simulation(path, simulation_from_json(values, source=path))
     if form == "prism-plan/migration":
         return _check_migration(path, migration_from_json(values, source=path))
+    if form == "prism-plan/calibration":
+        return _check_calibration(path, calibration_from_json(values, source=path))
     if form != "prism-plan/placement":
         raise InputError(
             f"{form!r:.60}",
             source=path,
             place="format",
-            expected="'prism-plan/placement', 'prism-plan/comparison', 'prism-plan/simulation' or "
-            "'prism-plan/migration'",
+            expected=f"one of {', '.join(FORMATS)}",
         )
     return _check_placement(path, placement_from_json(values, source=path), cluster, trace)
 
@@ -115,6 +131,27 @@ def _check_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> Repor
         f"({plan.extra_loads:,} of them temporary) and {plan.drops:,} drops"
     )
     return Report(str(path), "migration", summary)
+
+
+def _check_calibration(path: str | os.PathLike[str], found: Calibration) -> Report:
+    links = [
+        text
+        for text, value in (
+            ("call overhead", found.call_overhead_ms),
+            ("bandwidth", found.bandwidth_mbps),
+            ("round trip time", found.rtt_ms),
+        )
+        if value is not None
+    ]
+    default = "times for all GPUs" if found.default is not None else "no times for other GPUs"
+    summary = f"{len(found.gpus)} GPUs by name, {default}" + "".join(f", {text}" for text in links)
+    return Report(str(path), "calibration", summary)
+
+
+def _check_phases(path: str | os.PathLike[str], found: Schedule) -> Report:
+    servers = {server for phase in found.phases for server in phase.tasks}
+    summary = f"{len(found.phases)} phases, tasks of {len(servers)} servers"
+    return Report(str(path), "phases", summary)
 
 
 def _check_trace(path: str | os.PathLike[str]) -> Report:

@@ -1,13 +1,16 @@
-"""`simulate_placements`: placements, requests and a cluster in; a report of latencies and migrations out."""
+"""`simulate_placements`: placements, requests, a cluster in; latencies and migrations out."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +18,7 @@ import numpy as np
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, PrismError, did_you_mean
-from prism_plan.files import write_bytes
+from prism_plan.files import printable, write_bytes
 from prism_plan.instance import Instance
 from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
 from prism_plan.migration.order import migration_plan
@@ -39,6 +42,9 @@ ENGINES: Mapping[str, Callable[[Scenario], Engine]] = {
     "compiled": CompiledEngine,
     "reference": ReferenceEngine,
 }
+
+#: Between two looks at the clock and at Ctrl-C; the plain engine is hundreds of times slower.
+_EVENTS: Mapping[str, int] = {"compiled": CHUNK, "reference": 2000}
 
 #: The name of the baseline in which servers do not help each other.
 OFFLOAD = "offload"
@@ -110,7 +116,20 @@ class SimulationOptions:
                 source="--engine",
                 expected=f"one of {', '.join(ENGINES)}",
             )
-        self.policy()
+        try:
+            self.policy()
+        except InputError as error:
+            options = {
+                "kind": "--migrate",
+                "cost": "--migration-cost",
+                "solver": "--migrate-solver",
+            }
+            raise InputError(
+                error.found,
+                source=options.get(error.place, error.source),
+                place="" if error.place in options else error.place,
+                expected=error.expected,
+            ) from error
 
     def policy(self) -> Policy:
         """The policy of the reviews."""
@@ -130,7 +149,11 @@ class SimulationOptions:
 
 @dataclass(frozen=True, eq=False)
 class Simulation:
-    """Runs of several placements under the same requests."""
+    """Runs of several placements under the same requests.
+
+    ``partial``: some of what was asked for is lacking; ``interrupted``: Ctrl-C is why, and not the
+    time limit.
+    """
 
     runs: tuple[Run, ...]
     options: SimulationOptions
@@ -140,6 +163,7 @@ class Simulation:
     cluster: InputFile
     partial: bool = False
     notes: tuple[str, ...] = field(default=())
+    interrupted: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, format ``prism-plan/simulation`` version 1."""
@@ -151,7 +175,7 @@ class Simulation:
             "seed": self.seed,
             "route": options.route,
             "migrate": options.migrate,
-            "timing": options.calibration.name if options.calibration else "cluster",
+            "timing": _timing_name(options.calibration),
             "trace": {"name": self.trace.name, "sha256": self.trace.sha256, "kind": self.kind},
             "cluster": {"name": self.cluster.name, "sha256": self.cluster.sha256},
             "notes": list(self.notes),
@@ -166,6 +190,10 @@ class Simulation:
                 "solver": policy.solver if policy.kind == "prism" else None,
             }
         return {**values, "runs": [run.to_json() for run in self.runs]}
+
+
+def _timing_name(calibration: Calibration | None) -> str:
+    return "cluster" if calibration is None else printable(calibration.name) or "calibration"
 
 
 def offload_placement(instance: Instance) -> Placement:
@@ -213,7 +241,7 @@ def simulate_placements(
 
     A placement made by :func:`offload_placement` is run as the baseline `offload`. Ctrl-C and the
     time limit end the run that is under way; the result is then marked partial and lacks the runs
-    that had not begun.
+    that had not begun. Ctrl-C before the first event is raised.
 
     Parameters
     ----------
@@ -257,17 +285,25 @@ def simulate_placements(
                 raise error.within(name) from error
             raise
     runs: list[Run] = []
-    ended = False
-    for (name, placement), (scenario, instance) in zip(placements, scenarios, strict=True):
+    interrupted = False
+    try:
+        for (name, placement), (scenario, instance) in zip(placements, scenarios, strict=True):
+            if runs and (runs[-1].partial or time.monotonic() > deadline):
+                break
 
-        def tell(done: int, name: str = name) -> None:
-            progress(name, done, len(requests))
+            def tell(done: int, name: str = name) -> None:
+                progress(name, done, len(requests))
 
-        run = _Runner(name, placement, scenario, instance, cluster, options, tell, deadline).run()
-        runs.append(run)
-        ended = run.partial
-        if ended:
-            break
+            runner = _Runner(name, placement, scenario, instance, cluster, options, tell, deadline)
+            runs.append(runner.run())
+            if runner.interrupted:
+                interrupted = True
+                break
+    except KeyboardInterrupt:
+        if not runs:
+            raise
+        interrupted = True
+    partial = len(runs) < len(scenarios) or any(run.partial for run in runs)
     files = dict(inputs or {})
     found = [f"{run.placement}: {note}" for run in runs for note in run.notes]
     return Simulation(
@@ -277,8 +313,9 @@ def simulate_placements(
         trace=files.get("trace", InputFile(trace.name, trace.sha256)),
         kind=trace.kind,
         cluster=files.get("cluster", InputFile(cluster.name, "")),
-        partial=ended,
+        partial=partial,
         notes=(*found, *notes(runs)),
+        interrupted=interrupted,
     )
 
 
@@ -338,8 +375,30 @@ def dump_report(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-class _Interrupted(Exception):
+class _TimeIsUp(Exception):
     """The time limit has been reached."""
+
+
+@contextlib.contextmanager
+def _whole_events() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect when the block ends, so that no event is left half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals do not come here
+        return
+    handlers: dict[int, Any] = {}
+    came: list[tuple[Any, ...]] = []
+    try:
+        for which in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(which)
+            if callable(handler):
+                handlers[which] = handler
+                signal.signal(which, lambda *signaled: came.append(signaled))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for signaled in came:
+        handlers[signaled[0]](*signaled)
 
 
 class _Runner:
@@ -366,10 +425,12 @@ class _Runner:
         self.engine: Engine = ENGINES[options.engine](scenario)
         self.migrations: list[Migration] = []
         self.notes: list[str] = []
+        self.interrupted = False
         self.call_s = call_seconds(cluster, scenario.model)
         self.load_gbs = gpu_load_gbs(cluster)
 
     def run(self) -> Run:
+        """Simulate; Ctrl-C is raised if nothing has happened yet, and else ends the run."""
         begin = time.perf_counter()
         partial = False
         try:
@@ -377,8 +438,12 @@ class _Runner:
                 self._advance(math.inf)
             else:
                 self._with_reviews()
-        except (KeyboardInterrupt, _Interrupted):
+        except _TimeIsUp:
             partial = True
+        except KeyboardInterrupt:
+            if not self.engine.outcome().events:
+                raise
+            partial = self.interrupted = True
         self._note_end_of_migration()
         return Run(
             placement=self.name,
@@ -389,17 +454,18 @@ class _Runner:
             migrations=tuple(self.migrations),
             partial=partial,
             runtime_s=time.perf_counter() - begin,
-            notes=tuple(self.notes),
+            notes=tuple(dict.fromkeys(self.notes)),
         )
 
     def _advance(self, until_s: float) -> None:
-        while not self.engine.advance(until_s, CHUNK):
+        compiled = self.options.engine == "compiled"  # takes chunks of events whole anyway
+        done = False
+        while not done:
+            with contextlib.nullcontext() if compiled else _whole_events():
+                done = self.engine.advance(until_s, _EVENTS[self.options.engine])
             self.progress(self.engine.finished)
-            if time.monotonic() > self.deadline:
-                raise _Interrupted
-        self.progress(self.engine.finished)
-        if time.monotonic() > self.deadline:
-            raise _Interrupted
+            if time.monotonic() > self.deadline and not (done and math.isinf(until_s)):
+                raise _TimeIsUp
 
     def _with_reviews(self) -> None:
         every_s = self.options.migrate_every_s

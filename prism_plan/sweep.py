@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import InputError, PrismError, did_you_mean
+from prism_plan.errors import InputError, LimitReached, PrismError, did_you_mean
 from prism_plan.instance import Instance
 from prism_plan.placement import Placement
+from prism_plan.simulate.arrivals import MOST_REQUESTS
 from prism_plan.simulate.report import Run
-from prism_plan.simulate.workload import sample_requests
+from prism_plan.simulate.workload import MOST_PROMPT_TOKENS, sample_requests
 from prism_plan.simulation import OFFLOAD, SimulationOptions, offload_placement, simulate_placements
 from prism_plan.solvers import SOLVER_NAMES, Options, get_solver, solve
 from prism_plan.sweep_file import OK
@@ -132,9 +133,8 @@ def _value(key: str, word: str) -> Any:
     try:
         return int(word) if key in ("gpus", "seed") else float(word)
     except ValueError:
-        raise InputError(
-            f"{word!r:.60}", source="--sweep", place=key, expected="a number"
-        ) from None
+        kind = "a whole number" if key in ("gpus", "seed") else "a number"
+        raise InputError(f"{word!r:.60}", source="--sweep", place=key, expected=kind) from None
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,13 @@ class Plans:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What is the same in all runs: requests of each server, the split, how to simulate."""
+    """What is the same in all runs: requests of each server, the split, how to simulate.
+
+    Raises
+    ------
+    InputError
+        A value is out of range.
+    """
 
     requests_per_server: int = 20
     burst: int = 1
@@ -160,6 +166,23 @@ class SweepOptions:
     holdout: float | None = None
     min_replicas: int = 1
     simulation: SimulationOptions = dataclasses.field(default_factory=SimulationOptions)
+
+    def __post_init__(self) -> None:
+        for option, value, least, most in (
+            ("--requests", self.requests_per_server, 1, MOST_REQUESTS),
+            ("--burst", self.burst, 1, MOST_REQUESTS),
+            ("--decode-tokens", self.decode_tokens, 0, MOST_PROMPT_TOKENS),
+            ("--prompt-tokens", self.prompt_tokens, 0, MOST_PROMPT_TOKENS),
+            ("--min-replicas", self.min_replicas, 1, 2**31),
+        ):
+            if not isinstance(value, int) or not least <= value <= most:
+                raise InputError(
+                    f"{value!r:.60}", source=option, expected=f"a whole number from {least}"
+                )
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise InputError(
+                f"{self.holdout}", source="--holdout", expected="a share above 0 and below 1"
+            )
 
 
 def varied(
@@ -243,10 +266,20 @@ def sweep(
     one machine. A run that fails is a row whose ``status`` is the error. With
     ``options.holdout`` placements are planned on one part of each task's requests and simulated
     with the others.
+
+    Raises
+    ------
+    InputError
+        No run of the sweep could go well: ``options.holdout`` of a trace that cannot be split, or
+        no time between the requests of a server in cluster and grid.
     """
     import joblib
 
     options = options or SweepOptions()
+    if options.holdout is not None:
+        trace.split(options.holdout, grid.seed[0])
+    if grid.arrival_interval_s == (None,):
+        _require_arrivals(cluster)
     work = joblib.Parallel(n_jobs=jobs, return_as="generator")(
         joblib.delayed(_rows)(trace, cluster, plans, options) for plans in grid.plans()
     )
@@ -255,6 +288,17 @@ def sweep(
         done += len(rows)
         progress(done)
         yield from rows
+
+
+def _require_arrivals(cluster: Cluster) -> None:
+    for n, server in enumerate(cluster.servers):
+        if server.tasks and server.arrival_interval_s is None:
+            raise InputError(
+                f"server {server.name!r} has tasks but no times",
+                place=f"server[{n}].arrival_interval_s",
+                expected="mean seconds between its requests",
+                remedy="or sweep over arrival_interval_s",
+            )
 
 
 def _rows(
@@ -333,9 +377,12 @@ def _run(
         seed=plans.seed,
     )
     simulation = dataclasses.replace(options.simulation, seed=plans.seed)
-    return simulate_placements(
-        [(plans.solver, placement)], requests, trace, target, simulation
-    ).runs[0]
+    found = simulate_placements([(plans.solver, placement)], requests, trace, target, simulation)
+    if found.interrupted:
+        raise KeyboardInterrupt
+    if found.partial:
+        raise LimitReached(f"the time limit of {simulation.time_limit_s:g} s was reached")
+    return found.runs[0]
 
 
 def _results(run: Mapping[str, Any], source: Run) -> dict[str, Any]:

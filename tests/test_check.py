@@ -134,3 +134,38 @@ def test_foreign_files(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(InputError, match="format"):
         check_file(path)
+
+
+CALIBRATION = {
+    "format": "prism-plan/calibration",
+    "version": 1,
+    "rtt_ms": 1.0,
+    "default": {"dense_ms": [[1, 0.1], [64, 0.2]], "expert_ms": [[1, 0.1], [64, 0.2]]},
+}
+
+
+def test_calibrations_and_phases(tmp_path: Path) -> None:
+    """Measured times and phase schedules are told apart from placements and clusters."""
+    path = tmp_path / "k.json"
+    path.write_text(json.dumps(CALIBRATION))
+    report = check_file(path)
+    assert (report.kind, report.problems) == ("calibration", ())
+    assert "round trip time" in report.summary
+    path.write_text(json.dumps(CALIBRATION | {"rtt_ms": -1}))
+    with pytest.raises(InputError, match="rtt_ms"):
+        check_file(path)
+    path = tmp_path / "phases.toml"
+    path.write_text("[[phase]]\nrequests = 5\n[[phase]]\ntasks = { a = { x = 1.0 } }\n")
+    report = check_file(path)
+    assert (report.kind, report.summary) == ("phases", "2 phases, tasks of 1 servers")
+    path.write_text("[[phase]]\n[[phase]]\nrequests = 5\n")
+    with pytest.raises(InputError, match=r"phase\[0\]\.requests"):
+        check_file(path)
+
+
+def test_unknown_format_names_the_known_ones(tmp_path: Path) -> None:
+    """A file of another format is refused with the list of all formats."""
+    path = tmp_path / "x.json"
+    path.write_text('{"format": "prism-plan/calibratoin"}')
+    with pytest.raises(InputError, match=r"calibratoin'; expected one of .*prism-plan/calibration"):
+        check_file(path)

@@ -28,7 +28,10 @@ def command(
     trace: str | None,
     as_json: bool,
 ) -> None:
-    """Check traces, cluster files, placements and comparisons: valid? If not, where and why.
+    """Check files: valid? If not, where and why.
+
+    All that the commands read and write: traces, clusters, placements, comparisons, simulations,
+    migrations, sweeps, calibrations, phases.
 
     Exit code 2 if a file is malformed, 3 if a well-formed placement breaks a constraint.
     """

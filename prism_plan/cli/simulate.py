@@ -127,11 +127,27 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     All placements see the same arrivals and the same requests. Ctrl-C writes what is done, marked
     partial.
     """
+    _require_sense(given)
     if given["grid"]:
         from prism_plan.cli.sweep import run_sweep
 
         ctx.exit(run_sweep(given))
     ctx.exit(_simulate(given))
+
+
+def _require_sense(given: dict[str, Any]) -> None:
+    """What is wrong whatever the files say."""
+    from prism_plan.errors import InputError
+
+    if given["jobs"] == 0 or given["jobs"] < -1:
+        raise InputError(f"{given['jobs']}", source="--jobs", expected="-1, or 1 or more")
+    for key in ("duration", "arrivals"):
+        if given["requests"] is not None and given[key] is not None:
+            raise InputError(
+                f"{given['requests']} with --{key}, which says how many there are",
+                source="--requests",
+                remedy="leave one of the two out",
+            )
 
 
 def simulation_options(given: dict[str, Any]) -> SimulationOptions:
@@ -202,10 +218,11 @@ def _simulate(given: dict[str, Any]) -> int:
     writable(given["output"], *files)
     if given["per_request"] == "-":
         raise InputError("-", source="--per-request", expected="the name of a file")
-    writable(given["per_request"], *files, given["output"])
+    writable(given["per_request"], *files)
+    _require_two_files(given["output"], given["per_request"])
     options = simulation_options(given)
     cluster, cluster_input = load_cluster(given["cluster"])
-    existing = [(path, read_placement(path)) for path in paths]
+    existing = [(_as_text(path), read_placement(path)) for path in paths]
     trace = load_trace(given["trace"])
     planned, scored = trace, trace
     if given["holdout"] is not None:
@@ -247,8 +264,30 @@ def _simulate(given: dict[str, Any]) -> int:
             f"ended early: {len(values['runs'])} of {len(placements)} placements, {done:,} requests"
             + (f"; {output} is marked partial" if output not in (None, "-") else "")
         )
-        return 130 if options.time_limit_s is None else 0
-    return 0
+    return 130 if result.interrupted else 0
+
+
+def _as_text(path: str) -> str:
+    """A path as UTF-8 can hold it."""
+    import os
+
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def _require_two_files(output: str | None, per_request: str | None) -> None:
+    import os
+
+    from prism_plan.errors import InputError
+
+    if output is None or per_request is None:
+        return
+    if os.path.realpath(output) == os.path.realpath(per_request):
+        raise InputError(
+            "the report and the table would be one file",
+            source="--per-request",
+            place=per_request,
+            remedy="give the name of another file",
+        )
 
 
 def _requests(trace: Trace, cluster: Cluster, given: dict[str, Any]) -> Requests:

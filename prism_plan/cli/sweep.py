@@ -24,8 +24,9 @@ def run_sweep(given: dict[str, Any]) -> int:
         ("duration", "--duration"),
         ("per_request", "--per-request"),
         ("time_limit", "--time-limit"),
+        ("as_json", "--json"),
     ):
-        if given[key]:
+        if given[key] not in (None, (), False):
             raise InputError(
                 f"{option} with a sweep", source="--sweep", remedy="leave one of the two out"
             )
@@ -52,8 +53,6 @@ def run_sweep(given: dict[str, Any]) -> int:
     )
     cluster, _ = load_cluster(given["cluster"])
     trace = load_trace(given["trace"])
-    if given["jobs"] == 0 or given["jobs"] < -1:
-        raise InputError(f"{given['jobs']}", source="--jobs", expected="-1, or 1 or more")
     rows: list[dict[str, Any]] = []
     interrupted = False
     with progress(grid.runs, "runs") as update, blaming(given["cluster"]):
@@ -69,7 +68,8 @@ def run_sweep(given: dict[str, Any]) -> int:
         raise KeyboardInterrupt
     deliver(output, dump_sweep(rows, kind, source=output))
     failed = [row for row in rows if row["status"] != OK]
-    note(f"{output}: {len(rows)} of {grid.runs} runs" + (" (interrupted)" if interrupted else ""))
+    name = "standard output" if output == "-" else output
+    note(f"{name}: {len(rows)} of {grid.runs} runs" + (" (interrupted)" if interrupted else ""))
     for line in sorted({row["status"] for row in failed})[:5]:
         number = sum(row["status"] == line for row in failed)
         note(f"{number} of {len(rows)} runs failed: {line}")

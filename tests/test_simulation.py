@@ -1,0 +1,520 @@
+"""Whole simulations: fair comparison, the same bytes from one seed, reviews that move experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prism_plan import simulation
+from prism_plan.cluster import Cluster
+from prism_plan.errors import Infeasible, InputError, WrongModel
+from prism_plan.instance import Instance
+from prism_plan.placement import Placement
+from prism_plan.simulate.reference import ReferenceEngine
+from prism_plan.simulate.requests import Requests
+from prism_plan.simulate.schedule import Phase, Schedule
+from prism_plan.simulation import (
+    Simulation,
+    SimulationOptions,
+    dump_report,
+    offload_placement,
+    simulate_placements,
+)
+from prism_plan.trace import Trace
+from tests.simulation_material import (
+    planned,
+    sampled,
+    simulated,
+    small_cluster,
+    small_trace,
+    without_times,
+)
+
+#: After 150 requests of each server the users of a and b have swapped their tasks.
+SHIFT = Schedule(
+    (Phase(requests=150), Phase(tasks={"a": {"y": 1.0}, "b": {"x": 1.0}, "c": {"y": 1.0}}))
+)
+
+
+def run_shift(policy: str, number: int = 600, **options: Any) -> Simulation:
+    """The shift under a policy, from the plan for the tasks before it."""
+    trace, cluster = small_trace(), small_cluster(("0.04", "0.02"))
+    values = {"migrate": policy, "migrate_every_s": 1.0, "half_life_s": 1.0, **options}
+    return simulate_placements(
+        planned(trace, cluster, "exact"),
+        sampled(trace, cluster, number, schedule=SHIFT),
+        trace,
+        cluster,
+        SimulationOptions(**values),
+    )
+
+
+# ------------------------------------------------------------------------------ fair and repeatable
+
+
+def same_requests(a: Requests, b: Requests) -> bool:
+    """Whether two runs were asked for the same."""
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for name in ("home", "arrival_s", "prompt")
+    )
+
+
+def test_runs_see_the_same_requests() -> None:
+    """All placements get the same requests, whatever else is compared and however it is routed."""
+    trace, cluster = small_trace(), small_cluster()
+    alone = simulated(trace, cluster, "exact").runs
+    among = simulated(trace, cluster, "uniform", "exact", "redundance").runs
+    routed = simulated(trace, cluster, "exact", route="spread").runs
+    requests = alone[0].scenario.requests
+    for run in (*among, *routed):
+        assert same_requests(run.scenario.requests, requests)
+    assert without_times(among[1].to_json()) == without_times(alone[0].to_json())
+
+
+@pytest.mark.parametrize("policy", ["never", "prism", "partial"])
+def test_same_seed_same_report(policy: str) -> None:
+    """One seed gives one report, but for the time it took; another seed another one."""
+
+    def report(seed: int, engine: str = "compiled") -> Any:
+        trace, cluster = small_trace(), small_cluster()
+        return without_times(
+            simulate_placements(
+                planned(trace, cluster, "redundance", "exact"),
+                sampled(trace, cluster, 30, seed=seed),
+                trace,
+                cluster,
+                SimulationOptions(
+                    migrate=policy,  # type: ignore[arg-type]
+                    migrate_every_s=0.2,
+                    seed=seed,
+                    engine=engine,  # type: ignore[arg-type]
+                ),
+            ).to_json()
+        )
+
+    assert report(3) == report(3)
+    assert report(3, "reference") == report(3)
+    assert report(4)["runs"] != report(3)["runs"]
+
+
+# ------------------------------------------------------------------------------------------ reviews
+
+
+def test_never_means_never() -> None:
+    """Without a policy there are no reviews and no loads."""
+    (run,) = run_shift("never").runs
+    assert run.migrations == ()
+    assert run.outcome.loads == 0
+
+
+def test_moving_pays_after_a_shift() -> None:
+    """After users swap tasks both policies answer faster than staying, by a quarter at least."""
+    latency_s = {}
+    for policy in ("never", "prism", "partial"):
+        (run,) = run_shift(policy).runs
+        shifted = run.scenario.requests.arrival_s > 6.0  # from 3 s on users ask for other tasks
+        latency_s[policy] = run.latency_s[shifted].mean()
+    assert latency_s["prism"] < 0.75 * latency_s["never"]
+    assert latency_s["partial"] < 0.75 * latency_s["never"]
+
+
+@pytest.mark.parametrize("policy", ["prism", "partial"])
+def test_reviews_are_told(policy: str) -> None:
+    """Reviews stand at multiples of the period; moves end after they begin and before the next."""
+    (run,) = run_shift(policy).runs
+    times_s = [review.at_s for review in run.migrations]
+    assert times_s == [1.0 * (i + 1) for i in range(len(times_s))]
+    assert times_s[-1] <= np.nanmax(run.outcome.done_s) < times_s[-1] + 1.0
+    moves = [review for review in run.migrations if review.decision == "move"]
+    assert len(moves) >= 2
+    for review in moves:
+        assert review.finished_at_s is not None
+        assert review.at_s < review.finished_at_s
+        assert review.moved_experts > 0
+        assert review.moved_bytes == review.moved_experts * 1_000_000
+        assert review.saving_s is not None
+        assert review.cost_s is not None
+        assert review.saving_s > review.cost_s
+    others = [review for review in run.migrations if review.decision != "move"]
+    assert all(review.finished_at_s is None for review in others)
+    assert run.outcome.loads >= sum(review.moved_experts for review in moves)
+
+
+def test_loads_that_take_long_keep_the_next_reviews_busy() -> None:
+    """While a move is under way reviews decide nothing; the move ends when it ends."""
+    trace = small_trace()
+    cluster = small_cluster(("slots = 11", "slots = 11\nload_gbs = 0.005"))  # 0.2 s an expert
+    plan = planned(trace, cluster, "uniform")
+    options = SimulationOptions(migrate="prism", migrate_every_s=0.1, horizon_s=1e4)
+    result = simulate_placements(plan, sampled(trace, cluster, 200), trace, cluster, options)
+    reviews = result.runs[0].migrations
+    first, second = reviews[:2]
+    assert (first.decision, second.decision) == ("move", "busy")
+    assert (second.saving_s, second.cost_s, second.moved_experts) == (None, None, 0)
+    for at, review in enumerate(reviews):
+        if review.decision == "move" and review.finished_at_s is not None:
+            during = [r for r in reviews[at + 1 :] if r.at_s < review.finished_at_s]
+            assert all(r.decision == "busy" for r in during)
+            after = [r for r in reviews[at + 1 :] if r.at_s > review.finished_at_s]
+            assert not after or after[0].decision != "busy"
+    assert first.finished_at_s is not None
+    assert first.finished_at_s > 0.1 + 2 * 0.2
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The runners of the simulations to come, with what their engines and reviews saw."""
+    made: list[Any] = []
+
+    class Runner(simulation._Runner):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.taken = 0
+            self.targets: list[Placement] = []
+            take = self.engine.take_calls
+
+            def take_calls() -> Any:
+                calls = take()
+                self.taken += int(calls.sum())
+                return calls
+
+            self.engine.take_calls = take_calls  # type: ignore[method-assign]
+            made.append(self)
+
+        def _move(self, current: Placement, target: Placement, rates: Any) -> bool:
+            moving = super()._move(current, target, rates)
+            if moving:
+                self.targets.append(target)
+            return moving
+
+    monkeypatch.setattr(simulation, "_Runner", Runner)
+    return made
+
+
+@pytest.mark.parametrize("engine", ["compiled", "reference"])
+def test_reviews_count_every_call_once(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """The calls that reviews were told of and those since the last one are all of the run's."""
+    made = watched(monkeypatch)
+    (run,) = run_shift("partial", number=200, engine=engine).runs
+    (runner,) = made
+    told = runner.taken
+    assert 0 < told < run.outcome.calls.sum()
+    assert told + runner.engine.take_calls().sum() == run.outcome.calls.sum()
+
+
+@pytest.mark.parametrize("policy", ["prism", "partial"])
+def test_experts_end_where_the_last_move_put_them(
+    monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """After the run each GPU serves what the last target says, and the report counts that."""
+    made = watched(monkeypatch)
+    result = run_shift(policy)
+    (runner,) = made
+    assert len(runner.targets) >= 2
+    assert np.array_equal(runner.engine.on_gpu(), runner.targets[-1].on_gpu)
+    gpus = [g for s in result.to_json()["runs"][0]["servers"] for g in s["gpus"]]
+    assert [g["experts"] for g in gpus] == runner.targets[-1].on_gpu.sum(axis=(1, 2)).tolist()
+
+
+def test_partial_costs_no_more_than_prism() -> None:
+    """Of the first review, under the same statistics, `partial` leaves the lower total cost."""
+    for cost in ("sum", "max"):
+        for plan in ("uniform", "smartmoe"):
+            gain_s = []
+            for policy in ("prism", "partial"):
+                result = simulated(
+                    small_trace(), small_cluster(), plan,
+                    migrate=policy, migrate_every_s=0.3, migration_cost=cost,
+                )  # fmt: skip
+                first = result.runs[0].migrations[0]
+                assert first.decision == "move"
+                gain_s.append(first.saving_s - first.cost_s)
+            assert gain_s[1] >= gain_s[0] - 1e-12
+
+
+def full_cluster() -> Cluster:
+    """24 slots for 24 experts: no copy to spare, no free slot."""
+    return small_cluster(("slots = 11", "slots = 8"), ("slots = 8\n[[server.gpu]]\nslots = 3", "slots = 8"))  # fmt: skip  # noqa: E501
+
+
+def test_a_move_that_cannot_be_ordered_is_noted() -> None:
+    """Without any slack experts cannot swap places: the review stays, and one note says why."""
+    trace, cluster = small_trace(), full_cluster()
+    result = simulate_placements(
+        planned(trace, cluster, "uniform"),
+        sampled(trace, cluster, 60),
+        trace,
+        cluster,
+        SimulationOptions(migrate="partial", migrate_every_s=0.2),
+    )
+    run = result.runs[0]
+    assert len(run.migrations) >= 3
+    assert all(review.decision == "stay" for review in run.migrations)
+    assert run.migrations[0].saving_s > run.migrations[0].cost_s  # type: ignore[operator]
+    assert run.outcome.loads == 0
+    assert any(note.startswith("uniform: a move was not made: infeasible") for note in result.notes)
+    assert len(set(result.notes)) == len(result.notes)
+
+
+# ------------------------------------------------------------------------------ holdout and offload
+
+
+def test_held_out_requests_alone_are_simulated() -> None:
+    """With a split trace no simulated request is one that was planned on."""
+    trace, cluster = small_trace(), small_cluster()
+    planned_on, scored = trace.split(0.5, 0)
+
+    def ids(part: Trace) -> set[int]:
+        assert part.batches is not None
+        return {int(r) for batch in part.batches() for r in batch.request}
+
+    requests = sampled(scored, cluster, 100)
+    used = {int(r) for r in requests.prompts.trace_request[requests.prompt]}
+    assert used == ids(scored)
+    assert not used & ids(planned_on)
+
+
+def test_offload_calls_nobody() -> None:
+    """The baseline sends nothing and loads what is missing; its start is each one's favourites."""
+    trace, cluster = small_trace(), small_cluster()
+    instance = Instance.build(trace, cluster)
+    start = offload_placement(instance)
+    for n, slots in enumerate(instance.slots):
+        held = start.local[n]
+        assert held.sum() == slots
+        assert instance.activations[n][held].min() >= instance.activations[n][~held].max()
+    requests = sampled(trace, cluster, 40)
+    result = simulate_placements([("offload", start)], requests, trace, cluster)
+    run = result.to_json()["runs"][0]
+    assert (run["remote_calls"], run["bytes_sent"], run["messages"]) == (0, 0, 0)
+    assert run["loads"] > 0
+    assert run["loaded_bytes"] == run["loads"] * 1_000_000
+    assert run["finished"] == 120
+
+
+def test_offload_is_never_reviewed() -> None:
+    """Servers that help nobody have nothing to migrate, whatever the policy."""
+    trace, cluster = small_trace(), small_cluster()
+    start = offload_placement(Instance.build(trace, cluster))
+    options = SimulationOptions(migrate="partial", migrate_every_s=0.1)
+    result = simulate_placements(
+        [("offload", start)], sampled(trace, cluster, 40), trace, cluster, options
+    )
+    assert result.runs[0].migrations == ()
+
+
+# ---------------------------------------------------------------------------------- ended too early
+
+
+@pytest.fixture
+def quiet_sigint() -> Any:
+    """SIGINT raises KeyboardInterrupt, whatever stood before."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("quiet_sigint")
+@pytest.mark.parametrize("at", [1, 777, 2001])
+def test_ctrl_c_within_an_event_of_the_plain_engine(
+    monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Ctrl-C takes effect between events: the partial report is sound, the handler is as before."""
+    begun = ended = 0
+    take = ReferenceEngine._take
+
+    def taking(self: Any, *args: Any) -> None:
+        nonlocal begun, ended
+        begun += 1
+        if begun == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        take(self, *args)
+        ended += 1
+
+    monkeypatch.setattr(ReferenceEngine, "_take", taking)
+    result = simulated(small_trace(), small_cluster(), "exact", number=300, engine="reference")
+    assert result.partial
+    assert result.interrupted
+    run = result.to_json()["runs"][0]  # Little's law is checked
+    assert run["partial"]
+    assert begun == ended == run["events"] < at + 2001
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("when", ["first", "between", "second"])
+def test_ctrl_c_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Finished runs are kept; before the first event there is nothing to keep."""
+    begin = simulation._Runner.__init__
+    runners: list[Any] = []
+
+    def beginning(self: Any, *args: Any) -> None:
+        begin(self, *args)
+        runners.append(self)
+        if when == "first" or (when == "between" and len(runners) == 2):
+            raise KeyboardInterrupt
+        if when == "second" and len(runners) == 2:
+            self.progress = interrupting
+
+    def interrupting(done: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulation._Runner, "__init__", beginning)
+    if when == "first":
+        with pytest.raises(KeyboardInterrupt):
+            simulated(small_trace(), small_cluster(), "exact", "prism", "uniform")
+        return
+    result = simulated(small_trace(), small_cluster(), "exact", "prism", "uniform")
+    assert result.partial
+    assert result.interrupted
+    assert [run.partial for run in result.runs] == [False] + [True] * (when == "second")
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, step_s: float) -> None:
+    """A clock that goes on by so much whenever it is read."""
+    now = [0.0]
+
+    def monotonic() -> float:
+        now[0] += step_s
+        return now[0]
+
+    monkeypatch.setattr(simulation.time, "monotonic", monotonic)
+
+
+def test_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run under way ends, later ones do not begin; that is no interruption."""
+    clock(monkeypatch, 1.0)
+    result = simulated(
+        small_trace(), small_cluster(), "exact", "prism",
+        number=500, engine="reference", time_limit_s=3.5,
+    )  # fmt: skip
+    assert result.partial
+    assert not result.interrupted
+    (run,) = result.runs
+    assert run.partial
+    assert run.outcome.events == 4 * 2000
+
+
+@pytest.mark.parametrize("policy", ["never", "partial"])
+def test_a_run_that_is_done_is_not_partial(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    """A limit that passes with the last event takes nothing from that run, but the next one."""
+    clock(monkeypatch, 1.0)
+    result = simulated(
+        small_trace(), small_cluster(), "exact", "prism",
+        number=20, migrate=policy, migrate_every_s=0.1,
+        time_limit_s=0.5 if policy == "never" else 1e3,
+    )  # fmt: skip
+    assert not result.runs[0].partial
+    assert len(result.runs) == (1 if policy == "never" else 2)
+    assert result.partial == (policy == "never")
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"migrate_every_s": 0.0}, "--migrate-every"),
+        ({"migrate_every_s": math.inf}, "--migrate-every"),
+        ({"migrate_every_s": math.nan}, "--migrate-every"),
+        ({"horizon_s": -1.0}, "--horizon"),
+        ({"horizon_s": math.nan}, "--horizon"),
+        ({"half_life_s": 0.0}, "--half-life"),
+        ({"half_life_s": math.nan}, "--half-life"),
+        ({"time_limit_s": 0.0}, "--time-limit"),
+        ({"time_limit_s": math.inf}, "--time-limit"),
+        ({"engine": "fast"}, "--engine"),
+        ({"migrate": "always"}, "--migrate"),
+        ({"migration_cost": "mean"}, "--migration-cost"),
+        ({"migrate_solver": "exakt"}, "--migrate-solver: 'exakt', did you mean 'exact'"),
+        ({"seed": -1}, "--seed"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range(values: dict[str, Any], word: str) -> None:
+    """Options are refused where they are made, by the name that the command gives them."""
+    with pytest.raises(InputError, match=f"^{word}"):
+        SimulationOptions(**values)
+
+
+def changed_link(**changes: float) -> Callable[[Cluster], Cluster]:
+    """A cluster with other figures of [link], unchecked."""
+    return lambda cluster: dataclasses.replace(
+        cluster, link=dataclasses.replace(cluster.link, **changes)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (changed_link(bandwidth_mbps=0.0), "link.bandwidth_mbps"),
+        (changed_link(bandwidth_mbps=math.nan), "link.bandwidth_mbps"),
+        (changed_link(rtt_ms=-1.0), "link.rtt_ms"),
+        (changed_link(call_overhead_ms=math.inf), "link.call_overhead_ms"),
+    ],
+)
+def test_figures_of_a_cluster_made_in_python(
+    change: Callable[[Cluster], Cluster], word: str
+) -> None:
+    """Zero bandwidth and times that are none are refused by name, before anything runs."""
+    trace, cluster = small_trace(), small_cluster()
+    plans, requests = planned(trace, cluster, "exact"), sampled(trace, cluster, 2)
+    with pytest.raises(InputError, match=word):
+        simulate_placements(plans, requests, trace, change(cluster))
+
+
+def test_placement_of_something_else() -> None:
+    """Another model, other servers, other GPUs, too little memory, a hole: named with its place."""
+    trace, cluster = small_trace(), small_cluster()
+    requests = sampled(trace, cluster, 2)
+    ((_, plan),) = planned(trace, cluster, "exact")
+
+    def refused(placement: Placement, on: Cluster = cluster) -> str:
+        with pytest.raises(InputError) as caught:
+            simulate_placements([("p.json", placement)], requests, trace, on)
+        assert str(caught.value).startswith("p.json: ")
+        return str(caught.value)
+
+    shape = dataclasses.replace(plan.model, top_k=1)
+    with pytest.raises(WrongModel, match=r"^p\.json: "):
+        simulate_placements([("p.json", plan.replace(model=shape))], requests, trace, cluster)
+    assert "servers" in refused(plan.replace(servers=("a", "b", "d")))
+    assert "1 GPUs" in refused(
+        plan.replace(gpu_capacity=((11,), (11,), (11,)), on_gpu=plan.on_gpu[[0, 1, 3]])
+    )
+    smaller = small_cluster(("slots = 8", "slots = 7"))
+    assert "holds 8 slots" in refused(plan, smaller)
+    hole = plan.on_gpu.copy()
+    hole[:, 1, 3] = False
+    assert "layer 2 expert 3 is called and held nowhere" in refused(plan.replace(on_gpu=hole))
+
+
+def test_infeasible_memory_is_infeasible() -> None:
+    """A GPU that cannot hold the dense part is told as infeasible, not as a broken placement."""
+    trace, cluster = small_trace(), small_cluster()
+    plans, requests = planned(trace, cluster, "exact"), sampled(trace, cluster, 2)
+    gpu = dataclasses.replace(cluster.servers[0].gpus[0], slots=None, memory_bytes=1000)
+    servers = (dataclasses.replace(cluster.servers[0], gpus=(gpu,)), *cluster.servers[1:])
+    with pytest.raises(Infeasible, match="dense part"):
+        simulate_placements(plans, requests, trace, dataclasses.replace(cluster, servers=servers))
+
+
+def test_reports_are_json_without_nan() -> None:
+    """The bytes end in one newline and are the values, also with migrations."""
+    data = dump_report(run_shift("partial", number=200).to_json())
+    assert data.endswith(b"}\n")
+    assert b"NaN" not in data
+
+
+def test_a_solver_plan_scores_better_than_uniform() -> None:
+    """The point of it all: exact placement answers faster than uniform on the same requests."""
+    runs = simulated(small_trace(), small_cluster(), "exact", "uniform").runs
+    means = [run.latency_s.mean() for run in runs]
+    assert means[0] < 0.8 * means[1]
