@@ -19,7 +19,7 @@ from prism_plan.simulate.report import Run
 from prism_plan.simulate.workload import MOST_PROMPT_TOKENS, sample_requests
 from prism_plan.simulation import OFFLOAD, SimulationOptions, offload_placement, simulate_placements
 from prism_plan.solvers import SOLVER_NAMES, Options, get_solver, solve
-from prism_plan.sweep_file import OK
+from prism_plan.sweep_file import COLUMNS, OK
 from prism_plan.trace import Trace
 
 #: More runs than this are a mistyped grid.
@@ -342,7 +342,7 @@ def _rows(
                 row |= _results(run.to_json(), run) | {"solve_s": solve_s}
             except PrismError as found:
                 row["status"] = str(found)
-        rows.append(row)
+        rows.append({name: row.get(name) for name in COLUMNS})
     return rows
 
 
