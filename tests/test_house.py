@@ -12,6 +12,8 @@ import pytest
 import prism_plan
 
 PACKAGE = Path(prism_plan.__file__).parent
+#: The runtime, a package of its own that needs PyTorch; read here, not imported.
+RUNTIME = PACKAGE.parent / "runtime_adapter"
 
 #: A module may import those of its own and of lower floors; `solvers` and others of one floor that
 #: are packages do not import each other.
@@ -38,6 +40,9 @@ FLOORS = [
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
+#: The command line of the runtime, and that of its testbed.
+RUNTIME_COMMANDS = ("cli.py", "testbed.py", "testbed_command.py")
+RUNTIME_MODULES = sorted(RUNTIME.rglob("*.py"))
 
 
 def part(path: Path) -> str:
@@ -112,6 +117,33 @@ def test_only_the_command_line_prints_or_exits(path: Path) -> None:
         assert "from matplotlib" not in text
     assert "import pyplot" not in text
     assert "matplotlib.pyplot" not in text
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_planner_does_not_know_the_runtime(path: Path) -> None:
+    """runtime_adapter imports prism_plan, and never the reverse."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+    assert "runtime_adapter" not in found
+
+
+@pytest.mark.parametrize("path", RUNTIME_MODULES, ids=lambda p: str(p.relative_to(RUNTIME)))
+def test_only_the_commands_of_the_runtime_print_or_exit(path: Path) -> None:
+    """print, sys.exit and click are found in the files of the runtime's two commands alone."""
+    text = path.read_text(encoding="utf-8")
+    calls = {
+        node.func.id
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    if path.name not in RUNTIME_COMMANDS:
+        assert not calls & {"print", "exit", "quit"}
+        assert "sys.exit" not in text
+        assert "import click" not in text
 
 
 def last_line(code: str) -> str:

@@ -1,0 +1,4 @@
+"""Placements executed: a Mixture-of-Experts checkpoint runs across servers, each with its experts.
+
+Imports :mod:`prism_plan`, never the reverse. Needs the extra ``runtime`` (PyTorch, transformers 5).
+"""

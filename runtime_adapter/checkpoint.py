@@ -1,0 +1,309 @@
+"""A checkpoint folder: which tensor is dense, and which belongs to which expert.
+
+Reads what transformers saves for the families of :mod:`runtime_adapter.families`: safetensors, in
+one file or in shards with an index, experts one by one or stacked by layer. Opening a checkpoint
+reads the headers only and checks that every expert is there in its shape; weights are read when
+they are asked for. Pickled weights (``.bin``) are refused: unpickling runs any code in them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from prism_plan.errors import InputError
+from prism_plan.files import parse_json, read_text
+from prism_plan.model import ModelSpec
+from prism_plan.model_config import spec_from_config_file
+from runtime_adapter.families import ALL_EXPERTS, ONE_EXPERT, PARTS, Family, family_of
+from runtime_adapter.tensor_file import TensorFile
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+#: Parts that lie one after the other in each expert's slice of a tensor of all experts.
+PACKED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """What all routed experts of a model have in common.
+
+    ``activation`` is a name of transformers' ``ACT2FN``; E experts in each of L layers, hidden
+    states of H numbers, experts of width W.
+    """
+
+    spec: ModelSpec
+    hidden_size: int
+    width: int
+    activation: str
+
+    def part(self, name: str) -> tuple[int, int]:
+        """Shape of one of the parts gate, up and down."""
+        into = (self.width, self.hidden_size)
+        return into if name != "down" else into[::-1]
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of one expert, 3·H·W."""
+        return len(PARTS) * self.hidden_size * self.width
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Where a part of an expert is stored: from number ``first`` of a tensor on."""
+
+    file: str
+    name: str
+    first: int = 0
+
+
+class Checkpoint:
+    """A folder with ``config.json`` and safetensors files.
+
+    Attributes
+    ----------
+    folder : Path
+    spec : ModelSpec
+        Called after the folder; sizes are those of the stored weights.
+    config : Mapping
+        The values of ``config.json``.
+    experts : ExpertShape
+    dtype : torch.dtype
+        In which the weights are stored, as ``config.json`` has it.
+
+    Raises
+    ------
+    InputError
+        No such folder; a family that cannot be run; quantised or pickled weights; a file that is
+        missing, cut short or outside the folder; a tensor of an expert that is missing or has
+        another shape.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise InputError(
+                "has no config.json" if self.folder.is_dir() else "no such folder",
+                source=folder,
+                expected="a checkpoint folder with config.json and safetensors files",
+            )
+        self.config: Mapping[str, Any] = _object(path)
+        self.family: Family = family_of(self.config.get("model_type"), path)
+        if self.config.get("quantization_config") or self.config.get("compression_config"):
+            raise InputError(
+                "the weights are quantised",
+                source=path,
+                place="quantization_config",
+                expected="weights in bfloat16, float16 or float32",
+            )
+        self.spec: ModelSpec = spec_from_config_file(path)
+        self.dtype: torch.dtype = _dtype(self.config)
+        width = self.config.get(self.family.width_key)
+        if not isinstance(width, int):  # transformers has a default; checkpoints always say it
+            raise InputError(
+                f"{width!r:.40}",
+                source=path,
+                place=self.family.width_key,
+                expected="the width of an expert",
+            )
+        self.experts = ExpertShape(
+            spec=self.spec,
+            hidden_size=self.spec.hidden_size,
+            width=width,
+            activation=str(self.config.get("hidden_act", "silu")),
+        )
+        self._files: dict[str, TensorFile] = {}
+        self._dense: dict[str, tuple[str, str]] = {}  # name in memory -> file, stored name
+        self._experts: dict[int, dict[str, _Where]] = {}  # by pair, by part
+        self._map(self._stored())
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.folder)!r})"
+
+    # ----------------------------------------------------------------------------------- reading
+
+    def dense_names(self) -> list[str]:
+        """Every tensor that belongs to no routed expert, as transformers 5 names it in memory."""
+        return sorted(self._dense)
+
+    def dense_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor of the dense part."""
+        file, stored = self._dense[name]
+        return self._files[file].entries[stored].shape
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the dense part, as stored.
+
+        Raises
+        ------
+        InputError
+            There is none of that name, or the file cannot be read.
+        """
+        if name not in self._dense:
+            raise InputError(f"tensor {name} is missing", source=self.source)
+        file, stored = self._dense[name]
+        return self._files[file].read(stored)
+
+    def expert(self, layer_position: int, expert: int) -> dict[str, torch.Tensor]:
+        """The parts gate [W, H], up [W, H] and down [H, W] of one expert, as stored.
+
+        Nothing else is read, also where the experts of a layer are stored as one tensor.
+
+        Raises
+        ------
+        InputError
+            The file cannot be read.
+        """
+        found = self._experts[layer_position * self.spec.num_experts + expert]
+        return {
+            part: self._files[where.file].read(where.name, self.experts.part(part), where.first)
+            for part, where in found.items()
+        }
+
+    @property
+    def source(self) -> Path:
+        """The file that says which tensors there are."""
+        single = self.folder / SINGLE
+        return single if single.is_file() else self.folder / INDEX
+
+    def place(self, name: str) -> tuple[Path, str]:
+        """File and stored name of a tensor of the dense part, for a message."""
+        if name not in self._dense:
+            return self.source, name
+        file, stored = self._dense[name]
+        return self.folder / file, stored
+
+    # ----------------------------------------------------------------------------------- opening
+
+    def _stored(self) -> Iterator[tuple[str, str]]:
+        """Every stored tensor with its file; opens the files."""
+        if (self.folder / SINGLE).is_file():
+            for name in self._open(SINGLE).entries:
+                yield SINGLE, name
+            return
+        index = self.folder / INDEX
+        if not index.is_file():
+            pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt"))
+            raise InputError(
+                "the weights are pickled, and unpickling runs any code that is in them"
+                if pickled
+                else "has no weights",
+                source=self.folder,
+                expected=f"{SINGLE}, or shards and {INDEX}",
+                remedy="save the model with save_pretrained of transformers 5",
+            )
+        files = _object(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise InputError(
+                f"{files!r:.60}", source=index, place="weight_map", expected="files by tensor"
+            )
+        for name, file in files.items():
+            if not _is_plain(file):
+                raise InputError(
+                    f"{file!r:.80}",
+                    source=index,
+                    place=name,
+                    expected="the name of a safetensors file in the folder",
+                )
+            if name not in self._open(file).entries:
+                raise InputError(
+                    f"tensor {name} is missing",
+                    source=self.folder / file,
+                    expected=f"it there, as {INDEX} says",
+                    remedy="copy or download the checkpoint again",
+                )
+            yield file, name
+
+    def _open(self, file: str) -> TensorFile:
+        if file not in self._files:
+            self._files[file] = TensorFile(self.folder / file)
+        return self._files[file]
+
+    def _map(self, stored: Iterator[tuple[str, str]]) -> None:
+        """Tell dense tensors and experts apart, and check that the experts are complete."""
+        position = {layer: at for at, layer in enumerate(self.spec.moe_layers)}
+        count, size = self.spec.num_experts, self.experts.hidden_size * self.experts.width
+        for file, name in stored:
+            one, every = ONE_EXPERT.match(name), ALL_EXPERTS.match(name)
+            match = one or every
+            if match is None or int(match["layer"]) not in position:
+                # experts of layers that the model does not run are none of its experts
+                self._dense[self.family.name_in_memory(name)] = (file, name)
+                continue
+            first = position[int(match["layer"])] * count
+            if one is not None:
+                part, expert = self.family.part_of(one["part"]), int(one["expert"])
+                if not part or expert >= count:
+                    self._refuse(file, name, f"parts of experts 0..{count - 1}")
+                self._shape(file, name, self.experts.part(part))
+                self._experts.setdefault(first + expert, {})[part] = _Where(file, name)
+                continue
+            halves = PACKED.get(match["part"], ())
+            if not halves:
+                self._refuse(file, name, " and ".join(PACKED))
+            rows, columns = self.experts.part(halves[0])
+            self._shape(file, name, (count, len(halves) * rows, columns))
+            for expert in range(count):
+                parts = self._experts.setdefault(first + expert, {})
+                for at, part in enumerate(halves):
+                    parts[part] = _Where(file, name, (expert * len(halves) + at) * size)
+        for pair in range(self.spec.num_pairs):
+            for part in PARTS:
+                if part not in self._experts.get(pair, {}):
+                    layer, expert = divmod(pair, count)
+                    names = self.family.expert_names(self.spec.moe_layers[layer], expert)
+                    raise InputError(
+                        f"tensor {names[part]} is missing",
+                        source=self.source,
+                        expected=f"shape {list(self.experts.part(part))}, "
+                        f"{part} of {self.spec.pair_text(pair)}",
+                        remedy="copy or download the checkpoint again",
+                    )
+
+    def _refuse(self, file: str, name: str, expected: str) -> None:
+        raise InputError(
+            "no tensor of an expert of this model",
+            source=self.folder / file,
+            place=name,
+            expected=expected,
+        )
+
+    def _shape(self, file: str, name: str, expected: tuple[int, ...]) -> None:
+        entry = self._files[file].entries[name]
+        if entry.shape != expected or not entry.dtype.is_floating_point:
+            raise InputError(
+                f"shape {list(entry.shape)} of {str(entry.dtype).removeprefix('torch.')}",
+                source=self.folder / file,
+                place=name,
+                expected=f"{list(expected)}, as config.json says",
+            )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    values = parse_json(read_text(path), path)
+    if not isinstance(values, dict):
+        raise InputError(f"{values!r:.60}", source=path, expected="a JSON object")
+    return values
+
+
+def _is_plain(file: object) -> bool:
+    """Whether an index names a file of the folder itself, and one of safetensors."""
+    return (
+        isinstance(file, str)
+        and "\\" not in file
+        and "\0" not in file
+        and file.endswith(".safetensors")
+        and PurePosixPath(file).parts == (file,)
+    )
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    dtype: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
+    return dtype
