@@ -43,6 +43,7 @@ def measure(case: Case) -> dict[str, Any]:
         "process_peak_mib": round(peak_mib()),
         "before_mib": round(before),
         "limit_mib": case.limit_mib,
+        "events_per_s": case.events_per_s,
         "outcome": outcome,
     }
 
@@ -75,7 +76,9 @@ def main() -> None:
         row = json.loads(output.splitlines()[-1])
         rows.append(row)
         limit = "" if row["limit_s"] is None else f" (limit {row['limit_s']} s)"
-        print(f"{row['name']}: {row['median_s']} s{limit}, {row['process_peak_mib']} MiB")
+        rate = row["outcome"].get("events_per_s")
+        speed = f", {rate:,} events/s" if rate else ""
+        print(f"{row['name']}: {row['median_s']} s{limit}, {row['process_peak_mib']} MiB{speed}")
     by_name = {row["name"]: row for row in rows}
     ratio = (
         by_name["ilp CBC, V2-Lite, 64 servers x 80"]["median_s"]

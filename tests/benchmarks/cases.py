@@ -22,9 +22,18 @@ from prism_plan.instance import Instance
 from prism_plan.model import PRESETS, ModelShape, ModelSpec
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
+from prism_plan.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import Options, solve
 from prism_plan.trace import TokenBatch, Trace
 from prism_plan.trace_file import TraceWriter, read_trace, write_trace
+from tests.benchmarks.simulations import (
+    ReferenceEngine,
+    paper_cluster,
+    scenario,
+    simulated,
+    simulated_by_simpy,
+    twins,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ESFT_TASKS = ("intent", "law", "summary", "translation")
@@ -33,7 +42,10 @@ SCRIPT = Path(sys.executable).parent / "prism-plan"
 
 @dataclass(frozen=True)
 class Case:
-    """A frozen measurement: `prepare` makes the input, `run` is timed, `limit_s` is promised."""
+    """A frozen measurement: `prepare` makes the input, `run` is timed, `limit_s` is promised.
+
+    ``events_per_s`` is promised of simulations, in the outcome's figure of that name.
+    """
 
     name: str
     prepare: Callable[[Path], Any]
@@ -41,6 +53,7 @@ class Case:
     limit_s: float | None = None
     limit_mib: float | None = None
     repeats: int = 5
+    events_per_s: int | None = None
     small: bool = False
 
 
@@ -53,6 +66,15 @@ def v2_trace() -> Trace:
     """The real V2-Lite trace, four tasks."""
     scores = traces_dir() / "deepseek-v2-lite-esft" / "expert_scores"
     return read_esft([Source(scores / task) for task in ESFT_TASKS], PRESETS["deepseek-v2-lite"])
+
+
+def small_trace() -> Trace:
+    """A synthetic trace of two tasks, small enough for a test."""
+    model = ModelSpec(
+        name="small", moe_layers=(0, 1), num_experts=8, top_k=2, hidden_size=64, dtype_bytes=2,
+        expert_bytes=2_000_000_000, dense_bytes=1_000_000_000, kv_bytes_per_token=0,
+    )  # fmt: skip
+    return synthetic_trace(model, ["x", "y"], requests=3, prompt_tokens=6, decode_tokens=4)
 
 
 def v2_three(folder: Path) -> Instance:
@@ -219,10 +241,74 @@ CASES = [
         counted,
         repeats=3,
     ),
+    Case(
+        "simulate, V2-Lite, 3 servers, exact",
+        scenario(v2_trace, paper_cluster, 100),
+        simulated(),
+        events_per_s=1_000_000,
+    ),
+    Case(
+        "simulate, V2-Lite, 3 servers, layer-partition",
+        scenario(v2_trace, paper_cluster, 100, solver="layer-partition"),
+        simulated(),
+        events_per_s=1_000_000,
+    ),
+    Case(
+        "simulate, V2-Lite, 3 servers, offload",
+        scenario(v2_trace, paper_cluster, 100, solver="offload"),
+        simulated(),
+    ),
+    *(
+        Case(
+            f"simulate, V2-Lite, {2 * servers} GPUs in {servers} servers",
+            scenario(v2_trace, lambda trace, n=servers: twins(trace, n), 20),
+            simulated(),
+            limit_s=60.0 if servers == 128 else None,
+            limit_mib=2048 if servers == 128 else None,
+            events_per_s=1_000_000,
+            repeats=3,
+        )
+        for servers in (8, 32, 128)
+    ),
+    Case(
+        "simulate, V2-Lite, 64 GPUs in 32 servers, 8 decode tokens",
+        scenario(v2_trace, lambda trace: twins(trace, 32), 20, decode_tokens=8),
+        simulated(),
+        repeats=3,
+    ),
+    Case(
+        "simulate, V2-Lite, 3 servers, 2 requests, compiled",
+        scenario(v2_trace, paper_cluster, 2),
+        simulated(),
+    ),
+    Case(
+        "simulate, V2-Lite, 3 servers, 2 requests, reference",
+        scenario(v2_trace, paper_cluster, 2),
+        simulated(ReferenceEngine),
+        repeats=3,
+    ),
+    Case(
+        "simulate, V2-Lite, 3 servers, 2 requests, SimPy",
+        scenario(v2_trace, paper_cluster, 2),
+        simulated_by_simpy,
+        repeats=3,
+    ),
     Case("prism-plan --help", lambda folder: None, lambda _: command("--help"), 0.4),
     Case("prism-plan solve, V2-Lite", solve_files, solve_command, 2.0),
     Case("small: exact", gamma(4, 16, 2, 8, 12, 8), solved("exact"), small=True),
     Case("small: ilp", gamma(4, 16, 2, 8, 12, 8), solved("ilp"), small=True),
+    Case(
+        "small: simulate",
+        scenario(small_trace, lambda trace: twins(trace, 3), 3, solver="prism"),
+        simulated(),
+        small=True,
+    ),
+    Case(
+        "small: simulate by SimPy",
+        scenario(small_trace, lambda trace: twins(trace, 3), 3, solver="prism"),
+        simulated_by_simpy,
+        small=True,
+    ),
     Case("small: count 5,000 tokens", large_trace(5_000), counted, small=True),
 ]
 
