@@ -1,0 +1,72 @@
+"""GPUs that take their time without computing: work as timed waits, first come first served."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import time
+from collections.abc import Mapping
+from typing import Any
+
+_PR_SET_TIMERSLACK = 29
+
+
+def sharp_timers() -> None:
+    """Let this thread's sleeps end within a microsecond of their time (Linux)."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
+    except (AttributeError, OSError):
+        return
+
+
+def wait_until(at_s: float) -> None:
+    """Sleep until a time of ``time.monotonic``."""
+    left_s = at_s - time.monotonic()
+    if left_s > 0:
+        time.sleep(left_s)
+
+
+class GpuClock:
+    """When each GPU of a server is free next; shared by the server's processes.
+
+    A piece of work begins when it is asked for or when the GPU has done what was asked before,
+    as in the simulator.
+    """
+
+    def __init__(self, gpus: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._lock = context.Lock()
+        self._free_s = context.Array(ctypes.c_double, gpus, lock=False)
+        self._busy_s = context.Array(ctypes.c_double, gpus, lock=False)
+
+    def reserve(self, work_s: Mapping[int, float]) -> float:
+        """Queue seconds of work on GPUs of the server; returns when the last of it is done."""
+        now = time.monotonic()
+        end_s = now
+        with self._lock:
+            for gpu, seconds in work_s.items():
+                done_s = max(now, self._free_s[gpu]) + seconds
+                self._free_s[gpu] = done_s
+                self._busy_s[gpu] += seconds
+                end_s = max(end_s, done_s)
+        return end_s
+
+    def busy_s(self) -> list[float]:
+        """Seconds of work so far, of each GPU."""
+        return list(self._busy_s)
+
+
+def gpu_work(
+    table_gpus: Any, layer: int, first_gpu: int, experts: Any, tokens: Any, timing: Any, first: int
+) -> dict[int, float]:
+    """Seconds on each GPU of a server of batches of experts, from the simulator's tables.
+
+    ``experts`` and ``tokens`` are those of the batches in the order of their first call;
+    ``table_gpus`` int [J] the server's GPU of each pair, in the order of all servers.
+    """
+    work: dict[int, float] = {}
+    for e, number in zip(experts, tokens, strict=True):
+        gpu = int(table_gpus[first + e])
+        seconds = float(timing.expert_s[timing.kind[gpu], timing.size[layer], number])
+        work[gpu - first_gpu] = work.get(gpu - first_gpu, 0.0) + seconds
+    return work

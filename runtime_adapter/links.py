@@ -1,0 +1,194 @@
+"""Point-to-point links between servers, each with a process group of its own.
+
+Every ordered pair (n, m) has one two-rank group, in which the front of n is rank 0 and the worker of m
+is rank 1: a group that breaks, for a server was killed or did not answer, breaks nothing else. The
+groups find each other through one TCPStore; its socket is bound to the named address before the store
+is made, for by itself it would listen everywhere.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from prism_plan.errors import InputError, PrismError
+
+#: An idle worker waits for the next call without end.
+FOREVER = datetime.timedelta(days=3650)
+
+
+class RuntimeFailure(PrismError):
+    """Something outside of this server failed: a port, a server, the store."""
+
+    exit_code = 5
+
+
+class ServerLost(RuntimeFailure):
+    """Another server does not answer any more."""
+
+    def __init__(self, server: int, name: str, reason: str) -> None:
+        self.server = server
+        super().__init__(f"server {name!r} is lost: {reason}")
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the servers of a run find each other.
+
+    ``host`` and ``port`` are of the store, which the first server hosts; ``interface`` is the network
+    interface that links use; ``timeout_s`` after which a server that does not answer is lost;
+    ``join_s`` within which all have to be there.
+    """
+
+    servers: int
+    me: int
+    host: str = "127.0.0.1"
+    port: int = 29400
+    interface: str = "lo"
+    timeout_s: float = 10.0
+    join_s: float = 60.0
+
+
+def listen(meeting: Meeting) -> socket.socket:
+    """The store's socket, bound to the meeting's address alone.
+
+    Raises
+    ------
+    RuntimeFailure
+        The port is in use, or the address is not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in meeting.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((meeting.host, meeting.port))
+        bound.listen(4 * meeting.servers + 16)
+    except OSError as error:
+        bound.close()
+        reason = (error.strerror or str(error)).lower()
+        raise RuntimeFailure(
+            f"--store {meeting.host}:{meeting.port}: {reason}; choose another port, or the address "
+            "of the interface that the servers share"
+        ) from error
+    return bound
+
+
+def join_store(meeting: Meeting, *, host_it: bool) -> dist.TCPStore:
+    """The store of a run; the first server's front hosts it.
+
+    Raises
+    ------
+    RuntimeFailure
+        The port is in use, or nobody hosts the store within ``join_s``.
+    """
+    timeout = datetime.timedelta(seconds=meeting.join_s)
+    try:
+        if host_it:
+            descriptor = listen(meeting).detach()
+            return dist.TCPStore(
+                meeting.host, meeting.port, None, True, timeout=timeout,
+                wait_for_workers=False, master_listen_fd=descriptor,
+            )  # fmt: skip
+        return dist.TCPStore(
+            meeting.host, meeting.port, None, False, timeout=timeout, wait_for_workers=False
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise RuntimeFailure(
+            f"--store {meeting.host}:{meeting.port}: no store within {meeting.join_s:g} s "
+            f"({first:.120}); start the first server, or check the address"
+        ) from error
+
+
+def put(store: dist.Store, key: str, values: Any) -> None:
+    """Write JSON to the store."""
+    store.set(key, json.dumps(values).encode())
+
+
+def get(store: dist.Store, key: str, timeout_s: float) -> Any:
+    """Wait for a key and read its JSON.
+
+    Raises
+    ------
+    RuntimeFailure
+        It is not there in time.
+    """
+    try:
+        store.wait([key], datetime.timedelta(seconds=timeout_s))
+        return json.loads(store.get(key))
+    except (dist.DistError, RuntimeError) as error:
+        raise RuntimeFailure(f"{key!r} did not come within {timeout_s:g} s") from error
+
+
+def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: str) -> None:
+    """All servers of a run must agree on its facts: the first one's count.
+
+    Raises
+    ------
+    InputError
+        This server was started for another number of servers, another placement, model or options,
+        or a second server has this name.
+    """
+    if store.add(f"joined/{meeting.me}", 1) != 1:
+        raise InputError(
+            f"server {name!r} is there already", source="--server", remedy="start each server once"
+        )
+    if meeting.me == 0:
+        put(store, "facts", facts)
+    wanted = get(store, "facts", meeting.join_s)
+    for key, value in facts.items():
+        if wanted.get(key) != value:
+            raise InputError(
+                f"{value!r:.80}",
+                source=f"server {name!r}",
+                place=key,
+                expected=f"{wanted.get(key)!r:.80}, as the first server has it",
+            )
+
+
+def group(
+    store: dist.Store, meeting: Meeting, front: int, worker: int, rank: int
+) -> dist.ProcessGroupGloo:
+    """One side of the pair (front of one server, worker of another).
+
+    Raises
+    ------
+    RuntimeFailure
+        The interface does not exist, or the other side is not there within ``join_s``.
+    """
+    options = dist.ProcessGroupGloo._Options()
+    try:
+        device = dist.ProcessGroupGloo.create_device(interface=meeting.interface)
+    except RuntimeError as error:
+        raise RuntimeFailure(
+            f"--interface {meeting.interface}: {str(error).splitlines()[0]:.120}"
+        ) from error
+    options._devices = [device]
+    options._threads = 1
+    options._timeout = datetime.timedelta(seconds=meeting.join_s)
+    prefix = dist.PrefixStore(f"pair/{front}/{worker}", store)
+    try:
+        made = dist.ProcessGroupGloo(prefix, rank, 2, options)
+    except RuntimeError as error:
+        other = worker if rank == 0 else front
+        raise RuntimeFailure(
+            f"server {other} is not there within {meeting.join_s:g} s: "
+            f"{str(error).splitlines()[0]:.120}"
+        ) from error
+    return made
+
+
+def send(made: dist.ProcessGroupGloo, message: torch.Tensor, to: int, tag: int) -> dist.Work:
+    """Begin to send bytes."""
+    return made.send([message], to, tag)
+
+
+def receive(made: dist.ProcessGroupGloo, room: torch.Tensor, at: int, tag: int) -> dist.Work:
+    """Begin to receive a message of at most the room's bytes."""
+    return made.recv([room], at, tag)

@@ -1,0 +1,117 @@
+"""Where each call of a step goes: the simulator's rules and code, on this server's own table.
+
+The choices depend on the placement, the request's number and on what this server has sent before,
+so they are those of the simulation, call for call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.errors import PrismError
+from prism_plan.jit import jit
+from prism_plan.model import ModelShape
+from prism_plan.simulate.loop import COVER, NEAREST, cover, mix
+from prism_plan.simulate.network import Network
+from prism_plan.simulate.routes import ROUTES, Route
+from runtime_adapter.table import HolderTable
+
+
+class ExpertsLost(PrismError):
+    """A request needs an expert that no server holds any more."""
+
+
+@jit
+def _route(  # pragma: no cover - compiled
+    rows: Any, first: int, at: int, request: int, route: int, gpu_of: Any, holder: Any,
+    copies: Any, sent: Any, link_rank: Any, mask: Any, goals: Any, few: Any, best: Any, place: Any,
+) -> Any:  # fmt: skip
+    """Fill ``place`` [T, K] with servers; returns a pair that is held nowhere, or -1."""
+    tokens, top_k = rows.shape
+    for t in range(tokens):
+        missing = 0
+        for k in range(top_k):
+            pair = first + np.int64(rows[t, k])
+            if gpu_of[at, pair] >= 0:
+                place[t, k] = at
+            elif copies[pair] == 0:
+                return pair
+            else:
+                few[0, missing] = pair
+                few[2, missing] = k
+                missing += 1
+        if missing == 0:
+            continue
+        if route == COVER:
+            cover(few, missing, holder, copies, sent, mask, goals, best)
+        else:
+            for i in range(missing):
+                pair = few[0, i]
+                if route == NEAREST:
+                    chosen = holder[pair, 0]
+                    for other in range(1, copies[pair]):
+                        if link_rank[at, holder[pair, other]] < link_rank[at, chosen]:
+                            chosen = holder[pair, other]
+                else:
+                    which = mix(request, pair) % np.uint64(copies[pair])
+                    chosen = holder[pair, np.int64(which)]
+                few[1, i] = chosen
+        for i in range(missing):
+            m = few[1, i]
+            again = False
+            for before in range(i):
+                if few[1, before] == m:
+                    again = True
+            if not again:
+                sent[m] += 1
+            place[t, few[2, i]] = m
+    return np.int64(-1)
+
+
+class Router:
+    """Routes the steps of one server; keeps what it has sent over each link."""
+
+    def __init__(
+        self, table: HolderTable, me: int, model: ModelShape, network: Network, route: Route
+    ) -> None:
+        servers = len(table.servers)
+        self.table = table
+        self.me = me
+        self.model = model
+        self.route = ROUTES.index(route)
+        cost = network.call_cost_s()
+        order = np.argsort(np.argsort(cost, axis=1, kind="stable"), axis=1)
+        self.link_rank = order.astype(np.int32)
+        self.sent = np.zeros(servers, np.int64)
+        self._mask = np.zeros(servers, np.int64)
+        self._goals = np.zeros(servers, np.int32)
+        self._few = np.zeros((3, model.top_k), np.int64)
+        self._best = np.zeros((3, 1 << model.top_k), np.int64)
+
+    def place(
+        self, layer: int, experts: npt.NDArray[np.int64], request: int
+    ) -> npt.NDArray[np.int32]:
+        """The server of each call, int32 [T, K], for ``experts`` [T, K] of a layer position.
+
+        Raises
+        ------
+        ExpertsLost
+            An expert is held by no server that is still there.
+        """
+        place = np.empty(experts.shape, np.int32)
+        table = self.table
+        lost = _route(
+            experts, layer * self.model.num_experts, self.me, request, self.route, table.gpu_of,
+            table.holder, table.copies, self.sent, self.link_rank, self._mask, self._goals,
+            self._few, self._best, place,
+        )  # fmt: skip
+        if lost >= 0:
+            gone = [name for m, name in enumerate(table.servers) if table.lost(m)]
+            raise ExpertsLost(
+                f"{self.model.pair_text(int(lost))} is held by no server that is still there"
+                + (f"; lost: {', '.join(gone)}" if gone else "")
+            )
+        return place

@@ -1,0 +1,250 @@
+"""One server of a run: its front (this process), its worker, its links to the others."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from prism_plan.model import ModelShape
+from prism_plan.placement import Placement
+from prism_plan.simulate.network import Network
+from prism_plan.simulate.routes import Route
+from runtime_adapter.compute import Compute
+from runtime_adapter.counters import Counters
+from runtime_adapter.dispatch import Dispatcher
+from runtime_adapter.links import (
+    Meeting,
+    RuntimeFailure,
+    ServerLost,
+    check_run,
+    get,
+    group,
+    join_store,
+    put,
+)
+from runtime_adapter.routing import Router
+from runtime_adapter.table import HolderTable
+from runtime_adapter.worker import WorkerConfig, in_parallel, run_worker
+
+
+@dataclass(frozen=True, eq=False)
+class ServerConfig:
+    """What a server of a run is.
+
+    ``facts`` must be equal on all servers (placement digest, route, ...); ``states`` and ``width``
+    as in WorkerConfig; ``most_tokens`` of this server's own steps; ``lanes`` requests at once.
+    """
+
+    meeting: Meeting
+    placement: Placement
+    model: ModelShape
+    network: Network
+    compute: Compute
+    facts: dict[str, Any]
+    states: torch.dtype
+    width: int
+    most_tokens: int
+    route: Route = "cover"
+    lanes: int = 1
+    rtt_s: float = 0.0
+
+
+class Server:
+    """Starts a worker and meets all other servers; a context manager that ends both.
+
+    ``lanes`` are the dispatchers of the requests that run at once. ``report`` is told what a
+    reader of the log has to know, once each.
+
+    Raises
+    ------
+    RuntimeFailure
+        A port is in use, a server is not there in time, the worker did not start.
+    InputError
+        The servers do not agree on what they run.
+    """
+
+    def __init__(self, config: ServerConfig, report: Callable[[str], None]) -> None:
+        self.config = config
+        self.me = config.meeting.me
+        self.name = config.placement.servers[self.me]
+        self.report = report
+        self.table = HolderTable(config.placement)
+        if hasattr(config.compute, "table"):
+            config.compute.table = self.table
+        self.counters = Counters(config.model.num_layers, config.model.num_experts)
+        self.lanes: list[Dispatcher] = []
+        self.store: dist.TCPStore | None = None
+        self._worker: Any = None
+        self._ended = threading.Event()
+        self._lost = threading.Lock()
+        self._reported: set[int] = set()
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        config, meeting = self.config, self.config.meeting
+        others = [m for m in range(meeting.servers) if m != self.me]
+        self.store = store = join_store(meeting, host_it=self.me == 0)
+        check_run(store, meeting, config.facts, self.name)
+        put(store, f"tokens/{self.me}", config.most_tokens)
+        most = max(int(get(store, f"tokens/{n}", meeting.join_s)) for n in range(meeting.servers))
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        worker = WorkerConfig(
+            meeting=meeting,
+            placement=config.placement,
+            model=config.model,
+            compute=config.compute,
+            states=config.states,
+            width=config.width,
+            most_tokens=most,
+            lanes=max(config.facts.get("lanes", [config.lanes])),
+            rtt_s=config.rtt_s,
+        )
+        self._worker = context.Process(target=run_worker, args=(worker, theirs), daemon=True)
+        self._worker.start()
+        theirs.close()
+        groups = in_parallel([lambda m=m: group(store, meeting, self.me, m, 0) for m in others])
+        try:
+            if not ours.poll(meeting.join_s):
+                raise RuntimeFailure(f"the worker did not start within {meeting.join_s:g} s")
+            wrong = ours.recv()
+        except EOFError:
+            raise RuntimeFailure("the worker ended while it was starting") from None
+        if wrong:
+            raise RuntimeFailure(wrong)
+        by_server = dict(zip(others, groups, strict=True))
+        self.lanes = [
+            Dispatcher(
+                config.model,
+                Router(self.table, self.me, config.model, config.network, config.route),
+                by_server,
+                config.compute,
+                self.counters,
+                lane=lane,
+                timeout_s=meeting.timeout_s,
+                rtt_s=config.rtt_s,
+                on_lost=self._on_lost,
+            )
+            for lane in range(config.lanes)
+        ]
+        threading.Thread(target=self._watch, args=(others,), daemon=True).start()
+
+    # -------------------------------------------------------------------------------------- health
+
+    def _on_lost(self, lost: ServerLost) -> None:
+        with self._lost:
+            if lost.server in self._reported:
+                return
+            self._reported.add(lost.server)
+        self.report(str(lost))
+
+    def _watch(self, others: list[int]) -> None:
+        """Notice servers that give no sign of life, whether or not they are called."""
+        timeout_s = self.config.meeting.timeout_s
+        try:
+            store = join_store(self.config.meeting, host_it=False)
+        except RuntimeFailure:
+            return
+        seen = {n: ("", time.monotonic()) for n in others}
+        while not self._ended.wait(min(timeout_s / 4, 1.0)):
+            for n in others:
+                try:
+                    beat = store.get(f"beat/{n}").decode() if store.check([f"beat/{n}"]) else ""
+                    over = store.check([f"finished/{n}"])
+                except RuntimeError:
+                    self._store_lost()
+                    return
+                now = time.monotonic()
+                if beat != seen[n][0] or over:
+                    seen[n] = (beat, now)
+                elif now - seen[n][1] > timeout_s and not self.table.lost(n):
+                    self.table.lose(n)
+                    reason = f"no sign of life for {timeout_s:g} s"
+                    self._on_lost(ServerLost(n, self.table.servers[n], reason))
+
+    def _store_lost(self) -> None:
+        if self.me == 0 or self._ended.is_set():
+            return
+        host = self.table.servers[0]
+        self.report(f"the store on {host!r} is lost: no migrations and no news of other servers")
+        if not self.table.lost(0):
+            self.table.lose(0)
+            self._on_lost(ServerLost(0, host, "it hosts the store, which is gone"))
+
+    # ---------------------------------------------------------------------------------------- time
+
+    def together(self, name: str) -> None:
+        """Wait until every server is here; a barrier through the store.
+
+        Raises
+        ------
+        RuntimeFailure
+            Not all come within the time to join.
+        """
+        assert self.store is not None
+        put(self.store, f"{name}/{self.me}", 1)
+        for n in range(self.config.meeting.servers):
+            get(self.store, f"{name}/{n}", self.config.meeting.join_s)
+
+    def agree_on_start(self, delay_s: float = 0.5) -> float:
+        """A time of ``time.monotonic`` at which all servers of this machine begin."""
+        assert self.store is not None
+        self.together("ready")
+        if self.me == 0:
+            put(self.store, "start", time.time() + delay_s)
+        at = float(get(self.store, "start", self.config.meeting.join_s))
+        return time.monotonic() + (at - time.time())
+
+    def finish(self, patience_s: float = 3600.0) -> None:
+        """Tell that this server has no more requests, and answer others until they have none."""
+        assert self.store is not None
+        deadline = time.monotonic() + patience_s
+        try:
+            put(self.store, f"finished/{self.me}", 1)
+            for n in range(self.config.meeting.servers):
+                while not self.table.lost(n) and time.monotonic() < deadline:
+                    if self.store.check([f"finished/{n}"]):
+                        break
+                    time.sleep(0.05)
+            if self.me == 0:
+                time.sleep(0.5)  # the others read it from the store that this server hosts
+        except RuntimeError:
+            self._store_lost()
+
+    def close(self) -> None:
+        """End the worker."""
+        self._ended.set()
+        if self._worker is not None and self._worker.is_alive():
+            self._worker.terminate()
+            self._worker.join(5)
+            if self._worker.is_alive():
+                self._worker.kill()
+
+
+def exit_now(code: int) -> None:
+    """Leave without waiting for threads that wait for other servers."""
+    os._exit(code)

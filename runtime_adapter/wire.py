@@ -1,0 +1,136 @@
+"""What a call looks like on the wire. Everything is whole numbers and raw bytes; nothing is unpickled.
+
+A call::
+
+    header int32 [8] | words uint32 [calls] | hidden states [tokens, hidden_size]
+
+and its answer::
+
+    header int32 [8] | partial sums [tokens, hidden_size]
+
+A word names one (token, expert) pair in four bytes, as DESIGN section 4 counts them: the gate weight as
+a float32 whose sign bit says that this is the token's last call, and whose lowest bits are the
+expert's id. A weight so keeps 23 bits of mantissa less those of an id (17 bits of 64 experts). The
+payload of a message is all but its header.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.errors import PrismError
+from prism_plan.simulate.network import BYTES_PER_CALL
+
+Bytes = npt.NDArray[np.uint8]
+
+HEADER_BYTES = 32
+_FIELDS = HEADER_BYTES // 4
+#: Begins every header: a stray or foreign message is not taken for a call.
+MAGIC = 0x5052_4D31
+
+#: What a header says: a call, its answer, an expert is not here (any more), the server failed.
+CALL, ANSWER, MISSING, FAILED = 1, 2, 3, 4
+
+_LAST = np.uint32(1 << 31)
+
+
+class WireError(PrismError):
+    """A message that is none of ours, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """First 32 bytes of a message; ``detail`` is the layer of a call, the missing expert's pair."""
+
+    kind: int
+    tokens: int = 0
+    calls: int = 0
+    detail: int = 0
+    number: int = 0
+
+
+def id_bits(num_experts: int) -> int:
+    """Bits of an expert's id.
+
+    Raises
+    ------
+    WireError
+        So many experts would leave less than 8 bits of the weight's mantissa.
+    """
+    bits = max((num_experts - 1).bit_length(), 1)
+    if bits > 15:
+        raise WireError(f"{num_experts} experts a layer: more than a call can name")
+    return bits
+
+
+def pack_words(
+    experts: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.float32],
+    last: npt.NDArray[np.bool_],
+    bits: int,
+) -> npt.NDArray[np.uint32]:
+    """Words of calls, all [calls]; weights must not be negative.
+
+    Raises
+    ------
+    WireError
+        A gate weight is negative or not a number: its sign has another meaning here.
+    """
+    if not bool((weights >= 0).all()):
+        raise WireError("a gate weight is negative or not a number; such gates are not supported")
+    low = np.uint32((1 << bits) - 1)
+    # half of what the id cuts off is added, so that weights are rounded and not shortened
+    kept = (weights.view(np.uint32) + np.uint32(1 << (bits - 1))) & ~low & ~_LAST
+    words = kept | experts.astype(np.uint32)
+    words[last] |= _LAST
+    return words
+
+
+def unpack_words(
+    words: npt.NDArray[np.uint32], bits: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Experts, weights and token positions of words, all [calls]."""
+    low = np.uint32((1 << bits) - 1)
+    last = (words & _LAST) != 0
+    token = np.concatenate([[0], np.cumsum(last)[:-1]]).astype(np.int64)
+    weights = (words & ~low & ~_LAST).view(np.float32)
+    return (words & low).astype(np.int64), weights, token
+
+
+def call_bytes(tokens: int, calls: int, token_bytes: int) -> int:
+    """Payload of a call (DESIGN section 4, rule 3)."""
+    return tokens * token_bytes + BYTES_PER_CALL * calls
+
+
+def most_bytes(tokens: int, top_k: int, token_bytes: int) -> int:
+    """The largest message of steps of up to ``tokens`` tokens."""
+    return HEADER_BYTES + call_bytes(tokens, tokens * top_k, token_bytes)
+
+
+def put_header(message: Bytes, header: Header) -> None:
+    """Write a header to the beginning of a message."""
+    fields = np.zeros(_FIELDS, np.int32)
+    fields[:6] = (
+        MAGIC, header.kind, header.tokens, header.calls, header.detail, header.number,
+    )  # fmt: skip
+    message[:HEADER_BYTES] = fields.view(np.uint8)
+
+
+def get_header(message: Bytes) -> Header:
+    """Read and check a header.
+
+    Raises
+    ------
+    WireError
+        It is none of ours.
+    """
+    fields = message[:HEADER_BYTES].view(np.int32)
+    if fields[0] != MAGIC or fields[1] not in (CALL, ANSWER, MISSING, FAILED):
+        raise WireError("a message that is no call and no answer; is every server of one version?")
+    if (fields[2:6] < 0).any():
+        raise WireError("a header with a negative count")
+    kind, tokens, calls, detail, number = fields[1:6].tolist()
+    return Header(kind, tokens, calls, detail, number)
