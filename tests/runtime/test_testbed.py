@@ -45,7 +45,7 @@ def connect(address):
 def send(peer):
     peer.sendall(bytes(int(sys.argv[1])))
     peer.shutdown(socket.SHUT_WR)
-    assert peer.recv(1) == b"k"
+    assert peer.recv(1) + peer.recv(1) == b"k"  # and then nothing: the other end has closed
 peers = [connect(address) for address in sys.argv[2:]]
 began = time.monotonic()
 threads = [threading.Thread(target=send, args=(peer,)) for peer in peers]
@@ -188,13 +188,13 @@ def test_counters_count_the_transfer_and_nothing_else(bed: Testbed) -> None:
     )
     frames = line[0].sent_packets
     assert 1_000_000 / SEGMENT <= frames <= 1.1 * 1_000_000 / SEGMENT
-    # hand-shake and end of the connection have longer or shorter headers
-    assert line[0].sent_bytes == pytest.approx(1_000_000 + HEADERS * frames, abs=100)
+    # the first frame has more options; on a busy machine one may be sent twice
+    assert line[0].sent_bytes == pytest.approx(1_000_000 + HEADERS * frames, abs=5_000)
     assert line[0].sent_bytes == line[1].received_bytes
     assert line[1].sent_bytes == line[0].received_bytes
     packets = interface[0].sent_packets
     assert packets < frames
-    assert interface[0].sent_bytes == pytest.approx(1_000_000 + HEADERS * packets, abs=100)
+    assert interface[0].sent_bytes == pytest.approx(1_000_000 + HEADERS * packets, abs=5_000)
     assert interface[0].received_packets > 0
     for traffic in (interface[2], line[2]):
         assert set(vars(traffic).values()) == {0}
@@ -261,7 +261,7 @@ def test_servers_that_hear_nothing_are_killed() -> None:
     for _ in range(3):  # asks, stops waiting for it, stops waiting for SIGTERM
         process.send_signal(signal.SIGINT)
         time.sleep(0.4)
-    process.communicate(timeout=4)
+    process.communicate(timeout=12)  # the two waits would take 15 s
     assert process.returncode == 130
     assert not any(map(alive, pids))
     assert left_of(process.pid) == []
@@ -273,9 +273,7 @@ def test_leftovers_of_a_killed_testbed_go_at_the_next_start() -> None:
     process, pids = begin("echo $$; sleep 60")
     process.kill()
     process.communicate(timeout=30)
-    assert len(left_of(process.pid)) >= 3
-    assert all(map(alive, pids))
-    with Testbed(1):
+    with Testbed(1):  # or one that someone else has just started
         assert left_of(process.pid) == []
         assert not any(map(alive, pids))
 
@@ -351,7 +349,9 @@ def test_a_reader_that_goes_away_ends_the_servers() -> None:
     assert left_of(process.pid) == []
 
 
-def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str):
+def complaint(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str
+) -> str:
     """What the command says, without any testbed, and that it leaves with code 2."""
     monkeypatch.setattr(sys, "argv", ["testbed", *words])
     assert testbed_command.main() == 2
@@ -366,7 +366,7 @@ def test_without_root_one_line(
 ) -> None:
     """A user who is not root is told so."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert "needs root" in complaint(capsys, monkeypatch, "--", sys.executable)
+    assert "needs root" in complaint(capsys, monkeypatch, "--", "/bin/sh")
 
 
 def test_without_iproute2_one_line(
@@ -375,7 +375,7 @@ def test_without_iproute2_one_line(
     """Where iproute2 is not installed the message says what is missing."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setenv("PATH", str(tmp_path))
-    said = complaint(capsys, monkeypatch, "--", sys.executable)
+    said = complaint(capsys, monkeypatch, "--", "/bin/sh")
     assert "no ip and no tc and no bridge; install iproute2" in said
 
 
