@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import signal
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
+from prism_plan.cli.main import run
 from prism_plan.cluster import Cluster
 from prism_plan.cluster_file import parse_cluster
 from prism_plan.instance import Instance
@@ -124,3 +132,23 @@ def tokens_of(requests: Requests) -> list[np.ndarray]:
         prompts.experts[prompts.first_row[p] : prompts.first_row[p] + lengths[p]].astype(int)
         for p in requests.prompt
     ]
+
+
+def invoke(folder: Path, *args: object) -> CompletedProcess[str]:
+    """What the installed command does, in this process: quicker, for many calls."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    words = ["prism-plan", *map(str, args)]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with (
+            contextlib.chdir(folder),
+            mock.patch.multiple(sys, argv=words, stdout=out, stderr=err),
+        ):
+            code = run()
+            texts = []
+            for stream in (out, err):
+                stream.flush()
+                texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return CompletedProcess(words, code, *texts)

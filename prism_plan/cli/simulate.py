@@ -141,6 +141,10 @@ def _require_sense(given: dict[str, Any]) -> None:
 
     if given["jobs"] == 0 or given["jobs"] < -1:
         raise InputError(f"{given['jobs']}", source="--jobs", expected="-1, or 1 or more")
+    if given["min_replicas"] < 1:
+        raise InputError(
+            f"{given['min_replicas']}", source="--min-replicas", expected="a whole number from 1"
+        )
     for key in ("duration", "arrivals"):
         if given["requests"] is not None and given[key] is not None:
             raise InputError(

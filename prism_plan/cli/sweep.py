@@ -26,7 +26,7 @@ def run_sweep(given: dict[str, Any]) -> int:
         ("time_limit", "--time-limit"),
         ("as_json", "--json"),
     ):
-        if given[key] not in (None, (), False):
+        if given[key] is not None and given[key] is not False and given[key] != ():
             raise InputError(
                 f"{option} with a sweep", source="--sweep", remedy="leave one of the two out"
             )
