@@ -36,8 +36,8 @@ class GpuClock:
     def __init__(self, gpus: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._lock = context.Lock()
-        self._free_s = context.Array(ctypes.c_double, gpus, lock=False)
-        self._busy_s = context.Array(ctypes.c_double, gpus, lock=False)
+        self._free_s: Any = context.Array(ctypes.c_double, gpus, lock=False)
+        self._busy_s: Any = context.Array(ctypes.c_double, gpus, lock=False)
 
     def reserve(self, work_s: Mapping[int, float]) -> float:
         """Queue seconds of work on GPUs of the server; returns when the last of it is done."""

@@ -38,10 +38,10 @@ class Batch:
 
 
 class Compute(Protocol):
-    """Computes partial sums [T, H] of the calls of a batch, and the dense part where it is timed."""
+    """Computes partial sums of the calls of a batch, and the dense part where it is timed."""
 
     def partial_sums(self, batch: Batch) -> torch.Tensor:
-        """Σ over the batch's calls of weight x expert(hidden), for each of its tokens."""
+        """Σ over the batch's calls of weight x expert(hidden), [T, H]."""
 
     def dense(self, tokens: int) -> None:
         """One layer's dense part for a step of so many tokens."""

@@ -54,10 +54,10 @@ class _Under:
 class Dispatcher:
     """Runs the experts of a layer for one lane of one front.
 
-    ``groups`` are the process groups to the other servers' workers; a ``lane`` has one call under way
-    to each of them, so a front that serves several requests at once has a dispatcher for each. ``rtt_s``
-    is added to every call, half on each way, where the network does not do it. ``on_lost`` is told
-    of a server that does not answer; its calls then go to other holders.
+    ``groups`` are the process groups to the other servers' workers; a ``lane`` has one call under
+    way to each of them, so a front that serves several requests at once has a dispatcher for each.
+    ``rtt_s`` is added to every call, half on each way, where the network does not do it.
+    ``on_lost`` is told of a server that does not answer; its calls then go to other holders.
     """
 
     def __init__(

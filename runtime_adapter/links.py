@@ -1,9 +1,9 @@
 """Point-to-point links between servers, each with a process group of its own.
 
-Every ordered pair (n, m) has one two-rank group, in which the front of n is rank 0 and the worker of m
-is rank 1: a group that breaks, for a server was killed or did not answer, breaks nothing else. The
-groups find each other through one TCPStore; its socket is bound to the named address before the store
-is made, for by itself it would listen everywhere.
+Every ordered pair (n, m) has one two-rank group, in which the front of n is rank 0 and the worker
+of m is rank 1: a group that breaks, for a server was killed or did not answer, breaks nothing
+else. The groups find each other through one TCPStore; its socket is bound to the named address
+before the store is made, for by itself it would listen everywhere.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class ServerLost(RuntimeFailure):
 class Meeting:
     """Where the servers of a run find each other.
 
-    ``host`` and ``port`` are of the store, which the first server hosts; ``interface`` is the network
-    interface that links use; ``timeout_s`` after which a server that does not answer is lost;
-    ``join_s`` within which all have to be there.
+    ``host`` and ``port`` are of the store, which the first server hosts; ``interface`` is the
+    network interface that links use; ``timeout_s`` after which a server that does not answer is
+    lost; ``join_s`` within which all have to be there.
     """
 
     servers: int

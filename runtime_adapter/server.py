@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -127,7 +128,7 @@ class Server:
         self._worker = context.Process(target=run_worker, args=(worker, theirs), daemon=True)
         self._worker.start()
         theirs.close()
-        groups = in_parallel([lambda m=m: group(store, meeting, self.me, m, 0) for m in others])
+        groups = in_parallel([partial(group, store, meeting, self.me, m, 0) for m in others])
         try:
             if not ours.poll(meeting.join_s):
                 raise RuntimeFailure(f"the worker did not start within {meeting.join_s:g} s")

@@ -1,4 +1,4 @@
-"""What a call looks like on the wire. Everything is whole numbers and raw bytes; nothing is unpickled.
+"""What a call looks like on the wire: whole numbers and raw bytes, nothing is unpickled.
 
 A call::
 
@@ -8,10 +8,10 @@ and its answer::
 
     header int32 [8] | partial sums [tokens, hidden_size]
 
-A word names one (token, expert) pair in four bytes, as DESIGN section 4 counts them: the gate weight as
-a float32 whose sign bit says that this is the token's last call, and whose lowest bits are the
-expert's id. A weight so keeps 23 bits of mantissa less those of an id (17 bits of 64 experts). The
-payload of a message is all but its header.
+A word names one (token, expert) pair in four bytes, as DESIGN section 4 counts them: the gate
+weight as a float32 whose sign bit says that this is the token's last call, and whose lowest bits
+are the expert's id. A weight so keeps 23 bits of mantissa less those of an id (17 bits of 64
+experts). The payload of a message is all but its header.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,8 @@ BEAT_S = 0.5
 class WorkerConfig:
     """All that a worker needs to know; passed to it when it is started on the same machine.
 
-    ``states`` is the dtype of hidden states on the wire (``torch.uint8`` where nothing is computed),
-    ``width`` their numbers a token, ``most_tokens`` the most tokens of any server's step.
+    ``states`` is the dtype of hidden states on the wire (``torch.uint8`` where nothing is
+    computed), ``width`` their numbers a token, ``most_tokens`` the most of any server's step.
     """
 
     meeting: Meeting
@@ -93,7 +94,7 @@ class Worker:
         """Meet every other front and begin to answer it."""
         fronts = [n for n in range(self.config.meeting.servers) if n != self.me]
         groups = in_parallel(
-            [lambda n=n: group(self.store, self.config.meeting, n, self.me, 1) for n in fronts]
+            [partial(group, self.store, self.config.meeting, n, self.me, 1) for n in fronts]
         )
         for front, made in zip(fronts, groups, strict=True):
             for lane in range(self.config.lanes):
@@ -166,7 +167,7 @@ class Worker:
 
 
 def in_parallel(jobs: list[Callable[[], Any]]) -> list[Any]:
-    """Run all at once, so that nobody waits for one who waits for another; raises the first error."""
+    """Run all at once, so that no two wait for each other; raises the first error."""
     found: list[Any] = [None] * len(jobs)
     errors: list[BaseException] = []
 

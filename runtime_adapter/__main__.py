@@ -1,0 +1,5 @@
+"""``python -m runtime_adapter``."""
+
+from runtime_adapter.cli import main
+
+main()

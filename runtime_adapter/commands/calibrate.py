@@ -1,0 +1,86 @@
+"""``python -m runtime_adapter calibrate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from runtime_adapter.cli import meeting_of, meeting_options, note
+
+
+@click.command("calibrate")
+@click.option("--model", "reference", required=True, metavar="PRESET|config.json")
+@click.option("--cluster", required=True, metavar="C.toml")
+@meeting_options
+@click.option("-o", "--output", metavar="F.json", help="Of the first server: the calibration.")
+def command(**given: Any) -> None:
+    """Measure the times that `prism-plan simulate --calibration` reads.
+
+    Start it on every server of the cluster file; the first one measures and writes the file.
+    """
+    import dataclasses
+    import json
+
+    import torch
+
+    from prism_plan.cli.inputs import blaming, load_cluster, writable
+    from prism_plan.errors import InputError
+    from prism_plan.files import sha256, write_bytes
+    from prism_plan.model import load_model
+    from prism_plan.simulate.network import Network
+    from prism_plan.simulate.timing import timing
+    from runtime_adapter.calibrate import TOKENS, calibration, calibration_placement, measure
+    from runtime_adapter.clock import GpuClock, sharp_timers
+    from runtime_adapter.compute import TimedCompute
+    from runtime_adapter.server import Server, ServerConfig
+
+    torch.set_num_threads(1)
+    cluster, _ = load_cluster(given["cluster"])
+    model = load_model(given["reference"])
+    meeting = meeting_of(given, tuple(server.name for server in cluster.servers))
+    if meeting.servers < 2:
+        raise InputError("1 server", source=given["cluster"], expected="two servers or more")
+    if meeting.me == 0 and given["output"] is None:
+        raise InputError("no file to write", source="--output", expected="-o F.json")
+    if 2 * model.top_k > model.num_experts:
+        raise InputError(
+            f"top-{model.top_k} of {model.num_experts} experts",
+            source="--model",
+            expected="twice as many experts as a token calls",
+        )
+    writable(given["output"], given["cluster"])
+    placement = calibration_placement(cluster, model)
+    first = sum(len(server.gpus) for server in cluster.servers[: meeting.me])
+    own = cluster.servers[meeting.me]
+    with blaming(given["cluster"]):
+        times = timing(cluster, model, max(TOKENS))
+        network = Network.of(cluster, model)
+    compute = TimedCompute(
+        times, GpuClock(len(own.gpus)), model.num_experts, first, first + own.dense_gpu, meeting.me
+    )
+    width = model.hidden_size * model.dtype_bytes
+    config = ServerConfig(
+        meeting=meeting,
+        placement=placement,
+        model=model.shape(),
+        network=network,
+        compute=compute,
+        facts={"cluster": sha256(given["cluster"]), "rtt_ms": given["rtt_ms"], "lanes": [1]},
+        states=torch.uint8,
+        width=width,
+        most_tokens=max(TOKENS),
+        rtt_s=given["rtt_ms"] * 1e-3,
+    )
+    with Server(config, note) as server:
+        server.agree_on_start()
+        if meeting.me == 0:
+            sharp_timers()
+            found = measure(server.lanes[0], dataclasses.replace(model), width)
+            values = calibration(found, cluster, model, config.rtt_s)
+            write_bytes(given["output"], (json.dumps(values, indent=1) + "\n").encode())
+            note(
+                f"{given['output']}: call overhead {values['call_overhead_ms']:.3f} ms, "
+                f"{values['bandwidth_mbps']:.0f} Mbit/s"
+            )
+        server.finish()

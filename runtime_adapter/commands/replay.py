@@ -1,0 +1,93 @@
+"""``python -m runtime_adapter replay``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from runtime_adapter.cli import jsonl, meeting_of, meeting_options, note
+
+
+@click.command("replay")
+@click.option("--placement", required=True, metavar="P.json")
+@click.option("--trace", required=True, metavar="T.parquet", help="Recorded routing.")
+@click.option("--cluster", required=True, metavar="C.toml", help="Arrivals, and times of work.")
+@meeting_options
+@click.option("--requests", default=10, show_default=True, metavar="N", help="Of each server.")
+@click.option("--seed", default=0, show_default=True, help="Of arrivals and prompts.")
+@click.option(
+    "--route",
+    type=click.Choice(["cover", "nearest", "spread"]),
+    default="cover",
+    show_default=True,
+)
+@click.option("--decode-tokens", default=32, show_default=True, metavar="N")
+@click.option("--stats", metavar="S.json", help="Write what was counted.")
+@click.option("-o", "--output", metavar="R.jsonl", help="One line a request; default: stdout.")
+def command(**given: Any) -> None:
+    """Drive this server's part of the machinery with recorded routing.
+
+    All servers get the same files and options but for --server and -o. Messages are real; dense
+    work and experts take the time that the cluster file says, without computing.
+    """
+    import json
+
+    import torch
+
+    from prism_plan.cli.inputs import blaming, load_cluster, writable
+    from prism_plan.files import sha256, write_bytes
+    from prism_plan.placement_file import read_placement
+    from prism_plan.simulate.workload import sample_requests
+    from prism_plan.trace_file import read_trace
+    from runtime_adapter.replay import replay, replay_config
+    from runtime_adapter.server import Server
+
+    torch.set_num_threads(1)
+    files = ("placement", "trace", "cluster")
+    writable(given["output"], *(given[name] for name in files))
+    writable(given["stats"], *(given[name] for name in files))
+    placement = read_placement(given["placement"])
+    meeting = meeting_of(given, placement.servers)
+    trace = read_trace(given["trace"])
+    cluster, _ = load_cluster(given["cluster"])
+    with blaming(given["cluster"]):
+        requests = sample_requests(
+            trace,
+            cluster,
+            requests_per_server=given["requests"],
+            decode_tokens=given["decode_tokens"],
+            seed=given["seed"],
+        )
+    facts = {name: sha256(given[name]) for name in files} | {
+        name: given[name] for name in ("requests", "seed", "route", "decode_tokens", "rtt_ms")
+    }
+    with blaming(given["placement"]):
+        config = replay_config(
+            placement,
+            requests,
+            cluster,
+            trace.model,
+            meeting,
+            facts,
+            route=given["route"],
+            rtt_s=given["rtt_ms"] * 1e-3,
+        )
+    with jsonl(given["output"]) as write, Server(config, note) as server:
+        begin_s = server.agree_on_start()
+        results = replay(server, requests, begin_s, lambda timings: write(timings.to_json()))
+        server.finish()
+        counted = server.counters.to_json()
+    failed = sum(result.error is not None for result in results)
+    if given["stats"] is not None:
+        values = {
+            "server": given["server"],
+            "requests": len(results),
+            "failed": failed,
+            "lost": [name for m, name in enumerate(placement.servers) if server.table.lost(m)],
+            "gpu_busy_s": config.compute.clock.busy_s(),  # type: ignore[attr-defined]
+            **counted,
+        }
+        write_bytes(given["stats"], (json.dumps(values, indent=1) + "\n").encode())
+    if failed:
+        raise click.ClickException(f"{failed} of {len(results)} requests failed")

@@ -1,0 +1,1 @@
+"""Studies: what the project's tools find about placements, with the numbers."""
