@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from multiprocessing.context import assert_spawning
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -102,6 +103,7 @@ class ExpertStore:
     # ----------------------------------------------------------------------------------- sharing
 
     def __getstate__(self) -> dict[str, Any]:
+        assert_spawning(self)  # anything else would copy the weights
         with self._lock:
             kept = {"shape": self.shape, "pools": self.pools, "_table": dict(self._table)}
             return kept | {"_free": [list(free) for free in self._free]}

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -266,12 +266,13 @@ def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _configure_generation(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Settings of ``generate`` from their file, else from config.json, as transformers does."""
     from transformers import GenerationConfig
 
-    if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(
-            checkpoint.folder, local_files_only=True
-        )
+    where: dict[str, Any] = {"local_files_only": True}
+    if not (checkpoint.folder / "generation_config.json").is_file():
+        where |= {"config_file_name": "config.json", "_from_model_config": True}
+    model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, **where)
 
 
 def _set(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
@@ -303,7 +304,9 @@ def _transformers(checkpoint: Checkpoint) -> Iterator[None]:
             source=checkpoint.folder,
             expected=f"{checkpoint.spec.dense_bytes:,} bytes free beside the experts",
         ) from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise InputError(
             f"cannot load the model: {error!s:.160}",
             source=checkpoint.folder,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -129,7 +129,7 @@ class Worker:
             try:
                 reply = self._answer(room)
             except Exception as error:
-                print(f"prism-runtime: {error}", file=sys.stderr, flush=True)
+                logging.getLogger(__name__).error("prism-runtime: %s", error)
                 reply = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
                 put_header(reply.numpy(), Header(FAILED))
             try:

@@ -1,59 +1,16 @@
-"""The command line of the runtime: the only part of the package that prints or exits."""
+"""Options that the commands share, and where their output goes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from importlib import import_module
-from types import FrameType
 from typing import Any
 
 import click
 
-from prism_plan.errors import PrismError, did_you_mean
-
-#: Command: (module, its click command, help line). Modules load when called.
-COMMANDS = {
-    "replay": ("runtime_adapter.commands.replay", "Recorded routing through the real machinery."),
-    "calibrate": ("runtime_adapter.commands.calibrate", "Measure the times that simulate reads."),
-}
-
-
-class LazyGroup(click.Group):
-    """Loads a command's module only when it runs, so that ``--help`` is quick."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        found: click.Command = import_module(COMMANDS[cmd_name][0]).command
-        return found
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS:
-            ctx.fail(f"unknown command {args[0]!r}{did_you_mean(args[0], COMMANDS)}")
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-def cli() -> None:
-    """Run placements: one launch for each server of the placement file.
-
-    torch.distributed has no authentication and no encryption: run it on a private network only.
-    Exit codes: 0 done, 2 bad input, 3 infeasible, 5 another server, a port or the store failed.
-    """
+from prism_plan.errors import did_you_mean
 
 
 def note(message: str) -> None:
@@ -80,9 +37,7 @@ meeting_options = _options(
         metavar="HOST:PORT",
         help="Address on the first server where all servers meet; it alone listens there.",
     ),
-    click.option(
-        "--interface", default="lo", show_default=True, help="Network interface of links."
-    ),
+    click.option("--interface", default="lo", show_default=True, help="Interface of the links."),
     click.option(
         "--timeout", default=10.0, show_default=True, metavar="S", help="Then a server is lost."
     ),
@@ -155,38 +110,3 @@ def jsonl(path: str | None) -> Iterator[Callable[[Any], None]]:
             yield write
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def main() -> None:
-    """Run the command line and leave with its exit code; errors are one line."""
-    signal.signal(signal.SIGTERM, _terminate)
-    code = 0
-    try:
-        with cli.make_context("python -m runtime_adapter", sys.argv[1:]) as context:
-            cli.invoke(context)
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except PrismError as error:
-        note(str(error))
-        code = error.exit_code
-    except click.exceptions.NoArgsIsHelpError:
-        note("no command; see --help")
-        code = 2
-    except click.ClickException as error:
-        note(f"{error.format_message().rstrip('.')}; see --help")
-        code = 2
-    except (KeyboardInterrupt, click.Abort):
-        note("interrupted")
-        code = 130
-    except ModuleNotFoundError as error:
-        note(f"{error}; install the extra: pip install 'prism-plan[runtime]'")
-        code = 2
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "torch" in sys.modules:
-        os._exit(code)  # without waiting for threads that wait for other servers
-    sys.exit(code)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from runtime_adapter.cli import jsonl, meeting_of, meeting_options, note
+from runtime_adapter.cli.options import jsonl, meeting_of, meeting_options, note
 
 
 @click.command("replay")
