@@ -15,6 +15,7 @@ from prism_plan.errors import InputError, LimitReached, PrismError, did_you_mean
 from prism_plan.instance import Instance
 from prism_plan.placement import Placement
 from prism_plan.simulate.arrivals import MOST_REQUESTS
+from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.report import Run
 from prism_plan.simulate.workload import MOST_PROMPT_TOKENS, sample_requests
 from prism_plan.simulation import OFFLOAD, SimulationOptions, offload_placement, simulate_placements
@@ -32,7 +33,8 @@ class Grid:
 
     ``gpus`` are whole multiples of the cluster's GPUs: its servers are repeated. The bandwidth is
     that of ``[link]``; servers and pairs with figures of their own keep them. The arrival interval
-    and the usable memory fraction are set for all servers and GPUs alike. ``seed`` is that of the
+    and the usable memory fraction are set for all servers and GPUs alike. Copies of a server have
+    the measured times of that server, if there are any. ``seed`` is that of the
     requests, of the split and of random solvers.
 
     Raises
@@ -214,7 +216,7 @@ def varied(
             )
         number = len(servers)
         servers = tuple(
-            dataclasses.replace(server, name=f"{server.name}.{copy}") if copy else server
+            dataclasses.replace(server, name=_copy_name(server.name, copy))
             for copy in range(copies)
             for server in servers
         )
@@ -271,7 +273,8 @@ def sweep(
     ------
     InputError
         No run of the sweep could go well: ``options.holdout`` of a trace that cannot be split, or
-        no time between the requests of a server in cluster and grid.
+        no time between the requests of a server in cluster and grid; or a calibration gives the
+        bandwidth that is swept over.
     """
     import joblib
 
@@ -280,6 +283,14 @@ def sweep(
         trace.split(options.holdout, grid.seed[0])
     if grid.arrival_interval_s == (None,):
         _require_arrivals(cluster)
+    calibration = options.simulation.calibration
+    if calibration and calibration.bandwidth_mbps is not None and any(grid.bandwidth_mbps):
+        raise InputError(
+            f"{calibration.bandwidth_mbps:g} would replace the bandwidths of the sweep",
+            source=calibration.name,
+            place="bandwidth_mbps",
+            remedy="leave one of the two out",
+        )
     work = joblib.Parallel(n_jobs=jobs, return_as="generator")(
         joblib.delayed(_rows)(trace, cluster, plans, options) for plans in grid.plans()
     )
@@ -346,6 +357,20 @@ def _rows(
     return rows
 
 
+def _copy_name(name: str, copy: int) -> str:
+    return f"{name}.{copy}" if copy else name
+
+
+def _of_copies(calibration: Calibration, cluster: Cluster, copies: int) -> Calibration:
+    """The calibration in which copies of a server have the times of that server."""
+    own = {server.name for server in cluster.servers}
+    gpus = dict(calibration.gpus)
+    for (server, gpu), curves in calibration.gpus.items():
+        if server in own:
+            gpus |= {(_copy_name(server, copy), gpu): curves for copy in range(copies)}
+    return dataclasses.replace(calibration, gpus=gpus)
+
+
 def _copies(cluster: Cluster, gpus: int | None) -> int:
     own = sum(len(server.gpus) for server in cluster.servers)
     return 1 if gpus is None else max(gpus // own, 1)
@@ -376,7 +401,10 @@ def _run(
         prompt_tokens=options.prompt_tokens,
         seed=plans.seed,
     )
-    simulation = dataclasses.replace(options.simulation, seed=plans.seed)
+    calibration = options.simulation.calibration
+    if calibration is not None:
+        calibration = _of_copies(calibration, cluster, _copies(cluster, plans.gpus))
+    simulation = dataclasses.replace(options.simulation, seed=plans.seed, calibration=calibration)
     found = simulate_placements([(plans.solver, placement)], requests, trace, target, simulation)
     if found.interrupted:
         raise KeyboardInterrupt

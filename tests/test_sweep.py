@@ -16,6 +16,7 @@ from prism_plan.cluster import Cluster, PairLink
 from prism_plan.cluster_file import parse_cluster
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
+from prism_plan.simulate.calibration import Calibration, GpuCurves
 from prism_plan.simulate.workload import sample_requests
 from prism_plan.simulation import (
     OFFLOAD,
@@ -257,6 +258,49 @@ def test_ctrl_c_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             rows.append(row)
     assert [row["seed"] for row in rows] == [0, 1]
+
+
+def measured(**changes: Any) -> SweepOptions:
+    """Few requests with measured times of the servers a and b, 2 and 3 ms for all work."""
+    curves = {
+        (name, 0): GpuCurves(((1, ms * 1e-3), (64, ms * 1e-3)), ((1, ms * 1e-3), (64, ms * 1e-3)))
+        for name, ms in (("a", 2.0), ("b", 3.0))
+    }
+    calibration = Calibration("k.json", gpus=curves, **changes)
+    simulation_options = SimulationOptions(calibration=calibration)
+    return SweepOptions(requests_per_server=2, simulation=simulation_options)
+
+
+def test_copies_are_measured_as_their_server() -> None:
+    """Times measured of a server are those of its copies too; a larger sweep needs no more."""
+    cluster = memory_cluster()
+    rows = rows_of(small_trace(), cluster, Grid(gpus=(2, 6), solver=("exact",)), measured())
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    large = varied(cluster, gpus=6)
+    curves = measured().simulation.calibration.gpus  # type: ignore[union-attr]
+    by_hand = {
+        (f"{name}.{i}" if i else name, 0): curves[name, 0] for name in "ab" for i in range(3)
+    }
+    trace = small_trace()
+    found = simulate_placements(
+        [("x", solve(Instance.build(trace, large), "exact"))],
+        sample_requests(trace, large, requests_per_server=2),
+        trace,
+        large,
+        SimulationOptions(calibration=Calibration("k.json", gpus=by_hand)),
+    )
+    mean_s = found.to_json()["runs"][0]["latency_s"]["mean"]
+    assert rows[1]["latency_mean_s"] == mean_s > 5 * 3 * 2e-3
+
+
+def test_measured_bandwidth_and_swept_bandwidth() -> None:
+    """A calibration that would replace the bandwidths of the sweep is refused, by its name."""
+    options, trace, cluster = measured(bandwidth_mbps=50.0), small_trace(), memory_cluster()
+    grid = Grid(solver=("exact",), bandwidth_mbps=(10.0, 20.0))
+    with pytest.raises(InputError, match=r"^k\.json: bandwidth_mbps: 50 would replace"):
+        rows_of(trace, cluster, grid, options)
+    (row,) = rows_of(trace, cluster, Grid(solver=("exact",)), options)
+    assert row["status"] == "ok"
 
 
 # ---------------------------------------------------------------------------------------- the files
