@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import InputError
+from prism_plan.errors import InputError, did_you_mean
 
 #: Points (tokens, seconds), tokens ascending, at least two.
 Curve = tuple[tuple[int, float], ...]
@@ -59,7 +59,14 @@ class Calibration:
         return curves
 
     def applied(self, cluster: Cluster) -> Cluster:
-        """The cluster with the measured link figures."""
+        """The cluster with the measured link figures.
+
+        Raises
+        ------
+        InputError
+            There are times of a server or GPU that the cluster does not have.
+        """
+        self._require_known(cluster)
         measured = {
             key: getattr(self, key)
             for key in ("call_overhead_ms", "bandwidth_mbps", "rtt_ms")
@@ -67,3 +74,24 @@ class Calibration:
         }
         link = dataclasses.replace(cluster.link, **measured)
         return dataclasses.replace(cluster, link=link)
+
+    def _require_known(self, cluster: Cluster) -> None:
+        """A name that is spelled otherwise would leave its server at the default unnoticed."""
+        servers = {server.name: server for server in cluster.servers}
+        for name, gpu in self.gpus:
+            place = f"servers[{name!r:.60}]"
+            if name not in servers:
+                raise InputError(
+                    f"no server of {cluster.name}{did_you_mean(name, servers)}",
+                    source=self.name,
+                    place=place,
+                    expected=f"one of {', '.join(servers)}",
+                )
+            number = len(servers[name].gpus)
+            if gpu >= number:
+                raise InputError(
+                    "a GPU too many",
+                    source=self.name,
+                    place=f"{place}.gpus[{gpu}]",
+                    expected=f"{number}, as {cluster.name} gives {name!r:.60}",
+                )

@@ -64,7 +64,8 @@ class Scenario:
         ------
         InputError
             The placement is of other servers or GPUs, or lacks an expert that the requests call;
-            a figure of the cluster is not a positive number; an unknown route.
+            the calibration is of a server or GPU that the cluster does not have; a figure of the
+            cluster is not a positive number; an unknown route.
         WrongModel
             The placement is of another model.
         """

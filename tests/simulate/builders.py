@@ -202,13 +202,14 @@ def drawn_asks(
     model: ModelSpec,
     servers: int,
     *,
+    least: int = 1,
     most: int = 10,
     ties: bool = False,
     spacing_s: float = 1.0,
 ) -> list[Ask]:
-    """1 to ``most`` requests of 0-5 prompt tokens and 0-4 steps; ``ties``: few distinct times."""
+    """So many requests of 0-5 prompt tokens and 0-4 steps; ``ties``: few distinct times."""
     asks = []
-    number = int(rng.integers(1, most + 1))
+    number = int(rng.integers(least, most + 1))
     for _ in range(number):
         prefill, decode = int(rng.integers(0, 6)), int(rng.integers(0, 5))
         prefill = max(prefill, int(prefill + decode == 0))
@@ -309,4 +310,42 @@ def drawn_scenario(
         calibration=Calibration("drawn", None, measured) if rng.random() < 0.7 else None,
         execution=execution.astype(np.int32),
         offload=offload,
+    )
+
+
+def contended_scenario(
+    rng: np.random.Generator, *, ties: bool = False, home: bool = False, burst_kb: float = 0.0
+) -> Scenario:
+    """5 servers of 3 places, 15-20 requests, 2-4 layers; a message takes longer than its experts.
+
+    Every expert is on one server only; ``ties`` and ``home`` as in :func:`drawn_scenario`.
+    """
+    servers, layers, experts = 5, int(rng.integers(2, 5)), int(rng.integers(5, 9))
+    model = make_model(layers, experts, int(rng.integers(2, 4)))
+
+    def rate_mbps() -> float:
+        return 8e-6 * float(rng.choice([256, 512, 1024]) if ties else rng.uniform(250, 1000))
+
+    link = Link(
+        bandwidth_mbps=8e-6 * 1024,
+        rtt_ms=float(rng.choice([0.0, 500.0]) if ties else rng.uniform(0, 500)),
+        call_overhead_ms=float(rng.choice([0.0, 250.0]) if ties else rng.uniform(0, 200)),
+        burst_kb=burst_kb,
+    )
+    cluster = make_cluster([1] * servers, link, concurrency=3)
+    made = [
+        dataclasses.replace(server, uplink_mbps=rate_mbps(), downlink_mbps=rate_mbps())
+        for server in cluster.servers
+    ]
+    execution = np.repeat(np.arange(servers)[:, None], layers, axis=1)
+    if not home and rng.random() < 0.4:
+        execution = rng.integers(0, servers, (servers, layers))
+    asks = drawn_asks(rng, model, servers, least=15, most=20, ties=ties, spacing_s=0.1)
+    return make_scenario(
+        model,
+        dataclasses.replace(cluster, servers=tuple(made)),
+        drawn_held(rng, servers, layers, experts, 0.0),
+        asks,
+        curves=_drawn_curves(rng, ties),
+        execution=execution.astype(np.int32),
     )

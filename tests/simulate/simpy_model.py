@@ -1,8 +1,9 @@
 """The same scenarios as processes of SimPy: another simulator, another way to write the rules.
 
-Requests are processes that hold a place at home; GPUs and ports are resources of capacity one. A
-message asks for the sender's uplink and the receiver's downlink at one time and starts when it has
-both. No bursts, no offload, no migration; layers execute at home.
+Requests are processes that hold a place at home; GPUs are resources of capacity one. Messages that
+are ready stand in one list for the whole cluster, which is gone through from its front whenever a
+message joins it or a transfer ends: each message whose sender's uplink and receiver's downlink are
+both free leaves it and takes them. No bursts, no offload, no migration; layers execute at home.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class SimpyModel:
         self.env = env = simpy.Environment()
         self.place = [simpy.Resource(env, places) for places in scenario.concurrency]
         self.gpu = [simpy.Resource(env) for _ in scenario.timing.kind]
-        self.up = [simpy.Resource(env) for _ in range(servers)]
-        self.down = [simpy.Resource(env) for _ in range(servers)]
+        self.ready: list[tuple[int, int, simpy.Event]] = []  # sender, receiver, its start
+        self.busy: set[tuple[str, int]] = set()  # ports in use
         self.sent = [[0] * servers for _ in range(servers)]
         self.done_s = np.full(len(scenario.requests), np.nan)
         self.local = scenario.placement.local
@@ -127,7 +128,21 @@ class SimpyModel:
 
     def message(self, a: int, b: int, payload: int) -> Process:
         """Hold both ports while the payload passes; then half a round trip."""
-        with self.up[a].request() as up, self.down[b].request() as down:
-            yield up & down
-            yield self.env.timeout(payload * self.s.network.seconds_per_byte[a, b])
+        start = self.env.event()
+        self.ready.append((a, b, start))
+        self.start_messages()
+        yield start
+        yield self.env.timeout(payload * self.s.network.seconds_per_byte[a, b])
+        self.busy -= {("up", a), ("down", b)}
+        self.start_messages()
         yield self.env.timeout(self.s.network.half_rtt_s[a, b])
+
+    def start_messages(self) -> None:
+        """Start every message that finds its ports free, those that were ready first before."""
+        for message in list(self.ready):
+            a, b, start = message
+            ports = {("up", a), ("down", b)}
+            if not ports & self.busy:
+                self.busy |= ports
+                self.ready.remove(message)
+                start.succeed()

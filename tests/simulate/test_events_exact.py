@@ -79,8 +79,10 @@ def test_one_remote_expert(engine: Any) -> None:
         (0.0, "arrival", 0, -1, 0, 0),
         (D, "dense", 0, 0, 0, 0),
         (D + OVERHEAD_S, "send", 0, 0, 0, 1),
+        (D + OVERHEAD_S + out_s(1), "freed", 0, 0, 0, 1),
         (there, "arrived", 0, 0, 0, 1),
         (there + E, "computed", 0, 0, 0, 1),
+        (there + E + back_s(1), "freed", 0, 0, 0, 1),
         (there + E + back_s(1) + HALF_RTT_S, "returned", 0, 0, 0, 1),
     )
     assert outcome.bytes_out.tolist() == [260, 256]
@@ -115,11 +117,15 @@ def test_prefill_to_two_destinations(engine: Any) -> None:
         (dense + OVERHEAD_S, "send", 0, 0, 0, 1),
         (dense + OVERHEAD_S, "send", 0, 0, 0, 2),
         (dense + E, "local", 0, 0, 0, 0),
+        (sent_1, "freed", 0, 0, 0, 1),
         (there_1, "arrived", 0, 0, 0, 1),
+        (sent_2, "freed", 0, 0, 0, 2),
         (there_2, "arrived", 0, 0, 0, 2),
         (done_1, "computed", 0, 0, 0, 1),
+        (back_1, "freed", 0, 0, 0, 1),
         (back_1 + HALF_RTT_S, "returned", 0, 0, 0, 1),
         (done_2, "computed", 0, 0, 0, 2),
+        (back_2, "freed", 0, 0, 0, 2),
         (back_2 + HALF_RTT_S, "returned", 0, 0, 0, 2),
     )
     assert outcome.served.tolist() == [1, 2, 3]
@@ -130,16 +136,16 @@ def test_prefill_to_two_destinations(engine: Any) -> None:
 def test_two_senders_queue_on_one_downlink(engine: Any) -> None:
     """Servers 0 and 1 call server 2 at once: the second message waits for its downlink.
 
-    The uplink of server 1 is taken together with the downlink, so it does not send meanwhile.
+    It starts when the first has ended, half a round trip before that one arrives.
     """
     held = holding(1, 2, [(0, 0)], [(0, 0)], [(0, 1)])
     asks = [Ask(0, 0.0, [], ONE), Ask(1, 0.0, [], ONE)]
     run = engine(make_scenario(make_model(1, 2), make_cluster([1, 1, 1]), held, asks), log=True)
     outcome = finished(run)
     ready = D + OVERHEAD_S
-    there_0 = ready + out_s(1) + HALF_RTT_S
-    there_1 = there_0 + out_s(1)
-    done_0 = there_0 + E
+    sent_0 = ready + out_s(1)
+    sent_1 = sent_0 + out_s(1)
+    done_0 = sent_0 + HALF_RTT_S + E
     done_1 = done_0 + E
     assert run.log() == lines(
         (0.0, "arrival", 0, -1, 0, 0),
@@ -148,11 +154,15 @@ def test_two_senders_queue_on_one_downlink(engine: Any) -> None:
         (D, "dense", 1, 0, 1, 1),
         (ready, "send", 0, 0, 0, 2),
         (ready, "send", 1, 0, 1, 2),
-        (there_0, "arrived", 0, 0, 0, 2),
-        (there_1, "arrived", 1, 0, 1, 2),
+        (sent_0, "freed", 0, 0, 0, 2),
+        (sent_0 + HALF_RTT_S, "arrived", 0, 0, 0, 2),
+        (sent_1, "freed", 1, 0, 1, 2),
+        (sent_1 + HALF_RTT_S, "arrived", 1, 0, 1, 2),
         (done_0, "computed", 0, 0, 0, 2),
+        (done_0 + back_s(1), "freed", 0, 0, 0, 2),
         (done_0 + BACK, "returned", 0, 0, 0, 2),
         (done_1, "computed", 1, 0, 1, 2),
+        (done_1 + back_s(1), "freed", 1, 0, 1, 2),
         (done_1 + BACK, "returned", 1, 0, 1, 2),
     )
     assert outcome.down_busy_s[2] == 2 * out_s(1)
@@ -169,8 +179,9 @@ def test_two_messages_queue_on_one_uplink(engine: Any) -> None:
     run = engine(make_scenario(make_model(1, 3), cluster, held, asks), log=True)
     finished(run)
     out, back = 8 * out_s(1), 8 * back_s(1)
-    there_0 = D + OVERHEAD_S + out + HALF_RTT_S
-    there_1 = there_0 + out
+    sent_0 = D + OVERHEAD_S + out
+    sent_1 = sent_0 + out
+    there_0, there_1 = sent_0 + HALF_RTT_S, sent_1 + HALF_RTT_S
     back_0 = there_0 + E + back
     back_1 = max(there_1 + E, back_0) + back
     assert run.log() == lines(
@@ -180,11 +191,15 @@ def test_two_messages_queue_on_one_uplink(engine: Any) -> None:
         (D + OVERHEAD_S, "send", 0, 0, 0, 1),
         (2 * D, "dense", 1, 0, 0, 0),
         (2 * D + OVERHEAD_S, "send", 1, 0, 0, 2),
+        (sent_0, "freed", 0, 0, 0, 1),
         (there_0, "arrived", 0, 0, 0, 1),
         (there_0 + E, "computed", 0, 0, 0, 1),
+        (sent_1, "freed", 1, 0, 0, 2),
         (there_1, "arrived", 1, 0, 0, 2),
+        (back_0, "freed", 0, 0, 0, 1),
         (there_1 + E, "computed", 1, 0, 0, 2),
         (back_0 + HALF_RTT_S, "returned", 0, 0, 0, 1),
+        (back_1, "freed", 1, 0, 0, 2),
         (back_1 + HALF_RTT_S, "returned", 1, 0, 0, 2),
     )
 
@@ -251,7 +266,7 @@ def test_burst_passes_unshaped_and_refills(engine: Any) -> None:
     asks = [Ask(0, 0.0, [], [[[1]], [[1]]])]
     run = engine(make_scenario(make_model(1, 2), make_cluster([1, 1], link), held, asks), log=True)
     outcome = finished(run)
-    # first step: both ways for nothing
+    # first step: both ways for nothing, so that a transfer ends when it begins
     first = [D, D + OVERHEAD_S, D + OVERHEAD_S + HALF_RTT_S]
     computed = first[2] + E
     returned = computed + HALF_RTT_S
@@ -261,13 +276,17 @@ def test_burst_passes_unshaped_and_refills(engine: Any) -> None:
         (0.0, "arrival", 0, -1, 0, 0),
         (first[0], "dense", 0, 0, 0, 0),
         (first[1], "send", 0, 0, 0, 1),
+        (first[1], "freed", 0, 0, 0, 1),
         (first[2], "arrived", 0, 0, 0, 1),
         (computed, "computed", 0, 0, 0, 1),
+        (computed, "freed", 0, 0, 0, 1),
         (returned, "returned", 0, 0, 0, 1),
         (again + first[0], "dense", 0, 0, 0, 0),
         (again + first[1], "send", 0, 0, 0, 1),
+        (again + first[1], "freed", 0, 0, 0, 1),
         (again + first[2], "arrived", 0, 0, 0, 1),
         (again + computed, "computed", 0, 0, 0, 1),
+        (again + computed, "freed", 0, 0, 0, 1),
         (again + returned, "returned", 0, 0, 0, 1),
     )
     assert outcome.up_busy_s.tolist() == [0.0, 0.0]
@@ -395,9 +414,11 @@ def test_remote_calls_and_own_work_share_a_gpu(engine: Any) -> None:
         (D, "dense", 0, 0, 0, 0),
         (D + OVERHEAD_S, "send", 0, 0, 0, 1),
         (there - 0.25, "arrival", 1, -1, 1, 1),
+        (there - HALF_RTT_S, "freed", 0, 0, 0, 1),
         (there, "arrived", 0, 0, 0, 1),
         (own_dense, "dense", 1, 0, 1, 1),
         (call, "computed", 0, 0, 0, 1),
+        (call + back_s(1), "freed", 0, 0, 0, 1),
         (call + BACK, "returned", 0, 0, 0, 1),
         (own_expert, "local", 1, 0, 1, 1),
     )

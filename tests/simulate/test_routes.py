@@ -48,7 +48,7 @@ def tokens(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
     return holders, sent
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(tokens())
 def test_compiled_cover_is_the_definition(token: tuple[list[list[int]], list[int]]) -> None:
     """The recursion over subsets places every expert where the enumeration does."""
@@ -56,7 +56,7 @@ def test_compiled_cover_is_the_definition(token: tuple[list[list[int]], list[int
     assert compiled_cover(holders, sent) == routes.cover(holders, sent)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(tokens())
 def test_cover_promises(token: tuple[list[list[int]], list[int]]) -> None:
     """Each expert goes to a holder; no set of fewer servers would do, none as small sent less."""

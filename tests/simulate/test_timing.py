@@ -12,8 +12,9 @@ from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
 from prism_plan.model import PRESETS
 from prism_plan.simulate.calibration import Calibration, GpuCurves
+from prism_plan.simulate.scenario import Scenario
 from prism_plan.simulate.timing import at, roofline_dense_s, roofline_expert_s, timing
-from tests.simulate.builders import make_model
+from tests.simulate.builders import Ask, make_model, make_requests, place
 
 V2 = PRESETS["deepseek-v2-lite"]
 A100 = Gpu(slots=541, memory_bandwidth_gbs=1555, tflops=312, launch_overhead_us=20, load_gbs=12)
@@ -102,6 +103,33 @@ def test_calibration_lacks_a_gpu() -> None:
     assert str(error.value) == (
         "m.json: servers: no times of server 's0' gpu[1]; measure it, or give a default"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "message"),
+    [
+        ("s10", 0, "servers['s10']: no server of c, did you mean 's1'?; expected one of s0, s1"),
+        ("edge", 0, "servers['edge']: no server of c; expected one of s0, s1"),
+        ("s1", 1, "servers['s1'].gpus[1]: a GPU too many; expected 1, as c gives 's1'"),
+        ("s0", 2, "servers['s0'].gpus[2]: a GPU too many; expected 2, as c gives 's0'"),
+    ],
+)
+def test_calibration_of_another_cluster(name: str, gpu: int, message: str) -> None:
+    """Times of a server or GPU that the cluster lacks: refused, though there is a default."""
+    measured = {("s1", 0): CURVES, ("s0", 1): CURVES, (name, gpu): CURVES}
+    calibration = Calibration("m.json", CURVES, measured)
+    there = cluster((A100, A100), (A100,))
+    with pytest.raises(InputError) as error:
+        calibration.applied(there)
+    assert str(error.value) == f"m.json: {message}"
+    model = make_model(1, 1)
+    placement = place(model, there, np.ones((3, 1, 1)))
+    requests = make_requests(there, [Ask(0, 0.0, [], [[[0]]])], 1, 1)
+    with pytest.raises(InputError) as again:
+        Scenario.build(placement, requests, there, model, calibration=calibration)
+    assert str(again.value) == str(error.value)
+    del measured[name, gpu]
+    assert Scenario.build(placement, requests, there, model, calibration=calibration)
 
 
 def test_calibrated_links() -> None:
