@@ -17,23 +17,26 @@ from typing import Any, Literal
 import numpy as np
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import Infeasible, InputError, PrismError, did_you_mean
+from prism_plan.errors import Infeasible, InputError, did_you_mean
 from prism_plan.files import printable, write_bytes
 from prism_plan.instance import Instance
 from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.policy import Policy, PolicyName, review
 from prism_plan.migration.statistics import Counting, Cumulative, Window
+from prism_plan.model import ModelSpec
 from prism_plan.objective import violations
 from prism_plan.placement import InputFile, Placement, Plan
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.compiled import CHUNK, CompiledEngine
 from prism_plan.simulate.engine import Engine
+from prism_plan.simulate.network import Network
 from prism_plan.simulate.reference import ReferenceEngine
 from prism_plan.simulate.report import Migration, Run, notes
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.routes import Route
 from prism_plan.simulate.scenario import Scenario
+from prism_plan.simulate.timing import timing
 from prism_plan.solvers.packing import pack_on_gpus
 from prism_plan.trace import Trace
 
@@ -276,25 +279,24 @@ def simulate_placements(
     deadline = math.inf
     if options.time_limit_s is not None:
         deadline = time.monotonic() + options.time_limit_s
-    scenarios = []
+    instance = _instance(trace, cluster)
+    prepared = []
     for name, placement in placements:
         try:
-            scenarios.append(_prepare(placement, requests, trace, cluster, options))
-        except PrismError as error:
-            if isinstance(error, InputError):
-                raise error.within(name) from error
-            raise
+            prepared.append(_prepare(placement, requests, trace.model, instance, cluster, options))
+        except InputError as error:
+            raise error.within(name) from error
     runs: list[Run] = []
     interrupted = False
     try:
-        for (name, placement), (scenario, instance) in zip(placements, scenarios, strict=True):
+        for (name, placement), (scenario, rules) in zip(placements, prepared, strict=True):
             if runs and (runs[-1].partial or time.monotonic() > deadline):
                 break
 
             def tell(done: int, name: str = name) -> None:
                 progress(name, done, len(requests))
 
-            runner = _Runner(name, placement, scenario, instance, cluster, options, tell, deadline)
+            runner = _Runner(name, placement, scenario, rules, cluster, options, tell, deadline)
             runs.append(runner.run())
             if runner.interrupted:
                 interrupted = True
@@ -303,7 +305,7 @@ def simulate_placements(
         if not runs:
             raise
         interrupted = True
-    partial = len(runs) < len(scenarios) or any(run.partial for run in runs)
+    partial = len(runs) < len(prepared) or any(run.partial for run in runs)
     files = dict(inputs or {})
     found = [f"{run.placement}: {note}" for run in runs for note in run.notes]
     return Simulation(
@@ -319,36 +321,13 @@ def simulate_placements(
     )
 
 
-def _prepare(
-    placement: Placement,
-    requests: Requests,
-    trace: Trace,
-    cluster: Cluster,
-    options: SimulationOptions,
-) -> tuple[Scenario, Instance]:
-    scenario = Scenario.build(
-        placement,
-        requests,
-        cluster,
-        trace.model,
-        route=options.route,
-        calibration=options.calibration,
-        offload=placement.plan.solver == OFFLOAD,
-    )
-    instance = _instance(trace, cluster, placement)
-    over = [v for v in violations(placement, instance=instance) if v.constraint == "capacity"]
-    if over:
-        raise InputError(
-            over[0].message,
-            place="servers",
-            expected=f"experts within the memory that {cluster.name} has for them",
-            remedy="plan again for this cluster",
-        )
-    return scenario, instance
+def _instance(trace: Trace, cluster: Cluster) -> Instance:
+    """Capacities and rules; a server's rate of tokens does not matter to them.
 
-
-def _instance(trace: Trace, cluster: Cluster, placement: Placement) -> Instance:
-    """Capacities and rules; a server's rate of tokens does not matter to them."""
+    What is wrong with the cluster comes out here, before any placement is looked at.
+    """
+    Network.of(cluster, trace.model)
+    timing(cluster, trace.model, 1)
     weighted = dataclasses.replace(
         cluster,
         servers=tuple(
@@ -356,7 +335,46 @@ def _instance(trace: Trace, cluster: Cluster, placement: Placement) -> Instance:
             for server in cluster.servers
         ),
     )
-    return Instance.build(trace, weighted, min_replicas=placement.plan.min_replicas)
+    return Instance.build(trace, weighted)
+
+
+def _prepare(
+    placement: Placement,
+    requests: Requests,
+    model: ModelSpec,
+    instance: Instance,
+    cluster: Cluster,
+    options: SimulationOptions,
+) -> tuple[Scenario, Instance]:
+    """The scenario of a placement, and the rules that moves away from it have to keep."""
+    offload = placement.plan.solver == OFFLOAD
+    scenario = Scenario.build(
+        placement,
+        requests,
+        cluster,
+        model,
+        route=options.route,
+        calibration=options.calibration,
+        offload=offload,
+    )
+    rules = instance.replace(min_replicas=placement.plan.min_replicas)
+    moving = options.migrate != "never" and not offload
+    for violation in violations(placement, instance=rules):
+        if violation.constraint == "capacity":
+            raise InputError(
+                violation.message,
+                place="servers",
+                expected=f"experts within the memory that {cluster.name} has for them",
+                remedy="plan again for this cluster",
+            )
+        if moving:
+            raise InputError(
+                violation.message,
+                place="servers",
+                expected=f"a placement by the rules of {cluster.name}, for moves have to keep them",
+                remedy="plan again for this cluster",
+            )
+    return scenario, rules
 
 
 def write_simulation(path: str | os.PathLike[str], simulation: Simulation) -> None:

@@ -444,6 +444,18 @@ def test_options_out_of_range(values: dict[str, Any], word: str) -> None:
         SimulationOptions(**values)
 
 
+def changed_gpu(**changes: float) -> Callable[[Cluster], Cluster]:
+    """A cluster with other figures of the first GPU, unchecked."""
+
+    def change(cluster: Cluster) -> Cluster:
+        first, *others = cluster.servers
+        gpu = dataclasses.replace(first.gpus[0], **changes)
+        first = dataclasses.replace(first, gpus=(gpu, *first.gpus[1:]))
+        return dataclasses.replace(cluster, servers=(first, *others))
+
+    return change
+
+
 def changed_link(**changes: float) -> Callable[[Cluster], Cluster]:
     """A cluster with other figures of [link], unchecked."""
     return lambda cluster: dataclasses.replace(
@@ -458,15 +470,17 @@ def changed_link(**changes: float) -> Callable[[Cluster], Cluster]:
         (changed_link(bandwidth_mbps=math.nan), "link.bandwidth_mbps"),
         (changed_link(rtt_ms=-1.0), "link.rtt_ms"),
         (changed_link(call_overhead_ms=math.inf), "link.call_overhead_ms"),
+        (changed_gpu(load_gbs=0.0), r"server\[0\].gpu\[0\].load_gbs"),
+        (changed_gpu(tflops=math.nan), r"server\[0\].gpu\[0\].tflops"),
     ],
 )
 def test_figures_of_a_cluster_made_in_python(
     change: Callable[[Cluster], Cluster], word: str
 ) -> None:
-    """Zero bandwidth and times that are none are refused by name, before anything runs."""
+    """Zero bandwidth and times that are none are refused by name, and not as the placement's."""
     trace, cluster = small_trace(), small_cluster()
     plans, requests = planned(trace, cluster, "exact"), sampled(trace, cluster, 2)
-    with pytest.raises(InputError, match=word):
+    with pytest.raises(InputError, match=f"^{word}"):
         simulate_placements(plans, requests, trace, change(cluster))
 
 
@@ -494,6 +508,33 @@ def test_placement_of_something_else() -> None:
     hole = plan.on_gpu.copy()
     hole[:, 1, 3] = False
     assert "layer 2 expert 3 is called and held nowhere" in refused(plan.replace(on_gpu=hole))
+
+
+@pytest.mark.parametrize("policy", ["prism", "partial"])
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("pin = [[1, 7], [2, 7], [3, 7]]", "is pinned but not held"),
+        ("layer_cap = 2", "layer_cap is 2"),
+    ],
+)
+def test_moves_from_a_placement_that_breaks_the_rules(policy: str, rule: str, words: str) -> None:
+    """Reviews could not keep rules that are broken already: refused at once, not in mid-run."""
+    trace, cluster = small_trace(), small_cluster(('name = "a"', f'name = "a"\n{rule}'))
+    plans = [("p.json", planned(trace, small_cluster(), "exact")[0][1])]
+    requests = sampled(trace, cluster, 2)
+    options = SimulationOptions(migrate=policy)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=rf"^p\.json: servers: .*{words}"):
+        simulate_placements(plans, requests, trace, cluster, options)
+    assert simulate_placements(plans, requests, trace, cluster).runs[0].outcome.events > 0
+
+
+def test_wrong_rules_are_the_clusters() -> None:
+    """A rule about a layer that the model lacks is not blamed on the placement."""
+    trace, cluster = small_trace(), small_cluster(('name = "a"', 'name = "a"\npin = [[9, 1]]'))
+    plans = [("p.json", planned(trace, small_cluster(), "exact")[0][1])]
+    with pytest.raises(InputError, match=r"^server\[0\]\.pin: layer 9"):
+        simulate_placements(plans, sampled(trace, cluster, 2), trace, cluster)
 
 
 def test_infeasible_memory_is_infeasible() -> None:
