@@ -156,7 +156,7 @@ def load_model(
     with torch.no_grad(), _quiet(), _transformers(checkpoint):
         model = _empty_model(checkpoint, dtype)
         _replace_experts(model, checkpoint, dispatcher)
-        missing = _read_dense(model, checkpoint, dtype, device)
+        missing = _read_dense(model, checkpoint, device)
         _compute_buffers(model, device)
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
         _configure_generation(model, checkpoint)
@@ -202,9 +202,7 @@ def _replace_experts(
         )
 
 
-def _read_dense(
-    model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-) -> set[str]:
+def _read_dense(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> set[str]:
     """Read every weight and stored buffer; the names of tied ones that are not stored."""
     wanted = dict(model.state_dict(keep_vars=True))
     stored = set(checkpoint.dense_names())
@@ -221,7 +219,6 @@ def _read_dense(
                 expected=f"shape {list(wanted[name].shape)}",
                 remedy="copy or download the checkpoint again",
             )
-    kept_wide = list(model._get_dtype_plan(dtype).items())
     for name in sorted(stored & wanted.keys()):
         shape = tuple(wanted[name].shape)
         if checkpoint.dense_shape(name) != shape:
@@ -232,11 +229,8 @@ def _read_dense(
                 place=inside,
                 expected=f"{list(shape)}, as config.json says",
             )
-        kind = wanted[name].dtype
-        for pattern, wide in kept_wide:
-            if re.search(pattern, name):
-                kind = wide
-        _set(model, name, checkpoint.read(name).to(device=device, dtype=kind))
+        # the model was made in `dtype`; what it has in another, it has so on purpose (gates)
+        _set(model, name, checkpoint.read(name).to(device=device, dtype=wanted[name].dtype))
     return set(missing)
 
 
