@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import Infeasible, InputError, did_you_mean
+from prism_plan.errors import Infeasible, InputError, SolverRefused, did_you_mean
 from prism_plan.files import printable, write_bytes
 from prism_plan.instance import Instance
 from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
@@ -37,7 +37,10 @@ from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.routes import Route
 from prism_plan.simulate.scenario import Scenario
 from prism_plan.simulate.timing import timing
+from prism_plan.solvers.contract import Options, Rule
 from prism_plan.solvers.packing import pack_on_gpus
+from prism_plan.solvers.registry import get_solver, solvers_that_know
+from prism_plan.solvers.run import rules_asked
 from prism_plan.trace import Trace
 
 EngineName = Literal["compiled", "reference"]
@@ -359,6 +362,8 @@ def _prepare(
     )
     rules = instance.replace(min_replicas=placement.plan.min_replicas)
     moving = options.migrate != "never" and not offload
+    if moving:
+        _require_able(rules, options)
     for violation in violations(placement, instance=rules):
         if violation.constraint == "capacity":
             raise InputError(
@@ -375,6 +380,24 @@ def _prepare(
                 remedy="plan again for this cluster",
             )
     return scenario, rules
+
+
+def _require_able(rules: Instance, options: SimulationOptions) -> None:
+    """Refuse at once what the first review would refuse after so much work."""
+    if options.migrate == "partial":
+        if not rules.in_slots:
+            raise SolverRefused(
+                f"--migrate partial has no rule for {Rule.UNEQUAL_BYTES}; use --migrate prism"
+            )
+        return
+    asked = rules_asked(rules, Options(seed=options.seed))
+    lacking = asked - get_solver(options.migrate_solver).knows
+    if lacking:
+        raise SolverRefused(
+            f"--migrate-solver: {options.migrate_solver!r} has no rule for "
+            f"{' and '.join(sorted(lacking))}; solvers that have: "
+            f"{', '.join(solvers_that_know(asked)) or 'none'}"
+        )
 
 
 def write_simulation(path: str | os.PathLike[str], simulation: Simulation) -> None:

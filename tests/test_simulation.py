@@ -14,9 +14,10 @@ import pytest
 
 from prism_plan import simulation
 from prism_plan.cluster import Cluster
-from prism_plan.errors import Infeasible, InputError, WrongModel
+from prism_plan.errors import Infeasible, InputError, SolverRefused, WrongModel
 from prism_plan.instance import Instance
 from prism_plan.placement import Placement
+from prism_plan.profiling.synthetic import synthetic_trace
 from prism_plan.simulate.reference import ReferenceEngine
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.schedule import Phase, Schedule
@@ -29,6 +30,7 @@ from prism_plan.simulation import (
 )
 from prism_plan.trace import Trace
 from tests.simulation_material import (
+    SPEC,
     planned,
     sampled,
     simulated,
@@ -523,10 +525,40 @@ def test_moves_from_a_placement_that_breaks_the_rules(policy: str, rule: str, wo
     trace, cluster = small_trace(), small_cluster(('name = "a"', f'name = "a"\n{rule}'))
     plans = [("p.json", planned(trace, small_cluster(), "exact")[0][1])]
     requests = sampled(trace, cluster, 2)
-    options = SimulationOptions(migrate=policy)  # type: ignore[arg-type]
+    options = SimulationOptions(migrate=policy, migrate_solver="exact")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=rf"^p\.json: servers: .*{words}"):
         simulate_placements(plans, requests, trace, cluster, options)
     assert simulate_placements(plans, requests, trace, cluster).runs[0].outcome.events > 0
+
+
+def test_policies_that_lack_a_rule() -> None:
+    """What the first review would refuse is refused before the run, by the option's name."""
+    trace, cluster = small_trace(), small_cluster(('name = "a"', 'name = "a"\nlayer_cap = 7'))
+    plans, requests = planned(trace, cluster, "exact"), sampled(trace, cluster, 2)
+    with pytest.raises(SolverRefused, match=r"^--migrate-solver: 'prism' .*layer caps; .*exact"):
+        simulate_placements(plans, requests, trace, cluster, SimulationOptions(migrate="prism"))
+    for options in (
+        SimulationOptions(migrate="prism", migrate_solver="exact"),
+        SimulationOptions(migrate="partial"),
+        SimulationOptions(),
+    ):
+        assert simulate_placements(plans, requests, trace, cluster, options).runs
+
+
+def test_experts_of_unequal_size_have_no_partial_move() -> None:
+    """Policy `partial` counts in slots: refused before the run where slots have no meaning."""
+    spec = dataclasses.replace(SPEC, expert_bytes=(1_000_000, 2_000_000, 1_000_000))
+    trace = synthetic_trace(spec, ["x", "y", "z"], requests=2, prompt_tokens=2, decode_tokens=2)
+    cluster = small_cluster(
+        ("slots = 11", "memory_gb = 0.5"),
+        ("slots = 8", "memory_gb = 0.5"),
+        ("slots = 3", "memory_gb = 0.5"),
+    )
+    plans, requests = planned(trace, cluster, "ilp"), sampled(trace, cluster, 2)
+    with pytest.raises(SolverRefused, match=r"^--migrate partial has no rule for .*unequal size"):
+        simulate_placements(plans, requests, trace, cluster, SimulationOptions(migrate="partial"))
+    options = SimulationOptions(migrate="prism", migrate_solver="ilp", migrate_every_s=0.01)
+    assert simulate_placements(plans, requests, trace, cluster, options).runs[0].migrations
 
 
 def test_wrong_rules_are_the_clusters() -> None:
