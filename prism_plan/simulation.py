@@ -29,7 +29,7 @@ from prism_plan.objective import violations
 from prism_plan.placement import InputFile, Placement, Plan
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.compiled import CHUNK, CompiledEngine
-from prism_plan.simulate.engine import Engine
+from prism_plan.simulate.engine import Engine, Outcome
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.reference import ReferenceEngine
 from prism_plan.simulate.report import Migration, Run, notes
@@ -490,7 +490,7 @@ class _Runner:
             placement=self.name,
             solver=self.placement.plan.solver,
             scenario=self.scenario,
-            outcome=self.engine.outcome(),
+            outcome=self._outcome(),
             experts=self.engine.on_gpu().sum(axis=(1, 2)),
             migrations=tuple(self.migrations),
             partial=partial,
@@ -561,6 +561,14 @@ class _Runner:
             return False
         self.engine.migrate(plan.steps)
         return True
+
+    def _outcome(self) -> Outcome:
+        """What was measured until the last event, not until the review that found nothing left."""
+        outcome = self.engine.outcome()
+        if not self.engine.arrivals_done or self.engine.migrating:
+            return outcome
+        end_s = max(float(outcome.done_s.max(initial=0.0)), self.engine.migrated_s)
+        return dataclasses.replace(outcome, now_s=min(outcome.now_s, end_s))
 
     def _note_end_of_migration(self) -> None:
         """The latest move gets the time at which it was done, once it is."""

@@ -128,6 +128,28 @@ def test_moving_pays_after_a_shift() -> None:
     assert latency_s["partial"] < 0.75 * latency_s["never"]
 
 
+@pytest.mark.parametrize("engine", ["compiled", "reference"])
+@pytest.mark.parametrize("every_s", [0.05, 0.31, 1e6])
+def test_reviews_that_stay_change_nothing(every_s: float, engine: str) -> None:
+    """Without a move the run is the one without reviews: its length, its busy shares, all of it."""
+    trace, cluster = small_trace(), small_cluster()
+    plans, requests = planned(trace, cluster, "uniform"), sampled(trace, cluster, 20)
+    reports = []
+    for policy in ("never", "partial"):
+        options = SimulationOptions(
+            migrate=policy,  # type: ignore[arg-type]
+            migrate_every_s=every_s,
+            horizon_s=1e-9,
+            engine=engine,  # type: ignore[arg-type]
+        )
+        result = simulate_placements(plans, requests, trace, cluster, options)
+        reports.append(without_times(result.to_json()["runs"][0]))
+    assert all(review["decision"] == "stay" for review in reports[1]["migrations"])
+    assert bool(reports[1].pop("migrations")) == (every_s < 1)
+    assert reports[0].pop("migrations") == []
+    assert reports[1] == reports[0]
+
+
 @pytest.mark.parametrize("policy", ["prism", "partial"])
 def test_reviews_are_told(policy: str) -> None:
     """Reviews stand at multiples of the period; moves end after they begin and before the next."""
