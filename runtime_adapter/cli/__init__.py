@@ -54,12 +54,17 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code; errors are one line."""
+    """Run the command line and leave with its exit code."""
+    run_command(cli, "python -m runtime_adapter")
+
+
+def run_command(command: click.Command, name: str) -> None:
+    """Run a command and leave with its exit code; errors are one line."""
     signal.signal(signal.SIGTERM, _terminate)
     code = 0
     try:
-        with cli.make_context("python -m runtime_adapter", sys.argv[1:]) as context:
-            cli.invoke(context)
+        with command.make_context(name, sys.argv[1:]) as context:
+            command.invoke(context)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except PrismError as error:

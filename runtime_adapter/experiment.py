@@ -1,0 +1,319 @@
+"""Prediction against measurement: replays on shaped links, and the simulator's figures beside them.
+
+::
+
+    python -m runtime_adapter.experiment --trace T.parquet --cluster C.toml -o results.json
+
+For each round trip the machinery is calibrated on a placement made for that; then every placement
+is replayed under every seed, planned on one half of the requests and replayed with the other. A
+run in which the processors were busy throughout is void and done again, for there they are what is
+measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prism_plan.errors import PrismError
+
+SOLVERS = ("uniform", "redundance", "smartmoe", "eplb", "layer-partition", "prism", "exact")
+#: A sample of the processors is saturated from this share of busy time on.
+SATURATED = 0.97
+#: Runs with more saturated samples than this share are void.
+MOST_SATURATED = 0.1
+#: A void run is repeated so often.
+TRIES = 3
+PORT = 29400
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What an experiment varies and what it holds."""
+
+    trace: str
+    cluster: str
+    solvers: tuple[str, ...] = SOLVERS
+    seeds: tuple[int, ...] = (0, 1)
+    rtt_ms: tuple[float, ...] = (0.0, 1.0)
+    requests: int = 8
+    mbps: float = 500.0
+    burst_kb: float = 64.0
+
+
+class Processors:
+    """Samples how busy the machine's processors are, in a thread; a context manager."""
+
+    def __init__(self, every_s: float = 0.5) -> None:
+        self._every_s = every_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.samples: list[float] = []
+
+    def __enter__(self) -> Processors:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        before = _ticks()
+        while not self._ended.wait(self._every_s):
+            now = _ticks()
+            busy, total = now[0] - before[0], now[1] - before[1]
+            if total:
+                self.samples.append(busy / total)
+            before = now
+
+    @property
+    def busy(self) -> float:
+        """Mean share of busy time."""
+        return sum(self.samples) / max(len(self.samples), 1)
+
+    @property
+    def saturated(self) -> float:
+        """Share of samples in which the processors were busy throughout."""
+        return sum(s >= SATURATED for s in self.samples) / max(len(self.samples), 1)
+
+
+def _ticks() -> tuple[int, int]:
+    """Busy and all ticks of the processors since the machine was started."""
+    with open("/proc/stat", encoding="ascii") as stream:
+        values = [int(word) for word in stream.readline().split()[1:9]]
+    return sum(values) - values[3] - values[4], sum(values)
+
+
+def run_all(setting: Setting, folder: Path, tell: Any) -> dict[str, Any]:
+    """Calibrate, replay and predict; the results' values.
+
+    Raises
+    ------
+    TestbedUnavailable
+        No root, no iproute2, a kernel without what the testbed needs.
+    PrismError
+        A server failed.
+    """
+    import prism_plan as pp
+    from prism_plan.trace_file import write_trace
+    from runtime_adapter.testbed import Testbed
+
+    cluster = pp.read_cluster(setting.cluster)
+    names = tuple(server.name for server in cluster.servers)
+    trace = pp.read_trace(setting.trace)
+    planned, scored = trace.split(0.5, 0)
+    instance = pp.Instance.build(planned, cluster)
+    scored_path = folder / "scored.parquet"
+    write_trace(scored_path, dataclasses.replace(scored, name="scored.parquet"))
+    scored = pp.read_trace(scored_path)
+    for solver in setting.solvers:
+        pp.write_placement(folder / f"{solver}.json", pp.solve(instance, solver))
+    rows: list[dict[str, Any]] = []
+    calibrations = {}
+    with Testbed(
+        servers=len(names), mbps=setting.mbps, names=names, burst_kb=setting.burst_kb
+    ) as bed:
+        for rtt_ms in setting.rtt_ms:
+            path = folder / f"calibration-{rtt_ms:g}.json"
+            _launch(
+                bed, names, folder, "calibrate",
+                ["--model", trace.model.name, "--cluster", setting.cluster,
+                 "--rtt-ms", str(rtt_ms), "-o", str(path)],
+            )  # fmt: skip
+            calibration = pp.read_calibration(path)
+            calibrations[f"{rtt_ms:g}"] = json.loads(path.read_text())
+            for seed in setting.seeds:
+                requests = pp.sample_requests(
+                    scored, cluster, requests_per_server=setting.requests, seed=seed
+                )
+                placements = [
+                    (solver, pp.read_placement(folder / f"{solver}.json"))
+                    for solver in setting.solvers
+                ]
+                options = pp.SimulationOptions(calibration=calibration, seed=seed)
+                predicted = pp.simulate_placements(
+                    placements, requests, scored, cluster, options
+                ).to_json()
+                for run in predicted["runs"]:
+                    solver = run["placement"]
+                    row = _replay(bed, names, folder, setting, solver, seed, rtt_ms)
+                    row["predicted"] = {
+                        "latency_s": run["latency_s"],
+                        "remote_share": run["remote_share"],
+                        "waiting_share": run["waiting_share"],
+                        "bytes_sent": run["bytes_sent"],
+                        "expert_calls": run["expert_calls"],
+                        "remote_calls": run["remote_calls"],
+                    }
+                    rows.append(row)
+                    measured = row["latency_s"]["mean"]
+                    error = run["latency_s"]["mean"] / measured - 1
+                    tell(
+                        f"rtt {rtt_ms:g} ms, seed {seed}, {solver}: measured {measured:.3f} s, "
+                        f"predicted {run['latency_s']['mean']:.3f} s ({error:+.1%}), "
+                        f"processors {row['processors_busy']:.0%} busy"
+                        + (" (VOID)" if row["void"] else "")
+                    )
+    return {
+        "setting": dataclasses.asdict(setting) | {"trace": Path(setting.trace).name,
+                                                  "cluster": Path(setting.cluster).name},
+        "calibrations": calibrations,
+        "rows": rows,
+    }  # fmt: skip
+
+
+def _launch(
+    bed: Any, names: tuple[str, ...], folder: Path, command: str, options: list[str]
+) -> None:
+    """One command on every server; waits for all.
+
+    Raises
+    ------
+    PrismError
+        One of them failed; its last line of output is told.
+    """
+    processes = []
+    for n, name in enumerate(names):
+        log = open(folder / f"{command}-{name}.log", "wb")  # noqa: SIM115 - closed below
+        words = [word.replace("{name}", name) for word in options]
+        argv = [
+            sys.executable, "-m", "runtime_adapter", command, "--server", name,
+            "--store", f"{bed.address(0)}:{PORT}", "--interface", bed.interface, *words,
+        ]  # fmt: skip
+        processes.append((name, log, bed.run(n, argv, stdout=log, stderr=log)))
+    failed = []
+    for name, log, process in processes:
+        code = process.wait()
+        log.close()
+        if code:
+            text = (folder / f"{command}-{name}.log").read_text(errors="replace").strip()
+            failed.append(f"{name} left with {code}: {text.splitlines()[-1] if text else ''}")
+    if failed:
+        raise PrismError("; ".join(failed))
+
+
+def _replay(
+    bed: Any,
+    names: tuple[str, ...],
+    folder: Path,
+    setting: Setting,
+    solver: str,
+    seed: int,
+    rtt_ms: float,
+) -> dict[str, Any]:
+    """One replay, repeated while it is void."""
+    attempts = 0
+    while True:
+        attempts += 1
+        lines = [bed.line(n) for n in range(len(names))]
+        with Processors() as processors:
+            _launch(
+                bed, names, folder, "replay",
+                ["--placement", str(folder / f"{solver}.json"),
+                 "--trace", str(folder / "scored.parquet"), "--cluster", setting.cluster,
+                 "--requests", str(setting.requests), "--seed", str(seed),
+                 "--rtt-ms", str(rtt_ms), "--stats", str(folder / "{name}.stats.json"),
+                 "-o", str(folder / "{name}.jsonl")],
+            )  # fmt: skip
+        frames = [bed.line(n) - lines[n] for n in range(len(names))]
+        void = processors.saturated > MOST_SATURATED
+        if not void or attempts == TRIES:
+            break
+        time.sleep(2)
+    return {
+        "solver": solver,
+        "seed": seed,
+        "rtt_ms": rtt_ms,
+        "void": void,
+        "attempts": attempts,
+        "processors_busy": processors.busy,
+        "processors_saturated": processors.saturated,
+        **_measured(names, folder),
+        "line_bytes": sum(traffic.sent_bytes for traffic in frames),
+    }
+
+
+def _measured(names: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    """Latencies and counts of all servers of a replay."""
+    import numpy as np
+
+    from prism_plan.simulate.report import summary
+
+    latency_s: list[float] = []
+    counted: dict[str, int] = {}
+    for name in names:
+        for line in (folder / f"{name}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            latency_s.append(np.nan if row["done_s"] is None else row["done_s"] - row["arrival_s"])
+        stats = json.loads((folder / f"{name}.stats.json").read_text())
+        for key, value in stats.items():
+            if isinstance(value, int):
+                counted[key] = counted.get(key, 0) + value
+    return {
+        "latency_s": summary(np.array(latency_s)),
+        "remote_share": counted["remote_calls"] / counted["calls"],
+        "waiting_share": counted["waiting"] / counted["steps"],
+        "expert_calls": counted["calls"],
+        "remote_calls": counted["remote_calls"],
+        "messages": counted["messages"],
+        "payload_bytes": counted["out_bytes"] + counted["back_bytes"],
+        "failed": counted["failed"],
+        "retries": counted["retries"],
+    }
+
+
+def _numbers(kind: type) -> Any:
+    def parse(ctx: Any, option: Any, text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(word) for word in text.split(",") if word.strip())
+        except ValueError:
+            raise click.BadParameter(f"{text!r}: numbers with commas") from None
+
+    return parse
+
+
+@click.command("experiment", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--trace", required=True, metavar="T.parquet")
+@click.option("--cluster", required=True, metavar="C.toml")
+@click.option("--solvers", default=",".join(SOLVERS), show_default=True)
+@click.option("--seeds", default="0,1", show_default=True, callback=_numbers(int))
+@click.option("--rtt-ms", default="0,1", show_default=True, callback=_numbers(float))
+@click.option("--requests", default=8, show_default=True, help="Of each server in each run.")
+@click.option("--mbps", default=500.0, show_default=True)
+@click.option("-o", "--output", required=True, metavar="R.json")
+def command(**given: Any) -> None:
+    """Replay placements on shaped links, and compare with what the simulator predicts."""
+    from prism_plan.cli.inputs import writable
+    from prism_plan.files import write_bytes
+    from runtime_adapter.cli.options import note
+
+    writable(given["output"], given["trace"], given["cluster"])
+    setting = Setting(
+        trace=os.path.abspath(given["trace"]),
+        cluster=os.path.abspath(given["cluster"]),
+        solvers=tuple(word.strip() for word in given["solvers"].split(",") if word.strip()),
+        seeds=given["seeds"],
+        rtt_ms=given["rtt_ms"],
+        requests=given["requests"],
+        mbps=given["mbps"],
+    )
+    with tempfile.TemporaryDirectory(prefix="prism-experiment-") as folder:
+        values = run_all(setting, Path(folder), note)
+    write_bytes(given["output"], (json.dumps(values, indent=1) + "\n").encode())
+    note(f"{given['output']}: {len(values['rows'])} runs")
+
+
+if __name__ == "__main__":
+    from runtime_adapter.cli import run_command
+
+    run_command(command, "python -m runtime_adapter.experiment")
