@@ -363,7 +363,7 @@ def _prepare(
     rules = instance.replace(min_replicas=placement.plan.min_replicas)
     moving = options.migrate != "never" and not offload
     if moving:
-        _require_able(rules, options)
+        require_able(rules, options)
     for violation in violations(placement, instance=rules):
         if violation.constraint == "capacity":
             raise InputError(
@@ -382,7 +382,7 @@ def _prepare(
     return scenario, rules
 
 
-def _require_able(rules: Instance, options: SimulationOptions) -> None:
+def require_able(rules: Instance, options: SimulationOptions) -> None:
     """Refuse at once what the first review would refuse after so much work."""
     if options.migrate == "partial":
         if not rules.in_slots:
