@@ -11,6 +11,8 @@ import torch
 
 from prism_plan.simulate.timing import Timing
 from runtime_adapter.clock import GpuClock, gpu_work, wait_until
+from runtime_adapter.experts import Change, ExpertStore
+from runtime_adapter.placed import sum_dtype, weighted_sum
 from runtime_adapter.table import HolderTable
 
 Ints = npt.NDArray[np.int64]
@@ -37,14 +39,25 @@ class Batch:
         return found[order], number[order]
 
 
+def sums_in(states: torch.dtype) -> torch.dtype:
+    """In which the sums of hidden states of a dtype are taken; bytes stay bytes."""
+    return sum_dtype(states) if states.is_floating_point else states
+
+
 class Compute(Protocol):
     """Computes partial sums of the calls of a batch, and the dense part where it is timed."""
 
     def partial_sums(self, batch: Batch) -> torch.Tensor:
-        """Σ over the batch's calls of weight x expert(hidden), [T, H]."""
+        """Σ over the batch's calls of weight x expert(hidden), [T, H], in ``sums_in``'s dtype."""
 
     def dense(self, tokens: int) -> None:
         """One layer's dense part for a step of so many tokens."""
+
+    def apply(self, change: Change) -> None:
+        """An expert has come to this server, or goes; its GPUs are counted from 0.
+
+        Nothing that was begun computes with an expert that goes.
+        """
 
 
 class TimedCompute:
@@ -63,17 +76,32 @@ class TimedCompute:
         self.first_gpu = first_gpu
         self.dense_gpu = dense_gpu
         self.me = me
-        self.table: HolderTable | None = None
+        self._table: HolderTable | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For the worker process, which has a table of its own."""
-        return {**vars(self), "table": None}
+        return {**vars(self), "_table": None}
+
+    @property
+    def table(self) -> HolderTable | None:
+        """Where the experts were at the start."""
+        return self._table
+
+    @table.setter
+    def table(self, table: HolderTable) -> None:
+        self._table = table
+        self._held = table.held_by(self.me)
+        self._gpu_of = table.gpu_of[self.me].copy()
+
+    def apply(self, change: Change) -> None:
+        self._held[change.gpu, change.pair] = change.kind == "load"
+        gpus = np.flatnonzero(self._held[:, change.pair])
+        self._gpu_of[change.pair] = self.first_gpu + gpus[0] if len(gpus) else -1
 
     def partial_sums(self, batch: Batch) -> torch.Tensor:
-        assert self.table is not None
         experts, tokens = batch.by_expert()
         work_s = gpu_work(
-            self.table.gpu_of[self.me], batch.layer, self.first_gpu, experts, tokens, self.timing,
+            self._gpu_of, batch.layer, self.first_gpu, experts, tokens, self.timing,
             batch.layer * self.num_experts,
         )  # fmt: skip
         wait_until(self.clock.reserve(work_s))
@@ -88,18 +116,26 @@ class TimedCompute:
 class ExpertCompute:
     """The experts of a server's store, on the devices where they are; dense work is the model's."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: ExpertStore) -> None:
         self.store = store
 
     def partial_sums(self, batch: Batch) -> torch.Tensor:
-        sums = torch.zeros_like(batch.hidden)
-        for e in np.unique(batch.experts).tolist():
-            calls = np.flatnonzero(batch.experts == e)
-            rows = torch.from_numpy(batch.token[calls])
-            weights = torch.from_numpy(batch.weights[calls]).to(sums.device)
-            found = self.store.compute(batch.layer, e, batch.hidden[rows])
-            sums.index_add_(0, rows, (found * weights[:, None]).to(sums.dtype))
-        return sums
+        hidden = batch.hidden
+        if not hidden.is_cuda:  # what came over the network goes to the card once
+            pair = batch.layer * self.store.shape.spec.num_experts + int(batch.experts[0])
+            gpu = max(self.store.gpu_of(pair), 0)
+            hidden = hidden.to(self.store.pools[gpu].device)
+        token, experts, weights = (
+            torch.from_numpy(part).to(hidden.device)
+            for part in (batch.token, batch.experts, batch.weights)
+        )
+        sums = weighted_sum(self.store, batch.layer, hidden, token, experts, weights)
+        return sums.to(batch.hidden.device)
 
     def dense(self, tokens: int) -> None:
         """The model does it."""
+
+    def apply(self, change: Change) -> None:
+        if change.kind == "drop" and self.store.pools[change.gpu].is_cuda:
+            torch.cuda.synchronize(self.store.pools[change.gpu].device)
+        self.store.apply(change)

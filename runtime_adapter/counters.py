@@ -13,12 +13,13 @@ class Counters:
 
     ``calls``, ``remote_calls`` expert calls; ``steps`` (token, layer) and ``waiting`` of them with
     a remote expert; ``destinations`` servers that tokens were sent to; ``messages`` calls to other
-    servers; ``out_bytes``, ``back_bytes`` their payload; ``called`` int64 [L, E].
+    servers; ``out_bytes``, ``back_bytes`` their payload; ``called`` int64 [L, E]. Microseconds
+    ``compute_us`` of experts at home, and ``waiting_us`` for the others' answers after that.
     """
 
     NAMES = (
         "calls", "remote_calls", "steps", "waiting", "destinations", "messages", "out_bytes",
-        "back_bytes", "retries",
+        "back_bytes", "retries", "compute_us", "waiting_us",
     )  # fmt: skip
 
     def __init__(self, layers: int, experts: int) -> None:

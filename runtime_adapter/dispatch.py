@@ -14,7 +14,7 @@ import torch
 
 from prism_plan.model import ModelShape
 from runtime_adapter.clock import wait_until
-from runtime_adapter.compute import Batch, Compute
+from runtime_adapter.compute import Batch, Compute, sums_in
 from runtime_adapter.counters import Counters
 from runtime_adapter.links import RuntimeFailure, ServerLost, receive, send
 from runtime_adapter.routing import Router
@@ -49,6 +49,7 @@ class _Under:
     sending: Any
     receiving: Any
     message: torch.Tensor
+    states: torch.dtype
 
 
 class Dispatcher:
@@ -83,6 +84,8 @@ class Dispatcher:
         self.rtt_s = rtt_s
         self.on_lost = on_lost
         self.request = 0
+        #: Begun and ended layers together, so odd inside of one: see follow.py.
+        self.passes = 0
         self._bits = id_bits(model.num_experts)
 
     def run(self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats) -> torch.Tensor:
@@ -97,6 +100,15 @@ class Dispatcher:
         RuntimeFailure
             A server answers, but keeps saying that it does not have the expert.
         """
+        self.passes += 1
+        try:
+            return self._run(layer, hidden, experts, weights)
+        finally:
+            self.passes += 1
+
+    def _run(
+        self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats
+    ) -> torch.Tensor:
         self.counters.count_calls(layer, experts)
         sums, failed = self._round(layer, hidden, experts, weights, first=True)
         retries = 0
@@ -107,7 +119,7 @@ class Dispatcher:
             again, missing = self._round(
                 layer, hidden[rows], experts[token, k][:, None], weights[token, k][:, None]
             )
-            sums.index_add_(0, rows, again)
+            sums.index_add_(0, rows.to(sums.device), again)
             failed = np.zeros_like(failed)
             if missing is not None:
                 failed[token[missing[:, 0]], k[missing[:, 0]]] = True
@@ -119,7 +131,7 @@ class Dispatcher:
                         "that they do not have it"
                     )
                 time.sleep(0.02)  # the news of a move is on its way
-        return sums
+        return sums.to(hidden.dtype)
 
     def _round(
         self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats, *,
@@ -135,19 +147,25 @@ class Dispatcher:
             self._send(layer, int(m), hidden, experts, weights, place == m)
             for m in (np.unique(place[remote]) if remote.any() else ())
         ]
-        sums = torch.zeros_like(hidden)
+        sent_s = time.perf_counter()
+        sums = torch.zeros_like(hidden, dtype=sums_in(hidden.dtype))
         local = ~remote
         if local.any():
             token, k = np.nonzero(local)
             sums += self.compute.partial_sums(
                 Batch(layer, hidden, token, experts[token, k], weights[token, k])
             )
+        computed_s = time.perf_counter()
         failed = None
         for call in under:
             if not self._receive(call, sums):
                 failed = call.calls if failed is None else failed | call.calls
         if under and self.rtt_s:
             wait_until(time.monotonic() + self.rtt_s / 2)
+        self.counters.count(
+            compute_us=round(1e6 * (computed_s - sent_s)),
+            waiting_us=round(1e6 * (time.perf_counter() - computed_s)),
+        )
         return sums, failed
 
     def _count_steps(self, place: npt.NDArray[np.int32], remote: npt.NDArray[np.bool_]) -> None:
@@ -193,7 +211,7 @@ class Dispatcher:
             receiving = sending = None
             self._lose(server, error)
         self.counters.count(messages=1, out_bytes=payload, back_bytes=len(states))
-        return _Under(server, rows, calls, answer, sending, receiving, message)
+        return _Under(server, rows, calls, answer, sending, receiving, message, hidden.dtype)
 
     def _receive(self, call: _Under, sums: torch.Tensor) -> bool:
         """Add an answer to the sums; False if there is none."""
@@ -211,8 +229,9 @@ class Dispatcher:
         if header.kind != ANSWER or header.tokens != len(call.rows):
             name = self.router.table.servers[call.server]
             raise RuntimeFailure(f"server {name!r} could not compute a call; see its messages")
-        found = call.answer[HEADER_BYTES:].view(sums.dtype).reshape(len(call.rows), -1)
-        sums.index_add_(0, torch.from_numpy(call.rows), found.to(sums.device))
+        found = call.answer[HEADER_BYTES:].view(call.states).reshape(len(call.rows), -1)
+        rows = torch.from_numpy(call.rows).to(sums.device)
+        sums.index_add_(0, rows, found.to(device=sums.device, dtype=sums.dtype))
         return True
 
     def _lose(self, server: int, error: Exception) -> None:

@@ -20,11 +20,14 @@ from prism_plan.simulate.network import Network
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.routes import Route
 from prism_plan.simulate.scenario import Scenario
+from prism_plan.simulation import SimulationOptions, require_able
+from runtime_adapter.agent import TimedLoader
 from runtime_adapter.clock import GpuClock, sharp_timers, wait_until
 from runtime_adapter.compute import TimedCompute
 from runtime_adapter.dispatch import Dispatcher
 from runtime_adapter.links import Meeting
-from runtime_adapter.server import Server, ServerConfig
+from runtime_adapter.scheduler import SchedulerConfig, rules_of
+from runtime_adapter.server import Movable, Server, ServerConfig
 
 
 @dataclass
@@ -57,8 +60,12 @@ def replay_config(
     *,
     route: Route = "cover",
     rtt_s: float = 0.0,
+    options: SimulationOptions | None = None,
+    placements_dir: str | None = None,
 ) -> ServerConfig:
     """The configuration of one server of a replay; work takes what the cluster file says.
+
+    With ``options`` experts may move: by their reviews, and where the command `move` says.
 
     Raises
     ------
@@ -75,6 +82,19 @@ def replay_config(
     prompts, own = requests.prompts, requests.prompt[requests.home == me]
     most = max(int(prompts.prefill_tokens[own].max(initial=1)), 1)
     lanes = list(scenario.concurrency)
+    movable = None
+    if options is not None:
+        rules = rules_of(placement, cluster, model)
+        if options.migrate != "never":
+            require_able(rules, options)
+        gpus = cluster.servers[me].gpus
+        loader = TimedLoader(
+            compute, _load_seconds(cluster, model, me), [gpu.load_blocks_compute for gpu in gpus]
+        )
+        movable = Movable(
+            loader,
+            SchedulerConfig(meeting, placement, rules, model, cluster, options, placements_dir),
+        )
     return ServerConfig(
         meeting=meeting,
         placement=placement,
@@ -88,7 +108,16 @@ def replay_config(
         route=route,
         lanes=lanes[me],
         rtt_s=rtt_s,
+        movable=movable,
     )
+
+
+def _load_seconds(cluster: Cluster, model: ModelSpec, server: int) -> list[list[float]]:
+    """Seconds to load an expert, by GPU of the server and layer position."""
+    return [
+        [size / (1e9 * gpu.load_gbs) for size in model.expert_bytes_by_layer]
+        for gpu in cluster.servers[server].gpus
+    ]
 
 
 def replay(

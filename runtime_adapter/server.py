@@ -19,9 +19,12 @@ from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routes import Route
+from runtime_adapter.agent import Loader
+from runtime_adapter.changes import News
 from runtime_adapter.compute import Compute
 from runtime_adapter.counters import Counters
 from runtime_adapter.dispatch import Dispatcher
+from runtime_adapter.follow import Follower
 from runtime_adapter.links import (
     Meeting,
     RuntimeFailure,
@@ -33,8 +36,17 @@ from runtime_adapter.links import (
     put,
 )
 from runtime_adapter.routing import Router
+from runtime_adapter.scheduler import SchedulerConfig, run_scheduler
 from runtime_adapter.table import HolderTable
 from runtime_adapter.worker import WorkerConfig, in_parallel, run_worker
+
+
+@dataclass(frozen=True, eq=False)
+class Movable:
+    """That experts may move: what brings them to this server, and who decides on the first."""
+
+    loader: Loader
+    scheduler: SchedulerConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +54,8 @@ class ServerConfig:
     """What a server of a run is.
 
     ``facts`` must be equal on all servers (placement digest, route, ...); ``states`` and ``width``
-    as in WorkerConfig; ``most_tokens`` of this server's own steps; ``lanes`` requests at once.
+    as in WorkerConfig; ``most_tokens`` of this server's own steps; ``lanes`` requests at once;
+    ``movable`` where experts may move.
     """
 
     meeting: Meeting
@@ -57,6 +70,7 @@ class ServerConfig:
     route: Route = "cover"
     lanes: int = 1
     rtt_s: float = 0.0
+    movable: Movable | None = None
 
 
 class Server:
@@ -85,6 +99,8 @@ class Server:
         self.lanes: list[Dispatcher] = []
         self.store: dist.TCPStore | None = None
         self._worker: Any = None
+        self._scheduler: Any = None
+        self._follower: Follower | None = None
         self._ended = threading.Event()
         self._lost = threading.Lock()
         self._reported: set[int] = set()
@@ -124,10 +140,17 @@ class Server:
             most_tokens=most,
             lanes=max(config.facts.get("lanes", [config.lanes])),
             rtt_s=config.rtt_s,
+            loader=config.movable.loader if config.movable else None,
         )
         self._worker = context.Process(target=run_worker, args=(worker, theirs), daemon=True)
         self._worker.start()
         theirs.close()
+        if config.movable is not None and self.me == 0:
+            put(store, "movable", 1)
+            self._scheduler = context.Process(
+                target=run_scheduler, args=(config.movable.scheduler,), daemon=True
+            )
+            self._scheduler.start()
         groups = in_parallel([partial(group, store, meeting, self.me, m, 0) for m in others])
         try:
             if not ours.poll(meeting.join_s):
@@ -152,6 +175,12 @@ class Server:
             )
             for lane in range(config.lanes)
         ]
+        if config.movable is not None:
+            self._follower = Follower(
+                self.me, config.placement, self.table, config.compute, self.counters, self.lanes,
+                News(meeting, f"front {self.me}"), self.report,
+            )  # fmt: skip
+            self._follower.start()
         threading.Thread(target=self._watch, args=(others,), daemon=True).start()
 
     # -------------------------------------------------------------------------------------- health
@@ -172,6 +201,7 @@ class Server:
             return
         seen = {n: ("", time.monotonic()) for n in others}
         while not self._ended.wait(min(timeout_s / 4, 1.0)):
+            self._watch_scheduler()
             for n in others:
                 try:
                     beat = store.get(f"beat/{n}").decode() if store.check([f"beat/{n}"]) else ""
@@ -186,6 +216,14 @@ class Server:
                     self.table.lose(n)
                     reason = f"no sign of life for {timeout_s:g} s"
                     self._on_lost(ServerLost(n, self.table.servers[n], reason))
+
+    def _watch_scheduler(self) -> None:
+        if self._scheduler is None or self._scheduler.is_alive():
+            return
+        self._scheduler = None
+        if self._follower is not None:
+            self._follower.migrating = False
+        self.report("the scheduler has ended: no more migrations")
 
     def _store_lost(self) -> None:
         if self.me == 0 or self._ended.is_set():
@@ -231,19 +269,34 @@ class Server:
                     if self.store.check([f"finished/{n}"]):
                         break
                     time.sleep(0.05)
+            while self.migrating and time.monotonic() < deadline:
+                time.sleep(0.05)
             if self.me == 0:
                 time.sleep(0.5)  # the others read it from the store that this server hosts
         except RuntimeError:
             self._store_lost()
 
+    @property
+    def migrating(self) -> bool:
+        """Whether experts are on the move."""
+        return self._follower is not None and self._follower.migrating and not self.table.lost(0)
+
+    def migrations(self) -> list[dict[str, Any]]:
+        """What the reviews decided, as in a simulation's report; of the first server."""
+        if self._scheduler is None or self.store is None or not self.store.check(["migrations"]):
+            return []
+        found: list[dict[str, Any]] = get(self.store, "migrations", self.config.meeting.join_s)
+        return found
+
     def close(self) -> None:
-        """End the worker."""
+        """End the worker and the scheduler."""
         self._ended.set()
-        if self._worker is not None and self._worker.is_alive():
-            self._worker.terminate()
-            self._worker.join(5)
-            if self._worker.is_alive():
-                self._worker.kill()
+        for process in (self._scheduler, self._worker):
+            if process is not None and process.is_alive():
+                process.terminate()
+                process.join(5)
+                if process.is_alive():
+                    process.kill()
 
 
 def exit_now(code: int) -> None:

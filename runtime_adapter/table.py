@@ -35,10 +35,13 @@ class HolderTable:
             self._refresh(pair)
 
     def _refresh(self, pair: int) -> None:
-        self.gpu_of[:, pair] = -1
+        gpus = np.full(len(self.servers), -1, np.int32)
         for g in np.flatnonzero(self._held[:, pair])[::-1]:
-            self.gpu_of[self._server[g], pair] = g
-        alive = np.flatnonzero((self.gpu_of[:, pair] >= 0) & ~self._lost)
+            gpus[self._server[g]] = g
+        gpus[self._lost] = -1
+        alive = np.flatnonzero(gpus >= 0)
+        # routers read at any moment: what they see in between names holders of now or of before
+        self.gpu_of[:, pair] = gpus
         self.holder[pair, : len(alive)] = alive
         self.copies[pair] = len(alive)
 
@@ -53,10 +56,8 @@ class HolderTable:
         """A server is not there any more: no call goes to it."""
         with self._lock:
             self._lost[server] = True
-            self.gpu_of[server] = -1
             for pair in range(len(self.copies)):
                 self._refresh(pair)
-            self.gpu_of[server] = -1
             self.version += 1
 
     def lost(self, server: int) -> bool:
@@ -67,6 +68,12 @@ class HolderTable:
         """What is held now, bool [G, J]."""
         with self._lock:
             return self._held.copy()
+
+    def held_by(self, server: int) -> npt.NDArray[np.bool_]:
+        """What the GPUs of a server hold now, bool [G of it, J]."""
+        with self._lock:
+            held: npt.NDArray[np.bool_] = self._held[self._server == server]
+        return held
 
     def arrays(self) -> tuple[Any, Any, Any]:
         """``gpu_of``, ``holder`` and ``copies``, one consistent copy."""

@@ -17,6 +17,8 @@ import torch
 
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
+from runtime_adapter.agent import Agent, Loader
+from runtime_adapter.changes import News
 from runtime_adapter.clock import sharp_timers, wait_until
 from runtime_adapter.compute import Batch, Compute
 from runtime_adapter.links import FOREVER, Meeting, RuntimeFailure, group, join_store, receive, send
@@ -44,8 +46,9 @@ BEAT_S = 0.5
 class WorkerConfig:
     """All that a worker needs to know; passed to it when it is started on the same machine.
 
-    ``states`` is the dtype of hidden states on the wire (``torch.uint8`` where nothing is
-    computed), ``width`` their numbers a token, ``most_tokens`` the most of any server's step.
+    ``loader`` moves experts, where they move at all. ``states`` is the dtype of hidden states on
+    the wire (``torch.uint8`` where nothing is computed), ``width`` their numbers a token,
+    ``most_tokens`` the most of any server's step.
     """
 
     meeting: Meeting
@@ -57,6 +60,7 @@ class WorkerConfig:
     most_tokens: int
     lanes: int
     rtt_s: float
+    loader: Loader | None = None
 
 
 def run_worker(config: WorkerConfig, ready: Any) -> None:
@@ -102,6 +106,12 @@ class Worker:
                     target=self._answer_all, args=(front, made, lane), daemon=True
                 )
                 thread.start()
+
+        if self.config.loader is not None:
+            Agent(
+                self.me, self.config.placement, self.config.loader, self.table,
+                News(self.config.meeting, f"worker {self.me}"), self.config.meeting.timeout_s,
+            ).start()  # fmt: skip
 
     def beat(self) -> None:
         """Tell the others that this server is alive."""
@@ -162,7 +172,8 @@ class Worker:
         sums = config.compute.partial_sums(Batch(header.detail, hidden, token, experts, weights))
         reply = torch.empty(HEADER_BYTES + header.tokens * token_bytes, dtype=torch.uint8)
         put_header(reply.numpy(), Header(ANSWER, header.tokens, header.calls, header.detail))
-        reply[HEADER_BYTES:] = sums.contiguous().cpu().view(torch.uint8).reshape(-1)
+        sums = sums.to(device="cpu", dtype=config.states).contiguous()
+        reply[HEADER_BYTES:] = sums.view(torch.uint8).reshape(-1)
         return reply
 
 

@@ -15,7 +15,9 @@ from runtime_adapter.cli.options import note
 
 #: Command: (module, its click command, help line). Modules load when called.
 COMMANDS = {
+    "serve": ("runtime_adapter.cli.serve", "A checkpoint on several servers."),
     "replay": ("runtime_adapter.cli.replay", "Recorded routing through the real machinery."),
+    "move": ("runtime_adapter.cli.move", "Move a run's experts to another placement."),
     "calibrate": ("runtime_adapter.cli.calibrate", "Measure the times that simulate reads."),
 }
 

@@ -27,16 +27,18 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+store_option = click.option(
+    "--store",
+    default="127.0.0.1:29400",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Address on the first server where all servers meet; it alone listens there.",
+)
+
 #: Options of every command that meets other servers.
 meeting_options = _options(
     click.option("--server", required=True, metavar="NAME", help="This server's name."),
-    click.option(
-        "--store",
-        default="127.0.0.1:29400",
-        show_default=True,
-        metavar="HOST:PORT",
-        help="Address on the first server where all servers meet; it alone listens there.",
-    ),
+    store_option,
     click.option("--interface", default="lo", show_default=True, help="Interface of the links."),
     click.option(
         "--timeout", default=10.0, show_default=True, metavar="S", help="Then a server is lost."
@@ -48,6 +50,76 @@ meeting_options = _options(
         "--rtt-ms", default=0.0, show_default=True, help="Added to every call, where wanted."
     ),
 )
+
+
+#: Options of the commands that serve: whether experts move, as in `prism-plan simulate`.
+migration_options = _options(
+    click.option(
+        "--migrate",
+        type=click.Choice(["never", "prism", "partial"]),
+        default="never",
+        show_default=True,
+        help="Policy of the reviews that may move experts.",
+    ),
+    click.option(
+        "--migrate-every", default=300.0, show_default=True, metavar="S", help="Between reviews."
+    ),
+    click.option(
+        "--statistics",
+        type=click.Choice(["window", "cumulative"]),
+        default="window",
+        show_default=True,
+        help="Reviews go by recent calls, or by all since the last move.",
+    ),
+    click.option(
+        "--half-life", type=float, metavar="S", help="Of the window; default: --migrate-every."
+    ),
+    click.option(
+        "--horizon", type=float, metavar="S", help="A move must pay within; default: as often."
+    ),
+    click.option(
+        "--migration-cost",
+        type=click.Choice(["sum", "max"]),
+        default="sum",
+        show_default=True,
+        help="Of loads: all added up, or the busiest GPU's.",
+    ),
+    click.option(
+        "--migrate-solver",
+        default="prism",
+        show_default=True,
+        metavar="NAME",
+        help="Plans what policy prism may adopt.",
+    ),
+    click.option("--movable", is_flag=True, help="Follow the command move, even without reviews."),
+    click.option(
+        "--placements-dir",
+        metavar="DIR",
+        help="Of the first server: write placement-K.json after every move.",
+    ),
+)
+
+#: Of those, what all servers of a run must be given alike.
+MIGRATION_FACTS = (
+    "migrate", "migrate_every", "statistics", "half_life", "horizon", "migration_cost",
+    "migrate_solver", "movable",
+)  # fmt: skip
+
+
+def address(text: str) -> tuple[str, int]:
+    """Host and port of ``--store``.
+
+    Raises
+    ------
+    InputError
+        It is none.
+    """
+    from prism_plan.errors import InputError
+
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"{text!r:.60}", source="--store", expected="HOST:PORT")
+    return host.strip("[]"), int(port)
 
 
 def meeting_of(given: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -69,9 +141,7 @@ def meeting_of(given: dict[str, Any], names: tuple[str, ...]) -> Any:
             source="--server",
             expected=f"one of {', '.join(names)}",
         )
-    host, colon, port = given["store"].rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise InputError(f"{given['store']!r:.60}", source="--store", expected="HOST:PORT")
+    host, port = address(given["store"])
     for option in ("timeout", "join"):
         if not 0 < given[option] < math.inf:
             raise InputError(f"{given[option]}", source=f"--{option}", expected="seconds above 0")
@@ -80,8 +150,8 @@ def meeting_of(given: dict[str, Any], names: tuple[str, ...]) -> Any:
     return Meeting(
         servers=len(names),
         me=names.index(given["server"]),
-        host=host.strip("[]"),
-        port=int(port),
+        host=host,
+        port=port,
         interface=given["interface"],
         timeout_s=given["timeout"],
         join_s=given["join"],

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from runtime_adapter.cli.options import jsonl, meeting_of, meeting_options, note
+from runtime_adapter.cli.options import (
+    MIGRATION_FACTS,
+    jsonl,
+    meeting_of,
+    meeting_options,
+    migration_options,
+    note,
+)
 
 
 @click.command("replay")
@@ -23,6 +30,7 @@ from runtime_adapter.cli.options import jsonl, meeting_of, meeting_options, note
     show_default=True,
 )
 @click.option("--decode-tokens", default=32, show_default=True, metavar="N")
+@migration_options
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="R.jsonl", help="One line a request; default: stdout.")
 def command(**given: Any) -> None:
@@ -36,8 +44,9 @@ def command(**given: Any) -> None:
     import torch
 
     from prism_plan.cli.inputs import blaming, load_cluster, writable
+    from prism_plan.cli.simulate import simulation_options
     from prism_plan.files import sha256, write_bytes
-    from prism_plan.placement_file import read_placement
+    from prism_plan.placement_file import placement_to_json, read_placement
     from prism_plan.simulate.workload import sample_requests
     from prism_plan.trace_file import read_trace
     from runtime_adapter.replay import replay, replay_config
@@ -59,9 +68,12 @@ def command(**given: Any) -> None:
             decode_tokens=given["decode_tokens"],
             seed=given["seed"],
         )
-    facts = {name: sha256(given[name]) for name in files} | {
-        name: given[name] for name in ("requests", "seed", "route", "decode_tokens", "rtt_ms")
-    }
+    options = simulation_options(
+        {**given, "calibration": None, "engine": "compiled", "time_limit": None}
+    )
+    moving = given["movable"] or given["migrate"] != "never"
+    own = ("requests", "seed", "route", "decode_tokens", "rtt_ms", *MIGRATION_FACTS)
+    facts = {name: sha256(given[name]) for name in files} | {name: given[name] for name in own}
     with blaming(given["placement"]):
         config = replay_config(
             placement,
@@ -72,14 +84,19 @@ def command(**given: Any) -> None:
             facts,
             route=given["route"],
             rtt_s=given["rtt_ms"] * 1e-3,
+            options=options if moving else None,
+            placements_dir=given["placements_dir"],
         )
     with jsonl(given["output"]) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()
         results = replay(server, requests, begin_s, lambda timings: write(timings.to_json()))
         server.finish()
         counted = server.counters.to_json()
+        migrations = server.migrations()
     failed = sum(result.error is not None for result in results)
     if given["stats"] is not None:
+        on_gpu = server.table.on_gpu().reshape(placement.on_gpu.shape)
+        held = placement_to_json(placement.replace(on_gpu=on_gpu))["servers"][meeting.me]
         values = {
             "server": given["server"],
             "requests": len(results),
@@ -87,6 +104,8 @@ def command(**given: Any) -> None:
             "lost": [name for m, name in enumerate(placement.servers) if server.table.lost(m)],
             "gpu_busy_s": config.compute.clock.busy_s(),  # type: ignore[attr-defined]
             **counted,
+            "gpus": [gpu["experts"] for gpu in held["gpus"]],
+            "migrations": migrations,
         }
         write_bytes(given["stats"], (json.dumps(values, indent=1) + "\n").encode())
     if failed:

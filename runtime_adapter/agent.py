@@ -1,0 +1,272 @@
+"""A server's own part of a migration: it loads and drops what the plan says of its GPUs.
+
+Runs in the worker process. A load is announced when it is complete; a drop when it begins, and the
+slot is free once every front has said that none of its calls counts on the expert any more. Each
+step waits for those that the plan says it needs, so a plan that stops anywhere leaves every expert
+covered.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from prism_plan.migration.plan_file import migration_from_json
+from prism_plan.moves import Step
+from prism_plan.placement import Placement
+from runtime_adapter.changes import Entry, News, StoreLost
+from runtime_adapter.clock import GpuClock, wait_until
+from runtime_adapter.compute import TimedCompute
+from runtime_adapter.experts import Change
+from runtime_adapter.table import HolderTable
+
+#: Between two looks at what is waited for, while something is.
+LOOK_S = 0.1
+#: A front that says nothing may still have a call under way; it is then told that nothing is here.
+GRACE_S = 0.05
+
+
+class Loader(Protocol):
+    """Brings experts to a server's GPUs, counted from 0, and takes them away."""
+
+    def load(self, pair: int, gpu: int) -> Change:
+        """Returns when the expert can be computed with.
+
+        Raises
+        ------
+        PrismError
+            It cannot be loaded; nothing has changed.
+        """
+
+    def drop(self, pair: int, gpu: int) -> None:
+        """Free the expert's place; nobody computes with it any more."""
+
+
+class TimedLoader:
+    """Loads take the time that the cluster file says, without loading anything.
+
+    ``load_s`` seconds of an expert by GPU and layer position; ``blocks`` by GPU, whether a load
+    occupies the GPU as well.
+    """
+
+    def __init__(
+        self, compute: TimedCompute, load_s: list[list[float]], blocks: list[bool]
+    ) -> None:
+        self.compute = compute
+        self.load_s = load_s
+        self.blocks = blocks
+        self._free_s = [0.0] * len(load_s)
+
+    def load(self, pair: int, gpu: int) -> Change:
+        seconds = self.load_s[gpu][pair // self.compute.num_experts]
+        # from where the load before ended, if this one was waiting for it: sleeps end late
+        now = time.monotonic()
+        begin_s = self._free_s[gpu] if now - self._free_s[gpu] < 1e-3 else now
+        self._free_s[gpu] = begin_s + seconds
+        if self.blocks[gpu]:
+            clock: GpuClock = self.compute.clock
+            self._free_s[gpu] = clock.reserve({gpu: seconds})
+        wait_until(self._free_s[gpu])
+        change = Change("load", pair, gpu, 0)
+        self.compute.apply(change)
+        return change
+
+    def drop(self, pair: int, gpu: int) -> None:
+        self.compute.apply(Change("drop", pair, gpu, 0))
+
+
+def gpu_numbers(
+    names: tuple[str, ...], gpus: tuple[int, ...], servers: tuple[str, ...],
+    first_gpu: tuple[int, ...],
+) -> list[int]:  # fmt: skip
+    """Numbers in the run of the GPUs of a plan, whose servers may be fewer and in another order.
+
+    ``names`` and ``gpus`` are the plan's, ``servers`` and the ``first_gpu`` of each the run's.
+    """
+    return [
+        first_gpu[servers.index(name)] + g
+        for name, number in zip(names, gpus, strict=True)
+        for g in range(number)
+    ]
+
+
+@dataclass(eq=False)
+class _Work:
+    """A plan and how far this server is with its own steps; ``gpu`` by step is that of the run."""
+
+    plan: int
+    steps: tuple[Step, ...]
+    gpu: list[int]
+    waiting: list[int]
+    done: set[int] = field(default_factory=set)
+    under_way: set[int] = field(default_factory=set)
+    stopped: bool = False
+
+
+@dataclass(eq=False)
+class _Drop:
+    work: _Work
+    step: int
+    number: int
+    since_s: float
+
+
+class Agent:
+    """Follows the log and does this server's steps.
+
+    ``table`` is that by which this server's worker answers calls; it loses an expert only when
+    nobody calls it any more. A front that does not confirm a drop within ``timeout_s`` (it is
+    lost, or hangs) is waited for no longer, but this server's own is.
+    """
+
+    def __init__(
+        self, me: int, placement: Placement, loader: Loader, table: HolderTable, news: News,
+        timeout_s: float,
+    ) -> None:  # fmt: skip
+        self.me = me
+        self.servers = placement.servers
+        counts = [len(gpus) for gpus in placement.gpu_capacity]
+        self.first_gpu = tuple(int(n) for n in np.cumsum([0, *counts[:-1]]))
+        self.own_gpus = range(self.first_gpu[me], self.first_gpu[me] + counts[me])
+        self.loader = loader
+        self.table = table
+        self.news = news
+        self.timeout_s = timeout_s
+        self._work: _Work | None = None
+        self._lock = threading.Lock()  # of what is under way
+        self._channels: dict[int, queue.SimpleQueue[tuple[_Work, int]]] = {}
+        self._drops: list[_Drop] = []
+        self._seen = dict.fromkeys(range(len(self.servers)), -1)
+        self._silent: set[int] = set()
+
+    def start(self) -> None:
+        """Begin, in threads of this process."""
+        self.news.follow()
+        for gpu in self.own_gpus:
+            self._channels[gpu] = queue.SimpleQueue()
+            threading.Thread(target=self._load_all, args=(gpu,), daemon=True).start()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                busy = bool(self._drops) or (self._work is not None and self._work.stopped)
+                entry = self.news.next(LOOK_S if busy else None)
+                while entry is not None:
+                    self._hear(entry)
+                    entry = None if self.news.caught_up() else self.news.next(0)
+                self._free_dropped()
+                self._begin_ready()
+                self._halt_when_idle()
+        except StoreLost:
+            if self._work is not None:  # no step can be announced; what is here stays
+                self._work.stopped = True
+
+    # ---------------------------------------------------------------------------------------- news
+
+    def _hear(self, entry: Entry) -> None:
+        work = self._work
+        if entry.what == "plan":
+            self._take(entry["plan"])
+        elif entry.what == "seen":
+            server = entry["server"]
+            self._seen[server] = max(self._seen[server], entry["number"])
+            self._silent.discard(server)
+        elif work is None or entry.values.get("plan") != work.plan:
+            return
+        elif entry.what in ("load", "dropped"):
+            work.done.add(entry["step"])
+        elif entry.what in ("failed", "stop"):
+            work.stopped = True
+        elif entry.what == "over":
+            self._work = None
+
+    def _take(self, number: int) -> None:
+        plan = migration_from_json(self.news.get(f"plan/{number}"))
+        gpus = gpu_numbers(plan.servers, plan.gpus, self.servers, self.first_gpu)
+        gpu = [gpus[step.gpu] for step in plan.steps]
+        mine = [i for i, g in enumerate(gpu) if g in self.own_gpus]
+        self._work = _Work(number, plan.steps, gpu, mine)
+
+    # --------------------------------------------------------------------------------------- steps
+
+    def _begin_ready(self) -> None:
+        work = self._work
+        if work is None or work.stopped:
+            return
+        ready = [i for i in work.waiting if work.done.issuperset(work.steps[i].needs)]
+        if not ready:
+            return
+        begun = set(ready)
+        work.waiting = [i for i in work.waiting if i not in begun]
+        with self._lock:
+            work.under_way |= begun
+        for i in ready:
+            if work.steps[i].kind == "load":
+                self._channels[work.gpu[i]].put((work, i))
+                continue
+            number = self.news.tell(
+                "drop", plan=work.plan, step=i, gpu=work.gpu[i], pair=work.steps[i].pair
+            )
+            self._drops.append(_Drop(work, i, number, time.monotonic()))
+
+    def _load_all(self, gpu: int) -> None:
+        """One load at a time, for a GPU has one channel."""
+        while True:
+            work, i = self._channels[gpu].get()
+            try:
+                if not work.stopped:
+                    self._load(work, i, gpu)
+            except StoreLost:
+                return
+            finally:
+                with self._lock:
+                    work.under_way.discard(i)
+
+    def _load(self, work: _Work, i: int, gpu: int) -> None:
+        pair = work.steps[i].pair
+        try:
+            change = self.loader.load(pair, gpu - self.own_gpus[0])
+        except Exception as error:
+            logging.getLogger(__name__).debug("load", exc_info=True)
+            name, reason = self.servers[self.me], " ".join(str(error).split())
+            self.news.tell("failed", plan=work.plan, step=i, server=name, reason=reason)
+            return
+        self.table.change(gpu, pair, True)  # calls may come as soon as others know
+        self.news.tell("load", plan=work.plan, step=i, gpu=gpu, pair=pair, slot=change.slot)
+
+    def _free_dropped(self) -> None:
+        now = time.monotonic()
+        for drop in list(self._drops):
+            waited_for = {n for n, seen in self._seen.items() if seen < drop.number} - self._silent
+            if waited_for and now - drop.since_s > self.timeout_s:
+                self._silent |= waited_for - {self.me}
+                waited_for &= {self.me}
+            if waited_for:
+                continue
+            if self._silent:
+                time.sleep(GRACE_S)
+            self._drops.remove(drop)
+            work, i = drop.work, drop.step
+            gpu, pair = work.gpu[i], work.steps[i].pair
+            self.table.change(gpu, pair, False)
+            self.loader.drop(pair, gpu - self.own_gpus[0])
+            self.news.tell("dropped", plan=work.plan, step=i)
+            with self._lock:
+                work.under_way.discard(i)
+
+    def _halt_when_idle(self) -> None:
+        work = self._work
+        if work is None or not work.stopped:
+            return
+        with self._lock:
+            idle = not work.under_way
+        if idle:
+            self.news.tell("halted", plan=work.plan, server=self.me)
+            self._work = None

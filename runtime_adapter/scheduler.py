@@ -1,0 +1,523 @@
+"""The global scheduler: reviews the placement of a run and leads it from one to the next.
+
+A process of its own beside the first server's, so that neither answers nor requests wait for a
+solver. It knows what stands by the log alone; it plans, announces, and waits until every step is
+done. A server that is lost ends the migration that is under way; later ones are among the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots
+from prism_plan.errors import Infeasible, InputError, PrismError, SolverRefused
+from prism_plan.instance import Instance, rule_triples
+from prism_plan.migration.cost import call_seconds, gpu_load_gbs
+from prism_plan.migration.order import migration_plan
+from prism_plan.migration.plan import MigrationPlan
+from prism_plan.migration.plan_file import migration_to_json
+from prism_plan.migration.policy import Review, review
+from prism_plan.model import ModelSpec, require_same_model
+from prism_plan.objective import violations
+from prism_plan.placement import Placement, Plan
+from prism_plan.placement_file import placement_from_json, write_placement
+from prism_plan.simulation import SimulationOptions
+from runtime_adapter.agent import gpu_numbers
+from runtime_adapter.changes import Entry, News, StoreLost
+from runtime_adapter.links import Meeting, RuntimeFailure
+from runtime_adapter.table import HolderTable
+
+#: Between two looks at clocks and signs of life.
+LOOK_S = 0.05
+BEATS_S = 0.25
+
+#: What errors call what stands, and where to.
+NAMES = ("what the servers hold now", "the placement")
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class SchedulerConfig:
+    """What the scheduler needs to know.
+
+    ``instance`` has the capacities and rules that placements keep, its activations are not looked
+    at; without a ``cluster`` there are no reviews, only moves that are asked for. Placements are
+    written to ``placements_dir``, where one is given.
+    """
+
+    meeting: Meeting
+    placement: Placement
+    instance: Instance
+    model: ModelSpec | None = None
+    cluster: Cluster | None = None
+    options: SimulationOptions = field(default_factory=SimulationOptions)
+    placements_dir: str | None = None
+
+
+def rules_of(placement: Placement, cluster: Cluster, model: ModelSpec) -> Instance:
+    """The capacities and rules of a cluster, for servers that run a placement.
+
+    Raises
+    ------
+    InputError
+        The placement breaks one of them.
+    Infeasible
+        A GPU is too small for what must reside on it.
+    """
+    if model.equal_expert_bytes:
+        capacity = [gpu_slots(model, server) for server in cluster.servers]
+    else:
+        capacity = [
+            tuple(expert_room_bytes(model, server, g) for g in range(len(server.gpus)))
+            for server in cluster.servers
+        ]
+    instance = Instance(
+        model=model.shape(),
+        servers=tuple(server.name for server in cluster.servers),
+        activations=np.zeros((cluster.num_servers, model.num_layers, model.num_experts)),
+        gpu_capacity=tuple(capacity),
+        min_replicas=placement.plan.min_replicas,
+        pinned=tuple(rule_triples(cluster, model, "pin")),
+        forbidden=tuple(rule_triples(cluster, model, "forbid")),
+        layer_caps=tuple(server.layer_cap for server in cluster.servers),
+    )
+    for violation in violations(placement, instance=instance)[:1]:
+        raise InputError(
+            violation.message,
+            place="servers",
+            expected=f"a placement by the rules of {cluster.name}, for moves have to keep them",
+            remedy="plan again for this cluster",
+        )
+    return instance
+
+
+def run_scheduler(config: SchedulerConfig) -> None:
+    """Schedule until the process is ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front ends it
+    parent = os.getppid()
+
+    def leave_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(BEATS_S)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    try:
+        news = News(config.meeting, "scheduler")
+        news.follow()
+        Scheduler(config, news).run()
+    except (StoreLost, RuntimeFailure):
+        return  # the run is over
+    except Exception as error:
+        logging.getLogger(__name__).error("prism-runtime: scheduler: %s", error)
+        raise
+
+
+@dataclass(eq=False)
+class _Move:
+    """A migration that is under way; ``left`` are its steps that are not done yet."""
+
+    number: int
+    target: Placement
+    left: set[int]
+    loads: int
+    loaded_bytes: int
+    begun_s: float
+    asked_by: str | None = None
+    event: dict[str, Any] | None = None
+    stopped_s: float | None = None
+    reason: str = ""
+    halted: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class _Asking:
+    """A review that waits for the servers' calls."""
+
+    number: int
+    at_s: float
+    since_s: float
+    calls: dict[int, Any] = field(default_factory=dict)
+    times: dict[int, Any] = field(default_factory=dict)
+
+
+class Scheduler:
+    """One run's scheduler. ``now`` is a clock in seconds; time zero of the run is its start."""
+
+    def __init__(
+        self, config: SchedulerConfig, news: News, now: Callable[[], float] = time.time
+    ) -> None:
+        self.config = config
+        self.news = news
+        self.now = now
+        self.table = HolderTable(config.placement)
+        self.standing = config.placement  # how it came about; what is held is in the table
+        self.alive = list(range(len(config.placement.servers)))
+        counts = [len(gpus) for gpus in config.placement.gpu_capacity]
+        self.first_gpu = tuple(int(n) for n in np.cumsum([0, *counts[:-1]]))
+        self.events: list[dict[str, Any]] = []
+        shape = config.instance.activations.shape
+        self._statistics = config.options.counting().start(shape)
+        self._rates: Floats = np.zeros(shape)
+        self._reviews = 0
+        self._reviewed_s = 0.0
+        self._start_s: float | None = None
+        self._asking: _Asking | None = None
+        self._move: _Move | None = None
+        self._moves = 0
+        self._files = 0
+        self._asked: list[str] = []
+        self._noted: set[str] = set()
+        self._beats: dict[int, tuple[bytes, float]] = {}
+        self._looked_s = 0.0
+        self._over = False
+
+    # ---------------------------------------------------------------------------------------- loop
+
+    def run(self) -> None:
+        """Schedule until the store is gone."""
+        while True:
+            self.turn(LOOK_S)
+
+    def turn(self, patience_s: float) -> None:
+        """Hear what there is to hear, and do what is due."""
+        entry = self.news.next(patience_s)
+        while entry is not None:
+            self._hear(entry)
+            entry = None if self.news.caught_up() else self.news.next(0)
+        self._look_after_servers()
+        if self._asking is not None:
+            self._review_when_told()
+        self._end_move()
+        if self._move is None and self._asking is None and self._asked:
+            self._move_as_asked(self._asked.pop(0))
+        if self._asking is None:
+            self._ask_when_due()
+
+    def _hear(self, entry: Entry) -> None:
+        move = self._move
+        if entry.what == "load":
+            self.table.change(entry["gpu"], entry["pair"], True)
+        elif entry.what == "drop":
+            self.table.change(entry["gpu"], entry["pair"], False)
+        elif entry.what == "move":
+            self._asked.append(entry["move"])
+        elif entry.what == "calls":
+            self._take_calls(entry)
+        if move is None or entry.values.get("plan") != move.number:
+            return
+        if entry.what in ("load", "dropped"):
+            move.left.discard(entry["step"])
+        elif entry.what == "failed":
+            self._stop(f"server {entry['server']!r}: {entry['reason']}")
+        elif entry.what == "halted":
+            move.halted.add(entry["server"])
+
+    def _note(self, text: str, *, once: bool = False) -> None:
+        if once and text in self._noted:
+            return
+        self._noted.add(text)
+        self.news.tell("note", text=text)
+
+    # ------------------------------------------------------------------------------------- servers
+
+    def _look_after_servers(self) -> None:
+        now = self.now()
+        if now - self._looked_s < BEATS_S:
+            return
+        self._looked_s = now
+        if self._start_s is None:
+            if not self.news.there("start"):
+                return
+            self._start_s = float(self.news.get("start"))
+            self._reviewed_s = self._start_s
+        self._over = self.news.there(*(f"finished/{n}" for n in self.alive))
+        for n in list(self.alive):
+            key = f"beat/{n}"
+            beat = self.news.get_bytes(key) if self.news.there(key) else b""
+            last, since_s = self._beats.get(n, (None, now))
+            if beat != last or self.news.there(f"finished/{n}"):
+                self._beats[n] = (beat, now)
+            elif now - since_s > self.config.meeting.timeout_s:
+                self._lose(n)
+
+    def _lose(self, server: int) -> None:
+        self.alive.remove(server)
+        self.table.lose(server)
+        if self._move is not None:
+            name = self.config.placement.servers[server]
+            self._stop(f"server {name!r} is lost")
+
+    @property
+    def _rules(self) -> Instance:
+        """Capacities and rules of the servers that are left."""
+        whole, alive = self.config.instance, self.alive
+        if len(alive) == whole.num_servers:
+            return whole.replace(min_replicas=self.standing.plan.min_replicas)
+        place = {n: at for at, n in enumerate(alive)}
+
+        def left(triples: Sequence[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+            return tuple((place[n], layer, e) for n, layer, e in triples if n in place)
+
+        return whole.replace(
+            servers=tuple(whole.servers[n] for n in alive),
+            activations=whole.activations[alive],
+            gpu_capacity=tuple(whole.gpu_capacity[n] for n in alive),
+            layer_caps=tuple(whole.layer_caps[n] for n in alive),
+            pinned=left(whole.pinned),
+            forbidden=left(whole.forbidden),
+            min_replicas=min(self.standing.plan.min_replicas, len(alive)),
+        )
+
+    def _cluster(self) -> Cluster:
+        """The servers that are left, and their links."""
+        cluster, alive = self.config.cluster, self.alive
+        assert cluster is not None
+        place = {n: at for at, n in enumerate(alive)}
+        return dataclasses.replace(
+            cluster,
+            servers=tuple(cluster.servers[n] for n in alive),
+            pair_links=tuple(
+                dataclasses.replace(link, a=place[link.a], b=place[link.b])
+                for link in cluster.pair_links
+                if link.a in place and link.b in place
+            ),
+        )
+
+    def _stands(self, rules: Instance) -> Placement:
+        """What the servers that are left hold."""
+        own = np.concatenate([self.config.placement.gpus_of(n) for n in self.alive])
+        held = self.table.on_gpu()[own].reshape(len(own), *rules.activations.shape[1:])
+        return self.standing.replace(
+            servers=rules.servers, gpu_capacity=rules.gpu_capacity, on_gpu=held
+        )
+
+    # ------------------------------------------------------------------------------------- reviews
+
+    def _ask_when_due(self) -> None:
+        every_s = self.config.options.migrate_every_s
+        if self.config.options.migrate == "never" or self._start_s is None or self._over:
+            return
+        now = self.now()
+        if now < self._start_s + (self._reviews + 1) * every_s:
+            return
+        self._reviews = int((now - self._start_s) / every_s)  # none twice, after a long solve
+        self._asking = _Asking(self._reviews, now - self._start_s, now)
+        self.news.tell("review", review=self._reviews)
+
+    def _take_calls(self, entry: Entry) -> None:
+        asking, server = self._asking, entry["server"]
+        if asking is None or asking.number != entry["review"]:
+            return
+        shape = self.config.instance.activations.shape[1:]
+        raw = zlib.decompress(self.news.get_bytes(f"calls/{server}/{asking.number}"))
+        asking.calls[server] = np.frombuffer(raw, np.int64).reshape(shape)
+        asking.times[server] = self.news.get(f"times/{server}/{asking.number}")
+
+    def _review_when_told(self) -> None:
+        asking = self._asking
+        assert asking is not None
+        now = self.now()
+        lacking = [n for n in self.alive if n not in asking.calls]
+        if lacking and now - asking.since_s < self.config.meeting.timeout_s:
+            return
+        self._asking = None
+        calls = np.zeros(self.config.instance.activations.shape, np.int64)
+        for n, counted in asking.calls.items():
+            calls[n] = counted
+        self._statistics.add(calls, asking.since_s - self._reviewed_s)
+        self._reviewed_s = asking.since_s
+        self._rates = self._statistics.rates()
+        event: dict[str, Any] = {
+            "at_s": round(asking.at_s, 6),
+            "moved_experts": 0,
+            "moved_bytes": 0,
+            "decision": "busy",
+            "saving_s": None,
+            "cost_s": None,
+            "finished_at_s": None,
+            "servers": [
+                {
+                    "name": self.config.placement.servers[n],
+                    "calls": int(calls[n].sum()),
+                    "compute_s": 1e-6 * times["compute_us"],
+                    "waiting_s": 1e-6 * times["waiting_us"],
+                }
+                for n, times in sorted(asking.times.items())
+            ],
+        }
+        if self._move is None and not self._over:
+            self._decide(event)
+        self.events.append(event)
+        self._write_events()
+
+    def _decide(self, event: dict[str, Any]) -> None:
+        """Review what stands, and begin to move where that pays."""
+        rules, model = self._rules, self.config.model
+        assert model is not None
+        event["decision"] = "stay"
+        current = self._stands(rules)
+        for violation in violations(current, instance=rules)[:1]:
+            lost = "; reviews have ended" if len(self.alive) < len(self.table.servers) else ""
+            self._note(f"no review: {violation.message}{lost}", once=True)
+            return
+        cluster = self._cluster()
+        rates = self._rates[self.alive]
+        try:
+            found: Review = review(
+                self.config.options.policy(), current, rates, rules,
+                call_seconds(cluster, model), gpu_load_gbs(cluster),
+            )  # fmt: skip
+            event |= {"saving_s": found.saving_s, "cost_s": found.cost_s}
+            if found.target is None:
+                return
+            plan = migration_plan(
+                current, found.target, gpu_capacity=rules.gpu_capacity,
+                forbidden=rules.mask(rules.forbidden), priority=rates,
+            )  # fmt: skip
+        except (Infeasible, InputError, SolverRefused) as error:
+            self._note(f"a move was not made: {error}", once=True)
+            return
+        event |= {
+            "decision": "move",
+            "moved_experts": found.moved_experts,
+            "moved_bytes": found.moved_bytes,
+        }
+        self._statistics.moved()
+        self._begin(plan, found.target, event=event)
+
+    def _write_events(self) -> None:
+        self.news.put("migrations", self.events)
+
+    # --------------------------------------------------------------------------------------- moves
+
+    def _move_as_asked(self, name: str) -> None:
+        try:
+            rules = self._rules
+            target = self._asked_target(placement_from_json(self.news.get(f"move/{name}")), rules)
+            plan = migration_plan(
+                self._stands(rules), target, gpu_capacity=rules.gpu_capacity,
+                forbidden=rules.mask(rules.forbidden), priority=self._rates[self.alive],
+                names=NAMES,
+            )  # fmt: skip
+        except PrismError as error:
+            self._answer(name, error.exit_code, f"refused: {error}")
+            return
+        if self._over:
+            self._answer(name, 5, "refused: the run is ending")
+            return
+        self._begin(plan, target, asked_by=name)
+
+    def _asked_target(self, asked: Placement, rules: Instance) -> Placement:
+        """The placement over the servers of the run in their order, if they can hold it."""
+        require_same_model(asked.model, rules.model, source=NAMES[1], other=NAMES[0])
+        lost = [name for name in self.table.servers if name not in rules.servers]
+        if set(asked.servers) != set(rules.servers):
+            raise InputError(
+                f"{sorted(asked.servers)}",
+                source=NAMES[1],
+                place="servers",
+                expected=f"{sorted(rules.servers)}"
+                + (f", for {', '.join(lost)} is lost" if lost else ""),
+            )
+        order = [asked.servers.index(name) for name in rules.servers]
+        gpus = np.concatenate([asked.gpus_of(n) for n in order])
+        target = asked.replace(
+            servers=rules.servers,
+            gpu_capacity=tuple(asked.gpu_capacity[n] for n in order),
+            on_gpu=asked.on_gpu[gpus],
+        )
+        replicas = rules.replace(min_replicas=asked.plan.min_replicas)
+        for violation in violations(target, instance=replicas)[:1]:
+            raise InputError(violation.message, source=NAMES[1], place="servers")
+        return target.replace(gpu_capacity=rules.gpu_capacity)
+
+    def _answer(self, name: str, code: int, text: str) -> None:
+        self.news.tell("moved", move=name, code=code, text=text)
+
+    def _begin(
+        self, plan: MigrationPlan, target: Placement, *, asked_by: str | None = None,
+        event: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self._moves += 1
+        self._move = _Move(
+            self._moves, target, set(range(len(plan.steps))), plan.loads, plan.moved_bytes,
+            self.now(), asked_by, event,
+        )  # fmt: skip
+        assert gpu_numbers(plan.servers, plan.gpus, self.table.servers, self.first_gpu)
+        self.news.put(f"plan/{self._moves}", migration_to_json(plan))
+        self.news.tell("plan", plan=self._moves)
+
+    def _stop(self, reason: str) -> None:
+        move = self._move
+        if move is None or move.stopped_s is not None:
+            return
+        move.stopped_s, move.reason = self.now(), reason
+        self.news.tell("stop", plan=move.number, reason=reason)
+
+    def _end_move(self) -> None:
+        """Done when every step is; stopped when no server is at a step any more."""
+        move, now = self._move, self.now()
+        if move is None or (move.left and move.stopped_s is None):
+            return
+        if move.left and move.stopped_s is not None:
+            patience_s = 2 * self.config.meeting.timeout_s
+            waiting = set(self.alive) - move.halted
+            if waiting and now - move.stopped_s < patience_s:
+                return
+        self._move = None
+        done = not move.left
+        seconds = now - move.begun_s
+        if done:
+            self.standing = move.target
+            text = (
+                f"migration {move.number} is done: {move.loads} experts loaded, "
+                f"{move.loaded_bytes:,} bytes, in {seconds:.2f} s"
+            )
+        else:
+            self.standing = self.standing.replace(plan=self._interrupted())
+            text = (
+                f"migration {move.number} is abandoned, {len(move.left)} steps were left: "
+                f"{move.reason}"
+            )
+        written = self._write()
+        self.news.tell("over", plan=move.number, done=done, text=text)
+        self._note(text + (f"; {written}" if written else ""))
+        if move.event is not None:
+            if done and self._start_s is not None:
+                move.event["finished_at_s"] = round(now - self._start_s, 6)
+            self._write_events()
+        if move.asked_by is not None:
+            self._answer(move.asked_by, 0 if done else 5, text)
+
+    def _interrupted(self) -> Plan:
+        old = self.standing.plan
+        return Plan(solver="interrupted", seed=old.seed, min_replicas=old.min_replicas)
+
+    def _write(self) -> str:
+        """What stands, as a file of its own; returns its name or what went wrong."""
+        folder = self.config.placements_dir
+        if folder is None:
+            return ""
+        self._files += 1
+        path = Path(folder) / f"placement-{self._files}.json"
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_placement(path, self._stands(self._rules))
+        except (OSError, PrismError) as error:
+            return f"{path}: {error}"
+        return str(path)
