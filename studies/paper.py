@@ -1,6 +1,6 @@
 """The Prism paper's qualitative results, looked for in the simulator; nothing is tuned to match.
 
-    python -m studies.paper            # all parts, about ten minutes; writes studies/paper.json
+    python -m studies.paper            # all parts, a quarter of an hour; writes studies/paper.json
 
 Needs the real routing data in ../shared/traces or $PRISM_TRACES. Placements are planned on one half
 of each task's requests and simulated with the other half; seeds 0 to 4 draw the halves, the
@@ -98,13 +98,23 @@ def _relative(runs: list[list[dict[str, Any]]]) -> list[float | None]:
 
 def scale() -> list[dict[str, Any]]:
     """GPUs by bandwidth, and arrivals, as the paper simulates them: 20 requests a server."""
-    grid = pp.Grid(
+    by_bandwidth = pp.Grid(
         gpus=(4, 16, 64, 256),
-        bandwidth_mbps=(100.0, 250.0, 500.0, 1000.0),
-        arrival_interval_s=(8.0, 10.0, 15.0),
+        bandwidth_mbps=(100.0, 500.0, 1000.0),
+        arrival_interval_s=(10.0,),
         solver=("eplb", "layer-partition", "prism", "exact"),
     )
-    return list(sweep(trace(), cluster(), grid, pp.SweepOptions(holdout=0.5)))
+    by_arrivals = pp.Grid(
+        gpus=(4, 256),
+        bandwidth_mbps=(500.0,),
+        arrival_interval_s=(8.0, 15.0),
+        solver=("eplb", "prism"),
+    )
+    return [
+        row
+        for grid in (by_bandwidth, by_arrivals)
+        for row in sweep(trace(), cluster(), grid, pp.SweepOptions(holdout=0.5))
+    ]
 
 
 def offload() -> list[dict[str, Any]]:

@@ -27,9 +27,18 @@ echo
 echo "Plan on half of the requests, score on the other half:"
 run prism-plan compare "$out/trace.parquet" --cluster "$here/tiny-cluster.toml" \
     --holdout 0.5 -o "$out/comparison.json"
+echo
+echo "What it means in seconds, on requests that were not planned on, and when experts move:"
+run prism-plan simulate --trace "$out/trace.parquet" --cluster "$here/tiny-cluster.toml" \
+    --holdout 0.5 --solvers eplb,layer-partition,prism,exact --offload --requests 50 \
+    -o "$out/simulation.json"
+run prism-plan migrate "$out/prism.json" "$out/exact.json" --cluster "$here/tiny-cluster.toml" \
+    -o "$out/migration.json"
+run prism-plan plot cdf "$out/simulation.json" -o "$out/cdf.png"
 run prism-plan plot heatmap "$out/trace.parquet" -o "$out/heatmap.png"
 run prism-plan plot entropy "$out/trace.parquet" -o "$out/entropy.png"
 run prism-plan plot placement "$out/exact.json" -o "$out/placement.png"
 run prism-plan plot comparison "$out/comparison.json" -o "$out/comparison.png"
 echo
-echo "In $out: trace.parquet, eplb.json, prism.json, exact.json, comparison.json and four plots."
+echo "In $out: trace.parquet, eplb.json, prism.json, exact.json, comparison.json, simulation.json,"
+echo "migration.json and five plots."

@@ -358,7 +358,7 @@ def _print(values: dict[str, Any], *, err: bool) -> None:
         )
     number = values["runs"][0]["requests"] if values["runs"] else 0
     place = f"{values['trace']['name']} on {values['cluster']['name']}"
-    title = f"{place}: {number:,} requests; latency, traffic, busiest server"
+    title = f"{place}: {number:,} requests; 'sent' is of one request"
     print_table(columns, rows, title=title, err=err)
     if values["migrate"] != "never":
         _print_migrations(values, err=err)

@@ -75,4 +75,4 @@ def run_sweep(given: dict[str, Any]) -> int:
         note(f"{number} of {len(rows)} runs failed: {line}")
     if interrupted:
         return 130
-    return 0
+    return 2 if rows and len(failed) == len(rows) else 0

@@ -96,8 +96,8 @@ class Scenario:
         tokens = max(int(prompts.prefill_tokens.max(initial=0)), 1)
         if not offload:
             _require_covered(placement, requests)
-        elif any(not sum(gpus) for gpus in placement.gpu_capacity):
-            raise InputError("a server without slots", expected="room for one expert at least")
+        else:
+            _require_slots(placement)
         where = home_execution(len(names), model.num_layers) if execution is None else execution
         return cls(
             model=model,
@@ -148,6 +148,16 @@ def called_pairs(requests: Requests, num_experts: int) -> npt.NDArray[np.bool_]:
         for layer in range(layers):
             called[layer, rows[:, layer]] = True
     return called
+
+
+def _require_slots(placement: Placement) -> None:
+    for n, gpus in enumerate(placement.gpu_capacity):
+        if not sum(gpus):
+            raise InputError(
+                f"server {placement.servers[n]!r} has no slots",
+                place=f"servers[{n}]",
+                expected="room for one expert at least, to load what it calls",
+            )
 
 
 def _require_covered(placement: Placement, requests: Requests) -> None:

@@ -175,6 +175,6 @@ def test_servers_do_not_help_each_other(engine: Any) -> None:
 
 
 def test_a_server_needs_a_slot() -> None:
-    """Offloading without room for one expert is refused."""
-    with pytest.raises(InputError, match="a server without slots; expected room for one expert"):
+    """Offloading without room for one expert is refused, and the server named."""
+    with pytest.raises(InputError, match="server .s0. has no slots; expected room for one"):
         ReferenceEngine(offload([[[0]]], holding(1, 1, []), 0))
