@@ -249,6 +249,8 @@ class ExpertStore:
 
 
 def _activation(name: str) -> Any:
+    if name == "silu":  # as transformers has it, whose import takes a worker seconds
+        return torch.nn.SiLU()
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:

@@ -1,0 +1,156 @@
+"""``python -m runtime_adapter serve``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from runtime_adapter.cli.options import jsonl, meeting_of, meeting_options, note
+
+
+@click.command("serve")
+@click.option("--placement", required=True, metavar="P.json")
+@click.option("--checkpoint", required=True, metavar="DIR", help="config.json, *.safetensors, ...")
+@click.option("--requests", required=True, metavar="R.jsonl", help="Of this server; may be empty.")
+@meeting_options
+@click.option("--max-new-tokens", default=32, show_default=True, metavar="N")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="auto: as the checkpoint has it.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda or cuda:N."
+)
+@click.option(
+    "--route",
+    type=click.Choice(["cover", "nearest", "spread"]),
+    default="cover",
+    show_default=True,
+)
+@click.option("--cluster", metavar="C.toml", help="Links, for --route nearest.")
+@click.option(
+    "--concurrency", default=1, show_default=True, metavar="C", help="Requests of a server at once."
+)
+@click.option("--threads", default=1, show_default=True, metavar="T", help="CPU threads of a step.")
+@click.option("--stats", metavar="S.json", help="Write what was counted.")
+@click.option("-o", "--output", metavar="A.jsonl", help="One line a request; default: stdout.")
+def command(**given: Any) -> None:
+    """Serve a checkpoint, this server's experts and requests.
+
+    All servers get the same files and options but for --server, --requests, --device, --threads
+    and outputs. A line of requests is {"prompt": text} and, where wanted, "task", "id", "at_s" (its
+    arrival, in seconds from the start) and "max_new_tokens"; decoding is greedy. A server without
+    requests of its own answers the others until all have done theirs.
+    """
+    import json
+
+    import torch
+
+    from prism_plan.cli.inputs import blaming, load_cluster, writable
+    from prism_plan.errors import InputError
+    from prism_plan.files import sha256, write_bytes
+    from prism_plan.placement_file import read_placement
+    from prism_plan.profiling.hf import fingerprint
+    from prism_plan.simulate.network import Network
+    from runtime_adapter.bridge import Lanes
+    from runtime_adapter.checkpoint import Checkpoint
+    from runtime_adapter.compute import ExpertCompute
+    from runtime_adapter.links import RuntimeFailure
+    from runtime_adapter.model import (
+        load_experts,
+        load_model,
+        require_placed_model,
+        server_devices,
+    )
+    from runtime_adapter.serve import (
+        even_network,
+        load_tokenizer,
+        prepare,
+        read_requests,
+        require_covered,
+        serve,
+    )
+    from runtime_adapter.server import Server, ServerConfig
+
+    for option, most in (("max_new_tokens", 1 << 20), ("concurrency", 256), ("threads", 1024)):
+        if not 1 <= given[option] <= most:
+            name = f"--{option.replace('_', '-')}"
+            raise InputError(f"{given[option]}", source=name, expected=f"1 to {most:,}")
+    if given["route"] == "nearest" and given["cluster"] is None:
+        raise InputError("needs to know the links", source="--route nearest", expected="--cluster")
+    files = ("placement", "requests", "cluster")
+    for output in (given["output"], given["stats"]):
+        writable(output, *(given[name] for name in files))
+    torch.set_num_threads(given["threads"])
+    placement = read_placement(given["placement"])
+    meeting = meeting_of(given, placement.servers)
+    requests = read_requests(given["requests"])
+    checkpoint = Checkpoint(given["checkpoint"])
+    require_placed_model(placement, checkpoint, source=given["placement"])
+    require_covered(placement, source=given["placement"])
+    spec = checkpoint.spec
+    dtype = checkpoint.dtype if given["dtype"] == "auto" else getattr(torch, given["dtype"])
+    network = even_network(placement.num_servers, spec.hidden_size * dtype.itemsize)
+    if given["cluster"] is not None:
+        cluster, _ = load_cluster(given["cluster"])
+        if tuple(server.name for server in cluster.servers) != placement.servers:
+            raise InputError(
+                f"servers {', '.join(server.name for server in cluster.servers)}",
+                source=given["cluster"],
+                expected=f"{', '.join(placement.servers)}, as in {given['placement']}",
+            )
+        with blaming(given["cluster"]):
+            network = Network.of(cluster, spec)
+    devices = server_devices(len(placement.gpu_capacity[meeting.me]), given["device"])
+    tokenizer = load_tokenizer(checkpoint)
+    jobs = prepare(
+        requests, tokenizer, checkpoint, meeting.me, given["max_new_tokens"], given["requests"]
+    )
+    lanes = Lanes()
+    with blaming(given["placement"]):
+        store = load_experts(checkpoint, placement, meeting.me, devices, dtype)
+    model = load_model(checkpoint, lanes, dtype, devices[0])
+    config = ServerConfig(
+        meeting=meeting,
+        placement=placement,
+        model=placement.model,
+        network=network,
+        compute=ExpertCompute(store),
+        facts={
+            "placement": sha256(given["placement"]),
+            "checkpoint": fingerprint(given["checkpoint"]),
+            "cluster": given["cluster"] and sha256(given["cluster"]),
+            "dtype": str(dtype).removeprefix("torch."),
+            **{name: given[name] for name in ("route", "concurrency", "rtt_ms")},
+        },
+        states=dtype,
+        width=spec.hidden_size,
+        most_tokens=max([len(job.ids) for job in jobs], default=1),
+        route=given["route"],
+        lanes=given["concurrency"],
+        rtt_s=given["rtt_ms"] * 1e-3,
+    )
+    with jsonl(given["output"]) as write, Server(config, note) as server:
+        begin_s = server.agree_on_start()
+        answers = serve(
+            server, model, tokenizer, lanes, jobs, begin_s, lambda answer: write(answer.to_json())
+        )
+        server.finish()
+        counted = server.counters.to_json()
+    failed = sum(answer.error is not None for answer in answers)
+    if given["stats"] is not None:
+        values = {
+            "server": given["server"],
+            "requests": len(answers),
+            "failed": failed,
+            "new_tokens": sum(len(answer.tokens) for answer in answers),
+            "lost": [name for m, name in enumerate(placement.servers) if server.table.lost(m)],
+            **counted,
+        }
+        write_bytes(given["stats"], (json.dumps(values, indent=1) + "\n").encode())
+    if failed:
+        raise RuntimeFailure(f"{failed} of {len(answers)} requests failed; see their errors")

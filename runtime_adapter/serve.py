@@ -1,0 +1,307 @@
+"""A checkpoint served under a placement: requests from a file, tokens by ``generate``."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from prism_plan.errors import InputError, PrismError
+from prism_plan.files import parse_json
+from prism_plan.placement import Placement
+from prism_plan.simulate.network import Network
+from runtime_adapter.bridge import Lanes
+from runtime_adapter.checkpoint import Checkpoint
+from runtime_adapter.clock import wait_until
+from runtime_adapter.dispatch import Dispatcher
+from runtime_adapter.server import Server
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Requests are numbered over all servers, as the route ``spread`` needs it.
+MOST_REQUESTS = 1 << 20
+KEYS = ("prompt", "task", "id", "at_s", "max_new_tokens")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of a file of requests; ``at_s`` is when it arrives, since the run began."""
+
+    line: int
+    prompt: str
+    task: str = ""
+    id: str | int | None = None
+    at_s: float = 0.0
+    max_new_tokens: int | None = None
+
+
+def read_requests(path: str | os.PathLike[str]) -> list[Request]:
+    """Requests in the order of their arrival; a file may be empty.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or a line is no JSON object with a ``prompt`` and, where given,
+        ``task``, ``id``, ``at_s`` and ``max_new_tokens``; names the line.
+    """
+    try:
+        with open(path, encoding="utf-8") as stream:
+            lines = stream.read().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise InputError(reason, source=path, remedy="give a readable file of requests") from error
+    found = [_request(text, path, n) for n, text in enumerate(lines, start=1) if text.strip()]
+    if len(found) > MOST_REQUESTS:
+        raise InputError(f"{len(found):,} requests", source=path, expected=f"{MOST_REQUESTS:,}")
+    return sorted(found, key=lambda request: request.at_s)
+
+
+def _request(text: str, path: object, number: int) -> Request:
+    def refuse(found: str, expected: str) -> InputError:
+        return InputError(f"{found:.60}", source=path, place=f"line {number}", expected=expected)
+
+    try:
+        values = parse_json(text, "")
+    except InputError as error:
+        raise refuse(error.found, '{"prompt": ...}') from error
+    if not isinstance(values, dict) or "prompt" not in values or set(values) - set(KEYS):
+        shown = ", ".join(map(str, values)) if isinstance(values, dict) else repr(values)
+        raise refuse(shown, f"the key prompt, and of {', '.join(KEYS[1:])}")
+    request = Request(number, **values)
+    if not isinstance(request.prompt, str) or not request.prompt.strip():
+        raise refuse(f"prompt is {request.prompt!r}", "a non-empty text")
+    if not isinstance(request.task, str):
+        raise refuse(f"task is {request.task!r}", "a text")
+    if isinstance(request.id, bool) or not isinstance(request.id, str | int | None):
+        raise refuse(f"id is {request.id!r}", "a text or a whole number")
+    at_s, most = request.at_s, request.max_new_tokens
+    if not _is_number(at_s) or not 0 <= at_s < math.inf:
+        raise refuse(f"at_s is {at_s!r}", "seconds from the start")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise refuse(f"max_new_tokens is {most!r}", "a whole number above 0")
+    return request
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A request as the model takes it: token ids, and how many to add at most."""
+
+    request: Request
+    number: int
+    ids: list[int]
+    new_tokens: int
+
+
+def prepare(
+    requests: Sequence[Request],
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint,
+    server: int,
+    max_new_tokens: int,
+    source: object,
+) -> list[Job]:
+    """Requests of a server as token ids.
+
+    Raises
+    ------
+    InputError
+        A prompt has no tokens, or is longer than the model's context; names the line.
+    """
+    longest = checkpoint.config.get("max_position_embeddings")
+    jobs = []
+    for at, request in enumerate(requests):
+        ids = tokenizer(request.prompt)["input_ids"]
+        new = request.max_new_tokens or max_new_tokens
+        if not ids or (longest is not None and len(ids) + new - 1 > longest):
+            raise InputError(
+                f"{len(ids):,} tokens and {new:,} new ones",
+                source=source,
+                place=f"line {request.line}",
+                expected=f"1 to {longest:,}, the model's context" if longest else "a token or more",
+                remedy="shorten the prompt or lower --max-new-tokens" if ids else "",
+            )
+        jobs.append(Job(request, server * MOST_REQUESTS + at, ids, new))
+    return jobs
+
+
+@dataclass
+class Answer:
+    """What became of one request; times in seconds since the run began."""
+
+    id: str | int
+    server: str
+    task: str
+    prompt_tokens: int
+    arrival_s: float
+    start_s: float | None = None
+    first_token_s: float | None = None
+    done_s: float | None = None
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of the results."""
+        return dict(vars(self))
+
+
+class _Watch:
+    """Told of the tokens of one request as they come; what ``generate`` calls a streamer."""
+
+    def __init__(self, answer: Answer, begin_s: float) -> None:
+        self.answer = answer
+        self.begin_s = begin_s
+        self._prompt = True
+
+    def put(self, ids: torch.Tensor) -> None:
+        """The prompt, and then each token."""
+        if self._prompt:
+            self._prompt = False
+            return
+        if self.answer.first_token_s is None:
+            self.answer.first_token_s = time.monotonic() - self.begin_s
+        self.answer.tokens += ids.reshape(-1).tolist()
+
+    def end(self) -> None:
+        """No more tokens."""
+
+
+def serve(
+    server: Server,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lanes: Lanes,
+    jobs: Sequence[Job],
+    begin_s: float,
+    done: Callable[[Answer], None] = lambda answer: None,
+) -> list[Answer]:
+    """Serve jobs at their times, as many at once as the server has lanes; greedy decoding.
+
+    ``begin_s`` is when time zero is; ``done`` is told of each answer once it is complete. A request
+    that fails has an error and the tokens until then; the others go on.
+    """
+    waiting: queue.SimpleQueue[tuple[Job, Answer] | None] = queue.SimpleQueue()
+    telling = threading.Lock()
+    configuration = greedy(model)
+
+    def work(lane: Dispatcher) -> None:
+        while (one := waiting.get()) is not None:
+            job, answer = one
+            answer.start_s = time.monotonic() - begin_s
+            try:
+                with lanes.using(lane, job.number):
+                    _generate(model, job, answer, configuration, begin_s)
+            except PrismError as error:
+                answer.error = str(error)
+            except Exception as error:  # one request's failure ends no other
+                answer.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            answer.done_s = time.monotonic() - begin_s
+            answer.text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+            with telling:
+                done(answer)
+
+    threads = [threading.Thread(target=work, args=(lane,), daemon=True) for lane in server.lanes]
+    for thread in threads:
+        thread.start()
+    answers = []
+    for job in jobs:
+        request = job.request
+        name = request.line if request.id is None else request.id
+        answers.append(Answer(name, server.name, request.task, len(job.ids), request.at_s))
+        wait_until(begin_s + request.at_s)
+        waiting.put((job, answers[-1]))
+    for _ in threads:
+        waiting.put(None)
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def _generate(
+    model: PreTrainedModel, job: Job, answer: Answer, configuration: Any, begin_s: float
+) -> None:
+    ids = torch.tensor([job.ids], device=model.device)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=configuration,
+        max_new_tokens=job.new_tokens,
+        streamer=_Watch(answer, begin_s),
+    )
+
+
+def greedy(model: PreTrainedModel) -> Any:
+    """The model's generation settings, always with the most likely token next."""
+    configuration = copy.deepcopy(model.generation_config)
+    configuration.do_sample = False
+    configuration.num_beams = 1
+    configuration.max_length = None
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+        setattr(configuration, name, None)
+    if configuration.pad_token_id is None:
+        end = configuration.eos_token_id
+        configuration.pad_token_id = end[0] if isinstance(end, list) else end
+    return configuration
+
+
+def require_covered(placement: Placement, *, source: object) -> None:
+    """Refuse a placement in which an expert is nowhere.
+
+    Raises
+    ------
+    InputError
+        Names the first such expert.
+    """
+    nowhere = np.argwhere(~placement.on_gpu.any(axis=0))
+    if len(nowhere):
+        pair = int(nowhere[0] @ (placement.model.num_experts, 1))
+        raise InputError(
+            f"{placement.model.pair_text(pair)} is on no server",
+            source=source,
+            expected="every expert somewhere",
+            remedy="make placements with prism-plan solve",
+        )
+
+
+def even_network(servers: int, token_bytes: int) -> Network:
+    """Links that are all alike, where no cluster file tells them apart."""
+    zeros = np.zeros((servers, servers))
+    ports = np.full(servers, math.inf)
+    return Network(zeros, zeros.copy(), ports, ports.copy(), 0.0, 0.0, token_bytes)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, from its folder alone.
+
+    Raises
+    ------
+    InputError
+        There is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers fails in many ways
+        raise InputError(
+            f"has no usable tokenizer: {error!s:.120}",
+            source=checkpoint.folder,
+            expected="the files of a tokenizer, as save_pretrained writes them",
+        ) from error
+    return found
