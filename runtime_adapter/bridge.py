@@ -44,6 +44,6 @@ class Lanes:
         return lane.run(
             layer_position,
             hidden,
-            experts.cpu().numpy().astype(np.int64, copy=False),
+            np.ascontiguousarray(experts.cpu().numpy(), np.int64),
             weights.to(device="cpu", dtype=torch.float32).numpy(),
         )

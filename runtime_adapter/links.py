@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch.distributed as dist
 
 from prism_plan.errors import InputError, PrismError
 
+#: Where a server that cannot join says why, so that the others do not wait for it.
+ABORTED = "aborted"
 #: An idle worker waits for the next call without end.
 FOREVER = datetime.timedelta(days=3650)
 
@@ -27,6 +30,10 @@ class RuntimeFailure(PrismError):
     """Something outside of this server failed: a port, a server, the store."""
 
     exit_code = 5
+
+
+class NameTaken(InputError):
+    """A server of that name is in the run already."""
 
 
 class ServerLost(RuntimeFailure):
@@ -111,19 +118,25 @@ def put(store: dist.Store, key: str, values: Any) -> None:
     store.set(key, json.dumps(values).encode())
 
 
-def get(store: dist.Store, key: str, timeout_s: float) -> Any:
-    """Wait for a key and read its JSON.
+def get(store: dist.Store, key: str, timeout_s: float, what: str = "") -> Any:
+    """Wait for a key, which is ``what`` to a reader, and read its JSON.
 
     Raises
     ------
     RuntimeFailure
-        It is not there in time.
+        It is not there in time, another server has given up the run, or the store is gone.
     """
+    deadline = time.monotonic() + timeout_s
     try:
-        store.wait([key], datetime.timedelta(seconds=timeout_s))
+        while not store.check([key]):  # a wait within the store could not be interrupted
+            if store.check([ABORTED]):
+                raise RuntimeFailure(str(json.loads(store.get(ABORTED))))
+            if time.monotonic() > deadline:
+                raise RuntimeFailure(f"{what or repr(key)} did not come within {timeout_s:g} s")
+            time.sleep(0.02)
         return json.loads(store.get(key))
     except (dist.DistError, RuntimeError) as error:
-        raise RuntimeFailure(f"{key!r} did not come within {timeout_s:g} s") from error
+        raise RuntimeFailure("the store is gone; see what the first server says") from error
 
 
 def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: str) -> None:
@@ -136,7 +149,7 @@ def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: 
         or a second server has this name.
     """
     if store.add(f"joined/{meeting.me}", 1) != 1:
-        raise InputError(
+        raise NameTaken(
             f"server {name!r} is there already", source="--server", remedy="start each server once"
         )
     if meeting.me == 0:

@@ -235,11 +235,12 @@ def _generate(
     model: PreTrainedModel, job: Job, answer: Answer, configuration: Any, begin_s: float
 ) -> None:
     ids = torch.tensor([job.ids], device=model.device)
+    configuration = copy.copy(configuration)
+    configuration.max_new_tokens = job.new_tokens
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=configuration,
-        max_new_tokens=job.new_tokens,
         streamer=_Watch(answer, begin_s),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import threading
@@ -15,6 +17,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from prism_plan.errors import PrismError
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
@@ -26,7 +29,9 @@ from runtime_adapter.counters import Counters
 from runtime_adapter.dispatch import Dispatcher
 from runtime_adapter.follow import Follower
 from runtime_adapter.links import (
+    ABORTED,
     Meeting,
+    NameTaken,
     RuntimeFailure,
     ServerLost,
     check_run,
@@ -34,10 +39,12 @@ from runtime_adapter.links import (
     group,
     join_store,
     put,
+    send,
 )
 from runtime_adapter.routing import Router
 from runtime_adapter.scheduler import SchedulerConfig, run_scheduler
 from runtime_adapter.table import HolderTable
+from runtime_adapter.wire import HEADER_BYTES, OVER, Header, put_header
 from runtime_adapter.worker import WorkerConfig, in_parallel, run_worker
 
 
@@ -55,6 +62,7 @@ class ServerConfig:
 
     ``facts`` must be equal on all servers (placement digest, route, ...); ``states`` and ``width``
     as in WorkerConfig; ``most_tokens`` of this server's own steps; ``lanes`` requests at once;
+    ``threads`` of the CPU that the worker may take for a call;
     ``movable`` where experts may move.
     """
 
@@ -70,6 +78,7 @@ class ServerConfig:
     route: Route = "cover"
     lanes: int = 1
     rtt_s: float = 0.0
+    threads: int = 1
     movable: Movable | None = None
 
 
@@ -101,6 +110,12 @@ class Server:
         self._worker: Any = None
         self._scheduler: Any = None
         self._follower: Follower | None = None
+        self._groups: dict[int, Any] = {}
+        servers = config.meeting.servers
+        self._over: Any = multiprocessing.get_context("spawn").Array(
+            ctypes.c_bool, servers, lock=False
+        )
+        self._finishing = False
         self._ended = threading.Event()
         self._lost = threading.Lock()
         self._reported: set[int] = set()
@@ -108,10 +123,21 @@ class Server:
     def __enter__(self) -> Self:
         try:
             self._start()
-        except BaseException:
+        except BaseException as error:
+            self._give_up(error)
             self.close()
             raise
         return self
+
+    def _give_up(self, error: BaseException) -> None:
+        """Tell those that wait for this server why it does not come."""
+        if self.store is None or isinstance(error, NameTaken):
+            return
+        reason = str(error) if isinstance(error, PrismError) else "it was stopped"
+        with contextlib.suppress(RuntimeError):
+            put(self.store, ABORTED, f"server {self.name!r} does not join: {reason}")
+            if self.me == 0:
+                time.sleep(0.2)  # the others read it from the store that this server hosts
 
     def __exit__(
         self,
@@ -124,10 +150,15 @@ class Server:
     def _start(self) -> None:
         config, meeting = self.config, self.config.meeting
         others = [m for m in range(meeting.servers) if m != self.me]
-        self.store = store = join_store(meeting, host_it=self.me == 0)
+        # in a thread of its own, for what waits in the store cannot be interrupted
+        (self.store,) = in_parallel([partial(join_store, meeting, host_it=self.me == 0)])
+        store = self.store
         check_run(store, meeting, config.facts, self.name)
         put(store, f"tokens/{self.me}", config.most_tokens)
-        most = max(int(get(store, f"tokens/{n}", meeting.join_s)) for n in range(meeting.servers))
+        most = max(
+            int(get(store, f"tokens/{n}", meeting.join_s, f"server {name!r}"))
+            for n, name in enumerate(self.table.servers)
+        )
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         worker = WorkerConfig(
@@ -140,6 +171,8 @@ class Server:
             most_tokens=most,
             lanes=max(config.facts.get("lanes", [config.lanes])),
             rtt_s=config.rtt_s,
+            threads=config.threads,
+            over=self._over,
             loader=config.movable.loader if config.movable else None,
         )
         self._worker = context.Process(target=run_worker, args=(worker, theirs), daemon=True)
@@ -160,7 +193,7 @@ class Server:
             raise RuntimeFailure("the worker ended while it was starting") from None
         if wrong:
             raise RuntimeFailure(wrong)
-        by_server = dict(zip(others, groups, strict=True))
+        self._groups = by_server = dict(zip(others, groups, strict=True))
         self.lanes = [
             Dispatcher(
                 config.model,
@@ -205,7 +238,8 @@ class Server:
             for n in others:
                 try:
                     beat = store.get(f"beat/{n}").decode() if store.check([f"beat/{n}"]) else ""
-                    over = store.check([f"finished/{n}"])
+                    # none leaves before all have finished, so until then silence is no rest
+                    over = self._finishing and store.check([f"finished/{n}"])
                 except RuntimeError:
                     self._store_lost()
                     return
@@ -261,20 +295,27 @@ class Server:
     def finish(self, patience_s: float = 3600.0) -> None:
         """Tell that this server has no more requests, and answer others until they have none."""
         assert self.store is not None
+        self._finishing = True
         deadline = time.monotonic() + patience_s
         try:
             put(self.store, f"finished/{self.me}", 1)
-            for n in range(self.config.meeting.servers):
-                while not self.table.lost(n) and time.monotonic() < deadline:
-                    if self.store.check([f"finished/{n}"]):
-                        break
-                    time.sleep(0.05)
-            while self.migrating and time.monotonic() < deadline:
-                time.sleep(0.05)
-            if self.me == 0:
-                time.sleep(0.5)  # the others read it from the store that this server hosts
         except RuntimeError:
             self._store_lost()
+        # workers are told over the links, which are there when the store is not
+        message = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+        put_header(message.numpy(), Header(OVER))
+        for n, made in self._groups.items():
+            if not self.table.lost(n):
+                with contextlib.suppress(RuntimeError):
+                    send(made, message, 1, 0).wait(self.lanes[0].timeout)
+        for n in self._groups:
+            while not self.table.lost(n) and not self._over[n] and time.monotonic() < deadline:
+                time.sleep(0.02)
+        while self.migrating and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if self.me == 0:
+            time.sleep(0.5)  # the others read the last news from the store that is here
+        self._ended.set()
 
     @property
     def migrating(self) -> bool:

@@ -31,8 +31,9 @@ _FIELDS = HEADER_BYTES // 4
 #: Begins every header: a stray or foreign message is not taken for a call.
 MAGIC = 0x5052_4D31
 
-#: What a header says: a call, its answer, an expert is not here (any more), the server failed.
-CALL, ANSWER, MISSING, FAILED = 1, 2, 3, 4
+#: What a header says: a call, its answer, an expert is not here (any more), the server failed, a
+#: front has no more calls.
+CALL, ANSWER, MISSING, FAILED, OVER = 1, 2, 3, 4, 5
 
 _LAST = np.uint32(1 << 31)
 
@@ -128,7 +129,7 @@ def get_header(message: Bytes) -> Header:
         It is none of ours.
     """
     fields = message[:HEADER_BYTES].view(np.int32)
-    if fields[0] != MAGIC or fields[1] not in (CALL, ANSWER, MISSING, FAILED):
+    if fields[0] != MAGIC or fields[1] not in (CALL, ANSWER, MISSING, FAILED, OVER):
         raise WireError("a message that is no call and no answer; is every server of one version?")
     if (fields[2:6] < 0).any():
         raise WireError("a header with a negative count")

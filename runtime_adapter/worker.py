@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -29,6 +30,7 @@ from runtime_adapter.wire import (
     FAILED,
     HEADER_BYTES,
     MISSING,
+    OVER,
     Header,
     WireError,
     get_header,
@@ -48,7 +50,8 @@ class WorkerConfig:
 
     ``loader`` moves experts, where they move at all. ``states`` is the dtype of hidden states on
     the wire (``torch.uint8`` where nothing is computed), ``width`` their numbers a token,
-    ``most_tokens`` the most of any server's step.
+    ``most_tokens`` the most of any server's step; ``threads`` of the CPU
+    that a call may take. ``over`` [N] is shared with the front: which fronts have no more calls.
     """
 
     meeting: Meeting
@@ -60,13 +63,16 @@ class WorkerConfig:
     most_tokens: int
     lanes: int
     rtt_s: float
+    threads: int
+    over: Any
     loader: Loader | None = None
 
 
 def run_worker(config: WorkerConfig, ready: Any) -> None:
     """Serve until the process is ended. ``ready`` (a pipe) is sent "" or what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front ends it
-    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_front, daemon=True).start()
+    torch.set_num_threads(config.threads)
     try:
         worker = Worker(config)
         worker.connect()
@@ -74,9 +80,15 @@ def run_worker(config: WorkerConfig, ready: Any) -> None:
         ready.send(str(error))
         return
     ready.send("")
-    parent = os.getppid()
-    while os.getppid() == parent:  # a front that was killed takes its worker along
+    while True:
         worker.beat()
+        time.sleep(BEAT_S)
+
+
+def _end_with_the_front() -> None:
+    """A front that was killed takes its worker along, also one that is still starting."""
+    front = multiprocessing.parent_process()
+    while front is not None and os.getppid() == front.pid:
         time.sleep(BEAT_S)
     os._exit(1)
 
@@ -132,11 +144,15 @@ class Worker:
             try:
                 receive(made, room, 0, lane).wait(FOREVER)
             except RuntimeError:
-                return  # that front is gone
+                config.over[front] = True  # that front is gone
+                return
             arrived_s = time.monotonic()
             if config.rtt_s:
                 wait_until(arrived_s + config.rtt_s / 2)
             try:
+                if get_header(room.numpy()).kind == OVER:
+                    config.over[front] = True
+                    return
                 reply = self._answer(room)
             except Exception as error:
                 logging.getLogger(__name__).error("prism-runtime: %s", error)

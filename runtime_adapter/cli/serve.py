@@ -133,6 +133,7 @@ def command(**given: Any) -> None:
         route=given["route"],
         lanes=given["concurrency"],
         rtt_s=given["rtt_ms"] * 1e-3,
+        threads=given["threads"],
     )
     with jsonl(given["output"]) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()
