@@ -14,7 +14,7 @@ import numpy.typing as npt
 from prism_plan.errors import PrismError
 from prism_plan.jit import jit
 from prism_plan.model import ModelShape
-from prism_plan.simulate.loop import COVER, NEAREST, cover, mix
+from prism_plan.simulate.choosing import COVER, NEAREST, cover, mix
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routes import ROUTES, Route
 from runtime_adapter.table import HolderTable

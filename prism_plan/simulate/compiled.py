@@ -13,6 +13,8 @@ from prism_plan.moves import Step
 from prism_plan.simulate import loop, tables
 from prism_plan.simulate.engine import Ints, Outcome
 from prism_plan.simulate.events import ARRIVAL, RANK, Event, Log
+from prism_plan.simulate.heap import push
+from prism_plan.simulate.moving import begin_steps
 from prism_plan.simulate.scenario import Scenario
 
 #: Route `cover` tries every set of a token's missing experts; 2^K of them.
@@ -44,7 +46,7 @@ class CompiledEngine:
         self._fixed = tables.fixed(scenario)
         self._set(tables.state(scenario, log=log))
         if len(scenario.requests):
-            loop.push(
+            push(
                 self._state.heap_s,
                 self._state.heap_key,
                 self._state.heap_what,
@@ -127,7 +129,7 @@ class CompiledEngine:
         self._state.number[tables.OPEN_STEPS] = len(steps)
         while len(self._state.heap_s) - int(self._state.number[tables.HEAP]) <= len(steps):
             self._set(tables.grown(self._state, "heap"))
-        if not loop.begin_steps(self._fixed, self._state, len(ready)):
+        if not begin_steps(self._fixed, self._state, len(ready)):
             raise self._uncovered()
 
     def take_calls(self) -> Ints:

@@ -7,11 +7,10 @@ of actions: part done → go on → admit the next.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from prism_plan.jit import jit
+from prism_plan.simulate.choosing import COVER, NEAREST, cover, mix
 from prism_plan.simulate.events import (
     ARRIVAL,
     ARRIVED,
@@ -23,422 +22,28 @@ from prism_plan.simulate.events import (
     RETURNED,
     SEND,
 )  # fmt: skip
+from prism_plan.simulate.heap import KIND_SHIFT, drop_first, push
+from prism_plan.simulate.moving import begin_steps, hold, step_over
 from prism_plan.simulate.network import BYTES_PER_CALL
+from prism_plan.simulate.offloading import offloaded
 from prism_plan.simulate.tables import (
-    ERROR,
     FINISHED,
     FREE,
     HEAP,
-    LOADED_BYTES,
-    LOADS,
     LOGGED,
     OPEN_STEPS,
-    PUSHED,
-    QUEUED,
     SEEN,
     TAKEN,
     Fixed,
     Links,
     State,
 )  # fmt: skip
-
-Array = Any
+from prism_plan.simulate.transfers import ask, free_ports
 
 #: What :func:`run` says at its end.
 ALL, MOST, HEAP_FULL, MESSAGES_FULL, LOG_FULL, UNCOVERED = 0, 1, 2, 3, 4, 5
 
 NOTHING, PART_DONE, GO_ON, ADMIT = 0, 1, 2, 3
-COVER, NEAREST = 0, 1
-
-_NUMBER_BITS = 56
-_KIND_SHIFT = 32
-
-
-@jit
-def push(  # pragma: no cover - compiled
-    heap_s: Array, heap_key: Array, heap_what: Array, number: Array, time_s: float, rank: int,
-    kind: int, subject: Any,
-) -> None:  # fmt: skip
-    """Add an event to the heap."""
-    key = (np.int64(rank) << _NUMBER_BITS) | number[PUSHED]
-    what = (np.int64(kind) << _KIND_SHIFT) | np.int64(subject)
-    number[PUSHED] += 1
-    i = number[HEAP]
-    number[HEAP] += 1
-    while i > 0:
-        above = (i - 1) >> 2
-        if heap_s[above] < time_s or (heap_s[above] == time_s and heap_key[above] < key):
-            break
-        heap_s[i] = heap_s[above]
-        heap_key[i] = heap_key[above]
-        heap_what[i] = heap_what[above]
-        i = above
-    heap_s[i] = time_s
-    heap_key[i] = key
-    heap_what[i] = what
-
-
-@jit
-def drop_first(  # pragma: no cover - compiled
-    heap_s: Array, heap_key: Array, heap_what: Array, number: Array
-) -> None:
-    """Take the first event out of the heap (of four children a node)."""
-    number[HEAP] -= 1
-    size = number[HEAP]
-    if size == 0:
-        return
-    time_s = heap_s[size]
-    key = heap_key[size]
-    what = heap_what[size]
-    i = 0
-    while True:
-        first = 4 * i + 1
-        if first >= size:
-            break
-        least = first
-        last = min(first + 4, size)
-        for child in range(first + 1, last):
-            if heap_s[child] < heap_s[least] or (
-                heap_s[child] == heap_s[least] and heap_key[child] < heap_key[least]
-            ):
-                least = child
-        if time_s < heap_s[least] or (time_s == heap_s[least] and key < heap_key[least]):
-            break
-        heap_s[i] = heap_s[least]
-        heap_key[i] = heap_key[least]
-        heap_what[i] = heap_what[least]
-        i = least
-    heap_s[i] = time_s
-    heap_key[i] = key
-    heap_what[i] = what
-
-
-@jit
-def mix(request: Any, pair: Any) -> Any:  # pragma: no cover - compiled
-    """See :func:`prism_plan.simulate.routes.mix`."""
-    x = np.uint64(request) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(pair) + np.uint64(1)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@jit
-def cover(  # pragma: no cover - compiled
-    few: Array, missing: int, holder: Array, copies: Array, sent: Array, mask: Array,
-    goals: Array, best: Array,
-) -> None:  # fmt: skip
-    """Servers ``few[1, :missing]`` for the pairs ``few[0, :missing]``, as `routes.cover` does.
-
-    Of servers that hold the same of the missing experts only the best counts. The least cost of
-    covering each subset of the experts follows from smaller subsets: some server must hold its
-    first expert. Cost: servers, then tokens sent, in one number.
-    """
-    if missing == 1:
-        pair = few[0, 0]
-        chosen = holder[pair, 0]
-        for i in range(1, copies[pair]):
-            if sent[holder[pair, i]] < sent[chosen]:
-                chosen = holder[pair, i]
-        few[1, 0] = chosen
-        return
-    candidates = 0
-    for k in range(missing):
-        pair = few[0, k]
-        for i in range(copies[pair]):
-            m = holder[pair, i]
-            if mask[m] == 0:
-                goals[candidates] = m
-                candidates += 1
-            mask[m] |= 1 << k
-    full = (1 << missing) - 1
-    server, cost, kinds = best[0], best[1], best[2]
-    for u in range(full + 1):
-        server[u] = -1
-    number = 0
-    for i in range(candidates):
-        m = goals[i]
-        own = mask[m]
-        mask[m] = 0
-        known = server[own]
-        if known < 0:
-            kinds[number] = own
-            number += 1
-        if known < 0 or sent[m] < sent[known] or (sent[m] == sent[known] and m < known):
-            server[own] = m
-    cost[0] = 0
-    one = np.int64(1) << 48
-    for u in range(1, full + 1):
-        low = u & -u
-        least = np.int64(1) << 62
-        for i in range(number):
-            own = kinds[i]
-            if own & low:
-                total = one + sent[server[own]] + cost[u & ~own]
-                if total < least:
-                    least = total
-        cost[u] = least
-    u = full
-    while u:
-        low = u & -u
-        chosen = -1
-        taken = 0
-        for i in range(number):
-            own = kinds[i]
-            on_best = own & low and one + sent[server[own]] + cost[u & ~own] == cost[u]
-            if on_best and (chosen < 0 or server[own] < chosen):
-                chosen = server[own]
-                taken = own
-        for k in range(missing):
-            if u & taken & (1 << k):
-                few[1, k] = chosen
-        u &= ~taken
-
-
-@jit
-def held(t: Links, a: int, b: int, payload: Any) -> Any:  # pragma: no cover - compiled
-    """How long a transfer that begins now holds the uplink of a and the downlink of b."""
-    now = t.now[0]
-    burst = t.scalars[1]
-    per_byte = t.seconds_per_byte[a, b]
-    if burst == 0:
-        return payload * per_byte
-    bucket = t.bucket
-    up = min(burst, bucket[0, a] + (now - bucket[1, a]) * t.up_rate[a])
-    down = min(burst, bucket[2, b] + (now - bucket[3, b]) * t.down_rate[b])
-    unshaped = min(up, down, float(payload))
-    held_s = (payload - unshaped) * per_byte
-    bucket[0, a] = min(burst, max(0.0, up + held_s * t.up_rate[a] - payload))
-    bucket[1, a] = now + held_s
-    bucket[2, b] = min(burst, max(0.0, down + held_s * t.down_rate[b] - payload))
-    bucket[3, b] = now + held_s
-    return held_s
-
-
-@jit
-def begin_transfer(t: Links, message: Any, a: Any, b: Any) -> None:  # pragma: no cover - compiled
-    """Hold the uplink of a and the downlink of b, both free, from now on."""
-    returning = t.m_returning[message]
-    payload = t.m_back[message] if returning else t.m_out[message]
-    t.port_busy[0, a] = True
-    t.port_busy[1, b] = True
-    held_s = held(t, a, b, payload)
-    t.up_busy_s[a] += held_s
-    t.down_busy_s[b] += held_s
-    t.bytes_out[a] += payload
-    t.bytes_in[b] += payload
-    end_s = t.now[0] + held_s
-    kind = RETURNED if returning else ARRIVED
-    push(t.heap_s, t.heap_key, t.heap_what, t.number, end_s, t.rank[FREED], FREED, message)
-    push(t.heap_s, t.heap_key, t.heap_what, t.number, end_s + t.half_rtt_s[a, b], t.rank[kind],
-         kind, message)  # fmt: skip
-
-
-@jit
-def ask(t: Links, message: Any, a: Any, b: Any) -> None:  # pragma: no cover - compiled
-    """Begin a transfer, or wait behind all that wait for the uplink of a and the downlink of b."""
-    if not t.port_busy[0, a] and not t.port_busy[1, b]:
-        begin_transfer(t, message, a, b)
-        return
-    t.m_ready[message] = t.number[QUEUED]
-    t.number[QUEUED] += 1
-    for port in range(2):
-        n = a if port == 0 else b
-        last = t.port_last[port, n]
-        t.m_next[message, port] = -1
-        t.m_before[message, port] = last
-        if last < 0:
-            t.port_first[port, n] = message
-        else:
-            t.m_next[last, port] = message
-        t.port_last[port, n] = message
-
-
-@jit
-def stop_waiting(t: Links, message: Any, a: Any, b: Any) -> None:  # pragma: no cover - compiled
-    """Take a message out of the two queues that it waits in."""
-    for port in range(2):
-        n = a if port == 0 else b
-        after = t.m_next[message, port]
-        before = t.m_before[message, port]
-        if before < 0:
-            t.port_first[port, n] = after
-        else:
-            t.m_next[before, port] = after
-        if after < 0:
-            t.port_last[port, n] = before
-        else:
-            t.m_before[after, port] = before
-
-
-@jit
-def free_ports(t: Links, a: Any, b: Any) -> None:  # pragma: no cover - compiled
-    """The uplink of a and the downlink of b are free: begin what waits for them, first come first.
-
-    The queues of the two ports are gone through together, in the order in which messages were
-    ready, until both ports are taken again.
-    """
-    t.port_busy[0, a] = False
-    t.port_busy[1, b] = False
-    up = t.port_first[0, a]
-    down = t.port_first[1, b]
-    while (up >= 0 and not t.port_busy[0, a]) or (down >= 0 and not t.port_busy[1, b]):
-        if t.port_busy[0, a]:
-            up = -1
-        if t.port_busy[1, b]:
-            down = -1
-        up_first = down < 0 or (up >= 0 and t.m_ready[up] <= t.m_ready[down])
-        message = up if up_first else down
-        if message == up:
-            up = t.m_next[up, 0]
-        if message == down:
-            down = t.m_next[down, 1]
-        returning = t.m_returning[message]
-        tail = t.m_to[message] if returning else t.m_at[message]
-        head = t.m_at[message] if returning else t.m_to[message]
-        if not t.port_busy[0, tail] and not t.port_busy[1, head]:
-            stop_waiting(t, message, tail, head)
-            begin_transfer(t, message, tail, head)
-
-
-@jit
-def hold(  # pragma: no cover - compiled
-    g: int, pair: int, held: Array, gpu_of: Array, holder: Array, copies: Array, gpu_start: Array,
-    n: int,
-) -> None:  # fmt: skip
-    """GPU g of server n has a pair from now on."""
-    held[g, pair] = True
-    if gpu_of[n, pair] < 0:
-        i = copies[pair]
-        while i > 0 and holder[pair, i - 1] > n:
-            holder[pair, i] = holder[pair, i - 1]
-            i -= 1
-        holder[pair, i] = n
-        copies[pair] += 1
-        gpu_of[n, pair] = g
-    elif g < gpu_of[n, pair]:
-        gpu_of[n, pair] = g
-
-
-@jit
-def let_go(  # pragma: no cover - compiled
-    g: int, pair: int, held: Array, gpu_of: Array, holder: Array, copies: Array, gpu_start: Array,
-    n: int,
-) -> None:  # fmt: skip
-    """GPU g of server n has a pair no longer."""
-    if not held[g, pair]:
-        return
-    held[g, pair] = False
-    gpu_of[n, pair] = -1
-    for other in range(gpu_start[n], gpu_start[n + 1]):
-        if held[other, pair]:
-            gpu_of[n, pair] = other
-            return
-    i = 0
-    while holder[pair, i] != n:
-        i += 1
-    copies[pair] -= 1
-    while i < copies[pair]:
-        holder[pair, i] = holder[pair, i + 1]
-        i += 1
-
-
-@jit
-def begin_steps(f: Fixed, s: State, waiting: int) -> bool:  # pragma: no cover - compiled
-    """Begin the ``waiting`` steps in ``step_queue`` and what follows; False: a pair was lost."""
-    experts = f.sizes[0]
-    now = s.now[0]
-    i = 0
-    while i < waiting:
-        index = s.step_queue[i]
-        i += 1
-        g = s.step_gpu[index]
-        pair = s.step_pair[index]
-        if s.step_load[index]:
-            load_s = f.load_s[g, pair // experts]
-            begin_s = max(now, s.load_free[g])
-            if f.blocks[g]:
-                begin_s = max(begin_s, s.gpu_free[g])
-                s.gpu_free[g] = begin_s + load_s
-                s.gpu_busy_s[g] += load_s
-            s.load_free[g] = begin_s + load_s
-            s.number[LOADS] += 1
-            s.number[LOADED_BYTES] += f.expert_bytes[pair // experts]
-            push(s.heap_s, s.heap_key, s.heap_what, s.number, begin_s + load_s, f.rank[LOADED],
-                 LOADED, index)  # fmt: skip
-            continue
-        let_go(g, pair, s.held, s.gpu_of, s.holder, s.copies, f.gpu_start, f.server[g])
-        if s.copies[pair] == 0:
-            s.number[ERROR] = index
-            return False
-        waiting = step_over(s, index, waiting)
-    return True
-
-
-@jit
-def step_over(s: State, index: int, waiting: int) -> int:  # pragma: no cover - compiled
-    """Queue the steps that lacked only this one behind the ``waiting``; returns their number."""
-    s.number[OPEN_STEPS] -= 1
-    if s.number[OPEN_STEPS] == 0:
-        s.now[1] = s.now[0]
-    for i in range(s.step_start[index], s.step_start[index + 1]):
-        other = s.step_next[i]
-        s.step_lacking[other] -= 1
-        if s.step_lacking[other] == 0:
-            s.step_queue[waiting] = other
-            waiting += 1
-    return waiting
-
-
-@jit
-def offloaded(  # pragma: no cover - compiled
-    f: Fixed, s: State, at: int, layer: int
-) -> float:
-    """Compute resident experts, then load and compute the others; see the reference engine."""
-    now = s.now[0]
-    first = layer * f.sizes[0]
-    end_s = 0.0
-    for missing in range(2):
-        for i in range(s.touched[at]):
-            e = s.order[at, i]
-            tokens = s.count[at, e]
-            if tokens == 0:  # it was resident, and is done
-                continue
-            slot = s.slot_of[at, first + e]
-            if missing == 0:
-                if slot < 0:
-                    continue
-                s.count[at, e] = 0
-                g = s.slot_gpu[slot]
-                work_s = f.expert_s[f.kind[g], f.size[layer], tokens]
-                done_s = max(now, s.gpu_free[g]) + work_s
-            else:
-                slot = np.int32(s.slot_first[at])
-                for other in range(s.slot_first[at] + 1, s.slot_first[at + 1]):
-                    if s.slot_end[other] < s.slot_end[slot]:
-                        slot = np.int32(other)
-                g = s.slot_gpu[slot]
-                load_s = f.load_s[g, layer]
-                begin_s = max(now, s.load_free[g], s.slot_end[slot])
-                if f.blocks[g]:
-                    begin_s = max(begin_s, s.gpu_free[g])
-                    s.gpu_free[g] = begin_s + load_s
-                    s.gpu_busy_s[g] += load_s
-                loaded_s = begin_s + load_s
-                s.load_free[g] = loaded_s
-                work_s = f.expert_s[f.kind[g], f.size[layer], tokens]
-                done_s = max(loaded_s, s.gpu_free[g]) + work_s
-                if s.slot_pair[slot] >= 0:
-                    s.slot_of[at, s.slot_pair[slot]] = -1
-                s.slot_pair[slot] = first + e
-                s.slot_of[at, first + e] = slot
-                s.number[LOADS] += 1
-                s.number[LOADED_BYTES] += f.expert_bytes[layer]
-            s.gpu_free[g] = done_s
-            s.gpu_busy_s[g] += work_s
-            s.served[g] += tokens
-            s.slot_end[slot] = done_s
-            end_s = max(end_s, done_s)
-    return end_s
 
 
 @jit
@@ -474,7 +79,7 @@ def run(
             return MESSAGES_FULL
         if logging and number[LOGGED] == len(s.log_s):
             return LOG_FULL
-        kind = heap_what[0] >> _KIND_SHIFT
+        kind = heap_what[0] >> KIND_SHIFT
         subject = heap_what[0] & 0xFFFFFFFF
         drop_first(heap_s, heap_key, heap_what, number)
         s.now[0] = now

@@ -176,5 +176,5 @@ def test_servers_do_not_help_each_other(engine: Any) -> None:
 
 def test_a_server_needs_a_slot() -> None:
     """Offloading without room for one expert is refused, and the server named."""
-    with pytest.raises(InputError, match="server .s0. has no slots; expected room for one"):
+    with pytest.raises(InputError, match=r"server .s0. has no slots; expected room for one"):
         ReferenceEngine(offload([[[0]]], holding(1, 1, []), 0))

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_plan.simulate import loop, routes
+from prism_plan.simulate import choosing, routes
 from prism_plan.simulate.routes import mix, nearest, spread
 
 
 def compiled_cover(holders: Sequence[Sequence[int]], sent: Sequence[int]) -> list[int]:
-    """`loop.cover` on arrays made for it; checks that it leaves its scratch memory clean."""
+    """`choosing.cover` on arrays made for it; checks that it leaves its scratch memory clean."""
     missing, servers = len(holders), len(sent)
     few = np.zeros((3, missing), np.int64)
     few[0] = np.arange(missing)
@@ -23,7 +23,7 @@ def compiled_cover(holders: Sequence[Sequence[int]], sent: Sequence[int]) -> lis
     for k, held in enumerate(holders):
         holder[k, : len(held)] = held
     mask = np.zeros(servers, np.int64)
-    loop.cover(
+    choosing.cover(
         few,
         missing,
         holder,
@@ -97,7 +97,7 @@ def splitmix(request: int, pair: int) -> int:
 def test_mix_is_the_same_everywhere(request: int, pair: int) -> None:
     """Python's whole numbers, numpy's 64 bits and the compiled code give one hash."""
     assert mix(request, pair) == splitmix(request, pair)
-    assert int(loop.mix(np.int64(request), np.int64(pair))) == mix(request, pair)
+    assert int(choosing.mix(np.int64(request), np.int64(pair))) == mix(request, pair)
 
 
 @pytest.mark.parametrize("number", [2, 3, 5])
