@@ -1,0 +1,115 @@
+"""Servers of ``serve`` on one machine, each a launch of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from prism_plan.placement import Placement
+from prism_plan.placement_file import write_placement
+from tests.runtime.checkpoints import TRACES
+from tests.runtime.replays import PATIENCE_S, environment, free_port
+
+
+class Servers:
+    """Launches of ``serve`` by name; whatever is left of them ends with the block.
+
+    ``requests`` are the lines of each server's file, ``launcher`` words before ``-m``.
+    """
+
+    def __init__(self, folder: Path, placement: Placement, checkpoint: str, *options: str) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._placement = folder / "placement.json"
+        write_placement(self._placement, placement)
+        self._options = [
+            *("--placement", str(self._placement), "--checkpoint", str(TRACES / checkpoint)),
+            *("--store", f"127.0.0.1:{self.port}", "--join", str(PATIENCE_S), *options),
+        ]
+
+    def start(
+        self, name: str, requests: Sequence[Mapping[str, Any]] = (), *options: str,
+        launcher: Sequence[str] = (), called: str = "",
+    ) -> subprocess.Popen[bytes]:  # fmt: skip
+        """Start a server; its files and its place in ``processes`` are ``called`` after it."""
+        called = called or name
+        lines = "".join(json.dumps(request) + "\n" for request in requests)
+        (self.folder / f"{called}.requests").write_text(lines)
+        own = ["--requests", f"{called}.requests", "-o", f"{called}.jsonl"]
+        own += ["--server", name, "--stats", f"{called}.json"]
+        words = [*launcher, "-m", "runtime_adapter", "serve", *self._options, *own, *options]
+        with open(self.folder / f"{called}.err", "wb") as errors:
+            self.processes[called] = subprocess.Popen(
+                [sys.executable, *words], cwd=self.folder, env=environment(),
+                stderr=errors, stdout=errors, start_new_session=True,
+            )  # fmt: skip
+        return self.processes[called]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            for one in family(process.pid):
+                one.kill()
+            process.kill()
+            process.wait()
+
+    def errors(self, name: str) -> list[str]:
+        """The lines that a server has said so far."""
+        return (self.folder / f"{name}.err").read_text().splitlines()
+
+    def answers(self, name: str) -> list[dict[str, Any]]:
+        """The results of a server so far."""
+        path = self.folder / f"{name}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def stats(self, name: str) -> dict[str, Any]:
+        """What a server that has ended has counted."""
+        values: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
+        return values
+
+    def until(self, condition: Callable[[], Any], *, within_s: float = PATIENCE_S) -> None:
+        """Wait for something to happen."""
+        deadline = time.monotonic() + within_s
+        while not condition():
+            said = {name: self.errors(name) for name in self.processes}
+            assert time.monotonic() < deadline, said
+            time.sleep(0.02)
+
+    def codes(self) -> dict[str, int]:
+        """Exit codes, once all have ended."""
+        return {name: one.wait(timeout=PATIENCE_S) for name, one in self.processes.items()}
+
+    def send(self, name: str, number: signal.Signals, *, worker: bool = True) -> None:
+        """Send a signal to a server's front, and to its worker as well."""
+        pids = [self.processes[name].pid]
+        if worker:
+            pids += [one.pid for one in family(pids[0])]
+        for pid in pids:
+            os.kill(pid, number)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """All processes that a process has started."""
+    try:
+        found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return found
+
+
+def gone(processes: Sequence[psutil.Process]) -> bool:
+    """Whether all have ended (or wait for their parent to notice)."""
+    return all(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in processes)
