@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import multiprocessing
 import os
 import threading
@@ -135,7 +136,8 @@ class Server:
             return
         reason = str(error) if isinstance(error, PrismError) else "it was stopped"
         with contextlib.suppress(RuntimeError):
-            put(self.store, ABORTED, f"server {self.name!r} does not join: {reason}")
+            said = json.dumps(f"server {self.name!r} does not join: {reason}")
+            self.store.compare_set(ABORTED, "", said)  # the first reason is the reason
             if self.me == 0:
                 time.sleep(0.2)  # the others read it from the store that this server hosts
 
@@ -154,6 +156,8 @@ class Server:
         (self.store,) = in_parallel([partial(join_store, meeting, host_it=self.me == 0)])
         store = self.store
         check_run(store, meeting, config.facts, self.name)
+        if self.me == 0:
+            put(store, "movable", config.movable is not None)
         put(store, f"tokens/{self.me}", config.most_tokens)
         most = max(
             int(get(store, f"tokens/{n}", meeting.join_s, f"server {name!r}"))
@@ -179,7 +183,6 @@ class Server:
         self._worker.start()
         theirs.close()
         if config.movable is not None and self.me == 0:
-            put(store, "movable", 1)
             self._scheduler = context.Process(
                 target=run_scheduler, args=(config.movable.scheduler,), daemon=True
             )
