@@ -6,7 +6,7 @@ import uuid
 from typing import Any
 
 from runtime_adapter.changes import News, StoreLost
-from runtime_adapter.links import Meeting, RuntimeFailure
+from runtime_adapter.links import Meeting, RuntimeFailure, get
 
 
 def ask(meeting: Meeting, placement: Any) -> tuple[int, str]:
@@ -20,7 +20,7 @@ def ask(meeting: Meeting, placement: Any) -> tuple[int, str]:
     name = uuid.uuid4().hex
     news = News(meeting, f"move {name}")
     try:
-        if not news.there("movable"):
+        if not get(news.store, "movable", meeting.join_s):
             raise RuntimeFailure(
                 f"--store {meeting.host}:{meeting.port}: a run that moves no experts; start its "
                 "servers with --movable"

@@ -28,6 +28,9 @@ from prism_plan.trace_file import read_trace, write_trace
 #: Starting Python with PyTorch so many times takes long on a busy machine.
 PATIENCE_S = 120.0
 
+#: Of the system's resolver: PyTorch asks it for the name of every address that connects, and waits.
+RESOLVER = "timeout:1 attempts:1"
+
 SPEC = ModelSpec(
     name="tiny",
     moe_layers=(1, 2, 4),
@@ -102,7 +105,7 @@ class Material:
         return made
 
 
-def striped(gpus: int, shift: int, slots: int | None = None) -> npt.NDArray[np.bool_]:
+def striped(gpus: int, shift: int) -> npt.NDArray[np.bool_]:
     """Pair j on GPU (j + shift) modulo the GPUs, bool [G, J]."""
     pairs = np.arange(SPEC.num_pairs)
     return np.array([(pairs + shift) % gpus == g for g in range(gpus)])
@@ -168,6 +171,8 @@ class Replays:
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             said = {name: self.errors(name)[-2000:] for name in self.names}
+            ended = all(process.poll() is not None for process in self.processes.values())
+            assert not ended, f"{what} did not happen: {said}"
             assert time.monotonic() < deadline, f"{what} did not happen: {said}"
             time.sleep(0.02)
 
@@ -178,20 +183,18 @@ class Replays:
 
     def wait(self) -> dict[str, int]:
         """Exit codes of all servers."""
-        return {
-            name: process.wait(timeout=PATIENCE_S) for name, process in self.processes.items()
-        }
+        return {name: process.wait(timeout=PATIENCE_S) for name, process in self.processes.items()}
 
     def kill(self, name: str) -> None:
         """A server's front is gone at once; what it started has to notice by itself."""
         self.processes[name].kill()
 
-    def move(self, placement: str) -> subprocess.Popen[str]:
+    def move(self, placement: str, *options: str) -> subprocess.Popen[str]:
         """Ask the run for another placement."""
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "runtime_adapter", "move"),
-                *("--store", self.store, "--placement", placement),
+                *("--store", self.store, "--placement", placement, *options),
             ],
             cwd=self.folder,
             env=environment(),
@@ -199,17 +202,11 @@ class Replays:
             text=True,
         )
 
-    def moved(self, placement: str) -> tuple[int, str]:
-        """Exit code and last line of a move."""
-        process = self.move(placement)
-        _, said = process.communicate(timeout=PATIENCE_S)
-        return process.returncode, said.strip().splitlines()[-1]
-
 
 def environment() -> dict[str, str]:
     """Of the launches: they run elsewhere, and find the packages all the same."""
     root = str(Path(__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "RES_OPTIONS": RESOLVER}
 
 
 def experts_of(placement: Placement, server: str) -> list[dict[str, list[int]]]:

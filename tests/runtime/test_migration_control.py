@@ -1,0 +1,204 @@
+"""The log, agents, fronts and the scheduler of a migration, without processes or requests."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prism_plan.placement_file import read_placement
+from runtime_adapter.changes import News
+from runtime_adapter.table import HolderTable
+from tests.runtime.fleet import MODEL, Fleet, drawn, placement
+
+CAPACITY = ((8,), (4, 4))
+
+
+def two(*held: list[int]) -> Any:
+    """A placement of two servers with one and two GPUs from the pairs of each GPU."""
+    rows = np.zeros((3, MODEL.num_pairs), bool)
+    for g, pairs in enumerate(held):
+        rows[g, pairs] = True
+    return placement(rows, CAPACITY)
+
+
+#: Each expert once: 0 to 7 on the first server.
+START = two(list(range(8)), [8, 9], [10, 11])
+
+
+def test_all_readers_see_all_entries_in_one_order() -> None:
+    """Writers that race lose no entry and each keep their order; all readers see the same."""
+    fleet = Fleet(START)
+    writers = [fleet.news(f"writer {w}") for w in range(3)]
+    late = fleet.news("late")
+
+    def write(w: int, news: News) -> None:
+        for i in range(40):
+            news.tell("test", writer=w, i=i)
+
+    threads = [threading.Thread(target=write, args=pair) for pair in enumerate(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    late.follow()
+    fleet.until(lambda: len(fleet.what("test")) == 120)
+    seen = [late.next(5.0) for _ in range(len(fleet.entries))]
+    assert seen == fleet.entries
+    assert [entry.number for entry in fleet.entries] == list(range(len(fleet.entries)))
+    for w in range(3):
+        assert [e["i"] for e in fleet.what("test") if e["writer"] == w] == list(range(40))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_move_leads_to_its_target(seed: int) -> None:
+    """Loaders, workers' and fronts' tables end at the target; on the way nothing is uncovered.
+
+    No GPU ever holds more than its slots, and loads one expert at a time.
+    """
+    start, target = drawn(seed, CAPACITY), drawn(seed + 100, CAPACITY)
+    fleet = Fleet(start)
+    fleet.ask(target)
+    code, text = fleet.moved()
+    assert code == 0, text
+    wanted = target.on_gpu.reshape(3, -1)
+    assert (fleet.held() == wanted).all()
+    assert not fleet.wrong()
+    assert fleet.least_copies() >= 1
+    for n, server in enumerate(fleet.servers):
+        assert (server.worker_table.held_by(n) == wanted[start.gpus_of(n)]).all()
+        assert (server.front_table.on_gpu() == wanted).all()
+        assert max(server.loader.most_loading) <= 1
+    drops, freed = fleet.what("drop"), fleet.what("dropped")
+    assert {e["step"] for e in drops} == {e["step"] for e in freed}
+
+
+def test_a_slot_is_not_freed_while_a_layer_may_use_it() -> None:
+    """A front inside of a layer does not confirm a drop, so the expert stays until it is out."""
+    target = two(list(range(7)), [7, 8, 9], [10, 11])
+    fleet = Fleet(START)
+    lane = fleet.servers[1].lane
+    lane.passes = 1
+    fleet.ask(target)
+    fleet.until(lambda: fleet.what("drop"))
+    fleet.until(lambda: [e for e in fleet.what("seen") if e["server"] == 0])
+    end = time.monotonic() + 0.3
+    fleet.until(lambda: time.monotonic() > end)
+    assert fleet.servers[0].loader.held[0, 7]
+    assert fleet.servers[0].worker_table.gpu_of[0, 7] == 0  # the worker still answers
+    assert fleet.servers[1].front_table.gpu_of[0, 7] == -1  # though nobody calls any more
+    lane.passes = 2
+    assert fleet.moved()[0] == 0
+    assert not fleet.servers[0].loader.held[0, 7]
+
+
+def test_a_front_that_hangs_is_not_waited_for() -> None:
+    """Another server's front that confirms nothing delays a drop by the timeout, and no longer."""
+    fleet = Fleet(START, silent=[1], timeout_s=1.0)
+    fleet.ask(two(list(range(7)), [7, 8, 9], [10, 11]))
+    assert fleet.moved()[0] == 0
+    assert not fleet.servers[0].loader.held[0, 7]
+
+
+@pytest.mark.parametrize("failing", range(0, 8, 2))
+def test_a_load_that_fails_abandons_the_move(failing: int, tmp_path: Path) -> None:
+    """Whichever load fails: everything stays covered, all agree on what stands, a move works."""
+    start, target = drawn(1, CAPACITY), drawn(101, CAPACITY)
+    fleet = Fleet(start, folder=str(tmp_path))
+    loads = [0]
+
+    def fails(pair: int, gpu: int) -> bool:
+        loads[0] += 1
+        return loads[0] == failing + 1
+
+    for server in fleet.servers:
+        server.loader.fails = fails
+    fleet.ask(target)
+    code, text = fleet.moved()
+    assert code == 5
+    assert "missing tensor" in text
+    assert "model.safetensors: missing tensor" in (*fleet.servers[0].said, *fleet.servers[1].said)
+    assert fleet.least_copies() >= 1
+    stands = read_placement(tmp_path / "placement-1.json")
+    assert (fleet.held() == stands.on_gpu.reshape(3, -1)).all()
+    assert stands.plan.solver == "interrupted"
+    fleet.ask(target, "2")  # from what stands
+    assert fleet.moved("2")[0] == 0
+    assert (fleet.held() == target.on_gpu.reshape(3, -1)).all()
+    assert not fleet.wrong()
+
+
+def test_a_lost_server_ends_the_move() -> None:
+    """A server without signs of life: the move is abandoned by name, then others go on."""
+    rows = np.ones((3, MODEL.num_pairs), bool)
+    capacity = ((12,), (12,), (12,))
+    start = placement(rows, capacity)
+    rows = rows.copy()
+    rows[0, :4] = rows[1, 4:8] = rows[2, 8:] = False
+    start, target = placement(rows, capacity), start
+    fleet = Fleet(start, timeout_s=1.0)
+    fleet.servers[2].loader.hold.clear()  # it never gets anywhere
+    fleet.ask(target)
+    fleet.until(lambda: fleet.what("load"))
+    fleet.servers[2].beats = False
+    code, text = fleet.moved()
+    assert (code, text.endswith("server 's2' is lost")) == (5, True)
+    fleet.ask(target, "2")
+    code, text = fleet.moved("2")
+    assert code == 2
+    assert "for s2 is lost" in text
+    left = np.array([[j % 2 == g for j in range(12)] for g in range(2)])
+    fleet.ask(placement(left, capacity[:2]), "3")
+    assert fleet.moved("3")[0] == 0
+    assert (fleet.held()[:2] == left).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "words"),
+    [
+        (two(list(range(8)), [8, 9], [10]), 2, "layer 3 expert 5 is held nowhere"),
+        (placement(np.ones((3, 12), bool), ((12,), (12, 12))), 2, "holds 12 slots"),
+        (placement(np.ones((2, 12), bool), ((12,), (12,))), 2, "GPUs per server"),
+        (placement(np.ones((1, 12), bool), ((12,),)), 2, "['s0', 's1']"),
+        (
+            two(list(range(8)), [8, 9], [10, 11]).replace(
+                model=MODEL.__class__("other", (1, 3), 6, 2, (1_000_000,) * 2)
+            ),
+            2,
+            "other",
+        ),
+    ],
+)
+def test_what_cannot_be_moved_to_is_refused(target: Any, code: int, words: str) -> None:
+    """One line says why, and nothing moves."""
+    fleet = Fleet(START)
+    fleet.ask(target)
+    found, text = fleet.moved()
+    assert found == code
+    assert text.startswith("refused: ")
+    assert words in text
+    assert not fleet.what("plan")
+
+
+def test_the_worker_table_is_never_seen_half_changed() -> None:
+    """A reader that looks at any moment finds a holder of an expert that always has one."""
+    table = HolderTable(placement(np.ones((3, 12), bool), ((12,), (12, 12))))
+    wrong, over = [], threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            if table.gpu_of[1, 5] < 0 or table.copies[5] < 1:
+                wrong.append(1)
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for i in range(3000):
+        table.change(1, 5, bool(i % 2))
+        table.change(0, 5, bool(i % 3))
+    over.set()
+    reader.join()
+    assert not wrong
