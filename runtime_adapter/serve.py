@@ -15,15 +15,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, PrismError
 from prism_plan.files import parse_json
+from prism_plan.instance import Instance
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
+from prism_plan.simulation import SimulationOptions, require_able
 from runtime_adapter.bridge import Lanes
 from runtime_adapter.checkpoint import Checkpoint
 from runtime_adapter.clock import wait_until
 from runtime_adapter.dispatch import Dispatcher
-from runtime_adapter.server import Server
+from runtime_adapter.experts import ExpertStore
+from runtime_adapter.links import Meeting
+from runtime_adapter.loader import CheckpointLoader
+from runtime_adapter.scheduler import SchedulerConfig, rules_of
+from runtime_adapter.server import Movable, Server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -283,6 +290,47 @@ def even_network(servers: int, token_bytes: int) -> Network:
     zeros = np.zeros((servers, servers))
     ports = np.full(servers, math.inf)
     return Network(zeros, zeros.copy(), ports, ports.copy(), 0.0, 0.0, token_bytes)
+
+
+def moving(
+    meeting: Meeting,
+    placement: Placement,
+    store: ExpertStore,
+    checkpoint: Checkpoint,
+    cluster: Cluster | None,
+    options: SimulationOptions,
+    placements_dir: str | None,
+) -> Movable:
+    """What lets the experts of a server move: by reviews if there is a cluster, or when told.
+
+    Servers keep the slots that they started with, whatever the cluster has room for.
+
+    Raises
+    ------
+    InputError
+        The placement breaks a rule of the cluster.
+    SolverRefused
+        The migration policy has no rule for what the cluster asks.
+    """
+    spec = checkpoint.spec
+    if cluster is None:
+        shape = (placement.num_servers, spec.num_layers, spec.num_experts)
+        rules = Instance(
+            model=placement.model,
+            servers=placement.servers,
+            activations=np.zeros(shape),
+            gpu_capacity=placement.gpu_capacity,
+            min_replicas=placement.plan.min_replicas,
+        )
+    else:
+        rules = rules_of(placement, cluster, spec)
+        rules = rules.replace(gpu_capacity=placement.gpu_capacity)
+        if options.migrate != "never":
+            require_able(rules, options)
+    return Movable(
+        CheckpointLoader(checkpoint.folder, store),
+        SchedulerConfig(meeting, placement, rules, spec, cluster, options, placements_dir),
+    )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

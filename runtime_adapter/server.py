@@ -21,6 +21,7 @@ import torch.distributed as dist
 from prism_plan.errors import PrismError
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
+from prism_plan.placement_file import placement_to_json
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routes import Route
 from runtime_adapter.agent import Loader
@@ -324,6 +325,13 @@ class Server:
     def migrating(self) -> bool:
         """Whether experts are on the move."""
         return self._follower is not None and self._follower.migrating and not self.table.lost(0)
+
+    def held(self) -> list[dict[str, list[int]]]:
+        """What this server's GPUs hold now, as a placement file has it."""
+        shape = self.config.placement.on_gpu.shape
+        stands = self.config.placement.replace(on_gpu=self.table.on_gpu().reshape(shape))
+        gpus = placement_to_json(stands)["servers"][self.me]["gpus"]
+        return [gpu["experts"] for gpu in gpus]
 
     def migrations(self) -> list[dict[str, Any]]:
         """What the reviews decided, as in a simulation's report; of the first server."""

@@ -99,6 +99,9 @@ migration_options = _options(
     ),
 )
 
+#: What `prism-plan simulate` asks for besides, and a run has no use for.
+NOT_SIMULATED = {"calibration": None, "engine": "compiled", "time_limit": None}
+
 #: Of those, what all servers of a run must be given alike.
 MIGRATION_FACTS = (
     "migrate", "migrate_every", "statistics", "half_life", "horizon", "migration_cost",

@@ -8,6 +8,7 @@ import click
 
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
+    NOT_SIMULATED,
     jsonl,
     meeting_of,
     meeting_options,
@@ -46,7 +47,7 @@ def command(**given: Any) -> None:
     from prism_plan.cli.inputs import blaming, load_cluster, writable
     from prism_plan.cli.simulate import simulation_options
     from prism_plan.files import sha256, write_bytes
-    from prism_plan.placement_file import placement_to_json, read_placement
+    from prism_plan.placement_file import read_placement
     from prism_plan.simulate.workload import sample_requests
     from prism_plan.trace_file import read_trace
     from runtime_adapter.replay import replay, replay_config
@@ -68,9 +69,7 @@ def command(**given: Any) -> None:
             decode_tokens=given["decode_tokens"],
             seed=given["seed"],
         )
-    options = simulation_options(
-        {**given, "calibration": None, "engine": "compiled", "time_limit": None}
-    )
+    options = simulation_options({**given, **NOT_SIMULATED})
     moving = given["movable"] or given["migrate"] != "never"
     own = ("requests", "seed", "route", "decode_tokens", "rtt_ms", *MIGRATION_FACTS)
     facts = {name: sha256(given[name]) for name in files} | {name: given[name] for name in own}
@@ -95,8 +94,6 @@ def command(**given: Any) -> None:
         migrations = server.migrations()
     failed = sum(result.error is not None for result in results)
     if given["stats"] is not None:
-        on_gpu = server.table.on_gpu().reshape(placement.on_gpu.shape)
-        held = placement_to_json(placement.replace(on_gpu=on_gpu))["servers"][meeting.me]
         values = {
             "server": given["server"],
             "requests": len(results),
@@ -104,7 +101,7 @@ def command(**given: Any) -> None:
             "lost": [name for m, name in enumerate(placement.servers) if server.table.lost(m)],
             "gpu_busy_s": config.compute.clock.busy_s(),  # type: ignore[attr-defined]
             **counted,
-            "gpus": [gpu["experts"] for gpu in held["gpus"]],
+            "gpus": server.held(),
             "migrations": migrations,
         }
         write_bytes(given["stats"], (json.dumps(values, indent=1) + "\n").encode())

@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from runtime_adapter.cli.options import jsonl, meeting_of, meeting_options, note
+from runtime_adapter.cli.options import (
+    MIGRATION_FACTS,
+    NOT_SIMULATED,
+    jsonl,
+    meeting_of,
+    meeting_options,
+    migration_options,
+    note,
+)
 
 
 @click.command("serve")
@@ -31,11 +39,13 @@ from runtime_adapter.cli.options import jsonl, meeting_of, meeting_options, note
     default="cover",
     show_default=True,
 )
-@click.option("--cluster", metavar="C.toml", help="Links, for --route nearest.")
+@click.option("--cluster", metavar="C.toml", help="Links, for --route nearest and --migrate.")
 @click.option(
     "--concurrency", default=1, show_default=True, metavar="C", help="Requests of a server at once."
 )
 @click.option("--threads", default=1, show_default=True, metavar="T", help="CPU threads of a step.")
+@migration_options
+@click.option("--seed", default=0, show_default=True, help="Of the solvers of --migrate.")
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="A.jsonl", help="One line a request; default: stdout.")
 def command(**given: Any) -> None:
@@ -51,6 +61,7 @@ def command(**given: Any) -> None:
     import torch
 
     from prism_plan.cli.inputs import blaming, load_cluster, writable
+    from prism_plan.cli.simulate import simulation_options
     from prism_plan.errors import InputError
     from prism_plan.files import sha256, write_bytes
     from prism_plan.placement_file import read_placement
@@ -69,6 +80,7 @@ def command(**given: Any) -> None:
     from runtime_adapter.serve import (
         even_network,
         load_tokenizer,
+        moving,
         prepare,
         read_requests,
         require_covered,
@@ -80,8 +92,11 @@ def command(**given: Any) -> None:
         if not 1 <= given[option] <= most:
             name = f"--{option.replace('_', '-')}"
             raise InputError(f"{given[option]}", source=name, expected=f"1 to {most:,}")
-    if given["route"] == "nearest" and given["cluster"] is None:
-        raise InputError("needs to know the links", source="--route nearest", expected="--cluster")
+    for option, value in (("route", "nearest"), ("migrate", "prism"), ("migrate", "partial")):
+        if given[option] == value and given["cluster"] is None:
+            raise InputError(
+                "needs to know the links", source=f"--{option} {value}", expected="--cluster"
+            )
     files = ("placement", "requests", "cluster")
     for output in (given["output"], given["stats"]):
         writable(output, *(given[name] for name in files))
@@ -94,6 +109,7 @@ def command(**given: Any) -> None:
     require_covered(placement, source=given["placement"])
     spec = checkpoint.spec
     dtype = checkpoint.dtype if given["dtype"] == "auto" else getattr(torch, given["dtype"])
+    cluster = None
     network = even_network(placement.num_servers, spec.hidden_size * dtype.itemsize)
     if given["cluster"] is not None:
         cluster, _ = load_cluster(given["cluster"])
@@ -114,6 +130,13 @@ def command(**given: Any) -> None:
     with blaming(given["placement"]):
         store = load_experts(checkpoint, placement, meeting.me, devices, dtype)
     model = load_model(checkpoint, lanes, dtype, devices[0])
+    movable = None
+    if given["movable"] or given["migrate"] != "never":
+        options = simulation_options({**given, **NOT_SIMULATED})
+        with blaming(given["placement"]):
+            movable = moving(
+                meeting, placement, store, checkpoint, cluster, options, given["placements_dir"]
+            )
     config = ServerConfig(
         meeting=meeting,
         placement=placement,
@@ -125,7 +148,7 @@ def command(**given: Any) -> None:
             "checkpoint": fingerprint(given["checkpoint"]),
             "cluster": given["cluster"] and sha256(given["cluster"]),
             "dtype": str(dtype).removeprefix("torch."),
-            **{name: given[name] for name in ("route", "concurrency", "rtt_ms")},
+            **{name: given[name] for name in ("route", "concurrency", "rtt_ms", *MIGRATION_FACTS)},
         },
         states=dtype,
         width=spec.hidden_size,
@@ -134,6 +157,7 @@ def command(**given: Any) -> None:
         lanes=given["concurrency"],
         rtt_s=given["rtt_ms"] * 1e-3,
         threads=given["threads"],
+        movable=movable,
     )
     with jsonl(given["output"]) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()
@@ -142,6 +166,7 @@ def command(**given: Any) -> None:
         )
         server.finish()
         counted = server.counters.to_json()
+        migrations = server.migrations()
     failed = sum(answer.error is not None for answer in answers)
     if given["stats"] is not None:
         values = {
@@ -151,6 +176,8 @@ def command(**given: Any) -> None:
             "new_tokens": sum(len(answer.tokens) for answer in answers),
             "lost": [name for m, name in enumerate(placement.servers) if server.table.lost(m)],
             **counted,
+            "gpus": server.held(),
+            "migrations": migrations,
         }
         write_bytes(given["stats"], (json.dumps(values, indent=1) + "\n").encode())
     if failed:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 from prism_plan.check import check_file
 from prism_plan.instance import Instance
 from prism_plan.objective import score

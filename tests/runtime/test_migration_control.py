@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 from prism_plan.placement_file import read_placement
 from runtime_adapter.changes import News
 from runtime_adapter.table import HolderTable
