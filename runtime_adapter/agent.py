@@ -28,6 +28,8 @@ from runtime_adapter.table import HolderTable
 
 #: Between two looks at what is waited for, while something is.
 LOOK_S = 0.1
+#: Between two looks at what can be begun or told, so that one entry tells of several steps.
+PACE_S = 0.002
 #: A front that says nothing may still have a call under way; it is then told that nothing is here.
 GRACE_S = 0.05
 
@@ -141,6 +143,7 @@ class Agent:
         self._work: _Work | None = None
         self._lock = threading.Lock()  # of what is under way
         self._channels: dict[int, queue.SimpleQueue[tuple[_Work, int]]] = {}
+        self._loaded: list[tuple[_Work, list[int]]] = []  # not announced yet
         self._drops: list[_Drop] = []
         self._seen = dict.fromkeys(range(len(self.servers)), -1)
         self._silent: set[int] = set()
@@ -161,9 +164,12 @@ class Agent:
                 while entry is not None:
                     self._hear(entry)
                     entry = None if self.news.caught_up() else self.news.next(0)
+                self._tell_loaded()
                 self._free_dropped()
                 self._begin_ready()
                 self._halt_when_idle()
+                if self._work is not None:
+                    time.sleep(PACE_S)
         except StoreLost:
             if self._work is not None:  # no step can be announced; what is here stays
                 self._work.stopped = True
@@ -180,8 +186,10 @@ class Agent:
             self._silent.discard(server)
         elif work is None or entry.values.get("plan") != work.plan:
             return
-        elif entry.what in ("load", "dropped"):
-            work.done.add(entry["step"])
+        elif entry.what == "load":
+            work.done.update(step for step, *_ in entry["experts"])
+        elif entry.what == "dropped":
+            work.done.update(entry["steps"])
         elif entry.what in ("failed", "stop"):
             work.stopped = True
         elif entry.what == "over":
@@ -207,29 +215,29 @@ class Agent:
         work.waiting = [i for i in work.waiting if i not in begun]
         with self._lock:
             work.under_way |= begun
+        drops = []
         for i in ready:
             if work.steps[i].kind == "load":
                 self._channels[work.gpu[i]].put((work, i))
-                continue
-            number = self.news.tell(
-                "drop", plan=work.plan, step=i, gpu=work.gpu[i], pair=work.steps[i].pair
-            )
-            self._drops.append(_Drop(work, i, number, time.monotonic()))
+            else:
+                drops.append([i, work.gpu[i], work.steps[i].pair, 0])
+        if drops:
+            number = self.news.tell("drop", plan=work.plan, experts=drops)
+            self._drops += [_Drop(work, i, number, time.monotonic()) for i, *_ in drops]
 
     def _load_all(self, gpu: int) -> None:
         """One load at a time, for a GPU has one channel."""
         while True:
             work, i = self._channels[gpu].get()
             try:
-                if not work.stopped:
-                    self._load(work, i, gpu)
+                if work.stopped or not self._load(work, i, gpu):
+                    with self._lock:
+                        work.under_way.discard(i)
             except StoreLost:
                 return
-            finally:
-                with self._lock:
-                    work.under_way.discard(i)
+            self.news.wake()
 
-    def _load(self, work: _Work, i: int, gpu: int) -> None:
+    def _load(self, work: _Work, i: int, gpu: int) -> bool:
         pair = work.steps[i].pair
         try:
             change = self.loader.load(pair, gpu - self.own_gpus[0])
@@ -237,12 +245,24 @@ class Agent:
             logging.getLogger(__name__).debug("load", exc_info=True)
             name, reason = self.servers[self.me], " ".join(str(error).split())
             self.news.tell("failed", plan=work.plan, step=i, server=name, reason=reason)
-            return
+            return False
         self.table.change(gpu, pair, True)  # calls may come as soon as others know
-        self.news.tell("load", plan=work.plan, step=i, gpu=gpu, pair=pair, slot=change.slot)
+        with self._lock:
+            self._loaded.append((work, [i, gpu, pair, change.slot]))
+        return True
+
+    def _tell_loaded(self) -> None:
+        with self._lock:
+            loaded, self._loaded = self._loaded, []
+        for work in dict.fromkeys(work for work, _ in loaded):  # there is never but one
+            experts = [expert for of, expert in loaded if of is work]
+            self.news.tell("load", plan=work.plan, experts=experts)
+            with self._lock:
+                work.under_way.difference_update(step for step, *_ in experts)
 
     def _free_dropped(self) -> None:
         now = time.monotonic()
+        freed: dict[_Work, list[int]] = {}
         for drop in list(self._drops):
             waited_for = {n for n, seen in self._seen.items() if seen < drop.number} - self._silent
             if waited_for and now - drop.since_s > self.timeout_s:
@@ -257,9 +277,11 @@ class Agent:
             gpu, pair = work.gpu[i], work.steps[i].pair
             self.table.change(gpu, pair, False)
             self.loader.drop(pair, gpu - self.own_gpus[0])
-            self.news.tell("dropped", plan=work.plan, step=i)
+            freed.setdefault(work, []).append(i)
+        for work, steps in freed.items():
+            self.news.tell("dropped", plan=work.plan, steps=steps)
             with self._lock:
-                work.under_way.discard(i)
+                work.under_way.difference_update(steps)
 
     def _halt_when_idle(self) -> None:
         work = self._work

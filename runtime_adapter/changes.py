@@ -8,10 +8,10 @@ knowledge of: who reads that an expert is dropped has read where it was loaded b
 what        more                                      written by
 ==========  ========================================  ==========================================
 plan        plan (its steps are at ``plan/<plan>``)   the scheduler
-load        plan, step, gpu, pair, slot               the GPU's server: it serves from now on
-drop        plan, step, gpu, pair                     the GPU's server: it is no longer called
+load        plan, experts [step, gpu, pair, slot]     the GPUs' server: they serve from now on
+drop        plan, experts [step, gpu, pair, 0]        the GPUs' server: they are no longer called
 seen        server, number                            a front: no call goes by news before number
-dropped     plan, step                                the GPU's server: the slot is free
+dropped     plan, steps                               the GPUs' server: the slots are free
 failed      plan, step, server, reason                the GPU's server: the step cannot be done
 stop        plan, reason                              the scheduler: begin no further step
 halted      plan, server                              a server: no step is under way any more
@@ -23,7 +23,8 @@ moved       move, code, text                          the scheduler: how it ende
 note        text                                      the scheduler: for the first server's log
 ==========  ========================================  ==========================================
 
-GPUs are counted over all servers in order, slots within their GPU.
+A server announces in one entry what it has done since its last one. GPUs are counted over all
+servers in order, slots within their GPU.
 """
 
 from __future__ import annotations
@@ -141,6 +142,10 @@ class News:
             self._queue.put(None)  # for whoever asks again
             raise StoreLost
         return entry
+
+    def wake(self) -> None:
+        """Let who waits in :meth:`next` have an entry that is only for this reader."""
+        self._queue.put(Entry(-1, "wake"))
 
     def caught_up(self) -> bool:
         """Whether all that was read has been taken."""

@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -82,11 +82,12 @@ class Follower:
     def hear(self, entry: Entry) -> None:
         """Act on one entry."""
         if entry.what == "load":
-            if entry["gpu"] in self.own_gpus:
-                self.compute.apply(self._own(entry))
-            self.table.change(entry["gpu"], entry["pair"], True)
+            self._apply_own(entry)
+            for _, gpu, pair, _ in entry["experts"]:
+                self.table.change(gpu, pair, True)
         elif entry.what == "drop":
-            self.table.change(entry["gpu"], entry["pair"], False)
+            for _, gpu, pair, _ in entry["experts"]:
+                self.table.change(gpu, pair, False)
             self._dropped.append(entry)
         elif entry.what == "review":
             self._tell_calls(entry["review"])
@@ -99,15 +100,16 @@ class Follower:
         ):
             self.report(entry["reason"] if entry.what == "failed" else entry["text"])
 
-    def _own(self, entry: Entry) -> Change:
-        gpu, slot = self.own_gpus.index(entry["gpu"]), entry.values.get("slot", 0)
-        return Change("load" if entry.what == "load" else "drop", entry["pair"], gpu, slot)
+    def _apply_own(self, entry: Entry) -> None:
+        kind: Literal["load", "drop"] = "load" if entry.what == "load" else "drop"
+        for _, gpu, pair, slot in entry["experts"]:
+            if gpu in self.own_gpus:
+                self.compute.apply(Change(kind, pair, self.own_gpus.index(gpu), slot))
 
     def _confirm(self) -> None:
         settle(self.lanes)
         for entry in self._dropped:
-            if entry["gpu"] in self.own_gpus:
-                self.compute.apply(self._own(entry))
+            self._apply_own(entry)
         self.news.tell("seen", server=self.me, number=self._dropped[-1].number)
         self._dropped = []
 

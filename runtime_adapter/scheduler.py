@@ -210,18 +210,19 @@ class Scheduler:
 
     def _hear(self, entry: Entry) -> None:
         move = self._move
-        if entry.what == "load":
-            self.table.change(entry["gpu"], entry["pair"], True)
-        elif entry.what == "drop":
-            self.table.change(entry["gpu"], entry["pair"], False)
+        if entry.what in ("load", "drop"):
+            for _, gpu, pair, _ in entry["experts"]:
+                self.table.change(gpu, pair, entry.what == "load")
         elif entry.what == "move":
             self._asked.append(entry["move"])
         elif entry.what == "calls":
             self._take_calls(entry)
         if move is None or entry.values.get("plan") != move.number:
             return
-        if entry.what in ("load", "dropped"):
-            move.left.discard(entry["step"])
+        if entry.what == "load":
+            move.left.difference_update(step for step, *_ in entry["experts"])
+        elif entry.what == "dropped":
+            move.left.difference_update(entry["steps"])
         elif entry.what == "failed":
             self._stop(f"server {entry['server']!r}: {entry['reason']}")
         elif entry.what == "halted":

@@ -239,6 +239,7 @@ class Fleet:
         table = HolderTable(self.start)
         least = int(table.copies.min())
         for entry in self.what("load", "drop"):
-            table.change(entry["gpu"], entry["pair"], entry.what == "load")
-            least = min(least, int(table.copies.min()))
+            for _, gpu, pair, _ in entry["experts"]:
+                table.change(gpu, pair, entry.what == "load")
+                least = min(least, int(table.copies.min()))
         return least
