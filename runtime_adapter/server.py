@@ -262,6 +262,8 @@ class Server:
         if self._follower is not None:
             self._follower.migrating = False
         self.report("the scheduler has ended: no more migrations")
+        with contextlib.suppress(RuntimeError):
+            put(self.store, "movable", False)  # for whoever asks from now on
 
     def _store_lost(self) -> None:
         if self.me == 0 or self._ended.is_set():
