@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +17,7 @@ from runtime_adapter.table import HolderTable
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
+class Batch(NamedTuple):
     """Calls of one layer that one server computes.
 
     ``hidden`` [T, H] (or bytes [T, B] where nothing is computed), ``token`` [C] the row of each

@@ -17,7 +17,7 @@ from runtime_adapter.clock import wait_until
 from runtime_adapter.compute import Batch, Compute, sums_in
 from runtime_adapter.counters import Counters
 from runtime_adapter.links import RuntimeFailure, ServerLost, receive, send
-from runtime_adapter.routing import Router
+from runtime_adapter.routing import Router, pack_calls, tally
 from runtime_adapter.wire import (
     ANSWER,
     CALL,
@@ -27,8 +27,8 @@ from runtime_adapter.wire import (
     call_bytes,
     get_header,
     id_bits,
-    pack_words,
     put_header,
+    refuse_weights,
 )
 
 Ints = npt.NDArray[np.int64]
@@ -38,18 +38,33 @@ Floats = npt.NDArray[np.float32]
 MOST_RETRIES = 50
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Under:
-    """A call that is under way."""
+    """A call that is under way; ``rows`` of its tokens, or all of the step's."""
 
     server: int
-    rows: Ints
-    calls: npt.NDArray[np.bool_]
-    answer: torch.Tensor
+    rows: Ints | None
+    answer: _Room
     sending: Any
     receiving: Any
-    message: torch.Tensor
-    states: torch.dtype
+
+
+class _Room:
+    """Memory for a message, kept for the next one: fresh pages cost more than the message."""
+
+    def __init__(self) -> None:
+        self._all = torch.empty(0, dtype=torch.uint8)
+        self._size = -1
+
+    def resize(self, size: int) -> None:
+        """Make ``tensor`` and ``array``, which are the same memory, of so many bytes."""
+        if size == self._size:
+            return
+        self._size = size
+        if size > len(self._all):
+            self._all = torch.empty(size, dtype=torch.uint8)
+        self.tensor = self._all[:size]
+        self.array: Any = self.tensor.numpy()
 
 
 class Dispatcher:
@@ -87,6 +102,8 @@ class Dispatcher:
         #: Begun and ended layers together, so odd inside of one: see follow.py.
         self.passes = 0
         self._bits = id_bits(model.num_experts)
+        self._sent = np.zeros((len(router.table.servers), 2), np.int64)
+        self._rooms = {m: (_Room(), _Room()) for m in groups}
 
     def run(self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats) -> torch.Tensor:
         """Σ over each token's experts of weight x expert(hidden), [T, H].
@@ -109,7 +126,6 @@ class Dispatcher:
     def _run(
         self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats
     ) -> torch.Tensor:
-        self.counters.count_calls(layer, experts)
         sums, failed = self._round(layer, hidden, experts, weights, first=True)
         retries = 0
         while failed is not None and failed.any():
@@ -140,27 +156,36 @@ class Dispatcher:
         """Send all calls once; returns what came back, and which calls [T, K] did not."""
         me = self.router.me
         place = self.router.place(layer, experts, self.request)
-        remote = place != me
-        if first:
-            self._count_steps(place, remote)
-        under = [
-            self._send(layer, int(m), hidden, experts, weights, place == m)
-            for m in (np.unique(place[remote]) if remote.any() else ())
-        ]
+        remote, waiting, destinations = tally(place, me, self._sent)
+        under = self._send_all(layer, hidden, experts, weights, place) if remote else []
         sent_s = time.perf_counter()
-        sums = torch.zeros_like(hidden, dtype=sums_in(hidden.dtype))
-        local = ~remote
-        if local.any():
-            token, k = np.nonzero(local)
-            sums += self.compute.partial_sums(
-                Batch(layer, hidden, token, experts[token, k], weights[token, k])
+        if first:  # while the others compute
+            self.counters.count_calls(layer, experts)
+            self.counters.count(
+                calls=place.size,
+                remote_calls=remote,
+                steps=len(place),
+                waiting=waiting,
+                destinations=destinations,
             )
-        computed_s = time.perf_counter()
+        sums = torch.zeros_like(hidden, dtype=sums_in(hidden.dtype))
         failed = None
-        for call in under:
-            if not self._receive(call, sums):
-                failed = call.calls if failed is None else failed | call.calls
-        if under and self.rtt_s:
+        try:
+            if remote < place.size:
+                token, k = np.nonzero(place == me)
+                sums += self.compute.partial_sums(
+                    Batch(layer, hidden, token, experts[token, k], weights[token, k])
+                )
+            computed_s = time.perf_counter()
+            while under:
+                call = under.pop()
+                if not self._receive(call, sums, hidden.dtype):
+                    calls = place == call.server
+                    failed = calls if failed is None else failed | calls
+        except BaseException:
+            self._await_all(under)
+            raise
+        if remote and self.rtt_s:
             wait_until(time.monotonic() + self.rtt_s / 2)
         self.counters.count(
             compute_us=round(1e6 * (computed_s - sent_s)),
@@ -168,70 +193,85 @@ class Dispatcher:
         )
         return sums, failed
 
-    def _count_steps(self, place: npt.NDArray[np.int32], remote: npt.NDArray[np.bool_]) -> None:
-        tokens, top_k = place.shape
-        destinations = 0
-        if remote.any():
-            ordered = np.sort(np.where(remote, place, -1), axis=1)
-            new = np.ones_like(ordered, bool)
-            new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-            destinations = int((new & (ordered >= 0)).sum())
-        self.counters.count(
-            calls=tokens * top_k,
-            remote_calls=int(remote.sum()),
-            steps=tokens,
-            waiting=int(remote.any(axis=1).sum()),
-            destinations=destinations,
-        )
+    def _send_all(
+        self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats,
+        place: npt.NDArray[np.int32],
+    ) -> list[_Under]:  # fmt: skip
+        states = hidden.cpu() if hidden.is_cuda else hidden
+        states = states.contiguous().view(torch.uint8).numpy()
+        bits_of_weights = weights.view(np.uint32)
+        under: list[_Under] = []
+        out_bytes = back_bytes = 0
+        for server, (tokens, calls) in enumerate(self._sent.tolist()):
+            if not tokens:
+                continue
+            token_bytes = states.shape[1]
+            payload = call_bytes(tokens, calls, token_bytes)
+            message, answer = self._rooms[server]
+            message.resize(HEADER_BYTES + payload)
+            answer.resize(HEADER_BYTES + tokens * token_bytes)
+            raw = message.array
+            put_header(raw, Header(CALL, tokens, calls, layer, self.request))
+            upto = HEADER_BYTES + 4 * calls
+            rows = np.empty(tokens, np.int64)
+            words = raw[HEADER_BYTES:upto].view(np.uint32)
+            if not pack_calls(place, server, experts, bits_of_weights, self._bits, rows, words):
+                self._await_all(under)
+                refuse_weights()
+            into = raw[upto:].reshape(tokens, token_bytes)
+            if tokens == len(states):
+                into[:] = states
+            else:
+                np.take(states, rows, axis=0, out=into, mode="clip")
+            group = self.groups[server]
+            try:
+                # in this order: to be ready to receive is news to the other side as well
+                sending = send(group, message.tensor, 1, self.lane)
+                receiving = receive(group, answer.tensor, 1, self.lane)
+            except RuntimeError as error:
+                receiving = sending = None
+                self._lose(server, error)
+            everything = tokens == len(states)
+            under.append(_Under(server, None if everything else rows, answer, sending, receiving))
+            out_bytes += payload
+            back_bytes += tokens * token_bytes
+        self.counters.count(messages=len(under), out_bytes=out_bytes, back_bytes=back_bytes)
+        return under
 
-    def _send(
-        self, layer: int, server: int, hidden: torch.Tensor, experts: Ints, weights: Floats,
-        calls: npt.NDArray[np.bool_],
-    ) -> _Under:  # fmt: skip
-        token, k = np.nonzero(calls)
-        last = np.ones(len(token), bool)
-        last[:-1] = token[1:] != token[:-1]
-        rows = token[last]
-        states = hidden[torch.from_numpy(rows)].contiguous().cpu().view(torch.uint8).reshape(-1)
-        token_bytes = len(states) // len(rows)
-        payload = call_bytes(len(rows), len(token), token_bytes)
-        message = torch.empty(HEADER_BYTES + payload, dtype=torch.uint8)
-        raw = message.numpy()
-        put_header(raw, Header(CALL, len(rows), len(token), layer, self.request))
-        words = pack_words(experts[token, k], weights[token, k], last, self._bits)
-        upto = HEADER_BYTES + 4 * len(words)
-        raw[HEADER_BYTES:upto] = words.view(np.uint8)
-        message[upto:] = states
-        answer = torch.empty(HEADER_BYTES + len(states), dtype=torch.uint8)
-        group = self.groups[server]
-        try:
-            receiving = receive(group, answer, 1, self.lane)
-            sending = send(group, message, 1, self.lane)
-        except RuntimeError as error:
-            receiving = sending = None
-            self._lose(server, error)
-        self.counters.count(messages=1, out_bytes=payload, back_bytes=len(states))
-        return _Under(server, rows, calls, answer, sending, receiving, message, hidden.dtype)
-
-    def _receive(self, call: _Under, sums: torch.Tensor) -> bool:
-        """Add an answer to the sums; False if there is none."""
+    def _await(self, call: _Under) -> bool:
+        """Wait for an answer; False if there is none."""
         if call.receiving is None:
             return False
         try:
-            call.sending.wait(self.timeout)
-            call.receiving.wait(self.timeout)
+            call.receiving.wait(self.timeout)  # and so the call was sent
         except RuntimeError as error:
+            self._rooms[call.server] = (_Room(), _Room())  # the old ones may still be written to
             self._lose(call.server, error)
             return False
-        header = get_header(call.answer.numpy())
+        return True
+
+    def _await_all(self, under: list[_Under]) -> None:
+        """Let no answer of a step that failed be there when the next one asks."""
+        for call in under:
+            self._await(call)
+
+    def _receive(self, call: _Under, sums: torch.Tensor, states: torch.dtype) -> bool:
+        """Add an answer to the sums; False if there is none."""
+        if not self._await(call):
+            return False
+        header = get_header(call.answer.array)
         if header.kind == MISSING:
             return False
-        if header.kind != ANSWER or header.tokens != len(call.rows):
+        tokens = len(sums) if call.rows is None else len(call.rows)
+        if header.kind != ANSWER or header.tokens != tokens:
             name = self.router.table.servers[call.server]
             raise RuntimeFailure(f"server {name!r} could not compute a call; see its messages")
-        found = call.answer[HEADER_BYTES:].view(call.states).reshape(len(call.rows), -1)
-        rows = torch.from_numpy(call.rows).to(sums.device)
-        sums.index_add_(0, rows, found.to(device=sums.device, dtype=sums.dtype))
+        found = call.answer.tensor[HEADER_BYTES:].view(states).view(tokens, -1)
+        if call.rows is None:
+            sums += found.to(sums.device) if sums.is_cuda else found
+        else:
+            rows = torch.from_numpy(call.rows).to(sums.device)
+            sums.index_add_(0, rows, found.to(device=sums.device, dtype=sums.dtype))
         return True
 
     def _lose(self, server: int, error: Exception) -> None:

@@ -71,6 +71,65 @@ def _route(  # pragma: no cover - compiled
     return np.int64(-1)
 
 
+@jit
+def tally(place: Any, me: int, sent: Any) -> Any:  # pragma: no cover - compiled
+    """Count what a step sends, from ``place`` [T, K]; ``sent`` [N, 2] gets each server's part.
+
+    A server's part is its tokens and its calls. Returns the remote calls, the tokens with one, and
+    the servers that tokens go to.
+    """
+    sent[:] = 0
+    remote, waiting, destinations = 0, 0, 0
+    tokens, top_k = place.shape
+    for t in range(tokens):
+        before = remote
+        for k in range(top_k):
+            m = place[t, k]
+            if m == me:
+                continue
+            remote += 1
+            sent[m, 1] += 1
+            again = False
+            for earlier in range(k):
+                if place[t, earlier] == m:
+                    again = True
+            if not again:
+                sent[m, 0] += 1
+                destinations += 1
+        waiting += remote > before
+    return remote, waiting, destinations
+
+
+@jit
+def pack_calls(  # pragma: no cover - compiled
+    place: Any, server: int, experts: Any, weights: Any, bits: int, rows: Any, words: Any
+) -> Any:
+    """Fill ``rows`` [tokens] and ``words`` [calls] of what goes to a server.
+
+    ``weights`` are float32 as uint32 [T, K]; words are as :func:`runtime_adapter.wire.pack_words`
+    makes them. Returns whether all weights can be sent.
+    """
+    low = (np.int64(1) << bits) - 1
+    half = np.int64(1) << (bits - 1)
+    tokens, top_k = place.shape
+    token, call = 0, 0
+    for t in range(tokens):
+        first = call
+        for k in range(top_k):
+            if place[t, k] != server:
+                continue
+            weight = np.int64(weights[t, k])
+            if weight > 0x7F800000 and weight != 0x80000000:
+                return False  # negative (but for -0) or not a number
+            words[call] = ((weight + half) & 0x7FFFFFFF & ~low) | np.int64(experts[t, k])
+            call += 1
+        if call > first:
+            words[call - 1] |= 0x80000000
+            rows[token] = t
+            token += 1
+    return True
+
+
 class Router:
     """Routes the steps of one server; keeps what it has sent over each link."""
 

@@ -16,7 +16,8 @@ experts). The payload of a message is all but its header.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import struct
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ from prism_plan.simulate.network import BYTES_PER_CALL
 Bytes = npt.NDArray[np.uint8]
 
 HEADER_BYTES = 32
-_FIELDS = HEADER_BYTES // 4
+_HEADER = struct.Struct("=8i")
 #: Begins every header: a stray or foreign message is not taken for a call.
 MAGIC = 0x5052_4D31
 
@@ -42,8 +43,7 @@ class WireError(PrismError):
     """A message that is none of ours, or does not fit the model."""
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """First 32 bytes of a message; ``detail`` is the layer of a call, the missing expert's pair."""
 
     kind: int
@@ -81,7 +81,7 @@ def pack_words(
         A gate weight is negative or not a number: its sign has another meaning here.
     """
     if not bool((weights >= 0).all()):
-        raise WireError("a gate weight is negative or not a number; such gates are not supported")
+        refuse_weights()
     low = np.uint32((1 << bits) - 1)
     # half of what the id cuts off is added, so that weights are rounded and not shortened
     kept = (weights.view(np.uint32) + np.uint32(1 << (bits - 1))) & ~low & ~_LAST
@@ -90,14 +90,19 @@ def pack_words(
     return words
 
 
+def refuse_weights() -> NoReturn:
+    """A weight cannot be sent: its sign has another meaning here."""
+    raise WireError("a gate weight is negative or not a number; such gates are not supported")
+
+
 def unpack_words(
     words: npt.NDArray[np.uint32], bits: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Experts, weights and token positions of words, all [calls]."""
     low = np.uint32((1 << bits) - 1)
-    last = (words & _LAST) != 0
-    token = np.concatenate([[0], np.cumsum(last)[:-1]]).astype(np.int64)
-    weights = (words & ~low & ~_LAST).view(np.float32)
+    last = words >> np.uint32(31)
+    token = np.cumsum(last, dtype=np.int64) - last
+    weights = (words & np.uint32(0x7FFFFFFF ^ int(low))).view(np.float32)
     return (words & low).astype(np.int64), weights, token
 
 
@@ -113,11 +118,7 @@ def most_bytes(tokens: int, top_k: int, token_bytes: int) -> int:
 
 def put_header(message: Bytes, header: Header) -> None:
     """Write a header to the beginning of a message."""
-    fields = np.zeros(_FIELDS, np.int32)
-    fields[:6] = (
-        MAGIC, header.kind, header.tokens, header.calls, header.detail, header.number,
-    )  # fmt: skip
-    message[:HEADER_BYTES] = fields.view(np.uint8)
+    _HEADER.pack_into(message.data, 0, MAGIC, *header, 0, 0)
 
 
 def get_header(message: Bytes) -> Header:
@@ -128,10 +129,9 @@ def get_header(message: Bytes) -> Header:
     WireError
         It is none of ours.
     """
-    fields = message[:HEADER_BYTES].view(np.int32)
-    if fields[0] != MAGIC or fields[1] not in (CALL, ANSWER, MISSING, FAILED, OVER):
+    magic, *fields = _HEADER.unpack_from(message.data)[:6]
+    if magic != MAGIC or fields[0] not in (CALL, ANSWER, MISSING, FAILED, OVER):
         raise WireError("a message that is no call and no answer; is every server of one version?")
-    if (fields[2:6] < 0).any():
+    if min(fields) < 0:
         raise WireError("a header with a negative count")
-    kind, tokens, calls, detail, number = fields[1:6].tolist()
-    return Header(kind, tokens, calls, detail, number)
+    return Header(*fields)

@@ -104,6 +104,7 @@ class Worker:
             config.compute.table = self.table
         self.store = join_store(config.meeting, host_it=False)
         self._bits = id_bits(config.model.num_experts)
+        self._spare_ids = config.model.num_experts < 1 << self._bits
         self._beats = 0
 
     def connect(self) -> None:
@@ -140,9 +141,12 @@ class Worker:
         room = torch.empty(
             most_bytes(config.most_tokens, config.model.top_k, token_bytes), dtype=torch.uint8
         )
+        answer = torch.empty(HEADER_BYTES + config.most_tokens * token_bytes, dtype=torch.uint8)
+        sending: Any = None  # gloo needs what it has not sent yet
         while True:
             try:
                 receive(made, room, 0, lane).wait(FOREVER)
+                del sending
             except RuntimeError:
                 config.over[front] = True  # that front is gone
                 return
@@ -153,17 +157,20 @@ class Worker:
                 if get_header(room.numpy()).kind == OVER:
                     config.over[front] = True
                     return
-                reply = self._answer(room)
+                reply = self._answer(room, answer)
             except Exception as error:
                 logging.getLogger(__name__).error("prism-runtime: %s", error)
-                reply = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-                put_header(reply.numpy(), Header(FAILED))
+                put_header(answer.numpy(), Header(FAILED))
+                reply = answer[:HEADER_BYTES]
             try:
-                send(made, reply, 0, lane).wait(FOREVER)
+                # the front calls again only after all of it has come, so nobody waits for it here
+                sending = send(made, reply, 0, lane)
             except RuntimeError:
+                config.over[front] = True
                 return
 
-    def _answer(self, room: torch.Tensor) -> torch.Tensor:
+    def _answer(self, room: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        """What a call in ``room`` is answered with, written to the beginning of ``answer``."""
         config = self.config
         raw = room.numpy()
         header = get_header(raw)
@@ -172,24 +179,23 @@ class Worker:
         if header.kind != CALL or header.detail >= layers or not header.tokens or not fits:
             raise WireError(f"a call that does not fit {config.model.name}: {header}")
         upto = HEADER_BYTES + 4 * header.calls
-        words = np.ascontiguousarray(raw[HEADER_BYTES:upto]).view(np.uint32)
+        words = raw[HEADER_BYTES:upto].view(np.uint32)
         experts, weights, token = unpack_words(words, self._bits)
-        if int(experts.max()) >= config.model.num_experts or token[-1] != header.tokens - 1:
+        unknown = self._spare_ids and int(experts.max()) >= config.model.num_experts
+        if unknown or token[-1] != header.tokens - 1:
             raise WireError(f"a call that does not fit {config.model.name}: {header}")
         pairs = header.detail * config.model.num_experts + experts
-        lacking = np.flatnonzero(self.table.gpu_of[self.me, pairs] < 0)
-        if len(lacking):
-            reply = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-            put_header(reply.numpy(), Header(MISSING, detail=int(pairs[lacking[0]])))
-            return reply
-        token_bytes = config.width * config.states.itemsize
-        states = room[upto : upto + header.tokens * token_bytes].clone().view(config.states)
-        hidden = states.reshape(header.tokens, config.width)
+        lacking = self.table.gpu_of[self.me].take(pairs) < 0
+        if lacking.any():
+            put_header(answer.numpy(), Header(MISSING, detail=int(pairs[lacking.argmax()])))
+            return answer[:HEADER_BYTES]
+        shape, size = (header.tokens, config.width), header.tokens * config.width
+        size *= config.states.itemsize
+        hidden = room[upto : upto + size].view(config.states).view(shape)
         sums = config.compute.partial_sums(Batch(header.detail, hidden, token, experts, weights))
-        reply = torch.empty(HEADER_BYTES + header.tokens * token_bytes, dtype=torch.uint8)
-        put_header(reply.numpy(), Header(ANSWER, header.tokens, header.calls, header.detail))
-        sums = sums.to(device="cpu", dtype=config.states).contiguous()
-        reply[HEADER_BYTES:] = sums.view(torch.uint8).reshape(-1)
+        put_header(answer.numpy(), Header(ANSWER, header.tokens, header.calls, header.detail))
+        reply = answer[: HEADER_BYTES + size]
+        reply[HEADER_BYTES:].view(config.states).view(shape).copy_(sums)
         return reply
 
 
