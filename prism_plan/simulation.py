@@ -52,6 +52,9 @@ ENGINES: Mapping[str, Callable[[Scenario], Engine]] = {
 #: Between two looks at the clock and at Ctrl-C; the plain engine is hundreds of times slower.
 _EVENTS: Mapping[str, int] = {"compiled": CHUNK, "reference": 2000}
 
+#: More reviews than this are a mistyped period: they would take longer than what they review.
+MOST_REVIEWS = 100_000
+
 #: The name of the baseline in which servers do not help each other.
 OFFLOAD = "offload"
 
@@ -279,6 +282,7 @@ def simulate_placements(
         The migration policy has no rule for what the cluster asks.
     """
     options = options or SimulationOptions()
+    _require_few_reviews(options, requests)
     deadline = math.inf
     if options.time_limit_s is not None:
         deadline = time.monotonic() + options.time_limit_s
@@ -397,6 +401,19 @@ def require_able(rules: Instance, options: SimulationOptions) -> None:
             f"--migrate-solver: {options.migrate_solver!r} has no rule for "
             f"{' and '.join(sorted(lacking))}; solvers that have: "
             f"{', '.join(solvers_that_know(asked)) or 'none'}"
+        )
+
+
+def _require_few_reviews(options: SimulationOptions, requests: Requests) -> None:
+    if options.migrate == "never" or not len(requests):
+        return
+    reviews = float(requests.arrival_s[-1]) / options.migrate_every_s
+    if reviews > MOST_REVIEWS:
+        raise InputError(
+            f"{options.migrate_every_s:g} s: {reviews:,.0f} reviews before the last request",
+            source="--migrate-every",
+            expected=f"at most {MOST_REVIEWS:,}",
+            remedy="review less often",
         )
 
 

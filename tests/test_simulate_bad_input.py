@@ -280,6 +280,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no burst": (("p.json", "--burst", "0"), ("--burst: 0",)),
     "negative decode": (("p.json", "--decode-tokens", "-1"), ("--decode-tokens: -1",)),
     "huge prompt": (("p.json", "--prompt-tokens", "9" * 12), ("--prompt-tokens: 999",)),
+    "a period of nothing": (
+        ("p.json", "--migrate", "partial", "--migrate-every", "1e-7"),
+        ("--migrate-every: 1e-07 s", "reviews before the last request"),
+    ),
     "zero period": (("p.json", "--migrate-every", "0"), ("--migrate-every: 0",)),
     "NaN period": (("p.json", "--migrate-every", "nan"), ("--migrate-every: nan",)),
     "infinite period": (("p.json", "--migrate-every", "inf"), ("--migrate-every: inf",)),
