@@ -133,7 +133,9 @@ def test_logits_over_the_links(dtype: Any) -> None:
     port, spec = free_port(), checkpoint.spec
 
     def server(me: int) -> Server:
-        store = load_experts(checkpoint, placement, me, [CPU] * len(placement.gpu_capacity[me]), dtype)
+        store = load_experts(
+            checkpoint, placement, me, [CPU] * len(placement.gpu_capacity[me]), dtype
+        )
         config = ServerConfig(
             meeting=Meeting(2, me, port=port),
             placement=placement,
