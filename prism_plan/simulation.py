@@ -52,6 +52,8 @@ ENGINES: Mapping[str, Callable[[Scenario], Engine]] = {
 #: Between two looks at the clock and at Ctrl-C; the plain engine is hundreds of times slower.
 _EVENTS: Mapping[str, int] = {"compiled": CHUNK, "reference": 2000}
 
+#: Longer times are mistyped, and products of them no numbers any more.
+MOST_S = 1e12
 #: More reviews than this are a mistyped period: they would take longer than what they review.
 MOST_REVIEWS = 100_000
 
@@ -113,8 +115,10 @@ class SimulationOptions:
             ("--horizon", self.horizon_s),
             ("--time-limit", self.time_limit_s),
         ):
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{value}", source=option, expected="seconds above 0")
+            if value is not None and not 0 < value <= MOST_S:
+                raise InputError(
+                    f"{value}", source=option, expected=f"seconds above 0 and at most {MOST_S:g}"
+                )
         if self.half_life_s is not None and not self.half_life_s > 0:
             raise InputError(
                 f"{self.half_life_s}", source="--half-life", expected="seconds above 0"

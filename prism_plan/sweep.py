@@ -414,7 +414,6 @@ def _run(
 
 
 def _results(run: Mapping[str, Any], source: Run) -> dict[str, Any]:
-    known = [share for share in source.utilisation() if share is not None]
     return {
         "requests": run["requests"],
         "latency_mean_s": run["latency_s"]["mean"],
@@ -427,7 +426,7 @@ def _results(run: Mapping[str, Any], source: Run) -> dict[str, Any]:
         "waiting_share": run["waiting_share"],
         "destinations": run["destinations"],
         "bytes_sent": run["bytes_sent"],
-        "utilisation": max(known, default=None),
+        "utilisation": run["busiest"],
         "events": run["events"],
         "runtime_s": run["runtime_s"],
     }

@@ -130,7 +130,7 @@ def test_layer_latency_is_relative_to_no_remote_expert() -> None:
         np.testing.assert_allclose(line.get_ydata(), means / means[0])
     assert set(paper.get_ydata()) == {8.30}
     assert paper.get_linestyle() == ":"
-    assert legend(figure)[-1] == "paper: 8.30×"
+    assert legend(figure)[-1] == "the paper's testbed: 8.30×"
     low, high = figure.axes[0].get_ylim()
     assert low <= 1
     assert high > 8.3

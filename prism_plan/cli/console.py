@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prism_plan.trace import Trace
 
 #: Width of tables that do not go to a terminal.
-PLAIN_WIDTH = 120
+PLAIN_WIDTH = 500
 #: Traces of more rows than this are read with a progress bar.
 LONG_TRACE = 200_000
 

@@ -338,10 +338,7 @@ def _print(values: dict[str, Any], *, err: bool) -> None:
                "sent", "busiest"]  # fmt: skip
     rows = []
     for run in values["runs"]:
-        busiest = max(
-            (server["utilisation"] for server in run["servers"] if server["utilisation"]),
-            default=None,
-        )
+        busiest = run["busiest"]
         tpot_s = run["tpot_s"]["mean"]
         rows.append(
             [
@@ -388,4 +385,6 @@ def _print_migrations(values: dict[str, Any], *, err: bool) -> None:
 def _time(value: float | None) -> str:
     if value is None:
         return "–"
+    if 0 < value < 0.1:
+        return f"{1e3 * value:.2f} ms"
     return f"{value:.3f} s" if value < 100 else f"{value:,.0f} s"

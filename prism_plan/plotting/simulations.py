@@ -170,7 +170,7 @@ def layer_latency(report: Mapping[str, Any]) -> Figure:
         handles.append(
             axes.axhline(PAPER_LAYER_LATENCY, color="#555555", linestyle=":", linewidth=1.4)
         )
-        labels.append(f"paper: {PAPER_LAYER_LATENCY:.2f}×")
+        labels.append(f"the paper's testbed: {PAPER_LAYER_LATENCY:.2f}×")
         draw_legend(figure, handles, labels, beside=len(labels) > 5)
         axes.set_xlim(-0.02, 1.02)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))

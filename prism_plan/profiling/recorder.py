@@ -13,7 +13,7 @@ import inspect
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,8 +161,10 @@ class Recorder:
         if inputs is None:
             raise InputError("neither input_ids nor inputs_embeds", source="forward pass")
         shape = (int(inputs.shape[0]), int(inputs.shape[1]))
-        cache = kwargs.get("past_key_values")
+        cache = _cache(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
+        if past == 0:
+            _require_start(kwargs.get("position_ids"))
         self._follow(shape, past, cache, ids)
         mask = kwargs.get("attention_mask")
         if mask is not None:
@@ -365,6 +367,27 @@ def _stack(tensors: list[torch.Tensor], *, number: bool = False) -> npt.NDArray[
         stacked = stacked.to(torch.int32)  # half the way over the bus
     array: npt.NDArray[Any] = stacked.detach().cpu().numpy()
     return array
+
+
+def _cache(kwargs: Mapping[str, Any]) -> Any:
+    """The cache of a pass: ``past_key_values``, since transformers 5.24 ``cache``."""
+    found = (kwargs.get(name) for name in ("past_key_values", "cache"))
+    return next((cache for cache in found if cache is not None), None)
+
+
+def _require_start(positions: Any) -> None:
+    """Refuse a pass without cached tokens that does not begin at the start of its sequences.
+
+    It has a cache of a kind or name that is not known here; its tokens would become requests of
+    their own. A padded sequence's real tokens still begin at position 0.
+    """
+    if positions is not None and positions.numel() and int(positions.min()) > 0:
+        raise InputError(
+            f"tokens from position {int(positions.min())} on without a cache",
+            source="forward pass",
+            expected="a cache in past_key_values or cache, or sequences from their start",
+            remedy="generate with use_cache=True, with a release of transformers that works",
+        )
 
 
 def _argument(rest: list[Any], kwargs: dict[str, Any], *names: str) -> Any:

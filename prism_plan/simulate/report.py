@@ -93,6 +93,43 @@ class Run:
             found.append(float(served.mean()) * rate / places if known and rate else None)
         return found
 
+    def offered(self) -> dict[str, float]:
+        """How much of each place, GPU and link the arrivals ask for, by its name.
+
+        Of GPUs and links: their busy time over the time in which that many requests arrive. At 1 or
+        more the load is unstable: queues grow as long as requests arrive, however many places
+        (``concurrency``) there are. Of a partial run, over the simulated time.
+        """
+        names = self.scenario.placement.servers
+        found = {
+            name: share
+            for name, share in zip(names, self.utilisation(), strict=True)
+            if share is not None
+        }
+        span_s = self._span_s()
+        if not span_s:
+            return found
+        outcome, start = self.outcome, self.scenario.gpu_start
+        for n, name in enumerate(names):
+            for g in range(int(start[n]), int(start[n + 1])):
+                found[f"{name} gpu[{g - int(start[n])}]"] = float(outcome.gpu_busy_s[g] / span_s)
+            found[f"{name} uplink"] = float(outcome.up_busy_s[n] / span_s)
+            found[f"{name} downlink"] = float(outcome.down_busy_s[n] / span_s)
+        return found
+
+    def _span_s(self) -> float | None:
+        """Seconds in which that many requests arrive at their rates."""
+        requests, now_s = self.scenario.requests, self.outcome.now_s
+        if self.partial:
+            return now_s
+        spans = []
+        for n in np.unique(requests.home):
+            own = requests.home == n
+            rate = _rate(requests, int(n), own)
+            if rate:
+                spans.append(int(own.sum()) / rate)
+        return max(spans, default=None)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, as in DESIGN section 6."""
         self._require_littles_law()
@@ -114,6 +151,7 @@ class Run:
             "remote_calls": int(outcome.remote_calls.sum()),
             "messages": int(outcome.messages.sum()),
             "bytes_sent": int(outcome.bytes_out.sum()),
+            "busiest": max(self.offered().values(), default=None),
             "servers": self._servers(),
             "migrations": [vars(migration) for migration in self.migrations],
             "layer_latency_s": [
@@ -241,12 +279,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader of the runs has to know: overloaded servers, routing that was drawn."""
     found = []
     for run in runs:
-        names = run.scenario.placement.servers
-        over = [
-            f"{names[n]} {share:.2f}"
-            for n, share in enumerate(run.utilisation())
-            if share is not None and share >= 1
-        ]
+        asked = sorted(run.offered().items(), key=lambda item: -item[1])
+        over = [f"{name} {share:.2f}" for name, share in asked if share >= 1]
         if over:
             shown = ", ".join(over[:5]) + (f" and {len(over) - 5} more" if len(over) > 5 else "")
             found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ from prism_plan.trace import PHASES, Trace  # noqa: E402
 from prism_plan.trace_file import read_trace  # noqa: E402
 from tests.profiling.families import FAMILIES, VOCABULARY, tiny_model  # noqa: E402
 
+#: What models call the cache that they are given: renamed in transformers 5.24.
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(transformers.MixtralForCausalLM.forward).parameters
+    else "past_key_values"
+)
 PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")
 
 
@@ -302,19 +309,19 @@ def test_passes_that_would_give_wrong_rows_are_refused(tmp_path: Path) -> None:
     def cut() -> None:
         cache = model(input_ids=one, use_cache=True).past_key_values
         cache.crop(-2)
-        model(input_ids=one[:, :2], past_key_values=cache)
+        model(input_ids=one[:, :2], **{CACHE: cache})
 
     foreign = model(input_ids=one[:, :3], use_cache=True).past_key_values
 
     def elsewhere() -> None:
         model(input_ids=one, use_cache=True)
-        model(input_ids=one[:, :1], past_key_values=foreign)
+        model(input_ids=one[:, :1], **{CACHE: foreign})
 
     def interleaved() -> None:
         first = model(input_ids=one, use_cache=True).past_key_values
         second = model(input_ids=one + 1, use_cache=True).past_key_values
-        model(input_ids=one[:, :1], past_key_values=second)
-        model(input_ids=one[:, :1], past_key_values=first)
+        model(input_ids=one[:, :1], **{CACHE: second})
+        model(input_ids=one[:, :1], **{CACHE: first})
 
     def speculation() -> None:
         repeated = torch.tensor([[5, 6, 7] * 6])  # so that a continuation is guessed, and wrong
@@ -344,8 +351,8 @@ def test_another_turn(tmp_path: Path) -> None:
     with record(model, tmp_path / "t.parquet", end_tokens=[2]):
         cache = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
         for token in (8, 2, 9):  # the last two are fed after the end
-            model(input_ids=torch.tensor([[token]]), past_key_values=cache)
-        model(input_ids=torch.tensor([[10, 11]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[token]]), **{CACHE: cache})
+        model(input_ids=torch.tensor([[10, 11]]), **{CACHE: cache})
     phases = [phase for _, (phase, _) in sorted(rows(read_trace(tmp_path / "t.parquet")).items())]
     assert phases == [PREFILL] * 3 + [DECODE] + [PREFILL] * 2
 
@@ -359,3 +366,13 @@ def test_labels_are_names(tmp_path: Path, label: Any) -> None:
         record(model, tmp_path / "t.parquet") as recorder,
     ):
         recorder.label(label)
+
+
+def test_decode_passes_without_a_known_cache_are_refused(tmp_path: Path) -> None:
+    """A cache under a name that is not known would make every decoded token a request: refused."""
+    model = tiny_model(FAMILIES[0])
+    ids = torch.tensor([[5, 6, 7]])
+    with record(model, tmp_path / "t.parquet"):
+        model.model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2]]))
+        with pytest.raises(InputError, match="tokens from position 3 on without a cache"):
+            model.model(input_ids=ids[:, :1], position_ids=torch.tensor([[3]]))
