@@ -95,7 +95,7 @@ def test_report_table_and_requests(prism_plan: Run, here: Path) -> None:
     assert not values["partial"]
     lines = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
     assert lines[-4:] == names
-    assert f"{values['runs'][2]['latency_s']['mean']:.3f} s" in result.stdout
+    assert f"{1e3 * values['runs'][2]['latency_s']['mean']:.2f} ms" in result.stdout
     assert result.stderr == ""
     rows = pq.read_table(here / "r.parquet").to_pydict()
     assert len(rows["run"]) == sum(run["requests"] for run in values["runs"]) == 240

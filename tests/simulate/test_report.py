@@ -263,6 +263,28 @@ def test_unstable_load_is_noted_with_its_utilisation() -> None:
     assert simulated(small_trace(), small_cluster(), "exact").notes == ()
 
 
+def test_overload_is_told_however_many_places_there_are() -> None:
+    """With places for all, links and GPUs are what is short: the note names them, by busy / span."""
+    crowded = small_cluster(
+        *(
+            (f"arrival_interval_s = {s}", "arrival_interval_s = 0.0002\nconcurrency = 1000")
+            for s in ("0.02", "0.04")
+        )
+    )
+    result = simulated(small_trace(), crowded, "exact", number=60)
+    run = result.runs[0]
+    offered = run.offered()
+    assert max(share for share in run.utilisation() if share is not None) < 1
+    span_s = max(
+        (run.scenario.requests.home == n).sum() / run.scenario.requests.rate[n] for n in range(2)
+    )
+    assert offered["a gpu[0]"] == pytest.approx(run.outcome.gpu_busy_s[0] / span_s, rel=1e-12)
+    busiest, share = max(offered.items(), key=lambda item: item[1])
+    assert share > 1
+    assert f"{busiest} {share:.2f}" in result.notes[0]
+    assert run.to_json()["busiest"] == share
+
+
 # -------------------------------------------------------------------------------------- the schema
 
 
