@@ -245,8 +245,15 @@ def built_on_meta(values: dict[str, Any]) -> Any:
 
 
 def stored_bytes(model: Any) -> int:
-    """Bytes of all parameters, and of the router's correction biases, in float32."""
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of all parameters, and of the router's correction biases, in float32.
+
+    Routers count in the model's dtype, as checkpoints store them: since transformers 5.24 some are
+    float32 in memory.
+    """
+    total = 0
+    for name, p in model.named_parameters():
+        router = name.endswith("mlp.gate.weight")
+        total += p.numel() * (model.dtype.itemsize if router else p.element_size())
     corrections = [b for name, b in model.named_buffers() if "e_score_correction" in name]
     return total + sum(4 * b.numel() for b in corrections)
 
