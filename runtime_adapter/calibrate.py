@@ -2,8 +2,8 @@
 
 One server measures while the others idle and answer. Its steps are made up: all experts of a step
 are local, or all are on one other server. What a step takes beyond the experts' own time is the
-dense part; what a remote step takes beyond a local one grows with the payload: the slope is the
-line rate, the rest the overhead of a call.
+dense part; what a remote step takes beyond a local one grows with the payload: between the largest
+ones the slope is the line rate, and the rest of the smallest is the overhead of a call.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def calibration(
         [2 * (t * token_bytes + HEADER_BYTES) + BYTES_PER_CALL * t * model.top_k for t in TOKENS],
         np.float64,
     )
-    slope, rest = _line(sent, away)
+    slope, rest = _line(sent, away, 2 * cluster.link.burst_kb * 1e3)
     gpus = []
     for n, server in enumerate(cluster.servers):
         first = sum(len(s.gpus) for s in cluster.servers[:n])
@@ -131,8 +131,11 @@ def _experts_s(table: Timing, model: ModelSpec, tokens: int, server_gpu: int) ->
     return model.top_k * float(table.expert_s[kind, table.size[0], tokens])
 
 
-def _line(x: Any, y: Any) -> tuple[float, float]:
-    """Slope and rest of y over x, each point counting by its own size: small ones as much."""
-    weight = 1.0 / np.maximum(y, 1e-6)
-    slope, rest = np.polyfit(x, y, 1, w=weight)
-    return max(float(slope), 1e-12), float(rest)
+def _line(sent: Any, away_s: Any, unshaped: float) -> tuple[float, float]:
+    """Seconds per byte of the line, and of a call besides.
+
+    Of every call ``unshaped`` bytes may pass the lines' token buckets at once, there and back, so
+    the rate is the slope between the two largest.
+    """
+    slope = max(float(away_s[-1] - away_s[-2]) / float(sent[-1] - sent[-2]), 1e-12)
+    return slope, float(away_s[0]) - slope * max(float(sent[0]) - unshaped, 0.0)

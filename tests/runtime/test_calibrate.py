@@ -1,0 +1,66 @@
+"""Calibration from measured steps: known rates and overheads are found again."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+
+from prism_plan.cluster import Cluster, Gpu, Link, Server
+from prism_plan.model import PRESETS
+from prism_plan.simulate.calibration_file import calibration_from_json
+from prism_plan.simulate.network import BYTES_PER_CALL
+from prism_plan.simulate.timing import timing
+from runtime_adapter.calibrate import (
+    TOKENS,
+    Measured,
+    calibration,
+    calibration_placement,
+)
+from runtime_adapter.wire import HEADER_BYTES
+
+MODEL = PRESETS["deepseek-v2-lite"]
+
+
+def cluster(burst_kb: float) -> Cluster:
+    """Two alike servers."""
+    servers = tuple(Server(name, (Gpu(slots=2000),)) for name in ("a", "b"))
+    return Cluster("c", servers, Link(burst_kb=burst_kb))
+
+
+@pytest.mark.parametrize("burst_kb", [0.0, 64.0])
+@pytest.mark.parametrize("rtt_ms", [0.0, 2.0])
+def test_made_up_times_are_found_again(burst_kb: float, rtt_ms: float) -> None:
+    """Steps that take 0.3 ms a call at 400 Mbit/s beyond the tables give back these figures."""
+    two = cluster(burst_kb)
+    table = timing(two, MODEL, max(TOKENS))
+    own_s = 0.0002
+    local, remote = {}, {}
+    for t in TOKENS:
+        experts_s = MODEL.top_k * float(table.expert_s[0, 0, t])
+        dense_s = float(table.dense_s[0, t]) + own_s
+        out = t * MODEL.hidden_size * 2 + BYTES_PER_CALL * t * MODEL.top_k + HEADER_BYTES
+        back = t * MODEL.hidden_size * 2 + HEADER_BYTES
+        shaped = max(out + back - 2 * burst_kb * 1e3, 0.0)
+        local[t] = dense_s + experts_s
+        remote[t] = dense_s + experts_s + 0.0003 + rtt_ms * 1e-3 + shaped * 8 / 400e6
+    values = calibration(Measured(local, remote), two, MODEL, rtt_ms * 1e-3)
+    assert values["call_overhead_ms"] == pytest.approx(0.3, rel=1e-6)
+    assert values["bandwidth_mbps"] == pytest.approx(400, rel=1e-6)
+    found = calibration_from_json(values)
+    assert found.rtt_ms == rtt_ms
+    curves = found.of("b", 0)
+    for t, seconds in curves.dense_s:
+        assert seconds == pytest.approx(float(table.dense_s[0, t]) + own_s, rel=1e-9)
+    for t, seconds in curves.expert_s:
+        assert seconds == pytest.approx(float(table.expert_s[0, 0, t]), rel=1e-9)
+
+
+def test_the_placement_of_a_calibration_covers_and_separates() -> None:
+    """Every expert is somewhere; those of a local step are the first server's alone."""
+    placement = calibration_placement(cluster(0.0), MODEL)
+    local = placement.local
+    assert local.any(axis=0).all()
+    assert local[0, 0, : MODEL.top_k].all()
+    assert not local[1, 0, : MODEL.top_k].any()
+    assert local[1, 0, MODEL.top_k : 2 * MODEL.top_k].all()
