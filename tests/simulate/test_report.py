@@ -264,7 +264,7 @@ def test_unstable_load_is_noted_with_its_utilisation() -> None:
 
 
 def test_overload_is_told_however_many_places_there_are() -> None:
-    """With places for all, links and GPUs are what is short: the note names them, by busy / span."""
+    """With places for all, links and GPUs are what is short; the note names them."""
     crowded = small_cluster(
         *(
             (f"arrival_interval_s = {s}", "arrival_interval_s = 0.0002\nconcurrency = 1000")
