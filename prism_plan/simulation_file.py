@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Mapping
-from importlib.resources import files
 from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
+from prism_plan.schema import check_format, shipped_schema
 
 FORMAT = "prism-plan/simulation"
 VERSION = 1
@@ -23,9 +22,7 @@ _TYPES = {"integer": "a whole number", "number": "a finite number", "boolean": "
 
 def simulation_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a simulation report, as shipped."""
-    text = (files("prism_plan") / "schemas" / "simulation-1.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+    return shipped_schema("simulation-1")
 
 
 def read_simulation(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -42,33 +39,12 @@ def read_simulation(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def simulation_from_json(values: Any, source: object = "") -> dict[str, Any]:
     """The same from the values of the file; see :func:`read_simulation`."""
-    _check_format(values, source)
+    remedy = "make reports with prism-plan simulate -o"
+    check_format(values, FORMAT, VERSION, source=source, remedy=remedy)
     _check_schema(values, source)
     for index, run in enumerate(values["runs"]):
         _check_run(run, source, f"runs[{index}]")
     return dict(values)
-
-
-def _check_format(values: Any, source: object) -> None:
-    if not isinstance(values, Mapping):
-        raise InputError(f"{values!r:.60}", source=source, expected="an object")
-    if values.get("format") != FORMAT:
-        raise InputError(
-            f"{values.get('format')!r:.60}",
-            source=source,
-            place="format",
-            expected=repr(FORMAT),
-            remedy="make reports with prism-plan simulate -o",
-        )
-    version = values.get("version")
-    if version != VERSION or isinstance(version, bool):
-        raise InputError(
-            f"{version!r:.60}",
-            source=source,
-            place="version",
-            expected=str(VERSION),
-            remedy="a newer file needs a newer prism-plan",
-        )
 
 
 def _check_schema(values: Any, source: object) -> None:
