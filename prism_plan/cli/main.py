@@ -6,53 +6,31 @@ import contextlib
 import os
 import signal
 import sys
-from importlib import import_module
 from types import FrameType
 
 import click
 
 from prism_plan import __version__
-from prism_plan.errors import PrismError, did_you_mean
+from prism_plan.cli.lazy import lazy_group
+from prism_plan.errors import PrismError
 
-#: Command: (module with a click command ``command``, help line). Modules load when called.
+#: Command: (module with a click command ``command``, help line).
 COMMANDS = {
-    "profile": ("profile", "Turn recordings of a model's routing into a trace."),
-    "solve": ("solve", "Plan which GPU holds which expert."),
-    "compare": ("compare", "Score solvers and existing placements side by side."),
-    "simulate": ("simulate", "Simulate placements: latency, traffic, migrations."),
-    "check": ("check", "Check files: valid? If not, where and why."),
-    "diff": ("diff", "Show what moves between two placements."),
-    "migrate": ("migrate", "Plan the order of loads and drops between two placements."),
-    "plot": ("plot", "Draw traces, placements, comparisons and simulations."),
+    "profile": ("prism_plan.cli.profile", "Turn recordings of a model's routing into a trace."),
+    "solve": ("prism_plan.cli.solve", "Plan which GPU holds which expert."),
+    "compare": ("prism_plan.cli.compare", "Score solvers and existing placements side by side."),
+    "simulate": ("prism_plan.cli.simulate", "Simulate placements: latency, traffic, migrations."),
+    "check": ("prism_plan.cli.check", "Check files: valid? If not, where and why."),
+    "diff": ("prism_plan.cli.diff", "Show what moves between two placements."),
+    "migrate": (
+        "prism_plan.cli.migrate",
+        "Plan the order of loads and drops between two placements.",
+    ),
+    "plot": ("prism_plan.cli.plot", "Draw traces, placements and simulations."),
 }
 
 
-class LazyGroup(click.Group):
-    """Loads a command's module only when it runs, so that ``--help`` is quick."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module = import_module(f"prism_plan.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command = module.command
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS:
-            ctx.fail(f"unknown command {args[0]!r}{did_you_mean(args[0], COMMANDS)}")
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=lazy_group(COMMANDS), context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="prism-plan")
 def cli() -> None:
     """Plan where each expert of a Mixture-of-Experts model goes on a few unequal servers.
