@@ -11,7 +11,7 @@ import torch
 from prism_plan.simulate.timing import Timing
 from runtime_adapter.clock import GpuClock, gpu_work, wait_until
 from runtime_adapter.experts import Change, ExpertStore
-from runtime_adapter.placed import sum_dtype, weighted_sum
+from runtime_adapter.placed import weighted_sum
 from runtime_adapter.table import HolderTable
 
 Ints = npt.NDArray[np.int64]
@@ -37,16 +37,14 @@ class Batch(NamedTuple):
         return found[order], number[order]
 
 
-def sums_in(states: torch.dtype) -> torch.dtype:
-    """In which the sums of hidden states of a dtype are taken; bytes stay bytes."""
-    return sum_dtype(states) if states.is_floating_point else states
-
-
 class Compute(Protocol):
     """Computes partial sums of the calls of a batch, and the dense part where it is timed."""
 
     def partial_sums(self, batch: Batch) -> torch.Tensor:
-        """Σ over the batch's calls of weight x expert(hidden), [T, H], in ``sums_in``'s dtype."""
+        """Σ over the batch's calls of weight x expert(hidden), [T, H], in :func:`sum_dtype`.
+
+        Bytes that stand for hidden states stay what they are. The caller may write to the result.
+        """
 
     def dense(self, tokens: int) -> None:
         """One layer's dense part for a step of so many tokens."""
@@ -103,7 +101,7 @@ class TimedCompute:
             batch.layer * self.num_experts,
         )  # fmt: skip
         wait_until(self.clock.reserve(work_s))
-        return torch.zeros_like(batch.hidden)
+        return batch.hidden
 
     def dense(self, tokens: int) -> None:
         kind = self.timing.kind[self.dense_gpu]

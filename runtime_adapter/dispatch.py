@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from collections.abc import Callable, Mapping
@@ -12,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from prism_plan.errors import PrismError
 from prism_plan.model import ModelShape
 from runtime_adapter.clock import wait_until
-from runtime_adapter.compute import Batch, Compute, sums_in
+from runtime_adapter.compute import Batch, Compute
 from runtime_adapter.counters import Counters
 from runtime_adapter.links import RuntimeFailure, ServerLost, receive, send
+from runtime_adapter.placed import sum_dtype
 from runtime_adapter.routing import Router, pack_calls, tally
 from runtime_adapter.wire import (
     ANSWER,
@@ -40,10 +43,13 @@ MOST_RETRIES = 50
 
 @dataclass(eq=False, slots=True)
 class _Under:
-    """A call that is under way; ``rows`` of its tokens, or all of the step's."""
+    """A call that is under way; ``rows`` of its tokens, None where they are all of the step's."""
 
     server: int
+    tokens: int
     rows: Ints | None
+    out_bytes: int
+    back_bytes: int
     answer: _Room
     sending: Any
     receiving: Any
@@ -65,6 +71,13 @@ class _Room:
             self._all = torch.empty(size, dtype=torch.uint8)
         self.tensor = self._all[:size]
         self.array: Any = self.tensor.numpy()
+        self._states: torch.Tensor | None = None
+
+    def states(self, dtype: torch.dtype, width: int) -> torch.Tensor:
+        """What follows the header, [T, width]; of one dtype and width throughout."""
+        if self._states is None:
+            self._states = self.tensor[HEADER_BYTES:].view(dtype).view(-1, width)
+        return self._states
 
 
 class Dispatcher:
@@ -159,29 +172,40 @@ class Dispatcher:
         remote, waiting, destinations = tally(place, me, self._sent)
         under = self._send_all(layer, hidden, experts, weights, place) if remote else []
         sent_s = time.perf_counter()
-        if first:  # while the others compute
+        counted = {
+            "messages": len(under),
+            "out_bytes": sum(call.out_bytes for call in under),
+            "back_bytes": sum(call.back_bytes for call in under),
+        }
+        if first:
             self.counters.count_calls(layer, experts)
-            self.counters.count(
-                calls=place.size,
-                remote_calls=remote,
-                steps=len(place),
-                waiting=waiting,
-                destinations=destinations,
-            )
-        sums = torch.zeros_like(hidden, dtype=sums_in(hidden.dtype))
+            counted |= {
+                "calls": place.size,
+                "remote_calls": remote,
+                "steps": len(place),
+                "waiting": waiting,
+                "destinations": destinations,
+            }
+        self.counters.count(**counted)  # while the others compute
+        sums: torch.Tensor | None = None
         failed = None
         try:
             if remote < place.size:
-                token, k = np.nonzero(place == me)
-                sums += self.compute.partial_sums(
-                    Batch(layer, hidden, token, experts[token, k], weights[token, k])
-                )
+                if remote:
+                    token, k = np.nonzero(place == me)
+                    batch = Batch(layer, hidden, token, experts[token, k], weights[token, k])
+                else:
+                    every = np.repeat(np.arange(len(place)), place.shape[1])
+                    batch = Batch(layer, hidden, every, experts.ravel(), weights.ravel())
+                sums = self.compute.partial_sums(batch)
             computed_s = time.perf_counter()
             while under:
                 call = under.pop()
-                if not self._receive(call, sums, hidden.dtype):
+                if not self._await(call):
                     calls = place == call.server
                     failed = calls if failed is None else failed | calls
+                elif hidden.dtype.is_floating_point:  # bytes stand for states in a replay
+                    sums = self._add(call, sums, hidden, bool(under))
         except BaseException:
             self._await_all(under)
             raise
@@ -191,6 +215,8 @@ class Dispatcher:
             compute_us=round(1e6 * (computed_s - sent_s)),
             waiting_us=round(1e6 * (time.perf_counter() - computed_s)),
         )
+        if sums is None:
+            sums = torch.zeros_like(hidden)
         return sums, failed
 
     def _send_all(
@@ -201,15 +227,15 @@ class Dispatcher:
         states = states.contiguous().view(torch.uint8).numpy()
         bits_of_weights = weights.view(np.uint32)
         under: list[_Under] = []
-        out_bytes = back_bytes = 0
+        step_tokens, token_bytes = states.shape
         for server, (tokens, calls) in enumerate(self._sent.tolist()):
             if not tokens:
                 continue
-            token_bytes = states.shape[1]
             payload = call_bytes(tokens, calls, token_bytes)
+            back_bytes = tokens * token_bytes
             message, answer = self._rooms[server]
             message.resize(HEADER_BYTES + payload)
-            answer.resize(HEADER_BYTES + tokens * token_bytes)
+            answer.resize(HEADER_BYTES + back_bytes)
             raw = message.array
             put_header(raw, Header(CALL, tokens, calls, layer, self.request))
             upto = HEADER_BYTES + 4 * calls
@@ -219,7 +245,8 @@ class Dispatcher:
                 self._await_all(under)
                 refuse_weights()
             into = raw[upto:].reshape(tokens, token_bytes)
-            if tokens == len(states):
+            everything = tokens == step_tokens
+            if everything:
                 into[:] = states
             else:
                 np.take(states, rows, axis=0, out=into, mode="clip")
@@ -231,15 +258,16 @@ class Dispatcher:
             except RuntimeError as error:
                 receiving = sending = None
                 self._lose(server, error)
-            everything = tokens == len(states)
-            under.append(_Under(server, None if everything else rows, answer, sending, receiving))
-            out_bytes += payload
-            back_bytes += tokens * token_bytes
-        self.counters.count(messages=len(under), out_bytes=out_bytes, back_bytes=back_bytes)
+            under.append(
+                _Under(
+                    server, tokens, None if everything else rows, payload, back_bytes, answer,
+                    sending, receiving,
+                )
+            )  # fmt: skip
         return under
 
     def _await(self, call: _Under) -> bool:
-        """Wait for an answer; False if there is none."""
+        """Wait for an answer; False if there is none, or the expert is not there."""
         if call.receiving is None:
             return False
         try:
@@ -248,31 +276,36 @@ class Dispatcher:
             self._rooms[call.server] = (_Room(), _Room())  # the old ones may still be written to
             self._lose(call.server, error)
             return False
+        header = get_header(call.answer.array)
+        if header.kind == MISSING:
+            return False
+        if header.kind != ANSWER or header.tokens != call.tokens:
+            name = self.router.table.servers[call.server]
+            raise RuntimeFailure(f"server {name!r} could not compute a call; see its messages")
         return True
 
     def _await_all(self, under: list[_Under]) -> None:
         """Let no answer of a step that failed be there when the next one asks."""
         for call in under:
-            self._await(call)
+            with contextlib.suppress(PrismError):
+                self._await(call)
 
-    def _receive(self, call: _Under, sums: torch.Tensor, states: torch.dtype) -> bool:
-        """Add an answer to the sums; False if there is none."""
-        if not self._await(call):
-            return False
-        header = get_header(call.answer.array)
-        if header.kind == MISSING:
-            return False
-        tokens = len(sums) if call.rows is None else len(call.rows)
-        if header.kind != ANSWER or header.tokens != tokens:
-            name = self.router.table.servers[call.server]
-            raise RuntimeFailure(f"server {name!r} could not compute a call; see its messages")
-        found = call.answer.tensor[HEADER_BYTES:].view(states).view(tokens, -1)
+    def _add(
+        self, call: _Under, sums: torch.Tensor | None, hidden: torch.Tensor, more: bool
+    ) -> torch.Tensor:
+        """The sums with an answer added; ``more`` says that other answers may follow."""
+        found = call.answer.states(hidden.dtype, hidden.shape[1])
+        wide = sum_dtype(hidden.dtype)
         if call.rows is None:
+            if sums is None:  # a copy, for the room is used again; of all there is, as it came
+                return found.to(hidden.device, wide if more else hidden.dtype, copy=True)
             sums += found.to(sums.device) if sums.is_cuda else found
-        else:
-            rows = torch.from_numpy(call.rows).to(sums.device)
-            sums.index_add_(0, rows, found.to(device=sums.device, dtype=sums.dtype))
-        return True
+            return sums
+        if sums is None:
+            sums = torch.zeros_like(hidden, dtype=wide)
+        rows = torch.from_numpy(call.rows).to(sums.device)
+        sums.index_add_(0, rows, found.to(device=sums.device, dtype=sums.dtype))
+        return sums
 
     def _lose(self, server: int, error: Exception) -> None:
         table = self.router.table

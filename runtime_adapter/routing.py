@@ -130,6 +130,30 @@ def pack_calls(  # pragma: no cover - compiled
     return True
 
 
+@jit
+def read_calls(  # pragma: no cover - compiled
+    words: Any, bits: int, first: int, held_by: Any, experts: Any, weights: Any, token: Any
+) -> Any:
+    """Take words [C] apart as :func:`runtime_adapter.wire.unpack_words` does.
+
+    Fills ``experts``, ``weights`` (float32 as uint32) and ``token``, all [C]. ``held_by`` int [J]
+    is -1 for pairs that are not here, ``first`` the layer's first pair. Returns the tokens named,
+    and the last expert that is not here, -1 if all are.
+    """
+    low = (np.uint32(1) << np.uint32(bits)) - np.uint32(1)
+    tokens, lacking = np.int64(0), np.int64(-1)
+    for c in range(len(words)):
+        word = words[c]
+        expert = np.int64(word & low)
+        experts[c] = expert
+        weights[c] = word & np.uint32(0x7FFFFFFF) & ~low
+        token[c] = tokens
+        tokens += np.int64(word >> np.uint32(31))
+        if first + expert >= len(held_by) or held_by[first + expert] < 0:
+            lacking = expert
+    return tokens, lacking
+
+
 class Router:
     """Routes the steps of one server; keeps what it has sent over each link."""
 

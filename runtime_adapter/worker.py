@@ -23,6 +23,7 @@ from runtime_adapter.changes import News
 from runtime_adapter.clock import sharp_timers, wait_until
 from runtime_adapter.compute import Batch, Compute
 from runtime_adapter.links import FOREVER, Meeting, RuntimeFailure, group, join_store, receive, send
+from runtime_adapter.routing import read_calls
 from runtime_adapter.table import HolderTable
 from runtime_adapter.wire import (
     ANSWER,
@@ -37,11 +38,12 @@ from runtime_adapter.wire import (
     id_bits,
     most_bytes,
     put_header,
-    unpack_words,
 )
 
 #: Seconds between two signs of life.
 BEAT_S = 0.5
+#: Views of calls of up to so many tokens are kept.
+KEPT_TOKENS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +105,6 @@ class Worker:
         if hasattr(config.compute, "table"):
             config.compute.table = self.table
         self.store = join_store(config.meeting, host_it=False)
-        self._bits = id_bits(config.model.num_experts)
-        self._spare_ids = config.model.num_experts < 1 << self._bits
         self._beats = 0
 
     def connect(self) -> None:
@@ -137,31 +137,26 @@ class Worker:
     def _answer_all(self, front: int, made: Any, lane: int) -> None:
         sharp_timers()
         config = self.config
-        token_bytes = config.width * config.states.itemsize
-        room = torch.empty(
-            most_bytes(config.most_tokens, config.model.top_k, token_bytes), dtype=torch.uint8
-        )
-        answer = torch.empty(HEADER_BYTES + config.most_tokens * token_bytes, dtype=torch.uint8)
+        desk = Desk(config, self.table, self.me)
         sending: Any = None  # gloo needs what it has not sent yet
         while True:
             try:
-                receive(made, room, 0, lane).wait(FOREVER)
+                receive(made, desk.room, 0, lane).wait(FOREVER)
                 del sending
             except RuntimeError:
                 config.over[front] = True  # that front is gone
                 return
-            arrived_s = time.monotonic()
             if config.rtt_s:
-                wait_until(arrived_s + config.rtt_s / 2)
+                wait_until(time.monotonic() + config.rtt_s / 2)
             try:
-                if get_header(room.numpy()).kind == OVER:
+                header = get_header(desk.raw)
+                if header.kind == OVER:
                     config.over[front] = True
                     return
-                reply = self._answer(room, answer)
+                reply = desk.answer(header)
             except Exception as error:
                 logging.getLogger(__name__).error("prism-runtime: %s", error)
-                put_header(answer.numpy(), Header(FAILED))
-                reply = answer[:HEADER_BYTES]
+                reply = desk.brief(Header(FAILED))
             try:
                 # the front calls again only after all of it has come, so nobody waits for it here
                 sending = send(made, reply, 0, lane)
@@ -169,34 +164,77 @@ class Worker:
                 config.over[front] = True
                 return
 
-    def _answer(self, room: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        """What a call in ``room`` is answered with, written to the beginning of ``answer``."""
-        config = self.config
-        raw = room.numpy()
-        header = get_header(raw)
-        layers = config.model.num_layers
-        fits = header.tokens <= header.calls <= header.tokens * config.model.top_k
-        if header.kind != CALL or header.detail >= layers or not header.tokens or not fits:
-            raise WireError(f"a call that does not fit {config.model.name}: {header}")
-        upto = HEADER_BYTES + 4 * header.calls
-        words = raw[HEADER_BYTES:upto].view(np.uint32)
-        experts, weights, token = unpack_words(words, self._bits)
-        unknown = self._spare_ids and int(experts.max()) >= config.model.num_experts
-        if unknown or token[-1] != header.tokens - 1:
-            raise WireError(f"a call that does not fit {config.model.name}: {header}")
-        pairs = header.detail * config.model.num_experts + experts
-        lacking = self.table.gpu_of[self.me].take(pairs) < 0
-        if lacking.any():
-            put_header(answer.numpy(), Header(MISSING, detail=int(pairs[lacking.argmax()])))
-            return answer[:HEADER_BYTES]
-        shape, size = (header.tokens, config.width), header.tokens * config.width
-        size *= config.states.itemsize
-        hidden = room[upto : upto + size].view(config.states).view(shape)
-        sums = config.compute.partial_sums(Batch(header.detail, hidden, token, experts, weights))
-        put_header(answer.numpy(), Header(ANSWER, header.tokens, header.calls, header.detail))
-        reply = answer[: HEADER_BYTES + size]
-        reply[HEADER_BYTES:].view(config.states).view(shape).copy_(sums)
+
+class Desk:
+    """Where one lane of one front is answered: its call and the answer, and views of both."""
+
+    def __init__(self, config: WorkerConfig, table: HolderTable, me: int) -> None:
+        model, token_bytes = config.model, config.width * config.states.itemsize
+        calls = config.most_tokens * model.top_k
+        self.config = config
+        self.room = torch.empty(
+            most_bytes(config.most_tokens, model.top_k, token_bytes), dtype=torch.uint8
+        )
+        self.raw = self.room.numpy()
+        self._reply = torch.empty(
+            HEADER_BYTES + config.most_tokens * token_bytes, dtype=torch.uint8
+        )
+        self._reply_raw = self._reply.numpy()
+        self._words = self.raw[HEADER_BYTES : HEADER_BYTES + 4 * calls].view(np.uint32)
+        self._held = table.gpu_of[me]
+        self._bits = id_bits(model.num_experts)
+        self._token_bytes = token_bytes
+        # compiled code fills these; a batch is of their beginning
+        self._experts, self._token = np.empty(calls, np.int64), np.empty(calls, np.int64)
+        self._weights = np.empty(calls, np.float32)
+        self._weight_bits = self._weights.view(np.uint32)
+        self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def answer(self, header: Header) -> torch.Tensor:
+        """What the call in ``room`` is answered with, written to memory that is used again.
+
+        Raises
+        ------
+        WireError
+            The call does not fit the model.
+        """
+        model = self.config.model
+        tokens, calls, layer = header.tokens, header.calls, header.detail
+        fits = 0 < tokens <= min(calls, self.config.most_tokens) and calls <= tokens * model.top_k
+        if header.kind != CALL or layer >= model.num_layers or not fits:
+            raise WireError(f"a call that does not fit {model.name}: {header}")
+        first = layer * model.num_experts
+        experts, token, weights = self._experts[:calls], self._token[:calls], self._weights[:calls]
+        named, lacking = read_calls(
+            self._words[:calls], self._bits, first, self._held, experts,
+            self._weight_bits[:calls], token,
+        )  # fmt: skip
+        if named != tokens or token[-1] != tokens - 1 or lacking >= model.num_experts:
+            raise WireError(f"a call that does not fit {model.name}: {header}")
+        if lacking >= 0:
+            return self.brief(Header(MISSING, detail=first + int(lacking)))
+        hidden, reply, sums = self._seen(tokens, calls)
+        sums.copy_(self.config.compute.partial_sums(Batch(layer, hidden, token, experts, weights)))
+        put_header(self._reply_raw, Header(ANSWER, tokens, calls, layer))
         return reply
+
+    def brief(self, header: Header) -> torch.Tensor:
+        """An answer of nothing but a header."""
+        put_header(self._reply_raw, header)
+        return self._reply[:HEADER_BYTES]
+
+    def _seen(self, tokens: int, calls: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The call's hidden states, the reply and its states; those of short calls are kept."""
+        found = self._views.get((tokens, calls))
+        if found is None:
+            upto, size = HEADER_BYTES + 4 * calls, tokens * self._token_bytes
+            shape = (tokens, self.config.width)
+            hidden = self.room[upto : upto + size].view(self.config.states).view(shape)
+            reply = self._reply[: HEADER_BYTES + size]
+            found = hidden, reply, reply[HEADER_BYTES:].view(self.config.states).view(shape)
+            if tokens <= KEPT_TOKENS:
+                self._views[tokens, calls] = found
+        return found
 
 
 def in_parallel(jobs: list[Callable[[], Any]]) -> list[Any]:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from runtime_adapter.routing import pack_calls, tally
+from runtime_adapter.routing import pack_calls, read_calls, tally
 from runtime_adapter.wire import (
     ANSWER,
     CALL,
@@ -34,7 +34,7 @@ from runtime_adapter.wire import (
 def test_calls_of_a_step(seed: int, tokens: int, experts: int, servers: int) -> None:
     """Each server's words name its calls, tokens in order; weights keep all bits but an id's.
 
-    The compiled packing and counting equal numpy's, written out.
+    The compiled packing, counting and reading equal numpy's, written out.
     """
     rng = np.random.default_rng(seed)
     top_k, me = min(6, experts), 0
@@ -65,6 +65,16 @@ def test_calls_of_a_step(seed: int, tokens: int, experts: int, servers: int) -> 
         assert np.array_equal(found, rows[token, k])
         assert np.array_equal(into[at], token)
         assert np.allclose(kept, weights[token, k], rtol=2.0 ** (bits - 23), atol=1e-37)
+        held_by = np.zeros(2 * experts, np.int32)
+        gone = experts + int(found[rng.integers(len(found))])
+        held_by[gone] = -rng.integers(0, 2)
+        ids, same, names = np.zeros_like(found), np.zeros_like(words), np.zeros_like(found)
+        lacking = gone - experts if held_by[gone] < 0 else -1
+        named = read_calls(words, bits, experts, held_by, ids, same, names)
+        assert named == (sent[server, 0], lacking)
+        assert np.array_equal(ids, found)
+        assert np.array_equal(same.view(np.float32), kept)
+        assert np.array_equal(names, at)
     assert sent[me].tolist() == [0, 0]
 
 
