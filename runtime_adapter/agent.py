@@ -73,7 +73,7 @@ class TimedLoader:
         self._free_s[gpu] = begin_s + seconds
         if self.blocks[gpu]:
             clock: GpuClock = self.compute.clock
-            self._free_s[gpu] = clock.reserve({gpu: seconds})
+            self._free_s[gpu] = clock.reserve([(gpu, seconds)])
         wait_until(self._free_s[gpu])
         change = Change("load", pair, gpu, 0)
         self.compute.apply(change)

@@ -1,20 +1,23 @@
 """Measuring the times that the simulator reads, on the machinery that they are times of.
 
-One server measures while the others idle and answer. Its steps are made up: all experts of a step
-are local, or all are on one other server. What a step takes beyond the experts' own time is the
-dense part; what a remote step takes beyond a local one grows with the payload: between the largest
-ones the slope is the line rate, and the rest of the smallest is the overhead of a call.
+One server measures while the others idle and answer. What a step with local experts alone takes
+beyond the experts' own time is the dense part. What a step with all experts on one other server
+takes beyond that grows with the payload: between the two largest ones the slope is the line rate.
+Then tokens call experts at random, here and on all other servers, layer after layer, as requests
+do: the overhead of a call is the one with which section 4's rules give these steps' mean time.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.optimize import brentq
 
 from prism_plan.cluster import Cluster
 from prism_plan.model import ModelSpec
@@ -26,15 +29,12 @@ from runtime_adapter.wire import HEADER_BYTES
 
 #: Tokens of the steps that are measured.
 TOKENS = (1, 2, 8, 32, 128, 512)
-#: Steps of each kind; more of the short ones.
-REPEATS = 40
+#: Steps of each kind; a tenth of the long ones, ten times as many of those at random.
+REPEATS = 104
 
 
 def calibration_placement(cluster: Cluster, model: ModelSpec) -> Placement:
-    """The first server holds experts 0 to K-1 of the first layer, the second K to 2K-1, and so on.
-
-    Layers are shared out whole beyond the first, so that every expert is somewhere.
-    """
+    """The first server holds experts 0 to K-1 of each layer, the second K to 2K-1, and so on."""
     capacity = tuple(tuple(model.num_pairs for _ in server.gpus) for server in cluster.servers)
     on_gpu = np.zeros((sum(map(len, capacity)), model.num_layers, model.num_experts), bool)
     first = 0
@@ -51,36 +51,57 @@ def calibration_placement(cluster: Cluster, model: ModelSpec) -> Placement:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
-    """Median seconds of a step by tokens: all local, and all on the second server."""
+    """Mean seconds of a step of one layer by tokens: all local, and all on the second server.
+
+    ``spread_s`` is the mean of steps of one token whose experts are anywhere, ``spread`` int
+    [steps, N] how many experts of each such step were on each server.
+    """
 
     local_s: dict[int, float]
     remote_s: dict[int, float]
+    spread_s: float
+    spread: npt.NDArray[np.int64]
 
 
-def measure(dispatcher: Dispatcher, model: ModelSpec, width: int) -> Measured:
+def measure(dispatcher: Dispatcher, model: ModelSpec, width: int, seed: int = 0) -> Measured:
     """Time steps of one layer on an idle cluster."""
+    rng = np.random.default_rng(seed)
+    servers = len(dispatcher.router.table.servers)
+    holder = np.arange(model.num_experts) // model.top_k % servers
     found: dict[str, dict[int, float]] = {"local": {}, "remote": {}}
-    for kind, first in (("local", 0), ("remote", model.top_k)):
+    for kind, server in (("local", 0), ("remote", 1)):
         for tokens in TOKENS:
-            experts = np.tile(np.arange(first, first + model.top_k), (tokens, 1))
-            times = []
-            for _ in range(REPEATS if tokens <= 32 else REPEATS // 4):
-                begin_s = time.perf_counter()
-                one_layer(dispatcher, experts, width)
-                times.append(time.perf_counter() - begin_s)
-            found[kind][tokens] = median(times[1:])
-    return Measured(found["local"], found["remote"])
+            repeats = REPEATS if tokens <= 32 else max(REPEATS // 10, 10)
+            ids = rng.permuted(np.tile(np.flatnonzero(holder == server), (repeats, 1)), axis=1)
+            rows = np.repeat(ids[:, None, : model.top_k], tokens, axis=1)
+            found[kind][tokens] = fmean(_seconds(dispatcher, rows, width))
+    every = np.tile(np.arange(model.num_experts), (10 * REPEATS, 1))
+    rows = rng.permuted(every, axis=1)[:, None, : model.top_k]
+    spread_s = fmean(_seconds(dispatcher, rows, width))
+    at = holder[rows[:, 0]]
+    spread = np.stack([(at == n).sum(axis=1) for n in range(servers)], axis=1)
+    return Measured(found["local"], found["remote"], spread_s, spread)
 
 
-def one_layer(dispatcher: Dispatcher, experts: Any, width: int) -> None:
-    """Dense part and experts [T, K] of the first layer."""
+def _seconds(dispatcher: Dispatcher, rows: npt.NDArray[np.int64], width: int) -> list[float]:
+    """Of each step [steps, T, K], layer after layer; some before that are not counted."""
+    times = []
+    for layer, experts in enumerate([*rows[:3], *rows]):
+        begin_s = time.perf_counter()
+        one_layer(dispatcher, layer % dispatcher.model.num_layers, experts, width)
+        times.append(time.perf_counter() - begin_s)
+    return times[3:]
+
+
+def one_layer(dispatcher: Dispatcher, layer: int, experts: Any, width: int) -> None:
+    """Dense part and experts [T, K] of a layer."""
     tokens, top_k = experts.shape
     hidden = torch.zeros((tokens, width), dtype=torch.uint8)
     weights = np.full((tokens, top_k), 1.0 / top_k, np.float32)
     dispatcher.compute.dense(tokens)
-    dispatcher.run(0, hidden, experts, weights)
+    dispatcher.run(layer, hidden, experts, weights)
 
 
 def calibration(
@@ -99,7 +120,27 @@ def calibration(
         [2 * (t * token_bytes + HEADER_BYTES) + BYTES_PER_CALL * t * model.top_k for t in TOKENS],
         np.float64,
     )
-    slope, rest = _line(sent, away, 2 * cluster.link.burst_kb * 1e3)
+    # of each message so much may pass the lines' token buckets at once
+    slope = max(float(away[-1] - away[-2]) / float(sent[-1] - sent[-2]), 1e-12)
+    burst = cluster.link.burst_kb * 1e3
+    spread = measured.spread
+    first_gpu = np.cumsum([0] + [len(s.gpus) for s in cluster.servers[:-1]])
+    one_s = table.expert_s[table.kind[first_gpu], table.size[0], 1]
+    calls = spread[:, 1:]
+    out = token_bytes + HEADER_BYTES + BYTES_PER_CALL * calls
+    back = token_bytes + HEADER_BYTES
+    wire_s = slope * (np.maximum(out - burst, 0.0) + max(back - burst, 0.0))
+    others_s = np.where(calls > 0, wire_s + rtt_s + calls * one_s[1:], -np.inf)
+    own_s = spread[:, 0] * one_s[0]
+    wanted_s = measured.spread_s - dense_s[1]
+
+    def too_long_s(overhead_s: float) -> float:
+        slowest = np.maximum(own_s, (others_s + overhead_s).max(axis=1))
+        return float(slowest.mean()) - wanted_s
+
+    overhead_s = 0.0
+    if too_long_s(0.0) < 0:
+        overhead_s = float(brentq(too_long_s, 0.0, 2 * wanted_s))
     gpus = []
     for n, server in enumerate(cluster.servers):
         first = sum(len(s.gpus) for s in cluster.servers[:n])
@@ -114,13 +155,14 @@ def calibration(
     return {
         "format": "prism-plan/calibration",
         "version": 1,
-        "call_overhead_ms": 1e3 * max(rest - rtt_s, 0.0),
+        "call_overhead_ms": 1e3 * overhead_s,
         "rtt_ms": 1e3 * rtt_s,
         "bandwidth_mbps": 8e-6 / slope,
         "servers": gpus,
         "provenance": {
             "local_ms": {str(t): 1e3 * s for t, s in measured.local_s.items()},
             "remote_ms": {str(t): 1e3 * s for t, s in measured.remote_s.items()},
+            "spread_ms": 1e3 * measured.spread_s,
         },
     }
 
@@ -129,13 +171,3 @@ def _experts_s(table: Timing, model: ModelSpec, tokens: int, server_gpu: int) ->
     """Seconds of top-k experts with that many tokens each, on one GPU."""
     kind = table.kind[min(server_gpu, len(table.kind) - 1)]
     return model.top_k * float(table.expert_s[kind, table.size[0], tokens])
-
-
-def _line(sent: Any, away_s: Any, unshaped: float) -> tuple[float, float]:
-    """Seconds per byte of the line, and of a call besides.
-
-    Of every call ``unshaped`` bytes may pass the lines' token buckets at once, there and back, so
-    the rate is the slope between the two largest.
-    """
-    slope = max(float(away_s[-1] - away_s[-2]) / float(sent[-1] - sent[-2]), 1e-12)
-    return slope, float(away_s[0]) - slope * max(float(sent[0]) - unshaped, 0.0)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
+
+from prism_plan.jit import jit
 
 _PR_SET_TIMERSLACK = 29
 
@@ -39,12 +41,14 @@ class GpuClock:
         self._free_s: Any = context.Array(ctypes.c_double, gpus, lock=False)
         self._busy_s: Any = context.Array(ctypes.c_double, gpus, lock=False)
 
-    def reserve(self, work_s: Mapping[int, float]) -> float:
+    def reserve(self, work_s: Iterable[tuple[int, float]]) -> float:
         """Queue seconds of work on GPUs of the server; returns when the last of it is done."""
         now = time.monotonic()
         end_s = now
         with self._lock:
-            for gpu, seconds in work_s.items():
+            for gpu, seconds in work_s:
+                if not seconds:
+                    continue
                 done_s = max(now, self._free_s[gpu]) + seconds
                 self._free_s[gpu] = done_s
                 self._busy_s[gpu] += seconds
@@ -56,17 +60,22 @@ class GpuClock:
         return list(self._busy_s)
 
 
-def gpu_work(
-    table_gpus: Any, layer: int, first_gpu: int, experts: Any, tokens: Any, timing: Any, first: int
-) -> dict[int, float]:
-    """Seconds on each GPU of a server of batches of experts, from the simulator's tables.
+@jit
+def gpu_work(  # pragma: no cover - compiled
+    experts: Any, gpu_of: Any, first_pair: int, first_gpu: int, kind: Any, expert_s: Any,
+    tokens: Any, work_s: Any,
+) -> None:  # fmt: skip
+    """Fill ``work_s`` [G] with a batch's seconds on each GPU of a server, from simulator's tables.
 
-    ``experts`` and ``tokens`` are those of the batches in the order of their first call;
-    ``table_gpus`` int [J] the server's GPU of each pair, in the order of all servers.
+    ``experts`` [C] are those of the batch's calls; ``gpu_of`` int [J] the server's GPU of each
+    pair and ``kind`` [all G], in the order of all servers; ``expert_s`` [kinds, T + 1] is of the
+    layer; ``tokens`` [E], all 0, is used and left as it was.
     """
-    work: dict[int, float] = {}
-    for e, number in zip(experts, tokens, strict=True):
-        gpu = int(table_gpus[first + e])
-        seconds = float(timing.expert_s[timing.kind[gpu], timing.size[layer], number])
-        work[gpu - first_gpu] = work.get(gpu - first_gpu, 0.0) + seconds
-    return work
+    work_s[:] = 0.0
+    for expert in experts:
+        tokens[expert] += 1
+    for expert in experts:
+        if tokens[expert]:
+            gpu = gpu_of[first_pair + expert]
+            work_s[gpu - first_gpu] += expert_s[kind[gpu], tokens[expert]]
+            tokens[expert] = 0

@@ -30,12 +30,6 @@ class Batch(NamedTuple):
     experts: Ints
     weights: npt.NDArray[np.float32]
 
-    def by_expert(self) -> tuple[Ints, Ints]:
-        """Experts in the order of their first call, and their tokens' number."""
-        found, first, number = np.unique(self.experts, return_index=True, return_counts=True)
-        order = np.argsort(first, kind="stable")
-        return found[order], number[order]
-
 
 class Compute(Protocol):
     """Computes partial sums of the calls of a batch, and the dense part where it is timed."""
@@ -88,6 +82,7 @@ class TimedCompute:
         self._table = table
         self._held = table.held_by(self.me)
         self._gpu_of = table.gpu_of[self.me].copy()
+        self._work_s(0, np.zeros(0, np.int64))  # the first request is not to wait for a compiler
 
     def apply(self, change: Change) -> None:
         self._held[change.gpu, change.pair] = change.kind == "load"
@@ -95,18 +90,24 @@ class TimedCompute:
         self._gpu_of[change.pair] = self.first_gpu + gpus[0] if len(gpus) else -1
 
     def partial_sums(self, batch: Batch) -> torch.Tensor:
-        experts, tokens = batch.by_expert()
-        work_s = gpu_work(
-            self._gpu_of, batch.layer, self.first_gpu, experts, tokens, self.timing,
-            batch.layer * self.num_experts,
-        )  # fmt: skip
-        wait_until(self.clock.reserve(work_s))
+        wait_until(self.clock.reserve(enumerate(self._work_s(batch.layer, batch.experts))))
         return batch.hidden
+
+    def _work_s(self, layer: int, experts: Ints) -> list[float]:
+        timing = self.timing
+        # of this call alone, for threads of several lanes compute at once
+        tokens, work_s = np.zeros(self.num_experts, np.int64), np.empty(len(self._held))
+        gpu_work(
+            experts, self._gpu_of, layer * self.num_experts, self.first_gpu, timing.kind,
+            timing.expert_s[:, timing.size[layer]], tokens, work_s,
+        )  # fmt: skip
+        seconds: list[float] = work_s.tolist()
+        return seconds
 
     def dense(self, tokens: int) -> None:
         kind = self.timing.kind[self.dense_gpu]
         seconds = float(self.timing.dense_s[kind, tokens])
-        wait_until(self.clock.reserve({self.dense_gpu - self.first_gpu: seconds}))
+        wait_until(self.clock.reserve([(self.dense_gpu - self.first_gpu, seconds)]))
 
 
 class ExpertCompute:

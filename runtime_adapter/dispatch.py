@@ -20,7 +20,7 @@ from runtime_adapter.compute import Batch, Compute
 from runtime_adapter.counters import Counters
 from runtime_adapter.links import RuntimeFailure, ServerLost, receive, send
 from runtime_adapter.placed import sum_dtype
-from runtime_adapter.routing import Router, pack_calls, tally
+from runtime_adapter.routing import Router, pack_calls, take_calls, tally
 from runtime_adapter.wire import (
     ANSWER,
     CALL,
@@ -132,7 +132,9 @@ class Dispatcher:
         """
         self.passes += 1
         try:
-            return self._run(layer, hidden, experts, weights)
+            return self._run(
+                layer, hidden, np.ascontiguousarray(experts), np.ascontiguousarray(weights)
+            )
         finally:
             self.passes += 1
 
@@ -191,12 +193,7 @@ class Dispatcher:
         failed = None
         try:
             if remote < place.size:
-                if remote:
-                    token, k = np.nonzero(place == me)
-                    batch = Batch(layer, hidden, token, experts[token, k], weights[token, k])
-                else:
-                    every = np.repeat(np.arange(len(place)), place.shape[1])
-                    batch = Batch(layer, hidden, every, experts.ravel(), weights.ravel())
+                batch = self._own(layer, hidden, experts, weights, place, place.size - remote)
                 sums = self.compute.partial_sums(batch)
             computed_s = time.perf_counter()
             while under:
@@ -218,6 +215,16 @@ class Dispatcher:
         if sums is None:
             sums = torch.zeros_like(hidden)
         return sums, failed
+
+    def _own(
+        self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats,
+        place: npt.NDArray[np.int32], calls: int,
+    ) -> Batch:  # fmt: skip
+        """The calls that this server computes for itself."""
+        token, ids = np.empty(calls, np.int64), np.empty(calls, np.int64)
+        kept = np.empty(calls, np.float32)
+        take_calls(place, self.router.me, experts, weights, token, ids, kept)
+        return Batch(layer, hidden, token, ids, kept)
 
     def _send_all(
         self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats,

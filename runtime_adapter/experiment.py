@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import tempfile
@@ -57,7 +58,8 @@ class Processors:
         self._every_s = every_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
-        self.samples: list[float] = []
+        self._samples: list[tuple[float, float]] = []
+        self._window = (0.0, math.inf)
 
     def __enter__(self) -> Processors:
         self._thread.start()
@@ -73,8 +75,18 @@ class Processors:
             now = _ticks()
             busy, total = now[0] - before[0], now[1] - before[1]
             if total:
-                self.samples.append(busy / total)
+                self._samples.append((time.time(), busy / total))
             before = now
+
+    def only(self, begin_s: float, end_s: float) -> None:
+        """Look at these seconds of ``time.time`` alone, when requests were served."""
+        self._window = (begin_s, end_s)
+
+    @property
+    def samples(self) -> list[float]:
+        """Share of busy time in each interval."""
+        begin_s, end_s = self._window
+        return [share for at, share in self._samples if begin_s + self._every_s <= at <= end_s]
 
     @property
     def busy(self) -> float:
@@ -226,6 +238,8 @@ def _replay(
                  "-o", str(folder / "{name}.jsonl")],
             )  # fmt: skip
         frames = [bed.line(n) - lines[n] for n in range(len(names))]
+        measured, window = _measured(names, folder)
+        processors.only(*window)  # servers that start keep them busy, and serve nobody
         void = processors.saturated > MOST_SATURATED
         if not void or attempts == TRIES:
             break
@@ -238,28 +252,32 @@ def _replay(
         "attempts": attempts,
         "processors_busy": processors.busy,
         "processors_saturated": processors.saturated,
-        **_measured(names, folder),
+        **measured,
         "line_bytes": sum(traffic.sent_bytes for traffic in frames),
     }
 
 
-def _measured(names: tuple[str, ...], folder: Path) -> dict[str, Any]:
-    """Latencies and counts of all servers of a replay."""
+def _measured(names: tuple[str, ...], folder: Path) -> tuple[dict[str, Any], tuple[float, float]]:
+    """Latencies and counts of all servers of a replay, and from when to when it served."""
     import numpy as np
 
     from prism_plan.simulate.report import summary
 
     latency_s: list[float] = []
+    begin_s, last_s = 0.0, 0.0
     counted: dict[str, int] = {}
     for name in names:
         for line in (folder / f"{name}.jsonl").read_text().splitlines():
             row = json.loads(line)
             latency_s.append(np.nan if row["done_s"] is None else row["done_s"] - row["arrival_s"])
+            last_s = max(last_s, row["done_s"] or 0.0)
         stats = json.loads((folder / f"{name}.stats.json").read_text())
         for key, value in stats.items():
+            if key == "began_s":
+                begin_s = max(begin_s, value)
             if isinstance(value, int):
                 counted[key] = counted.get(key, 0) + value
-    return {
+    values = {
         "latency_s": summary(np.array(latency_s)),
         "remote_share": counted["remote_calls"] / counted["calls"],
         "waiting_share": counted["waiting"] / counted["steps"],
@@ -270,6 +288,7 @@ def _measured(names: tuple[str, ...], folder: Path) -> dict[str, Any]:
         "failed": counted["failed"],
         "retries": counted["retries"],
     }
+    return values, (begin_s, begin_s + last_s)
 
 
 def _numbers(kind: type) -> Any:

@@ -131,6 +131,19 @@ def pack_calls(  # pragma: no cover - compiled
 
 
 @jit
+def take_calls(  # pragma: no cover - compiled
+    place: Any, server: int, experts: Any, weights: Any, token: Any, ids: Any, kept: Any
+) -> None:
+    """Fill ``token``, ``ids`` and ``kept`` (weights), all [C], with a server's calls of a step."""
+    call = 0
+    for t in range(place.shape[0]):
+        for k in range(place.shape[1]):
+            if place[t, k] == server:
+                token[call], ids[call], kept[call] = t, experts[t, k], weights[t, k]
+                call += 1
+
+
+@jit
 def read_calls(  # pragma: no cover - compiled
     words: Any, bits: int, first: int, held_by: Any, experts: Any, weights: Any, token: Any
 ) -> Any:
@@ -173,6 +186,7 @@ class Router:
         self._goals = np.zeros(servers, np.int32)
         self._few = np.zeros((3, model.top_k), np.int64)
         self._best = np.zeros((3, 1 << model.top_k), np.int64)
+        self._warm_up()
 
     def place(
         self, layer: int, experts: npt.NDArray[np.int64], request: int
@@ -198,3 +212,19 @@ class Router:
                 + (f"; lost: {', '.join(gone)}" if gone else "")
             )
         return place
+
+    def _warm_up(self) -> None:
+        """Compile, or load, what runs in a step: the first request is not to wait for it."""
+        none = np.zeros((0, self.model.top_k), np.int64)
+        no_weights, ids = np.zeros(none.shape, np.float32), np.zeros(0, np.int64)
+        words = np.zeros(0, np.uint32)
+        place = self.place(0, none, 0)
+        tally(place, self.me, np.zeros((len(self.sent), 2), np.int64))
+        pack_calls(place, self.me, none, no_weights.view(np.uint32), 1, ids, words)
+        take_calls(place, self.me, none, no_weights, ids, ids, no_weights[:, 0].copy())
+
+
+def warm_up_answers() -> None:
+    """Compile, or load, what a worker runs."""
+    ids, words = np.zeros(0, np.int64), np.zeros(0, np.uint32)
+    read_calls(words, 1, 0, np.zeros(0, np.int32), ids, words, ids)

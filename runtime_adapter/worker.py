@@ -23,7 +23,7 @@ from runtime_adapter.changes import News
 from runtime_adapter.clock import sharp_timers, wait_until
 from runtime_adapter.compute import Batch, Compute
 from runtime_adapter.links import FOREVER, Meeting, RuntimeFailure, group, join_store, receive, send
-from runtime_adapter.routing import read_calls
+from runtime_adapter.routing import read_calls, warm_up_answers
 from runtime_adapter.table import HolderTable
 from runtime_adapter.wire import (
     ANSWER,
@@ -109,6 +109,7 @@ class Worker:
 
     def connect(self) -> None:
         """Meet every other front and begin to answer it."""
+        warm_up_answers()
         fronts = [n for n in range(self.config.meeting.servers) if n != self.me]
         groups = in_parallel(
             [partial(group, self.store, self.config.meeting, n, self.me, 1) for n in fronts]

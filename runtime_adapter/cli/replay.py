@@ -41,6 +41,7 @@ def command(**given: Any) -> None:
     work and experts take the time that the cluster file says, without computing.
     """
     import json
+    import time
 
     import torch
 
@@ -88,6 +89,7 @@ def command(**given: Any) -> None:
         )
     with jsonl(given["output"]) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()
+        began_s = time.time() + begin_s - time.monotonic()
         results = replay(server, requests, begin_s, lambda timings: write(timings.to_json()))
         server.finish()
         counted = server.counters.to_json()
@@ -98,6 +100,7 @@ def command(**given: Any) -> None:
             "server": given["server"],
             "requests": len(results),
             "failed": failed,
+            "began_s": began_s,
             "lost": [name for m, name in enumerate(placement.servers) if server.table.lost(m)],
             "gpu_busy_s": config.compute.clock.busy_s(),  # type: ignore[attr-defined]
             **counted,

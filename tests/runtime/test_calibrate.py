@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -44,7 +45,19 @@ def test_made_up_times_are_found_again(burst_kb: float, rtt_ms: float) -> None:
         shaped = max(out + back - 2 * burst_kb * 1e3, 0.0)
         local[t] = dense_s + experts_s
         remote[t] = dense_s + experts_s + 0.0003 + rtt_ms * 1e-3 + shaped * 8 / 400e6
-    values = calibration(Measured(local, remote), two, MODEL, rtt_ms * 1e-3)
+    here = np.arange(MODEL.top_k + 1)
+    spread = np.stack([here, MODEL.top_k - here], axis=1)
+    one_s = float(table.expert_s[0, 0, 1])
+    steps_s = []
+    for own, calls in spread.tolist():
+        bytes_out = MODEL.hidden_size * 2 + BYTES_PER_CALL * calls + HEADER_BYTES
+        bytes_back = MODEL.hidden_size * 2 + HEADER_BYTES
+        shaped = sum(max(b - burst_kb * 1e3, 0.0) for b in (bytes_out, bytes_back))
+        away_s = 0.0003 + rtt_ms * 1e-3 + shaped * 8 / 400e6 + calls * one_s
+        steps_s.append(max(own * one_s, away_s if calls else 0.0))
+    spread_s = float(table.dense_s[0, 1]) + own_s + float(np.mean(steps_s))
+    measured = Measured(local, remote, spread_s, spread)
+    values = calibration(measured, two, MODEL, rtt_ms * 1e-3)
     assert values["call_overhead_ms"] == pytest.approx(0.3, rel=1e-6)
     assert values["bandwidth_mbps"] == pytest.approx(400, rel=1e-6)
     found = calibration_from_json(values)
