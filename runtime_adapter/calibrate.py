@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,11 @@ from runtime_adapter.wire import HEADER_BYTES
 
 #: Tokens of the steps that are measured.
 TOKENS = (1, 2, 8, 32, 128, 512)
-#: Steps of each kind; a tenth of the long ones, ten times as many of those at random.
-REPEATS = 104
+#: Every kind of step is measured in each of so many rounds, so that a spell in which the machine
+#: is slow falls on all alike; the median round counts.
+ROUNDS = 9
+#: Steps of each kind in a round, of those of more than 32 tokens, and of those at random.
+REPEATS, LONG_REPEATS, SPREAD_REPEATS = 20, 3, 150
 
 
 def calibration_placement(cluster: Cluster, model: ModelSpec) -> Placement:
@@ -53,7 +56,7 @@ def calibration_placement(cluster: Cluster, model: ModelSpec) -> Placement:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Mean seconds of a step of one layer by tokens: all local, and all on the second server.
+    """Seconds of a step of one layer by tokens: all local, and all on the second server.
 
     ``spread_s`` is the mean of steps of one token whose experts are anywhere, ``spread`` int
     [steps, N] how many experts of each such step were on each server.
@@ -70,29 +73,38 @@ def measure(dispatcher: Dispatcher, model: ModelSpec, width: int, seed: int = 0)
     rng = np.random.default_rng(seed)
     servers = len(dispatcher.router.table.servers)
     holder = np.arange(model.num_experts) // model.top_k % servers
-    found: dict[str, dict[int, float]] = {"local": {}, "remote": {}}
-    for kind, server in (("local", 0), ("remote", 1)):
-        for tokens in TOKENS:
-            repeats = REPEATS if tokens <= 32 else max(REPEATS // 10, 10)
-            ids = rng.permuted(np.tile(np.flatnonzero(holder == server), (repeats, 1)), axis=1)
-            rows = np.repeat(ids[:, None, : model.top_k], tokens, axis=1)
-            found[kind][tokens] = fmean(_seconds(dispatcher, rows, width))
-    every = np.tile(np.arange(model.num_experts), (10 * REPEATS, 1))
-    rows = rng.permuted(every, axis=1)[:, None, : model.top_k]
-    spread_s = fmean(_seconds(dispatcher, rows, width))
-    at = holder[rows[:, 0]]
-    spread = np.stack([(at == n).sum(axis=1) for n in range(servers)], axis=1)
-    return Measured(found["local"], found["remote"], spread_s, spread)
+    own = {kind: np.flatnonzero(holder == n) for n, kind in enumerate(("local", "remote"))}
+    found: dict[tuple[str, int], list[float]] = {}
+    at = []
+    for _ in range(ROUNDS):
+        for kind, ids in own.items():
+            for tokens in TOKENS:
+                steps = rng.permuted(
+                    np.tile(ids, (REPEATS if tokens <= 32 else LONG_REPEATS, 1)), axis=1
+                )
+                rows = np.repeat(steps[:, None, : model.top_k], tokens, axis=1)
+                found.setdefault((kind, tokens), []).append(_mean_s(dispatcher, rows, width))
+        every = np.tile(np.arange(model.num_experts), (SPREAD_REPEATS, 1))
+        rows = rng.permuted(every, axis=1)[:, None, : model.top_k]
+        found.setdefault(("spread", 1), []).append(_mean_s(dispatcher, rows, width))
+        at.append(holder[rows[:, 0]])
+    where = np.concatenate(at)
+    return Measured(
+        {tokens: median(found["local", tokens]) for tokens in TOKENS},
+        {tokens: median(found["remote", tokens]) for tokens in TOKENS},
+        median(found["spread", 1]),
+        np.stack([(where == n).sum(axis=1) for n in range(servers)], axis=1),
+    )
 
 
-def _seconds(dispatcher: Dispatcher, rows: npt.NDArray[np.int64], width: int) -> list[float]:
-    """Of each step [steps, T, K], layer after layer; some before that are not counted."""
+def _mean_s(dispatcher: Dispatcher, rows: npt.NDArray[np.int64], width: int) -> float:
+    """Of a step of [steps, T, K], layer after layer; one before that is not counted."""
     times = []
-    for layer, experts in enumerate([*rows[:3], *rows]):
+    for layer, experts in enumerate([rows[0], *rows]):
         begin_s = time.perf_counter()
         one_layer(dispatcher, layer % dispatcher.model.num_layers, experts, width)
         times.append(time.perf_counter() - begin_s)
-    return times[3:]
+    return fmean(times[1:])
 
 
 def one_layer(dispatcher: Dispatcher, layer: int, experts: Any, width: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from runtime_adapter.clock import wait_until
 from runtime_adapter.compute import Batch, Compute
 from runtime_adapter.counters import Counters
 from runtime_adapter.links import RuntimeFailure, ServerLost, receive, send
+from runtime_adapter.outbox import LONG_BYTES, Outbox
 from runtime_adapter.placed import sum_dtype
 from runtime_adapter.routing import Router, pack_calls, take_calls, tally
 from runtime_adapter.wire import (
@@ -53,6 +55,7 @@ class _Under:
     answer: _Room
     sending: Any
     receiving: Any
+    left: threading.Event | None
 
 
 class _Room:
@@ -87,6 +90,7 @@ class Dispatcher:
     way to each of them, so a front that serves several requests at once has a dispatcher for each.
     ``rtt_s`` is added to every call, half on each way, where the network does not do it.
     ``on_lost`` is told of a server that does not answer; its calls then go to other holders.
+    ``outbox`` is that of all lanes of the front.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class Dispatcher:
         timeout_s: float = 10.0,
         rtt_s: float = 0.0,
         on_lost: Callable[[ServerLost], None] = lambda lost: None,
+        outbox: Outbox | None = None,
     ) -> None:
         self.model = model
         self.router = router
@@ -111,6 +116,7 @@ class Dispatcher:
         self.timeout = datetime.timedelta(seconds=timeout_s)
         self.rtt_s = rtt_s
         self.on_lost = on_lost
+        self.outbox = outbox or Outbox(self.timeout)
         self.request = 0
         #: Begun and ended layers together, so odd inside of one: see follow.py.
         self.passes = 0
@@ -197,7 +203,7 @@ class Dispatcher:
                 sums = self.compute.partial_sums(batch)
             computed_s = time.perf_counter()
             while under:
-                call = under.pop()
+                call = under.pop(0)
                 if not self._await(call):
                     calls = place == call.server
                     failed = calls if failed is None else failed | calls
@@ -258,17 +264,21 @@ class Dispatcher:
             else:
                 np.take(states, rows, axis=0, out=into, mode="clip")
             group = self.groups[server]
+            sending, left = None, None
             try:
-                # in this order: to be ready to receive is news to the other side as well
-                sending = send(group, message.tensor, 1, self.lane)
+                if payload < LONG_BYTES:
+                    # first, since to be ready to receive is news to the other side as well
+                    sending = send(group, message.tensor, 1, self.lane)
                 receiving = receive(group, answer.tensor, 1, self.lane)
+                if payload >= LONG_BYTES:
+                    left = self.outbox.put(group, message.tensor, 1, self.lane)
             except RuntimeError as error:
-                receiving = sending = None
+                receiving = None
                 self._lose(server, error)
             under.append(
                 _Under(
                     server, tokens, None if everything else rows, payload, back_bytes, answer,
-                    sending, receiving,
+                    sending, receiving, left,
                 )
             )  # fmt: skip
         return under
@@ -277,6 +287,8 @@ class Dispatcher:
         """Wait for an answer; False if there is none, or the expert is not there."""
         if call.receiving is None:
             return False
+        if call.left is not None:  # within the timeout of each that goes before
+            call.left.wait()
         try:
             call.receiving.wait(self.timeout)  # and so the call was sent
         except RuntimeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import json
 import multiprocessing
 import os
@@ -43,6 +44,7 @@ from runtime_adapter.links import (
     put,
     send,
 )
+from runtime_adapter.outbox import Outbox, hold_back_little
 from runtime_adapter.routing import Router
 from runtime_adapter.scheduler import SchedulerConfig, run_scheduler
 from runtime_adapter.table import HolderTable
@@ -198,6 +200,8 @@ class Server:
         if wrong:
             raise RuntimeFailure(wrong)
         self._groups = by_server = dict(zip(others, groups, strict=True))
+        hold_back_little()
+        outbox = Outbox(datetime.timedelta(seconds=meeting.timeout_s))
         self.lanes = [
             Dispatcher(
                 config.model,
@@ -209,6 +213,7 @@ class Server:
                 timeout_s=meeting.timeout_s,
                 rtt_s=config.rtt_s,
                 on_lost=self._on_lost,
+                outbox=outbox,
             )
             for lane in range(config.lanes)
         ]

@@ -40,13 +40,15 @@ INTERFACE = "prism0"
 MOST_SERVERS = 200
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
-#: Settings below /proc/sys/net in a server's namespace. The congestion control is one that every
-#: kernel has, so that machines compare; memory of earlier connections is off so that runs do.
+#: Settings below /proc/sys/net in a server's namespace. The congestion control is Linux's default,
+#: whatever this machine's is; memory of earlier connections is off so that runs compare; and the
+#: kernel queues no more for the line than a network card's short ring would take.
 SETTINGS = {
     "ipv6/conf/all/disable_ipv6": "1",
     "ipv6/conf/default/disable_ipv6": "1",
-    "ipv4/tcp_congestion_control": "reno",
+    "ipv4/tcp_congestion_control": "cubic",
     "ipv4/tcp_no_metrics_save": "1",
+    "ipv4/tcp_limit_output_bytes": "131072",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from runtime_adapter.changes import News
 from runtime_adapter.clock import sharp_timers, wait_until
 from runtime_adapter.compute import Batch, Compute
 from runtime_adapter.links import FOREVER, Meeting, RuntimeFailure, group, join_store, receive, send
+from runtime_adapter.outbox import LONG_BYTES, Outbox, hold_back_little
 from runtime_adapter.routing import read_calls, warm_up_answers
 from runtime_adapter.table import HolderTable
 from runtime_adapter.wire import (
@@ -105,6 +107,7 @@ class Worker:
         if hasattr(config.compute, "table"):
             config.compute.table = self.table
         self.store = join_store(config.meeting, host_it=False)
+        self._outbox = Outbox(datetime.timedelta(seconds=config.meeting.timeout_s))
         self._beats = 0
 
     def connect(self) -> None:
@@ -114,6 +117,7 @@ class Worker:
         groups = in_parallel(
             [partial(group, self.store, self.config.meeting, n, self.me, 1) for n in fronts]
         )
+        hold_back_little()
         for front, made in zip(fronts, groups, strict=True):
             for lane in range(self.config.lanes):
                 thread = threading.Thread(
@@ -160,7 +164,10 @@ class Worker:
                 reply = desk.brief(Header(FAILED))
             try:
                 # the front calls again only after all of it has come, so nobody waits for it here
-                sending = send(made, reply, 0, lane)
+                if len(reply) < LONG_BYTES:
+                    sending = send(made, reply, 0, lane)
+                else:
+                    sending = self._outbox.put(made, reply, 0, lane)
             except RuntimeError:
                 config.over[front] = True
                 return
