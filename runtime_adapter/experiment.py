@@ -13,9 +13,12 @@ measured.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
 import tempfile
 import threading
@@ -106,8 +109,32 @@ def _ticks() -> tuple[int, int]:
     return sum(values) - values[3] - values[4], sum(values)
 
 
-def run_all(setting: Setting, folder: Path, tell: Any) -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
+    """Where and with what an experiment ran."""
+    folder = Path(__file__).resolve().parent.parent
+    asked = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=9"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False)
+    models = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "commit": told.stdout.strip() or None,
+        "processor": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "torch": importlib.metadata.version("torch"),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def run_all(
+    setting: Setting, folder: Path, tell: Any, keep: Any = lambda values: None
+) -> dict[str, Any]:
     """Calibrate, replay and predict; the results' values.
+
+    ``keep`` is handed what there is by then after every run, so that little is lost with a machine.
 
     Raises
     ------
@@ -131,7 +158,15 @@ def run_all(setting: Setting, folder: Path, tell: Any) -> dict[str, Any]:
     for solver in setting.solvers:
         pp.write_placement(folder / f"{solver}.json", pp.solve(instance, solver))
     rows: list[dict[str, Any]] = []
-    calibrations = {}
+    calibrations: dict[str, Any] = {}
+    told = dataclasses.asdict(setting)
+    told |= {name: Path(told[name]).name for name in ("trace", "cluster")}
+    values = {
+        "provenance": provenance(),
+        "setting": told,
+        "calibrations": calibrations,
+        "rows": rows,
+    }
     with Testbed(
         servers=len(names), mbps=setting.mbps, names=names, burst_kb=setting.burst_kb
     ) as bed:
@@ -168,6 +203,7 @@ def run_all(setting: Setting, folder: Path, tell: Any) -> dict[str, Any]:
                         "remote_calls": run["remote_calls"],
                     }
                     rows.append(row)
+                    keep(values)
                     measured = row["latency_s"]["mean"]
                     error = run["latency_s"]["mean"] / measured - 1
                     tell(
@@ -176,12 +212,7 @@ def run_all(setting: Setting, folder: Path, tell: Any) -> dict[str, Any]:
                         f"processors {row['processors_busy']:.0%} busy"
                         + (" (VOID)" if row["void"] else "")
                     )
-    return {
-        "setting": dataclasses.asdict(setting) | {"trace": Path(setting.trace).name,
-                                                  "cluster": Path(setting.cluster).name},
-        "calibrations": calibrations,
-        "rows": rows,
-    }  # fmt: skip
+    return values
 
 
 def _launch(
@@ -254,6 +285,7 @@ def _replay(
         "processors_saturated": processors.saturated,
         **measured,
         "line_bytes": sum(traffic.sent_bytes for traffic in frames),
+        "line_frames": sum(traffic.sent_packets for traffic in frames),
     }
 
 
@@ -327,8 +359,14 @@ def command(**given: Any) -> None:
         mbps=given["mbps"],
     )
     with tempfile.TemporaryDirectory(prefix="prism-experiment-") as folder:
-        values = run_all(setting, Path(folder), note)
-    write_bytes(given["output"], (json.dumps(values, indent=1) + "\n").encode())
+        values = run_all(
+            setting,
+            Path(folder),
+            note,
+            lambda found: write_bytes(
+                given["output"], (json.dumps(found, indent=1) + "\n").encode()
+            ),
+        )
     note(f"{given['output']}: {len(values['rows'])} runs")
 
 
