@@ -180,13 +180,19 @@ class Agent:
         work = self._work
         if entry.what == "plan":
             self._take(entry["plan"])
-        elif entry.what == "seen":
+            return
+        if entry.what == "seen":
             server = entry["server"]
             self._seen[server] = max(self._seen[server], entry["number"])
             self._silent.discard(server)
-        elif work is None or entry.values.get("plan") != work.plan:
             return
-        elif entry.what == "load":
+        if entry.what in ("load", "drop"):  # of others: a loader may ask them for weights
+            for _, gpu, pair, _ in entry["experts"]:
+                if gpu not in self.own_gpus:
+                    self.table.change(gpu, pair, entry.what == "load")
+        if work is None or entry.values.get("plan") != work.plan:
+            return
+        if entry.what == "load":
             work.done.update(step for step, *_ in entry["experts"])
         elif entry.what == "dropped":
             work.done.update(entry["steps"])

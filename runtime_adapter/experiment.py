@@ -172,7 +172,7 @@ def run_all(
     ) as bed:
         for rtt_ms in setting.rtt_ms:
             path = folder / f"calibration-{rtt_ms:g}.json"
-            _launch(
+            launch(
                 bed, names, folder, "calibrate",
                 ["--model", trace.model.name, "--cluster", setting.cluster,
                  "--rtt-ms", str(rtt_ms), "-o", str(path)],
@@ -193,7 +193,7 @@ def run_all(
                 ).to_json()
                 for run in predicted["runs"]:
                     solver = run["placement"]
-                    row = _replay(bed, names, folder, setting, solver, seed, rtt_ms)
+                    row = replay_one(bed, names, folder, setting, solver, seed, rtt_ms)
                     row["predicted"] = {
                         "latency_s": run["latency_s"],
                         "remote_share": run["remote_share"],
@@ -215,7 +215,7 @@ def run_all(
     return values
 
 
-def _launch(
+def launch(
     bed: Any, names: tuple[str, ...], folder: Path, command: str, options: list[str]
 ) -> None:
     """One command on every server; waits for all.
@@ -245,7 +245,7 @@ def _launch(
         raise PrismError("; ".join(failed))
 
 
-def _replay(
+def replay_one(
     bed: Any,
     names: tuple[str, ...],
     folder: Path,
@@ -260,7 +260,7 @@ def _replay(
         attempts += 1
         lines = [bed.line(n) for n in range(len(names))]
         with Processors() as processors:
-            _launch(
+            launch(
                 bed, names, folder, "replay",
                 ["--placement", str(folder / f"{solver}.json"),
                  "--trace", str(folder / "scored.parquet"), "--cluster", setting.cluster,
@@ -269,7 +269,7 @@ def _replay(
                  "-o", str(folder / "{name}.jsonl")],
             )  # fmt: skip
         frames = [bed.line(n) - lines[n] for n in range(len(names))]
-        measured, window = _measured(names, folder)
+        measured, window = measured_of(names, folder)
         processors.only(*window)  # servers that start keep them busy, and serve nobody
         void = processors.saturated > MOST_SATURATED
         if not void or attempts == TRIES:
@@ -289,7 +289,7 @@ def _replay(
     }
 
 
-def _measured(names: tuple[str, ...], folder: Path) -> tuple[dict[str, Any], tuple[float, float]]:
+def measured_of(names: tuple[str, ...], folder: Path) -> tuple[dict[str, Any], tuple[float, float]]:
     """Latencies and counts of all servers of a replay, and from when to when it served."""
     import numpy as np
 

@@ -158,6 +158,24 @@ class ExpertStore:
         self._enter(change)
         return change
 
+    def parts(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gate, up and down of an expert that is laid out as in a slot; views."""
+        gate_up, down = self._split(numbers)
+        gate, up = gate_up.chunk(2)
+        return {"gate": gate, "up": up, "down": down}
+
+    def copy(self, pair: int, into: torch.Tensor) -> bool:
+        """Copy an expert's numbers as they stand in its slot; False if it is not, or goes.
+
+        Another thread may drop it meanwhile and load something else to the slot.
+        """
+        held = self._table.get(pair)
+        if held is None:
+            return False
+        gpu, slot = held[0]
+        into.copy_(self.pools[gpu][slot])
+        return held[0] in self._table.get(pair, ())
+
     def drop(self, pair: int, gpu: int, *, keep_slot: bool = False) -> Change:
         """Take an expert out of the table; its slot is free, or kept until :meth:`release`.
 

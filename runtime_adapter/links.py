@@ -166,9 +166,9 @@ def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: 
 
 
 def group(
-    store: dist.Store, meeting: Meeting, front: int, worker: int, rank: int
+    store: dist.Store, meeting: Meeting, front: int, worker: int, rank: int, kind: str = "pair"
 ) -> dist.ProcessGroupGloo:
-    """One side of the pair (front of one server, worker of another).
+    """One side of the pair (front of one server, worker of another), or of one of another kind.
 
     Raises
     ------
@@ -185,7 +185,7 @@ def group(
     options._devices = [device]
     options._threads = 1
     options._timeout = datetime.timedelta(seconds=meeting.join_s)
-    prefix = dist.PrefixStore(f"pair/{front}/{worker}", store)
+    prefix = dist.PrefixStore(f"{kind}/{front}/{worker}", store)
     try:
         made = dist.ProcessGroupGloo(prefix, rank, 2, options)
     except RuntimeError as error:

@@ -29,6 +29,7 @@ from runtime_adapter.dispatch import Dispatcher
 from runtime_adapter.experts import ExpertStore
 from runtime_adapter.links import Meeting
 from runtime_adapter.loader import CheckpointLoader
+from runtime_adapter.peers import PeerLoader
 from runtime_adapter.scheduler import SchedulerConfig, rules_of
 from runtime_adapter.server import Movable, Server
 
@@ -300,10 +301,13 @@ def moving(
     cluster: Cluster | None,
     options: SimulationOptions,
     placements_dir: str | None,
+    *,
+    from_peers: bool = False,
 ) -> Movable:
     """What lets the experts of a server move: by reviews if there is a cluster, or when told.
 
-    Servers keep the slots that they started with, whatever the cluster has room for.
+    Servers keep the slots that they started with, whatever the cluster has room for. Experts come
+    from the checkpoint, or ``from_peers`` that hold them.
 
     Raises
     ------
@@ -327,8 +331,9 @@ def moving(
         rules = rules.replace(gpu_capacity=placement.gpu_capacity)
         if options.migrate != "never":
             require_able(rules, options)
+    loader = CheckpointLoader(checkpoint.folder, store)
     return Movable(
-        CheckpointLoader(checkpoint.folder, store),
+        PeerLoader(loader, placement) if from_peers else loader,
         SchedulerConfig(meeting, placement, rules, spec, cluster, options, placements_dir),
     )
 

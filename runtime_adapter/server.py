@@ -7,7 +7,6 @@ import ctypes
 import datetime
 import json
 import multiprocessing
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -49,7 +48,8 @@ from runtime_adapter.routing import Router
 from runtime_adapter.scheduler import SchedulerConfig, run_scheduler
 from runtime_adapter.table import HolderTable
 from runtime_adapter.wire import HEADER_BYTES, OVER, Header, put_header
-from runtime_adapter.worker import WorkerConfig, in_parallel, run_worker
+from runtime_adapter.work import in_parallel
+from runtime_adapter.worker import WorkerConfig, run_worker
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +123,7 @@ class Server:
         self._ended = threading.Event()
         self._lost = threading.Lock()
         self._reported: set[int] = set()
+        self._silent: set[int] = set()  # fronts that hang, their workers answering
 
     def __enter__(self) -> Self:
         try:
@@ -241,24 +242,43 @@ class Server:
             store = join_store(self.config.meeting, host_it=False)
         except RuntimeFailure:
             return
-        seen = {n: ("", time.monotonic()) for n in others}
+        worker, front = "beat", "front"  # of each server; one may hang alone
+        seen = {(kind, n): ("", time.monotonic()) for n in others for kind in (worker, front)}
+        beats = 0
         while not self._ended.wait(min(timeout_s / 4, 1.0)):
             self._watch_scheduler()
-            for n in others:
+            beats += 1
+            try:
+                store.set(f"{front}/{self.me}", str(beats))
+            except RuntimeError:
+                self._store_lost()
+                return
+            for (kind, n), (before, since_s) in seen.items():
+                key = f"{kind}/{n}"
                 try:
-                    beat = store.get(f"beat/{n}").decode() if store.check([f"beat/{n}"]) else ""
+                    beat = store.get(key).decode() if store.check([key]) else ""
                     # none leaves before all have finished, so until then silence is no rest
                     over = self._finishing and store.check([f"finished/{n}"])
                 except RuntimeError:
                     self._store_lost()
                     return
                 now = time.monotonic()
-                if beat != seen[n][0] or over:
-                    seen[n] = (beat, now)
-                elif now - seen[n][1] > timeout_s and not self.table.lost(n):
-                    self.table.lose(n)
-                    reason = f"no sign of life for {timeout_s:g} s"
-                    self._on_lost(ServerLost(n, self.table.servers[n], reason))
+                # fronts beat less often, and of a server that hangs as a whole the worker is told
+                patience_s = timeout_s if kind == worker else timeout_s + 2.0
+                if beat != before or over:
+                    seen[kind, n] = (beat, now)
+                elif now - since_s > patience_s and not self.table.lost(n):
+                    if kind == worker:
+                        self.table.lose(n)
+                        reason = f"no sign of life for {timeout_s:g} s"
+                        self._on_lost(ServerLost(n, self.table.servers[n], reason))
+                    elif n not in self._silent:
+                        self._silent.add(n)
+                        name = self.table.servers[n]
+                        self.report(
+                            f"server {name!r}: the process that serves its requests gives no sign "
+                            f"of life for {patience_s:g} s; nobody waits for them"
+                        )
 
     def _watch_scheduler(self) -> None:
         if self._scheduler is None or self._scheduler.is_alive():
@@ -320,7 +340,12 @@ class Server:
                 with contextlib.suppress(RuntimeError):
                     send(made, message, 1, 0).wait(self.lanes[0].timeout)
         for n in self._groups:
-            while not self.table.lost(n) and not self._over[n] and time.monotonic() < deadline:
+            while (
+                not self.table.lost(n)
+                and not self._over[n]
+                and n not in self._silent
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.02)
         while self.migrating and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -356,8 +381,3 @@ class Server:
                 process.join(5)
                 if process.is_alive():
                     process.kill()
-
-
-def exit_now(code: int) -> None:
-    """Leave without waiting for threads that wait for other servers."""
-    os._exit(code)

@@ -33,8 +33,8 @@ _HEADER = struct.Struct("=8i")
 MAGIC = 0x5052_4D31
 
 #: What a header says: a call, its answer, an expert is not here (any more), the server failed, a
-#: front has no more calls.
-CALL, ANSWER, MISSING, FAILED, OVER = 1, 2, 3, 4, 5
+#: front has no more calls, a worker asks for an expert's weights (see peers.py).
+CALL, ANSWER, MISSING, FAILED, OVER, WEIGHTS = 1, 2, 3, 4, 5, 6
 
 _LAST = np.uint32(1 << 31)
 
@@ -130,7 +130,7 @@ def get_header(message: Bytes) -> Header:
         It is none of ours.
     """
     magic, *fields = _HEADER.unpack_from(message.data)[:6]
-    if magic != MAGIC or fields[0] not in (CALL, ANSWER, MISSING, FAILED, OVER):
+    if magic != MAGIC or not CALL <= fields[0] <= WEIGHTS:
         raise WireError("a message that is no call and no answer; is every server of one version?")
     if min(fields) < 0:
         raise WireError("a header with a negative count")

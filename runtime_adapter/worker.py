@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ from runtime_adapter.clock import sharp_timers, wait_until
 from runtime_adapter.compute import Batch, Compute
 from runtime_adapter.links import FOREVER, Meeting, RuntimeFailure, group, join_store, receive, send
 from runtime_adapter.outbox import LONG_BYTES, Outbox, hold_back_little
+from runtime_adapter.peers import PeerLoader
 from runtime_adapter.routing import read_calls, warm_up_answers
 from runtime_adapter.table import HolderTable
 from runtime_adapter.wire import (
@@ -41,6 +41,7 @@ from runtime_adapter.wire import (
     most_bytes,
     put_header,
 )
+from runtime_adapter.work import in_parallel
 
 #: Seconds between two signs of life.
 BEAT_S = 0.5
@@ -126,6 +127,8 @@ class Worker:
                 thread.start()
 
         if self.config.loader is not None:
+            if isinstance(self.config.loader, PeerLoader):
+                self.config.loader.connect(self.store, self.config.meeting, self.table)
             Agent(
                 self.me, self.config.placement, self.config.loader, self.table,
                 News(self.config.meeting, f"worker {self.me}"), self.config.meeting.timeout_s,
@@ -243,24 +246,3 @@ class Desk:
             if tokens <= KEPT_TOKENS:
                 self._views[tokens, calls] = found
         return found
-
-
-def in_parallel(jobs: list[Callable[[], Any]]) -> list[Any]:
-    """Run all at once, so that no two wait for each other; raises the first error."""
-    found: list[Any] = [None] * len(jobs)
-    errors: list[BaseException] = []
-
-    def work(index: int) -> None:
-        try:
-            found[index] = jobs[index]()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return found

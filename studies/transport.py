@@ -1,16 +1,17 @@
 """What a call to another server costs beside a raw gloo round trip of the same bytes.
 
-    python -m studies.transport            # a minute; prints a table, writes nothing
+    python -m studies.transport -o studies/transport.json       # a minute; prints a table
 
-Two servers without experts' arithmetic on this machine's loopback, states of DeepSeek-V2-Lite
+Servers without experts' arithmetic on this machine's loopback, states of DeepSeek-V2-Lite
 (hidden size 2048, bfloat16, top-6 of 64). Calls and raw round trips alternate, so that both see the
 same machine. A raw round trip is a send and a receive on a group of its own, to a process that
-does nothing else.
+does nothing else. The last row is of a server that a third one calls with 128 tokens all the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import socket
@@ -21,20 +22,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from prism_plan.files import write_bytes
 from prism_plan.model import PRESETS
 from prism_plan.placement import Placement, Plan
 from runtime_adapter.compute import Batch
 from runtime_adapter.dispatch import Dispatcher
+from runtime_adapter.experiment import provenance
 from runtime_adapter.experts import Change
 from runtime_adapter.links import FOREVER, Meeting, group, join_store, receive, send
 from runtime_adapter.serve import even_network
 from runtime_adapter.server import Server, ServerConfig
 from runtime_adapter.wire import HEADER_BYTES, call_bytes
-from runtime_adapter.worker import in_parallel
+from runtime_adapter.work import in_parallel
 
 MODEL = PRESETS["deepseek-v2-lite"]
 STATES = torch.bfloat16
 TOKEN_BYTES = MODEL.hidden_size * STATES.itemsize
+#: Of the calls that keep a server busy.
+BUSY_TOKENS = 128
 #: The raw pair, beside those of servers.
 RAW_FRONT, RAW_ECHO = 100, 101
 
@@ -64,30 +69,36 @@ def echo(meeting: Meeting, sizes: list[tuple[int, int]], times: int) -> None:
             send(made, answer, 0, 0).wait(FOREVER)
 
 
-def servers(port: int, most_tokens: int) -> list[Server]:
-    """Two servers; the second one holds all experts of the first layer."""
+def server(port: int, me: int, most_tokens: int) -> Server:
+    """One of three servers; the second one holds all experts of the first layer."""
     shape = (MODEL.num_layers, MODEL.num_experts)
-    held = np.zeros((2, *shape), bool)
+    held = np.zeros((3, *shape), bool)
     held[0, 1:], held[1, 0] = True, True
-    capacity = ((MODEL.num_pairs,), (MODEL.num_pairs,))
-    placement = Placement(MODEL.shape(), ("a", "b"), capacity, held, Plan("hand"))
-    return [
-        Server(
-            ServerConfig(
-                meeting=Meeting(2, me, port=port),
-                placement=placement,
-                model=MODEL.shape(),
-                network=even_network(2, TOKEN_BYTES),
-                compute=NoCompute(),
-                facts={},
-                states=STATES,
-                width=MODEL.hidden_size,
-                most_tokens=most_tokens,
-            ),
-            lambda text: None,
-        )
-        for me in (0, 1)
-    ]
+    capacity = ((MODEL.num_pairs,),) * 3
+    placement = Placement(MODEL.shape(), ("a", "b", "c"), capacity, held, Plan("hand"))
+    config = ServerConfig(
+        meeting=Meeting(3, me, port=port),
+        placement=placement,
+        model=MODEL.shape(),
+        network=even_network(3, TOKEN_BYTES),
+        compute=NoCompute(),
+        facts={},
+        states=STATES,
+        width=MODEL.hidden_size,
+        most_tokens=most_tokens,
+    )
+    return Server(config, lambda text: None)
+
+
+def bother(port: int, most_tokens: int, go: Any, stop: Any) -> None:
+    """The third server calls the second one with long steps, one after the other."""
+    torch.set_num_threads(1)
+    with server(port, 2, most_tokens) as one:
+        go.wait()
+        step = a_step(BUSY_TOKENS)
+        while not stop.is_set():
+            one.lanes[0].run(0, *step)
+        one.finish()
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -102,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 512])
     parser.add_argument("--repeats", type=int, default=400)
+    parser.add_argument("-o", "--output", help="Write the figures as JSON.")
     given = parser.parse_args()
     torch.set_num_threads(1)
     with socket.socket() as probe:
@@ -111,13 +123,21 @@ def main() -> None:
     # the answer's header counts as well: these are the bytes on the wire
     sizes = [
         (HEADER_BYTES + call_bytes(t, t * top_k, TOKEN_BYTES), HEADER_BYTES + t * TOKEN_BYTES)
-        for t in given.tokens
+        for t in [*given.tokens, 1]
     ]
-    both = servers(port, max(given.tokens))
+    most = max(*given.tokens, BUSY_TOKENS)
+    both = [server(port, me, most) for me in (0, 1)]
     meeting = both[0].config.meeting
     context = multiprocessing.get_context("spawn")
-    raw_end = context.Process(target=echo, args=(meeting, sizes, given.repeats + warm), daemon=True)
-    raw_end.start()
+    go, stop = context.Event(), context.Event()
+    times = given.repeats + warm
+    others = [
+        context.Process(target=echo, args=(meeting, sizes, times), daemon=True),
+        context.Process(target=bother, args=(port, most, go, stop)),
+    ]
+    for one in others:
+        one.start()
+    rows = []
     try:
         in_parallel([one.__enter__ for one in both])
         made = group(join_store(meeting, host_it=False), meeting, RAW_FRONT, RAW_ECHO, 0)
@@ -125,31 +145,51 @@ def main() -> None:
         print(
             f"{'tokens':>6} {'bytes':>9} {'raw ms':>15} {'call ms':>15} {'ratio':>12} {'MB/s':>11}"
         )
-        for tokens, (out, back) in zip(given.tokens, sizes, strict=True):
+        for busy, tokens, (out, back) in zip(
+            [False] * len(given.tokens) + [True], [*given.tokens, 1], sizes, strict=True
+        ):
+            if busy:
+                go.set()
+                time.sleep(0.5)
             call, raw = one_size(both[0].lanes[0], made, tokens, out, back, given.repeats, warm)
+            rows.append(
+                {"tokens": tokens, "bytes": out + back, "busy": busy, "raw_s": raw, "call_s": call}
+            )
             low, mid = zip(raw, call, strict=True)
             print(
                 f"{tokens:6} {out + back:9,} {1e3 * low[0]:7.3f} {1e3 * mid[0]:7.3f} "
                 f"{1e3 * low[1]:7.3f} {1e3 * mid[1]:7.3f} "
                 f"{low[1] / low[0]:6.2f}{mid[1] / mid[0]:6.2f} "
                 f"{(out + back) / low[1] / 1e6:6.0f}{(out + back) / mid[1] / 1e6:5.0f}"
+                + (" busy" if busy else "")
             )
+        stop.set()
         in_parallel([one.finish for one in both])
     finally:
-        raw_end.terminate()
+        stop.set()
+        go.set()
+        others[0].terminate()
         for one in both:
             one.close()
+    if given.output:
+        values = {"provenance": provenance(), "quantiles": [0.1, 0.5], "rows": rows}
+        write_bytes(given.output, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def a_step(tokens: int) -> tuple[torch.Tensor, Any, Any]:
+    """Hidden states, experts and weights of a step."""
+    generator = np.random.default_rng(0)
+    rows = [generator.permutation(MODEL.num_experts)[: MODEL.top_k] for _ in range(tokens)]
+    experts = np.array(rows, np.int64)
+    weights = np.full(experts.shape, 1 / MODEL.top_k, np.float32)
+    return torch.ones(tokens, MODEL.hidden_size, dtype=STATES), experts, weights
 
 
 def one_size(
     lane: Dispatcher, made: Any, tokens: int, out: int, back: int, repeats: int, warm: int
 ) -> list[list[float]]:
     """Quantiles 0.1 and 0.5 of seconds of a call and of a raw round trip, in turns."""
-    generator = np.random.default_rng(0)
-    rows = [generator.permutation(MODEL.num_experts)[: MODEL.top_k] for _ in range(tokens)]
-    experts = np.array(rows, np.int64)
-    weights = np.full(experts.shape, 1 / MODEL.top_k, np.float32)
-    hidden = torch.ones(tokens, MODEL.hidden_size, dtype=STATES)
+    step = a_step(tokens)
     message, room = torch.zeros(out, dtype=torch.uint8), torch.zeros(back, dtype=torch.uint8)
 
     def raw() -> None:
@@ -160,7 +200,7 @@ def one_size(
 
     calls, raws = [], []
     for _ in range(warm + repeats):
-        calls.append(seconds(lambda: lane.run(0, hidden, experts, weights)))
+        calls.append(seconds(lambda: lane.run(0, *step)))
         raws.append(seconds(raw))
     return [np.quantile(found[warm:], (0.1, 0.5)).tolist() for found in (calls, raws)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -71,6 +72,7 @@ def run_command(command: click.Command, name: str) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if "torch" in sys.modules:
+        multiprocessing.util._run_finalizers(0)  # semaphores, which would be told as leaked
         os._exit(code)  # without waiting for threads that wait for other servers
     sys.exit(code)
 

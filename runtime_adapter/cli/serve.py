@@ -45,6 +45,13 @@ from runtime_adapter.cli.options import (
 )
 @click.option("--threads", default=1, show_default=True, metavar="T", help="CPU threads of a step.")
 @migration_options
+@click.option(
+    "--weights",
+    type=click.Choice(["checkpoint", "peer"]),
+    default="checkpoint",
+    show_default=True,
+    help="Where experts that move come from; peer: from a server that holds them, if it can.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the solvers of --migrate.")
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="A.jsonl", help="One line a request; default: stdout.")
@@ -135,7 +142,14 @@ def command(**given: Any) -> None:
         options = simulation_options({**given, **NOT_SIMULATED})
         with blaming(given["placement"]):
             movable = moving(
-                meeting, placement, store, checkpoint, cluster, options, given["placements_dir"]
+                meeting,
+                placement,
+                store,
+                checkpoint,
+                cluster,
+                options,
+                given["placements_dir"],
+                from_peers=given["weights"] == "peer",
             )
     config = ServerConfig(
         meeting=meeting,
@@ -148,7 +162,10 @@ def command(**given: Any) -> None:
             "checkpoint": fingerprint(given["checkpoint"]),
             "cluster": given["cluster"] and sha256(given["cluster"]),
             "dtype": str(dtype).removeprefix("torch."),
-            **{name: given[name] for name in ("route", "concurrency", "rtt_ms", *MIGRATION_FACTS)},
+            **{
+                name: given[name]
+                for name in ("route", "concurrency", "rtt_ms", "weights", *MIGRATION_FACTS)
+            },
         },
         states=dtype,
         width=spec.hidden_size,

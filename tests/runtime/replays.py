@@ -69,8 +69,9 @@ def cluster_text(
 class Material:
     """Files of a run, and what they hold."""
 
-    def __init__(self, folder: Path, cluster: str, **changes: Any) -> None:
+    def __init__(self, folder: Path, cluster: str, spec: ModelSpec = SPEC, **changes: Any) -> None:
         self.folder = folder
+        self.spec = spec
         self.cluster_path = folder / "cluster.toml"
         self.cluster_path.write_text(cluster)
         self.cluster: Cluster = read_cluster(self.cluster_path)
@@ -84,14 +85,14 @@ class Material:
         }
         tasks = [f"t{n}" for n in range(self.cluster.num_servers)]
         self.trace_path = folder / "trace.parquet"
-        write_trace(self.trace_path, synthetic_trace(SPEC, tasks, **values))
+        write_trace(self.trace_path, synthetic_trace(spec, tasks, **values))
         self.trace: Trace = read_trace(self.trace_path)
 
     def placement(self, name: str, held: npt.ArrayLike, **changes: Any) -> Placement:
         """Write a placement from bool [G, J]; returns it."""
         servers = self.cluster.servers
         values: dict[str, Any] = {
-            "model": SPEC.shape(),
+            "model": self.spec.shape(),
             "servers": tuple(server.name for server in servers),
             "gpu_capacity": tuple(
                 tuple(gpu.slots or 0 for gpu in server.gpus) for server in servers

@@ -174,6 +174,25 @@ def test_experts_of_a_lost_server(how: str, tmp_path: Path) -> None:
         assert said[1] == "prism-runtime: 1 of 4 requests failed; see their errors"
 
 
+def test_a_front_that_hangs_alone(tmp_path: Path) -> None:
+    """Its worker goes on answering: the others get all tokens, say what hangs, and end well."""
+    lives, dies, placement = fates()
+    asked = [{"prompt": lives, "id": 0}, {"prompt": dies, "id": 1, "at_s": 5.0}]
+    with Servers(tmp_path, placement, f"tiny-{MODEL}", *OWN, "--timeout", "3") as run:
+        start(run, {"edge-0": asked, "edge-1": asked})
+        run.send("edge-2", signal.SIGSTOP, worker=False)
+        codes = {name: run.processes[name].wait(timeout=60) for name in ("edge-0", "edge-1")}
+        assert codes == {"edge-0": 0, "edge-1": 0}
+    for name in codes:
+        for answer, prompt in zip(run.answers(name), (lives, dies), strict=True):
+            assert answer["error"] is None
+            assert answer["tokens"] == alone(MODEL, prompt, 8)
+        assert run.errors(name) == [
+            "prism-runtime: server 'edge-2': the process that serves its requests gives no sign of "
+            "life for 5 s; nobody waits for them"
+        ]
+
+
 def test_two_copies_outlive_the_first_server(tmp_path: Path) -> None:
     """The front that hosts the store is killed: its worker goes too, and all requests go on.
 

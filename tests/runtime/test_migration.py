@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 pytest.importorskip("torch")
@@ -183,6 +184,26 @@ def test_servers_that_are_killed_while_experts_move(tmp_path: Path) -> None:
     held = sum(len(ids) for gpu in counted["gpus"] for ids in gpu.values())
     assert held >= int(start.on_gpu[1].sum())
     assert len(failed) < 250
+
+
+def test_the_scheduler_is_killed(tmp_path: Path) -> None:
+    """Requests go on to their end; the first server says it once; who asks for a move is told."""
+    material = Material(tmp_path, cluster_text(slots=16))
+    material.placement("a.json", striped(4, 0))
+    target = material.placement("b.json", striped(4, 1))
+    with Replays(material, "a.json", "--movable", "--requests", "80") as run:
+        run.until_served("s0", 3)
+        started = psutil.Process(run.processes["s0"].pid).children()
+        max(started, key=lambda one: one.create_time()).kill()
+        told = "the scheduler has ended: no more migrations"
+        run.until(lambda: told in run.errors("s0"), "s0 notices")
+        with pytest.raises(RuntimeFailure, match="a run that moves no experts"):
+            asked(run, target)
+        assert run.wait() == {"s0": 0, "s1": 0, "s2": 0}
+        assert run.errors("s0").count(told) == 1
+        for name in run.names:
+            assert len(run.results(name)) == 80
+            assert all(result["error"] is None for result in run.results(name))
 
 
 def test_a_move_of_a_run_that_is_not_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,17 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from prism_plan.placement_file import placement_to_json
+from prism_plan.placement_file import placement_to_json, read_placement
 from prism_plan.solvers import solve
 from runtime_adapter.links import Meeting
 from runtime_adapter.move import ask
+from tests.runtime.checkpoints import TRACES
 from tests.runtime.replays import PATIENCE_S, experts_of
 from tests.runtime.servers import Servers
-from tests.runtime.test_placed import instance
+from tests.runtime.test_placed import SLOTS, TASKS, instance
 from tests.runtime.test_serve import alone, lines
+
+MODEL = "tiny-deepseek-v2"
 
 
 def test_tokens_are_the_same_before_during_and_after_moves(tmp_path: Path) -> None:
@@ -25,7 +29,7 @@ def test_tokens_are_the_same_before_during_and_after_moves(tmp_path: Path) -> No
     target = solve(instance("deepseek-v2", 2), "uniform")
     assert (start.on_gpu != target.on_gpu).any()
     run = Servers(
-        tmp_path, start, "tiny-deepseek-v2", "--movable", "--dtype", "float32",
+        tmp_path, start, MODEL, "--movable", "--dtype", "float32",
         "--max-new-tokens", "10", "--placements-dir", "out",
     )  # fmt: skip
     prompts = [line for task in lines().values() for line in task[:3]]
@@ -55,3 +59,80 @@ def test_tokens_are_the_same_before_during_and_after_moves(tmp_path: Path) -> No
         assert run.stats(name)["gpus"] == experts_of(stands, name)
         assert run.stats(name)["retries"] == 0
     assert len(list((tmp_path / "out").iterdir())) == moves
+
+
+def test_weights_come_from_peers(tmp_path: Path) -> None:
+    """Experts move although the checkpoint is gone by then: those that hold them give them.
+
+    The tokens before and after are the single process's. Without the files and without peers the
+    same move fails, and every server keeps what it has.
+    """
+    start = solve(instance("deepseek-v2", 2), "exact")
+    target = solve(instance("deepseek-v2", 2), "uniform")
+    prompts = lines()[TASKS[0]][:2]
+    for weights in ("peer", "checkpoint"):
+        folder = tmp_path / weights
+        copy = folder / "checkpoint"
+        shutil.copytree(TRACES / MODEL, copy)
+        run = Servers(
+            folder, start, str(copy), "--movable", "--dtype", "float32",
+            "--max-new-tokens", "10", "--weights", weights,
+        )  # fmt: skip
+        asked_for = [{**prompts[0], "id": 0}, {**prompts[1], "id": 1, "at_s": 6.0}]
+        with run:
+            for name in start.servers:
+                run.start(name, asked_for)
+            run.until(lambda run=run: all(run.answers(name) for name in start.servers))
+            for path in copy.glob("*.safetensors"):
+                path.unlink()
+            meeting = Meeting(1, -1, port=run.port, join_s=PATIENCE_S)
+            code, text = ask(meeting, placement_to_json(target))
+            assert set(run.codes().values()) == {0}
+        assert (code == 0) == (weights == "peer"), text
+        for name in start.servers:
+            answers = {answer["id"]: answer for answer in run.answers(name)}
+            for request in asked_for:
+                wanted = alone("deepseek-v2", request["prompt"])
+                assert answers[request["id"]]["tokens"] == wanted
+            if weights == "peer":
+                assert run.stats(name)["gpus"] == experts_of(target, name)
+                assert run.errors(name) == []
+
+
+def test_reviews_of_a_checkpoint_that_serves(tmp_path: Path) -> None:
+    """`serve --migrate partial --cluster`: a review moves experts, and the tokens stay right."""
+    start = solve(instance("deepseek-v2", 2), "uniform")
+    text = ['name = "two"']
+    for n, gpus in enumerate(SLOTS["deepseek-v2"][2]):
+        text += ["[[server]]", f'name = "edge-{n}"', f"tasks = {{ {TASKS[n]} = 1.0 }}"]
+        text += ["arrival_interval_s = 0.1"]
+        text += [line for slots in gpus for line in ("[[server.gpu]]", f"slots = {slots}")]
+    (tmp_path / "cluster.toml").write_text("\n".join(text) + "\n")
+    run = Servers(
+        tmp_path, start, MODEL, "--dtype", "float32", "--max-new-tokens", "10",
+        "--cluster", "cluster.toml", "--migrate", "partial", "--migrate-every", "1.5",
+        "--horizon", "600", "--placements-dir", "out",
+    )  # fmt: skip
+    asked_for = {
+        name: [
+            {**prompt, "id": i, "at_s": 0.1 * i}
+            for i, prompt in enumerate(3 * lines()[TASKS[n]][:15])
+        ]
+        for n, name in enumerate(start.servers)
+    }
+    with run:
+        for name, requests in asked_for.items():
+            run.start(name, requests)
+        assert set(run.codes().values()) == {0}
+    for name, requests in asked_for.items():
+        answers = {answer["id"]: answer for answer in run.answers(name)}
+        for request in requests:
+            assert answers[request["id"]]["error"] is None
+            assert answers[request["id"]]["tokens"] == alone("deepseek-v2", request["prompt"])
+    reviews = run.stats(start.servers[0])["migrations"]
+    moves = [review for review in reviews if review["decision"] == "move"]
+    assert moves
+    last = read_placement(tmp_path / "out" / f"placement-{len(moves)}.json")
+    assert (last.on_gpu != start.on_gpu).any()
+    for name in start.servers:
+        assert run.stats(name)["gpus"] == experts_of(last, name)
