@@ -39,12 +39,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Link:
-    """Network figures: what any server has, unless it or a pair says otherwise."""
+    """Network figures: what any server has, unless it or a pair says otherwise.
+
+    Messages below ``short_kb`` wait for no more than so much of longer ones (0: for all of them).
+    """
 
     bandwidth_mbps: float = 1000.0
     rtt_ms: float = 1.0
     call_overhead_ms: float = 0.2
     burst_kb: float = 0.0
+    short_kb: float = 0.0
 
 
 @dataclass(frozen=True)

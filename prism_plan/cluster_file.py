@@ -56,6 +56,7 @@ def _link(table: Table) -> Link:
         rtt_ms=table.number("rtt_ms"),
         call_overhead_ms=table.number("call_overhead_ms"),
         burst_kb=table.number("burst_kb"),
+        short_kb=table.number("short_kb"),
     )
     table.end()
     return Link(**values)

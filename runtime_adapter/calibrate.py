@@ -25,6 +25,7 @@ from prism_plan.placement import Placement, Plan
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.timing import Timing, timing
 from runtime_adapter.dispatch import Dispatcher
+from runtime_adapter.outbox import LONG_BYTES
 from runtime_adapter.wire import HEADER_BYTES
 
 #: Tokens of the steps that are measured.
@@ -169,6 +170,7 @@ def calibration(
         "version": 1,
         "call_overhead_ms": 1e3 * overhead_s,
         "rtt_ms": 1e3 * rtt_s,
+        "short_kb": LONG_BYTES / 1e3,  # what the runtime lets pass by
         "bandwidth_mbps": 8e-6 / slope,
         "servers": gpus,
         "provenance": {

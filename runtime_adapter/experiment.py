@@ -144,19 +144,10 @@ def run_all(
         A server failed.
     """
     import prism_plan as pp
-    from prism_plan.trace_file import write_trace
     from runtime_adapter.testbed import Testbed
 
-    cluster = pp.read_cluster(setting.cluster)
+    cluster, scored, placements = planned(setting, folder)
     names = tuple(server.name for server in cluster.servers)
-    trace = pp.read_trace(setting.trace)
-    planned, scored = trace.split(0.5, 0)
-    instance = pp.Instance.build(planned, cluster)
-    scored_path = folder / "scored.parquet"
-    write_trace(scored_path, dataclasses.replace(scored, name="scored.parquet"))
-    scored = pp.read_trace(scored_path)
-    for solver in setting.solvers:
-        pp.write_placement(folder / f"{solver}.json", pp.solve(instance, solver))
     rows: list[dict[str, Any]] = []
     calibrations: dict[str, Any] = {}
     told = dataclasses.asdict(setting)
@@ -174,45 +165,87 @@ def run_all(
             path = folder / f"calibration-{rtt_ms:g}.json"
             launch(
                 bed, names, folder, "calibrate",
-                ["--model", trace.model.name, "--cluster", setting.cluster,
+                ["--model", scored.model.name, "--cluster", setting.cluster,
                  "--rtt-ms", str(rtt_ms), "-o", str(path)],
             )  # fmt: skip
             calibration = pp.read_calibration(path)
             calibrations[f"{rtt_ms:g}"] = json.loads(path.read_text())
             for seed in setting.seeds:
-                requests = pp.sample_requests(
-                    scored, cluster, requests_per_server=setting.requests, seed=seed
+                predicted = predictions(
+                    placements, scored, cluster, setting.requests, seed, calibration
                 )
-                placements = [
-                    (solver, pp.read_placement(folder / f"{solver}.json"))
-                    for solver in setting.solvers
-                ]
-                options = pp.SimulationOptions(calibration=calibration, seed=seed)
-                predicted = pp.simulate_placements(
-                    placements, requests, scored, cluster, options
-                ).to_json()
-                for run in predicted["runs"]:
-                    solver = run["placement"]
+                for solver in setting.solvers:
                     row = replay_one(bed, names, folder, setting, solver, seed, rtt_ms)
-                    row["predicted"] = {
-                        "latency_s": run["latency_s"],
-                        "remote_share": run["remote_share"],
-                        "waiting_share": run["waiting_share"],
-                        "bytes_sent": run["bytes_sent"],
-                        "expert_calls": run["expert_calls"],
-                        "remote_calls": run["remote_calls"],
-                    }
+                    row["predicted"] = predicted[solver]
                     rows.append(row)
                     keep(values)
                     measured = row["latency_s"]["mean"]
-                    error = run["latency_s"]["mean"] / measured - 1
+                    expected = row["predicted"]["latency_s"]["mean"]
                     tell(
                         f"rtt {rtt_ms:g} ms, seed {seed}, {solver}: measured {measured:.3f} s, "
-                        f"predicted {run['latency_s']['mean']:.3f} s ({error:+.1%}), "
+                        f"predicted {expected:.3f} s ({expected / measured - 1:+.1%}), "
                         f"processors {row['processors_busy']:.0%} busy"
                         + (" (VOID)" if row["void"] else "")
                     )
     return values
+
+
+def planned(setting: Setting, folder: Path) -> tuple[Any, Any, list[tuple[str, Any]]]:
+    """The cluster, the requests that are replayed, and the placements, planned on the others.
+
+    What the servers read is written to ``folder``.
+    """
+    import prism_plan as pp
+    from prism_plan.trace_file import write_trace
+
+    cluster = pp.read_cluster(setting.cluster)
+    planned_on, scored = pp.read_trace(setting.trace).split(0.5, 0)
+    instance = pp.Instance.build(planned_on, cluster)
+    path = folder / "scored.parquet"
+    write_trace(path, dataclasses.replace(scored, name="scored.parquet"))
+    placements = []
+    for solver in setting.solvers:
+        placement = pp.solve(instance, solver)
+        pp.write_placement(folder / f"{solver}.json", placement)
+        placements.append((solver, placement))
+    return cluster, pp.read_trace(path), placements
+
+
+def predictions(
+    placements: list[tuple[str, Any]], scored: Any, cluster: Any, requests: int, seed: int,
+    calibration: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """What the simulator says of each placement."""
+    import prism_plan as pp
+
+    drawn = pp.sample_requests(scored, cluster, requests_per_server=requests, seed=seed)
+    options = pp.SimulationOptions(calibration=calibration, seed=seed)
+    report = pp.simulate_placements(placements, drawn, scored, cluster, options).to_json()
+    keys = (
+        "latency_s", "remote_share", "waiting_share", "bytes_sent", "expert_calls", "remote_calls",
+    )  # fmt: skip
+    return {run["placement"]: {key: run[key] for key in keys} for run in report["runs"]}
+
+
+def predict_again(values: dict[str, Any], setting: Setting, folder: Path) -> None:
+    """Replace the predictions in recorded results by those of the simulator as it is now.
+
+    A calibration that was recorded before there was ``short_kb`` gets the runtime's.
+    """
+    from prism_plan.simulate.calibration_file import calibration_from_json
+    from runtime_adapter.outbox import LONG_BYTES
+
+    cluster, scored, placements = planned(setting, folder)
+    for rtt_ms in setting.rtt_ms:
+        measured = values["calibrations"][f"{rtt_ms:g}"]
+        measured.setdefault("short_kb", LONG_BYTES / 1e3)
+        calibration = calibration_from_json(measured)
+        for seed in setting.seeds:
+            found = predictions(placements, scored, cluster, setting.requests, seed, calibration)
+            for row in values["rows"]:
+                if (row["rtt_ms"], row["seed"]) == (rtt_ms, seed):
+                    row["predicted"] = found[row["solver"]]
+    values["provenance"]["predicted_by"] = provenance()["commit"]
 
 
 def launch(
@@ -341,6 +374,9 @@ def _numbers(kind: type) -> Any:
 @click.option("--rtt-ms", default="0,1", show_default=True, callback=_numbers(float))
 @click.option("--requests", default=8, show_default=True, help="Of each server in each run.")
 @click.option("--mbps", default=500.0, show_default=True)
+@click.option(
+    "--predict-again", is_flag=True, help="Only replace the predictions in R.json; no root needed."
+)
 @click.option("-o", "--output", required=True, metavar="R.json")
 def command(**given: Any) -> None:
     """Replay placements on shaped links, and compare with what the simulator predicts."""
@@ -359,6 +395,14 @@ def command(**given: Any) -> None:
         mbps=given["mbps"],
     )
     with tempfile.TemporaryDirectory(prefix="prism-experiment-") as folder:
+        if given["predict_again"]:
+            values = json.loads(Path(given["output"]).read_text(encoding="utf-8"))
+            for name in ("solvers", "seeds", "rtt_ms", "requests"):  # as it was run
+                setting = dataclasses.replace(setting, **{name: values["setting"][name]})
+            predict_again(values, setting, Path(folder))
+            write_bytes(given["output"], (json.dumps(values, indent=1) + "\n").encode())
+            note(f"{given['output']}: {len(values['rows'])} runs predicted again")
+            return
         values = run_all(
             setting,
             Path(folder),

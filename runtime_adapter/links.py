@@ -166,7 +166,7 @@ def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: 
 
 
 def group(
-    store: dist.Store, meeting: Meeting, front: int, worker: int, rank: int, kind: str = "pair"
+    meeting: Meeting, front: int, worker: int, rank: int, kind: str = "pair"
 ) -> dist.ProcessGroupGloo:
     """One side of the pair (front of one server, worker of another), or of one of another kind.
 
@@ -185,6 +185,8 @@ def group(
     options._devices = [device]
     options._threads = 1
     options._timeout = datetime.timedelta(seconds=meeting.join_s)
+    # of its own, since a connection that waits for one pair's other side does nothing for the next
+    store = join_store(meeting, host_it=False)
     prefix = dist.PrefixStore(f"{kind}/{front}/{worker}", store)
     try:
         made = dist.ProcessGroupGloo(prefix, rank, 2, options)

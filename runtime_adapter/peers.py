@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from prism_plan.placement import Placement
 from runtime_adapter.experts import Change, ExpertStore
@@ -52,7 +51,7 @@ class PeerLoader:
         self.gpus = [len(gpus) for gpus in placement.gpu_capacity]
         self._groups: dict[int, Any] = {}
 
-    def connect(self, store: dist.Store, meeting: Meeting, table: HolderTable) -> None:
+    def connect(self, meeting: Meeting, table: HolderTable) -> None:
         """Meet the other workers, and answer them from now on.
 
         Raises
@@ -64,8 +63,8 @@ class PeerLoader:
         self._me = me
         self._timeout = datetime.timedelta(seconds=meeting.timeout_s)
         others = [n for n in range(meeting.servers) if n != me]
-        jobs = [partial(group, store, meeting, me, n, 0, PAIRS) for n in others]
-        jobs += [partial(group, store, meeting, n, me, 1, PAIRS) for n in others]
+        jobs = [partial(group, meeting, me, n, 0, PAIRS) for n in others]
+        jobs += [partial(group, meeting, n, me, 1, PAIRS) for n in others]
         made = in_parallel(jobs)
         self._groups = dict(zip(others, made[: len(others)], strict=True))
         # one at a time of each GPU, as it has one channel
@@ -79,7 +78,7 @@ class PeerLoader:
 
     @property
     def _bytes(self) -> int:
-        return self.store.shape.numbers * self.store.dtype.itemsize
+        return int(self.store.shape.numbers * self.store.dtype.itemsize)
 
     def load(self, pair: int, gpu: int) -> Change:
         """Get and enter an expert.

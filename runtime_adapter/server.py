@@ -191,7 +191,7 @@ class Server:
                 target=run_scheduler, args=(config.movable.scheduler,), daemon=True
             )
             self._scheduler.start()
-        groups = in_parallel([partial(group, store, meeting, self.me, m, 0) for m in others])
+        groups = in_parallel([partial(group, meeting, self.me, m, 0) for m in others])
         try:
             if not ours.poll(meeting.join_s):
                 raise RuntimeFailure(f"the worker did not start within {meeting.join_s:g} s")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def in_parallel(jobs: list[Callable[[], Any]]) -> list[Any]:
+def in_parallel(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     """Run all at once, so that no two wait for each other; raises the first error."""
     found: list[Any] = [None] * len(jobs)
     errors: list[BaseException] = []

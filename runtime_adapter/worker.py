@@ -115,9 +115,7 @@ class Worker:
         """Meet every other front and begin to answer it."""
         warm_up_answers()
         fronts = [n for n in range(self.config.meeting.servers) if n != self.me]
-        groups = in_parallel(
-            [partial(group, self.store, self.config.meeting, n, self.me, 1) for n in fronts]
-        )
+        groups = in_parallel([partial(group, self.config.meeting, n, self.me, 1) for n in fronts])
         hold_back_little()
         for front, made in zip(fronts, groups, strict=True):
             for lane in range(self.config.lanes):
@@ -128,7 +126,7 @@ class Worker:
 
         if self.config.loader is not None:
             if isinstance(self.config.loader, PeerLoader):
-                self.config.loader.connect(self.store, self.config.meeting, self.table)
+                self.config.loader.connect(self.config.meeting, self.table)
             Agent(
                 self.me, self.config.placement, self.config.loader, self.table,
                 News(self.config.meeting, f"worker {self.me}"), self.config.meeting.timeout_s,

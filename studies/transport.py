@@ -29,7 +29,7 @@ from runtime_adapter.compute import Batch
 from runtime_adapter.dispatch import Dispatcher
 from runtime_adapter.experiment import provenance
 from runtime_adapter.experts import Change
-from runtime_adapter.links import FOREVER, Meeting, group, join_store, receive, send
+from runtime_adapter.links import FOREVER, Meeting, group, receive, send
 from runtime_adapter.serve import even_network
 from runtime_adapter.server import Server, ServerConfig
 from runtime_adapter.wire import HEADER_BYTES, call_bytes
@@ -61,7 +61,7 @@ class NoCompute:
 def echo(meeting: Meeting, sizes: list[tuple[int, int]], times: int) -> None:
     """Receive and send back so many bytes, in the order in which they are measured."""
     torch.set_num_threads(1)
-    made = group(join_store(meeting, host_it=False), meeting, RAW_FRONT, RAW_ECHO, 1)
+    made = group(meeting, RAW_FRONT, RAW_ECHO, 1)
     for out, back in sizes:
         room, answer = (torch.zeros(n, dtype=torch.uint8) for n in (out, back))
         for _ in range(times):
@@ -140,7 +140,7 @@ def main() -> None:
     rows = []
     try:
         in_parallel([one.__enter__ for one in both])
-        made = group(join_store(meeting, host_it=False), meeting, RAW_FRONT, RAW_ECHO, 0)
+        made = group(meeting, RAW_FRONT, RAW_ECHO, 0)
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; quantiles 0.1 and 0.5")
         print(
             f"{'tokens':>6} {'bytes':>9} {'raw ms':>15} {'call ms':>15} {'ratio':>12} {'MB/s':>11}"

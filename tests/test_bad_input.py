@@ -836,7 +836,13 @@ GPU_KEYS = {
     "launch_overhead_us": "20",
     "load_gbs": "12",
 }
-LINK_KEYS = {"bandwidth_mbps": "500", "rtt_ms": "1", "call_overhead_ms": "0.2", "burst_kb": "0"}
+LINK_KEYS = {
+    "bandwidth_mbps": "500",
+    "rtt_ms": "1",
+    "call_overhead_ms": "0.2",
+    "burst_kb": "0",
+    "short_kb": "1",
+}
 _ODD = (
     *("nan", "inf", "-inf", "-1", "0", "1e300", "1e308", "5e-324", "9223372036854775808"),
     *('"x"', '""', '" "', "true", "[]", "{}", "[1]", "[[1, 2], [1, 2]]", "[[0, 0]]", "[[1, 4]]"),

@@ -29,8 +29,8 @@ class GpuCurves:
 class Calibration:
     """Measured times. ``gpus`` by (server name, GPU index); ``default`` for all others.
 
-    ``call_overhead_ms``, ``bandwidth_mbps`` and ``rtt_ms`` replace those of the cluster's
-    ``[link]`` table where they are given.
+    ``call_overhead_ms``, ``bandwidth_mbps``, ``rtt_ms`` and ``short_kb`` replace those of the
+    cluster's ``[link]`` table where they are given.
     """
 
     name: str = ""
@@ -39,6 +39,7 @@ class Calibration:
     call_overhead_ms: float | None = None
     bandwidth_mbps: float | None = None
     rtt_ms: float | None = None
+    short_kb: float | None = None
 
     def of(self, server: str, gpu: int) -> GpuCurves:
         """Curves of a GPU.
@@ -69,7 +70,7 @@ class Calibration:
         self._require_known(cluster)
         measured = {
             key: getattr(self, key)
-            for key in ("call_overhead_ms", "bandwidth_mbps", "rtt_ms")
+            for key in ("call_overhead_ms", "bandwidth_mbps", "rtt_ms", "short_kb")
             if getattr(self, key) is not None
         }
         link = dataclasses.replace(cluster.link, **measured)

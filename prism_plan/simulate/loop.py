@@ -237,9 +237,9 @@ def run(
 
         elif kind == FREED:
             if s.m_returning[r]:
-                free_ports(t, s.m_to[r], s.m_at[r])
+                free_ports(t, r, s.m_to[r], s.m_at[r])
             else:
-                free_ports(t, s.m_at[r], s.m_to[r])
+                free_ports(t, r, s.m_at[r], s.m_to[r])
 
         elif kind == ARRIVED:
             m = s.m_to[r]

@@ -31,6 +31,9 @@ class Network:
     uplink, the receiver's downlink and the cap of the pair; ``half_rtt_s`` [N, N];
     ``up_bytes_per_s`` and ``down_bytes_per_s`` [N], the ports' own rates, at which their token
     buckets of ``burst_bytes`` fill; ``call_overhead_s``, paid once per call at the sender;
+    messages below ``short_bytes`` wait for each other, but not for longer ones, nor those for them:
+    TCP shares a line. What is under way of a long one beside it delays a short one, at most by the
+    time of ``short_bytes``, so much as the kernel queues for the line at once;
     ``token_bytes``, a token's hidden state. Diagonals are zero. Arrays are read-only.
     """
 
@@ -41,6 +44,7 @@ class Network:
     call_overhead_s: float
     burst_bytes: float
     token_bytes: int
+    short_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         for array in vars(self).values():
@@ -89,6 +93,7 @@ class Network:
             call_overhead_s=overhead_ms * 1e-3,
             burst_bytes=_not_negative(link.burst_kb, "link.burst_kb") * 1e3,
             token_bytes=model.hidden_size * model.dtype_bytes,
+            short_bytes=_not_negative(link.short_kb, "link.short_kb") * 1e3,
         )
 
     def call_cost_s(self) -> Floats:

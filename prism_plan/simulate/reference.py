@@ -90,8 +90,11 @@ class ReferenceEngine:
         # work and links: when each is free next
         self._gpu_free = [0.0] * gpus
         self._load_free = [0.0] * gpus
-        self._up_busy = [False] * servers
-        self._down_busy = [False] * servers
+        # the second row of each: short messages have ports of their own
+        self._up_busy = [[False] * servers for _ in range(2)]
+        self._down_busy = [[False] * servers for _ in range(2)]
+        self._up_until = [0.0] * servers  # of long ones
+        self._down_until = [0.0] * servers
         self._waiting: list[_Message] = []  # for links, in the order in which they were ready
         self._bucket = {
             port: [[scenario.network.burst_bytes, 0.0] for _ in range(servers)]
@@ -383,29 +386,45 @@ class ReferenceEngine:
         """Hold the sender's uplink and the receiver's downlink together, or wait for both.
 
         Of the messages that wait, the one that was ready first begins when both are free; one that
-        cannot begin yet does not hold up those behind it.
+        cannot begin yet does not hold up those behind it. Short ones and long ones wait apart.
         """
         a, b = message.ends
-        if self._up_busy[a] or self._down_busy[b]:
+        payload = message.back_bytes if message.back else message.out_bytes
+        short = int(payload < self.s.network.short_bytes)
+        if self._up_busy[short][a] or self._down_busy[short][b]:
             self._waiting.append(message)
             return
-        self._up_busy[a] = self._down_busy[b] = True
-        payload = message.back_bytes if message.back else message.out_bytes
-        held_s = self._held_s(a, b, payload)
+        self._up_busy[short][a] = self._down_busy[short][b] = True
+        alone = not (self._up_busy[1 - short][a] or self._down_busy[1 - short][b])
+        held_s = self._held_s(a, b, payload, alone=alone)
         self.up_busy_s[a] += held_s
         self.down_busy_s[b] += held_s
         self.bytes_out[a] += payload
         self.bytes_in[b] += payload
         end_s = self.now + held_s
         there_s = end_s + float(self.s.network.half_rtt_s[a, b])
+        if short:
+            there_s += self._passing_s(a, b)
+        else:
+            self._up_until[a] = self._down_until[b] = end_s
         self._push(end_s, events.FREED, message)
         self._push(there_s, events.RETURNED if message.back else events.ARRIVED, message)
 
-    def _held_s(self, a: int, b: int, payload: int) -> float:
-        """How long a transfer that begins now holds the links."""
+    def _passing_s(self, a: int, b: int) -> float:
+        """How long a short message is delayed by the long ones that are under way beside it."""
+        left_s = 0.0
+        if self._up_busy[0][a]:
+            left_s = self._up_until[a] - self.now
+        if self._down_busy[0][b]:
+            left_s = max(left_s, self._down_until[b] - self.now)
+        network = self.s.network
+        return min(left_s, network.short_bytes * float(network.seconds_per_byte[a, b]))
+
+    def _held_s(self, a: int, b: int, payload: int, *, alone: bool) -> float:
+        """How long a transfer that begins now holds the links, ``alone`` or beside another."""
         network = self.s.network
         per_byte = float(network.seconds_per_byte[a, b])
-        if network.burst_bytes == 0:
+        if network.burst_bytes == 0 or not alone:
             return payload * per_byte
         ports = (
             (self._bucket["up"][a], float(network.up_bytes_per_s[a])),
@@ -424,7 +443,9 @@ class ReferenceEngine:
 
     def _freed(self, message: _Message) -> None:
         a, b = message.ends
-        self._up_busy[a] = self._down_busy[b] = False
+        payload = message.back_bytes if message.back else message.out_bytes
+        short = int(payload < self.s.network.short_bytes)
+        self._up_busy[short][a] = self._down_busy[short][b] = False
         waiting, self._waiting = self._waiting, []
         for other in waiting:
             self._begin_transfer(other)  # or wait on

@@ -26,9 +26,9 @@ LOG_COLUMNS = 5
 class Fixed(NamedTuple):
     """What a run reads; shapes as in Scenario, Network, Timing and Prompts.
 
-    ``server`` int32 [G]; ``link_rank`` int32 [N, N] by cost of a call; ``scalars`` float64 [2]:
-    call overhead, burst; ``sizes`` int64 [5]: experts E, bytes of a hidden state, route (position
-    in ROUTES), offload, most GPUs of a server.
+    ``server`` int32 [G]; ``link_rank`` int32 [N, N] by cost of a call; ``scalars`` float64 [3]:
+    call overhead, burst, below which messages are short; ``sizes`` int64 [5]: experts E, bytes of
+    a hidden state, route (position in ROUTES), offload, most GPUs of a server.
     """
 
     experts: Array
@@ -68,7 +68,8 @@ class State(NamedTuple):
     ``next_waiting``, the last a list of those that wait at each server between ``head`` and
     ``tail`` [N]. Messages [M]: ``m_...``, ``m_work`` [M, GPUs of a server], -1 where a GPU has
     none; ``m_free`` those unused; ``m_next``, ``m_before`` [M, 2] link those that wait for an
-    uplink, and for a downlink, between ``port_first`` and ``port_last`` [2, N] of the port.
+    uplink, and for a downlink, between ``port_first`` and ``port_last`` [2, 2 N] of the port,
+    of which those from N on are for short messages; ``port_until`` when a port is free.
     Holders: ``held`` [G, J], ``gpu_of`` [N, J] first GPU or -1, ``holder`` [J, N] servers
     ascending, ``copies`` [J]. Scratch of one routing: ``count`` and ``order`` [N, E],
     ``touched``, ``tokens_to``, ``goals``, ``mask`` [N], ``few`` [3, K], ``best`` [3, 2^K].
@@ -102,6 +103,7 @@ class State(NamedTuple):
     port_busy: Array
     port_first: Array
     port_last: Array
+    port_until: Array
     bucket: Array
     sent: Array
     held: Array
@@ -180,6 +182,7 @@ class Links(NamedTuple):
     port_busy: Array
     port_first: Array
     port_last: Array
+    port_until: Array
     bucket: Array
     m_at: Array
     m_to: Array
@@ -231,7 +234,9 @@ def fixed(s: Scenario) -> Fixed:
         blocks=s.load_blocks_compute.astype(np.bool_),
         expert_bytes=np.array(s.model.expert_bytes_by_layer, np.int64),
         rank=RANK.astype(np.int64),
-        scalars=np.array([s.network.call_overhead_s, s.network.burst_bytes], np.float64),
+        scalars=np.array(
+            [s.network.call_overhead_s, s.network.burst_bytes, s.network.short_bytes], np.float64
+        ),
         sizes=np.array(
             [
                 s.model.num_experts,
@@ -301,9 +306,10 @@ def state(s: Scenario, *, log: bool) -> State:
         present_s=np.zeros(servers, f8),
         gpu_free=np.zeros(gpus, f8),
         load_free=np.zeros(gpus, f8),
-        port_busy=np.zeros((2, servers), np.bool_),
-        port_first=np.full((2, servers), -1, i4),
-        port_last=np.full((2, servers), -1, i4),
+        port_busy=np.zeros((2, 2 * servers), np.bool_),
+        port_first=np.full((2, 2 * servers), -1, i4),
+        port_last=np.full((2, 2 * servers), -1, i4),
+        port_until=np.zeros((2, 2 * servers)),
         bucket=bucket,
         sent=np.zeros((servers, servers), i8),
         held=held,

@@ -72,7 +72,7 @@ def run_command(command: click.Command, name: str) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if "torch" in sys.modules:
-        multiprocessing.util._run_finalizers(0)  # semaphores, which would be told as leaked
+        multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # semaphores, which would be told as leaked
         os._exit(code)  # without waiting for threads that wait for other servers
     sys.exit(code)
 

@@ -18,6 +18,7 @@ from runtime_adapter.calibrate import (
     calibration,
     calibration_placement,
 )
+from runtime_adapter.outbox import LONG_BYTES
 from runtime_adapter.wire import HEADER_BYTES
 
 MODEL = PRESETS["deepseek-v2-lite"]
@@ -62,6 +63,7 @@ def test_made_up_times_are_found_again(burst_kb: float, rtt_ms: float) -> None:
     assert values["bandwidth_mbps"] == pytest.approx(400, rel=1e-6)
     found = calibration_from_json(values)
     assert found.rtt_ms == rtt_ms
+    assert found.short_kb == LONG_BYTES / 1e3
     curves = found.of("b", 0)
     for t, seconds in curves.dense_s:
         assert seconds == pytest.approx(float(table.dense_s[0, t]) + own_s, rel=1e-9)

@@ -314,8 +314,9 @@ def drawn_scenario(
 
 
 def contended_scenario(
-    rng: np.random.Generator, *, ties: bool = False, home: bool = False, burst_kb: float = 0.0
-) -> Scenario:
+    rng: np.random.Generator, *, ties: bool = False, home: bool = False, burst_kb: float = 0.0,
+    short_kb: float = 0.0,
+) -> Scenario:  # fmt: skip
     """5 servers of 3 places, 15-20 requests, 2-4 layers; a message takes longer than its experts.
 
     Every expert is on one server only; ``ties`` and ``home`` as in :func:`drawn_scenario`.
@@ -331,6 +332,7 @@ def contended_scenario(
         rtt_ms=float(rng.choice([0.0, 500.0]) if ties else rng.uniform(0, 500)),
         call_overhead_ms=float(rng.choice([0.0, 250.0]) if ties else rng.uniform(0, 200)),
         burst_kb=burst_kb,
+        short_kb=short_kb,
     )
     cluster = make_cluster([1] * servers, link, concurrency=3)
     made = [

@@ -63,11 +63,23 @@ def test_engines_are_equal(seed: int, ties: bool, offload: bool) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=SEEDS, ties=st.booleans(), burst_kb=st.sampled_from([0.3, 2.0]))
-def test_engines_are_equal_under_contention(seed: int, ties: bool, burst_kb: float) -> None:
-    """Full links, and bursts: transfers of no length among those that queue (see test_links)."""
+@given(
+    seed=SEEDS,
+    ties=st.booleans(),
+    burst_kb=st.sampled_from([0.3, 2.0]),
+    short_kb=st.sampled_from([0.0, 0.262, 0.6, 99.0]),
+)
+def test_engines_are_equal_under_contention(
+    seed: int, ties: bool, burst_kb: float, short_kb: float
+) -> None:
+    """Full links, and bursts: transfers of no length among those that queue (see test_links).
+
+    Where messages of one token are short, also of several, also all of them.
+    """
     reference, compiled = both(
-        contended_scenario(np.random.default_rng(seed), ties=ties, burst_kb=burst_kb)
+        contended_scenario(
+            np.random.default_rng(seed), ties=ties, burst_kb=burst_kb, short_kb=short_kb
+        )
     )
     finished(reference)
     finished(compiled)

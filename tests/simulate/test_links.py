@@ -25,6 +25,7 @@ from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.reference import ReferenceEngine
 from prism_plan.simulate.scenario import Scenario
 from tests.simulate.builders import (
+    BYTES_PER_S,
     ENGINES,
     HALF_RTT_S,
     LINK,
@@ -105,6 +106,35 @@ def test_a_blocked_message_holds_up_nobody(engine: Any) -> None:
         (done_2 + back + H, "returned", 2, 0, 0, 3),
         (done_1 + back, "freed", 1, 0, 0, 2),
         (done_1 + back + H, "returned", 1, 0, 0, 2),
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("short_kb", [0.0, 0.27])
+def test_a_short_message_does_not_wait_for_a_long_one(engine: Any, short_kb: float) -> None:
+    """A prompt of 4 tokens goes to server 2; one token's message follows, and another one.
+
+    Where messages below 270 bytes are short, the second one goes beside the prompt's, which takes
+    no longer for it, and is late by the time of 270 bytes, or of what is left of it; the third one
+    begins behind the second. Otherwise each waits for all before it.
+    """
+    link = dataclasses.replace(LINK, bandwidth_mbps=LINK.bandwidth_mbps / 16, short_kb=short_kb)
+    cluster = make_cluster([1] * 4, link, concurrency=3)
+    prompt = [[[0]]] * 4
+    asks = [Ask(0, 0.0, prompt, []), Ask(1, 3.0, [], TO_2), Ask(3, 3.0, [], TO_2)]
+    held = holding(1, 2, [], [], [(0, 0)], [(0, 1)])
+    ran = engine(make_scenario(make_model(1, 2), cluster, held, asks), log=True)
+    finished(ran)
+    arrived = {e.request: e.time_s - H for e in ran.log() if KINDS[e.kind] == "arrived"}
+    out = 16 * out_s(1)
+    long_ends = dense_s(4) + OVERHEAD_S + 4 * out
+    ready = 3.0 + D + OVERHEAD_S
+    begins = ready if short_kb else long_ends
+    queue_s = 270 * 16 / BYTES_PER_S if short_kb else 0.0
+    late = [min(queue_s, long_ends - ready), min(queue_s, long_ends - ready - out)]
+    assert ready + 2 * out < long_ends
+    assert arrived == pytest.approx(
+        {0: long_ends, 1: begins + out + late[0], 2: begins + 2 * out + late[1]}
     )
 
 

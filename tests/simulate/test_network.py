@@ -33,13 +33,13 @@ def ports(*rates: tuple[float | None, float | None]) -> tuple[Server, ...]:
 
 def test_units() -> None:
     """500 Mbit/s are 62.5e6 bytes/s, 1 ms round trip 0.5 ms one way, 64 kb 64,000 bytes."""
-    link = Link(bandwidth_mbps=500, rtt_ms=1.0, call_overhead_ms=0.2, burst_kb=64)
+    link = Link(bandwidth_mbps=500, rtt_ms=1.0, call_overhead_ms=0.2, burst_kb=64, short_kb=2)
     network = Network.of(Cluster("c", ports((None, None), (None, None)), link), V2)
     assert 1 / network.seconds_per_byte[0, 1] == pytest.approx(62.5e6, rel=1e-15)
     assert network.up_bytes_per_s.tolist() == network.down_bytes_per_s.tolist() == [62.5e6, 62.5e6]
     assert network.half_rtt_s.tolist() == [[0.0, 0.0005], [0.0005, 0.0]]
     assert network.call_overhead_s == pytest.approx(0.0002, rel=1e-15)
-    assert network.burst_bytes == 64_000
+    assert (network.burst_bytes, network.short_bytes) == (64_000, 2_000)
     assert network.token_bytes == 2048 * 2
     assert network.seconds_per_byte.diagonal().tolist() == [0.0, 0.0]
 
@@ -112,7 +112,7 @@ def test_bandwidth_must_be_above_zero(key: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [-0.5, math.nan, math.inf])
-@pytest.mark.parametrize("key", ["rtt_ms", "call_overhead_ms", "burst_kb", "pair"])
+@pytest.mark.parametrize("key", ["rtt_ms", "call_overhead_ms", "burst_kb", "short_kb", "pair"])
 def test_times_must_not_be_negative(key: str, value: float) -> None:
     """Negative, NaN or infinite times and bursts: refused with their place and value."""
     pairs = (PairLink(0, 1, None, value),) if key == "pair" else ()
