@@ -40,7 +40,7 @@ PAIRS = "weights"
 
 
 class PeerLoader:
-    """Asks holders of an expert one after the other; reads the checkpoint when none has it.
+    """Asks holders of an expert, this server first; reads the checkpoint when none has it.
 
     See :class:`~.agent.Loader`. Passed to the worker, where :meth:`connect` meets the others.
     """
@@ -89,6 +89,9 @@ class PeerLoader:
             No server gives it and the checkpoint cannot be read or lacks it, or the GPU has no
             free slot.
         """
+        numbers = self._rooms[gpu][HEADER_BYTES:].view(self.store.dtype)
+        if self.store.copy(pair, numbers):  # another GPU of this server has it
+            return self.store.put(pair, gpu, self.store.parts(numbers))
         holders = [n for n in list(self._groups) if self._table.gpu_of[n, pair] >= 0]
         turn = pair % max(len(holders), 1)
         for n in holders[turn:] + holders[:turn]:

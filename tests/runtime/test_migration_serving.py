@@ -96,7 +96,7 @@ def test_weights_come_from_peers(tmp_path: Path) -> None:
                 assert answers[request["id"]]["tokens"] == wanted
             if weights == "peer":
                 assert run.stats(name)["gpus"] == experts_of(target, name)
-                assert run.errors(name) == []
+                assert not any("read from the checkpoint" in line for line in run.errors(name))
 
 
 def test_reviews_of_a_checkpoint_that_serves(tmp_path: Path) -> None:
