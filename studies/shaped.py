@@ -139,7 +139,13 @@ def draw(found: dict[float, dict[str, Rows]], path: Path) -> None:
                 axes.set_xticks(range(len(solvers)), list(solvers), rotation=20)
                 del name
             axes.set_title(f"round trip {rtt_ms:g} ms added to every call")
-            axes.set_ylim(bottom=0)
+        slowest = max(
+            run["latency_s"]["mean"]
+            for solvers in found.values()
+            for rows in solvers.values()
+            for run in rows.values()
+        )
+        panels[0][0].set_ylim(0, 1.2 * slowest)  # of all panels
         panels[0][0].set_ylabel("mean request latency, s (a bar a seed)")
         panels[0][0].legend()
         figure.savefig(path, dpi=100, metadata={"Software": None})
