@@ -124,6 +124,7 @@ class Server:
         self._lost = threading.Lock()
         self._reported: set[int] = set()
         self._silent: set[int] = set()  # fronts that hang, their workers answering
+        self._worker_ended = False
 
     def __enter__(self) -> Self:
         try:
@@ -247,6 +248,7 @@ class Server:
         beats = 0
         while not self._ended.wait(min(timeout_s / 4, 1.0)):
             self._watch_scheduler()
+            self._watch_worker()
             beats += 1
             try:
                 store.set(f"{front}/{self.me}", str(beats))
@@ -279,6 +281,13 @@ class Server:
                             f"server {name!r}: the process that serves its requests gives no sign "
                             f"of life for {patience_s:g} s; nobody waits for them"
                         )
+
+    def _watch_worker(self) -> None:
+        if self._worker is None or self._worker.is_alive() or self._ended.is_set():
+            return
+        self._worker_ended = True
+        self._worker = None
+        self.report("its worker has ended: the others take this server for lost")
 
     def _watch_scheduler(self) -> None:
         if self._scheduler is None or self._scheduler.is_alive():
@@ -344,6 +353,7 @@ class Server:
                 not self.table.lost(n)
                 and not self._over[n]
                 and n not in self._silent
+                and not self._worker_ended  # it is who hears that they are done
                 and time.monotonic() < deadline
             ):
                 time.sleep(0.02)

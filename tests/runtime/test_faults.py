@@ -179,7 +179,8 @@ def test_a_front_that_hangs_alone(tmp_path: Path) -> None:
     lives, dies, placement = fates()
     asked = [{"prompt": lives, "id": 0}, {"prompt": dies, "id": 1, "at_s": 5.0}]
     with Servers(tmp_path, placement, f"tiny-{MODEL}", *OWN, "--timeout", "3") as run:
-        start(run, {"edge-0": asked, "edge-1": asked})
+        late = [{"prompt": lives, "id": 0}, {"prompt": lives, "id": 1, "at_s": 60.0}]
+        start(run, {"edge-0": asked, "edge-1": asked, "edge-2": late})
         run.send("edge-2", signal.SIGSTOP, worker=False)
         codes = {name: run.processes[name].wait(timeout=60) for name in ("edge-0", "edge-1")}
         assert codes == {"edge-0": 0, "edge-1": 0}
@@ -191,6 +192,22 @@ def test_a_front_that_hangs_alone(tmp_path: Path) -> None:
             "prism-runtime: server 'edge-2': the process that serves its requests gives no sign of "
             "life for 5 s; nobody waits for them"
         ]
+
+
+def test_a_worker_that_is_killed_alone(tmp_path: Path) -> None:
+    """Its front says so and ends with its own requests; to the others the server is lost."""
+    prompts = [line["prompt"] for line in lines()["ascii-word"][:2]]
+    asked = [{"prompt": prompts[0], "id": 0}, {"prompt": prompts[1], "id": 1, "at_s": 5.0}]
+    with Servers(tmp_path, replicated(), f"tiny-{MODEL}", *OWN, "--timeout", "3") as run:
+        start(run, dict.fromkeys(NAMES, asked))
+        worker = max(family(run.processes["edge-2"].pid), key=lambda one: one.pid)
+        worker.kill()
+        assert run.codes() == dict.fromkeys(NAMES, 0)
+    assert told(run, "edge-2", "its worker has ended: the others take this server for lost")
+    for name in NAMES:
+        assert name == "edge-2" or told(run, name, "'edge-2' is lost")
+        for answer, prompt in zip(run.answers(name), prompts, strict=True):
+            assert answer["tokens"] == alone(MODEL, prompt, 8)
 
 
 def test_two_copies_outlive_the_first_server(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_the_scheduler_is_killed(tmp_path: Path) -> None:
     with Replays(material, "a.json", "--movable", "--requests", "80") as run:
         run.until_served("s0", 3)
         started = psutil.Process(run.processes["s0"].pid).children()
-        max(started, key=lambda one: one.create_time()).kill()
+        max(started, key=lambda one: one.pid).kill()  # it is started last
         told = "the scheduler has ended: no more migrations"
         run.until(lambda: told in run.errors("s0"), "s0 notices")
         with pytest.raises(RuntimeFailure, match="a run that moves no experts"):
