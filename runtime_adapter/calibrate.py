@@ -122,12 +122,16 @@ def calibration(
 ) -> dict[str, Any]:
     """The values of a calibration file (see :mod:`prism_plan.simulate.calibration_file`)."""
     table = timing(cluster, model, max(TOKENS))
+    first_gpu = np.cumsum([0] + [len(s.gpus) for s in cluster.servers[:-1]]).tolist()
     token_bytes = model.hidden_size * model.dtype_bytes
     local = {t: _experts_s(table, model, t, 0) for t in TOKENS}
     dense_s = {t: max(measured.local_s[t] - local[t], 0.0) for t in TOKENS}
     # what a remote step takes beyond dense part and experts, against the bytes that it sends
     away = np.array(
-        [measured.remote_s[t] - dense_s[t] - _experts_s(table, model, t, 1) for t in TOKENS]
+        [
+            measured.remote_s[t] - dense_s[t] - _experts_s(table, model, t, first_gpu[1])
+            for t in TOKENS
+        ]
     )
     sent = np.array(
         [2 * (t * token_bytes + HEADER_BYTES) + BYTES_PER_CALL * t * model.top_k for t in TOKENS],
@@ -137,7 +141,6 @@ def calibration(
     slope = max(float(away[-1] - away[-2]) / float(sent[-1] - sent[-2]), 1e-12)
     burst = cluster.link.burst_kb * 1e3
     spread = measured.spread
-    first_gpu = np.cumsum([0] + [len(s.gpus) for s in cluster.servers[:-1]])
     one_s = table.expert_s[table.kind[first_gpu], table.size[0], 1]
     calls = spread[:, 1:]
     out = token_bytes + HEADER_BYTES + BYTES_PER_CALL * calls
@@ -181,7 +184,7 @@ def calibration(
     }
 
 
-def _experts_s(table: Timing, model: ModelSpec, tokens: int, server_gpu: int) -> float:
+def _experts_s(table: Timing, model: ModelSpec, tokens: int, gpu: int) -> float:
     """Seconds of top-k experts with that many tokens each, on one GPU."""
-    kind = table.kind[min(server_gpu, len(table.kind) - 1)]
+    kind = table.kind[gpu]
     return model.top_k * float(table.expert_s[kind, table.size[0], tokens])

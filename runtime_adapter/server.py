@@ -124,7 +124,6 @@ class Server:
         self._lost = threading.Lock()
         self._reported: set[int] = set()
         self._silent: set[int] = set()  # fronts that hang, their workers answering
-        self._worker_ended = False
 
     def __enter__(self) -> Self:
         try:
@@ -285,7 +284,6 @@ class Server:
     def _watch_worker(self) -> None:
         if self._worker is None or self._worker.is_alive() or self._ended.is_set():
             return
-        self._worker_ended = True
         self._worker = None
         self.report("its worker has ended: the others take this server for lost")
 
@@ -353,7 +351,7 @@ class Server:
                 not self.table.lost(n)
                 and not self._over[n]
                 and n not in self._silent
-                and not self._worker_ended  # it is who hears that they are done
+                and self._worker is not None  # it is who hears that they are done
                 and time.monotonic() < deadline
             ):
                 time.sleep(0.02)

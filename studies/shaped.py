@@ -118,7 +118,7 @@ def draw(found: dict[float, dict[str, Rows]], path: Path) -> None:
             1, len(found), figsize=(11, 4.2), sharey=True, layout="constrained", squeeze=False
         )
         for axes, (rtt_ms, solvers) in zip(panels[0], found.items(), strict=True):
-            for at, (name, rows) in enumerate(solvers.items()):
+            for at, rows in enumerate(solvers.values()):
                 for nth, run in enumerate(rows.values()):
                     x = at + 0.22 * (nth - (len(rows) - 1) / 2)
                     measured = run["latency_s"]["mean"]
@@ -137,7 +137,6 @@ def draw(found: dict[float, dict[str, Rows]], path: Path) -> None:
                         linewidth=1, label="measured ± 15 %" if first else None,
                     )  # fmt: skip
                 axes.set_xticks(range(len(solvers)), list(solvers), rotation=20)
-                del name
             axes.set_title(f"round trip {rtt_ms:g} ms added to every call")
         slowest = max(
             run["latency_s"]["mean"]
