@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prism_plan.cli.review_options import review_options
+
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
     from prism_plan.placement import Placement
@@ -55,43 +57,7 @@ if TYPE_CHECKING:
     help="Where a call goes that several servers could serve.",
 )
 @click.option("--calibration", metavar="F.json", help="Measured times instead of the cluster's.")
-@click.option(
-    "--migrate",
-    type=click.Choice(["never", "prism", "partial"]),
-    default="never",
-    show_default=True,
-    help="Policy of the reviews that may move experts.",
-)
-@click.option(
-    "--migrate-every", default=300.0, show_default=True, metavar="S", help="Between reviews."
-)
-@click.option(
-    "--statistics",
-    type=click.Choice(["window", "cumulative"]),
-    default="window",
-    show_default=True,
-    help="Reviews go by recent calls, or by all since the last move.",
-)
-@click.option(
-    "--half-life", type=float, metavar="S", help="Of the window; default: --migrate-every."
-)
-@click.option(
-    "--horizon", type=float, metavar="S", help="A move must pay within; default: --migrate-every."
-)
-@click.option(
-    "--migration-cost",
-    type=click.Choice(["sum", "max"]),
-    default="sum",
-    show_default=True,
-    help="Of loads: all added up, or the busiest GPU's.",
-)
-@click.option(
-    "--migrate-solver",
-    default="prism",
-    show_default=True,
-    metavar="NAME",
-    help="Plans what policy prism may adopt.",
-)
+@review_options
 @click.option("--min-replicas", default=1, show_default=True, metavar="R", help="Of --solvers.")
 @click.option("--seed", default=0, show_default=True, help="Of requests, split and solvers.")
 @click.option(

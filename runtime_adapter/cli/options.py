@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from prism_plan.cli.review_options import review_options
 from prism_plan.errors import did_you_mean
 
 
@@ -54,43 +55,7 @@ meeting_options = _options(
 
 #: Options of the commands that serve: whether experts move, as in `prism-plan simulate`.
 migration_options = _options(
-    click.option(
-        "--migrate",
-        type=click.Choice(["never", "prism", "partial"]),
-        default="never",
-        show_default=True,
-        help="Policy of the reviews that may move experts.",
-    ),
-    click.option(
-        "--migrate-every", default=300.0, show_default=True, metavar="S", help="Between reviews."
-    ),
-    click.option(
-        "--statistics",
-        type=click.Choice(["window", "cumulative"]),
-        default="window",
-        show_default=True,
-        help="Reviews go by recent calls, or by all since the last move.",
-    ),
-    click.option(
-        "--half-life", type=float, metavar="S", help="Of the window; default: --migrate-every."
-    ),
-    click.option(
-        "--horizon", type=float, metavar="S", help="A move must pay within; default: as often."
-    ),
-    click.option(
-        "--migration-cost",
-        type=click.Choice(["sum", "max"]),
-        default="sum",
-        show_default=True,
-        help="Of loads: all added up, or the busiest GPU's.",
-    ),
-    click.option(
-        "--migrate-solver",
-        default="prism",
-        show_default=True,
-        metavar="NAME",
-        help="Plans what policy prism may adopt.",
-    ),
+    review_options,
     click.option("--movable", is_flag=True, help="Follow the command move, even without reviews."),
     click.option(
         "--placements-dir",
