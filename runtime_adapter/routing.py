@@ -106,8 +106,8 @@ def pack_calls(  # pragma: no cover - compiled
 ) -> Any:
     """Fill ``rows`` [tokens] and ``words`` [calls] of what goes to a server.
 
-    ``weights`` are float32 as uint32 [T, K]; words are as :func:`runtime_adapter.wire.pack_words`
-    makes them. Returns whether all weights can be sent.
+    ``weights`` are float32 as uint32 [T, K]; words are as :mod:`runtime_adapter.wire` has them, and
+    weights are rounded, not shortened. Returns whether all weights can be sent.
     """
     low = (np.int64(1) << bits) - 1
     half = np.int64(1) << (bits - 1)
@@ -147,7 +147,7 @@ def take_calls(  # pragma: no cover - compiled
 def read_calls(  # pragma: no cover - compiled
     words: Any, bits: int, first: int, held_by: Any, experts: Any, weights: Any, token: Any
 ) -> Any:
-    """Take words [C] apart as :func:`runtime_adapter.wire.unpack_words` does.
+    """Take words [C] apart, as :func:`pack_calls` makes them.
 
     Fills ``experts``, ``weights`` (float32 as uint32) and ``token``, all [C]. ``held_by`` int [J]
     is -1 for pairs that are not here, ``first`` the layer's first pair. Returns the tokens named,

@@ -36,8 +36,6 @@ MAGIC = 0x5052_4D31
 #: front has no more calls, a worker asks for an expert's weights (see peers.py).
 CALL, ANSWER, MISSING, FAILED, OVER, WEIGHTS = 1, 2, 3, 4, 5, 6
 
-_LAST = np.uint32(1 << 31)
-
 
 class WireError(PrismError):
     """A message that is none of ours, or does not fit the model."""
@@ -67,43 +65,9 @@ def id_bits(num_experts: int) -> int:
     return bits
 
 
-def pack_words(
-    experts: npt.NDArray[np.int64],
-    weights: npt.NDArray[np.float32],
-    last: npt.NDArray[np.bool_],
-    bits: int,
-) -> npt.NDArray[np.uint32]:
-    """Words of calls, all [calls]; weights must not be negative.
-
-    Raises
-    ------
-    WireError
-        A gate weight is negative or not a number: its sign has another meaning here.
-    """
-    if not bool((weights >= 0).all()):
-        refuse_weights()
-    low = np.uint32((1 << bits) - 1)
-    # half of what the id cuts off is added, so that weights are rounded and not shortened
-    kept = (weights.view(np.uint32) + np.uint32(1 << (bits - 1))) & ~low & ~_LAST
-    words = kept | experts.astype(np.uint32)
-    words[last] |= _LAST
-    return words
-
-
 def refuse_weights() -> NoReturn:
     """A weight cannot be sent: its sign has another meaning here."""
     raise WireError("a gate weight is negative or not a number; such gates are not supported")
-
-
-def unpack_words(
-    words: npt.NDArray[np.uint32], bits: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Experts, weights and token positions of words, all [calls]."""
-    low = np.uint32((1 << bits) - 1)
-    last = words >> np.uint32(31)
-    token = np.cumsum(last, dtype=np.int64) - last
-    weights = (words & np.uint32(0x7FFFFFFF ^ int(low))).view(np.float32)
-    return (words & low).astype(np.int64), weights, token
 
 
 def call_bytes(tokens: int, calls: int, token_bytes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 pytest.importorskip("torch")
@@ -18,10 +19,45 @@ from runtime_adapter.wire import (
     WireError,
     get_header,
     id_bits,
-    pack_words,
     put_header,
-    unpack_words,
+    refuse_weights,
 )
+
+LAST = np.uint32(1 << 31)
+
+
+def pack_words(
+    experts: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.float32],
+    last: npt.NDArray[np.bool_],
+    bits: int,
+) -> npt.NDArray[np.uint32]:
+    """Words of calls, all [calls]; weights must not be negative.
+
+    Raises
+    ------
+    WireError
+        A gate weight is negative or not a number: its sign has another meaning here.
+    """
+    if not bool((weights >= 0).all()):
+        refuse_weights()
+    low = np.uint32((1 << bits) - 1)
+    # half of what the id cuts off is added, so that weights are rounded and not shortened
+    kept = (weights.view(np.uint32) + np.uint32(1 << (bits - 1))) & ~low & ~LAST
+    words = kept | experts.astype(np.uint32)
+    words[last] |= LAST
+    return words
+
+
+def unpack_words(
+    words: npt.NDArray[np.uint32], bits: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Experts, weights and token positions of words, all [calls]."""
+    low = np.uint32((1 << bits) - 1)
+    last = words >> np.uint32(31)
+    token = np.cumsum(last, dtype=np.int64) - last
+    weights = (words & np.uint32(0x7FFFFFFF ^ int(low))).view(np.float32)
+    return (words & low).astype(np.int64), weights, token
 
 
 @hypothesis.given(
