@@ -867,11 +867,15 @@ def _cluster(**changes: str) -> str:
 def test_every_value_of_a_cluster(material: Path, key: str) -> None:
     """Each value replaced by any odd one is refused by file, or the cluster can be planned on."""
     trace = read_trace(material / "t.parquet")
+    refused = 0
     for odd in _ODD:
         text = _cluster(**{key: odd})
         cluster, read = attempt(lambda text=text: parse_cluster(text, source="c.toml"), "c.toml: ")
+        refused += not read
         if read:
-            attempt(lambda cluster=cluster: solve(Instance.build(trace, cluster)))
+            plan, solved = attempt(lambda cluster=cluster: solve(Instance.build(trace, cluster)))
+            assert not solved or 0 <= plan.plan.remote_share <= 1
+    assert refused
 
 
 def _first_server(line: str) -> str:
@@ -985,7 +989,10 @@ def test_extreme_arrivals(material: Path, interval: str) -> None:
     """Arrival intervals at the ends of what floats hold are planned on, or refused."""
     trace = read_trace(material / "tokens.parquet")
     text = CLUSTER.replace("weight = 1.0", f"arrival_interval_s = {interval}")
-    attempt(lambda: solve(Instance.build(trace, parse_cluster(text))), "arrival_interval_s")
+    plan, solved = attempt(
+        lambda: solve(Instance.build(trace, parse_cluster(text))), "arrival_interval_s"
+    )
+    assert not solved or 0 <= plan.plan.remote_share <= 1
 
 
 # ------------------------------------------------------------------------------------------ models

@@ -50,24 +50,45 @@ def pretrained(folder: Path, dtype: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def require_same_dense_part(mine: Any, theirs: Any) -> None:
-    """Parameters, stored and computed buffers, types and modes; the experts modules left out."""
+def differences(mine: Any, theirs: Any) -> list[str]:
+    """What differs: parameters, buffers, types, modes; the experts modules are left out."""
+    found = []
     for kind in ("named_parameters", "named_buffers", "state_dict"):
         ours, others = (
             dict(getattr(model, kind)().items() if kind == "state_dict" else getattr(model, kind)())
             for model in (mine, theirs)
         )
         others = {name: t for name, t in others.items() if ".mlp.experts." not in name}
-        assert ours.keys() == others.keys()
-        for name, tensor in ours.items():
-            assert tensor.dtype == others[name].dtype, name
-            assert torch.equal(tensor, others[name]), name
-    assert mine.generation_config.to_dict() == theirs.generation_config.to_dict()
-    assert mine.config.to_dict() == theirs.config.to_dict()
-    assert not any(module.training for module in mine.modules())
-    assert (mine.lm_head.weight is mine.model.embed_tokens.weight) == (
-        theirs.lm_head.weight is theirs.model.embed_tokens.weight
-    )
+        found += [f"{kind}: {name}" for name in ours.keys() ^ others.keys()]
+        found += [
+            f"{kind}: {name}"
+            for name in ours.keys() & others.keys()
+            if ours[name].dtype != others[name].dtype or not torch.equal(ours[name], others[name])
+        ]
+    if mine.generation_config.to_dict() != theirs.generation_config.to_dict():
+        found.append("generation config")
+    if mine.config.to_dict() != theirs.config.to_dict():
+        found.append("config")
+    if any(module.training for module in mine.modules()):
+        found.append("modes")
+    tied = [one.lm_head.weight is one.model.embed_tokens.weight for one in (mine, theirs)]
+    if tied[0] != tied[1]:
+        found.append("ties")
+    return found
+
+
+def test_differences_are_found() -> None:
+    """A changed weight, type, mode or setting is a difference; a model has none to itself."""
+    mine, theirs = (load_model(committed("mixtral"), Nowhere()) for _ in range(2))
+    assert differences(mine, theirs) == []
+    with torch.no_grad():
+        mine.lm_head.weight[0, 0] += 1
+    mine.model.norm.train()
+    mine.generation_config.eos_token_id = 1
+    wrong = ["named_parameters: lm_head.weight", "state_dict: lm_head.weight"]
+    assert differences(mine, theirs) == [*wrong, "generation config", "modes"]
+    mine.model.norm.to(torch.float64)
+    assert "named_parameters: model.norm.weight" in differences(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -80,7 +101,7 @@ def test_dense_part_is_from_pretraineds(family: str, dtype: Any, tmp_path: Path)
     """
     folder = saved(family, tmp_path)
     mine = load_model(Checkpoint(folder), Nowhere(), dtype)
-    require_same_dense_part(mine, pretrained(folder, dtype))
+    assert differences(mine, pretrained(folder, dtype)) == []
 
 
 @pytest.mark.parametrize("model", TINY)
@@ -88,7 +109,7 @@ def test_committed_checkpoints(model: str) -> None:
     """The type is the checkpoint's if none is asked for; generation settings are its file's."""
     mine = load_model(committed(model), Nowhere())
     assert mine.dtype == torch.bfloat16
-    require_same_dense_part(mine, pretrained(TRACES / f"tiny-{model}", "auto"))
+    assert differences(mine, pretrained(TRACES / f"tiny-{model}", "auto")) == []
     assert mine.generation_config.eos_token_id == 2
 
 
@@ -110,7 +131,7 @@ def test_tied_weights(stored: str, tmp_path: Path) -> None:
     folder = saved("qwen3_moe", tmp_path)
     tie(folder, stored)
     mine = load_model(Checkpoint(folder), Nowhere(), torch.bfloat16)
-    require_same_dense_part(mine, pretrained(folder, torch.bfloat16))
+    assert differences(mine, pretrained(folder, torch.bfloat16)) == []
 
 
 def test_without_a_generation_config(tmp_path: Path) -> None:
@@ -118,7 +139,7 @@ def test_without_a_generation_config(tmp_path: Path) -> None:
     folder = saved("mixtral", tmp_path)
     (folder / "generation_config.json").unlink()
     mine = load_model(Checkpoint(folder), Nowhere(), torch.float32)
-    require_same_dense_part(mine, pretrained(folder, torch.float32))
+    assert differences(mine, pretrained(folder, torch.float32)) == []
 
 
 def test_sharded_and_stacked_checkpoints_run(tmp_path: Path) -> None:
