@@ -24,6 +24,7 @@ from runtime_adapter.changes import Entry, News, StoreLost
 from runtime_adapter.clock import GpuClock, wait_until
 from runtime_adapter.compute import TimedCompute
 from runtime_adapter.experts import Change
+from runtime_adapter.links import Meeting
 from runtime_adapter.table import HolderTable
 
 #: Between two looks at what is waited for, while something is.
@@ -36,6 +37,15 @@ GRACE_S = 0.05
 
 class Loader(Protocol):
     """Brings experts to a server's GPUs, counted from 0, and takes them away."""
+
+    def connect(self, meeting: Meeting, table: HolderTable) -> None:
+        """Called once before all, in the worker, whose ``table`` says who holds what.
+
+        Raises
+        ------
+        RuntimeFailure
+            Whom it needs is not there in time.
+        """
 
     def load(self, pair: int, gpu: int) -> Change:
         """Returns when the expert can be computed with.
@@ -64,6 +74,9 @@ class TimedLoader:
         self.load_s = load_s
         self.blocks = blocks
         self._free_s = [0.0] * len(load_s)
+
+    def connect(self, meeting: Meeting, table: HolderTable) -> None:
+        """It needs nobody."""
 
     def load(self, pair: int, gpu: int) -> Change:
         seconds = self.load_s[gpu][pair // self.compute.num_experts]

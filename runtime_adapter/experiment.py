@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,7 +27,8 @@ from typing import Any
 
 import click
 
-from prism_plan.errors import PrismError
+from prism_plan.errors import InputError, PrismError
+from prism_plan.machine import commit, processor
 
 SOLVERS = ("uniform", "redundance", "smartmoe", "eplb", "layer-partition", "prism", "exact")
 #: A sample of the processors is saturated from this share of busy time on.
@@ -111,17 +111,9 @@ def _ticks() -> tuple[int, int]:
 
 def provenance() -> dict[str, Any]:
     """Where and with what an experiment ran."""
-    folder = Path(__file__).resolve().parent.parent
-    asked = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=9"]
-    told = subprocess.run(asked, capture_output=True, text=True, check=False)
-    models = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
     return {
-        "commit": told.stdout.strip() or None,
-        "processor": models[0] if models else platform.machine(),
+        "commit": commit(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "torch": importlib.metadata.version("torch"),
@@ -227,6 +219,23 @@ def predictions(
     return {run["placement"]: {key: run[key] for key in keys} for run in report["runs"]}
 
 
+def recorded(path: str) -> dict[str, Any]:
+    """Results that an experiment has written.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read or holds something else.
+    """
+    from prism_plan.files import parse_json, read_text
+
+    values = parse_json(read_text(path), path)
+    keys = {"provenance", "setting", "calibrations", "rows"}
+    if not isinstance(values, dict) or not keys <= values.keys():
+        raise InputError("no results", source=path, expected=f"the keys {', '.join(sorted(keys))}")
+    return values
+
+
 def predict_again(values: dict[str, Any], setting: Setting, folder: Path) -> None:
     """Replace the predictions in recorded results by those of the simulator as it is now.
 
@@ -245,7 +254,7 @@ def predict_again(values: dict[str, Any], setting: Setting, folder: Path) -> Non
             for row in values["rows"]:
                 if (row["rtt_ms"], row["seed"]) == (rtt_ms, seed):
                     row["predicted"] = found[row["solver"]]
-    values["provenance"]["predicted_by"] = provenance()["commit"]
+    values["provenance"]["predicted_by"] = commit()
 
 
 def launch(
@@ -396,7 +405,7 @@ def command(**given: Any) -> None:
     )
     with tempfile.TemporaryDirectory(prefix="prism-experiment-") as folder:
         if given["predict_again"]:
-            values = json.loads(Path(given["output"]).read_text(encoding="utf-8"))
+            values = recorded(given["output"])
             for name in ("solvers", "seeds", "rtt_ms", "requests"):  # as it was run
                 setting = dataclasses.replace(setting, **{name: values["setting"][name]})
             predict_again(values, setting, Path(folder))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from runtime_adapter.checkpoint import Checkpoint
 from runtime_adapter.experts import Change, ExpertStore
+from runtime_adapter.links import Meeting
+from runtime_adapter.table import HolderTable
 
 
 class CheckpointLoader:
@@ -19,6 +21,9 @@ class CheckpointLoader:
         self.folder = folder
         self.store = store
         self._checkpoint: Checkpoint | None = None
+
+    def connect(self, meeting: Meeting, table: HolderTable) -> None:
+        """It needs nobody."""
 
     def load(self, pair: int, gpu: int) -> Change:
         """Read and enter an expert.

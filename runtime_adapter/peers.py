@@ -22,6 +22,7 @@ from prism_plan.placement import Placement
 from runtime_adapter.experts import Change, ExpertStore
 from runtime_adapter.links import FOREVER, Meeting, RuntimeFailure, group, receive, send
 from runtime_adapter.loader import CheckpointLoader
+from runtime_adapter.parallel import in_parallel
 from runtime_adapter.table import HolderTable
 from runtime_adapter.wire import (
     ANSWER,
@@ -33,7 +34,6 @@ from runtime_adapter.wire import (
     get_header,
     put_header,
 )
-from runtime_adapter.work import in_parallel
 
 #: Before the name of a pair of servers in the store.
 PAIRS = "weights"

@@ -44,11 +44,11 @@ from runtime_adapter.links import (
     send,
 )
 from runtime_adapter.outbox import Outbox, hold_back_little
+from runtime_adapter.parallel import in_parallel
 from runtime_adapter.routing import Router
 from runtime_adapter.scheduler import SchedulerConfig, run_scheduler
 from runtime_adapter.table import HolderTable
 from runtime_adapter.wire import HEADER_BYTES, OVER, Header, put_header
-from runtime_adapter.work import in_parallel
 from runtime_adapter.worker import WorkerConfig, run_worker
 
 

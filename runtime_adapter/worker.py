@@ -24,7 +24,7 @@ from runtime_adapter.clock import sharp_timers, wait_until
 from runtime_adapter.compute import Batch, Compute
 from runtime_adapter.links import FOREVER, Meeting, RuntimeFailure, group, join_store, receive, send
 from runtime_adapter.outbox import LONG_BYTES, Outbox, hold_back_little
-from runtime_adapter.peers import PeerLoader
+from runtime_adapter.parallel import in_parallel
 from runtime_adapter.routing import read_calls, warm_up_answers
 from runtime_adapter.table import HolderTable
 from runtime_adapter.wire import (
@@ -41,7 +41,6 @@ from runtime_adapter.wire import (
     most_bytes,
     put_header,
 )
-from runtime_adapter.work import in_parallel
 
 #: Seconds between two signs of life.
 BEAT_S = 0.5
@@ -125,8 +124,7 @@ class Worker:
                 thread.start()
 
         if self.config.loader is not None:
-            if isinstance(self.config.loader, PeerLoader):
-                self.config.loader.connect(self.config.meeting, self.table)
+            self.config.loader.connect(self.config.meeting, self.table)
             Agent(
                 self.me, self.config.placement, self.config.loader, self.table,
                 News(self.config.meeting, f"worker {self.me}"), self.config.meeting.timeout_s,

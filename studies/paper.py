@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import prism_plan as pp
+from prism_plan.machine import commit
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
 from prism_plan.simulate.schedule_file import read_schedule
@@ -218,9 +218,7 @@ def main() -> None:
     for name in sys.argv[1:] or PARTS:
         print(name, flush=True)
         results[name] = PARTS[name]()
-        command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-        results["commit"] = commit.stdout.strip()
+        results["commit"] = commit()
         target.write_text(json.dumps(results, indent=1) + "\n")
 
 

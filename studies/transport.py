@@ -30,10 +30,10 @@ from runtime_adapter.dispatch import Dispatcher
 from runtime_adapter.experiment import provenance
 from runtime_adapter.experts import Change
 from runtime_adapter.links import FOREVER, Meeting, group, receive, send
+from runtime_adapter.parallel import in_parallel
 from runtime_adapter.serve import even_network
 from runtime_adapter.server import Server, ServerConfig
 from runtime_adapter.wire import HEADER_BYTES, call_bytes
-from runtime_adapter.work import in_parallel
 
 MODEL = PRESETS["deepseek-v2-lite"]
 STATES = torch.bfloat16

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from prism_plan.machine import commit, processor
 from tests.benchmarks import recording
 from tests.benchmarks.cases import CASES, Case, folder
 
@@ -98,20 +99,6 @@ def main() -> None:
         "recording": recording.measure(),
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def processor() -> str:
-    """The processor's name as the kernel tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def commit() -> str:
-    """The commit that was measured, marked if the tree has changes."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":
