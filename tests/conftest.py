@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,12 @@ from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
 from prism_plan.trace import Trace
+
+# a shell ignores these for what it starts in the background, nohup too, and all commands that tests
+# interrupt would inherit that
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 ROOT = Path(__file__).resolve().parent.parent
 ESFT_TASKS = ("intent", "law", "summary", "translation")
