@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,20 +17,17 @@ from prism_plan.model import ModelShape
 from runtime_adapter.clock import wait_until
 from runtime_adapter.compute import Batch, Compute
 from runtime_adapter.counters import Counters
-from runtime_adapter.links import RuntimeFailure, ServerLost, receive, send
-from runtime_adapter.outbox import LONG_BYTES, Outbox
+from runtime_adapter.lines import Line
+from runtime_adapter.links import RuntimeFailure, ServerLost
 from runtime_adapter.placed import sum_dtype
 from runtime_adapter.routing import Router, pack_calls, take_calls, tally
 from runtime_adapter.wire import (
     ANSWER,
     CALL,
-    HEADER_BYTES,
     MISSING,
     Header,
     call_bytes,
-    get_header,
     id_bits,
-    put_header,
     refuse_weights,
 )
 
@@ -52,77 +47,44 @@ class _Under:
     rows: Ints | None
     out_bytes: int
     back_bytes: int
-    answer: _Room
-    sending: Any
-    receiving: Any
-    left: threading.Event | None
-
-
-class _Room:
-    """Memory for a message, kept for the next one: fresh pages cost more than the message."""
-
-    def __init__(self) -> None:
-        self._all = torch.empty(0, dtype=torch.uint8)
-        self._size = -1
-
-    def resize(self, size: int) -> None:
-        """Make ``tensor`` and ``array``, which are the same memory, of so many bytes."""
-        if size == self._size:
-            return
-        self._size = size
-        if size > len(self._all):
-            self._all = torch.empty(size, dtype=torch.uint8)
-        self.tensor = self._all[:size]
-        self.array: Any = self.tensor.numpy()
-        self._states: torch.Tensor | None = None
-
-    def states(self, dtype: torch.dtype, width: int) -> torch.Tensor:
-        """What follows the header, [T, width]; of one dtype and width throughout."""
-        if self._states is None:
-            self._states = self.tensor[HEADER_BYTES:].view(dtype).view(-1, width)
-        return self._states
+    went: bool
 
 
 class Dispatcher:
     """Runs the experts of a layer for one lane of one front.
 
-    ``groups`` are the process groups to the other servers' workers; a ``lane`` has one call under
-    way to each of them, so a front that serves several requests at once has a dispatcher for each.
-    ``rtt_s`` is added to every call, half on each way, where the network does not do it.
-    ``on_lost`` is told of a server that does not answer; its calls then go to other holders.
-    ``outbox`` is that of all lanes of the front.
+    ``lines``, all of one kind, lead to the other servers' workers; each has one call under way, so
+    a front that serves several requests at once has a dispatcher for each. ``rtt_s`` is added to
+    every call, half on each way, where the network does not do it. ``on_lost`` is told of a server
+    that does not answer within ``timeout_s``; its calls then go to other holders.
     """
 
     def __init__(
         self,
         model: ModelShape,
         router: Router,
-        groups: Mapping[int, Any],
+        lines: Mapping[int, Line],
         compute: Compute,
         counters: Counters,
         *,
-        lane: int = 0,
         timeout_s: float = 10.0,
         rtt_s: float = 0.0,
         on_lost: Callable[[ServerLost], None] = lambda lost: None,
-        outbox: Outbox | None = None,
     ) -> None:
         self.model = model
         self.router = router
-        self.groups = groups
+        self.lines = lines
         self.compute = compute
         self.counters = counters
-        self.lane = lane
         self.timeout = datetime.timedelta(seconds=timeout_s)
         self.rtt_s = rtt_s
         self.on_lost = on_lost
-        self.outbox = outbox or Outbox(self.timeout)
         self.request = 0
         #: Begun and ended layers together, so odd inside of one: see follow.py.
         self.passes = 0
         self._bits = id_bits(model.num_experts)
         self._sent = np.zeros((len(router.table.servers), 2), np.int64)
-        self._rooms = {m: (_Room(), _Room()) for m in groups}
+        self._carried = next(iter(lines.values())).carried if lines else Line.carried
 
     def run(self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats) -> torch.Tensor:
         """Σ over each token's experts of weight x expert(hidden), [T, H].
@@ -236,66 +198,42 @@ class Dispatcher:
         self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats,
         place: npt.NDArray[np.int32],
     ) -> list[_Under]:  # fmt: skip
-        states = hidden.cpu() if hidden.is_cuda else hidden
-        states = states.contiguous().view(torch.uint8).numpy()
+        states = self._carried(hidden)
         bits_of_weights = weights.view(np.uint32)
         under: list[_Under] = []
-        step_tokens, token_bytes = states.shape
+        step_tokens, token_bytes = len(hidden), hidden.shape[1] * hidden.element_size()
         for server, (tokens, calls) in enumerate(self._sent.tolist()):
             if not tokens:
                 continue
-            payload = call_bytes(tokens, calls, token_bytes)
-            back_bytes = tokens * token_bytes
-            message, answer = self._rooms[server]
-            message.resize(HEADER_BYTES + payload)
-            answer.resize(HEADER_BYTES + back_bytes)
-            raw = message.array
-            put_header(raw, Header(CALL, tokens, calls, layer, self.request))
-            upto = HEADER_BYTES + 4 * calls
-            rows = np.empty(tokens, np.int64)
-            words = raw[HEADER_BYTES:upto].view(np.uint32)
+            line = self.lines[server]
+            rows: Ints | None = np.empty(tokens, np.int64)
+            words = line.words(tokens, calls, token_bytes)
             if not pack_calls(place, server, experts, bits_of_weights, self._bits, rows, words):
                 self._await_all(under)
                 refuse_weights()
-            into = raw[upto:].reshape(tokens, token_bytes)
-            everything = tokens == step_tokens
-            if everything:
-                into[:] = states
-            else:
-                np.take(states, rows, axis=0, out=into, mode="clip")
-            group = self.groups[server]
-            sending, left = None, None
+            if tokens == step_tokens:
+                rows = None
+            went = True
             try:
-                if payload < LONG_BYTES:
-                    # first, since to be ready to receive is news to the other side as well
-                    sending = send(group, message.tensor, 1, self.lane)
-                receiving = receive(group, answer.tensor, 1, self.lane)
-                if payload >= LONG_BYTES:
-                    left = self.outbox.put(group, message.tensor, 1, self.lane)
+                line.send(Header(CALL, tokens, calls, layer, self.request), states, rows)
             except RuntimeError as error:
-                receiving = None
+                went = False
                 self._lose(server, error)
-            under.append(
-                _Under(
-                    server, tokens, None if everything else rows, payload, back_bytes, answer,
-                    sending, receiving, left,
-                )
-            )  # fmt: skip
+            payload = call_bytes(tokens, calls, token_bytes)
+            under.append(_Under(server, tokens, rows, payload, tokens * token_bytes, went))
         return under
 
     def _await(self, call: _Under) -> bool:
         """Wait for an answer; False if there is none, or the expert is not there."""
-        if call.receiving is None:
+        if not call.went:
             return False
-        if call.left is not None:  # within the timeout of each that goes before
-            call.left.wait()
+        line = self.lines[call.server]
         try:
-            call.receiving.wait(self.timeout)  # and so the call was sent
+            header = line.answer()
         except RuntimeError as error:
-            self._rooms[call.server] = (_Room(), _Room())  # the old ones may still be written to
+            line.forget()
             self._lose(call.server, error)
             return False
-        header = get_header(call.answer.array)
         if header.kind == MISSING:
             return False
         if header.kind != ANSWER or header.tokens != call.tokens:
@@ -313,10 +251,10 @@ class Dispatcher:
         self, call: _Under, sums: torch.Tensor | None, hidden: torch.Tensor, more: bool
     ) -> torch.Tensor:
         """The sums with an answer added; ``more`` says that other answers may follow."""
-        found = call.answer.states(hidden.dtype, hidden.shape[1])
+        found = self.lines[call.server].sums(hidden.dtype, hidden.shape[1])
         wide = sum_dtype(hidden.dtype)
         if call.rows is None:
-            if sums is None:  # a copy, for the room is used again; of all there is, as it came
+            if sums is None:  # a copy, for its memory is used again; of all there is, as it came
                 return found.to(hidden.device, wide if more else hidden.dtype, copy=True)
             sums += found.to(sums.device) if sums.is_cuda else found
             return sums

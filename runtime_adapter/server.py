@@ -30,6 +30,7 @@ from runtime_adapter.compute import Compute
 from runtime_adapter.counters import Counters
 from runtime_adapter.dispatch import Dispatcher
 from runtime_adapter.follow import Follower
+from runtime_adapter.lines import Line
 from runtime_adapter.links import (
     ABORTED,
     Meeting,
@@ -202,19 +203,18 @@ class Server:
             raise RuntimeFailure(wrong)
         self._groups = by_server = dict(zip(others, groups, strict=True))
         hold_back_little()
-        outbox = Outbox(datetime.timedelta(seconds=meeting.timeout_s))
+        timeout = datetime.timedelta(seconds=meeting.timeout_s)
+        outbox = Outbox(timeout)
         self.lanes = [
             Dispatcher(
                 config.model,
                 Router(self.table, self.me, config.model, config.network, config.route),
-                by_server,
+                {m: Line(made, lane, timeout, outbox) for m, made in by_server.items()},
                 config.compute,
                 self.counters,
-                lane=lane,
                 timeout_s=meeting.timeout_s,
                 rtt_s=config.rtt_s,
                 on_lost=self._on_lost,
-                outbox=outbox,
             )
             for lane in range(config.lanes)
         ]

@@ -1,0 +1,117 @@
+"""One lane of a front to one other server's worker: a call, and its answer.
+
+A line raises RuntimeError, as torch.distributed does, where the other side is gone or silent.
+"""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from runtime_adapter.links import receive, send
+from runtime_adapter.outbox import LONG_BYTES, Outbox
+from runtime_adapter.wire import HEADER_BYTES, Header, get_header, put_header
+
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint32]
+
+
+class Room:
+    """Memory for a message, kept for the next one: fresh pages cost more than the message."""
+
+    def __init__(self) -> None:
+        self._all = torch.empty(0, dtype=torch.uint8)
+        self._size = -1
+
+    def resize(self, size: int) -> None:
+        """Make ``tensor`` and ``array``, which are the same memory, of so many bytes."""
+        if size == self._size:
+            return
+        self._size = size
+        if size > len(self._all):
+            self._all = torch.empty(size, dtype=torch.uint8)
+        self.tensor = self._all[:size]
+        self.array: Any = self.tensor.numpy()
+        self._states: torch.Tensor | None = None
+
+    def states(self, dtype: torch.dtype, width: int) -> torch.Tensor:
+        """What follows the header, [T, width]; of one dtype and width throughout."""
+        if self._states is None:
+            self._states = self.tensor[HEADER_BYTES:].view(dtype).view(-1, width)
+        return self._states
+
+
+class Line:
+    """A call is one message and its answer another; see :mod:`runtime_adapter.wire`.
+
+    For each call :meth:`words`, :meth:`send`, :meth:`answer` and then, if it is an answer indeed,
+    :meth:`sums`; after a failure :meth:`forget`. ``outbox`` is that of all lanes of the front.
+    """
+
+    def __init__(self, group: Any, lane: int, timeout: datetime.timedelta, outbox: Outbox) -> None:
+        self._group = group
+        self._lane = lane
+        self._timeout = timeout
+        self._outbox = outbox
+        self._message, self._answer = Room(), Room()
+        self._left: threading.Event | None = None
+
+    @staticmethod
+    def carried(hidden: torch.Tensor) -> Any:
+        """A step's hidden states as all lines of its kind :meth:`send` them."""
+        states = hidden.cpu() if hidden.is_cuda else hidden
+        return states.contiguous().view(torch.uint8).numpy()
+
+    def words(self, tokens: int, calls: int, token_bytes: int) -> Words:
+        """Where to write the words of a call of so many tokens, uint32 [calls]."""
+        self._upto = HEADER_BYTES + 4 * calls
+        self._message.resize(self._upto + tokens * token_bytes)
+        self._answer.resize(HEADER_BYTES + tokens * token_bytes)
+        words: Words = self._message.array[HEADER_BYTES : self._upto].view(np.uint32)
+        return words
+
+    def send(self, header: Header, states: Any, rows: Ints | None) -> None:
+        """Begin a call with some rows of what is ``carried``, or with all (None)."""
+        raw, message, answer = self._message.array, self._message.tensor, self._answer.tensor
+        put_header(raw, header)
+        into = raw[self._upto :].reshape(header.tokens, -1)
+        if rows is None:
+            into[:] = states
+        else:
+            np.take(states, rows, axis=0, out=into, mode="clip")
+        self._left = None
+        if len(raw) - HEADER_BYTES < LONG_BYTES:
+            # first, since to be ready to receive is news to the other side as well
+            self._sending = send(self._group, message, 1, self._lane)
+            self._receiving = receive(self._group, answer, 1, self._lane)
+        else:
+            self._receiving = receive(self._group, answer, 1, self._lane)
+            self._left = self._outbox.put(self._group, message, 1, self._lane)
+
+    def answer(self) -> Header:
+        """Wait for the answer of the call.
+
+        Raises
+        ------
+        RuntimeError
+            It does not come.
+        WireError
+            What comes is none of ours.
+        """
+        if self._left is not None:  # within the timeout of each that goes before
+            self._left.wait()
+        self._receiving.wait(self._timeout)  # and so the call was sent
+        return get_header(self._answer.array)
+
+    def sums(self, dtype: torch.dtype, width: int) -> torch.Tensor:
+        """The partial sums of an answer, [T, width]; memory that the next answer is written to."""
+        return self._answer.states(dtype, width)
+
+    def forget(self) -> None:
+        """The call has failed: what was lent to it may still be written to."""
+        self._message, self._answer = Room(), Room()
