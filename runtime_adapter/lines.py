@@ -1,5 +1,7 @@
 """One lane of a front to one other server's worker: a call, and its answer.
 
+By gloo alone (:class:`Line`), or with the states on a plane of their own (:class:`PlaneLine`).
+
 A line raises RuntimeError, as torch.distributed does, where the other side is gone or silent.
 """
 
@@ -15,7 +17,8 @@ import torch
 
 from runtime_adapter.links import receive, send
 from runtime_adapter.outbox import LONG_BYTES, Outbox
-from runtime_adapter.wire import HEADER_BYTES, Header, get_header, put_header
+from runtime_adapter.planes import Plane
+from runtime_adapter.wire import ANSWER, HEADER_BYTES, Header, get_header, put_header
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
@@ -115,3 +118,52 @@ class Line:
     def forget(self) -> None:
         """The call has failed: what was lent to it may still be written to."""
         self._message, self._answer = Room(), Room()
+
+
+class PlaneLine(Line):
+    """Messages carry all but the states, which go over a plane; see :mod:`runtime_adapter.planes`.
+
+    A call's states always go, and an answer's where it has any.
+    """
+
+    def __init__(
+        self, group: Any, lane: int, timeout: datetime.timedelta, outbox: Outbox, plane: Plane
+    ) -> None:
+        super().__init__(group, lane, timeout, outbox)
+        self.plane = plane
+
+    @staticmethod
+    def carried(hidden: torch.Tensor) -> Any:
+        """They stay where they are."""
+        return hidden
+
+    def words(self, tokens: int, calls: int, token_bytes: int) -> Words:
+        """As of a call without states."""
+        return super().words(tokens, calls, 0)
+
+    def send(self, header: Header, states: Any, rows: Ints | None) -> None:
+        """Queue the states, and then tell of them."""
+        if rows is not None:
+            states = states[torch.from_numpy(rows).to(states.device)]
+        self._states = states
+        self._queued = self.plane.send(states)
+        put_header(self._message.array, header)
+        self._sending = send(self._group, self._message.tensor, 1, self._lane)
+        self._receiving = receive(self._group, self._answer.tensor, 1, self._lane)
+
+    def answer(self) -> Header:
+        """Wait for the answer's header, and for its states where it has any."""
+        header = super().answer()
+        if header.kind == ANSWER and header.tokens == len(self._states):
+            self._sums = torch.empty_like(self._states)
+            self.plane.receive(self._sums)
+        return header
+
+    def sums(self, dtype: torch.dtype, width: int) -> torch.Tensor:
+        """The partial sums of an answer, [T, width], on the states' device."""
+        return self._sums
+
+    def forget(self) -> None:
+        """The call has failed, and its states may still be queued."""
+        super().forget()
+        self.plane.close()

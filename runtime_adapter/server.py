@@ -30,7 +30,7 @@ from runtime_adapter.compute import Compute
 from runtime_adapter.counters import Counters
 from runtime_adapter.dispatch import Dispatcher
 from runtime_adapter.follow import Follower
-from runtime_adapter.lines import Line
+from runtime_adapter.lines import Line, PlaneLine
 from runtime_adapter.links import (
     ABORTED,
     Meeting,
@@ -46,6 +46,7 @@ from runtime_adapter.links import (
 )
 from runtime_adapter.outbox import Outbox, hold_back_little
 from runtime_adapter.parallel import in_parallel
+from runtime_adapter.planes import Plane, Planes, card_name, check_cards, make_planes
 from runtime_adapter.routing import Router
 from runtime_adapter.scheduler import SchedulerConfig, run_scheduler
 from runtime_adapter.table import HolderTable
@@ -68,7 +69,7 @@ class ServerConfig:
     ``facts`` must be equal on all servers (placement digest, route, ...); ``states`` and ``width``
     as in WorkerConfig; ``most_tokens`` of this server's own steps; ``lanes`` requests at once;
     ``threads`` of the CPU that the worker may take for a call;
-    ``movable`` where experts may move.
+    ``movable`` where experts may move; ``planes`` as in WorkerConfig.
     """
 
     meeting: Meeting
@@ -85,6 +86,7 @@ class ServerConfig:
     rtt_s: float = 0.0
     threads: int = 1
     movable: Movable | None = None
+    planes: Planes | None = None
 
 
 class Server:
@@ -116,6 +118,7 @@ class Server:
         self._scheduler: Any = None
         self._follower: Follower | None = None
         self._groups: dict[int, Any] = {}
+        self._planes: dict[tuple[int, int, int], Plane] = {}
         servers = config.meeting.servers
         self._over: Any = multiprocessing.get_context("spawn").Array(
             ctypes.c_bool, servers, lock=False
@@ -163,6 +166,8 @@ class Server:
         check_run(store, meeting, config.facts, self.name)
         if self.me == 0:
             put(store, "movable", config.movable is not None)
+        if config.planes is not None and config.planes.backend == "nccl":
+            check_cards(store, meeting, card_name(config.planes.device), self.table.servers)
         put(store, f"tokens/{self.me}", config.most_tokens)
         most = max(
             int(get(store, f"tokens/{n}", meeting.join_s, f"server {name!r}"))
@@ -183,6 +188,7 @@ class Server:
             threads=config.threads,
             over=self._over,
             loader=config.movable.loader if config.movable else None,
+            planes=config.planes,
         )
         self._worker = context.Process(target=run_worker, args=(worker, theirs), daemon=True)
         self._worker.start()
@@ -193,6 +199,10 @@ class Server:
             )
             self._scheduler.start()
         groups = in_parallel([partial(group, meeting, self.me, m, 0) for m in others])
+        if config.planes is not None:
+            pairs = [(self.me, m) for m in others]
+            job = partial(make_planes, config.planes, meeting, pairs, config.lanes, 0)
+            (self._planes,) = in_parallel([job])  # a thread that can be interrupted, as above
         try:
             if not ours.poll(meeting.join_s):
                 raise RuntimeFailure(f"the worker did not start within {meeting.join_s:g} s")
@@ -201,7 +211,7 @@ class Server:
             raise RuntimeFailure("the worker ended while it was starting") from None
         if wrong:
             raise RuntimeFailure(wrong)
-        self._groups = by_server = dict(zip(others, groups, strict=True))
+        self._groups = dict(zip(others, groups, strict=True))
         hold_back_little()
         timeout = datetime.timedelta(seconds=meeting.timeout_s)
         outbox = Outbox(timeout)
@@ -209,7 +219,7 @@ class Server:
             Dispatcher(
                 config.model,
                 Router(self.table, self.me, config.model, config.network, config.route),
-                {m: Line(made, lane, timeout, outbox) for m, made in by_server.items()},
+                {m: self._line(m, lane, timeout, outbox) for m in others},
                 config.compute,
                 self.counters,
                 timeout_s=meeting.timeout_s,
@@ -225,6 +235,12 @@ class Server:
             )  # fmt: skip
             self._follower.start()
         threading.Thread(target=self._watch, args=(others,), daemon=True).start()
+
+    def _line(self, m: int, lane: int, timeout: datetime.timedelta, outbox: Outbox) -> Line:
+        made, plane = self._groups[m], self._planes.get((self.me, m, lane))
+        if plane is None:
+            return Line(made, lane, timeout, outbox)
+        return PlaneLine(made, lane, timeout, outbox, plane)
 
     # -------------------------------------------------------------------------------------- health
 
@@ -383,6 +399,8 @@ class Server:
     def close(self) -> None:
         """End the worker and the scheduler."""
         self._ended.set()
+        for plane in self._planes.values():
+            plane.close()
         for process in (self._scheduler, self._worker):
             if process is not None and process.is_alive():
                 process.terminate()

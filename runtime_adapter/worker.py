@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import multiprocessing
@@ -25,6 +26,7 @@ from runtime_adapter.compute import Batch, Compute
 from runtime_adapter.links import FOREVER, Meeting, RuntimeFailure, group, join_store, receive, send
 from runtime_adapter.outbox import LONG_BYTES, Outbox, hold_back_little
 from runtime_adapter.parallel import in_parallel
+from runtime_adapter.planes import Plane, PlaneBroken, Planes, make_planes
 from runtime_adapter.routing import read_calls, warm_up_answers
 from runtime_adapter.table import HolderTable
 from runtime_adapter.wire import (
@@ -70,6 +72,7 @@ class WorkerConfig:
     threads: int
     over: Any
     loader: Loader | None = None
+    planes: Planes | None = None
 
 
 def run_worker(config: WorkerConfig, ready: Any) -> None:
@@ -115,11 +118,18 @@ class Worker:
         warm_up_answers()
         fronts = [n for n in range(self.config.meeting.servers) if n != self.me]
         groups = in_parallel([partial(group, self.config.meeting, n, self.me, 1) for n in fronts])
+        planes = {}
+        if self.config.planes is not None:
+            pairs = [(n, self.me) for n in fronts]
+            planes = make_planes(
+                self.config.planes, self.config.meeting, pairs, self.config.lanes, 1
+            )
         hold_back_little()
         for front, made in zip(fronts, groups, strict=True):
             for lane in range(self.config.lanes):
+                plane = planes.get((front, self.me, lane))
                 thread = threading.Thread(
-                    target=self._answer_all, args=(front, made, lane), daemon=True
+                    target=self._answer_all, args=(front, made, lane, plane), daemon=True
                 )
                 thread.start()
 
@@ -138,45 +148,50 @@ class Worker:
         except RuntimeError:
             return  # the store's host is gone; calls are answered all the same
 
-    def _answer_all(self, front: int, made: Any, lane: int) -> None:
+    def _answer_all(self, front: int, made: Any, lane: int, plane: Plane | None) -> None:
         sharp_timers()
-        config = self.config
-        desk = Desk(config, self.table, self.me)
+        if plane is None:
+            desk = Desk(self.config, self.table, self.me)
+        else:
+            desk = PlaneDesk(self.config, self.table, self.me, plane)
+        try:
+            with contextlib.suppress(RuntimeError):  # that front is gone
+                self._answer_calls(desk, made, lane)
+        finally:
+            self.config.over[front] = True
+            desk.close()
+
+    def _answer_calls(self, desk: Desk, made: Any, lane: int) -> None:
+        """Until the front has no more; RuntimeError if it is gone."""
+        rtt_s = self.config.rtt_s
         sending: Any = None  # gloo needs what it has not sent yet
         while True:
-            try:
-                receive(made, desk.room, 0, lane).wait(FOREVER)
-                del sending
-            except RuntimeError:
-                config.over[front] = True  # that front is gone
-                return
-            if config.rtt_s:
-                wait_until(time.monotonic() + config.rtt_s / 2)
+            receive(made, desk.room, 0, lane).wait(FOREVER)
+            del sending
+            if rtt_s:
+                wait_until(time.monotonic() + rtt_s / 2)
             try:
                 header = get_header(desk.raw)
                 if header.kind == OVER:
-                    config.over[front] = True
                     return
                 reply = desk.answer(header)
+            except PlaneBroken:
+                raise
             except Exception as error:
                 logging.getLogger(__name__).error("prism-runtime: %s", error)
                 reply = desk.brief(Header(FAILED))
-            try:
-                # the front calls again only after all of it has come, so nobody waits for it here
-                if len(reply) < LONG_BYTES:
-                    sending = send(made, reply, 0, lane)
-                else:
-                    sending = self._outbox.put(made, reply, 0, lane)
-            except RuntimeError:
-                config.over[front] = True
-                return
+            # the front calls again only after all of it has come, so nobody waits for it here
+            if len(reply) < LONG_BYTES:
+                sending = send(made, reply, 0, lane)
+            else:
+                sending = self._outbox.put(made, reply, 0, lane)
 
 
 class Desk:
     """Where one lane of one front is answered: its call and the answer, and views of both."""
 
     def __init__(self, config: WorkerConfig, table: HolderTable, me: int) -> None:
-        model, token_bytes = config.model, config.width * config.states.itemsize
+        model, token_bytes = config.model, self._token_bytes(config)
         calls = config.most_tokens * model.top_k
         self.config = config
         self.room = torch.empty(
@@ -190,12 +205,16 @@ class Desk:
         self._words = self.raw[HEADER_BYTES : HEADER_BYTES + 4 * calls].view(np.uint32)
         self._held = table.gpu_of[me]
         self._bits = id_bits(model.num_experts)
-        self._token_bytes = token_bytes
         # compiled code fills these; a batch is of their beginning
         self._experts, self._token = np.empty(calls, np.int64), np.empty(calls, np.int64)
         self._weights = np.empty(calls, np.float32)
         self._weight_bits = self._weights.view(np.uint32)
         self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def _token_bytes(self, config: WorkerConfig) -> int:
+        """Of a token's states in a message."""
+        size: int = config.width * config.states.itemsize
+        return size
 
     def answer(self, header: Header) -> torch.Tensor:
         """What the call in ``room`` is answered with, written to memory that is used again.
@@ -210,6 +229,7 @@ class Desk:
         fits = 0 < tokens <= min(calls, self.config.most_tokens) and calls <= tokens * model.top_k
         if header.kind != CALL or layer >= model.num_layers or not fits:
             raise WireError(f"a call that does not fit {model.name}: {header}")
+        hidden, reply, sums = self._seen(tokens, calls)
         first = layer * model.num_experts
         experts, token, weights = self._experts[:calls], self._token[:calls], self._weights[:calls]
         named, lacking = read_calls(
@@ -220,8 +240,8 @@ class Desk:
             raise WireError(f"a call that does not fit {model.name}: {header}")
         if lacking >= 0:
             return self.brief(Header(MISSING, detail=first + int(lacking)))
-        hidden, reply, sums = self._seen(tokens, calls)
         sums.copy_(self.config.compute.partial_sums(Batch(layer, hidden, token, experts, weights)))
+        self._send(sums)
         put_header(self._reply_raw, Header(ANSWER, tokens, calls, layer))
         return reply
 
@@ -234,7 +254,7 @@ class Desk:
         """The call's hidden states, the reply and its states; those of short calls are kept."""
         found = self._views.get((tokens, calls))
         if found is None:
-            upto, size = HEADER_BYTES + 4 * calls, tokens * self._token_bytes
+            upto, size = HEADER_BYTES + 4 * calls, tokens * self._token_bytes(self.config)
             shape = (tokens, self.config.width)
             hidden = self.room[upto : upto + size].view(self.config.states).view(shape)
             reply = self._reply[: HEADER_BYTES + size]
@@ -242,3 +262,46 @@ class Desk:
             if tokens <= KEPT_TOKENS:
                 self._views[tokens, calls] = found
         return found
+
+    def _send(self, sums: torch.Tensor) -> None:
+        """They are in the reply."""
+
+    def close(self) -> None:
+        """The front is gone, or has no more calls."""
+
+
+class PlaneDesk(Desk):
+    """A desk to which the states come over a plane, and leave over it; see planes.py.
+
+    Raises PlaneBroken where the front is gone or silent.
+    """
+
+    def __init__(self, config: WorkerConfig, table: HolderTable, me: int, plane: Plane) -> None:
+        super().__init__(config, table, me)
+        assert config.planes is not None
+        self._plane = plane
+        shape = (config.most_tokens, config.width)
+        self._hidden = torch.empty(shape, dtype=config.states, device=config.planes.device)
+        self._sums = torch.empty_like(self._hidden)
+
+    def _token_bytes(self, config: WorkerConfig) -> int:
+        return 0
+
+    def answer(self, header: Header) -> torch.Tensor:
+        """What the call is answered with; its states are taken from the plane in any case."""
+        try:
+            return super().answer(header)
+        except WireError:
+            self._plane.close()  # states of who knows what size are on their way
+            raise
+
+    def _seen(self, tokens: int, calls: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden = self._hidden[:tokens]
+        self._plane.receive(hidden)
+        return hidden, self._reply[:HEADER_BYTES], self._sums[:tokens]
+
+    def close(self) -> None:
+        self._plane.close()
+
+    def _send(self, sums: torch.Tensor) -> None:
+        self._queued = self._plane.send(sums)

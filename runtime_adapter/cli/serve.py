@@ -34,6 +34,13 @@ from runtime_adapter.cli.options import (
     "--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda or cuda:N."
 )
 @click.option(
+    "--transport",
+    type=click.Choice(["gloo", "nccl", "split"]),
+    default="gloo",
+    show_default=True,
+    help="nccl: states go from card to card; split: nccl's protocol over gloo, to try it.",
+)
+@click.option(
     "--route",
     type=click.Choice(["cover", "nearest", "spread"]),
     default="cover",
@@ -84,6 +91,7 @@ def command(**given: Any) -> None:
         require_placed_model,
         server_devices,
     )
+    from runtime_adapter.planes import Planes, prepare_nccl, require_nccl
     from runtime_adapter.serve import (
         even_network,
         load_tokenizer,
@@ -128,7 +136,14 @@ def command(**given: Any) -> None:
             )
         with blaming(given["cluster"]):
             network = Network.of(cluster, spec)
+    if given["transport"] == "nccl":
+        prepare_nccl(given["interface"])  # before anything uses a card
     devices = server_devices(len(placement.gpu_capacity[meeting.me]), given["device"])
+    planes = None
+    if given["transport"] != "gloo":
+        planes = Planes(given["transport"], devices[0])
+        if given["transport"] == "nccl":
+            require_nccl(devices[0])
     tokenizer = load_tokenizer(checkpoint)
     jobs = prepare(
         requests, tokenizer, checkpoint, meeting.me, given["max_new_tokens"], given["requests"]
@@ -164,7 +179,14 @@ def command(**given: Any) -> None:
             "dtype": str(dtype).removeprefix("torch."),
             **{
                 name: given[name]
-                for name in ("route", "concurrency", "rtt_ms", "weights", *MIGRATION_FACTS)
+                for name in (
+                    "route",
+                    "concurrency",
+                    "rtt_ms",
+                    "weights",
+                    "transport",
+                    *MIGRATION_FACTS,
+                )
             },
         },
         states=dtype,
@@ -175,6 +197,7 @@ def command(**given: Any) -> None:
         rtt_s=given["rtt_ms"] * 1e-3,
         threads=given["threads"],
         movable=movable,
+        planes=planes,
     )
     with jsonl(given["output"]) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()

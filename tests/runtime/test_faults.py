@@ -123,8 +123,8 @@ def told(run: Servers, name: str, text: str) -> bool:
     return any(text in line for line in run.errors(name))
 
 
-@pytest.mark.parametrize("how", ["killed", "hung"])
-def test_experts_of_a_lost_server(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "transport"), [("killed", "split"), ("hung", "gloo")])
+def test_experts_of_a_lost_server(how: str, transport: str, tmp_path: Path) -> None:
     """Front and worker of a server are killed, or hang: both others name it within the timeout.
 
     Then requests that need experts that it alone held fail with a message that names it, those
@@ -139,7 +139,7 @@ def test_experts_of_a_lost_server(how: str, tmp_path: Path) -> None:
         {"prompt": lives, "id": "lives on", "at_s": 15.0},
     ]
     timeout_s = 3.0
-    options = [*OWN, "--timeout", str(timeout_s), "--join", "120"]
+    options = [*OWN, "--timeout", str(timeout_s), "--join", "120", "--transport", transport]
     with Servers(tmp_path, placement, f"tiny-{MODEL}", *options) as run:
         processes = start(run, {"edge-0": asked, "edge-1": asked})
         pids = [one.pid for all_of in processes.values() for one in all_of]
@@ -388,6 +388,11 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         ({"threads": "-1"}, "--threads: -1; expected 1 to 1,024"),
         ({"max-new-tokens": "512"}, "line 1: 2 tokens and 512 new ones; expected 1 to 512"),
         ({"route": "nearest"}, "--route nearest: needs to know the links; expected --cluster"),
+        (
+            {"device": "cpu", "transport": "nccl"},
+            "--transport: nccl carries states between CUDA cards, and this server has none "
+            "(--device is cpu); give every server a card, or use --transport gloo",
+        ),
         ({"device": "tpu"}, "--device: 'tpu'; expected auto, cpu, cuda"),
         ({"store": "nowhere"}, "--store: 'nowhere'; expected HOST:PORT"),
         ({"output": "/no/such/folder/x"}, "/no/such/folder"),

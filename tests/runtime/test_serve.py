@@ -20,6 +20,7 @@ from runtime_adapter.bridge import Lanes  # noqa: E402
 from runtime_adapter.compute import ExpertCompute  # noqa: E402
 from runtime_adapter.links import Meeting  # noqa: E402
 from runtime_adapter.model import load_experts, load_model  # noqa: E402
+from runtime_adapter.planes import Planes  # noqa: E402
 from runtime_adapter.serve import even_network, read_requests  # noqa: E402
 from runtime_adapter.server import Server, ServerConfig  # noqa: E402
 from runtime_adapter.worker import in_parallel  # noqa: E402
@@ -66,12 +67,12 @@ def alone(model: str, prompt: str, new_tokens: int = NEW_TOKENS) -> list[int]:
 @pytest.mark.parametrize(
     ("model", "servers", "solver", "options"),
     [
-        ("mixtral", 2, "uniform", ["--route", "spread"]),
+        ("mixtral", 2, "uniform", ["--route", "spread", "--transport", "split"]),
         ("mixtral", 3, "prism", []),
         ("mixtral", 4, "eplb", ["--rtt-ms", "1"]),
         ("deepseek-v2", 2, "layer-partition", []),
         ("deepseek-v2", 3, "exact", ["--route", "spread"]),
-        ("deepseek-v2", 4, "redundance", []),
+        ("deepseek-v2", 4, "redundance", ["--transport", "split"]),
     ],
 )
 def test_tokens_are_those_of_one_process(
@@ -80,7 +81,8 @@ def test_tokens_are_those_of_one_process(
     """Greedy tokens equal the whole model's, with two requests at once on every server but one.
 
     The last server has no requests and answers the others; one is started by torchrun. What the
-    servers count fits together: each expert call once, each layer of each pass.
+    servers count fits together: each expert call once, each layer of each pass; it does not depend
+    on the transport.
     """
     placement = solve(instance(model, servers), solver, Options(seed=1))
     asked = {
@@ -121,11 +123,13 @@ def test_tokens_are_those_of_one_process(
     assert run.stats(placement.servers[-1])["requests"] == 0
 
 
+@pytest.mark.parametrize("planes", [None, Planes("split", CPU)], ids=["gloo", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_over_the_links(dtype: Any) -> None:
+def test_logits_over_the_links(dtype: Any, planes: Planes | None) -> None:
     """Two servers with their workers: logits of each are the whole model's, within tolerance.
 
-    Gate weights travel with 18 bits of mantissa, partial sums in the model's dtype.
+    Gate weights travel with 18 bits of mantissa, partial sums in the model's dtype, whether they
+    are in the messages or beside them.
     """
     model = "deepseek-v2"
     checkpoint = committed(model)
@@ -146,6 +150,7 @@ def test_logits_over_the_links(dtype: Any) -> None:
             states=dtype,
             width=spec.hidden_size,
             most_tokens=512,
+            planes=planes,
         )
         return Server(config, lambda text: None)
 

@@ -1,0 +1,245 @@
+"""Hidden states that go from card to card by NCCL, beside the messages that announce them.
+
+NCCL has no tags, wants to know what comes before it comes, and what it waits for occupies a card.
+So headers and words go by gloo as ever, and states over a second group::
+
+    front                                         worker
+    states                       -- plane -->     (queued before they are announced)
+    header | words               -- gloo -->      takes the header, then asks for the states
+    (queued, as well)            <-- plane --     partial sums
+    takes it, asks for the sums  <-- gloo --      header
+
+A side asks the plane only for what the other has queued already, and a queue waits only for what
+was queued before: over all servers these waits go back in time, so they form no circle. Every lane
+of every pair (front of n, worker of m) has a group of its own, for NCCL keeps the order of a group;
+all are made in one order, two sides at a time. A group that breaks breaks its lane only.
+
+``split`` runs the same over gloo, on any device: to try it, and to test it where there is no card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from prism_plan.errors import InputError
+from runtime_adapter.links import Meeting, RuntimeFailure, get, group, join_store, put
+
+Backend = Literal["nccl", "split"]
+
+#: Before the name of a group of states in the store.
+STATES = "states"
+#: Between two looks at whether a card has received.
+LOOK_S = 20e-6
+
+
+class PlaneBroken(RuntimeError):
+    """The other side of a plane is gone or silent; nothing more goes over it."""
+
+
+@dataclass(frozen=True)
+class Planes:
+    """How a server's states travel, and the device on which they leave and arrive."""
+
+    backend: Backend
+    device: torch.device
+
+
+class Plane:
+    """One lane of one front to one worker, seen from one side of it."""
+
+    def __init__(self, made: Any, other: int, timeout_s: float) -> None:
+        self._group = made
+        self._other = other
+        self.timeout_s = timeout_s
+
+    def send(self, states: torch.Tensor) -> Any:
+        """Queue states [T, H]; what is returned is to be kept until they are answered.
+
+        Raises
+        ------
+        PlaneBroken
+            It cannot be sent any more.
+        """
+        try:
+            return self._group.send([states.contiguous()], self._other, 0)
+        except RuntimeError as error:
+            raise self._broken(error) from error
+
+    def wait(self, going: Any) -> None:
+        """Until what :meth:`send` has queued is there.
+
+        Raises
+        ------
+        PlaneBroken
+            It is not taken in time.
+        """
+        try:
+            self._finish(going)
+        except RuntimeError as error:
+            raise self._broken(error) from error
+
+    def receive(self, states: torch.Tensor) -> None:
+        """Fill states [T, H] with what the other side has queued.
+
+        Raises
+        ------
+        PlaneBroken
+            It does not come in time.
+        """
+        try:
+            self._finish(self._group.recv([states], self._other, 0))
+        except RuntimeError as error:
+            raise self._broken(error) from error
+
+    def _finish(self, work: Any) -> None:
+        work.wait(datetime.timedelta(seconds=self.timeout_s))
+
+    def _broken(self, error: RuntimeError) -> PlaneBroken:
+        self.close()  # whatever is queued on a card would wait for ever
+        return PlaneBroken(str(error))
+
+    def close(self) -> None:
+        """Give up what is queued."""
+        with contextlib.suppress(RuntimeError):
+            self._group.abort()
+
+
+class NcclPlane(Plane):
+    """By NCCL, on the current stream of the states' card."""
+
+    def _finish(self, work: Any) -> None:
+        # NCCL's own wait with a timeout looks but once a millisecond
+        deadline = time.monotonic() + self.timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"timed out after {self.timeout_s:g} s")
+            time.sleep(LOOK_S)
+        work.wait()
+
+
+def make_planes(
+    planes: Planes, meeting: Meeting, pairs: Iterable[tuple[int, int]], lanes: int, rank: int
+) -> dict[tuple[int, int, int], Plane]:
+    """The planes of a front (``rank`` 0) or worker (1), by (front, worker, lane).
+
+    ``pairs`` are those (front, worker) in which it is that side. Both sides of a pair call this,
+    all of them at the same time.
+
+    Raises
+    ------
+    RuntimeFailure
+        The other side of one is not there in time.
+    """
+    made = {}
+    # one order for all: then the least that is not made yet is the next of both of its sides
+    for front, worker in sorted(pairs):
+        for lane in range(lanes):
+            made[front, worker, lane] = _make(planes, meeting, front, worker, lane, rank)
+    return made
+
+
+def _make(
+    planes: Planes, meeting: Meeting, front: int, worker: int, lane: int, rank: int
+) -> Plane:  # fmt: skip
+    kind = f"{STATES}/{lane}"
+    if planes.backend == "split":
+        plane = Plane(group(meeting, front, worker, rank, kind), 1 - rank, meeting.join_s)
+    else:
+        store = dist.PrefixStore(f"{kind}/{front}/{worker}", join_store(meeting, host_it=False))
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = datetime.timedelta(seconds=meeting.join_s)
+        with torch.cuda.device(planes.device):
+            made = dist.ProcessGroupNCCL(store, rank, 2, options)
+        plane = NcclPlane(made, 1 - rank, meeting.join_s)
+    # NCCL connects with the first message each way
+    first = torch.zeros(1, 1, device=planes.device)
+    try:
+        if rank == 0:
+            going = plane.send(first)
+            plane.receive(torch.empty_like(first))
+        else:
+            plane.receive(first)
+            going = plane.send(first)
+        plane.wait(going)
+    except PlaneBroken as error:
+        other = worker if rank == 0 else front
+        raise RuntimeFailure(
+            f"--transport {planes.backend}: no states from server {other} within "
+            f"{meeting.join_s:g} s: {str(error).splitlines()[0]:.120}"
+        ) from error
+    plane.timeout_s = meeting.timeout_s
+    return plane
+
+
+# --------------------------------------------------------------------------------------- conditions
+
+
+def require_nccl(device: torch.device) -> None:
+    """Refuse ``--transport nccl`` where it cannot work.
+
+    Raises
+    ------
+    InputError
+        This server computes on the CPU, or this torch is built without NCCL.
+    """
+    remedy = "give every server a card, or use --transport gloo"
+    if device.type != "cuda":
+        raise InputError(
+            "nccl carries states between CUDA cards, and this server has none "
+            f"(--device is {device.type})",
+            source="--transport",
+            remedy=remedy,
+        )
+    if not dist.is_nccl_available():
+        raise InputError(
+            "this torch is built without NCCL",
+            source="--transport",
+            remedy="install a CUDA build of torch, or use --transport gloo",
+        )
+
+
+def prepare_nccl(interface: str) -> None:
+    """Set what NCCL and torch read when they begin; call it before CUDA is first used.
+
+    NCCL listens on the named interface alone; a communicator that fails is an error of its call
+    and ends no process; streams that wait for other servers do not share a queue of the card.
+    """
+    os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
+    os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
+def card_name(device: torch.device) -> str:
+    """The card of a device, unlike all others on this and other machines."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def check_cards(store: dist.Store, meeting: Meeting, card: str, names: tuple[str, ...]) -> None:
+    """Two servers of a run on one card cannot reach each other by NCCL.
+
+    Raises
+    ------
+    InputError
+        Another server has this server's card; both say so.
+    """
+    put(store, f"card/{meeting.me}", card)
+    for n, name in enumerate(names):
+        found = get(store, f"card/{n}", meeting.join_s, f"server {name!r}")
+        if n != meeting.me and found == card:
+            raise InputError(
+                f"server {names[meeting.me]!r} has the card of server {name!r}",
+                source="--transport nccl",
+                expected="a card of its own for every server",
+                remedy="give another --device, or use --transport gloo",
+            )

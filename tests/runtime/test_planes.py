@@ -1,0 +1,221 @@
+"""States beside the messages: the order of all waits, what breaks, and what NCCL is refused for."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+import torch.distributed as dist  # noqa: E402
+
+from prism_plan.errors import InputError  # noqa: E402
+from runtime_adapter import planes  # noqa: E402
+from runtime_adapter.links import Meeting  # noqa: E402
+from runtime_adapter.planes import (  # noqa: E402
+    NcclPlane,
+    PlaneBroken,
+    Planes,
+    check_cards,
+    make_planes,
+    prepare_nccl,
+    require_nccl,
+)
+from runtime_adapter.worker import in_parallel  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+class Work:
+    """An operation of a card that is complete after some looks, or never."""
+
+    def __init__(self, looks: float, error: str = "") -> None:
+        self.looks = looks
+        self.error = error
+        self.waited = False
+
+    def is_completed(self) -> bool:
+        """One look."""
+        self.looks -= 1
+        return self.looks < 0
+
+    def wait(self) -> None:
+        """As NCCL: raises what went wrong."""
+        self.waited = True
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+class Group:
+    """Stands for a process group of NCCL."""
+
+    def __init__(self, looks: float, error: str = "") -> None:
+        self.work = Work(looks, error)
+        self.asked: list[tuple[str, int]] = []
+        self.aborted = False
+
+    def send(self, tensors: list[Any], other: int, tag: int) -> Work:
+        """Queue."""
+        assert all(one.is_contiguous() for one in tensors)
+        self.asked.append(("send", other))
+        return self.work
+
+    def recv(self, tensors: list[Any], other: int, tag: int) -> Work:
+        """Queue."""
+        self.asked.append(("recv", other))
+        return self.work
+
+    def abort(self) -> None:
+        """Free the card."""
+        self.aborted = True
+
+
+def test_a_card_is_asked_until_it_has_received() -> None:
+    """Nothing is read before the card has it; then the stream is told, which raises errors."""
+    group = Group(looks=5)
+    NcclPlane(group, 1, 10.0).receive(torch.empty(2, 3))
+    assert group.asked == [("recv", 1)]
+    assert group.work.looks == -1
+    assert group.work.waited
+    assert not group.aborted
+
+
+@pytest.mark.parametrize(
+    ("looks", "error", "message"),
+    [(1e9, "", "timed out after 0.05 s"), (0, "remote process exited", "exited")],
+)
+@pytest.mark.parametrize("ask", ["receive", "wait"])
+def test_what_does_not_come_is_given_up(looks: float, error: str, message: str, ask: str) -> None:
+    """Silence and an error are one thing: the group is aborted, so that no card waits for ever."""
+    group = Group(looks, error)
+    plane = NcclPlane(group, 0, 0.05)
+    begin_s = time.monotonic()
+    with pytest.raises(PlaneBroken, match=message):
+        if ask == "receive":
+            plane.receive(torch.empty(1, 1))
+        else:
+            plane.wait(plane.send(torch.ones(3, 2).T))
+    assert time.monotonic() - begin_s < 5.0
+    assert group.aborted
+
+
+def test_states_go_both_ways_by_gloo() -> None:
+    """Over `split`, made by both sides at once: what one queues is what the other gets."""
+    from tests.runtime.replays import free_port
+
+    port = free_port()
+    host = dist.TCPStore(
+        "127.0.0.1", port, None, True, wait_for_workers=False
+    )  # kept until the end
+    states = torch.arange(12.0).reshape(3, 4)
+    found = [torch.empty(3, 4), torch.empty(2, 4)]
+
+    def side(rank: int) -> Callable[[], None]:
+        def run() -> None:
+            meeting = Meeting(2, rank, port=port, timeout_s=5.0)
+            made = make_planes(Planes("split", CPU), meeting, [(0, 1)], 2, rank)
+            assert sorted(made) == [(0, 1, 0), (0, 1, 1)]
+            plane = made[0, 1, 1]
+            if rank == 0:
+                going = plane.send(states)
+                plane.receive(found[1])
+                plane.wait(going)
+            else:
+                plane.receive(found[0])
+                plane.wait(plane.send(found[0][:2] * 2))
+
+        return run
+
+    in_parallel([side(0), side(1)])
+    assert host.num_keys() > 0
+    assert (found[0] == states).all()
+    assert (found[1] == 2 * states[:2]).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(servers=st.integers(2, 6), lanes=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+def test_all_meet_whatever_order_they_are_asked_in(servers: int, lanes: int, seed: int) -> None:
+    """Fronts and workers that meet two at a time, each by its own list, never wait in a circle.
+
+    There is always a pair that both sides have next, until all have met.
+    """
+    rng = np.random.default_rng(seed)
+    lists: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+    kept = planes._make
+    try:
+        planes._make = lambda how, meeting, front, worker, lane, rank: None  # type: ignore
+        for me in range(servers):
+            others = rng.permutation([n for n in range(servers) if n != me]).tolist()
+            for rank, side, pairs in (
+                (0, "front", [(me, n) for n in others]),
+                (1, "worker", [(n, me) for n in others]),
+            ):
+                made = make_planes(Planes("split", CPU), Meeting(servers, me), pairs, lanes, rank)
+                lists[side, me] = list(made)
+    finally:
+        planes._make = kept
+    met = 0
+    while any(lists.values()):
+        ready = {
+            todo[0] for (side, _), todo in lists.items()
+            if todo and side == "front" and lists["worker", todo[0][1]][:1] == todo[:1]
+        }  # fmt: skip
+        assert ready
+        for front, worker, lane in ready:
+            assert lists["front", front].pop(0) == (front, worker, lane)
+            assert lists["worker", worker].pop(0) == (front, worker, lane)
+            met += 1
+    assert met == servers * (servers - 1) * lanes
+
+
+@pytest.mark.parametrize("cards", ["abc", "aba", "aaa"])
+def test_a_card_is_of_one_server(cards: str) -> None:
+    """Servers that share a card are told so, each of the other; those that do not are not."""
+    store, names = dist.HashStore(), ("x", "y", "z")
+
+    def check(me: int) -> Callable[[], str]:
+        def run() -> str:
+            try:
+                check_cards(store, Meeting(3, me), f"card {cards[me]}", names)
+            except InputError as error:
+                return str(error)
+            return ""
+
+        return run
+
+    said = in_parallel([check(me) for me in range(3)])
+    for me, other in itertools.permutations(range(3), 2):
+        if cards[me] == cards[other]:
+            assert f"server {names[me]!r} has the card of server" in said[me]
+            assert "use --transport gloo" in said[me]
+    assert [bool(text) for text in said] == [cards.count(card) > 1 for card in cards]
+
+
+def test_nccl_needs_cards_and_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are said in one line, with what to do."""
+    with pytest.raises(InputError, match=r"between CUDA cards.*\(--device is cpu\).*gloo"):
+        require_nccl(CPU)
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(InputError, match=r"without NCCL; install a CUDA build of torch"):
+        require_nccl(card)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    require_nccl(card)
+
+
+def test_what_nccl_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The named interface and no other; errors end calls, not processes."""
+    monkeypatch.setattr(os, "environ", {"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
+    prepare_nccl("eth1")
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "=eth1"
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"  # as whoever runs it wants it
