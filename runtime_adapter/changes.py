@@ -10,7 +10,7 @@ what        more                                      written by
 plan        plan (its steps are at ``plan/<plan>``)   the scheduler
 load        plan, experts [step, gpu, pair, slot]     the GPUs' server: they serve from now on
 drop        plan, experts [step, gpu, pair, 0]        the GPUs' server: they are no longer called
-seen        server, number                            a front: no call goes by news before number
+seen        server, plan, steps                       a front: no call counts on what they drop
 dropped     plan, steps                               the GPUs' server: the slots are free
 failed      plan, step, server, reason                the GPU's server: the step cannot be done
 stop        plan, reason                              the scheduler: begin no further step

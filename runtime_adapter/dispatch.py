@@ -80,8 +80,9 @@ class Dispatcher:
         self.rtt_s = rtt_s
         self.on_lost = on_lost
         self.request = 0
-        #: Begun and ended layers together, so odd inside of one: see follow.py.
+        #: Begun and ended layers together, so odd inside of ``layer``: see follow.py.
         self.passes = 0
+        self.layer = 0
         self._bits = id_bits(model.num_experts)
         self._sent = np.zeros((len(router.table.servers), 2), np.int64)
         self._carried = next(iter(lines.values())).carried if lines else Line.carried
@@ -98,6 +99,7 @@ class Dispatcher:
         RuntimeFailure
             A server answers, but keeps saying that it does not have the expert.
         """
+        self.layer = layer
         self.passes += 1
         try:
             return self._run(

@@ -1,17 +1,17 @@
 """What a front does with the news of a run: its routes change, it confirms, it reports its calls.
 
-A drop is confirmed when no layer is under way any more that began before it was known: then no
-call of this front, at home or elsewhere, counts on the expert. So the slot can be used again, and
-no call comes too late.
+A drop is confirmed when no run of its layer is under way any more that began before it was known:
+then no call of this front, at home or elsewhere, counts on the expert. So the slot can be used
+again, and no call comes too late. A step of a long prompt holds up the drops of the layer that it
+is in, and no others.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,21 +22,35 @@ from runtime_adapter.counters import Counters
 from runtime_adapter.experts import Change
 from runtime_adapter.table import HolderTable
 
-#: Between two looks at layers that are under way.
-LOOK_S = 0.0005
+#: Between two looks at layers that are under way, while drops wait for them.
+LOOK_S = 0.005
 
 
 class Lane(Protocol):
-    """What runs layers: odd ``passes`` say that it is inside of one."""
+    """What runs layers: odd ``passes`` say that it is inside of one, whose position is ``layer``.
 
+    ``layer`` is set before ``passes`` becomes odd.
+    """
+
+    layer: int
     passes: int
 
 
-def settle(lanes: Sequence[Lane]) -> None:
-    """Wait until every layer that is under way now has ended."""
-    under_way = [(lane, lane.passes) for lane in lanes if lane.passes % 2]
-    while any(lane.passes == passes for lane, passes in under_way):
-        time.sleep(LOOK_S)
+class Dropping(NamedTuple):
+    """A drop that this front knows of; ``inside`` are lanes that may count on the expert still.
+
+    Each with its ``passes`` at the time.
+    """
+
+    plan: int
+    step: int
+    gpu: int
+    pair: int
+    inside: tuple[tuple[Lane, int], ...]
+
+    def settled(self) -> bool:
+        """Whether all lanes have left the layer."""
+        return all(lane.passes != passes for lane, passes in self.inside)
 
 
 class Follower:
@@ -52,6 +66,7 @@ class Follower:
     ) -> None:  # fmt: skip
         self.me = me
         self.name = placement.servers[me]
+        self.num_experts = placement.model.num_experts
         self.table = table
         self.compute = compute
         self.counters = counters
@@ -60,7 +75,7 @@ class Follower:
         self.report = report
         self.own_gpus = placement.gpus_of(me).tolist()
         self.migrating = False
-        self._dropped: list[Entry] = []
+        self._dropped: list[Dropping] = []
         self._reported = {"compute_us": 0, "waiting_us": 0}
 
     def start(self) -> None:
@@ -71,9 +86,9 @@ class Follower:
     def _run(self) -> None:
         try:
             while True:
-                entry = self.news.next()
-                assert entry is not None
-                self.hear(entry)
+                entry = self.news.next(LOOK_S if self._dropped else None)
+                if entry is not None:
+                    self.hear(entry)
                 if self._dropped and self.news.caught_up():
                     self._confirm()
         except StoreLost:
@@ -82,13 +97,13 @@ class Follower:
     def hear(self, entry: Entry) -> None:
         """Act on one entry."""
         if entry.what == "load":
-            self._apply_own(entry)
-            for _, gpu, pair, _ in entry["experts"]:
+            for _, gpu, pair, slot in entry["experts"]:
+                self._apply_own("load", gpu, pair, slot)
                 self.table.change(gpu, pair, True)
         elif entry.what == "drop":
             for _, gpu, pair, _ in entry["experts"]:
                 self.table.change(gpu, pair, False)
-            self._dropped.append(entry)
+            self._watch(entry)
         elif entry.what == "review":
             self._tell_calls(entry["review"])
         elif entry.what == "plan":
@@ -100,18 +115,34 @@ class Follower:
         ):
             self.report(entry["reason"] if entry.what == "failed" else entry["text"])
 
-    def _apply_own(self, entry: Entry) -> None:
-        kind: Literal["load", "drop"] = "load" if entry.what == "load" else "drop"
-        for _, gpu, pair, slot in entry["experts"]:
-            if gpu in self.own_gpus:
-                self.compute.apply(Change(kind, pair, self.own_gpus.index(gpu), slot))
+    def _apply_own(self, kind: Literal["load", "drop"], gpu: int, pair: int, slot: int) -> None:
+        if gpu in self.own_gpus:
+            self.compute.apply(Change(kind, pair, self.own_gpus.index(gpu), slot))
+
+    def _watch(self, entry: Entry) -> None:
+        """Note who is in the layers of drops, now that nobody begins to count on them any more."""
+        inside: dict[int, list[tuple[Lane, int]]] = {}
+        for lane in self.lanes:
+            passes = lane.passes  # before the layer: if that changes meanwhile, this run is over
+            if passes % 2:
+                inside.setdefault(lane.layer, []).append((lane, passes))
+        for step, gpu, pair, _ in entry["experts"]:
+            waited_for = inside.get(pair // self.num_experts, ())
+            self._dropped.append(Dropping(entry["plan"], step, gpu, pair, tuple(waited_for)))
 
     def _confirm(self) -> None:
-        settle(self.lanes)
-        for entry in self._dropped:
-            self._apply_own(entry)
-        self.news.tell("seen", server=self.me, number=self._dropped[-1].number)
-        self._dropped = []
+        """Tell of the drops that nobody here counts on any more."""
+        settled: dict[int, list[int]] = {}
+        left = []
+        for drop in self._dropped:
+            if not drop.settled():
+                left.append(drop)
+                continue
+            self._apply_own("drop", drop.gpu, drop.pair, 0)
+            settled.setdefault(drop.plan, []).append(drop.step)
+        self._dropped = left
+        for plan, steps in settled.items():
+            self.news.tell("seen", server=self.me, plan=plan, steps=steps)
 
     def _tell_calls(self, review: int) -> None:
         key = f"calls/{self.me}/{review}"

@@ -125,6 +125,7 @@ class FakeCompute:
 class FakeLane:
     """Layers that begin and end when a test says so."""
 
+    layer: int = 0
     passes: int = 0
 
 

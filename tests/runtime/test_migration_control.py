@@ -81,11 +81,11 @@ def test_a_move_leads_to_its_target(seed: int) -> None:
 
 
 def test_a_slot_is_not_freed_while_a_layer_may_use_it() -> None:
-    """A front inside of a layer does not confirm a drop, so the expert stays until it is out."""
+    """A front inside of a layer does not confirm its drops: the expert stays until it is out."""
     target = two(list(range(7)), [7, 8, 9], [10, 11])
     fleet = Fleet(START)
     lane = fleet.servers[1].lane
-    lane.passes = 1
+    lane.layer, lane.passes = 1, 1  # pair 7 is of layer 1
     fleet.ask(target)
     fleet.until(lambda: fleet.what("drop"))
     fleet.until(lambda: [e for e in fleet.what("seen") if e["server"] == 0])
@@ -97,6 +97,17 @@ def test_a_slot_is_not_freed_while_a_layer_may_use_it() -> None:
     lane.passes = 2
     assert fleet.moved()[0] == 0
     assert not fleet.servers[0].loader.held[0, 7]
+
+
+def test_other_layers_hold_up_no_drop() -> None:
+    """A front that is in another layer, for however long, confirms; and so when it goes on."""
+    fleet = Fleet(START)
+    lane = fleet.servers[1].lane
+    lane.layer, lane.passes = 0, 1
+    fleet.ask(two(list(range(7)), [7, 8, 9], [10, 11]))
+    assert fleet.moved()[0] == 0
+    assert not fleet.servers[0].loader.held[0, 7]
+    assert lane.passes == 1
 
 
 def test_a_front_that_hangs_is_not_waited_for() -> None:
