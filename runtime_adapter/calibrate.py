@@ -10,6 +10,7 @@ do: the overhead of a call is the one with which section 4's rules give these st
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -182,6 +183,21 @@ def calibration(
             "spread_ms": 1e3 * measured.spread_s,
         },
     }
+
+
+def averaged(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The means of calibrations of one cluster, for a machine that is not equally fast all day."""
+
+    def mean(found: Sequence[Any]) -> Any:
+        first = found[0]
+        if isinstance(first, dict):
+            return {key: mean([one[key] for one in found]) for key in first}
+        if isinstance(first, list):
+            return [mean(ones) for ones in zip(*found, strict=True)]
+        return fmean(found) if isinstance(first, float) else first
+
+    values: dict[str, Any] = mean(measured)
+    return values
 
 
 def _experts_s(table: Timing, model: ModelSpec, tokens: int, gpu: int) -> float:

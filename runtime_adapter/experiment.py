@@ -4,10 +4,11 @@
 
     python -m runtime_adapter.experiment --trace T.parquet --cluster C.toml -o results.json
 
-For each round trip the machinery is calibrated on a placement made for that; then every placement
-is replayed under every seed, planned on one half of the requests and replayed with the other. A
-run in which the processors were busy throughout is void and done again, for there they are what is
-measured.
+For each round trip every placement is replayed under every seed, planned on one half of the
+requests and replayed with the other. Before and after the runs of a seed the machinery is
+calibrated on a placement made for that, and their prediction is of the mean of both: machines are
+not equally fast all day. A run in which the processors were busy throughout is void and done again,
+for there they are what is measured.
 """
 
 from __future__ import annotations
@@ -135,7 +136,6 @@ def run_all(
     PrismError
         A server failed.
     """
-    import prism_plan as pp
     from runtime_adapter.testbed import Testbed
 
     cluster, scored, placements = planned(setting, folder)
@@ -154,32 +154,52 @@ def run_all(
         servers=len(names), mbps=setting.mbps, names=names, burst_kb=setting.burst_kb
     ) as bed:
         for rtt_ms in setting.rtt_ms:
-            path = folder / f"calibration-{rtt_ms:g}.json"
-            launch(
-                bed, names, folder, "calibrate",
-                ["--model", scored.model.name, "--cluster", setting.cluster,
-                 "--rtt-ms", str(rtt_ms), "-o", str(path)],
-            )  # fmt: skip
-            calibration = pp.read_calibration(path)
-            calibrations[f"{rtt_ms:g}"] = json.loads(path.read_text())
+            measured = [calibrated(bed, names, folder, setting, scored.model.name, rtt_ms)]
+            calibrations[f"{rtt_ms:g}"] = measured
             for seed in setting.seeds:
-                predicted = predictions(
-                    placements, scored, cluster, setting.requests, seed, calibration
-                )
+                begin = len(rows)
                 for solver in setting.solvers:
-                    row = replay_one(bed, names, folder, setting, solver, seed, rtt_ms)
-                    row["predicted"] = predicted[solver]
-                    rows.append(row)
+                    rows.append(replay_one(bed, names, folder, setting, solver, seed, rtt_ms))
                     keep(values)
-                    measured = row["latency_s"]["mean"]
-                    expected = row["predicted"]["latency_s"]["mean"]
-                    tell(
-                        f"rtt {rtt_ms:g} ms, seed {seed}, {solver}: measured {measured:.3f} s, "
-                        f"predicted {expected:.3f} s ({expected / measured - 1:+.1%}), "
-                        f"processors {row['processors_busy']:.0%} busy"
-                        + (" (VOID)" if row["void"] else "")
-                    )
+                measured.append(calibrated(bed, names, folder, setting, scored.model.name, rtt_ms))
+                predicted = predictions(
+                    placements, scored, cluster, setting.requests, seed, around(measured, -2)
+                )
+                for row in rows[begin:]:
+                    row["predicted"] = predicted[row["solver"]]
+                    tell(_comparison(row))
+                keep(values)
     return values
+
+
+def _comparison(row: dict[str, Any]) -> str:
+    measured, expected = row["latency_s"]["mean"], row["predicted"]["latency_s"]["mean"]
+    return (
+        f"rtt {row['rtt_ms']:g} ms, seed {row['seed']}, {row['solver']}: measured {measured:.3f} "
+        f"s, predicted {expected:.3f} s ({expected / measured - 1:+.1%}), processors "
+        f"{row['processors_busy']:.0%} busy" + (" (VOID)" if row["void"] else "")
+    )
+
+
+def calibrated(
+    bed: Any, names: tuple[str, ...], folder: Path, setting: Setting, model: str, rtt_ms: float
+) -> dict[str, Any]:
+    """What a calibration measures now."""
+    path = folder / "calibration.json"
+    launch(
+        bed, names, folder, "calibrate",
+        ["--model", model, "--cluster", setting.cluster, "--rtt-ms", str(rtt_ms), "-o", str(path)],
+    )  # fmt: skip
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+def around(measured: list[dict[str, Any]], first: int) -> Any:
+    """The mean of two calibrations that follow each other."""
+    from prism_plan.simulate.calibration_file import calibration_from_json
+    from runtime_adapter.calibrate import averaged
+
+    return calibration_from_json(averaged([measured[first], measured[first + 1]]))
 
 
 def planned(setting: Setting, folder: Path) -> tuple[Any, Any, list[tuple[str, Any]]]:
@@ -237,19 +257,12 @@ def recorded(path: str) -> dict[str, Any]:
 
 
 def predict_again(values: dict[str, Any], setting: Setting, folder: Path) -> None:
-    """Replace the predictions in recorded results by those of the simulator as it is now.
-
-    A calibration that was recorded before there was ``short_kb`` gets the runtime's.
-    """
-    from prism_plan.simulate.calibration_file import calibration_from_json
-    from runtime_adapter.outbox import LONG_BYTES
-
+    """Replace the predictions in recorded results by those of the simulator as it is now."""
     cluster, scored, placements = planned(setting, folder)
     for rtt_ms in setting.rtt_ms:
         measured = values["calibrations"][f"{rtt_ms:g}"]
-        measured.setdefault("short_kb", LONG_BYTES / 1e3)
-        calibration = calibration_from_json(measured)
-        for seed in setting.seeds:
+        for nth, seed in enumerate(setting.seeds):
+            calibration = around(measured, nth)
             found = predictions(placements, scored, cluster, setting.requests, seed, calibration)
             for row in values["rows"]:
                 if (row["rtt_ms"], row["seed"]) == (rtt_ms, seed):
