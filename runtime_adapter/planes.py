@@ -14,7 +14,7 @@ was queued before: over all servers these waits go back in time, so they form no
 of every pair (front of n, worker of m) has a group of its own, for NCCL keeps the order of a group;
 all are made in one order, two sides at a time. A group that breaks breaks its lane only.
 
-``split`` runs the same over gloo, on any device: to try it, and to test it where there is no card.
+``split`` runs the same over gloo on CPUs: to try it, and to test it where there is no card.
 """
 
 from __future__ import annotations
@@ -147,9 +147,7 @@ def make_planes(
     return made
 
 
-def _make(
-    planes: Planes, meeting: Meeting, front: int, worker: int, lane: int, rank: int
-) -> Plane:  # fmt: skip
+def _make(planes: Planes, meeting: Meeting, front: int, worker: int, lane: int, rank: int) -> Plane:
     kind = f"{STATES}/{lane}"
     if planes.backend == "split":
         plane = Plane(group(meeting, front, worker, rank, kind), 1 - rank, meeting.join_s)
@@ -183,23 +181,29 @@ def _make(
 # --------------------------------------------------------------------------------------- conditions
 
 
-def require_nccl(device: torch.device) -> None:
-    """Refuse ``--transport nccl`` where it cannot work.
+def require_device(planes: Planes) -> None:
+    """Refuse a ``--transport`` that cannot work with this server's ``--device``.
 
     Raises
     ------
     InputError
-        This server computes on the CPU, or this torch is built without NCCL.
+        NCCL without a card, or in a torch that is built without it; ``split`` with a card.
     """
-    remedy = "give every server a card, or use --transport gloo"
-    if device.type != "cuda":
+    kind = planes.device.type
+    if planes.backend == "split" and kind != "cpu":
+        raise InputError(
+            f"split runs over gloo, between CPUs (--device is {kind})",
+            source="--transport",
+            remedy="use --device cpu, or --transport nccl or gloo",
+        )
+    if planes.backend == "nccl" and kind != "cuda":
         raise InputError(
             "nccl carries states between CUDA cards, and this server has none "
-            f"(--device is {device.type})",
+            f"(--device is {kind})",
             source="--transport",
-            remedy=remedy,
+            remedy="give every server a card, or use --transport gloo",
         )
-    if not dist.is_nccl_available():
+    if planes.backend == "nccl" and not dist.is_nccl_available():
         raise InputError(
             "this torch is built without NCCL",
             source="--transport",

@@ -26,7 +26,8 @@ from runtime_adapter.clock import GpuClock, sharp_timers, wait_until
 from runtime_adapter.compute import TimedCompute
 from runtime_adapter.dispatch import Dispatcher
 from runtime_adapter.links import Meeting
-from runtime_adapter.scheduler import SchedulerConfig, rules_of
+from runtime_adapter.rules import rules_of
+from runtime_adapter.scheduler import SchedulerConfig
 from runtime_adapter.server import Movable, Server, ServerConfig
 
 

@@ -7,14 +7,13 @@ done. A server that is lost ends the migration that is under way; later ones are
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots
+from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, PrismError, SolverRefused
-from prism_plan.instance import Instance, rule_triples
+from prism_plan.instance import Instance
 from prism_plan.migration.cost import call_seconds, gpu_load_gbs
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
@@ -38,6 +37,7 @@ from prism_plan.simulation import SimulationOptions
 from runtime_adapter.agent import gpu_numbers
 from runtime_adapter.changes import Entry, News, StoreLost
 from runtime_adapter.links import Meeting, RuntimeFailure
+from runtime_adapter.rules import cluster_among, rules_among
 from runtime_adapter.table import HolderTable
 
 #: Between two looks at clocks and signs of life.
@@ -66,43 +66,6 @@ class SchedulerConfig:
     cluster: Cluster | None = None
     options: SimulationOptions = field(default_factory=SimulationOptions)
     placements_dir: str | None = None
-
-
-def rules_of(placement: Placement, cluster: Cluster, model: ModelSpec) -> Instance:
-    """The capacities and rules of a cluster, for servers that run a placement.
-
-    Raises
-    ------
-    InputError
-        The placement breaks one of them.
-    Infeasible
-        A GPU is too small for what must reside on it.
-    """
-    if model.equal_expert_bytes:
-        capacity = [gpu_slots(model, server) for server in cluster.servers]
-    else:
-        capacity = [
-            tuple(expert_room_bytes(model, server, g) for g in range(len(server.gpus)))
-            for server in cluster.servers
-        ]
-    instance = Instance(
-        model=model.shape(),
-        servers=tuple(server.name for server in cluster.servers),
-        activations=np.zeros((cluster.num_servers, model.num_layers, model.num_experts)),
-        gpu_capacity=tuple(capacity),
-        min_replicas=placement.plan.min_replicas,
-        pinned=tuple(rule_triples(cluster, model, "pin")),
-        forbidden=tuple(rule_triples(cluster, model, "forbid")),
-        layer_caps=tuple(server.layer_cap for server in cluster.servers),
-    )
-    for violation in violations(placement, instance=instance)[:1]:
-        raise InputError(
-            violation.message,
-            place="servers",
-            expected=f"a placement by the rules of {cluster.name}, for moves have to keep them",
-            remedy="plan again for this cluster",
-        )
-    return instance
 
 
 def run_scheduler(config: SchedulerConfig) -> None:
@@ -266,38 +229,7 @@ class Scheduler:
     @property
     def _rules(self) -> Instance:
         """Capacities and rules of the servers that are left."""
-        whole, alive = self.config.instance, self.alive
-        if len(alive) == whole.num_servers:
-            return whole.replace(min_replicas=self.standing.plan.min_replicas)
-        place = {n: at for at, n in enumerate(alive)}
-
-        def left(triples: Sequence[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
-            return tuple((place[n], layer, e) for n, layer, e in triples if n in place)
-
-        return whole.replace(
-            servers=tuple(whole.servers[n] for n in alive),
-            activations=whole.activations[alive],
-            gpu_capacity=tuple(whole.gpu_capacity[n] for n in alive),
-            layer_caps=tuple(whole.layer_caps[n] for n in alive),
-            pinned=left(whole.pinned),
-            forbidden=left(whole.forbidden),
-            min_replicas=min(self.standing.plan.min_replicas, len(alive)),
-        )
-
-    def _cluster(self) -> Cluster:
-        """The servers that are left, and their links."""
-        cluster, alive = self.config.cluster, self.alive
-        assert cluster is not None
-        place = {n: at for at, n in enumerate(alive)}
-        return dataclasses.replace(
-            cluster,
-            servers=tuple(cluster.servers[n] for n in alive),
-            pair_links=tuple(
-                dataclasses.replace(link, a=place[link.a], b=place[link.b])
-                for link in cluster.pair_links
-                if link.a in place and link.b in place
-            ),
-        )
+        return rules_among(self.config.instance, self.alive, self.standing.plan.min_replicas)
 
     def _stands(self, rules: Instance) -> Placement:
         """What the servers that are left hold."""
@@ -370,13 +302,14 @@ class Scheduler:
         """Review what stands, and begin to move where that pays."""
         rules, model = self._rules, self.config.model
         assert model is not None
+        assert self.config.cluster is not None
         event["decision"] = "stay"
         current = self._stands(rules)
         for violation in violations(current, instance=rules)[:1]:
             lost = "; reviews have ended" if len(self.alive) < len(self.table.servers) else ""
             self._note(f"no review: {violation.message}{lost}", once=True)
             return
-        cluster = self._cluster()
+        cluster = cluster_among(self.config.cluster, self.alive)
         rates = self._rates[self.alive]
         try:
             found: Review = review(

@@ -30,7 +30,8 @@ from runtime_adapter.experts import ExpertStore
 from runtime_adapter.links import Meeting
 from runtime_adapter.loader import CheckpointLoader
 from runtime_adapter.peers import PeerLoader
-from runtime_adapter.scheduler import SchedulerConfig, rules_of
+from runtime_adapter.rules import rules_of
+from runtime_adapter.scheduler import SchedulerConfig
 from runtime_adapter.server import Movable, Server
 
 if TYPE_CHECKING:

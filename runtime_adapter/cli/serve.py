@@ -91,7 +91,7 @@ def command(**given: Any) -> None:
         require_placed_model,
         server_devices,
     )
-    from runtime_adapter.planes import Planes, prepare_nccl, require_nccl
+    from runtime_adapter.planes import Planes, prepare_nccl, require_device
     from runtime_adapter.serve import (
         even_network,
         load_tokenizer,
@@ -142,8 +142,7 @@ def command(**given: Any) -> None:
     planes = None
     if given["transport"] != "gloo":
         planes = Planes(given["transport"], devices[0])
-        if given["transport"] == "nccl":
-            require_nccl(devices[0])
+        require_device(planes)
     tokenizer = load_tokenizer(checkpoint)
     jobs = prepare(
         requests, tokenizer, checkpoint, meeting.me, given["max_new_tokens"], given["requests"]

@@ -27,7 +27,7 @@ from runtime_adapter.planes import (  # noqa: E402
     check_cards,
     make_planes,
     prepare_nccl,
-    require_nccl,
+    require_device,
 )
 from runtime_adapter.worker import in_parallel  # noqa: E402
 
@@ -199,16 +199,19 @@ def test_a_card_is_of_one_server(cards: str) -> None:
     assert [bool(text) for text in said] == [cards.count(card) > 1 for card in cards]
 
 
-def test_nccl_needs_cards_and_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are said in one line, with what to do."""
-    with pytest.raises(InputError, match=r"between CUDA cards.*\(--device is cpu\).*gloo"):
-        require_nccl(CPU)
+def test_what_a_transport_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL a card and a torch that has it, split the CPU; each in one line, with what to do."""
     card = torch.device("cuda", 0)
+    with pytest.raises(InputError, match=r"between CUDA cards.*\(--device is cpu\).*gloo"):
+        require_device(Planes("nccl", CPU))
+    with pytest.raises(InputError, match=r"between CPUs \(--device is cuda\); use --device cpu"):
+        require_device(Planes("split", card))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with pytest.raises(InputError, match=r"without NCCL; install a CUDA build of torch"):
-        require_nccl(card)
+        require_device(Planes("nccl", card))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
-    require_nccl(card)
+    require_device(Planes("nccl", card))
+    require_device(Planes("split", CPU))
 
 
 def test_what_nccl_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,21 +15,25 @@ pytest.importorskip("transformers")
 
 import runtime_adapter  # noqa: E402
 from prism_plan.errors import InputError  # noqa: E402
-from prism_plan.solvers import Options, solve  # noqa: E402
+from prism_plan.placement_file import placement_to_json  # noqa: E402
+from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
 from runtime_adapter.bridge import Lanes  # noqa: E402
 from runtime_adapter.compute import ExpertCompute  # noqa: E402
 from runtime_adapter.links import Meeting  # noqa: E402
 from runtime_adapter.model import load_experts, load_model  # noqa: E402
+from runtime_adapter.move import ask  # noqa: E402
 from runtime_adapter.planes import Planes  # noqa: E402
 from runtime_adapter.serve import even_network, read_requests  # noqa: E402
 from runtime_adapter.server import Server, ServerConfig  # noqa: E402
 from runtime_adapter.worker import in_parallel  # noqa: E402
 from tests.runtime.checkpoints import CPU, TRACES, committed, reference  # noqa: E402
-from tests.runtime.replays import free_port  # noqa: E402
+from tests.runtime.replays import PATIENCE_S, experts_of, free_port  # noqa: E402
 from tests.runtime.servers import Servers  # noqa: E402
-from tests.runtime.test_placed import TASKS, instance, prompts  # noqa: E402
+from tests.runtime.test_placed import instance, prompts  # noqa: E402
 
 NEW_TOKENS = 10
+#: Of each server, and seconds between them.
+REQUESTS, GAP_S = 60, 0.12
 TORCHRUN = (
     *("-m", "torch.distributed.run", "--nproc-per-node", "1", "--rdzv-backend", "static"),
     *("--master-addr", "127.0.0.1", "--master-port"),
@@ -65,43 +69,56 @@ def alone(model: str, prompt: str, new_tokens: int = NEW_TOKENS) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("model", "servers", "solver", "options"),
+    ("model", "servers", "options"),
     [
-        ("mixtral", 2, "uniform", ["--route", "spread", "--transport", "split"]),
-        ("mixtral", 3, "prism", []),
-        ("mixtral", 4, "eplb", ["--rtt-ms", "1"]),
-        ("deepseek-v2", 2, "layer-partition", []),
-        ("deepseek-v2", 3, "exact", ["--route", "spread"]),
-        ("deepseek-v2", 4, "redundance", ["--transport", "split"]),
+        ("mixtral", 2, ["--route", "spread", "--transport", "split"]),
+        ("mixtral", 3, []),
+        ("mixtral", 4, ["--rtt-ms", "1"]),
+        ("deepseek-v2", 2, ["--weights", "peer"]),
+        ("deepseek-v2", 3, ["--route", "spread"]),
+        ("deepseek-v2", 4, ["--transport", "split"]),
     ],
 )
 def test_tokens_are_those_of_one_process(
-    model: str, servers: int, solver: str, options: list[str], tmp_path: Path
+    model: str, servers: int, options: list[str], tmp_path: Path
 ) -> None:
-    """Greedy tokens equal the whole model's, with two requests at once on every server but one.
+    """Greedy tokens equal the whole model's, before, during and after moves to every placement.
 
-    The last server has no requests and answers the others; one is started by torchrun. What the
-    servers count fits together: each expert call once, each layer of each pass; it does not depend
-    on the transport.
+    A run serves two requests at once on every server (of four servers the last has none and
+    answers the others; of two both are started by torchrun) while it is led through the placements
+    of all solvers. What the servers count fits together: each expert call once, each layer of each
+    pass, whatever the transport; and in the end each holds what the last placement says.
     """
-    placement = solve(instance(model, servers), solver, Options(seed=1))
+    placements = [solve(instance(model, servers), name, Options(seed=1)) for name in SOLVER_NAMES]
+    names = placements[0].servers
+    prompts = [line for task in lines().values() for line in task[:4]]
     asked = {
         name: [
-            {**line, "id": f"{name}/{i}"} for i, line in enumerate(lines()[task][4 * n : 4 * n + 4])
+            {**prompts[(i + n) % len(prompts)], "id": f"{name}/{i}", "at_s": GAP_S * i}
+            for i in range(REQUESTS)
         ]
-        for n, name in enumerate(placement.servers[:-1])
-        for task in [TASKS[n % 3]]
+        for n, name in enumerate(names)
+        if n < 3
     }
     own = ["--concurrency", "2", "--dtype", "float32", "--max-new-tokens", str(NEW_TOKENS)]
-    with Servers(tmp_path, placement, f"tiny-{model}", *own, *options) as run:
-        for n, name in enumerate(placement.servers):
-            torchrun = (*TORCHRUN, str(free_port())) if (servers, n) == (2, 1) else ()
+    own += ["--movable", "--placements-dir", "out"]
+    with Servers(tmp_path, placements[0], f"tiny-{model}", *own, *options) as run:
+        meeting = Meeting(1, -1, port=run.port, join_s=PATIENCE_S)
+        for name in names:
+            torchrun = (*TORCHRUN, str(free_port())) if servers == 2 else ()
             run.start(name, asked.get(name, []), launcher=torchrun)
-        assert set(run.codes().values()) == {0}, [run.errors(n) for n in placement.servers]
+        run.until(lambda: len(run.answers(names[0])) > 2)
+        for placement in placements[1:]:
+            code, text = ask(meeting, placement_to_json(placement))
+            assert code == 0, text
+        answered = len(run.answers(names[0]))
+        assert set(run.codes().values()) == {0}, [run.errors(name) for name in names]
+    assert answered < REQUESTS  # there was something left to serve
+    assert len(list((tmp_path / "out").iterdir())) == len(placements) - 1
     remote = 0
     for name, wanted in asked.items():
         answers = {answer["id"]: answer for answer in run.answers(name)}
-        assert sorted(answers) == [line["id"] for line in wanted]
+        assert sorted(answers) == sorted(line["id"] for line in wanted)
         passed = 0
         for line in wanted:
             answer = answers[line["id"]]
@@ -111,16 +128,18 @@ def test_tokens_are_those_of_one_process(
             assert answer["first_token_s"] <= answer["done_s"]
             passed += answer["prompt_tokens"] + len(answer["tokens"]) - 1
         stats = run.stats(name)
-        assert stats["steps"] == passed * placement.model.num_layers
-        assert stats["calls"] == stats["steps"] * placement.model.top_k
+        assert stats["retries"] == 0
+        assert stats["steps"] == passed * placements[0].model.num_layers
+        assert stats["calls"] == stats["steps"] * placements[0].model.top_k
         token_bytes = 4 * 64
         assert stats["back_bytes"] == stats["destinations"] * token_bytes
         assert stats["out_bytes"] == stats["back_bytes"] + 4 * stats["remote_calls"]
-        assert (stats["requests"], stats["failed"], stats["lost"]) == (4, 0, [])
+        assert (stats["requests"], stats["failed"], stats["lost"]) == (REQUESTS, 0, [])
+        assert stats["gpus"] == experts_of(placements[-1], name)
         remote += stats["remote_calls"]
-        assert run.errors(name) == [] or servers == 2  # torchrun warns
     assert remote > 0
-    assert run.stats(placement.servers[-1])["requests"] == 0
+    if servers == 4:
+        assert run.stats(names[-1])["requests"] == 0
 
 
 @pytest.mark.parametrize("planes", [None, Planes("split", CPU)], ids=["gloo", "split"])
