@@ -5,6 +5,7 @@ beyond the experts' own time is the dense part. What a step with all experts on 
 takes beyond that grows with the payload: between the two largest ones the slope is the line rate.
 Then tokens call experts at random, here and on all other servers, layer after layer, as requests
 do: the overhead of a call is the one with which section 4's rules give these steps' mean time.
+Where long messages take longer than rate and overhead account for, less of them passes unshaped.
 """
 
 from __future__ import annotations
@@ -158,6 +159,9 @@ def calibration(
     overhead_s = 0.0
     if too_long_s(0.0) < 0:
         overhead_s = float(brentq(too_long_s, 0.0, 2 * wanted_s))
+    # a long message takes longer than rate and overhead say: then less of it passes unshaped
+    late_s = float(away[-1]) - overhead_s - rtt_s - slope * (float(sent[-1]) - 2 * burst)
+    measured_burst = min(max(burst - late_s / (2 * slope), 0.0), burst)
     gpus = []
     for n, server in enumerate(cluster.servers):
         first = sum(len(s.gpus) for s in cluster.servers[:n])
@@ -174,6 +178,7 @@ def calibration(
         "version": 1,
         "call_overhead_ms": 1e3 * overhead_s,
         "rtt_ms": 1e3 * rtt_s,
+        "burst_kb": measured_burst / 1e3,
         "short_kb": LONG_BYTES / 1e3,  # what the runtime lets pass by
         "bandwidth_mbps": 8e-6 / slope,
         "servers": gpus,

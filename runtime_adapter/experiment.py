@@ -195,11 +195,11 @@ def calibrated(
 
 
 def around(measured: list[dict[str, Any]], first: int) -> Any:
-    """The mean of two calibrations that follow each other."""
+    """The mean of two calibrations that follow each other, or of one where there are no more."""
     from prism_plan.simulate.calibration_file import calibration_from_json
     from runtime_adapter.calibrate import averaged
 
-    return calibration_from_json(averaged([measured[first], measured[first + 1]]))
+    return calibration_from_json(averaged(measured[first:][:2] or measured[-1:]))
 
 
 def planned(setting: Setting, folder: Path) -> tuple[Any, Any, list[tuple[str, Any]]]:

@@ -17,6 +17,10 @@ from prism_plan.errors import InputError, did_you_mean
 Curve = tuple[tuple[int, float], ...]
 
 
+#: Figures of links that a calibration may hold.
+LINK_KEYS = ("call_overhead_ms", "bandwidth_mbps", "rtt_ms", "burst_kb", "short_kb")
+
+
 @dataclass(frozen=True)
 class GpuCurves:
     """Times of one GPU: the dense part of one MoE layer, and one expert's batch."""
@@ -29,8 +33,8 @@ class GpuCurves:
 class Calibration:
     """Measured times. ``gpus`` by (server name, GPU index); ``default`` for all others.
 
-    ``call_overhead_ms``, ``bandwidth_mbps``, ``rtt_ms`` and ``short_kb`` replace those of the
-    cluster's ``[link]`` table where they are given.
+    ``call_overhead_ms``, ``bandwidth_mbps``, ``rtt_ms``, ``burst_kb`` and ``short_kb`` replace
+    those of the cluster's ``[link]`` table where they are given.
     """
 
     name: str = ""
@@ -39,6 +43,7 @@ class Calibration:
     call_overhead_ms: float | None = None
     bandwidth_mbps: float | None = None
     rtt_ms: float | None = None
+    burst_kb: float | None = None
     short_kb: float | None = None
 
     def of(self, server: str, gpu: int) -> GpuCurves:
@@ -68,11 +73,7 @@ class Calibration:
             There are times of a server or GPU that the cluster does not have.
         """
         self._require_known(cluster)
-        measured = {
-            key: getattr(self, key)
-            for key in ("call_overhead_ms", "bandwidth_mbps", "rtt_ms", "short_kb")
-            if getattr(self, key) is not None
-        }
+        measured = {key: getattr(self, key) for key in LINK_KEYS if getattr(self, key) is not None}
         link = dataclasses.replace(cluster.link, **measured)
         return dataclasses.replace(cluster, link=link)
 

@@ -3,7 +3,8 @@
 ::
 
     {"format": "prism-plan/calibration", "version": 1,
-     "call_overhead_ms": 0.2, "bandwidth_mbps": 500, "rtt_ms": 1.0, "short_kb": 0,
+     "call_overhead_ms": 0.2, "bandwidth_mbps": 500, "rtt_ms": 1.0,
+     "burst_kb": 0, "short_kb": 0,
      "default": {"dense_ms": [[1, 0.08], [64, 0.1]], "expert_ms": [[1, 0.03], [64, 0.04]]},
      "servers": [{"name": "edge-0", "gpus": [{"dense_ms": [...], "expert_ms": [...]}]}]}
 
@@ -19,11 +20,10 @@ from typing import Any
 
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import parse_json, read_text
-from prism_plan.simulate.calibration import Calibration, Curve, GpuCurves
+from prism_plan.simulate.calibration import LINK_KEYS, Calibration, Curve, GpuCurves
 
 FORMAT = "prism-plan/calibration"
 VERSION = 1
-LINK_KEYS = ("call_overhead_ms", "bandwidth_mbps", "rtt_ms", "short_kb")
 KEYS = ("format", "version", *LINK_KEYS, "default", "servers", "provenance")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -69,6 +71,7 @@ def test_made_up_times_are_found_again(burst_kb: float, rtt_ms: float) -> None:
     values = calibration(measured, two, MODEL, rtt_ms * 1e-3)
     assert values["call_overhead_ms"] == pytest.approx(0.3, rel=1e-6)
     assert values["bandwidth_mbps"] == pytest.approx(400, rel=1e-6)
+    assert values["burst_kb"] == pytest.approx(burst_kb, rel=1e-6)
     found = calibration_from_json(values)
     assert found.rtt_ms == rtt_ms
     assert found.short_kb == LONG_BYTES / 1e3
@@ -77,6 +80,21 @@ def test_made_up_times_are_found_again(burst_kb: float, rtt_ms: float) -> None:
         assert seconds == pytest.approx(float(table.dense_s[0, t]) + own_s, rel=1e-9)
     for t, seconds in curves.expert_s:
         assert seconds == pytest.approx(float(table.expert_s[0, 0, t]), rel=1e-9)
+
+
+@pytest.mark.parametrize(("late_ms", "burst_kb"), [(0.5, 51.5), (2.0, 14.0), (9.0, 0.0), (-1, 64)])
+def test_long_messages_that_are_late(late_ms: float, burst_kb: float) -> None:
+    """What they take beyond rate and overhead is a burst that is smaller, at least none.
+
+    At 400 Mbit/s 0.5 ms are 25 kB, of the two messages of a call together; an early message does
+    not make the burst larger than the cluster says.
+    """
+    two = cluster(64.0)
+    measured = made_up(two, overhead_s=0.0003)
+    late = {t: s + (t >= 128) * late_ms * 1e-3 for t, s in measured.remote_s.items()}
+    values = calibration(dataclasses.replace(measured, remote_s=late), two, MODEL, 0.0)
+    assert values["burst_kb"] == pytest.approx(burst_kb, abs=1e-6)
+    assert values["call_overhead_ms"] == pytest.approx(0.3, rel=1e-6)
 
 
 def test_the_placement_of_a_calibration_covers_and_separates() -> None:

@@ -24,6 +24,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
         "call_overhead_ms": 0,
         "bandwidth_mbps": 480.5,
         "rtt_ms": 1.25,
+        "burst_kb": 43.5,
         "short_kb": 131.072,
         "default": GPU,
         "servers": [{"name": "edge-1", "gpus": [GPU, GPU]}, {"name": "edge-0", "gpus": []}],
@@ -38,6 +39,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
         call_overhead_ms=0.0,
         bandwidth_mbps=480.5,
         rtt_ms=1.25,
+        burst_kb=43.5,
         short_kb=131.072,
     )
 
