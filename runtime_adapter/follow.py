@@ -76,6 +76,7 @@ class Follower:
         self.own_gpus = placement.gpus_of(me).tolist()
         self.migrating = False
         self._dropped: list[Dropping] = []
+        self._failed: set[int] = set()
         self._reported = {"compute_us": 0, "waiting_us": 0}
 
     def start(self) -> None:
@@ -110,10 +111,13 @@ class Follower:
             self.migrating = True
         elif entry.what == "over":
             self.migrating = False
-        elif (entry.what == "failed" and entry["server"] == self.name) or (
-            entry.what == "note" and self.me == 0
-        ):
-            self.report(entry["reason"] if entry.what == "failed" else entry["text"])
+        elif entry.what == "failed":
+            # loads that had begun by then fail as well, for the same reason
+            if entry["server"] == self.name and entry["plan"] not in self._failed:
+                self._failed.add(entry["plan"])
+                self.report(entry["reason"])
+        elif entry.what == "note" and self.me == 0:
+            self.report(entry["text"])
 
     def _apply_own(self, kind: Literal["load", "drop"], gpu: int, pair: int, slot: int) -> None:
         if gpu in self.own_gpus:

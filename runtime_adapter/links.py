@@ -102,15 +102,31 @@ def join_store(meeting: Meeting, *, host_it: bool) -> dist.TCPStore:
                 meeting.host, meeting.port, None, True, timeout=timeout,
                 wait_for_workers=False, master_listen_fd=descriptor,
             )  # fmt: skip
+        _await_listener(meeting)
         return dist.TCPStore(
             meeting.host, meeting.port, None, False, timeout=timeout, wait_for_workers=False
         )
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         first = str(error).splitlines()[0]
         raise RuntimeFailure(
             f"--store {meeting.host}:{meeting.port}: no store within {meeting.join_s:g} s "
             f"({first:.120}); start the first server, or check the address"
         ) from error
+
+
+def _await_listener(meeting: Meeting) -> None:
+    """Until somebody listens at the store's address: TCPStore's own retries overrun their time."""
+    deadline = time.monotonic() + meeting.join_s
+    while True:
+        left_s = deadline - time.monotonic()
+        try:
+            socket.create_connection((meeting.host, meeting.port), max(left_s, 0.01)).close()
+        except OSError:
+            if time.monotonic() + 0.1 > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 def put(store: dist.Store, key: str, values: Any) -> None:

@@ -205,7 +205,10 @@ class Server:
             (self._planes,) = in_parallel([job])  # a thread that can be interrupted, as above
         try:
             if not ours.poll(meeting.join_s):
-                raise RuntimeFailure(f"the worker did not start within {meeting.join_s:g} s")
+                raise RuntimeFailure(
+                    f"its worker did not meet those of all other servers within {meeting.join_s:g} "
+                    "s; see whether one of them hangs"
+                )
             wrong = ours.recv()
         except EOFError:
             raise RuntimeFailure("the worker ended while it was starting") from None

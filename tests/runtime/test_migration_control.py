@@ -13,9 +13,11 @@ import pytest
 pytest.importorskip("torch")
 
 from prism_plan.placement_file import read_placement
-from runtime_adapter.changes import News
+from runtime_adapter.changes import Entry, News
+from runtime_adapter.counters import Counters
+from runtime_adapter.follow import Follower
 from runtime_adapter.table import HolderTable
-from tests.runtime.fleet import MODEL, Fleet, drawn, placement
+from tests.runtime.fleet import MODEL, FakeCompute, Fleet, drawn, placement
 
 CAPACITY = ((8,), (4, 4))
 
@@ -144,6 +146,18 @@ def test_a_load_that_fails_abandons_the_move(failing: int, tmp_path: Path) -> No
     assert fleet.moved("2")[0] == 0
     assert (fleet.held() == target.on_gpu.reshape(3, -1)).all()
     assert not fleet.wrong()
+
+
+def test_a_server_that_can_load_nothing_says_so_once_a_move() -> None:
+    """Loads that had begun fail as well; its log names the reason once, and not those of others."""
+    said: list[str] = []
+    nobody: Any = None  # it is not followed here
+    table = HolderTable(START)
+    follower = Follower(0, START, table, FakeCompute(), Counters(2, 6), [], nobody, said.append)
+    for number, (server, plan) in enumerate([("s0", 1), ("s0", 1), ("s1", 1), ("s0", 2)]):
+        values = {"server": server, "plan": plan, "step": number, "reason": f"{server}: no folder"}
+        follower.hear(Entry(number, "failed", values))
+    assert said == ["s0: no folder", "s0: no folder"]
 
 
 def test_a_lost_server_ends_the_move() -> None:
