@@ -164,10 +164,9 @@ def calibration(
     measured_burst = min(max(burst - late_s / (2 * slope), 0.0), burst)
     gpus = []
     for n, server in enumerate(cluster.servers):
-        first = sum(len(s.gpus) for s in cluster.servers[:n])
         curves = []
         for g in range(len(server.gpus)):
-            kind = table.kind[first + g]
+            kind = table.kind[first_gpu[n] + g]
             experts_ms = [[t, 1e3 * float(table.expert_s[kind, 0, t])] for t in TOKENS]
             own_s = table.dense_s[kind] - table.dense_s[table.kind[0]]
             dense_ms = [[t, 1e3 * max(dense_s[t] + float(own_s[t]), 0.0)] for t in TOKENS]

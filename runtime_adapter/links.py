@@ -181,6 +181,20 @@ def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: 
             )
 
 
+def store_of_pair(meeting: Meeting, front: int, worker: int, kind: str) -> dist.Store:
+    """Where the two sides of a pair find each other.
+
+    Over a connection of its own, since one that waits for a pair's other side does nothing for the
+    next pair.
+
+    Raises
+    ------
+    RuntimeFailure
+        There is no store.
+    """
+    return dist.PrefixStore(f"{kind}/{front}/{worker}", join_store(meeting, host_it=False))
+
+
 def group(
     meeting: Meeting, front: int, worker: int, rank: int, kind: str = "pair"
 ) -> dist.ProcessGroupGloo:
@@ -201,11 +215,9 @@ def group(
     options._devices = [device]
     options._threads = 1
     options._timeout = datetime.timedelta(seconds=meeting.join_s)
-    # of its own, since a connection that waits for one pair's other side does nothing for the next
-    store = join_store(meeting, host_it=False)
-    prefix = dist.PrefixStore(f"{kind}/{front}/{worker}", store)
+    store = store_of_pair(meeting, front, worker, kind)
     try:
-        made = dist.ProcessGroupGloo(prefix, rank, 2, options)
+        made = dist.ProcessGroupGloo(store, rank, 2, options)
     except RuntimeError as error:
         other = worker if rank == 0 else front
         raise RuntimeFailure(

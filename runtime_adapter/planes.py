@@ -23,7 +23,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from prism_plan.errors import InputError
-from runtime_adapter.links import Meeting, RuntimeFailure, get, group, join_store, put
+from runtime_adapter.links import Meeting, RuntimeFailure, get, group, put, store_of_pair
 
 Backend = Literal["nccl", "split"]
 
@@ -69,10 +69,8 @@ class Plane:
         PlaneBroken
             It cannot be sent any more.
         """
-        try:
+        with self._closed_if_it_fails():
             return self._group.send([states.contiguous()], self._other, 0)
-        except RuntimeError as error:
-            raise self._broken(error) from error
 
     def wait(self, going: Any) -> None:
         """Until what :meth:`send` has queued is there.
@@ -82,10 +80,8 @@ class Plane:
         PlaneBroken
             It is not taken in time.
         """
-        try:
+        with self._closed_if_it_fails():
             self._finish(going)
-        except RuntimeError as error:
-            raise self._broken(error) from error
 
     def receive(self, states: torch.Tensor) -> None:
         """Fill states [T, H] with what the other side has queued.
@@ -95,17 +91,19 @@ class Plane:
         PlaneBroken
             It does not come in time.
         """
-        try:
+        with self._closed_if_it_fails():
             self._finish(self._group.recv([states], self._other, 0))
-        except RuntimeError as error:
-            raise self._broken(error) from error
 
     def _finish(self, work: Any) -> None:
         work.wait(datetime.timedelta(seconds=self.timeout_s))
 
-    def _broken(self, error: RuntimeError) -> PlaneBroken:
-        self.close()  # whatever is queued on a card would wait for ever
-        return PlaneBroken(str(error))
+    @contextlib.contextmanager
+    def _closed_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self.close()  # whatever is queued on a card would wait for ever
+            raise PlaneBroken(str(error)) from error
 
     def close(self) -> None:
         """Give up what is queued."""
@@ -152,7 +150,7 @@ def _make(planes: Planes, meeting: Meeting, front: int, worker: int, lane: int, 
     if planes.backend == "split":
         plane = Plane(group(meeting, front, worker, rank, kind), 1 - rank, meeting.join_s)
     else:
-        store = dist.PrefixStore(f"{kind}/{front}/{worker}", join_store(meeting, host_it=False))
+        store = store_of_pair(meeting, front, worker, kind)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = datetime.timedelta(seconds=meeting.join_s)
         with torch.cuda.device(planes.device):

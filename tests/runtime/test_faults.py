@@ -123,7 +123,9 @@ def told(run: Servers, name: str, text: str) -> bool:
     return any(text in line for line in run.errors(name))
 
 
-@pytest.mark.parametrize(("how", "transport"), [("killed", "split"), ("hung", "gloo")])
+@pytest.mark.parametrize(
+    ("how", "transport"), [("killed", "gloo"), ("killed", "split"), ("hung", "gloo")]
+)
 def test_experts_of_a_lost_server(how: str, transport: str, tmp_path: Path) -> None:
     """Front and worker of a server are killed, or hang: both others name it within the timeout.
 

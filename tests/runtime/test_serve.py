@@ -32,6 +32,8 @@ from tests.runtime.servers import Servers  # noqa: E402
 from tests.runtime.test_placed import instance, prompts  # noqa: E402
 
 NEW_TOKENS = 10
+#: How the first server begins to tell of each move.
+NOTE = "prism-runtime: migration "
 #: Of each server, and seconds between them.
 REQUESTS, GAP_S = 60, 0.12
 TORCHRUN = (
@@ -137,6 +139,10 @@ def test_tokens_are_those_of_one_process(
         assert (stats["requests"], stats["failed"], stats["lost"]) == (REQUESTS, 0, [])
         assert stats["gpus"] == experts_of(placements[-1], name)
         remote += stats["remote_calls"]
+    for name in names:
+        told = [text for text in run.errors(name) if not text.startswith(NOTE)]
+        assert told == [] or servers == 2  # torchrun warns
+        assert name == names[0] or told == run.errors(name)
     assert remote > 0
     if servers == 4:
         assert run.stats(names[-1])["requests"] == 0
