@@ -1,5 +1,6 @@
 # make demo    install and run the main job end to end; results in demo-out/
 # make test    install with test tools and run all tests
+# make test-long  run the checks that take minutes (scripted kills and the like)
 # make lint    style, formatting and types
 # make bench   measure the speeds that tests/benchmarks/README.md promises
 # Only Python (3.11 or newer) and make are needed. PyTorch comes from the package index that pip is
@@ -12,7 +13,7 @@ EXTRAS ?= dev,hf
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-long lint bench clean
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -33,6 +34,9 @@ demo: $(VENV)/installed-hf
 
 test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check .
