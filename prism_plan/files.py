@@ -204,13 +204,32 @@ def _no_half_characters(values: Any, source: object, place: str) -> None:
         )
 
 
-def parse_json(text: str, source: object) -> Any:
+class _NonFinite(str):
+    """``NaN``, ``Infinity`` or ``-Infinity`` where a number should stand."""
+
+
+def _key_of_non_finite(values: Any, key: str) -> tuple[str, str] | None:
+    """The first of these words in ``values``, and the key under which it stands."""
+    if isinstance(values, _NonFinite):
+        return str(values), key
+    inner: Iterable[tuple[str, Any]] = ()
+    if isinstance(values, dict):
+        inner = ((f"{key}.{name}" if key else name, value) for name, value in values.items())
+    elif isinstance(values, list):
+        inner = ((f"{key}[{index}]", value) for index, value in enumerate(values))
+    return next(filter(None, (_key_of_non_finite(value, at) for at, value in inner)), None)
+
+
+def parse_json(text: str, source: object, *, non_finite: bool = False) -> Any:
     """JSON without duplicate keys, NaN, infinities or lone surrogates (it has none of them).
+
+    ``non_finite`` is for files of others: Python's ``json`` writes ``NaN``, ``Infinity`` and
+    ``-Infinity``, and they are then read as the numbers that Python reads.
 
     Raises
     ------
     InputError
-        Names line and column of a syntax error, or the duplicate key.
+        Names line and column of a syntax error, or the key that is duplicate or not finite.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -225,11 +244,23 @@ def parse_json(text: str, source: object) -> Any:
             seen[key] = value
         return seen
 
-    def no_constant(word: str) -> Any:
-        raise InputError(f"{word} is not JSON", source=source, expected="finite numbers")
+    refused: list[_NonFinite] = []
+
+    def constant(word: str) -> Any:
+        if non_finite:
+            return float(word)
+        refused.append(_NonFinite(word))
+        return refused[-1]
 
     try:
-        values = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        values = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        if refused and (found := _key_of_non_finite(values, "")):
+            raise InputError(
+                f"{found[0]} is not JSON" + (f", under key {found[1]!r:.80}" if found[1] else ""),
+                source=source,
+                expected="finite numbers",
+                remedy="write a number in its place",
+            )
         if "\\u" in text:
             _no_half_characters(values, source, "")
         return values

@@ -17,19 +17,29 @@ Sizes are those of the tensors **as the checkpoint stores them**:
   what the serving engines store; an implementation that caches expanded keys and values needs far
   more.
 * Quantised checkpoints are read in two forms: block-wise fp8 (``quant_method`` ``fp8`` with a
-  ``weight_block_size``) and the MXFP4 experts of gpt-oss. All others are refused.
+  ``weight_block_size``) and the MXFP4 experts of gpt-oss. All others are refused, wherever the
+  checkpoint says so (:mod:`prism_plan.checkpoint_folder`).
 """
 
 from __future__ import annotations
 
 import enum
+import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, NoReturn
 
+from prism_plan.checkpoint_folder import (
+    QUANTISATION_KEYS,
+    cached_repository,
+    model_name,
+    quantisation_beside,
+    quantisation_key,
+)
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import parse_json, read_text
 from prism_plan.model import MAX_EXPERTS, ModelSpec
@@ -39,6 +49,7 @@ BY_HAND = (
     "dense_bytes and the rest) and give that file instead"
 )
 
+_UNQUANTISED = "weights in bfloat16, float16 or float32"
 _NO_EXPERTS = "give the config.json of a Mixture-of-Experts model"
 
 #: Bytes of one number, by the name in ``dtype`` (older configs: ``torch_dtype``).
@@ -59,21 +70,48 @@ def spec_from_config_file(path: Path) -> ModelSpec:
     object with the keys ``moe_layers`` and ``expert_bytes``, as :meth:`ModelSpec.to_json` writes
     it). The second form serves every model whose sizes the first cannot tell.
 
-    Without ``_name_or_path`` in it, the model is called after the folder of a file named
-    ``config.json``, else after the file.
+    The model of a file named ``config.json`` is called after its folder or, in the hub's cache,
+    after its repository (:func:`~prism_plan.checkpoint_folder.model_name`), as it is when the
+    checkpoint itself is run. Of other files ``_name_or_path`` in it names the model, else the file.
 
     Raises
     ------
     InputError
-        The file cannot be read, is not JSON, or :func:`spec_from_config` refuses it.
+        The file cannot be read, is not JSON, or :func:`spec_from_config` refuses it; a file beside
+        it says that the weights are quantised.
 
     """
     path = Path(path)
-    values = parse_json(read_text(path), path)
+    values = parse_json(read_text(path), path, non_finite=True)
     if isinstance(values, Mapping) and "moe_layers" in values and "expert_bytes" in values:
         return ModelSpec.from_json(values, source=path)
-    fallback = path.resolve().parent.name if path.name == "config.json" else path.stem
-    return _spec(values, source=path, name="", fallback=fallback)
+    whole = path.name == "config.json"
+    for folder in dict.fromkeys((path.parent, Path(os.path.realpath(path)).parent)):
+        require_unquantised(folder, gguf=whole)
+    if whole:
+        return _spec(values, source=path, name=model_name(path.parent), fallback="")
+    name = cached_repository(Path(os.path.abspath(path)).parent)
+    return _spec(values, source=path, name=name, fallback=path.stem)
+
+
+def require_unquantised(folder: Path, *, gguf: bool = True) -> None:
+    """Refuse a checkpoint folder in which a file says that the weights are quantised.
+
+    Raises
+    ------
+    InputError
+        Names the file, its key and the algorithm.
+
+    """
+    found = quantisation_beside(folder, gguf=gguf)
+    if found is not None:
+        raise InputError(
+            found.found,
+            source=found.file,
+            place=found.place,
+            expected=_UNQUANTISED,
+            remedy=BY_HAND,
+        )
 
 
 def spec_from_config(
@@ -146,6 +184,8 @@ def _spec(values: Any, *, source: object, name: str, fallback: str) -> ModelSpec
 def _show(value: object) -> str:
     if value is None:
         return "null"
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)  # NaN or Infinity, as Python writes them into the file
     try:
         return f"{value!r:.60}"
     except ValueError:  # Python does not print integers of more than 4300 digits
@@ -178,6 +218,10 @@ class _Config:
         if not isinstance(value, Mapping):
             self.refuse(key, value, "an object")
         return _Config(value, self.source, self.place(key))
+
+    def with_values(self, values: Mapping[str, Any]) -> _Config:
+        """Other values in the same place."""
+        return _Config(values, self.source, self._place)
 
     def given(self, key: str) -> bool:
         return self.values.get(key) is not None
@@ -240,26 +284,60 @@ def _name_of(config: _Config) -> str:
     return "" if last == ".." else last
 
 
+#: Keys under which multimodal configs hold their language model: most families; DeepSeek-VL2 and
+#: DeepSeek-OCR; InternVL; the Omni models of Qwen, with a text_config in it.
+_NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
+
+
 def _language_model(outer: _Config) -> tuple[_Config, str]:
     """Find the part of the config that describes the language model, and its family.
 
-    A multimodal config holds it under ``text_config``; what belongs to the checkpoint as a whole
-    (dtype, quantisation, tied embeddings) may then stand in either of the two.
+    A multimodal config holds it under one of several keys, in the Omni models two levels down. Its
+    sizes are those that stand there, whatever stands outside, as transformers has it; what belongs
+    to the checkpoint as a whole (dtype, quantisation, tied embeddings) may stand in either.
     """
-    model_type = outer.text("model_type")
-    if model_type in FAMILIES:
-        return outer, model_type
-    if not outer.given("text_config"):
-        _refuse_model_type(outer, model_type)
-    inner = outer.inner("text_config")
-    inner_type = inner.text("model_type")
-    if inner_type not in FAMILIES:
-        _refuse_model_type(inner, inner_type)
-    for key in ("quantization_config", "compression_config"):
-        if outer.given(key):
-            # Its module names carry the wrapper's prefixes, and it may spare or include the rest.
-            outer.refuse(key, outer.values[key], "no quantisation of a multimodal model", BY_HAND)
-    return _Config(_with_shared_keys(outer, inner), outer.source, "text_config"), inner_type
+    wrappers: list[_Config] = []
+    config, family = outer, outer.text("model_type")
+    while family not in FAMILIES:
+        keys = [key for key in _NESTED if config.given(key)]
+        if not keys:
+            _refuse_model_type(config, family)
+        if len(keys) > 1:
+            config.refuse(
+                keys[1],
+                config.values[keys[1]],
+                f"one language model, and there is {keys[0]} too",
+                BY_HAND,
+            )
+        inner = config.inner(keys[0])
+        wrappers.append(config)
+        config = inner.with_values(_with_shared_keys(config, inner))
+        family = config.text("model_type") or _family_of_architecture(config)
+    for wrapper in wrappers:
+        # Its module names carry the wrapper's prefixes, and it may spare or include the rest.
+        _refuse_quantisation(
+            wrapper, tuple(QUANTISATION_KEYS), "no quantisation of a multimodal model"
+        )
+    return config, family
+
+
+def _family_of_architecture(config: _Config) -> str:
+    """Tell the family by the class name: DeepSeek-VL2 gives its language model no model_type."""
+    return next(filter(None, map(_ARCHITECTURES.get, config.texts("architectures"))), "")
+
+
+def _refuse_quantisation(config: _Config, keys: tuple[str, ...], expected: str) -> None:
+    """Refuse a config that says under one of the ``keys`` that it is quantised."""
+    key = quantisation_key(config.values, keys)
+    if key:
+        raise InputError(
+            f"{_show(config.values[key])}: the weights are quantised, as {QUANTISATION_KEYS[key]} "
+            "writes it",
+            source=config.source,
+            place=config.place(key),
+            expected=expected,
+            remedy=BY_HAND,
+        )
 
 
 def _with_shared_keys(outer: _Config, inner: _Config) -> dict[str, Any]:
@@ -271,7 +349,7 @@ def _with_shared_keys(outer: _Config, inner: _Config) -> dict[str, Any]:
     tied = "tie_word_embeddings"
     if tied in outer.values and values.setdefault(tied, outer.values[tied]) != outer.values[tied]:
         # Which of the two counts has changed between versions of transformers.
-        inner.refuse(tied, values[tied], f"{outer.values[tied]!r} as outside text_config", BY_HAND)
+        inner.refuse(tied, values[tied], f"{outer.values[tied]!r} as outside of it", BY_HAND)
     return values
 
 
@@ -283,7 +361,7 @@ def _refuse_model_type(config: _Config, model_type: str) -> NoReturn:
             place=config.place("model_type"),
             expected="a Hugging Face config.json",
         )
-    if not _mentions_experts(config.values):
+    if not _mentions_experts(config.values) and "moe" not in model_type.lower():
         raise InputError(
             f"{model_type!r} has no MoE layers",
             source=config.source,
@@ -301,11 +379,15 @@ def _refuse_model_type(config: _Config, model_type: str) -> NoReturn:
 
 
 def _mentions_experts(values: Mapping[str, Any]) -> bool:
-    return any(
-        value
-        for key, value in values.items()
-        if "expert" in str(key).lower() or "moe" in str(key).lower()
-    )
+    """Whether a key of the config, at any depth (DBRX: ``ffn_config``), speaks of experts."""
+    pending: list[Mapping[str, Any]] = [values]
+    while pending:
+        for key, value in pending.pop().items():
+            if value and ("expert" in str(key).lower() or "moe" in str(key).lower()):
+                return True
+            if isinstance(value, Mapping):
+                pending.append(value)
+    return False
 
 
 def _num_experts(config: _Config, family: _Family) -> int:
@@ -510,7 +592,10 @@ def _latent_attention(config: _Config, module: str) -> Iterator[_Tensor]:
     """Yield multi-head latent attention (DeepSeek), with or without the query's low rank.
 
     ``q_lora_rank`` has to be there: null (V2-Lite) and the class's default 1536 are both in use.
+    The language models of some DeepSeek-VL2 and of DeepSeek-OCR have Llama's attention instead.
     """
+    if not config.flag("use_mla", absent=True):
+        config.refuse("use_mla", False, "true: the latent attention of this family", BY_HAND)
     hidden = config.whole("hidden_size")
     heads = config.whole("num_attention_heads")
     kv_rank = config.whole("kv_lora_rank")
@@ -688,6 +773,18 @@ FAMILIES: dict[str, _Family] = {
 }
 
 
+#: Families by the class names that checkpoints give as their ``architectures``.
+_ARCHITECTURES = {
+    "MixtralForCausalLM": "mixtral",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "OlmoeForCausalLM": "olmoe",
+    "GptOssForCausalLM": "gpt_oss",
+}
+
+
 # --------------------------------------------------------------------- bytes of a stored tensor
 
 
@@ -721,9 +818,7 @@ class _Storage:
 
 def _storage(config: _Config, family: str) -> _Storage:
     number_bytes = _number_bytes(config)
-    if config.given("compression_config"):
-        # The older name of compressed-tensors' quantization_config.
-        config.refuse("compression_config", config.values["compression_config"], "none", BY_HAND)
+    _refuse_quantisation(config, ("compression_config", "quantization"), _UNQUANTISED)
     if not config.given("quantization_config"):
         return _Storage(number_bytes)
     quantisation = config.inner("quantization_config")

@@ -11,20 +11,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from prism_plan.checkpoint_folder import Quantisation, quantisation_beside, quantisation_key
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
 from prism_plan.model import ModelSpec
 from prism_plan.model_config import spec_from_config_file
 from runtime_adapter.families import ALL_EXPERTS, ONE_EXPERT, PARTS, Family, family_of
 from runtime_adapter.tensor_file import TensorFile
+from runtime_adapter.weight_files import INDEX, SINGLE, indexed_files
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 #: Parts that lie one after the other in each expert's slice of a tensor of all experts.
 PACKED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
@@ -69,7 +69,8 @@ class Checkpoint:
     ----------
     folder : Path
     spec : ModelSpec
-        Called after the folder; sizes are those of the stored weights.
+        Called after the folder, or after the repository in the hub's cache
+        (:func:`~prism_plan.checkpoint_folder.model_name`); sizes are those of the stored weights.
     config : Mapping
         The values of ``config.json``.
     experts : ExpertShape
@@ -93,15 +94,9 @@ class Checkpoint:
                 source=folder,
                 expected="a checkpoint folder with config.json and safetensors files",
             )
-        self.config: Mapping[str, Any] = _object(path)
+        self.config: Mapping[str, Any] = _read_config(path)
         self.family: Family = family_of(self.config.get("model_type"), path)
-        if self.config.get("quantization_config") or self.config.get("compression_config"):
-            raise InputError(
-                "the weights are quantised",
-                source=path,
-                place="quantization_config",
-                expected="weights in bfloat16, float16 or float32",
-            )
+        self._refuse_quantisation(path)
         self.spec: ModelSpec = spec_from_config_file(path)
         self.dtype: torch.dtype = _dtype(self.config)
         width = self.config.get(self.family.width_key)
@@ -181,36 +176,28 @@ class Checkpoint:
 
     # ----------------------------------------------------------------------------------- opening
 
+    def _refuse_quantisation(self, path: Path) -> None:
+        """Refuse quantised weights, wherever the checkpoint says that they are."""
+        key = quantisation_key(self.config)
+        found = quantisation_beside(self.folder)
+        if key:
+            found = Quantisation(path, key, f"{self.config[key]!r:.60}: the weights are quantised")
+        if found is not None:
+            raise InputError(
+                found.found,
+                source=found.file,
+                place=found.place,
+                expected="weights in bfloat16, float16 or float32",
+                remedy="give the checkpoint as it was before it was quantised",
+            )
+
     def _stored(self) -> Iterator[tuple[str, str]]:
         """Every stored tensor with its file; opens the files."""
         if (self.folder / SINGLE).is_file():
             for name in self._open(SINGLE).entries:
                 yield SINGLE, name
             return
-        index = self.folder / INDEX
-        if not index.is_file():
-            pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt"))
-            raise InputError(
-                "the weights are pickled, and unpickling runs any code that is in them"
-                if pickled
-                else "has no weights",
-                source=self.folder,
-                expected=f"{SINGLE}, or shards and {INDEX}",
-                remedy="save the model with save_pretrained of transformers 5",
-            )
-        files = _object(index).get("weight_map")
-        if not isinstance(files, dict) or not files:
-            raise InputError(
-                f"{files!r:.60}", source=index, place="weight_map", expected="files by tensor"
-            )
-        for name, file in files.items():
-            if not _is_plain(file):
-                raise InputError(
-                    f"{file!r:.80}",
-                    source=index,
-                    place=name,
-                    expected="the name of a safetensors file in the folder",
-                )
+        for name, file in indexed_files(self.folder).items():
             if name not in self._open(file).entries:
                 raise InputError(
                     f"tensor {name} is missing",
@@ -285,22 +272,11 @@ class Checkpoint:
             )
 
 
-def _object(path: Path) -> dict[str, Any]:
-    values = parse_json(read_text(path), path)
+def _read_config(path: Path) -> dict[str, Any]:
+    values = parse_json(read_text(path), path, non_finite=True)
     if not isinstance(values, dict):
         raise InputError(f"{values!r:.60}", source=path, expected="a JSON object")
     return values
-
-
-def _is_plain(file: object) -> bool:
-    """Whether an index names a file of the folder itself, and one of safetensors."""
-    return (
-        isinstance(file, str)
-        and "\\" not in file
-        and "\0" not in file
-        and file.endswith(".safetensors")
-        and PurePosixPath(file).parts == (file,)
-    )
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:

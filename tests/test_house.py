@@ -21,7 +21,7 @@ FLOORS = [
     {"errors", "jit", "machine"},
     {"files", "schema", "kernels", "__init__"},
     {
-        *("model", "model_config", "cluster", "cluster_file", "toml_table"),
+        *("model", "model_config", "checkpoint_folder", "cluster", "cluster_file", "toml_table"),
         *("trace", "trace_file", "provenance"),
     },
     {"workload"},

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.checkpoint_folder import checkpoint_name
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.model_config import spec_from_config
+from prism_plan.model_config import require_unquantised, spec_from_config
 from prism_plan.provenance import stamped
 from prism_plan.trace import PHASES, TokenBatch
 from prism_plan.trace_file import TraceWriter
@@ -428,10 +429,14 @@ def spec_of(model: PreTrainedModel, name: str = "") -> ModelSpec:
     Raises
     ------
     InputError
-        The model has no MoE layers, or is of an unknown family.
+        The model has no MoE layers, is of an unknown family, or was loaded from a folder whose
+        weights are quantised in a form that is not known.
     """
     config = model.config
-    origin = Path(str(getattr(config, "_name_or_path", "") or "")).name
+    loaded_from = str(getattr(config, "_name_or_path", "") or "")
+    origin = checkpoint_name(loaded_from) if loaded_from else ""
+    if loaded_from and os.path.isdir(loaded_from):
+        require_unquantised(Path(loaded_from))
     return spec_from_config(
         config.to_dict(),
         source=origin or config.model_type,
