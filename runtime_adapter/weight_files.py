@@ -97,7 +97,7 @@ def _no_index(folder: Path) -> InputError:
 
 
 def _and_others(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} others"
+    return names[0] if len(names) == 1 else f"{names[0]} and others"
 
 
 def _is_plain(file: object) -> bool:

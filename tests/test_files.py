@@ -280,12 +280,23 @@ def test_json_cut_short(value: object, data: st.DataObject) -> None:
         ('[{"b": {"c": 1, "d": 2, "c": 3}}]', "f: key 'c' stands twice"),
         ('{"a": 1, "\\u0061": 2}', "f: key 'a' stands twice"),
         ("[NaN]", "f: NaN is not JSON"),
-        ('{"a": -Infinity}', "f: -Infinity is not JSON"),
+        ('{"a": -Infinity}', "f: -Infinity is not JSON, under key 'a'"),
+        ('{"a": [1, {"b": [0, NaN]}]}', "f: NaN is not JSON, under key 'a[1].b[1]'"),
         ('{"a":\n  tru}', "f: line 2 column 3: not JSON"),
         ("9" * 5000, "f: not JSON"),
         ("[" * 200_000, "f: nested too deeply"),
     ],
-    ids=["twice", "twice-deep", "twice-escaped", "nan", "infinity", "syntax", "digits", "deep"],
+    ids=[
+        "twice",
+        "twice-deep",
+        "twice-escaped",
+        "nan",
+        "infinity",
+        "nan-deep",
+        "syntax",
+        "digits",
+        "deep",
+    ],
 )
 def test_json_refused(text: str, message: str) -> None:
     """Duplicate keys, NaN, infinities and broken text are refused, with the place."""
