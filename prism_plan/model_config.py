@@ -45,11 +45,11 @@ from prism_plan.files import parse_json, read_text
 from prism_plan.model import MAX_EXPERTS, ModelSpec
 
 BY_HAND = (
-    "write the sizes by hand as a model spec (a JSON file with moe_layers, expert_bytes, "
-    "dense_bytes and the rest) and give that file instead"
+    "write the sizes by hand as a model spec (JSON with moe_layers, expert_bytes, dense_bytes and "
+    "the rest) and give that file"
 )
 
-_UNQUANTISED = "weights in bfloat16, float16 or float32"
+_UNQUANTISED = "bfloat16, float16 or float32"
 _NO_EXPERTS = "give the config.json of a Mixture-of-Experts model"
 
 #: Bytes of one number, by the name in ``dtype`` (older configs: ``torch_dtype``).

@@ -104,6 +104,19 @@ def test_a_file_beside_the_config_says_quantised(case: str, tmp_path: Path) -> N
         assert BY_HAND in message
 
 
+def test_the_message_is_whole_for_paths_of_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is cut out of the line for a snapshot in a cache of the usual place."""
+    monkeypatch.chdir(tmp_path)
+    hub = "home/some-user-name/.cache/huggingface/hub/models--nvidia--DeepSeek-R1-0528-NVFP4"
+    folder = checkpoint(Path(hub) / "snapshots" / COMMIT)
+    (folder / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
+    message = refusal(folder)
+    assert "'NVFP4': the weights are quantised, by ModelOpt; expected bfloat16" in message
+    assert "…" not in message
+
+
 def test_the_remedy_works_beside_the_file(tmp_path: Path) -> None:
     """Sizes by hand are read, also where they lie in the quantised checkpoint's folder."""
     folder = checkpoint(tmp_path / "model")
