@@ -3,16 +3,16 @@
 Two things: what the model is called, and that its weights are quantised. The second stands in one
 of several keys of ``config.json`` or in a file beside it, depending on the tool that quantised:
 
-==========================  ===============================================================
-``quantization_config``     key; transformers and the tools that write its form
-``compression_config``      key; compressed-tensors before it took the key above
-``quantization``            key; MLX
-``hf_quant_config.json``    file; NVIDIA ModelOpt
-``quantize_config.json``    file; AutoGPTQ and GPTQModel
-``quant_config.json``       file; AutoAWQ
+============================  ====================================================
+``quantization_config``       key; transformers and the tools that write its form
+``compression_config``        key; compressed-tensors before it took the key above
+``quantization``              key; MLX
+``hf_quant_config.json``      file; NVIDIA ModelOpt
+``quantize_config.json``      file; AutoGPTQ and GPTQModel
+``quant_config.json``         file; AutoAWQ
 ``quantization_config.json``  file; ExLlamaV3, AutoRound
-``*.gguf``                  weights of llama.cpp, where a folder holds no others
-==========================  ===============================================================
+``*.gguf``                    weights of llama.cpp, where a folder holds no others
+============================  ====================================================
 """
 
 from __future__ import annotations

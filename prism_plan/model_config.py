@@ -45,8 +45,8 @@ from prism_plan.files import parse_json, read_text
 from prism_plan.model import MAX_EXPERTS, ModelSpec
 
 BY_HAND = (
-    "write the sizes by hand as a model spec (JSON with moe_layers, expert_bytes, dense_bytes and "
-    "the rest) and give that file"
+    "write the sizes by hand as a model spec (JSON: moe_layers, expert_bytes, dense_bytes, ...) "
+    "and give that file"
 )
 
 _UNQUANTISED = "bfloat16, float16 or float32"
