@@ -1,4 +1,5 @@
 # make demo    install and run the main job end to end; results in demo-out/
+# make demo-model  the same from a model: profiles a tiny checkpoint first (installs PyTorch)
 # make test    install with test tools and run all tests
 # make test-long  run the checks that take minutes (scripted kills and the like)
 # make lint    style, formatting and types
@@ -13,12 +14,16 @@ EXTRAS ?= dev,hf
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-long lint bench clean
+.PHONY: demo demo-model test test-long lint bench clean
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "prism-plan needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/made pyproject.toml
+	$(BIN)/pip install $(PIP_FLAGS) -c .ci/constraints.txt -e .
 	@touch $@
 
 $(VENV)/installed-hf: $(VENV)/made pyproject.toml
@@ -29,8 +34,11 @@ $(VENV)/installed-$(EXTRAS): $(VENV)/made pyproject.toml
 	$(BIN)/pip install $(PIP_FLAGS) -c .ci/constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(VENV)/installed-hf
+demo: $(VENV)/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh traces/demo.sh demo-out
+
+demo-model: $(VENV)/installed-hf
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh traces/demo.sh demo-out --profile
 
 test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m pytest

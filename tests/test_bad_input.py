@@ -43,7 +43,7 @@ from prism_plan.trace_file import read_trace, write_trace
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and modes of POSIX")
 
-COMMAND = (sys.executable, "-m", "prism_plan.cli")
+COMMAND = (sys.executable, "-m", "prism_plan")
 #: A message longer than this is no longer one line to a reader.
 LONGEST = 400
 OLD = b"an earlier result\n"
@@ -291,9 +291,15 @@ def test_tokens_of_thousands_of_digits(work: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [(), ("plot",)], ids=["prism-plan", "plot"])
-def test_no_command_is_one_short_line(work: Path, command: tuple[str, ...]) -> None:
-    """Without a command the message points to --help instead of pouring the help into a line."""
-    assert_one_line_error(run(work, *command), 2, "--help")
+def test_no_command_shows_the_help(work: Path, command: tuple[str, ...]) -> None:
+    """Without a command the help is shown on standard error, as a usage error."""
+    result = run(work, *command)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(
+        f"Usage: {' '.join(('prism-plan', *command))} [OPTIONS] COMMAND"
+    )
+    assert "\nCommands:\n" in result.stderr
 
 
 # ----------------------------------------------------------------------------- files that are not

@@ -37,6 +37,7 @@ FLOORS = [
     {"check"},
     {"plotting"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -205,7 +205,7 @@ def test_file_names_of_any_bytes(here: Path) -> None:
     name = b"p\xff.json"
     os.rename(here / "p.json", os.path.join(os.fsencode(here), name))
     os.rename(here / "k.json", os.path.join(os.fsencode(here), b"k\xff.json"))
-    command = [sys.executable, "-m", "prism_plan.cli", "simulate", name, *FILES, "--requests", "2",
+    command = [sys.executable, "-m", "prism_plan", "simulate", name, *FILES, "--requests", "2",
                "--calibration", b"k\xff.json", "-o", "s.json",
                "--per-request", "r.parquet"]  # fmt: skip
     result = subprocess.run(command, cwd=here, capture_output=True, check=False)
@@ -256,7 +256,7 @@ def under_way(here: Path, args: Sequence[str]) -> Iterator[subprocess.Popen[str]
     """A simulation whose progress bar has told of something done."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "prism_plan.cli", "simulate", *args, *FILES],
+        [sys.executable, "-m", "prism_plan", "simulate", *args, *FILES],
         cwd=here,
         stdout=subprocess.PIPE,
         stderr=theirs,

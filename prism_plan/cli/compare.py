@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prism_plan.cli.solve import BACKENDS
+from prism_plan.cli.tables import format_option
 
 if TYPE_CHECKING:
     from prism_plan.comparison import Comparison
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--time-limit", type=float, metavar="S", help="Seconds for ilp; none by default.")
 @click.option("--backend", type=BACKENDS, default="highs", show_default=True, help="Of ilp.")
 @click.option("--seed", default=0, show_default=True, help="Of the split and of random solvers.")
+@format_option
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option("-o", "--output", metavar="R.json", help="Also write the comparison as JSON.")
 def command(
@@ -39,6 +41,7 @@ def command(
     time_limit: float | None,
     backend: str,
     seed: int,
+    table_format: str,
     as_json: bool,
     output: str | None,
 ) -> None:
@@ -96,41 +99,42 @@ def command(
     if as_json and output != "-":
         print_json(values)
     else:
-        _print(result, values, err=output == "-")
+        _print(result, values, form=table_format, err=output == "-")
 
 
-def _print(result: Comparison, values: dict[str, Any], *, err: bool) -> None:
-    from prism_plan.cli.console import note, percent, print_table, seconds
+def _print(result: Comparison, values: dict[str, Any], *, form: str, err: bool) -> None:
+    from prism_plan.cli.console import note
+    from prism_plan.cli.tables import durations, excesses, numbers, print_table, shares, words
 
     rows = [row for row in values["rows"] if row["remote_share"] is not None]
     best = min((row["remote_share"] for row in rows), default=0.0)
-    columns = ["placement", "remote", "vs best", "worst server", "waiting", "worst", "dest.", "s"]
-    with_plan = result.holdout is not None
-    if with_plan:
-        columns.insert(2, "as planned")
-    table = []
-    for row in rows:
-        share = row["remote_share"]
-        above = "best" if share == best else f"+{100 * (share - best) / best:.1f} %" if best else ""
-        cells = [
-            row["name"] + (f" ({row['violations']} violations)" if row["violations"] else ""),
-            percent(share),
-            above,
-            f"{percent(row['worst_server_share'])} {row['worst_server'] or ''}".strip(),
-            percent(row["waiting_share"]),
-            percent(row["worst_waiting_share"]),
-            "–" if row["destinations"] is None else f"{row['destinations']:.3f}",
-            seconds(row["runtime_s"]),
-        ]
-        if with_plan:
-            cells.insert(2, percent(row["planned_share"]))
-        table.append(cells)
+
+    def of(key: str) -> list[Any]:
+        return [row[key] for row in rows]
+
+    names = [
+        row["name"] + (f" ({row['violations']} violations)" if row["violations"] else "")
+        for row in rows
+    ]
+    above = [None if not best else row["remote_share"] / best - 1 for row in rows]
+    columns = [
+        words("placement", "placement", names),
+        shares("remote", "remote_share", of("remote_share")),
+        excesses("vs best", "above_best", above, rank=2),
+        shares("worst", "worst_server_share", of("worst_server_share"), rank=4),
+        words("worst server", "worst_server", of("worst_server"), rank=5),
+        shares("waiting", "waiting_share", of("waiting_share"), rank=1),
+        shares("worst waiting", "worst_waiting_share", of("worst_waiting_share"), rank=6),
+        numbers("dest.", "destinations", of("destinations"), rank=1),
+        durations("solved in", "runtime_s", of("runtime_s"), rank=7),
+    ]
     title = f"{result.trace} on {result.cluster}"
-    if with_plan:
+    if result.holdout is not None:
+        columns.insert(2, shares("as planned", "planned_share", of("planned_share"), rank=3))
         title += (
             f": planned on {result.planned_requests} requests, scored on {result.scored_requests}"
         )
-    print_table(columns, table, title=title, err=err)
+    print_table(columns, title=title, form=form, err=err)
     for row in values["rows"]:
         if row["note"]:
             note(f"{row['name']}: {row['note']}")

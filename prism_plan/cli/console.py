@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,6 @@ from prism_plan.files import write_bytes
 if TYPE_CHECKING:
     from prism_plan.trace import Trace
 
-#: Width of tables that do not go to a terminal.
-PLAIN_WIDTH = 500
 #: Traces of more rows than this are read with a progress bar.
 LONG_TRACE = 200_000
 
@@ -27,40 +25,22 @@ def note(message: str) -> None:
     click.echo(f"prism-plan: {' '.join(message.split())}", err=True)
 
 
+def announce_compilation() -> None:
+    """Say on a terminal why the first run on a machine takes longer."""
+    from prism_plan.jit import before_first_compilation
+
+    if sys.stderr.isatty():
+        before_first_compilation(
+            lambda: note(
+                "compiling for this machine: once after installation, "
+                "a few seconds, for the simulator up to a minute"
+            )
+        )
+
+
 def print_json(values: Any) -> None:
     """JSON to standard output."""
     click.echo(json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False))
-
-
-def print_table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    title: str = "",
-    left: int = 1,
-    err: bool = False,
-) -> None:
-    """A table on standard output (or error); the first ``left`` columns are words."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    stream = sys.stderr if err else sys.stdout
-    console = Console(
-        file=stream,
-        width=None if stream.isatty() else PLAIN_WIDTH,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
-    if title:  # not rich's own title, which wraps at the width of the table
-        console.print(title, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 @contextlib.contextmanager
@@ -123,13 +103,3 @@ def percent(share: float | None, digits: int = 2) -> str:
 def seconds(value: float | None) -> str:
     """A duration for a table."""
     return "–" if value is None else f"{value:.3f}" if value < 100 else f"{value:.0f}"
-
-
-def byte_size(number: int) -> str:
-    """Bytes for a table, in units of 1000."""
-    size = float(number)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import click
 
+from prism_plan.cli.tables import format_option
+
 
 @click.command("diff")
 @click.argument("a", metavar="A.json")
 @click.argument("b", metavar="B.json")
+@format_option
 @click.option("--json", "as_json", is_flag=True, help="Print every moved expert as JSON.")
-def command(a: str, b: str, as_json: bool) -> None:
+def command(a: str, b: str, table_format: str, as_json: bool) -> None:
     """Show what moves from placement A to placement B: experts and bytes, per server and layer."""
-    from prism_plan.cli.console import byte_size, print_json, print_table
+    from prism_plan.cli.console import print_json
+    from prism_plan.cli.tables import counts, print_table, sizes, words
     from prism_plan.moves import diff
     from prism_plan.placement_file import read_placement
 
@@ -20,27 +24,31 @@ def command(a: str, b: str, as_json: bool) -> None:
         print_json(result.to_json())
         return
     moved = result.loads | result.shifts
-    table = [
-        [
-            name,
-            f"{int(result.loads[n].sum()):,}",
-            f"{int(result.drops[n].sum()):,}",
-            f"{int(result.shifts[n].sum()):,}",
-            byte_size(result.bytes_of(moved[n])),
-        ]
-        for n, name in enumerate(result.servers)
-    ]
-    kinds = (result.loads, result.drops, result.shifts)
-    table.append(
-        ["total", *(f"{int(mask.sum()):,}" for mask in kinds), byte_size(result.bytes_of(moved))]
+    kinds = (
+        ("loads", "loads", result.loads),
+        ("drops", "drops", result.drops),
+        ("between GPUs", "between_gpus", result.shifts),
     )
-    columns = ["loads", "drops", "between GPUs", "bytes to load"]
-    print_table(["server", *columns], table, title=f"{a} → {b}")
-    of_layer = [
-        [str(layer), *(f"{int(mask[:, at].sum()):,}" for mask in kinds),
-         byte_size(result.model.expert_bytes_by_layer[at] * int(moved[:, at].sum()))]
-        for at, layer in enumerate(result.model.moe_layers)
-        if any(mask[:, at].any() for mask in kinds)
-    ]  # fmt: skip
-    if of_layer:
-        print_table(["layer", *columns], of_layer)
+    columns = [words("server", "server", [*result.servers, "total"])]
+    for heading, key, mask in kinds:
+        of_server = [int(mask[n].sum()) for n in range(len(result.servers))]
+        columns.append(counts(heading, key, [*of_server, int(mask.sum())]))
+    loaded = [result.bytes_of(moved[n]) for n in range(len(result.servers))]
+    columns.append(sizes("to load", "bytes_to_load", [*loaded, result.bytes_of(moved)], rank=1))
+    print_table(columns, title=f"{a} → {b}", form=table_format)
+    layers = [
+        at
+        for at in range(len(result.model.moe_layers))
+        if any(mask[:, at].any() for _, _, mask in kinds)
+    ]
+    if not layers:
+        return
+    columns = [words("layer", "layer", [str(result.model.moe_layers[at]) for at in layers])]
+    for heading, key, mask in kinds:
+        columns.append(counts(heading, key, [int(mask[:, at].sum()) for at in layers]))
+    size = result.model.expert_bytes_by_layer
+    loaded = [size[at] * int(moved[:, at].sum()) for at in layers]
+    columns.append(sizes("to load", "bytes_to_load", loaded, rank=1))
+    if table_format == "csv":  # a second table begins after a blank line
+        click.echo()
+    print_table(columns, form=table_format)

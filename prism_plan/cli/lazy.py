@@ -6,8 +6,54 @@ from collections.abc import Mapping
 from importlib import import_module
 
 import click
+from click.shell_completion import CompletionItem
 
 from prism_plan.errors import did_you_mean
+
+
+class FileName(click.types.StringParamType):
+    """The name of a file or folder, taken as it is; shells complete it."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+class SolverNames(click.types.StringParamType):
+    """Names of solvers, separated by commas; shells complete the last one."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from prism_plan.solvers.registry import SOLVER_NAMES
+
+        before, comma, last = incomplete.rpartition(",")
+        return [
+            CompletionItem(f"{before}{comma}{name}")
+            for name in SOLVER_NAMES
+            if name.startswith(last)
+        ]
+
+
+#: A parameter whose metavar has an extension, or is one of these words, names a file.
+FILE_WORDS = ("DIR", "FILE", "SOURCE", "CHECKPOINT")
+SOLVER_OPTIONS = ("--solver", "--solvers", "--migrate-solver")
+
+
+def prepare(command: click.Command) -> None:
+    """Give a command, and those below it, help without arguments and completion in shells."""
+    for parameter in command.params:
+        metavar = (parameter.metavar or "").strip("[].")
+        if set(SOLVER_OPTIONS) & set(parameter.opts) and parameter.type is click.STRING:
+            parameter.type = SolverNames()
+        elif parameter.type is click.STRING and ("." in metavar or metavar in FILE_WORDS):
+            parameter.type = FileName()
+    if any(parameter.required for parameter in command.params):
+        command.no_args_is_help = True
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            prepare(inner)
 
 
 def lazy_group(commands: Mapping[str, tuple[str, str]]) -> type[click.Group]:
@@ -21,6 +67,7 @@ def lazy_group(commands: Mapping[str, tuple[str, str]]) -> type[click.Group]:
             if cmd_name not in commands:
                 return None
             found: click.Command = import_module(commands[cmd_name][0]).command
+            prepare(found)
             return found
 
         def resolve_command(

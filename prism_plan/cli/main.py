@@ -9,8 +9,10 @@ import sys
 from types import FrameType
 
 import click
+from click.shell_completion import shell_complete
 
 from prism_plan import __version__
+from prism_plan.cli.console import announce_compilation
 from prism_plan.cli.lazy import lazy_group
 from prism_plan.errors import PrismError
 
@@ -28,6 +30,11 @@ COMMANDS = {
     ),
     "plot": ("prism_plan.cli.plot", "Draw traces, placements and simulations."),
 }
+
+
+#: Set by shells that ask for completions; `_PRISM_PLAN_COMPLETE=bash_source prism-plan` prints the
+#: script that makes bash ask (zsh and fish likewise).
+COMPLETION_VARIABLE = "_PRISM_PLAN_COMPLETE"
 
 
 @click.group(cls=lazy_group(COMMANDS), context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,6 +56,10 @@ def run() -> int:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for good
         elif hasattr(stream, "reconfigure"):  # an encoding that lacks a character is no error
             stream.reconfigure(errors="backslashreplace")
+    shell = os.environ.get(COMPLETION_VARIABLE)
+    if shell:
+        return shell_complete(cli, {}, "prism-plan", COMPLETION_VARIABLE, shell)
+    announce_compilation()
     try:
         try:
             # not cli.main(): on Ctrl-C and on a closed pipe it prints and exits in its own way
@@ -62,8 +73,8 @@ def run() -> int:
     except PrismError as error:
         return _fail(str(error), error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
-        path = error.ctx.command_path if error.ctx else "prism-plan"
-        return _fail(f"no command; see {path} --help", 2)
+        click.echo(error.ctx.get_help() if error.ctx else error.format_message(), err=True)
+        return 2
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "prism-plan"
         message = " ".join(error.format_message().split()).rstrip(".")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prism_plan.cli.tables import format_option
 from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 @click.argument("a", metavar="A.json")
 @click.argument("b", metavar="B.json")
 @click.option("--cluster", required=True, metavar="C.toml", help="Servers, GPUs, load speeds.")
+@format_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("-o", "--output", metavar="M.json", help="Plan to write; - for stdout.")
-def command(a: str, b: str, cluster: str, as_json: bool, output: str | None) -> None:
+def command(
+    a: str, b: str, cluster: str, table_format: str, as_json: bool, output: str | None
+) -> None:
     """Plan the order of loads and drops that leads from placement A to placement B.
 
     Every expert that A holds stays held by some GPU at every moment, and every GPU within its
@@ -70,7 +74,7 @@ def command(a: str, b: str, cluster: str, as_json: bool, output: str | None) -> 
     if as_json and output != "-":
         deliver("-", data)
     else:
-        _print(plan, plan.loading_s(load_gbs), f"{a} → {b}", err=output == "-")
+        _print(plan, plan.loading_s(load_gbs), f"{a} → {b}", form=table_format, err=output == "-")
 
 
 def _require_target(after: Placement, cluster: Cluster, path: str, cluster_path: str) -> None:
@@ -104,8 +108,11 @@ def _capacity(after: Placement, cluster: Cluster) -> tuple[tuple[int, ...], ...]
     )
 
 
-def _print(plan: MigrationPlan, loading_s: list[float], title: str, *, err: bool) -> None:
-    from prism_plan.cli.console import byte_size, print_table, seconds
+def _print(
+    plan: MigrationPlan, loading_s: list[float], title: str, *, form: str, err: bool
+) -> None:
+    from prism_plan.cli.console import seconds
+    from prism_plan.cli.tables import counts, durations, print_table, sizes, words
 
     server_of_gpu = plan.server_of_gpu
     sums: list[dict[str, Any]] = [
@@ -117,18 +124,26 @@ def _print(plan: MigrationPlan, loading_s: list[float], title: str, *, err: bool
         if step.kind == "load":
             row["temporary"] += step.temporary
             row["bytes"] += plan.bytes_of(step)
-    table = []
-    for n, (name, row) in enumerate(zip(plan.servers, sums, strict=True)):
-        slowest = max(loading_s[g] for g in range(len(loading_s)) if server_of_gpu[g] == n)
-        counts = [f"{row[key]:,}" for key in ("loads", "drops", "temporary")]
-        table.append([name, *counts, byte_size(row["bytes"]), seconds(slowest)])
-    counts = [f"{number:,}" for number in (plan.loads, plan.drops, plan.extra_loads)]
-    table.append(["total", *counts, byte_size(plan.moved_bytes), seconds(max(loading_s))])
-    columns = ["server", "loads", "drops", "temporary", "bytes to load", "s on slowest GPU"]
-    print_table(columns, table, title=title, err=err)
+    slowest = [
+        max(loading_s[g] for g in range(len(loading_s)) if server_of_gpu[g] == n)
+        for n in range(len(plan.servers))
+    ]
+
+    def of(key: str, total: int) -> list[int]:
+        return [*(row[key] for row in sums), total]
+
+    columns = [
+        words("server", "server", [*plan.servers, "total"]),
+        counts("loads", "loads", of("loads", plan.loads)),
+        counts("drops", "drops", of("drops", plan.drops)),
+        counts("temporary", "temporary", of("temporary", plan.extra_loads), rank=2),
+        sizes("to load", "bytes_to_load", of("bytes", plan.moved_bytes), rank=1),
+        durations("slowest GPU", "slowest_gpu_s", [*slowest, max(loading_s)]),
+    ]
+    print_table(columns, title=title, form=form, err=err)
     if plan.load_s is not None:
         click.echo(
             f"loading takes {seconds(plan.load_s.makespan_s)} s with all GPUs side by side, "
             f"{seconds(plan.load_s.sum_s)} s one after the other",
-            err=err,
+            err=err or form != "table",
         )

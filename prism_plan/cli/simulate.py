@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prism_plan.cli.review_options import review_options
+from prism_plan.cli.tables import format_option
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     help="Processes; -1: one a core.",
 )
 @click.option("--per-request", metavar="R.parquet", help="Also write one row a request.")
+@format_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-o", "--output", metavar="S.json", help="Write the report as JSON.")
 @click.pass_context
@@ -225,7 +227,7 @@ def _simulate(given: dict[str, Any]) -> int:
     if given["as_json"] and output != "-":
         print_json(values)
     else:
-        _print(values, err=output == "-")
+        _print(values, form=given["table_format"], err=output == "-")
     for text in values["notes"]:
         note(text)
     if result.partial:
@@ -297,60 +299,56 @@ def _planned(
     return found
 
 
-def _print(values: dict[str, Any], *, err: bool) -> None:
-    from prism_plan.cli.console import byte_size, percent, print_table, seconds
+def _print(values: dict[str, Any], *, form: str, err: bool) -> None:
+    from prism_plan.cli.tables import durations, numbers, print_table, shares, sizes, words
 
-    columns = ["placement", "mean", "p95", "p99", "ttft", "tpot", "remote", "waiting", "dest.",
-               "sent", "busiest"]  # fmt: skip
-    rows = []
-    for run in values["runs"]:
-        busiest = run["busiest"]
-        tpot_s = run["tpot_s"]["mean"]
-        rows.append(
-            [
-                run["placement"] + (" (partial)" if run["partial"] else ""),
-                *(_time(run["latency_s"][key]) for key in ("mean", "p95", "p99")),
-                _time(run["ttft_s"]["mean"]),
-                "–" if tpot_s is None else f"{1e3 * tpot_s:.1f} ms",
-                percent(run["remote_share"], 1),
-                percent(run["waiting_share"], 1),
-                seconds(run["destinations"]),
-                byte_size(run["bytes_sent"] / run["requests"]) if run["requests"] else "–",
-                percent(busiest, 0),
-            ]
-        )
-    number = values["runs"][0]["requests"] if values["runs"] else 0
+    runs = values["runs"]
+
+    def of(key: str, part: str | None = None) -> list[Any]:
+        return [run[key] if part is None else run[key][part] for run in runs]
+
+    names = [run["placement"] + (" (partial)" if run["partial"] else "") for run in runs]
+    sent = [run["bytes_sent"] / run["requests"] if run["requests"] else None for run in runs]
+    columns = [
+        words("placement", "placement", names),
+        durations("mean", "latency_mean_s", of("latency_s", "mean")),
+        durations("p95", "latency_p95_s", of("latency_s", "p95"), rank=1),
+        durations("p99", "latency_p99_s", of("latency_s", "p99"), rank=4),
+        durations("ttft", "ttft_mean_s", of("ttft_s", "mean"), rank=2),
+        durations("tpot", "tpot_mean_s", of("tpot_s", "mean"), rank=2),
+        shares("remote", "remote_share", of("remote_share"), digits=1, rank=5),
+        shares("waiting", "waiting_share", of("waiting_share"), digits=1, rank=6),
+        numbers("dest.", "destinations", of("destinations"), rank=7),
+        sizes("sent", "bytes_sent_per_request", sent, rank=8),
+        shares("busiest", "busiest", of("busiest"), digits=0, rank=3),
+    ]
+    number = runs[0]["requests"] if runs else 0
     place = f"{values['trace']['name']} on {values['cluster']['name']}"
     title = f"{place}: {number:,} requests; 'sent' is of one request"
-    print_table(columns, rows, title=title, err=err)
+    print_table(columns, title=title, form=form, err=err)
     if values["migrate"] != "never":
-        _print_migrations(values, err=err)
+        _print_migrations(values, form=form, err=err)
 
 
-def _print_migrations(values: dict[str, Any], *, err: bool) -> None:
-    from prism_plan.cli.console import byte_size, print_table
+def _print_migrations(values: dict[str, Any], *, form: str, err: bool) -> None:
+    from prism_plan.cli.tables import counts, durations, print_table, sizes, words
 
-    rows = []
-    for run in values["runs"]:
-        moves = [review for review in run["migrations"] if review["decision"] == "move"]
-        rows.append(
-            [
-                run["placement"],
-                str(len(run["migrations"])),
-                str(len(moves)),
-                f"{sum(move['moved_experts'] for move in moves):,}",
-                byte_size(sum(move["moved_bytes"] for move in moves)),
-                f"{sum(move['saving_s'] for move in moves):.1f} s",
-                f"{sum(move['cost_s'] for move in moves):.1f} s",
-            ]
-        )
-    columns = ["placement", "reviews", "moves", "experts", "bytes", "expected saving", "cost"]
-    print_table(columns, rows, title=f"Migrations by policy {values['migrate']}", err=err)
+    runs = values["runs"]
+    moves = [[r for r in run["migrations"] if r["decision"] == "move"] for run in runs]
 
+    def total(key: str) -> list[Any]:
+        return [sum(move[key] for move in of_run) for of_run in moves]
 
-def _time(value: float | None) -> str:
-    if value is None:
-        return "–"
-    if 0 < value < 0.1:
-        return f"{1e3 * value:.2f} ms"
-    return f"{value:.3f} s" if value < 100 else f"{value:,.0f} s"
+    columns = [
+        words("placement", "placement", [run["placement"] for run in runs]),
+        counts("reviews", "reviews", [len(run["migrations"]) for run in runs]),
+        counts("moves", "moves", [len(of_run) for of_run in moves]),
+        counts("experts", "moved_experts", total("moved_experts"), rank=1),
+        sizes("bytes", "moved_bytes", total("moved_bytes"), rank=2),
+        durations("expected saving", "saving_s", total("saving_s"), rank=1),
+        durations("cost", "cost_s", total("cost_s"), rank=1),
+    ]
+    title = f"Migrations by policy {values['migrate']}"
+    if form == "csv":  # a second table begins after a blank line
+        click.echo(err=err)
+    print_table(columns, title=title, form=form, err=err)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from prism_plan.cli.tables import format_option
+
 if TYPE_CHECKING:
     from prism_plan.instance import Instance
     from prism_plan.placement import Placement
@@ -47,6 +49,7 @@ BACKENDS = click.Choice(["highs", "cbc"])
     "(or per unit of weight).",
 )
 @click.option("--seed", default=0, show_default=True, help="Of solvers that draw at random.")
+@format_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option(
     "-o", "--output", required=True, metavar="P.json", help="Placement to write; - for stdout."
@@ -61,6 +64,7 @@ def command(
     near: str | None,
     load_price: float,
     seed: int,
+    table_format: str,
     as_json: bool,
     output: str,
 ) -> None:
@@ -96,11 +100,14 @@ def command(
     deliver(output, dump_placement(placement))
     if placement.plan.termination == "time_limit":
         note("the time limit ended the search; the gap to the bound is in the file")
-    _summary(placement, instance, output, as_json)
+    _summary(placement, instance, output, as_json, table_format)
 
 
-def _summary(placement: Placement, instance: Instance, output: str, as_json: bool) -> None:
-    from prism_plan.cli.console import byte_size, note, percent, print_json, print_table
+def _summary(
+    placement: Placement, instance: Instance, output: str, as_json: bool, form: str
+) -> None:
+    from prism_plan.cli.console import note, percent, print_json
+    from prism_plan.cli.tables import counts, print_table, shares, sizes, words
     from prism_plan.objective import remote_score
 
     plan = placement.plan
@@ -133,17 +140,14 @@ def _summary(placement: Placement, instance: Instance, output: str, as_json: boo
     if as_json and not to_stderr:
         print_json(values)
         return
-    unit = "slots" if instance.in_slots else "bytes"
-    table = [
-        [
-            str(row["server"]),
-            f"{row['capacity']:,}"
-            if unit == "slots"
-            else byte_size(sum(placement.gpu_capacity[n])),
-            f"{row['experts']:,}",
-            percent(score.by_server[n]),
-        ]
-        for n, row in enumerate(rows)
+    capacity = [sum(of_server) for of_server in placement.gpu_capacity]
+    columns = [
+        words("server", "server", placement.servers),
+        counts("slots", "slots", capacity)
+        if instance.in_slots
+        else sizes("capacity", "capacity_bytes", capacity),
+        counts("experts", "experts", [int(local[n].sum()) for n in range(len(capacity))]),
+        shares("remote share", "remote_share", score.by_server),
     ]
     bound = "no bound" if plan.bound is None else f"bound {percent(plan.bound, 4)}"
     if "priced_bound" in plan.extra:
@@ -152,6 +156,6 @@ def _summary(placement: Placement, instance: Instance, output: str, as_json: boo
         f"{plan.solver}: {percent(plan.remote_share, 4)} of calls are remote "
         f"({plan.termination}, {bound}, {plan.runtime_s:.3f} s)"
     )
-    print_table(["server", unit, "experts", "remote share"], table, title=title, err=to_stderr)
+    print_table(columns, title=title, form=form, err=to_stderr)
     if "loads" in plan.extra:
         note(f"{plan.extra['loads']:,} experts are newly loaded (prism-plan diff tells which)")

@@ -58,9 +58,9 @@ def test_the_plan_is_written_and_told(prism_plan: Run, here: Path) -> None:
     rows = {
         line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()
     }
-    assert rows["s0"] == ["1", "1", "0", "10", "B", "1.000"]
-    assert rows["s2"] == ["1", "1", "1", "10", "B", "1.000"]
-    assert rows["total"] == ["3", "3", "1", "30", "B", "1.000"]
+    assert rows["s0"] == ["1", "1", "0", "10", "B", "1.000", "s"]
+    assert rows["s2"] == ["1", "1", "1", "10", "B", "1.000", "s"]
+    assert rows["total"] == ["3", "3", "1", "30", "B", "1.000", "s"]
     assert "3.000 s with all GPUs side by side, 3.000 s one after the other" in result.stdout
     plan = read_migration(here / "m.json")
     a, b = (read_placement(here / f"{name}.json") for name in "ab")
