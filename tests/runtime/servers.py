@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -101,17 +101,18 @@ class Servers:
         values: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
         return values
 
-    def until(self, condition: Callable[[], Any], *, within_s: float = PATIENCE_S) -> None:
+    def until(self, condition: Callable[[], Any]) -> None:
         """Wait for something to happen."""
-        deadline = time.monotonic() + within_s
+        deadline = time.monotonic() + PATIENCE_S
         while not condition():
             said = {name: self.errors(name) for name in self.processes}
             assert time.monotonic() < deadline, said
             time.sleep(0.02)
 
-    def codes(self) -> dict[str, int]:
-        """Exit codes, once all have ended."""
-        return {name: one.wait(timeout=PATIENCE_S) for name, one in self.processes.items()}
+    def codes(self, names: Iterable[str] | None = None) -> dict[str, int]:
+        """Exit codes, once all, or those of the names, have ended."""
+        chosen = self.processes if names is None else names
+        return {name: self.processes[name].wait(timeout=PATIENCE_S) for name in chosen}
 
     def send(self, name: str, number: signal.Signals, *, worker: bool = True) -> None:
         """Send a signal to a server's front, and to its worker as well."""
