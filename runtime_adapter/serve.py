@@ -8,9 +8,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 #: Requests are numbered over all servers, as the route ``spread`` needs it.
 MOST_REQUESTS = 1 << 20
 KEYS = ("prompt", "task", "id", "at_s", "max_new_tokens")
+#: Bytes of one line of requests that come on standard input.
+MAX_LINE_BYTES = 1 << 24
+#: Tokens of the longest prompt on standard input, where nothing else is said.
+MAX_PROMPT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,16 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A request as the model takes it: token ids, and how many to add at most."""
+    """A request as the model takes it: token ids, and how many to add at most.
+
+    A request that cannot be served has the reason as ``error`` instead.
+    """
 
     request: Request
     number: int
     ids: list[int]
     new_tokens: int
+    error: str | None = None
 
 
 def prepare(
@@ -130,21 +138,75 @@ def prepare(
     InputError
         A prompt has no tokens, or is longer than the model's context; names the line.
     """
-    longest = checkpoint.config.get("max_position_embeddings")
-    jobs = []
-    for at, request in enumerate(requests):
-        ids = tokenizer(request.prompt)["input_ids"]
-        new = request.max_new_tokens or max_new_tokens
-        if not ids or (longest is not None and len(ids) + new - 1 > longest):
-            raise InputError(
-                f"{len(ids):,} tokens and {new:,} new ones",
-                source=source,
-                place=f"line {request.line}",
-                expected=f"1 to {longest:,}, the model's context" if longest else "a token or more",
-                remedy="shorten the prompt or lower --max-new-tokens" if ids else "",
-            )
-        jobs.append(Job(request, server * MOST_REQUESTS + at, ids, new))
-    return jobs
+    return [
+        _job(request, server * MOST_REQUESTS + at, tokenizer, checkpoint, max_new_tokens, source)
+        for at, request in enumerate(requests)
+    ]
+
+
+def _job(
+    request: Request,
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint,
+    max_new_tokens: int,
+    source: object,
+) -> Job:
+    longest = context_tokens(checkpoint)
+    ids = tokenizer(request.prompt)["input_ids"]
+    new = request.max_new_tokens or max_new_tokens
+    if not ids or (longest is not None and len(ids) + new - 1 > longest):
+        raise InputError(
+            f"{len(ids):,} tokens and {new:,} new ones",
+            source=source,
+            place=f"line {request.line}",
+            expected=f"1 to {longest:,}, the model's context" if longest else "a token or more",
+            remedy="shorten the prompt or lower --max-new-tokens" if ids else "",
+        )
+    return Job(request, number, ids, new)
+
+
+def context_tokens(checkpoint: Checkpoint) -> int | None:
+    """The most tokens of a request, prompt and answer together, if the model has a bound."""
+    found: int | None = checkpoint.config.get("max_position_embeddings")
+    return found
+
+
+def prepare_stream(
+    stream: IO[bytes],
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint,
+    server: int,
+    max_new_tokens: int,
+    begin_s: float,
+) -> Iterator[Job]:
+    """Requests of a server as they come, line by line; each arrives when it is read.
+
+    ``begin_s`` is when time zero is. A line that cannot be served becomes a job with an ``error``,
+    for a run must not end for all because one caller was wrong. A line without an ``id`` is called
+    by its number.
+    """
+    source = "standard input"
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        now_s = time.monotonic() - begin_s
+        at = server * MOST_REQUESTS + (number - 1) % MOST_REQUESTS
+        if not line.strip():
+            continue
+        request = Request(number, "", at_s=now_s)
+        try:
+            if len(line) > MAX_LINE_BYTES:
+                while not line.endswith(b"\n") and (line := stream.readline(MAX_LINE_BYTES)):
+                    pass  # the rest of the line is no request of its own
+                raise InputError(
+                    f"more than {MAX_LINE_BYTES:,} bytes", source=source, place=f"line {number}"
+                )
+            request = _request(line.decode("utf-8", "replace"), source, number)
+            request = replace(request, at_s=max(request.at_s, now_s))
+            yield _job(request, at, tokenizer, checkpoint, max_new_tokens, source)
+        except InputError as error:
+            yield Job(request, at, [], 0, str(error))
 
 
 @dataclass
@@ -194,14 +256,15 @@ def serve(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     lanes: Lanes,
-    jobs: Sequence[Job],
+    jobs: Iterable[Job],
     begin_s: float,
     done: Callable[[Answer], None] = lambda answer: None,
 ) -> list[Answer]:
     """Serve jobs at their times, as many at once as the server has lanes; greedy decoding.
 
-    ``begin_s`` is when time zero is; ``done`` is told of each answer once it is complete. A request
-    that fails has an error and the tokens until then; the others go on.
+    ``begin_s`` is when time zero is; ``done`` is told of each answer once it is complete. Jobs may
+    come one by one; their end ends the run. A request that fails has an error and the tokens until
+    then; the others go on.
     """
     waiting: queue.SimpleQueue[tuple[Job, Answer] | None] = queue.SimpleQueue()
     telling = threading.Lock()
@@ -212,6 +275,8 @@ def serve(
             job, answer = one
             answer.start_s = time.monotonic() - begin_s
             try:
+                if job.error is not None:
+                    raise InputError(job.error)
                 with lanes.using(lane, job.number):
                     _generate(model, job, answer, configuration, begin_s)
             except PrismError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,12 +16,28 @@ from runtime_adapter.cli.options import (
     note,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from runtime_adapter.serve import Job
+
 
 @click.command("serve")
 @click.option("--placement", required=True, metavar="P.json")
 @click.option("--checkpoint", required=True, metavar="DIR", help="config.json, *.safetensors, ...")
-@click.option("--requests", required=True, metavar="R.jsonl", help="Of this server; may be empty.")
+@click.option(
+    "--requests",
+    required=True,
+    metavar="R.jsonl",
+    help="Of this server; may be empty. -: standard input, served as they come.",
+)
 @meeting_options
+@click.option(
+    "--max-prompt-tokens",
+    type=int,
+    metavar="N",
+    help="Longest prompt on standard input; default: 512, or the model's context.",
+)
 @click.option("--max-new-tokens", default=32, show_default=True, metavar="N")
 @click.option(
     "--dtype",
@@ -68,9 +84,11 @@ def command(**given: Any) -> None:
     All servers get the same files and options but for --server, --requests, --device, --threads
     and outputs. A line of requests is {"prompt": text} and, where wanted, "task", "id", "at_s" (its
     arrival, in seconds from the start) and "max_new_tokens"; decoding is greedy. A server without
-    requests of its own answers the others until all have done theirs.
+    requests of its own answers the others until all have done theirs. With --requests - each line
+    of standard input arrives when it is read, and the end of the input ends this server's requests.
     """
     import json
+    import sys
 
     import torch
 
@@ -93,10 +111,13 @@ def command(**given: Any) -> None:
     )
     from runtime_adapter.planes import Planes, prepare_nccl, require_device
     from runtime_adapter.serve import (
+        MAX_PROMPT_TOKENS,
+        context_tokens,
         even_network,
         load_tokenizer,
         moving,
         prepare,
+        prepare_stream,
         read_requests,
         require_covered,
         serve,
@@ -112,13 +133,14 @@ def command(**given: Any) -> None:
             raise InputError(
                 "needs to know the links", source=f"--{option} {value}", expected="--cluster"
             )
-    files = ("placement", "requests", "cluster")
+    streamed = given["requests"] == "-"
+    files = [given["placement"], given["cluster"], None if streamed else given["requests"]]
     for output in (given["output"], given["stats"]):
-        writable(output, *(given[name] for name in files))
+        writable(output, *files)
     torch.set_num_threads(given["threads"])
     placement = read_placement(given["placement"])
     meeting = meeting_of(given, placement.servers)
-    requests = read_requests(given["requests"])
+    requests = [] if streamed else read_requests(given["requests"])
     checkpoint = Checkpoint(given["checkpoint"])
     require_placed_model(placement, checkpoint, source=given["placement"])
     require_covered(placement, source=given["placement"])
@@ -147,6 +169,20 @@ def command(**given: Any) -> None:
     jobs = prepare(
         requests, tokenizer, checkpoint, meeting.me, given["max_new_tokens"], given["requests"]
     )
+    longest = max([len(job.ids) for job in jobs], default=1)
+    if streamed:
+        context = context_tokens(checkpoint) or 1 << 20
+        longest = given["max_prompt_tokens"] or min(MAX_PROMPT_TOKENS, context)
+        if not 1 <= longest <= context:
+            raise InputError(
+                f"{longest}", source="--max-prompt-tokens", expected=f"1 to {context:,}"
+            )
+    elif given["max_prompt_tokens"] is not None:
+        raise InputError(
+            "given with a file of requests, whose longest prompt is known",
+            source="--max-prompt-tokens",
+            remedy="leave it out, or use --requests -",
+        )
     lanes = Lanes()
     with blaming(given["placement"]):
         store = load_experts(checkpoint, placement, meeting.me, devices, dtype)
@@ -190,7 +226,7 @@ def command(**given: Any) -> None:
         },
         states=dtype,
         width=spec.hidden_size,
-        most_tokens=max([len(job.ids) for job in jobs], default=1),
+        most_tokens=longest,
         route=given["route"],
         lanes=given["concurrency"],
         rtt_s=given["rtt_ms"] * 1e-3,
@@ -200,8 +236,14 @@ def command(**given: Any) -> None:
     )
     with jsonl(given["output"]) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()
+        coming: Iterable[Job] = jobs
+        if streamed:
+            coming = prepare_stream(
+                sys.stdin.buffer, tokenizer, checkpoint, meeting.me, given["max_new_tokens"],
+                begin_s,
+            )  # fmt: skip
         answers = serve(
-            server, model, tokenizer, lanes, jobs, begin_s, lambda answer: write(answer.to_json())
+            server, model, tokenizer, lanes, coming, begin_s, lambda answer: write(answer.to_json())
         )
         server.finish()
         counted = server.counters.to_json()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,9 @@ from tests.runtime.replays import PATIENCE_S, environment, free_port
 class Servers:
     """Launches of ``serve`` by name; whatever is left of them ends with the block.
 
-    ``requests`` are the lines of each server's file, ``launcher`` words before ``-m``.
+    ``requests`` are the lines of each server's file, ``launcher`` words before ``-m``. Without
+    requests a server takes what :meth:`ask` sends until :meth:`finish`, so that a test decides by
+    what has happened, and not by a clock, when a request comes.
     """
 
     def __init__(self, folder: Path, placement: Placement, checkpoint: str, *options: str) -> None:
@@ -38,22 +41,37 @@ class Servers:
         ]
 
     def start(
-        self, name: str, requests: Sequence[Mapping[str, Any]] = (), *options: str,
+        self, name: str, requests: Sequence[Mapping[str, Any]] | None = (), *options: str,
         launcher: Sequence[str] = (), called: str = "",
     ) -> subprocess.Popen[bytes]:  # fmt: skip
         """Start a server; its files and its place in ``processes`` are ``called`` after it."""
         called = called or name
-        lines = "".join(json.dumps(request) + "\n" for request in requests)
+        lines = "".join(json.dumps(request) + "\n" for request in requests or ())
         (self.folder / f"{called}.requests").write_text(lines)
-        own = ["--requests", f"{called}.requests", "-o", f"{called}.jsonl"]
+        source = "-" if requests is None else f"{called}.requests"
+        own = ["--requests", source, "-o", f"{called}.jsonl"]
         own += ["--server", name, "--stats", f"{called}.json"]
         words = [*launcher, "-m", "runtime_adapter", "serve", *self._options, *own, *options]
         with open(self.folder / f"{called}.err", "wb") as errors:
             self.processes[called] = subprocess.Popen(
                 [sys.executable, *words], cwd=self.folder, env=environment(),
+                stdin=subprocess.PIPE if requests is None else subprocess.DEVNULL,
                 stderr=errors, stdout=errors, start_new_session=True,
             )  # fmt: skip
         return self.processes[called]
+
+    def ask(self, name: str, request: Mapping[str, Any]) -> None:
+        """Send a request to a server that was started without any."""
+        stream = self.processes[name].stdin
+        assert stream is not None
+        stream.write(json.dumps(request).encode() + b"\n")
+        stream.flush()
+
+    def finish(self, name: str) -> None:
+        """No more requests for a server that was started without any."""
+        stream = self.processes[name].stdin
+        assert stream is not None
+        stream.close()
 
     def __enter__(self) -> Self:
         return self
@@ -64,6 +82,9 @@ class Servers:
                 one.kill()
             process.kill()
             process.wait()
+            if process.stdin is not None:
+                with contextlib.suppress(OSError):  # what was not sent is lost with its reader
+                    process.stdin.close()
 
     def errors(self, name: str) -> list[str]:
         """The lines that a server has said so far."""
@@ -80,17 +101,18 @@ class Servers:
         values: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
         return values
 
-    def until(self, condition: Callable[[], Any], *, within_s: float = PATIENCE_S) -> None:
+    def until(self, condition: Callable[[], Any]) -> None:
         """Wait for something to happen."""
-        deadline = time.monotonic() + within_s
+        deadline = time.monotonic() + PATIENCE_S
         while not condition():
             said = {name: self.errors(name) for name in self.processes}
             assert time.monotonic() < deadline, said
             time.sleep(0.02)
 
-    def codes(self) -> dict[str, int]:
-        """Exit codes, once all have ended."""
-        return {name: one.wait(timeout=PATIENCE_S) for name, one in self.processes.items()}
+    def codes(self, names: Iterable[str] | None = None) -> dict[str, int]:
+        """Exit codes, once all, or those of the names, have ended."""
+        chosen = self.processes if names is None else names
+        return {name: self.processes[name].wait(timeout=PATIENCE_S) for name in chosen}
 
     def send(self, name: str, number: signal.Signals, *, worker: bool = True) -> None:
         """Send a signal to a server's front, and to its worker as well."""

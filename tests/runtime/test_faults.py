@@ -6,7 +6,7 @@ import functools
 import os
 import signal
 import socket
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,6 @@ from tests.runtime.test_serve import alone, lines  # noqa: E402
 
 MODEL = "deepseek-v2"
 OWN = ("--dtype", "float32", "--max-new-tokens", "8")
-#: Seconds beyond --timeout in which a loss has to be told; a busy machine is slow to tell.
-GRACE_S = 15.0
 NAMES = ("edge-0", "edge-1", "edge-2")
 
 
@@ -107,15 +105,27 @@ def disturb(address: tuple[str, int]) -> None:
             stray.sendall(words)
 
 
-def start(run: Servers, late: dict[str, list[dict[str, Any]]]) -> dict[str, list[psutil.Process]]:
-    """Start three servers, wait until the first two have answered; their processes."""
+def start(
+    run: Servers, prompt: str, names: Sequence[str] = NAMES
+) -> dict[str, list[psutil.Process]]:
+    """Start three servers, wait until those of ``names`` have answered a first request.
+
+    They take more requests when a test asks them; the others have none. Returns their processes.
+    """
     for name in NAMES:
-        run.start(name, late.get(name, []))
-    run.until(lambda: all(run.answers(name) for name in late))
+        run.start(name, None if name in names else [])
+    for name in names:
+        run.ask(name, {"prompt": prompt, "id": "first"})
+    run.until(lambda: all(run.answers(name) for name in names))
     return {
         name: [psutil.Process(run.processes[name].pid), *family(run.processes[name].pid)]
         for name in NAMES
     }
+
+
+def all_answered(run: Servers, name: str, requests: int) -> bool:
+    """Whether a server has answered so many requests."""
+    return len(run.answers(name)) == requests
 
 
 def told(run: Servers, name: str, text: str) -> bool:
@@ -127,45 +137,38 @@ def told(run: Servers, name: str, text: str) -> bool:
     ("how", "transport"), [("killed", "gloo"), ("killed", "split"), ("hung", "gloo")]
 )
 def test_experts_of_a_lost_server(how: str, transport: str, tmp_path: Path) -> None:
-    """Front and worker of a server are killed, or hang: both others name it within the timeout.
+    """Front and worker of a server are killed, or hang: both others name it, without being asked.
 
     Then requests that need experts that it alone held fail with a message that names it, those
     that do not are answered as before. Until then every socket listened at the loopback address
     only, and strangers that spoke to all of them did no harm.
     """
     lives, dies, placement = fates()
-    asked = [
-        {"prompt": lives, "id": "before"},
-        {"prompt": lives, "id": "lives", "at_s": 15.0},
-        {"prompt": dies, "id": "dies", "at_s": 15.0},
-        {"prompt": lives, "id": "lives on", "at_s": 15.0},
-    ]
-    timeout_s = 3.0
-    options = [*OWN, "--timeout", str(timeout_s), "--join", "120", "--transport", transport]
+    asked = {"lives": lives, "dies": dies, "lives on": lives}
+    options = [*OWN, "--timeout", "3", "--transport", transport]
     with Servers(tmp_path, placement, f"tiny-{MODEL}", *options) as run:
-        processes = start(run, {"edge-0": asked, "edge-1": asked})
+        processes = start(run, lives, NAMES[:2])
         pids = [one.pid for all_of in processes.values() for one in all_of]
         sockets = listening(pids)
         assert sockets
         assert {ip for ip, _ in sockets} == {"127.0.0.1"}
         for address in sorted(sockets):
             disturb(address)
-        at_s = time.monotonic()
         run.send("edge-2", signal.SIGKILL if how == "killed" else signal.SIGSTOP)
         lost = "prism-runtime: server 'edge-2' is lost: "
+        run.until(lambda: all(told(run, name, lost) for name in ("edge-0", "edge-1")))
         for name in ("edge-0", "edge-1"):
-            run.until(
-                functools.partial(told, run, name, lost),
-                within_s=at_s + timeout_s + GRACE_S - time.monotonic(),
-            )
-        codes = {name: run.processes[name].wait(timeout=120) for name in ("edge-0", "edge-1")}
+            for which, prompt in asked.items():
+                run.ask(name, {"prompt": prompt, "id": which})
+            run.finish(name)
+        codes = run.codes(("edge-0", "edge-1"))
         assert codes == {"edge-0": 5, "edge-1": 5}
         run.send("edge-2", signal.SIGKILL)
         run.until(lambda: all(map(gone, processes.values())))
     for name in ("edge-0", "edge-1"):
         answers = {answer["id"]: answer for answer in run.answers(name)}
-        assert sorted(answers) == ["before", "dies", "lives", "lives on"]
-        for which in ("before", "lives", "lives on"):
+        assert sorted(answers) == ["dies", "first", "lives", "lives on"]
+        for which in ("first", "lives", "lives on"):
             assert answers[which]["error"] is None
             assert answers[which]["tokens"] == alone(MODEL, lives, 8)
         assert "is held by no server that is still there; lost: edge-2" in answers["dies"]["error"]
@@ -179,12 +182,13 @@ def test_experts_of_a_lost_server(how: str, transport: str, tmp_path: Path) -> N
 def test_a_front_that_hangs_alone(tmp_path: Path) -> None:
     """Its worker goes on answering: the others get all tokens, say what hangs, and end well."""
     lives, dies, placement = fates()
-    asked = [{"prompt": lives, "id": 0}, {"prompt": dies, "id": 1, "at_s": 5.0}]
     with Servers(tmp_path, placement, f"tiny-{MODEL}", *OWN, "--timeout", "3") as run:
-        late = [{"prompt": lives, "id": 0}, {"prompt": lives, "id": 1, "at_s": 60.0}]
-        start(run, {"edge-0": asked, "edge-1": asked, "edge-2": late})
+        start(run, lives)
         run.send("edge-2", signal.SIGSTOP, worker=False)
-        codes = {name: run.processes[name].wait(timeout=60) for name in ("edge-0", "edge-1")}
+        for name in NAMES[:2]:
+            run.ask(name, {"prompt": dies, "id": "second"})
+            run.finish(name)
+        codes = run.codes(NAMES[:2])
         assert codes == {"edge-0": 0, "edge-1": 0}
     for name in codes:
         for answer, prompt in zip(run.answers(name), (lives, dies), strict=True):
@@ -199,11 +203,14 @@ def test_a_front_that_hangs_alone(tmp_path: Path) -> None:
 def test_a_worker_that_is_killed_alone(tmp_path: Path) -> None:
     """Its front says so and ends with its own requests; to the others the server is lost."""
     prompts = [line["prompt"] for line in lines()["ascii-word"][:2]]
-    asked = [{"prompt": prompts[0], "id": 0}, {"prompt": prompts[1], "id": 1, "at_s": 5.0}]
     with Servers(tmp_path, replicated(), f"tiny-{MODEL}", *OWN, "--timeout", "3") as run:
-        start(run, dict.fromkeys(NAMES, asked))
+        start(run, prompts[0])
         worker = max(family(run.processes["edge-2"].pid), key=lambda one: one.pid)
         worker.kill()
+        run.until(lambda: told(run, "edge-2", "its worker has ended"))
+        for name in NAMES:
+            run.ask(name, {"prompt": prompts[1], "id": "second"})
+            run.finish(name)
         assert run.codes() == dict.fromkeys(NAMES, 0)
     assert told(run, "edge-2", "its worker has ended: the others take this server for lost")
     for name in NAMES:
@@ -219,26 +226,25 @@ def test_two_copies_outlive_the_first_server(tmp_path: Path) -> None:
     although one is done long before the other.
     """
     prompts = [line["prompt"] for line in lines()["ascii-word"][:3]]
-    asked = {
-        name: [
-            {"prompt": prompts[0], "id": 0},
-            {"prompt": prompts[1], "id": 1, "at_s": at_s},
-            {"prompt": prompts[2], "id": 2, "at_s": at_s},
-        ]
-        for name, at_s in (("edge-1", 5.0), ("edge-2", 12.0))
-    }
+    asked = ("edge-1", "edge-2")
     with Servers(tmp_path, replicated(), f"tiny-{MODEL}", *OWN, "--timeout", "3") as run:
-        processes = start(run, asked)
+        processes = start(run, prompts[0], asked)
         run.send("edge-0", signal.SIGKILL, worker=False)
-        run.until(lambda: gone(processes["edge-0"]), within_s=GRACE_S)
+        run.until(lambda: gone(processes["edge-0"]))
         run.until(lambda: all(told(run, name, "'edge-0' is lost") for name in asked))
+        for name in asked:  # one is done before the other has its requests
+            for which in (1, 2):
+                run.ask(name, {"prompt": prompts[which], "id": which})
+            run.finish(name)
+            run.until(functools.partial(all_answered, run, name, 3))
         codes = run.codes()
         assert codes == {"edge-0": -signal.SIGKILL, "edge-1": 0, "edge-2": 0}
         run.until(lambda: all(map(gone, processes.values())))
     for name in asked:
         assert [answer["error"] for answer in run.answers(name)] == [None] * 3
         for answer in run.answers(name):
-            assert answer["tokens"] == alone(MODEL, prompts[answer["id"]], 8)
+            which = 0 if answer["id"] == "first" else answer["id"]
+            assert answer["tokens"] == alone(MODEL, prompts[which], 8)
         assert told(run, name, "the store on 'edge-0' is lost: no migrations")
 
 
@@ -290,13 +296,13 @@ def test_a_server_that_never_comes_and_ctrl_c(tmp_path: Path) -> None:
         assert workers
         for name in ("edge-1", "edge-0"):
             os.killpg(run.processes[name].pid, signal.SIGINT)  # as a terminal does
-            assert run.processes[name].wait(timeout=60) == 130
+            assert run.codes([name]) == {name: 130}
             assert run.errors(name)[-1] == "prism-runtime: interrupted"
         run.until(lambda: gone(workers))
         run.start("edge-0", called="waiting")
         run.until(lambda: listening([run.processes["waiting"].pid]))
         run.send("waiting", signal.SIGINT)
-        assert run.processes["waiting"].wait(timeout=60) == 130
+        assert run.codes(["waiting"]) == {"waiting": 130}
 
 
 # --------------------------------------------------------------------------- before anybody joins

@@ -37,10 +37,11 @@ def test_weights_come_from_peers(tmp_path: Path) -> None:
         tmp_path, start, str(copy), "--movable", "--dtype", "float32",
         "--max-new-tokens", "10", "--weights", "peer",
     )  # fmt: skip
-    asked_for = [{**prompts[0], "id": 0}, {**prompts[1], "id": 1, "at_s": 4.0}]
+    asked_for = [{**prompts[0], "id": 0}, {**prompts[1], "id": 1}]
     with run:
         for name in start.servers:
-            run.start(name, asked_for)
+            run.start(name, None)
+            run.ask(name, asked_for[0])
         run.until(lambda: all(run.answers(name) for name in start.servers))
         for path in copy.glob("*.safetensors"):
             path.unlink()
@@ -48,6 +49,9 @@ def test_weights_come_from_peers(tmp_path: Path) -> None:
             Meeting(1, -1, port=run.port, join_s=PATIENCE_S), placement_to_json(target)
         )
         assert code == 0, text
+        for name in start.servers:
+            run.ask(name, asked_for[1])
+            run.finish(name)
         assert set(run.codes().values()) == {0}
     for name in start.servers:
         answers = {answer["id"]: answer for answer in run.answers(name)}

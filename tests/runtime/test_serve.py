@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from tests.runtime.test_placed import instance, prompts  # noqa: E402
 NEW_TOKENS = 10
 #: How the first server begins to tell of each move.
 NOTE = "prism-runtime: migration "
-#: Of each server, and seconds between them.
-REQUESTS, GAP_S = 60, 0.12
+#: Requests of a server that are under way or wait at any time while experts move.
+OUTSTANDING = 3
 TORCHRUN = (
     *("-m", "torch.distributed.run", "--nproc-per-node", "1", "--rdzv-backend", "static"),
     *("--master-addr", "127.0.0.1", "--master-port"),
@@ -94,28 +95,45 @@ def test_tokens_are_those_of_one_process(
     placements = [solve(instance(model, servers), name, Options(seed=1)) for name in SOLVER_NAMES]
     names = placements[0].servers
     prompts = [line for task in lines().values() for line in task[:4]]
-    asked = {
-        name: [
-            {**prompts[(i + n) % len(prompts)], "id": f"{name}/{i}", "at_s": GAP_S * i}
-            for i in range(REQUESTS)
-        ]
-        for n, name in enumerate(names)
-        if n < 3
-    }
+    asked: dict[str, list[dict[str, Any]]] = {name: [] for name in names[:3]}
+    moved = threading.Event()
+    failed = threading.Event()
+
+    def keep_asking() -> None:
+        """Every server has something to serve until the last move has ended."""
+        try:
+            while not moved.wait(0.01):
+                for n, (name, sent) in enumerate(asked.items()):
+                    if len(sent) - len(run.answers(name)) < OUTSTANDING:
+                        line = {**prompts[(len(sent) + n) % len(prompts)]}
+                        sent.append({**line, "id": f"{name}/{len(sent)}"})
+                        run.ask(name, sent[-1])
+        except OSError:  # a server has ended; what it said is shown by who waits for it
+            failed.set()
+
     own = ["--concurrency", "2", "--dtype", "float32", "--max-new-tokens", str(NEW_TOKENS)]
     own += ["--movable", "--placements-dir", "out"]
     with Servers(tmp_path, placements[0], f"tiny-{model}", *own, *options) as run:
         meeting = Meeting(1, -1, port=run.port, join_s=PATIENCE_S)
         for name in names:
             torchrun = (*TORCHRUN, str(free_port())) if servers == 2 else ()
-            run.start(name, asked.get(name, []), launcher=torchrun)
-        run.until(lambda: len(run.answers(names[0])) > 2)
-        for placement in placements[1:]:
-            code, text = ask(meeting, placement_to_json(placement))
-            assert code == 0, text
-        answered = len(run.answers(names[0]))
+            run.start(name, None if name in asked else [], launcher=torchrun)
+        asking = threading.Thread(target=keep_asking)
+        asking.start()
+        try:
+            run.until(lambda: all(len(run.answers(name)) > 2 for name in asked))
+            before = {name: len(run.answers(name)) for name in asked}
+            for placement in placements[1:]:
+                code, text = ask(meeting, placement_to_json(placement))
+                assert code == 0, text
+            run.until(lambda: all(len(run.answers(name)) > before[name] for name in asked))
+        finally:
+            moved.set()
+            asking.join()
+        for name in asked:
+            run.finish(name)
         assert set(run.codes().values()) == {0}, [run.errors(name) for name in names]
-    assert answered < REQUESTS  # there was something left to serve
+    assert not failed.is_set()
     assert len(list((tmp_path / "out").iterdir())) == len(placements) - 1
     remote = 0
     for name, wanted in asked.items():
@@ -136,7 +154,7 @@ def test_tokens_are_those_of_one_process(
         token_bytes = 4 * 64
         assert stats["back_bytes"] == stats["destinations"] * token_bytes
         assert stats["out_bytes"] == stats["back_bytes"] + 4 * stats["remote_calls"]
-        assert (stats["requests"], stats["failed"], stats["lost"]) == (REQUESTS, 0, [])
+        assert (stats["requests"], stats["failed"], stats["lost"]) == (len(wanted), 0, [])
         assert stats["gpus"] == experts_of(placements[-1], name)
         remote += stats["remote_calls"]
     for name in names:
