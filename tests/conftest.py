@@ -18,6 +18,7 @@ from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
 from prism_plan.trace import Trace
+from tests.limits import HANG_S
 
 # a shell ignores these for what it starts in the background, nohup too, and all commands that tests
 # interrupt would inherit that
@@ -81,7 +82,7 @@ def prism_plan() -> Run:
             capture_output=True,
             text=True,
             cwd=cwd,
-            timeout=120,
+            timeout=HANG_S,
             check=False,
         )
 

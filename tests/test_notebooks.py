@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from tests.limits import HANG_S
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 #: Those that look for real routing data, and do with a committed trace where there is none.
 WITH_REAL_DATA = [path for path in NOTEBOOKS if not path.stem.startswith("1-")]
-CELL_TIMEOUT_S = 300
 
 nbformat = pytest.importorskip("nbformat", reason="the extra `dev` is not installed")
 pytest.importorskip("nbclient", reason="the extra `dev` is not installed")
@@ -40,7 +41,7 @@ def execute(path: Path) -> Any:
     client = NotebookClient(
         nbformat.read(path, as_version=4),
         kernel_name="python3",
-        timeout=CELL_TIMEOUT_S,
+        timeout=HANG_S,
         resources={"metadata": {"path": str(path.parent)}},
     )
     with warnings.catch_warnings():
@@ -80,6 +81,7 @@ def test_runs_on_committed_traces(
 
 
 @pytest.mark.traces
+@pytest.mark.long
 @pytest.mark.parametrize("path", WITH_REAL_DATA, ids=[path.stem for path in WITH_REAL_DATA])
 def test_runs_on_real_traces(path: Path, traces_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real routing data it runs on that, and says so."""

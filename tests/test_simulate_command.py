@@ -25,6 +25,7 @@ from prism_plan.placement_file import write_placement
 from prism_plan.simulation_file import read_simulation
 from prism_plan.sweep_file import read_sweep, sweep_from_csv
 from prism_plan.trace_file import read_trace, write_trace
+from tests.limits import HANG_S
 from tests.simulation_material import (
     CLUSTER,
     counts_of,
@@ -266,7 +267,7 @@ def under_way(here: Path, args: Sequence[str]) -> Iterator[subprocess.Popen[str]
     os.close(theirs)
     shown = b""
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + HANG_S
         while not re.search(rb"[^0-9][1-9][0-9]*/[0-9]", re.sub(rb"\x1b\[[0-9;]*m", b"", shown)):
             assert time.monotonic() < end, shown
             if select.select([ours], [], [], 0.1)[0]:
@@ -288,7 +289,7 @@ def interrupted(here: Path, signum: int, *args: str) -> str:
     """What standard error says after a signal in the middle of the work; the exit code is 130."""
     with under_way(here, args) as process:
         process.send_signal(signum)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=HANG_S) == 130
     shown: Any = process.shown  # type: ignore[attr-defined]
     assert b"Traceback" not in shown, shown
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())

@@ -25,6 +25,7 @@ from prism_plan.profiling.hf import (
 from prism_plan.profiling.prompts import read_prompts
 from prism_plan.trace import PHASES, Trace
 from prism_plan.trace_file import read_trace
+from tests.limits import HANG_S
 from tests.profiling.families import SMALL
 
 TRACES = Path(__file__).resolve().parents[2] / "traces"
@@ -301,7 +302,7 @@ def run(*arguments: object, env: dict[str, str] | None = None) -> Any:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=HANG_S,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})},
     )
 

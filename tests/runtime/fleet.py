@@ -27,6 +27,7 @@ from runtime_adapter.follow import Follower
 from runtime_adapter.links import Meeting, listen
 from runtime_adapter.scheduler import Scheduler, SchedulerConfig
 from runtime_adapter.table import HolderTable
+from tests.limits import HANG_S
 from tests.runtime.replays import RESOLVER, free_port
 
 os.environ.setdefault("RES_OPTIONS", RESOLVER)
@@ -34,8 +35,7 @@ os.environ.setdefault("RES_OPTIONS", RESOLVER)
 MODEL = ModelShape(
     name="tiny", moe_layers=(1, 3), num_experts=6, top_k=2, expert_bytes=(1_000_000,) * 2
 )
-#: Only what hangs takes so long.
-PATIENCE_S = 300.0
+PATIENCE_S = HANG_S
 
 
 def placement(held: npt.ArrayLike, capacity: Sequence[Sequence[int]], **plan: Any) -> Placement:

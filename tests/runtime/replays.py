@@ -24,10 +24,10 @@ from prism_plan.placement_file import write_placement
 from prism_plan.profiling.synthetic import SyntheticSpread, synthetic_trace
 from prism_plan.trace import Trace
 from prism_plan.trace_file import read_trace, write_trace
+from tests.limits import HANG_S
 
-#: Only a run that hangs takes so long: starting Python with PyTorch many times, on a machine that
-#: does other work besides, takes minutes.
-PATIENCE_S = 600.0
+#: Starting Python with PyTorch many times takes minutes on a machine that does other work.
+PATIENCE_S = HANG_S
 
 #: Of the system's resolver: PyTorch asks it for the name of every address that connects, and waits.
 RESOLVER = "timeout:1 attempts:1"
@@ -129,6 +129,7 @@ class Replays:
         self.store = f"127.0.0.1:{free_port()}"
         self.names = [server.name for server in material.cluster.servers]
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._asking: list[subprocess.Popen[str]] = []
         self._arguments = [
             *("--placement", placement, "--trace", "trace.parquet", "--cluster", "cluster.toml"),
             *("--store", self.store, "--join", str(PATIENCE_S)),
@@ -153,6 +154,10 @@ class Replays:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for asking in self._asking:  # one that is left behind would fail a later test
+            if asking.poll() is None:
+                asking.kill()
+            asking.communicate()
 
     def errors(self, name: str) -> str:
         """What a server has said so far."""
@@ -193,7 +198,7 @@ class Replays:
 
     def move(self, placement: str, *options: str) -> subprocess.Popen[str]:
         """Ask the run for another placement."""
-        return subprocess.Popen(
+        asking = subprocess.Popen(
             [
                 *(sys.executable, "-m", "runtime_adapter", "move"),
                 *("--store", self.store, "--placement", placement, *options),
@@ -203,6 +208,8 @@ class Replays:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._asking.append(asking)
+        return asking
 
 
 def environment() -> dict[str, str]:

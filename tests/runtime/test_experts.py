@@ -18,6 +18,7 @@ from prism_plan.errors import InputError  # noqa: E402
 from runtime_adapter.checkpoint import Checkpoint, ExpertShape  # noqa: E402
 from runtime_adapter.experts import Change, ExpertStore, NotHeld  # noqa: E402
 from runtime_adapter.families import FAMILIES  # noqa: E402
+from tests.limits import HANG_S  # noqa: E402
 from tests.runtime.checkpoints import (  # noqa: E402
     CPU,
     TINY,
@@ -196,7 +197,7 @@ def test_another_process_shares_the_experts() -> None:
 
     def ask(change: Any, layer: int, expert: int) -> Any:
         here.send((change, layer, expert, x.tolist()))
-        assert here.poll(60)
+        assert here.poll(HANG_S)
         return here.recv()
 
     x = torch.randn(4, checkpoint.spec.hidden_size)
@@ -209,7 +210,7 @@ def test_another_process_shares_the_experts() -> None:
         assert "is not held here" in ask(tuple(dropped), 0, 0)
     finally:
         here.send(None)
-        process.join(60)
+        process.join(HANG_S)
     assert process.exitcode == 0
 
 

@@ -29,6 +29,7 @@ from runtime_adapter.model import (  # noqa: E402
     server_index,
 )
 from runtime_adapter.placed import LocalDispatcher  # noqa: E402
+from tests.limits import HANG_S  # noqa: E402
 from tests.runtime.checkpoints import CPU, TINY, TRACES, committed, filled, saved  # noqa: E402
 
 SINGLE = "model.safetensors"
@@ -164,6 +165,7 @@ torch.set_num_threads(1)
 from prism_plan.placement_file import read_placement
 from runtime_adapter.checkpoint import Checkpoint
 from runtime_adapter.model import load_experts, load_model
+from tests.limits import HANG_S  # noqa: E402
 from runtime_adapter.placed import LocalDispatcher
 
 def memory(key):
@@ -246,7 +248,7 @@ def test_memory_of_a_server(dtype: str, larger: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", MEASURE, str(warm), str(larger), str(path), dtype],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG_S,
         check=False,
     )
     assert result.returncode == 0, result.stderr

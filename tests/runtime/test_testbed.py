@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from prism_plan.errors import InputError
 from runtime_adapter import netns, testbed_command
 from runtime_adapter.shaping import Shape
 from runtime_adapter.testbed import Testbed, TestbedUnavailable
+from tests.limits import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 MBPS = 200.0
@@ -89,9 +89,22 @@ def transfers(bed: Testbed, plan: dict[int, list[int]], payload: int = PAYLOAD) 
         )
         for index, targets in plan.items()
     ]
-    spans = [tuple(map(float, source.communicate(timeout=60)[0].split())) for source in sources]
+    spans = [tuple(map(float, source.communicate(timeout=HANG_S)[0].split())) for source in sources]
     seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
     return payload * sum(map(len, plan.values())) / seconds
+
+
+def reaches(bed: Testbed, plan: dict[int, list[int]], least: float, most: float) -> bool:
+    """Whether transfers reach ``least`` of a line's rate, in any of some attempts, never ``most``.
+
+    A machine that does other work may slow down any one attempt, but speeds up none.
+    """
+    for _ in range(20):
+        rate = transfers(bed, plan) * 8e-6 / MBPS
+        assert rate <= most
+        if rate >= least:
+            return True
+    return False
 
 
 def left_of(pid: int) -> list[str]:
@@ -120,7 +133,7 @@ def call(*words: str) -> subprocess.CompletedProcess[str]:
     process = subprocess.Popen(
         command(*words), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG_S)
     assert left_of(process.pid) == []
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
@@ -141,7 +154,7 @@ def test_servers_reach_each_other_by_name_and_number(bed: Testbed) -> None:
     code = "import os, sys; print(*sys.argv[1:], *(os.environ['PRISM_' + k] for k in "
     code += "('SERVER_INDEX','SERVER_NAME','SERVERS','NAMES','INTERFACE','ADDRESS','ADDRESSES')))"
     process = bed.run(2, python(code, "{index}-{name}-{address}-{other}"), stdout=subprocess.PIPE)
-    told = process.communicate(timeout=30)[0].decode().split()
+    told = process.communicate(timeout=HANG_S)[0].decode().split()
     own, addresses = bed.address(2), ",".join(bed.addresses)
     names = "server-0,server-1,server-2"
     assert told[0] == f"2-server-2-{own}-{{other}}"
@@ -152,7 +165,7 @@ def test_servers_reach_each_other_by_name_and_number(bed: Testbed) -> None:
 def test_a_transfer_takes_the_line_rate(bed: Testbed) -> None:
     """4 MB arrive no faster than the line allows, and not much slower, in either direction."""
     for plan in ({0: [1]}, {1: [0]}):
-        assert 0.5 <= transfers(bed, plan) * 8e-6 / MBPS <= 1.1
+        assert reaches(bed, plan, 0.5, 1.1)
 
 
 def test_uplink_and_downlink_are_shaped_each(bed: Testbed) -> None:
@@ -163,7 +176,7 @@ def test_uplink_and_downlink_are_shaped_each(bed: Testbed) -> None:
 
 def test_directions_do_not_share_a_line(bed: Testbed) -> None:
     """Both ways at once, twice the rate of a line passes: lines are full duplex."""
-    assert 1.1 < transfers(bed, {0: [1], 1: [0]}) * 8e-6 / MBPS <= 2.2
+    assert reaches(bed, {0: [1], 1: [0]}, 1.1, 2.2)
 
 
 def test_both_ends_have_the_bucket(bed: Testbed) -> None:
@@ -248,7 +261,7 @@ def test_a_signal_ends_servers_and_removes_all(signum: signal.Signals) -> None:
     script = f"trap 'echo bye; exit 0' {signum.value}; echo $$; sleep 60 & wait"
     process, pids = begin(script)
     process.send_signal(signum)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=HANG_S)
     assert sorted(out.splitlines()) == ["server-0: bye", "server-1: bye"]
     assert process.returncode == 128 + signum
     assert not any(map(alive, pids))
@@ -257,12 +270,16 @@ def test_a_signal_ends_servers_and_removes_all(signum: signal.Signals) -> None:
 
 @pytest.mark.usefixtures("possible")
 def test_servers_that_hear_nothing_are_killed() -> None:
-    """Servers that ignore signals go after the grace period, or sooner if asked again."""
-    process, pids = begin("trap '' INT TERM; echo $$; while :; do sleep 0.1; done")
-    for _ in range(3):  # asks, stops waiting for it, stops waiting for SIGTERM
+    """Servers that ignore signals would have an hour to end; asked again, they go at once."""
+    script = "trap 'echo int' INT; trap 'echo term' TERM; echo $$; while :; do sleep 0.1; done"
+    process, pids = begin(script, "--grace-s", "3600")
+    assert process.stdout is not None
+    for heard in ("int", "term"):  # asks, stops waiting for it
         process.send_signal(signal.SIGINT)
-        time.sleep(0.4)
-    process.communicate(timeout=12)  # the two waits would take 15 s
+        lines = sorted(process.stdout.readline() for _ in pids)
+        assert lines == [f"server-0: {heard}\n", f"server-1: {heard}\n"]
+    process.send_signal(signal.SIGINT)  # stops waiting for SIGTERM
+    process.communicate(timeout=HANG_S)
     assert process.returncode == 130
     assert not any(map(alive, pids))
     assert left_of(process.pid) == []
@@ -273,7 +290,7 @@ def test_leftovers_of_a_killed_testbed_go_at_the_next_start() -> None:
     """SIGKILL leaves namespaces and servers behind; the next testbed removes them first."""
     process, pids = begin("echo $$; sleep 60")
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=HANG_S)
     with Testbed(1):  # or one that someone else has just started
         assert left_of(process.pid) == []
         assert not any(map(alive, pids))
@@ -346,7 +363,7 @@ def test_a_reader_that_goes_away_ends_the_servers() -> None:
         out.readline()
     with process.stderr as err:
         assert b"Traceback" not in err.read()
-    assert process.wait(timeout=30) == 141
+    assert process.wait(timeout=HANG_S) == 141
     assert left_of(process.pid) == []
 
 
@@ -445,7 +462,7 @@ def test_gloo_runs_over_the_line() -> None:
     with Testbed(2, 500) as testbed:
         code = [sys.executable, "-c", GLOO]
         ranks = [testbed.run(n, code, stdout=subprocess.PIPE) for n in range(2)]
-        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+        said = [rank.communicate(timeout=HANG_S)[0] for rank in ranks]
         assert said == [b"999999.0\n", b""]
         assert [rank.returncode for rank in ranks] == [0, 0]
         traffic = testbed.line(0)
