@@ -26,6 +26,7 @@ from prism_plan.trace import (
     bad_selection,
     check_experts,
     concatenate,
+    require_sum,
 )
 
 if TYPE_CHECKING:
@@ -730,8 +731,9 @@ def check_sums(
     Raises
     ------
     InputError
-        Names task, layer, calls and what would be possible.
+        Names task, layer, calls and what would be possible; or the sum of all if it is too large.
     """
+    require_sum(counts, "calls", source)
     calls = counts.sum(axis=2, dtype=np.float64)
     over = np.argwhere(calls > tokens[:, None] * float(model.top_k))
     if len(over):

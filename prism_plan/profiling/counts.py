@@ -147,7 +147,7 @@ def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[
 
 def _shown(name: str) -> str:
     """A column's name as it is, or with what cannot be seen in it."""
-    return name if name.isascii() and name.isprintable() else repr(name)
+    return name if name.isascii() and name.isprintable() else ascii(name)
 
 
 def _whole(text: str, path: Any, place: str) -> int:

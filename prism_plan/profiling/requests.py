@@ -94,6 +94,7 @@ def _not_recorded(model: ModelSpec, refuse: Refuse, where: str) -> InputError:
         "nothing was recorded (all ids are 0)",
         f"{model.top_k} different experts in each MoE layer, {model.layers_text()}",
         where,
+        "the engine's capture did not run: record the request again, or remove it",
     )
 
 

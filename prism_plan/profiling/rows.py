@@ -66,7 +66,7 @@ def shortest_telling_run(model: ModelSpec) -> int | None:
 
 @dataclass
 class RepeatedRows:
-    """Counts runs of rows that are equal in every layer and too long for chance.
+    """Counts rows that repeat the row before them in every layer, in runs too long for chance.
 
     Engines that do not clear a buffer, for example at the boundary of two chunks of a prompt,
     return the row of one token for many. A request of one token over and over may look the same,
@@ -98,19 +98,20 @@ class RepeatedRows:
         if not long.any():
             return
         starts, lengths = starts[long], lengths[long]
-        self.runs += len(lengths)
-        self.rows += int(lengths.sum())
-        at = int(lengths.argmax())
-        if lengths[at] > self.longest:
-            self.longest = int(lengths[at])
-            self.where = f"{place} from token {first + int(starts[at])}"
+        repeats = lengths - 1
+        self.runs += len(repeats)
+        self.rows += int(repeats.sum())
+        at = int(repeats.argmax())
+        if repeats[at] > self.longest:
+            self.longest = int(repeats[at])
+            self.where = f"{place} after token {first + int(starts[at])}"
 
     def notice(self) -> str:
         """What is to be said of them, or nothing."""
         if not self.runs:
             return ""
         return (
-            f"{self.rows:,} rows in {self.runs:,} runs are the same in every layer as their "
-            f"neighbours, the longest {self.longest:,} rows at {self.where}: rows that an engine "
-            "did not overwrite, or one token over and over; they were kept"
+            f"{self.rows:,} rows in {self.runs:,} runs repeat the row before them in every layer, "
+            f"the longest {self.longest:,} rows at {self.where}: a buffer that the engine did not "
+            "overwrite, or one token over and over; they were kept"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import zipfile
 import zlib
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from prism_plan.errors import InputError
-from prism_plan.files import parse_json, read_text
+from prism_plan.files import parse_json, read_text, refuse_other_encodings
 from prism_plan.profiling.lines import text_lines
 from prism_plan.profiling.sglang_dump import KINDS, load
 from prism_plan.profiling.tensors import CUT_SHORT, parse_npy
@@ -23,7 +24,6 @@ COUNTS = "logical_count"
 #: A key of a JSON object, not part of a text in it (there the quotes are escaped).
 _COUNTS_KEY = re.compile(rb'(?<!\\)"logical_count"\s*:')
 _HEAD_BYTES = 4096
-_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 #: Unpacked bytes of an array in a .npz file: a hundred thousand passes of a large model.
 MAX_NPZ_BYTES = 2**32
 
@@ -51,29 +51,29 @@ def _kind_of(path: Path) -> Kind:
     try:
         with open(path, "rb") as stream:
             head = stream.read(_HEAD_BYTES)
+        refuse_other_encodings(head, path)
     except OSError:
         return "torch"  # whose reader names the reason
+    except InputError:
+        return "json"  # likewise
     if head.startswith(b"PK"):
         return "npz" if f"{COUNTS}.npy" in _members(path) else "torch"
-    text = head
-    for mark in _MARKS:
-        text = text.removeprefix(mark)
-    marked = text != head
-    if not text.lstrip().startswith((b"{", b"[")) and not marked:
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not text.startswith((b"{", b"[")):
         return "responses" if path.suffix == ".jsonl" else "torch"
     if _COUNTS_KEY.search(text):
         return "json"
-    return "responses" if path.suffix == ".jsonl" or _first_line_is_json(path) else "json"
+    return "responses" if path.suffix == ".jsonl" or _begins_with_a_response(path) else "json"
 
 
-def _first_line_is_json(path: Path) -> bool:
-    """Whether the first line is a JSON value, as in JSON Lines, but no object of counts."""
+def _begins_with_a_response(path: Path) -> bool:
+    """Whether the first line is a response or a list of them, as in JSON Lines."""
     try:
         _, line = next(iter(text_lines(path)), (0, ""))
         value = parse_json(line, path)
     except InputError:
         return False
-    return not (isinstance(value, dict) and COUNTS in value)
+    return isinstance(value, list) or not {"meta_info", "sglext", "choices"}.isdisjoint(value)
 
 
 def _members(path: Path) -> list[str]:

@@ -101,7 +101,7 @@ def _add_lines(source: Source, requests: Requests) -> None:
         for recording in _recordings(line, path, place):
             _add(requests, task, recording, path)
             read |= recording.read
-        requests.unread |= unread_routing(line, read or {ROWS, PROMPT_ROWS}, path, place)
+        requests.unread |= unread_routing(line, read or {f"choices[].{ROWS}"}, path, place)
 
 
 @dataclass(frozen=True)

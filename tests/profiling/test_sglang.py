@@ -229,7 +229,10 @@ def test_tasks_of_sources(tmp_path: Path) -> None:
         (np.ones((2, 4, 6), "i4"), "'logical_count': calls in layer 0; expected none"),
         (np.full((2, 4, 6), np.nan, "f4"), "'logical_count': float32 [2, 4, 6]"),
         (np.ones((4, 6), "i4"), "'logical_count': calls in layer 0; expected none"),
-        (np.ones(6, "i4"), "'logical_count': int32 [6]; expected whole numbers [S, L, E] or [L, E]"),
+        (
+            np.ones(6, "i4"),
+            "'logical_count': int32 [6]; expected whole numbers [S, L, E] or [L, E]",
+        ),
         (np.zeros((2, 4, 6), "i4"), "no calls in layer 1"),
         (np.zeros((0, 4, 6), "i4"), "no calls in layer 1"),
         (-stat_rows(routing(3), unused=0), "row 0 layer"),
