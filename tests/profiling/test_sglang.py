@@ -415,6 +415,27 @@ def test_padding_and_idle_passes_are_dropped(tmp_path: Path) -> None:
     assert told[0] == "left out 6 rows of padding"
 
 
+def test_repeated_rows_are_told(tmp_path: Path) -> None:
+    """Rows of one request that repeat in every layer are kept and counted; of others they are not.
+
+    With three layers 50 bits are 17 repetitions; two requests of 9 equal tokens are no run of 18.
+    """
+    rows = np.repeat(routing(1), 18, axis=0)
+    two = save(tmp_path / "two.pt", [record(1, rows, positions=[*range(9)] * 2, pieces=[9, 9])])
+    assert len(read(two)[1]) == 1
+    whole = save(tmp_path / "one.pt", [record(1, rows)])
+    trace, told = read(whole)
+    assert trace.tokens.tolist() == [18]
+    assert told[0].startswith("17 rows in 1 runs repeat the row before them in every layer")
+    assert "one.pt rank 0 after token 0" in told[0]
+
+
+def test_zeros_were_not_recorded(tmp_path: Path) -> None:
+    """Ids that are all 0 are told from experts that moved."""
+    message = refusal(save(tmp_path / "chat.pt", [with_ids(2, 1, [0, 0])]))
+    assert "layer 2 token 1: nothing was recorded (all ids are 0)" in message
+
+
 def test_two_ranks_of_different_tokens(tmp_path: Path) -> None:
     """Data-parallel ranks have requests of their own, numbered apart."""
     save(tmp_path / "chat" / "0.pt", [record(1, routing(4, 1))])
