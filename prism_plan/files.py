@@ -157,7 +157,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises
     ------
     InputError
-        Missing, unreadable or not UTF-8.
+        Missing, unreadable or not UTF-8 (UTF-16 and UTF-32 are named).
     """
     return decode(read_bytes(path), path)
 
@@ -177,8 +177,36 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         raise InputError(_reason(error), source=path, remedy="give a readable file") from error
 
 
+#: How text of other encodings begins that Windows programs like to write.
+_OTHER_MARKS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"),
+    (b"\x00\x00\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+
+
+def refuse_other_encodings(data: bytes, source: object) -> None:
+    """Refuse a file whose first bytes say that it is UTF-16 or UTF-32.
+
+    Raises
+    ------
+    InputError
+        Names the encoding.
+    """
+    for mark, name in _OTHER_MARKS:
+        if data.startswith(mark):
+            raise InputError(
+                f"text in {name}",
+                source=source,
+                expected="UTF-8",
+                remedy=f"write it again as UTF-8 (iconv -f {name} -t UTF-8)",
+            )
+
+
 def decode(data: bytes, path: object) -> str:
     """The text of a UTF-8 file; see :func:`read_text`."""
+    refuse_other_encodings(data, path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -21,6 +21,10 @@ from prism_plan.model import ModelSpec
 PHASES = ("prefill", "decode", "unknown")
 UNKNOWN_PHASE = 2
 
+#: Calls or tokens of a trace together are at most this. Far below what 64 bits hold, so that the
+#: sum of two such numbers does not wrap round to a negative one.
+MAX_SUM = 2**62
+
 Kind = Literal["tokens", "counts"]
 
 
@@ -78,6 +82,11 @@ class Trace:
     Shapes: ``counts`` int64 [tasks, L, E], calls; ``tokens`` int64 [tasks]; ``requests`` int64
     [tasks] or ``None`` where the trace is counts-only. ``batches`` gives the tokens anew each
     time it is called, and is ``None`` for a counts-only trace. Arrays are read-only.
+
+    Raises
+    ------
+    InputError
+        Calls or tokens are too many to be summed.
     """
 
     model: ModelSpec
@@ -95,6 +104,8 @@ class Trace:
         shape = (len(self.tasks), self.model.num_layers, self.model.num_experts)
         if self.counts.shape != shape:
             raise ValueError(f"counts have shape {self.counts.shape}, expected {shape}")
+        require_sum(self.counts, "calls", self.name)
+        require_sum(self.tokens, "tokens", self.name)
         for array in (self.counts, self.tokens, self.requests):
             if array is not None:
                 array.setflags(write=False)
@@ -177,6 +188,28 @@ class Trace:
             tokens=totals.tokens,
             requests=totals.requests(),
             batches=batches,
+        )
+
+
+def require_sum(
+    numbers: npt.NDArray[np.integer], what: str, source: object, place: str = ""
+) -> None:
+    """Refuse ``numbers`` of at least 0 whose sum is above :data:`MAX_SUM`.
+
+    Raises
+    ------
+    InputError
+        Names the sum.
+    """
+    # in floating point, which does not wrap round
+    if numbers.size and float(numbers.sum(dtype=np.float64)) > MAX_SUM:
+        total = sum(numbers.ravel().tolist())
+        raise InputError(
+            f"{total:,} {what} together, a sum too large to count",
+            source=source,
+            place=place,
+            expected=f"at most {MAX_SUM:,} (2^62)",
+            remedy="check the counts; scale all of a task down by one factor if they are right",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import itertools
@@ -25,6 +26,7 @@ from prism_plan.trace import (
     bad_selection,
     check_experts,
     concatenate,
+    require_sum,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 FORMAT = "prism-plan/trace"
 VERSION = 1
 METADATA_KEY = b"prism_plan"
+#: Where Arrow stores a schema in a Parquet file, as base64 text of its serialized form.
+ARROW_SCHEMA_KEY = b"ARROW:schema"
 #: Rows read or written at a time: 16,384 tokens of V2-Lite are 5 MB of expert ids.
 BATCH_ROWS = 16_384
 REMEDY = "make traces with prism-plan profile"
@@ -86,6 +90,7 @@ class TraceWriter:
                 use_dictionary=["request", "phase", "task", "experts.list.element"],
                 column_encoding=encoding,
                 write_page_checksum=True,
+                store_schema=False,  # _finish does, when the header is known
             )
             stack.push(self._finish)
             self._stack = stack.pop_all()
@@ -96,7 +101,8 @@ class TraceWriter:
             if kind is None:
                 self._flush()
                 header = _header("tokens", self.model, self.provenance)
-                self._writer.add_key_value_metadata({METADATA_KEY: header})
+                schema = token_schema(self.model, self.weights)
+                self._writer.add_key_value_metadata(_file_metadata(schema, header))
             with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
                 self._writer.close()
         finally:
@@ -241,6 +247,16 @@ def _header(kind: str, model: ModelSpec, provenance: Mapping[str, Any], **more: 
         **more,
     }
     return json.dumps(header).encode()
+
+
+def _file_metadata(schema: pa.Schema, header: bytes) -> dict[bytes, bytes]:
+    """Key-value metadata of a file that is closed: ours, and the columns' Arrow types.
+
+    Arrow shows the metadata of the schema that it stores itself, and hides others where there is
+    one: the header stands in both, so that every way to read Parquet finds it.
+    """
+    stored = schema.with_metadata({METADATA_KEY: header}).serialize().to_pybytes()
+    return {METADATA_KEY: header, ARROW_SCHEMA_KEY: base64.b64encode(stored)}
 
 
 def _dictionary(codes: npt.NDArray[Any], words: Sequence[str]) -> Any:
@@ -715,8 +731,9 @@ def check_sums(
     Raises
     ------
     InputError
-        Names task, layer, calls and what would be possible.
+        Names task, layer, calls and what would be possible; or the sum of all if it is too large.
     """
+    require_sum(counts, "calls", source)
     calls = counts.sum(axis=2, dtype=np.float64)
     over = np.argwhere(calls > tokens[:, None] * float(model.top_k))
     if len(over):

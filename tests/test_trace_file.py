@@ -26,7 +26,15 @@ from prism_plan.errors import InputError, OutputError
 from prism_plan.model import PRESETS, ModelSpec
 from prism_plan.provenance import stamped
 from prism_plan.trace import PHASES, TokenBatch, Trace, trace_from_batches
-from prism_plan.trace_file import BATCH_ROWS, TraceWriter, read_header, read_trace, write_trace
+from prism_plan.trace_file import (
+    BATCH_ROWS,
+    TraceWriter,
+    counts_schema,
+    read_header,
+    read_trace,
+    token_schema,
+    write_trace,
+)
 
 TINY = ModelSpec(
     name="tiny",
@@ -318,6 +326,50 @@ def test_columns_of_tokens(tmp_path: Path) -> None:
         "provenance": PROVENANCE,
     }
     assert read_header(path) == header
+
+
+@pytest.mark.parametrize("kind", ["counts", "tokens", "weights", "writer", "no rows"])
+def test_metadata_are_seen_by_plain_pyarrow(tmp_path: Path, kind: str) -> None:
+    """However a trace was written, every way to read Parquet shows the header and the types."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "t.parquet"
+    weights = kind == "weights"
+    if kind == "counts":
+        write_trace(path, Trace(TINY, ("a",), np.ones((1, 2, 4), np.int64), np.array([2])))
+    elif kind in ("tokens", "weights"):
+        batch = random_batch(rng, 40, TINY, 2, weights=weights)
+        write_trace(path, trace_from_batches(TINY, ["a", "b"], [batch], provenance=PROVENANCE))
+    else:
+        with TraceWriter(path, TINY, provenance=PROVENANCE) as writer:
+            if kind == "writer":
+                writer.write(random_batch(rng, 40, TINY, 2, weights=False), ["a", "b"])
+            writer.provenance |= {"partial": True}  # as a run does that was interrupted
+    header = read_header(path)
+    assert header["kind"] == ("counts" if kind == "counts" else "tokens")
+    assert ("partial" in header["provenance"]) == (kind in ("writer", "no rows"))
+    with pq.ParquetFile(path) as parquet:
+        schemas = [pq.read_table(path).schema, pq.read_schema(path), parquet.schema_arrow]
+        assert json.loads(parquet.metadata.metadata[b"prism_plan"]) == header
+    for schema in schemas:
+        assert json.loads(schema.metadata[b"prism_plan"]) == header
+        wanted = counts_schema() if kind == "counts" else token_schema(TINY, weights)
+        assert schema.equals(wanted)
+
+
+def test_files_without_metadata_in_the_schema_are_read(tmp_path: Path) -> None:
+    """Earlier versions wrote the header into the file's metadata alone."""
+    batch = random_batch(np.random.default_rng(0), 40, TINY, 2, weights=False)
+    trace = trace_from_batches(TINY, ["a", "b"], [batch], provenance=PROVENANCE)
+    path = tmp_path / "t.parquet"
+    write_trace(path, trace)
+    table = pq.read_table(path)
+    header = table.schema.metadata[b"prism_plan"]
+    table = table.replace_schema_metadata(None)
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({b"prism_plan": header})
+    assert not pq.read_table(path).schema.metadata
+    check_same(read_trace(path), trace)
 
 
 def test_columns_of_counts(tmp_path: Path) -> None:

@@ -31,15 +31,16 @@ def read_counts(
     """One counts-only trace from CSV files.
 
     The column ``task`` may be missing where the source carries a label (which otherwise replaces
-    it). The tokens of a task are its calls in a layer divided by K. Where layers disagree (counts
-    reconstructed from rounded frequencies), the layer with the most calls decides and ``notify``
-    is told; ``tokens`` gives the true number.
+    it). Spaces around names and values are passed over, and blank lines. The tokens of a task are
+    its calls in a layer divided by K. Where layers disagree (counts reconstructed from rounded
+    frequencies), the layer with the most calls decides and ``notify`` is told; ``tokens`` gives
+    the true number.
 
     Raises
     ------
     InputError
         A column is missing, a value is not a whole number, NaN or negative, a layer or expert is
-        not of the model, a key stands twice, a task has no calls in some layer.
+        not of the model, a key stands twice, a task has no calls in some layer, a sum is too large.
     """
     tasks: list[str] = []
     parts: list[npt.NDArray[np.int64]] = []
@@ -61,7 +62,8 @@ def read_counts(
             raise InputError(f"unknown task {name!r}", source="--tokens", expected=", ".join(tasks))
     files = ", ".join(str(source.path) for source in sources)
     number = np.array(
-        [known.get(t) or tokens_of_calls(counts[i], model) for i, t in enumerate(tasks)], np.int64
+        [known.get(t) or tokens_of_calls(t, counts[i], model, files) for i, t in enumerate(tasks)],
+        np.int64,
     )
     for index, name in enumerate(tasks):
         over = int(counts[index].max())
@@ -89,24 +91,25 @@ def read_counts(
 
 def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[np.int64]]:
     path = source.path
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = io.StringIO(read_text(path), newline="")
+    reader = csv.reader(text, strict=True, skipinitialspace=True)
     wanted = COLUMNS if source.task is None else COLUMNS[1:]
     names: list[str] = []
     rows: list[tuple[int, int, int, int, int]] = []
     try:
-        header = next(reader, [])
+        lines = ([cell.strip() for cell in cells] for cells in reader)
+        lines = (cells for cells in lines if cells not in ([], [""]))  # blank lines
+        header = next(lines, [])
         for column in wanted:
             if header.count(column) != 1:
                 raise InputError(
-                    f"columns {', '.join(header) or '(none)'}",
+                    f"columns {', '.join(map(_shown, header)) or '(none)'}",
                     source=path,
-                    place="line 1",
+                    place=f"line {max(reader.line_num, 1)}",
                     expected=f"{', '.join(wanted)}, each once",
                 )
         at = [header.index(column) for column in wanted]
-        for cells in reader:
-            if not cells:
-                continue
+        for cells in lines:
             place = f"line {reader.line_num}"
             if len(cells) != len(header):
                 raise InputError(
@@ -133,13 +136,18 @@ def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[
         ) from None
     if not rows:
         raise InputError("no rows in it", source=path)
-    task_code, layers, experts, counts, lines = np.array(rows, np.int64).T
+    task_code, layers, experts, counts, numbers = np.array(rows, np.int64).T
     table = counts_from_rows(
-        model, names, None, task_code, layers, experts, counts, source=path, lines=lines
+        model, names, None, task_code, layers, experts, counts, source=path, lines=numbers
     )
     for name, calls in zip(names, table, strict=True):
         require_every_layer(name, calls, model, path)
     return names, table
+
+
+def _shown(name: str) -> str:
+    """A column's name as it is, or with what cannot be seen in it."""
+    return name if name.isascii() and name.isprintable() else ascii(name)
 
 
 def _whole(text: str, path: Any, place: str) -> int:
@@ -147,6 +155,9 @@ def _whole(text: str, path: Any, place: str) -> int:
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
     if not 0 <= value < 2**53:
         raise InputError(
-            f"{text!r:.60}", source=path, place=place, expected="a whole number of at least 0"
+            f"{text!r:.60}",
+            source=path,
+            place=place,
+            expected="a whole number of at least 0 and below 2^53",
         )
     return value

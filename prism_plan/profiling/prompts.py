@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json
+from prism_plan.profiling.lines import text_lines
 
 KEYS = ("prompt", "task")
 
@@ -26,7 +27,7 @@ class Prompt:
 def read_prompts(path: str | os.PathLike[str]) -> Iterator[Prompt]:
     """The prompts of a file one by one, so that memory does not grow with their number.
 
-    Blank lines are passed over.
+    Blank lines and a byte-order mark are passed over.
 
     Raises
     ------
@@ -35,21 +36,9 @@ def read_prompts(path: str | os.PathLike[str]) -> Iterator[Prompt]:
         names file and line. The file has no prompts, or cannot be read.
     """
     found = False
-    try:
-        with open(path, "rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                try:
-                    text = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"byte {error.start} is not UTF-8", source=path, place=f"line {number}"
-                    ) from error
-                if text.strip():
-                    found = True
-                    yield _prompt(text, path, number)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(reason, source=path, remedy="give a readable file of prompts") from error
+    for number, text in text_lines(path):
+        found = True
+        yield _prompt(text, path, number)
     if not found:
         raise InputError(
             "no prompts in it", source=path, expected='lines {"prompt": ..., "task": ...}'

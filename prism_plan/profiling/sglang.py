@@ -7,7 +7,8 @@ folders of them; shapes: L decoder layers (dense ones included), P physical expe
     ``{rank, logical_count int32 [S, L, E], average_utilization_rate_over_window}``, one row a
     forward pass, zeros where the buffer was not used. The counts are summed over ranks before
     they are written, so that of files of different ranks one is read. Files of one rank are
-    successive dumps (a dump empties the buffer) and are added.
+    successive dumps (a dump empties the buffer) and are added. ``logical_count`` may also be
+    [L, E], and the file JSON, as ``--init-expert-location`` loads it, or .npz.
 ``per_pass``
     ``{records: [{forward_pass_id, rank, gatherer_key, global_physical_count [L, P]}],
     last_physical_to_logical_map [L, P]}``. Ranks are added, as the engine's own reader does
@@ -34,7 +35,11 @@ one-token pieces that go on with a request are decode; 4 idle has no tokens; oth
 *Responses* (``sglang/srt/state_capturer/routed_experts.py``), ``.jsonl``: one response of
 ``/generate`` a line (or a list of them) with ``meta_info.routed_experts``, base64 of raw int32
 [tokens - 1 - start, L, K] of logical ids, and ``meta_info.prompt_tokens``, ``completion_tokens``;
-or of the OpenAI interface with ``sglext.routed_experts`` and ``usage``.
+or of the OpenAI interface with ``sglext.routed_experts`` and ``usage``. Rows of -1 in every layer
+are padding.
+
+What a file is is told by its content, see :mod:`prism_plan.profiling.sglang_file`. Layers right
+behind the model's last one are multi-token-prediction layers and are left out.
 """
 
 from __future__ import annotations
@@ -48,7 +53,10 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.sglang_dump import load, mode_of
+from prism_plan.profiling.layers import mtp_notice
+from prism_plan.profiling.rows import RepeatedRows
+from prism_plan.profiling.sglang_dump import mode_of
+from prism_plan.profiling.sglang_file import holds_responses, read_dump
 from prism_plan.profiling.sglang_requests import Follower
 from prism_plan.profiling.sglang_responses import read_responses
 from prism_plan.profiling.sglang_run import Run
@@ -62,8 +70,8 @@ def read_sglang(
 ) -> Trace:
     """One trace: token-level from per_token and responses, counts-only from stat and per_pass.
 
-    A source is a ``.pt`` file, a folder of those of one run, or a ``.jsonl`` file. Files of one
-    label are read as parts of one run. ``notify`` is told what was left out.
+    A source is a dump, a folder of those of one run, or a file of responses. Files of one label
+    are read as parts of one run. ``notify`` is told what was left out or looks wrong.
 
     Raises
     ------
@@ -71,7 +79,7 @@ def read_sglang(
         A file is cut short, holds code, mixes modes or is of another model.
     """
     files = files_of_tasks(sources)
-    responses = [s for s in sources if s.path.is_file() and s.path.suffix == ".jsonl"]
+    responses = [s for s in sources if s.path.is_file() and holds_responses(s.path)]
     if responses:
         for source in sources:
             if source not in responses:
@@ -82,7 +90,7 @@ def read_sglang(
     for task, paths in files.items():
         for path in paths:
             for file in _dumps(path):
-                dump = load(file)
+                dump = read_dump(file)
                 mode = mode_of(dump, file)
                 if first is not None and mode != first[1]:
                     raise _mixed(file, mode, *first)
@@ -90,6 +98,9 @@ def read_sglang(
                 runs[task].add(file, mode, dump)
                 del dump
     assert first is not None
+    left_out = mtp_notice({n for run in runs.values() for n in run.left_out_layers}, model)
+    if left_out:
+        notify(left_out)
     names = {task: [path.name for path in paths] for task, paths in files.items()}
     provenance: dict[str, Any] = {"mode": first[1], "files": names}
     if first[1] == "per_token":
@@ -110,10 +121,15 @@ def _mixed(path: Path, found: str, other: Path, expected: str) -> InputError:
 def _dumps(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    found = sorted(path.glob("*.pt"))
-    if not found:
-        raise InputError("no .pt files in it", source=path, expected="dumps of SGLang's recorder")
-    return found
+    for kinds in (["*.pt"], ["*.json", "*.npz"]):
+        found = sorted(file for kind in kinds for file in path.glob(kind))
+        if found:
+            return found
+    raise InputError(
+        "no .pt files in it, nor .json or .npz",
+        source=path,
+        expected="dumps of SGLang's recorder",
+    )
 
 
 def _tokens(
@@ -121,6 +137,7 @@ def _tokens(
 ) -> Trace:
     batches = []
     count = swappable = padding = 0
+    repeated = RepeatedRows(model)
     for code, run in enumerate(runs.values()):
         for rank in run.token_ranks():
             follower = Follower(count)
@@ -135,6 +152,10 @@ def _tokens(
             count = follower.count
             swappable += follower.swappable
             order = np.lexsort((position, request))
+            number, place = request[order], position[order]
+            begins = np.ones(len(order), bool)
+            begins[1:] = (np.diff(number) != 0) | (np.diff(place) != 1)
+            repeated.add(experts[order], f"{run.files[0].name} rank {rank}", begins=begins)
             batches.append(
                 TokenBatch(
                     request=request[order],
@@ -148,6 +169,8 @@ def _tokens(
         run.passes.clear()
     if padding:
         notify(f"left out {padding:,} rows of padding")
+    if repeated.runs:
+        notify(repeated.notice())
     notify(
         f"told {count:,} requests apart by their positions, for the recorder keeps no request ids; "
         f"{swappable:,} may be swapped with another of the same length"

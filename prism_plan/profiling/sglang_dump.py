@@ -13,7 +13,13 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
+from prism_plan.profiling.layers import mtp_layers
 from prism_plan.profiling.tensors import CHECK_MODEL, CUT_SHORT, whole_number
+
+#: What is read with --format sglang, for messages.
+KINDS = (
+    "a recorder's dump (.pt), 'logical_count' in a JSON or .npz file, or responses as JSON Lines"
+)
 
 
 def load(path: Path) -> Mapping[str, Any]:
@@ -50,7 +56,10 @@ def load(path: Path) -> Mapping[str, Any]:
                 remedy="use files that the recorder itself wrote",
             ) from error
         raise InputError(
-            f"not a readable PyTorch file ({type(error).__name__})", source=path, remedy=CUT_SHORT
+            f"not a readable PyTorch file ({type(error).__name__})",
+            source=path,
+            expected=KINDS,
+            remedy=CUT_SHORT,
         ) from error
     if not isinstance(dump, dict):
         raise InputError(
@@ -96,7 +105,9 @@ def mode_of(dump: Mapping[str, Any], path: Path) -> str:
 def array_of(
     values: Mapping[str, Any], key: str, dims: str, path: Path, place: str = ""
 ) -> npt.NDArray[Any]:
-    """The whole numbers of a tensor; ``dims`` names its dimensions for the message.
+    """The whole numbers of a tensor or array; ``dims`` names its dimensions for the message.
+
+    Where there are two forms of it, ``or`` stands between them.
 
     Raises
     ------
@@ -105,18 +116,20 @@ def array_of(
     """
     tensor = values.get(key)
     place = f"{place} {key!r}".strip()
-    rank = dims.count(",") + 1
+    forms = dims.split(" or ")
+    wanted = " or ".join(f"[{form}]" for form in forms)
+    ranks = [form.count(",") + 1 for form in forms]
     try:
-        array = tensor.numpy() if tensor is not None else None
+        array = tensor if tensor is None or isinstance(tensor, np.ndarray) else tensor.numpy()
         kind = str(tensor.dtype).removeprefix("torch.") if tensor is not None else "nothing"
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"{tensor!r:.60}", source=path, place=place, expected=f"a tensor [{dims}]"
+            f"{tensor!r:.60}", source=path, place=place, expected=f"a tensor {wanted}"
         ) from error
-    if array is None or array.dtype.kind not in "iu" or array.ndim != rank:
+    if array is None or array.dtype.kind not in "iu" or array.ndim not in ranks:
         found = kind if array is None else f"{kind} {list(array.shape)}"
         raise InputError(
-            found, source=path, place=place, expected=f"whole numbers [{dims}]", remedy=CUT_SHORT
+            found, source=path, place=place, expected=f"whole numbers {wanted}", remedy=CUT_SHORT
         )
     return np.asarray(array)
 
@@ -143,10 +156,16 @@ def require_decoder_layers(found: int, model: ModelSpec, path: Path, place: str)
 
 def require_only_moe(
     used: npt.NDArray[np.bool_], model: ModelSpec, what: str, path: Path, place: str
-) -> None:
-    """Refuse a recording in which a layer that is dense in the model is ``used`` [L, ...]."""
-    for layer in np.setdiff1d(np.arange(len(used)), model.moe_layers):
-        if used[layer].any():
+) -> list[int]:
+    """Refuse a recording in which a layer that is dense in the model is ``used`` [L, ...].
+
+    Returns the layers used after the model's, which are of multi-token prediction.
+    """
+    others = np.setdiff1d(np.arange(len(used)), model.moe_layers)
+    layers = [layer for layer in others.tolist() if used[layer].any()]
+    extra, _ = mtp_layers(layers, model)
+    for layer in layers:
+        if layer not in extra:
             raise InputError(
                 f"{what} in layer {layer}",
                 source=path,
@@ -154,6 +173,7 @@ def require_only_moe(
                 expected=f"none, for {model.name} has its MoE layers at {model.layers_text()}",
                 remedy=CHECK_MODEL,
             )
+    return extra
 
 
 def logical_map(dump: Mapping[str, Any], model: ModelSpec, path: Path) -> npt.NDArray[np.int64]:

@@ -20,7 +20,7 @@ from prism_plan.profiling.sglang_dump import (
     require_only_moe,
 )
 from prism_plan.profiling.tensors import CHECK_MODEL, CUT_SHORT
-from prism_plan.trace import check_experts
+from prism_plan.trace import check_experts, require_sum
 
 EXTEND_MODE, DECODE_MODE, MIXED_MODE, IDLE_MODE = 1, 2, 3, 4
 #: Columns of ``topk_ids_of_layer``, whatever the model's top-k.
@@ -39,6 +39,7 @@ class Pass:
     kept: npt.NDArray[np.bool_]
     experts: npt.NDArray[np.uint16]
     tokens_digest: bytes
+    left_out_layers: list[int]
 
 
 def pass_calls(
@@ -47,8 +48,8 @@ def pass_calls(
     model: ModelSpec,
     path: Path,
     place: str,
-) -> Calls:
-    """Calls [MoE layers, E] of the logical experts in one pass."""
+) -> tuple[Calls, list[int]]:
+    """Calls [MoE layers, E] of the logical experts in one pass, and layers that were left out."""
     key = "global_physical_count"
     counts = array_of(record, key, "L, P", path, place)
     place = f"{place} {key!r}"
@@ -68,11 +69,12 @@ def pass_calls(
             place=f"{place} layer {layer} physical expert {slot}",
             expected="counts of at least 0",
         )
-    require_only_moe(counts != 0, model, "calls", path, place)
+    extra = require_only_moe(counts != 0, model, "calls", path, place)
+    require_sum(counts, "calls", path, place)
     calls = np.zeros((model.num_layers, model.num_experts), np.int64)
     rows = np.arange(model.num_layers)[:, None]
     np.add.at(calls, (rows, table), counts[list(model.moe_layers)].astype(np.int64))
-    return calls
+    return calls, extra
 
 
 def pass_tokens(
@@ -106,7 +108,7 @@ def pass_tokens(
     tokens = ids.shape[1]
     positions = _numbers(record, "positions", tokens, path, place)
     words = _numbers(record, "input_ids", tokens, path, place)
-    require_only_moe(ids != -1, model, "selections", path, where)
+    extra = require_only_moe(ids != -1, model, "selections", path, where)
     ids = ids[list(model.moe_layers)]
     kept = (ids != -1).any(axis=(0, 2)) & (mode != IDLE_MODE)
     rows = ids[:, kept]
@@ -129,6 +131,14 @@ def pass_tokens(
         table[index, rows[..., : model.top_k]].transpose(1, 0, 2), np.uint16
     )
     twice = check_experts(experts, model.num_experts)
+    if twice is not None and not rows[twice[1], twice[0], : model.top_k].any():
+        raise InputError(
+            "nothing was recorded (all ids are 0)",
+            source=path,
+            place=f"{where} layer {model.moe_layers[twice[1]]} token {at[twice[0]]}",
+            expected=f"{model.top_k} different experts",
+            remedy="record again; the recorder did not see this layer",
+        )
     if twice is not None:
         raise InputError(
             f"experts {experts[twice].tolist()} name one expert twice",
@@ -145,6 +155,7 @@ def pass_tokens(
         kept=kept,
         experts=experts,
         tokens_digest=hashlib.sha256(positions.tobytes() + words.tobytes()).digest(),
+        left_out_layers=extra,
     )
 
 

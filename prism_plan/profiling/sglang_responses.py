@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,20 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
+from prism_plan.profiling.layers import MAX_MTP_LAYERS, decoder_end
+from prism_plan.profiling.requests import Requests
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.tensors import (
     CHECK_MODEL,
     CUT_SHORT,
     Notify,
-    Requests,
     decode_base64,
     json_lines,
     json_object,
     task_of_line,
     whole_number,
 )
+from prism_plan.profiling.unread import unread_routing
 from prism_plan.trace import Trace, trace_from_batches
 
 
@@ -42,12 +44,13 @@ def read_responses(sources: Sequence[Source], model: ModelSpec, notify: Notify) 
                 where = f"{place} item {index}" if isinstance(value, list) else place
                 line = json_object(item, path, where)
                 task = task_of_line(line, source.task, path, where)
-                for text, prompt, generated in _routed(line, path, where):
-                    if text is None:
-                        requests.missing += 1
-                        continue
-                    array = _raw_array(text, model, path, where)
-                    requests.add(task, array, prompt, generated, path, where)
+                text, prompt, generated, read = _routed(line, path, where)
+                requests.unread |= unread_routing(line, {read}, path, where)
+                if text is None:
+                    requests.missing += 1
+                    continue
+                array = _raw_array(text, model, prompt, generated, path, where)
+                requests.add(task, array, prompt, generated, path, where)
     requests.tell(sources[0].path, notify)
     return trace_from_batches(
         model,
@@ -57,6 +60,7 @@ def read_responses(sources: Sequence[Source], model: ModelSpec, notify: Notify) 
             "source": "sglang",
             "mode": "responses",
             "files": [source.path.name for source in sources],
+            **requests.provenance(),
         },
         name="sglang",
     )
@@ -64,12 +68,14 @@ def read_responses(sources: Sequence[Source], model: ModelSpec, notify: Notify) 
 
 def _routed(
     line: Mapping[str, Any], path: Path, place: str
-) -> Iterator[tuple[str | None, int | None, int | None]]:
-    """(base64 text, prompt tokens, generated tokens) of a response."""
+) -> tuple[str | None, int | None, int | None, str]:
+    """(base64 text, prompt tokens, generated tokens, where the text stands) of a response."""
     if "meta_info" in line:
+        read = "meta_info.routed_experts"
         holder = json_object(line["meta_info"], path, f"{place} 'meta_info'")
         usage = holder
     elif "sglext" in line:
+        read = "sglext.routed_experts"
         holder = json_object(line["sglext"], path, f"{place} 'sglext'")
         usage = json_object(line.get("usage") or {}, path, f"{place} 'usage'")
     else:
@@ -91,13 +97,24 @@ def _routed(
     choices = line.get("choices")
     if isinstance(choices, list) and len(choices) > 1:
         generated = None  # of all choices together; the array is the first one's
-    yield text, prompt, generated
+    return text, prompt, generated, read
 
 
-def _raw_array(text: str, model: ModelSpec, path: Path, place: str) -> npt.NDArray[Any]:
+def _raw_array(
+    text: str,
+    model: ModelSpec,
+    prompt: int | None,
+    generated: int | None,
+    path: Path,
+    place: str,
+) -> npt.NDArray[Any]:
+    """Int32 [tokens, decoder layers, K] of base64 text, which does not tell its shape."""
     data = decode_base64(text, path, place)
-    layers = model.moe_layers[-1] + 1
-    row = layers * model.top_k * 4
+    layers = decoder_end(model)
+    column = model.top_k * 4
+    if prompt is not None and generated is not None:
+        layers += _extra_layers(len(data), column, layers, prompt + generated - 1)
+    row = layers * column
     if len(data) % row:
         raise InputError(
             f"{len(data)} bytes",
@@ -107,3 +124,15 @@ def _raw_array(text: str, model: ModelSpec, path: Path, place: str) -> npt.NDArr
             remedy=f"{CHECK_MODEL}; {CUT_SHORT}",
         )
     return np.frombuffer(data, "<i4").reshape(-1, layers, model.top_k)
+
+
+def _extra_layers(size: int, column: int, layers: int, tokens: int) -> int:
+    """How many layers stand after the model's in ``size`` bytes, if all ``tokens`` are there.
+
+    None if the bytes are rows of the model's layers, of so many tokens or fewer.
+    """
+    rows, rest = divmod(size, layers * column)
+    if not rest and rows <= tokens + 1:
+        return 0
+    extra = range(1, MAX_MTP_LAYERS + 1)
+    return next((n for n in extra if size == tokens * (layers + n) * column), 0)

@@ -22,7 +22,7 @@ from prism_plan.profiling.sglang_dump import (
 )
 from prism_plan.profiling.sglang_pass import Calls, Pass, pass_calls, pass_tokens
 from prism_plan.profiling.tensors import CHECK_MODEL, Notify
-from prism_plan.profiling.tokens import require_every_layer
+from prism_plan.profiling.tokens import require_every_layer, sum_calls
 
 #: Fewer equal rows of two ranks than this may be chance (prompts that begin alike).
 CHANCE_ROWS = 16
@@ -43,6 +43,7 @@ class Run:
     digests: dict[int, dict[PassKey, bytes]] = field(default_factory=dict)
     passes: dict[int, dict[PassKey, Pass]] = field(default_factory=dict)
     padding: int = 0
+    left_out_layers: set[int] = field(default_factory=set)
 
     def add(self, path: Path, mode: str, dump: Mapping[str, Any]) -> None:
         """Read one dump."""
@@ -67,23 +68,27 @@ class Run:
                     remedy="give recordings of different runs different tasks",
                 )
             if mode == "per_pass":
-                calls = pass_calls(record, table, self.model, path, place)
+                calls, extra = pass_calls(record, table, self.model, path, place)
+                self.left_out_layers.update(extra)
                 self.digests[rank][key] = hashlib.sha256(calls.tobytes()).digest()
                 if rank in self.sums:
-                    self.sums[rank] += calls
+                    self.sums[rank] = sum_calls(np.stack([self.sums[rank], calls]), path, place)
                 else:
                     self.sums[rank] = calls
             else:
                 step = pass_tokens(record, table, self.model, path, place)
                 self.padding += int((~step.kept).sum())
+                self.left_out_layers.update(step.left_out_layers)
                 self.digests[rank][key] = step.tokens_digest
                 self.passes.setdefault(rank, {})[key] = step
 
     def _add_stat(self, path: Path, dump: Mapping[str, Any]) -> None:
         model = self.model
         rank = number_of(dump, "rank", path, "") if "rank" in dump else 0
-        rows = array_of(dump, "logical_count", "S, L, E", path)
+        rows = array_of(dump, "logical_count", "S, L, E or L, E", path)
         place = "'logical_count'"
+        if rows.ndim == 2:  # summed already
+            rows = rows[None]
         if rows.shape[2] != model.num_experts:
             raise InputError(
                 f"{rows.shape[2]} experts",
@@ -101,8 +106,9 @@ class Run:
                 place=f"{place} row {row} layer {layer} expert {expert}",
                 expected="counts of at least 0",
             )
-        calls = rows.sum(axis=0, dtype=np.int64)
-        require_only_moe(calls != 0, model, "calls", path, place)
+        calls = sum_calls(rows, path, place)
+        extra = require_only_moe(calls != 0, model, "calls", path, place)
+        self.left_out_layers.update(extra)
         calls = calls[list(model.moe_layers)]
         for other, seen in self.stat.get(rank, []):
             if calls.any() and np.array_equal(seen, calls):
@@ -128,7 +134,7 @@ class Run:
             ranks, copies = self._distinct_ranks(lambda rank: bool(self.sums[rank].any()))
             self._tell_copies(copies)
             parts = [self.sums[rank] for rank in ranks]
-        calls: Calls = np.stack(parts).sum(axis=0)
+        calls: Calls = sum_calls(np.stack(parts), self.files[0])
         try:
             require_every_layer(self.task, calls, self.model)
         except InputError as error:

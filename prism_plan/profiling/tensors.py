@@ -1,9 +1,4 @@
-"""What the readers of engine recordings share: arrays, responses, tasks and tokens of counts.
-
-Two engines return the experts of one request with its response, as an array
-[tokens, decoder layers, K] of logical ids in which a dense layer is a column of zeros:
-vLLM (``routed_experts``, .npy) and SGLang (``meta_info.routed_experts``, raw int32).
-"""
+"""What the readers of engine recordings share: arrays, responses, tasks and tokens of counts."""
 
 from __future__ import annotations
 
@@ -12,7 +7,6 @@ import binascii
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +16,14 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json
 from prism_plan.model import ModelSpec
+from prism_plan.profiling.lines import text_lines
 from prism_plan.profiling.sources import Source, distinct
 from prism_plan.profiling.tokens import require_every_layer, tell_if_uneven, tokens_of_calls
-from prism_plan.trace import PHASES, UNKNOWN_PHASE, TokenBatch, Trace, check_experts
+from prism_plan.trace import PHASES, Trace
 
 Notify = Callable[[str], None]
 
 PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")
-#: So many equal rows at the start of a request are no text: the engine profiled itself at start-up.
-PROFILING_ROWS = 512
 CUT_SHORT = "the file may be cut short; record or copy it again"
 CHECK_MODEL = "check that --model is the model that was recorded"
 
@@ -87,7 +80,7 @@ def counts_trace(
     for task, calls in counts.items():
         require_every_layer(task, calls, model)
         tell_if_uneven(task, calls, model, notify)
-        number = tokens_of_calls(calls, model)
+        number = tokens_of_calls(task, calls, model)
         if calls.max() > number:
             layer, expert = np.unravel_index(int(calls.argmax()), calls.shape)
             raise InputError(
@@ -173,84 +166,6 @@ def decode_base64(text: str, source: object, place: str) -> bytes:
         ) from error
 
 
-def routed_experts(
-    array: npt.NDArray[Any], model: ModelSpec, source: object, place: str
-) -> npt.NDArray[np.uint16]:
-    """The selections uint16 [T, L, K] of a request's array [T, decoder layers, K].
-
-    Columns of dense layers must be zeros and are dropped. An array of exactly the MoE layers is
-    taken as one from which they were dropped already.
-
-    Raises
-    ------
-    InputError
-        Shape, a dense column, an id or a layer that was not recorded contradicts ``model``.
-    """
-
-    def refuse(found: str, expected: str, where: str = "", remedy: str = CHECK_MODEL) -> InputError:
-        return InputError(
-            found,
-            source=source,
-            place=" ".join(part for part in (place, where) if part),
-            expected=expected,
-            remedy=remedy,
-        )
-
-    least = model.moe_layers[-1] + 1
-    wanted = f"[tokens, {least} or more layers, {model.top_k}] for {model.name}"
-    if array.ndim != 3 or array.dtype.kind not in "iu":
-        raise refuse(f"{array.dtype} of shape {list(array.shape)}", f"whole numbers {wanted}")
-    layers = array.shape[1]
-    if array.shape[2] != model.top_k:
-        raise refuse(f"{array.shape[2]} experts a token", f"{model.top_k}, top-k of {model.name}")
-    if layers < least and layers != model.num_layers:
-        raise refuse(f"{layers} layers", wanted)
-    if layers >= least:
-        dense = np.setdiff1d(np.arange(layers), model.moe_layers)
-        for layer in dense:
-            stray = array[:, layer].any(axis=1)
-            if stray.any():
-                token = int(np.argmax(stray))
-                raise refuse(
-                    f"experts {array[token, layer].tolist()}",
-                    f"zeros, for {model.name} has its MoE layers at {model.layers_text()}",
-                    f"token {token} layer {layer}",
-                )
-        array = array[:, list(model.moe_layers)]
-    if array.size and (array.min() < 0 or array.max() >= model.num_experts):
-        bad = (array < 0) | (array >= model.num_experts)
-        first = np.unravel_index(int(np.argmax(bad)), array.shape)
-        raise refuse(
-            f"expert {array[first]}",
-            f"ids 0..{model.num_experts - 1} of {model.name}",
-            f"token {first[0]} layer {model.moe_layers[first[1]]}",
-        )
-    experts = np.ascontiguousarray(array, np.uint16)
-    twice = check_experts(experts, model.num_experts)
-    if twice is not None:
-        row, at = twice
-        ids = experts[row, at].tolist()
-        where = f"token {row} layer {model.moe_layers[at]}"
-        if not any(ids):
-            raise refuse(
-                "nothing was recorded (all ids are 0)",
-                f"{model.top_k} different experts in each MoE layer, {model.layers_text()}",
-                where,
-            )
-        raise refuse(
-            f"experts {ids} name one expert twice", f"{model.top_k} different experts", where
-        )
-    return experts
-
-
-def equal_rows_at_start(experts: npt.NDArray[np.uint16]) -> int:
-    """How many rows of [T, L, K] at the start are equal to the first."""
-    if not len(experts):
-        return 0
-    other = (experts != experts[0]).any(axis=(1, 2))
-    return int(np.argmax(other)) if other.any() else len(experts)
-
-
 # --------------------------------------------------------------------------------------- responses
 
 
@@ -262,33 +177,21 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     InputError
         Unreadable, not UTF-8 or not JSON; names the line.
     """
-    try:
-        with open(path, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                place = f"line {number}"
-                try:
-                    yield place, parse_json(line.rstrip(b"\r\n").decode("utf-8"), "")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"byte {error.start} is not UTF-8", source=path, place=place
-                    ) from error
-                except InputError as error:
-                    if error.source:
-                        raise
-                    column = error.place.partition("column ")[2]
-                    raise InputError(
-                        error.found,
-                        source=path,
-                        place=f"{place} column {column}" if column else place,
-                        expected=error.expected or "one JSON object a line",
-                        remedy=error.remedy,
-                    ) from error
-    except OSError as error:
-        raise InputError(
-            (error.strerror or str(error)).lower(), source=path, remedy="give a readable file"
-        ) from error
+    for number, text in text_lines(path):
+        place = f"line {number}"
+        try:
+            yield place, parse_json(text, "")
+        except InputError as error:
+            if error.source:
+                raise
+            column = error.place.partition("column ")[2]
+            raise InputError(
+                error.found,
+                source=path,
+                place=f"{place} column {column}" if column else place,
+                expected=error.expected or "one JSON object a line",
+                remedy=error.remedy,
+            ) from error
 
 
 def whole_number(values: Mapping[str, Any], key: str, source: object, place: str) -> int | None:
@@ -341,114 +244,3 @@ def task_of_line(line: Mapping[str, Any], label: str | None, source: Path, place
             f"{task!r:.60}", source=source, place=f"{place} 'task'", expected="a non-empty text"
         )
     return task
-
-
-@dataclass
-class Requests:
-    """Collects requests, each with all its tokens, into batches of a token-level trace.
-
-    With P prompt tokens and C generated ones (C counts the last, which is never fed), the array
-    ends at position P + C - 2: tokens that are missing are the first ones of the prompt, which
-    the caller asked the engine to leave out. Where C is not known it starts at position 0. Tokens
-    below position P are prefill, the others decode; where P is not known the phase is unknown.
-    """
-
-    model: ModelSpec
-    tasks: list[str] = field(default_factory=list)
-    batches: list[TokenBatch] = field(default_factory=list)
-    profiling_rows: int = 0
-    without_start: int = 0
-    missing: int = 0
-
-    def add(
-        self,
-        task: str,
-        array: npt.NDArray[Any],
-        prompt: int | None,
-        generated: int | None,
-        source: object,
-        place: str,
-    ) -> None:
-        """Add a request's array [T, decoder layers, K].
-
-        Raises
-        ------
-        InputError
-            See :func:`routed_experts`; or the number of tokens contradicts P and C.
-        """
-        # Start-up rows need not be valid selections, so they go first.
-        skipped = equal_rows_at_start(array) if array.ndim == 3 else 0
-        if skipped < PROFILING_ROWS:
-            skipped = 0
-        self.profiling_rows += skipped
-        experts = routed_experts(array[skipped:] if skipped else array, self.model, source, place)
-        tokens = len(experts)
-        first = 0
-        if prompt is not None and generated is not None:
-            if tokens > prompt + generated:
-                raise InputError(
-                    f"{tokens} tokens",
-                    source=source,
-                    place=place,
-                    expected=f"at most {prompt} of the prompt and {generated} generated",
-                    remedy="the response and its routing do not belong together, or --model is "
-                    "not the model that was recorded",
-                )
-            first = max(prompt + generated - 1 - tokens, 0)
-            if first > prompt and not skipped:  # at most the whole prompt can have been left out
-                raise InputError(
-                    f"{tokens} tokens",
-                    source=source,
-                    place=place,
-                    expected=f"at least the {generated - 1} generated that were fed",
-                    remedy="the response and its routing do not belong together",
-                )
-        elif prompt is not None and tokens < prompt and not skipped:
-            raise InputError(
-                f"{tokens} tokens",
-                source=source,
-                place=place,
-                expected=f"at least the {prompt} of the prompt",
-                remedy="give completion_tokens too if the first ones were left out on purpose",
-            )
-        if not tokens:
-            return
-        if first and not skipped:
-            self.without_start += 1
-        position = np.arange(first, first + tokens, dtype=np.int32)
-        phase = np.full(tokens, UNKNOWN_PHASE, np.int8)
-        if prompt is not None:
-            phase = np.where(position < prompt, PREFILL, DECODE).astype(np.int8)
-        if task not in self.tasks:
-            self.tasks.append(task)
-        self.batches.append(
-            TokenBatch(
-                request=np.full(tokens, len(self.batches), np.int32),
-                position=position,
-                phase=phase,
-                task=np.full(tokens, self.tasks.index(task), np.int32),
-                experts=experts,
-            )
-        )
-
-    def tell(self, source: object, notify: Notify) -> None:
-        """Say what was left out, and refuse to go on with nothing.
-
-        Raises
-        ------
-        InputError
-            No request has any token.
-        """
-        if not self.batches:
-            raise InputError(
-                "no token has routed experts",
-                source=source,
-                expected="responses with routed experts",
-                remedy="start the engine with --enable-return-routed-experts, and ask for them",
-            )
-        if self.profiling_rows:
-            notify(f"dropped {self.profiling_rows:,} identical rows of start-up profiling")
-        if self.missing:
-            notify(f"left out {self.missing:,} responses without routed experts (aborted?)")
-        if self.without_start:
-            notify(f"{self.without_start:,} requests were recorded without the start of the prompt")

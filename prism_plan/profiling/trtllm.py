@@ -5,6 +5,7 @@ holds ``meta_info.json`` with ``num_experts`` and ``num_experts_per_token`` (mor
 there) and ``rank<r>.safetensors`` with one int64 [E] for each ``<iteration>_<decoder layer>``. All
 are summed. Without attention data parallelism every rank counts the same tokens: the sum is then a
 multiple of the calls, and so is the number of tokens, which leaves calls per token as they were.
+Layers right behind the model's last one are multi-token-prediction layers and are left out.
 
 With its load balancer on the engine counts slots, not experts, and ``num_experts`` is the number
 of slots. Such a recording is refused where the two numbers differ; where they are equal it cannot
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
 from prism_plan.model import ModelSpec
+from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice
 from prism_plan.profiling.sources import Source, distinct
 from prism_plan.profiling.tensors import (
     CHECK_MODEL,
@@ -32,7 +34,7 @@ from prism_plan.profiling.tensors import (
     default_task,
     json_object,
 )
-from prism_plan.profiling.tokens import require_every_layer
+from prism_plan.profiling.tokens import require_every_layer, sum_calls
 from prism_plan.trace import Trace
 
 RANK_FILE = re.compile(r"rank(\d+)\.safetensors")
@@ -54,8 +56,10 @@ def read_trtllm(
     tasks = [source.task or default_task(source.path) for source in sources]
     distinct(tasks)
     counts = {}
+    left_out: set[int] = set()
     for task, source in zip(tasks, sources, strict=True):
-        counts[task] = _read_folder(source.path, model)
+        counts[task], extra = _read_folder(source.path, model)
+        left_out.update(extra)
         try:
             require_every_layer(task, counts[task], model)
         except InputError as error:
@@ -63,10 +67,13 @@ def read_trtllm(
     folders = {
         task: source.path.resolve().name for task, source in zip(tasks, sources, strict=True)
     }
+    if left_out:
+        notify(mtp_notice(left_out, model))
     return counts_trace("trtllm", model, counts, {"folders": folders}, notify)
 
 
-def _read_folder(folder: Path, model: ModelSpec) -> npt.NDArray[np.int64]:
+def _read_folder(folder: Path, model: ModelSpec) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """Calls [L, E] of a folder, and the multi-token-prediction layers that were left out."""
     if not folder.is_dir():
         raise InputError(
             "not a folder",
@@ -82,9 +89,13 @@ def _read_folder(folder: Path, model: ModelSpec) -> npt.NDArray[np.int64]:
     if not ranks:
         raise InputError("no rank*.safetensors in it", source=folder)
     counts = np.zeros((model.num_layers, model.num_experts), np.int64)
+    beyond: dict[int, tuple[Path, str]] = {}
     for _, path in sorted(ranks.items()):
-        _add_rank(path, model, counts)
-    return counts
+        _add_rank(path, model, counts, beyond)
+    extra, stray = mtp_layers(beyond, model)
+    if stray is not None:
+        raise _foreign_layer(*beyond[stray], stray, model)
+    return counts, extra
 
 
 def _check_meta(path: Path, model: ModelSpec) -> None:
@@ -105,7 +116,13 @@ def _check_meta(path: Path, model: ModelSpec) -> None:
             )
 
 
-def _add_rank(path: Path, model: ModelSpec, counts: npt.NDArray[np.int64]) -> None:
+def _add_rank(
+    path: Path,
+    model: ModelSpec,
+    counts: npt.NDArray[np.int64],
+    beyond: dict[int, tuple[Path, str]],
+) -> None:
+    """Add a rank's calls to ``counts`` [L, E]; layers ``beyond`` the model's are noted there."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -135,7 +152,11 @@ def _add_rank(path: Path, model: ModelSpec, counts: npt.NDArray[np.int64]) -> No
                         place=f"key {key!r} expert {expert}",
                         expected="a whole number of at least 0",
                     )
-                counts[layer] += calls
+                if layer >= decoder_end(model):
+                    beyond.setdefault(layer, (path, key))
+                    continue
+                at = model.moe_layers.index(layer)
+                counts[at] = sum_calls(np.stack([counts[at], calls])[:, None], path)[0]
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"not a readable safetensors file: {error}", source=path, remedy=CUT_SHORT
@@ -143,18 +164,23 @@ def _add_rank(path: Path, model: ModelSpec, counts: npt.NDArray[np.int64]) -> No
 
 
 def _layer(path: Path, key: str, model: ModelSpec) -> int:
+    """The decoder layer of a key."""
     match = KEY.fullmatch(key)
     if match is None:
         raise InputError(
             f"key {key!r:.60}", source=path, expected="<iteration>_<decoder layer>, as in '100_3'"
         )
     layer = int(match.group(2))
-    if layer not in model.moe_layers:
-        raise InputError(
-            f"layer {layer}",
-            source=path,
-            place=f"key {key!r}",
-            expected=f"a MoE layer of {model.name}, {model.layers_text()}",
-            remedy=CHECK_MODEL,
-        )
-    return model.moe_layers.index(layer)
+    if layer not in model.moe_layers and layer < decoder_end(model):
+        raise _foreign_layer(path, key, layer, model)
+    return layer
+
+
+def _foreign_layer(path: Path, key: str, layer: int, model: ModelSpec) -> InputError:
+    return InputError(
+        f"layer {layer}",
+        source=path,
+        place=f"key {key!r}",
+        expected=f"a MoE layer of {model.name}, {model.layers_text()}",
+        remedy=CHECK_MODEL,
+    )

@@ -5,12 +5,13 @@ JSONL file. ``choices[].routed_experts`` is the base64 text of .npy bytes
 [tokens - 1, decoder layers, K] (``vllm/entrypoints/openai/chat_completion/protocol.py``,
 ``vllm/utils/serial_utils.py``), uint8 up to 256 experts, else uint16 (``vllm/model_executor/
 layers/fused_moe/routed_experts_capturer.py``; older versions: int32); ids are logical, columns of
-dense layers stay zeros. The last token is never fed, so it has no row.
+dense layers stay zeros. The last token is never fed, so it has no row. Versions that split the
+response are read as :mod:`prism_plan.profiling.vllm_split` says.
 
 A line may also be a plain object, for people who use vLLM from Python::
 
     {"routed_experts": base64 | nested list | "file.npy", "task": "...", "prompt_tokens": 12,
-     "completion_tokens": 30}
+     "completion_tokens": 30, "prompt_routed_experts": the prompt's rows, where they are apart}
 
 A single ``.npy`` file is one request of unknown phases. Each choice of a response is a request of
 its own, its prompt included. The task is the source's label, else the line's ``task``, else the
@@ -20,6 +21,7 @@ file's stem; files of one task are put together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,10 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
+from prism_plan.profiling.requests import Requests
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.tensors import (
     Notify,
-    Requests,
     decode_base64,
     default_task,
     files_of_tasks,
@@ -41,7 +43,11 @@ from prism_plan.profiling.tensors import (
     task_of_line,
     whole_number,
 )
+from prism_plan.profiling.unread import unread_routing
+from prism_plan.profiling.vllm_split import join
 from prism_plan.trace import Trace, trace_from_batches
+
+ROWS, PROMPT_ROWS = "routed_experts", "prompt_routed_experts"
 
 
 def read_vllm(
@@ -49,8 +55,9 @@ def read_vllm(
 ) -> Trace:
     """One token-level trace from JSONL files of responses, or from .npy files.
 
-    ``usage.prompt_tokens`` tells prefill from decode. At least 512 equal rows at the start of a
-    request are start-up profiling: they are dropped, and ``notify`` is told.
+    ``usage.prompt_tokens`` tells prefill from decode. At least 512 equal rows at the start of an
+    array are start-up profiling where the request cannot have made them: they are dropped, and
+    ``notify`` is told, as of all else that is left out or looks wrong.
 
     Raises
     ------
@@ -67,7 +74,7 @@ def read_vllm(
         if source.path.suffix == ".npy":
             array = _npy_file(source.path, source.path, "")
             task = source.task or default_task(source.path)
-            requests.add(task, array, None, None, source.path, "")
+            requests.add(task, array, None, None, source.path, "", response=False)
         else:
             _add_lines(source, requests)
     requests.tell(sources[0].path, notify)
@@ -79,6 +86,7 @@ def read_vllm(
             "source": "vllm",
             "files": [source.path.name for source in sources],
             "profiling_rows_dropped": requests.profiling_rows,
+            **requests.provenance(),
         },
         name="vllm",
     )
@@ -89,29 +97,58 @@ def _add_lines(source: Source, requests: Requests) -> None:
     for place, value in json_lines(path):
         line = json_object(value, path, place)
         task = task_of_line(line, source.task, path, place)
-        for where, recorded, prompt, generated in _recordings(line, path, place):
-            if recorded is None:
-                requests.missing += 1
-                continue
-            array = _array(recorded, path, where)
-            requests.add(task, array, prompt, generated, path, where)
+        read: set[str] = set()
+        for recording in _recordings(line, path, place):
+            _add(requests, task, recording, path)
+            read |= recording.read
+        requests.unread |= unread_routing(line, read or {f"choices[].{ROWS}"}, path, place)
 
 
-Recording = tuple[str, Any, int | None, int | None]
+@dataclass(frozen=True)
+class _Recording:
+    """A request as a line holds it: values under the two keys, and its numbers of tokens.
+
+    ``read`` has the paths of these keys; ``response`` tells a response of the server from a plain
+    object.
+    """
+
+    place: str
+    rows: Any
+    prompt_rows: Any
+    prompt: int | None
+    generated: int | None
+    read: frozenset[str]
+    response: bool
 
 
-def _recordings(line: Mapping[str, Any], path: Path, place: str) -> Iterator[Recording]:
-    """(place, value of routed_experts, prompt tokens, generated tokens) of each request."""
-    if "routed_experts" in line:
-        yield (
-            place,
-            line["routed_experts"],
-            whole_number(line, "prompt_tokens", path, place),
-            whole_number(line, "completion_tokens", path, place),
-        )
+def _add(requests: Requests, task: str, recording: _Recording, path: Path) -> None:
+    """Add one request."""
+    place = recording.place
+    prompt, generated = recording.prompt, recording.generated
+    if recording.rows is None and recording.prompt_rows is None:
+        requests.missing += 1
         return
+    if recording.prompt_rows is None:
+        array = _array(recording.rows, path, place, ROWS)
+    else:
+        before = _array(recording.prompt_rows, path, place, PROMPT_ROWS)
+        rows = None
+        if recording.rows is not None and recording.rows != []:
+            rows = _array(recording.rows, path, place, ROWS)
+        joined = join(before, rows, prompt, generated, path, place)
+        array, prompt, generated = joined.rows, joined.prompt, joined.generated
+        requests.prompts_twice += joined.twice
+        requests.without_generated += joined.cut
+    requests.add(task, array, prompt, generated, path, place, response=recording.response)
+
+
+def _recordings(line: Mapping[str, Any], path: Path, place: str) -> Iterator[_Recording]:
+    """Each request of a line."""
     choices = line.get("choices")
-    if not isinstance(choices, list):
+    if isinstance(choices, list) and line.get(ROWS) is None:
+        yield from _choices(line, choices, path, place)
+        return
+    if ROWS not in line and PROMPT_ROWS not in line:
         sglang = "meta_info" in line or "sglext" in line
         raise InputError(
             "neither 'choices' nor 'routed_experts' in it",
@@ -120,12 +157,37 @@ def _recordings(line: Mapping[str, Any], path: Path, place: str) -> Iterator[Rec
             expected="a response with choices[].routed_experts",
             remedy="SGLang's responses are read with --format sglang" if sglang else "",
         )
+    yield _Recording(
+        place,
+        line.get(ROWS),
+        _some(line.get(PROMPT_ROWS)),
+        whole_number(line, "prompt_tokens", path, place),
+        whole_number(line, "completion_tokens", path, place),
+        frozenset([ROWS, PROMPT_ROWS]),
+        response=False,
+    )
+
+
+def _choices(
+    line: Mapping[str, Any], choices: Sequence[Any], path: Path, place: str
+) -> Iterator[_Recording]:
+    """Each choice of a response, a request of its own: its prompt's rows belong to each."""
     usage = json_object(line.get("usage") or {}, path, f"{place} 'usage'")
     prompt = whole_number(usage, "prompt_tokens", path, place)
     for index, value in enumerate(choices):
         where = f"{place} choice {index}"
         choice = json_object(value, path, where)
-        if "routed_experts" not in choice:
+        shared, own = _some(line.get(PROMPT_ROWS)), _some(choice.get(PROMPT_ROWS))
+        if shared is not None and own is not None and shared != own:
+            raise InputError(
+                f"other {PROMPT_ROWS!r} than those of the response",
+                source=path,
+                place=where,
+                expected="the prompt's rows once",
+                remedy="remove one of the two",
+            )
+        prompt_rows = shared if own is None else own
+        if ROWS not in choice and prompt_rows is None:
             raise InputError(
                 "no 'routed_experts' in it",
                 source=path,
@@ -138,10 +200,24 @@ def _recordings(line: Mapping[str, Any], path: Path, place: str) -> Iterator[Rec
         if len(choices) > 1:
             ids = choice.get("token_ids")
             generated = len(ids) if isinstance(ids, list) else None
-        yield where, choice["routed_experts"], prompt, generated
+        at = f"choices[{index}]"
+        yield _Recording(
+            where,
+            choice.get(ROWS),
+            prompt_rows,
+            prompt,
+            generated,
+            frozenset([PROMPT_ROWS, f"{at}.{ROWS}", f"{at}.{PROMPT_ROWS}"]),
+            response=True,
+        )
 
 
-def _array(recorded: Any, path: Path, place: str) -> npt.NDArray[Any]:
+def _some(rows: Any) -> Any:
+    """``rows`` unless there are none."""
+    return None if rows == [] else rows
+
+
+def _array(recorded: Any, path: Path, place: str, key: str) -> npt.NDArray[Any]:
     if isinstance(recorded, str):
         if recorded.endswith(".npy"):  # no base64 text ends so
             return _npy_file(path.parent / recorded, path, place)
@@ -156,13 +232,13 @@ def _array(recorded: Any, path: Path, place: str) -> npt.NDArray[Any]:
         raise InputError(
             "the lists are no array of whole numbers",
             source=path,
-            place=place,
+            place=place if key == ROWS else f"{place} {key!r}",
             expected="[tokens][decoder layers][top-k] expert ids",
         )
     raise InputError(
         f"{recorded!r:.60}",
         source=path,
-        place=f"{place} 'routed_experts'",
+        place=f"{place} {key!r}",
         expected="base64 of .npy bytes, nested lists, or the name of a .npy file",
     )
 

@@ -193,6 +193,48 @@ def test_wrong_lines(tmp_path: Path, line: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "layer, expert, count\n2, 0, 5\n2, 1, 5\n10, 0, 5\n10, 2, 5\n",
+        " count ,layer,\texpert\n 5 ,2,\t0\n5, 2 , 1\n5,10,0 \n5 ,10 ,2\n",
+        '"layer", "expert", "count"\n"2", "0", "5"\n2,"1 ", 5\n10,0,5\n10,2,"5"\n',
+        "\n  \nlayer,expert,count\n\n2,0,5\n2,1,5\n   \n10,0,5\n10,2,5\n\n",
+        "\ufefflayer,expert,count\r\n2,0,5\r\n2,1,5\r\n10,0,5\r\n10,2,5\r\n",
+    ],
+)
+def test_spaces_and_blank_lines(tmp_path: Path, text: str) -> None:
+    """Spaces around names and values, quotes, blank lines and a mark change nothing."""
+    source = Source(tmp_path / "c.csv", "law")
+    source.path.write_bytes(text.encode())
+    assert read_counts([source], TINY).counts.tolist() == [[[5, 5, 0], [5, 0, 5]]]
+
+
+def test_spaces_around_tasks(tmp_path: Path) -> None:
+    """A task is the same with spaces around its name, those within it are its own."""
+    text = "layer, expert, count, task\n2, 0, 5, a b\n2, 1, 5,a b\n10, 0, 5, a b \n10, 2, 5, a b\n"
+    trace = read_counts([write(tmp_path / "c.csv", text)], TINY)
+    assert trace.tasks == ("a b",)
+    assert trace.counts.tolist() == [[[5, 5, 0], [5, 0, 5]]]
+
+
+@pytest.mark.parametrize(
+    ("header", "shown"),
+    [
+        ("task,layer\u200b,expert,count", "task, 'layer\\u200b', expert, count"),
+        ("task,l\u0430yer,expert,count", "task, 'l\\u0430yer', expert, count"),
+        ("task,layer, layer,expert,count", "task, layer, layer, expert, count"),
+    ],
+)
+def test_names_that_look_alike(tmp_path: Path, header: str, shown: str) -> None:
+    """What differs from the expected columns can be seen in the message."""
+    with pytest.raises(InputError) as caught:
+        read_counts([write(tmp_path / "c.csv", f"{header}\na,2,0,5\n")], TINY)
+    assert f"line 1: columns {shown}; expected task, layer, expert, count, each once" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "columns (none)"),

@@ -228,7 +228,11 @@ def test_tasks_of_sources(tmp_path: Path) -> None:
         (np.ones((2, 3, 6), "i4"), "'logical_count': 3 layers; expected 4 or more"),
         (np.ones((2, 4, 6), "i4"), "'logical_count': calls in layer 0; expected none"),
         (np.full((2, 4, 6), np.nan, "f4"), "'logical_count': float32 [2, 4, 6]"),
-        (np.ones((4, 6), "i4"), "'logical_count': int32 [4, 6]; expected whole numbers [S, L, E]"),
+        (np.ones((4, 6), "i4"), "'logical_count': calls in layer 0; expected none"),
+        (
+            np.ones(6, "i4"),
+            "'logical_count': int32 [6]; expected whole numbers [S, L, E] or [L, E]",
+        ),
         (np.zeros((2, 4, 6), "i4"), "no calls in layer 1"),
         (np.zeros((0, 4, 6), "i4"), "no calls in layer 1"),
         (-stat_rows(routing(3), unused=0), "row 0 layer"),
@@ -409,6 +413,27 @@ def test_padding_and_idle_passes_are_dropped(tmp_path: Path) -> None:
     assert np.array_equal(batch.experts, np.concatenate([routing(5)[:3], routing(3, 1)[:1]]))
     assert batch.request.tolist() == [0] * 4
     assert told[0] == "left out 6 rows of padding"
+
+
+def test_repeated_rows_are_told(tmp_path: Path) -> None:
+    """Rows of one request that repeat in every layer are kept and counted; of others they are not.
+
+    With three layers 50 bits are 17 repetitions; two requests of 9 equal tokens are no run of 18.
+    """
+    rows = np.repeat(routing(1), 18, axis=0)
+    two = save(tmp_path / "two.pt", [record(1, rows, positions=[*range(9)] * 2, pieces=[9, 9])])
+    assert len(read(two)[1]) == 1
+    whole = save(tmp_path / "one.pt", [record(1, rows)])
+    trace, told = read(whole)
+    assert trace.tokens.tolist() == [18]
+    assert told[0].startswith("17 rows in 1 runs repeat the row before them in every layer")
+    assert "one.pt rank 0 after token 0" in told[0]
+
+
+def test_zeros_were_not_recorded(tmp_path: Path) -> None:
+    """Ids that are all 0 are told from experts that moved."""
+    message = refusal(save(tmp_path / "chat.pt", [with_ids(2, 1, [0, 0])]))
+    assert "layer 2 token 1: nothing was recorded (all ids are 0)" in message
 
 
 def test_two_ranks_of_different_tokens(tmp_path: Path) -> None:

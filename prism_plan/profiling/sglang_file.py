@@ -1,0 +1,147 @@
+"""What a file of SGLang is, told by its content; see :mod:`prism_plan.profiling.sglang`."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from prism_plan.errors import InputError
+from prism_plan.files import parse_json, read_text, refuse_other_encodings
+from prism_plan.profiling.lines import text_lines
+from prism_plan.profiling.sglang_dump import KINDS, load
+from prism_plan.profiling.tensors import CUT_SHORT, parse_npy
+
+Kind = Literal["responses", "json", "npz", "torch"]
+
+COUNTS = "logical_count"
+#: A key of a JSON object, not part of a text in it (there the quotes are escaped).
+_COUNTS_KEY = re.compile(rb'(?<!\\)"logical_count"\s*:')
+_HEAD_BYTES = 4096
+#: Unpacked bytes of an array in a .npz file: a hundred thousand passes of a large model.
+MAX_NPZ_BYTES = 2**32
+
+
+def holds_responses(path: Path) -> bool:
+    """Whether a file holds responses, one a line, rather than a dump."""
+    return _kind_of(path) == "responses"
+
+
+def read_dump(path: Path) -> Mapping[str, Any]:
+    """The dictionary in a dump: of tensors from PyTorch's format, of arrays from JSON or .npz.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, holds code or is something else.
+    """
+    kind = _kind_of(path)
+    if kind == "json":
+        return _from_json(path)
+    return _from_npz(path) if kind == "npz" else load(path)
+
+
+def _kind_of(path: Path) -> Kind:
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(_HEAD_BYTES)
+        refuse_other_encodings(head, path)
+    except OSError:
+        return "torch"  # whose reader names the reason
+    except InputError:
+        return "json"  # likewise
+    if head.startswith(b"PK"):
+        return "npz" if f"{COUNTS}.npy" in _members(path) else "torch"
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not text.startswith((b"{", b"[")):
+        return "responses" if path.suffix == ".jsonl" else "torch"
+    if _COUNTS_KEY.search(text):
+        return "json"
+    return "responses" if path.suffix == ".jsonl" or _begins_with_a_response(path) else "json"
+
+
+def _begins_with_a_response(path: Path) -> bool:
+    """Whether the first line is a response or a list of them, as in JSON Lines."""
+    try:
+        _, line = next(iter(text_lines(path)), (0, ""))
+        value = parse_json(line, path)
+    except InputError:
+        return False
+    return isinstance(value, list) or not {"meta_info", "sglext", "choices"}.isdisjoint(value)
+
+
+def _members(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return []
+
+
+def _from_json(path: Path) -> Mapping[str, Any]:
+    values = parse_json(read_text(path), path)
+    if not isinstance(values, dict) or COUNTS not in values:
+        found = f"keys {', '.join(values)}" if isinstance(values, dict) else type(values).__name__
+        placement = isinstance(values, dict) and "physical_to_logical_map" in values
+        raise InputError(
+            f"JSON without {COUNTS!r} ({found:.80})",
+            source=path,
+            expected=KINDS,
+            remedy="this is where experts are to be placed, not what was recorded"
+            if placement
+            else "",
+        )
+    try:
+        array = np.array(values[COUNTS])
+    except (ValueError, OverflowError):
+        array = np.array("ragged")
+    if array.dtype.kind not in "iu":
+        raise InputError(
+            f"lists that are no array of whole numbers ({array.dtype} {list(array.shape)})",
+            source=path,
+            place=repr(COUNTS),
+            expected="counts [layers][experts] or [passes][layers][experts] below 2^63",
+        )
+    return {**values, COUNTS: array}
+
+
+def _from_npz(path: Path) -> Mapping[str, Any]:
+    """``logical_count`` and, where it is there, ``rank`` of a .npz file; nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            values = {}
+            for key in (COUNTS, "rank"):
+                name = f"{key}.npy"
+                if name not in archive.namelist():
+                    continue
+                size = archive.getinfo(name).file_size
+                if size > MAX_NPZ_BYTES:
+                    raise InputError(
+                        f"{size:,} bytes of {key!r}",
+                        source=path,
+                        expected=f"at most {MAX_NPZ_BYTES:,}",
+                    )
+                values[key] = parse_npy(archive.read(name), path, repr(key))
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        raise InputError(
+            f"not a readable .npz file: {error}", source=path, remedy=CUT_SHORT
+        ) from error
+    rank = values.pop("rank", np.zeros((), np.int64))
+    if rank.ndim:
+        raise InputError(
+            f"shape {list(rank.shape)}", source=path, place="'rank'", expected="one number"
+        )
+    return {**values, "rank": int(rank)}
