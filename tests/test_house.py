@@ -21,12 +21,12 @@ FLOORS = [
     {"errors", "jit", "machine"},
     {"files", "schema", "kernels", "__init__"},
     {
-        *("model", "model_config", "cluster", "cluster_file", "toml_table"),
+        *("model", "model_config", "cluster", "cluster_file", "toml_table", "assumed"),
         *("trace", "trace_file", "provenance"),
     },
     {"workload"},
     {"instance"},
-    {"placement", "placement_file", "objective", "feasibility", "moves"},
+    {"placement", "placement_file", "objective", "feasibility", "memory", "moves"},
     {"solvers", "simulate"},
     {"migration"},
     {"profiling"},
@@ -34,7 +34,7 @@ FLOORS = [
         *("comparison", "comparison_file", "simulation", "simulation_file", "request_table"),
         *("sweep", "sweep_file"),
     },
-    {"check"},
+    {"check", "cluster_check"},
     {"plotting"},
     {"cli"},
 ]

@@ -14,6 +14,7 @@ from runtime_adapter.cli.options import (
     meeting_options,
     migration_options,
     note,
+    note_assumed,
 )
 
 
@@ -198,6 +199,9 @@ def command(**given: Any) -> None:
         movable=movable,
         planes=planes,
     )
+    if cluster is not None:
+        reviewed = given["migrate"] != "never"
+        note_assumed(given["cluster"], cluster, loads=reviewed, links=True)
     with jsonl(given["output"]) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()
         answers = serve(
