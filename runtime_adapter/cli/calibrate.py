@@ -56,7 +56,7 @@ def command(**given: Any) -> None:
     with blaming(given["cluster"]):
         times = timing(cluster, model, max(TOKENS))
         network = Network.of(cluster, model)
-    note_assumed(given["cluster"], cluster, compute=True, links=True)
+    note_assumed(given["cluster"], cluster, compute=True)
     compute = TimedCompute(
         times, GpuClock(len(own.gpus)), model.num_experts, first, first + own.dense_gpu, meeting.me
     )

@@ -201,7 +201,8 @@ def command(**given: Any) -> None:
     )
     if cluster is not None:
         reviewed = given["migrate"] != "never"
-        note_assumed(given["cluster"], cluster, loads=reviewed, links=True)
+        by_links = reviewed or given["route"] == "nearest"
+        note_assumed(given["cluster"], cluster, loads=reviewed, links=by_links)
     with jsonl(given["output"]) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()
         answers = serve(
