@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prism_plan.assumed import listed
 from prism_plan.cluster import Cluster
+from prism_plan.cluster_check import require_plannable
 from prism_plan.cluster_file import parse_cluster
 from prism_plan.comparison_file import comparison_from_json
 from prism_plan.errors import Infeasible, InputError
 from prism_plan.files import decode, parse_json, read_bytes
 from prism_plan.instance import Instance
+from prism_plan.memory import GpuMemory, gpu_memory, too_little_left, unreserved
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration.plan_file import migration_from_json
-from prism_plan.model import require_same_model
+from prism_plan.model import ModelSpec, require_same_model
 from prism_plan.objective import score, violations
 from prism_plan.placement import InputFile, Placement
 from prism_plan.placement_file import placement_from_json
@@ -28,6 +31,7 @@ from prism_plan.sweep_file import OK, is_sweep, is_sweep_csv, sweep_from_csv, sw
 from prism_plan.toml_table import parse_toml
 from prism_plan.trace import Trace
 from prism_plan.trace_file import read_trace
+from prism_plan.workload import require_users
 
 #: Values of the key ``format`` of our JSON files.
 FORMATS = tuple(
@@ -40,13 +44,19 @@ SHARE_TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in a file. ``problems`` are broken constraints or untrue statements."""
+    """What was found in a file. ``problems`` are broken constraints or untrue statements.
+
+    ``warnings`` are lines, each with the file that it is about, of what makes no file invalid;
+    ``memory`` is that of every GPU, where it is known.
+    """
 
     path: str
     kind: str
     summary: str
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
+    memory: tuple[GpuMemory, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
@@ -57,6 +67,8 @@ class Report:
             "summary": self.summary,
             "problems": list(self.problems),
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
+            **({"memory": [row.to_json() for row in self.memory]} if self.memory else {}),
         }
 
 
@@ -65,6 +77,7 @@ def check_file(
     *,
     cluster: tuple[str, Cluster, InputFile] | None = None,
     trace: tuple[str, Trace] | None = None,
+    model: tuple[str, ModelSpec] | None = None,
 ) -> Report:
     """Check any file that our commands read or write, told apart by content.
 
@@ -73,12 +86,19 @@ def check_file(
     A placement is checked for coverage, for the replicas that it promises and for the capacities
     that it states; with ``cluster`` (file name, content, identity) for its servers and slots;
     with ``trace`` (file name, content) too for memory and rules, and its remote share is
-    recomputed. Of a migration the form is checked, and that no step needs a later one.
+    recomputed. ``model`` (what it was called by, sizes) in place of ``trace`` gives memory and
+    rules alone. Of a migration the form is checked, and that no step needs a later one.
+
+    A cluster is refused where every solver refuses it: whatever the trace is, or with ``trace``,
+    or whatever the trace of ``model`` is.
 
     Raises
     ------
     InputError
-        The file is not of our formats, or its form is broken.
+        The file is not of our formats, or its form is broken; of a cluster nobody asks for
+        anything, or it does not go with the trace or the model.
+    Infeasible
+        No placement satisfies the cluster.
     """
     name = os.fspath(path)
     if name.endswith(".parquet") and not is_sweep(path):
@@ -93,9 +113,7 @@ def check_file(
         keys = parse_toml(text, path).values
         if "phase" in keys and "server" not in keys:
             return _check_phases(path, parse_schedule(text, source=path))
-        found = parse_cluster(text, source=path)
-        gpus = sum(len(server.gpus) for server in found.servers)
-        return Report(name, "cluster", f"{found.num_servers} servers, {gpus} GPUs")
+        return _check_cluster(path, parse_cluster(text, source=path), trace, model)
     if is_sweep_csv(text):
         return _check_sweep(path, sweep_from_csv(text, source=path))
     if text.lstrip()[:1] not in ("{", "["):
@@ -122,7 +140,55 @@ def check_file(
             place="format",
             expected=f"one of {', '.join(FORMATS)}",
         )
-    return _check_placement(path, placement_from_json(values, source=path), cluster, trace)
+    return _check_placement(path, placement_from_json(values, source=path), cluster, trace, model)
+
+
+def _check_cluster(
+    path: str | os.PathLike[str],
+    cluster: Cluster,
+    trace: tuple[str, Trace] | None,
+    model: tuple[str, ModelSpec] | None,
+) -> Report:
+    found = trace[1] if trace else None
+    spec = found.model if found is not None else model[1] if model else None
+    try:
+        notes = require_plannable(cluster, trace=found, model=spec)
+    except (InputError, Infeasible) as error:
+        raise error.within(path) from error
+    memory = () if spec is None else gpu_memory(cluster, spec)
+    gpus = sum(len(server.gpus) for server in cluster.servers)
+    return Report(
+        str(path),
+        "cluster",
+        f"{cluster.num_servers} servers, {gpus} GPUs",
+        notes=(*notes, *_notes_on_memory(memory)),
+        warnings=_warnings(path, cluster, spec, memory, found),
+        memory=memory,
+    )
+
+
+def _notes_on_memory(memory: Sequence[GpuMemory]) -> tuple[str, ...]:
+    given = [f"{row.server} gpu[{row.gpu}]" for row in memory if row.usable_bytes is None]
+    if not given:
+        return ()
+    return (
+        f"slots are given for {listed(given)}: the KV cache, like all but experts, is not "
+        "subtracted there",
+    )
+
+
+def _warnings(
+    path: object,
+    cluster: Cluster,
+    model: ModelSpec | None,
+    memory: Sequence[GpuMemory],
+    trace: Trace | None,
+) -> tuple[str, ...]:
+    lines = [unreserved(cluster, model)]
+    if model is not None and memory:
+        lines.append(too_little_left(cluster, model, memory, trace))
+    text = "; ".join(line for line in lines if line)
+    return (f"{path}: {text}",) if text else ()
 
 
 def _check_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> Report:
@@ -184,8 +250,11 @@ def _check_placement(
     placement: Placement,
     cluster: tuple[str, Cluster, InputFile] | None,
     trace: tuple[str, Trace] | None,
+    model: tuple[str, ModelSpec] | None,
 ) -> Report:
     plan = placement.plan
+    if trace is not None:
+        model = (trace[0], trace[1].model)
     problems: list[str] = []
     notes: list[str] = []
     instance = None
@@ -193,40 +262,56 @@ def _check_placement(
         _same_input(placement, cluster[0], cluster[2].sha256, notes)
     if trace is not None:
         _same_input(placement, trace[0], trace[1].sha256, notes)
-    if trace is not None:
-        require_same_model(placement.model, trace[1].model, source=path, other=trace[0])
-    if cluster is not None and trace is not None:
+    if model is not None:
+        require_same_model(placement.model, model[1], source=path, other=model[0])
+    if cluster is not None:
         try:
-            instance = Instance.build(trace[1], cluster[1], min_replicas=plan.min_replicas)
+            require_users(cluster[1])
+            if trace is not None:
+                instance = Instance.build(trace[1], cluster[1], min_replicas=plan.min_replicas)
+            elif model is not None:
+                instance = Instance.of_cluster(cluster[1], model[1], min_replicas=plan.min_replicas)
         except (InputError, Infeasible) as error:
             raise error.within(cluster[0]) from error
     found = violations(placement, min_replicas=plan.min_replicas, instance=instance)
     problems += [violation.message for violation in found]
     if cluster is not None and instance is None:
         problems += against_cluster(placement, cluster[1])
-        notes.append(f"memory and rules of {cluster[0]} not checked: that needs --trace")
+        notes.append(f"memory and rules of {cluster[0]} not checked: that needs --trace or --model")
     if plan.remote_share is not None and plan.bound is not None:
         slack = plan.remote_share - plan.bound
         if slack < -SHARE_TOLERANCE:
             problems.append(f"remote_share {plan.remote_share} lies below its bound {plan.bound}")
         if plan.termination == "optimal" and slack > SHARE_TOLERANCE:
             problems.append(f"called optimal, but remote_share exceeds its bound by {slack:g}")
-    if instance is not None and placement.servers == instance.servers:
+    fits = instance is not None and placement.servers == instance.servers
+    if instance is not None and fits and trace is not None:
         share = score(placement, instance).share
         if plan.remote_share is not None and abs(share - plan.remote_share) > SHARE_TOLERANCE:
             problems.append(
                 f"plan.remote_share says {plan.remote_share}, the placement has {share} on "
-                f"{trace[0] if trace else ''}"
+                f"{trace[0]}"
             )
     elif trace is None or cluster is None:
         notes.append("remote_share not recomputed: that needs --trace and --cluster")
+    memory: tuple[GpuMemory, ...] = ()
+    warnings: tuple[str, ...] = ()
+    if cluster is not None:
+        same_gpus = [len(gpus) for gpus in placement.gpu_capacity] == [
+            len(server.gpus) for server in cluster[1].servers
+        ]
+        spec = None if model is None else model[1]
+        if spec is not None and fits and same_gpus:
+            memory = gpu_memory(cluster[1], spec, placement)
+            notes += _notes_on_memory(memory)
+        warnings = _warnings(cluster[0], cluster[1], spec, memory, trace[1] if trace else None)
     copies = placement.local.sum(axis=0)
     summary = (
         f"{placement.model.name} on {placement.num_servers} servers by {plan.solver}, "
         f"{int(placement.on_gpu.sum()):,} experts placed, {int(copies.min())} to "
         f"{int(copies.max())} copies"
     )
-    return Report(str(path), "placement", summary, tuple(problems), tuple(notes))
+    return Report(str(path), "placement", summary, tuple(problems), tuple(notes), warnings, memory)
 
 
 def against_cluster(placement: Placement, cluster: Cluster) -> list[str]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from prism_plan.errors import Infeasible, InputError
 from prism_plan.model import ModelSpec
+
+#: Figures of a GPU and of links for which a default stands in where a cluster file gives none.
+GPU_FIGURES = ("memory_bandwidth_gbs", "tflops", "launch_overhead_us", "load_gbs")
+LINK_FIGURES = ("bandwidth_mbps", "rtt_ms", "call_overhead_ms")
 
 
 @dataclass(frozen=True)
@@ -16,6 +22,8 @@ class Gpu:
     Memory is given by ``memory_bytes``, or the number of experts it holds by ``slots``. Bandwidth
     is in GB/s (1e9 bytes), compute in TFLOP/s, launch overhead in microseconds. Loads of experts
     take time on a channel of their own; with ``load_blocks_compute`` they occupy the GPU too.
+    ``assumed`` names those of :data:`GPU_FIGURES` that a cluster file did not give (the defaults
+    are those of an A100 of 40 GB); two GPUs that differ in nothing else are equal.
     """
 
     memory_bytes: int | None = None
@@ -28,6 +36,7 @@ class Gpu:
     launch_overhead_us: float = 20.0
     load_gbs: float = 12.0
     load_blocks_compute: bool = False
+    assumed: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     @property
     def usable_bytes(self) -> int:
@@ -42,6 +51,8 @@ class Link:
     """Network figures: what any server has, unless it or a pair says otherwise.
 
     Messages below ``short_kb`` wait for no more than so much of longer ones (0: for all of them).
+    ``assumed`` names those of :data:`LINK_FIGURES` that a cluster file did not give; links that
+    differ in nothing else are equal.
     """
 
     bandwidth_mbps: float = 1000.0
@@ -49,6 +60,15 @@ class Link:
     call_overhead_ms: float = 0.2
     burst_kb: float = 0.0
     short_kb: float = 0.0
+    assumed: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+
+_Figures = TypeVar("_Figures", Gpu, Link)
+
+
+def with_figures(part: _Figures, **figures: Any) -> _Figures:
+    """A copy of a GPU or of links with these figures, which count as given from then on."""
+    return dataclasses.replace(part, assumed=part.assumed.difference(figures), **figures)
 
 
 @dataclass(frozen=True)
@@ -82,6 +102,11 @@ class Server:
     pin: tuple[tuple[int, int], ...] = ()
     forbid: tuple[tuple[int, int], ...] = ()
     layer_cap: int | None = None
+
+    @property
+    def has_users(self) -> bool:
+        """Whether any of its own users ask for anything."""
+        return any(share > 0 for share in self.tasks.values())
 
     @property
     def dense_gpu(self) -> int:
@@ -139,12 +164,33 @@ class Cluster:
         return len(self.servers)
 
 
+@dataclass(frozen=True)
+class Resident:
+    """Bytes on one GPU that are not routed experts."""
+
+    dense: int
+    kv: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return self.dense + self.kv + self.reserve
+
+
+def resident(model: ModelSpec, server: Server, gpu: int) -> Resident:
+    """What is on that GPU besides routed experts: dense part, KV cache, reserve."""
+    own = gpu == server.dense_gpu
+    return Resident(
+        dense=model.dense_bytes if own else 0,
+        kv=server.kv_tokens * model.kv_bytes_per_token if own else 0,
+        reserve=server.gpus[gpu].reserve_bytes,
+    )
+
+
 def resident_bytes(model: ModelSpec, server: Server, gpu: int) -> int:
     """Bytes on that GPU that are not routed experts: dense part, KV cache, reserve."""
-    resident = server.gpus[gpu].reserve_bytes
-    if gpu == server.dense_gpu:
-        resident += model.dense_bytes + server.kv_tokens * model.kv_bytes_per_token
-    return resident
+    return resident(model, server, gpu).total
 
 
 def expert_room_bytes(model: ModelSpec, server: Server, gpu: int) -> int:
@@ -155,12 +201,13 @@ def expert_room_bytes(model: ModelSpec, server: Server, gpu: int) -> int:
     Infeasible
         The GPU is too small for what must reside on it.
     """
-    room = server.gpus[gpu].usable_bytes - resident_bytes(model, server, gpu)
+    needed = resident(model, server, gpu)
+    room = server.gpus[gpu].usable_bytes - needed.total
     if room < 0:
-        held = "the dense part" if gpu == server.dense_gpu else "its reserve"
+        held = "the dense part" if needed.total > needed.reserve else "its reserve"
         raise Infeasible(
             f"server {server.name!r} gpu[{gpu}]: {server.gpus[gpu].usable_bytes:,} usable bytes do "
-            f"not hold {held} of {resident_bytes(model, server, gpu):,} bytes",
+            f"not hold {held} of {needed.total:,} bytes",
             shortfall=-room,
             unit="bytes",
             remedy="raise memory_gb or memory_fraction, or put dense = true on another GPU",

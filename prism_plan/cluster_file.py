@@ -7,7 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prism_plan.cluster import Cluster, Gpu, Link, PairLink, Server
+from prism_plan.cluster import (
+    GPU_FIGURES,
+    LINK_FIGURES,
+    Cluster,
+    Gpu,
+    Link,
+    PairLink,
+    Server,
+)
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import read_text
 from prism_plan.toml_table import Table, parse_toml
@@ -59,7 +67,7 @@ def _link(table: Table) -> Link:
         short_kb=table.number("short_kb"),
     )
     table.end()
-    return Link(**values)
+    return Link(assumed=frozenset(LINK_FIGURES).difference(values), **values)
 
 
 def _pair_links(tables: list[Table], names: list[str]) -> tuple[PairLink, ...]:
@@ -151,19 +159,21 @@ def _gpu(table: Table) -> Gpu:
     elif gibibytes is not None:
         memory_bytes = round(gibibytes * 2**30)
     reserve_gb = table.number("reserve_gb", most=1e9)
-    gpu = Gpu(
-        memory_bytes=memory_bytes,
-        slots=slots,
-        dense=table.flag("dense"),
-        load_blocks_compute=table.flag("load_blocks_compute"),
-        **_given(
-            memory_fraction=table.number("memory_fraction", positive=True, most=1.0),
-            reserve_bytes=None if reserve_gb is None else round(reserve_gb * 1e9),
-            memory_bandwidth_gbs=table.number("memory_bandwidth_gbs", positive=True),
-            tflops=table.number("tflops", positive=True),
-            launch_overhead_us=table.number("launch_overhead_us"),
-            load_gbs=table.number("load_gbs", positive=True),
-        ),
+    dense, blocks = table.flag("dense"), table.flag("load_blocks_compute")
+    values = _given(
+        memory_fraction=table.number("memory_fraction", positive=True, most=1.0),
+        reserve_bytes=None if reserve_gb is None else round(reserve_gb * 1e9),
+        memory_bandwidth_gbs=table.number("memory_bandwidth_gbs", positive=True),
+        tflops=table.number("tflops", positive=True),
+        launch_overhead_us=table.number("launch_overhead_us"),
+        load_gbs=table.number("load_gbs", positive=True),
     )
     table.end()
-    return gpu
+    return Gpu(
+        memory_bytes=memory_bytes,
+        slots=slots,
+        dense=dense,
+        load_blocks_compute=blocks,
+        assumed=frozenset(GPU_FIGURES).difference(values),
+        **values,
+    )

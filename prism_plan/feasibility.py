@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from prism_plan.errors import Infeasible
 from prism_plan.instance import Instance
+from prism_plan.placement import server_of_gpu
 
 
 def require_feasible(instance: Instance) -> None:
@@ -148,3 +150,43 @@ def explain_infeasible(instance: Instance) -> None:
         unit="slots",
         remedy="loosen forbid, pin or layer_cap, add memory, or lower --min-replicas",
     )
+
+
+def first_fit(instance: Instance) -> bool:
+    """Whether experts of unequal size fit when they are placed one by one, the largest first.
+
+    Each goes to the GPU with the most room among those that may hold it; of pinned ones first.
+    ``True`` proves that a placement exists, ``False`` proves nothing.
+    """
+    size = np.repeat(instance.expert_size, instance.model.num_experts)
+    owner = server_of_gpu(instance.gpu_capacity)
+    room = np.array([bytes_ for gpus in instance.gpu_capacity for bytes_ in gpus], np.int64)
+    shape = (instance.num_servers, instance.model.num_pairs)
+    open_ = ~instance.mask(instance.forbidden).reshape(shape)
+    pinned = instance.mask(instance.pinned).reshape(shape)
+    held = np.zeros(shape, bool)
+    caps = [instance.model.num_experts if cap is None else cap for cap in instance.layer_caps]
+    left = np.tile(np.array(caps, np.int64)[:, None], instance.model.num_layers)
+
+    def place(pair: int, servers: npt.NDArray[np.bool_]) -> bool:
+        layer = pair // instance.model.num_experts
+        may = servers & ~held[:, pair] & (left[:, layer] > 0)
+        fits = np.where(may[owner] & (room >= size[pair]), room, -1)
+        gpu = int(np.argmax(fits))
+        if fits[gpu] < 0:
+            return False
+        room[gpu] -= size[pair]
+        held[owner[gpu], pair] = True
+        left[owner[gpu], layer] -= 1
+        return True
+
+    by_size = np.argsort(-size, kind="stable").tolist()
+    for pair in by_size:
+        for n in np.flatnonzero(pinned[:, pair]):
+            if not place(pair, np.arange(instance.num_servers) == n):
+                return False
+    for pair in by_size:
+        while held[:, pair].sum() < instance.min_replicas:
+            if not place(pair, open_[:, pair]):
+                return False
+    return True

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots
 from prism_plan.errors import InputError
-from prism_plan.model import ModelShape
+from prism_plan.model import ModelShape, ModelSpec
 from prism_plan.trace import Trace
-from prism_plan.workload import Workload, activations, expected_workload
+from prism_plan.workload import Workload, activations, expected_workload, require_users
 
 #: Activations are zero or within these bounds, so that sums and ratios of them are numbers too.
 LEAST_CALLS, MOST_CALLS = 1e-100, 1e100
@@ -163,40 +163,86 @@ class Instance:
     ) -> Instance:
         """The problem of serving a trace's tasks on a cluster.
 
+        ``load`` replaces what the cluster's own users ask for.
+
         Raises
         ------
         InputError
-            See :func:`prism_plan.workload.expected_workload`; a rule names a layer or expert that
-            the model does not have; slots are given though experts differ in size.
+            Nobody asks for an expert (:func:`prism_plan.workload.require_users`); see
+            :func:`prism_plan.workload.expected_workload` and :meth:`of_cluster`.
         Infeasible
             A GPU is too small for what must reside on it.
         """
-        model = trace.model
-        if model.equal_expert_bytes:
-            capacity = [gpu_slots(model, server) for server in cluster.servers]
-        else:
-            capacity = []
-            for n, server in enumerate(cluster.servers):
-                for g, gpu in enumerate(server.gpus):
-                    if gpu.slots is not None:
-                        raise InputError(
-                            f"slots = {gpu.slots}",
-                            place=f"server[{n}].gpu[{g}]",
-                            expected="memory_gb, for experts of this model differ in size by layer",
-                        )
-                capacity.append(
-                    tuple(expert_room_bytes(model, server, g) for g in range(len(server.gpus)))
-                )
+        if load is None:
+            require_users(cluster)
+            load = expected_workload(trace, cluster)
+        calls = activations(trace, load)
+        if not calls.any():
+            raise InputError(
+                "the tasks of its servers call no expert in the trace",
+                place="server",
+                expected="tasks with calls, at a rate above 0",
+                remedy="profile them, or name others",
+            )
+        return cls.of_cluster(cluster, trace.model, activations=calls, min_replicas=min_replicas)
+
+    @classmethod
+    def of_cluster(
+        cls,
+        cluster: Cluster,
+        model: ModelSpec,
+        *,
+        activations: npt.NDArray[np.float64] | None = None,
+        min_replicas: int = 1,
+    ) -> Instance:
+        """The capacities and rules of a cluster for a model; nothing is called by default.
+
+        Raises
+        ------
+        InputError
+            A rule names a layer or expert that the model does not have; slots are given though
+            experts differ in size.
+        Infeasible
+            A GPU is too small for what must reside on it.
+        """
+        if activations is None:
+            activations = np.zeros((cluster.num_servers, model.num_layers, model.num_experts))
         return cls(
             model=model.shape(),
             servers=tuple(server.name for server in cluster.servers),
-            activations=activations(trace, load or expected_workload(trace, cluster)),
-            gpu_capacity=tuple(capacity),
+            activations=activations,
+            gpu_capacity=gpu_capacity(cluster, model),
             min_replicas=min_replicas,
             pinned=tuple(rule_triples(cluster, model, "pin")),
             forbidden=tuple(rule_triples(cluster, model, "forbid")),
             layer_caps=tuple(server.layer_cap for server in cluster.servers),
         )
+
+
+def gpu_capacity(cluster: Cluster, model: ModelSpec) -> tuple[tuple[int, ...], ...]:
+    """What each GPU of each server has for experts: slots, or bytes where experts differ in size.
+
+    Raises
+    ------
+    InputError
+        Slots are given though experts differ in size.
+    Infeasible
+        A GPU is too small for what must reside on it.
+    """
+    if model.equal_expert_bytes:
+        return tuple(gpu_slots(model, server) for server in cluster.servers)
+    for n, server in enumerate(cluster.servers):
+        for g, gpu in enumerate(server.gpus):
+            if gpu.slots is not None:
+                raise InputError(
+                    f"slots = {gpu.slots}",
+                    place=f"server[{n}].gpu[{g}]",
+                    expected="memory_gb, for experts of this model differ in size by layer",
+                )
+    return tuple(
+        tuple(expert_room_bytes(model, server, g) for g in range(len(server.gpus)))
+        for server in cluster.servers
+    )
 
 
 def rule_triples(

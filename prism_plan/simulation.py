@@ -333,20 +333,13 @@ def simulate_placements(
 
 
 def _instance(trace: Trace, cluster: Cluster) -> Instance:
-    """Capacities and rules; a server's rate of tokens does not matter to them.
+    """Capacities and rules, to which what the users ask for does not matter.
 
     What is wrong with the cluster comes out here, before any placement is looked at.
     """
     Network.of(cluster, trace.model)
     timing(cluster, trace.model, 1)
-    weighted = dataclasses.replace(
-        cluster,
-        servers=tuple(
-            dataclasses.replace(server, weight=1.0 if server.weight is None else server.weight)
-            for server in cluster.servers
-        ),
-    )
-    return Instance.build(trace, weighted)
+    return Instance.of_cluster(cluster, trace.model)
 
 
 def _prepare(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prism_plan.cluster import Cluster
+from prism_plan.cluster import Cluster, with_figures
 from prism_plan.errors import InputError, LimitReached, PrismError, did_you_mean
 from prism_plan.instance import Instance
 from prism_plan.placement import Placement
@@ -22,6 +22,7 @@ from prism_plan.simulation import OFFLOAD, SimulationOptions, offload_placement,
 from prism_plan.solvers import SOLVER_NAMES, Options, get_solver, solve
 from prism_plan.sweep_file import COLUMNS, OK
 from prism_plan.trace import Trace
+from prism_plan.workload import require_users
 
 #: More runs than this are a mistyped grid.
 MOST_RUNS = 100_000
@@ -248,7 +249,7 @@ def varied(
         )
     link = cluster.link
     if bandwidth_mbps is not None:
-        link = dataclasses.replace(link, bandwidth_mbps=bandwidth_mbps)
+        link = with_figures(link, bandwidth_mbps=bandwidth_mbps)
     return dataclasses.replace(cluster, servers=servers, pair_links=pairs, link=link)
 
 
@@ -272,9 +273,9 @@ def sweep(
     Raises
     ------
     InputError
-        No run of the sweep could go well: ``options.holdout`` of a trace that cannot be split, or
-        no time between the requests of a server in cluster and grid; or a calibration gives the
-        bandwidth that is swept over.
+        No run of the sweep could go well: ``options.holdout`` of a trace that cannot be split, a
+        cluster that nobody asks for anything, or no time between the requests of a server in
+        cluster and grid; or a calibration gives the bandwidth that is swept over.
     """
     import joblib
 
@@ -283,6 +284,7 @@ def sweep(
         trace.split(options.holdout, grid.seed[0])
     if grid.arrival_interval_s == (None,):
         _require_arrivals(cluster)
+    require_users(cluster)
     calibration = options.simulation.calibration
     if calibration and calibration.bandwidth_mbps is not None and any(grid.bandwidth_mbps):
         raise InputError(

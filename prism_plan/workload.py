@@ -28,6 +28,45 @@ class Workload:
         self.rates.setflags(write=False)
 
 
+def require_users(cluster: Cluster) -> None:
+    """Refuse a cluster that nothing can be planned for, whatever the trace is.
+
+    Without users every placement is as good as any other, and "0 % remote" would say nothing.
+    Single servers may be without users.
+
+    Raises
+    ------
+    InputError
+        No server has tasks, one with tasks has neither an arrival rate nor a weight, or the
+        weight of every server with tasks is 0.
+    """
+    users = [n for n, server in enumerate(cluster.servers) if server.has_users]
+    if not users:
+        raise InputError(
+            "no server has tasks, so nobody asks for an expert",
+            place="server",
+            expected="users of at least one server",
+            remedy="give it tasks = { TASK = 1.0 }, and arrival_interval_s or weight",
+        )
+    for n in users:
+        if cluster.servers[n].weight is None and cluster.servers[n].arrival_interval_s is None:
+            raise _without_rate(cluster, n)
+    if all(cluster.servers[n].weight == 0 for n in users):
+        raise InputError(
+            "0, as of every server with tasks, so nobody asks for an expert",
+            place=f"server[{users[0]}].weight",
+            expected="a weight above 0 of at least one server with tasks",
+        )
+
+
+def _without_rate(cluster: Cluster, server: int) -> InputError:
+    return InputError(
+        f"server {cluster.servers[server].name!r} has tasks but no arrival rate",
+        place=f"server[{server}]",
+        expected="arrival_interval_s (mean seconds between requests) or weight",
+    )
+
+
 def expected_workload(trace: Trace, cluster: Cluster) -> Workload:
     """Token rates r·s_t·m_t of DESIGN section 1 (``weight`` replaces their sum over t).
 
@@ -54,11 +93,7 @@ def expected_workload(trace: Trace, cluster: Cluster) -> Workload:
                 remedy="give weight = 1.0 to servers that serve equally many tokens",
             )
         elif server.arrival_interval_s is None:
-            raise InputError(
-                f"server {server.name!r} has tasks but no arrival rate",
-                place=f"server[{n}]",
-                expected="arrival_interval_s (mean seconds between requests) or weight",
-            )
+            raise _without_rate(cluster, n)
         else:
             rates[n] = tokens / server.arrival_interval_s
     return Workload(trace.tasks, rates)

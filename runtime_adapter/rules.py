@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
-from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots
+from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
-from prism_plan.instance import Instance, rule_triples
+from prism_plan.instance import Instance
 from prism_plan.model import ModelSpec
 from prism_plan.objective import violations
 from prism_plan.placement import Placement
@@ -25,23 +23,7 @@ def rules_of(placement: Placement, cluster: Cluster, model: ModelSpec) -> Instan
     Infeasible
         A GPU is too small for what must reside on it.
     """
-    if model.equal_expert_bytes:
-        capacity = [gpu_slots(model, server) for server in cluster.servers]
-    else:
-        capacity = [
-            tuple(expert_room_bytes(model, server, g) for g in range(len(server.gpus)))
-            for server in cluster.servers
-        ]
-    instance = Instance(
-        model=model.shape(),
-        servers=tuple(server.name for server in cluster.servers),
-        activations=np.zeros((cluster.num_servers, model.num_layers, model.num_experts)),
-        gpu_capacity=tuple(capacity),
-        min_replicas=placement.plan.min_replicas,
-        pinned=tuple(rule_triples(cluster, model, "pin")),
-        forbidden=tuple(rule_triples(cluster, model, "forbid")),
-        layer_caps=tuple(server.layer_cap for server in cluster.servers),
-    )
+    instance = Instance.of_cluster(cluster, model, min_replicas=placement.plan.min_replicas)
     for violation in violations(placement, instance=instance)[:1]:
         raise InputError(
             violation.message,

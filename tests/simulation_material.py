@@ -64,6 +64,14 @@ tasks = { x = 0.5, z = 0.5 }
 [[server.gpu]]
 slots = 11
 """
+#: The same figures, but given: nothing is assumed.
+GIVEN = CLUSTER.replace(
+    "bandwidth_mbps = 100\n", "bandwidth_mbps = 100\nrtt_ms = 1.0\ncall_overhead_ms = 0.2\n"
+).replace(
+    "[[server.gpu]]\n",
+    "[[server.gpu]]\nmemory_bandwidth_gbs = 1555\ntflops = 312\nlaunch_overhead_us = 20\n"
+    "load_gbs = 12\n",
+)
 
 
 def small_trace(**changes: Any) -> Trace:

@@ -27,7 +27,7 @@ from prism_plan.sweep_file import read_sweep, sweep_from_csv
 from prism_plan.trace_file import read_trace, write_trace
 from tests.limits import HANG_S
 from tests.simulation_material import (
-    CLUSTER,
+    GIVEN,
     counts_of,
     invoke,
     planned,
@@ -66,7 +66,7 @@ def here(tmp_path: Path) -> Path:
     """A folder with a trace, a cluster, a plan, phases, arrivals and a calibration."""
     trace, cluster = small_trace(), small_cluster()
     write_trace(tmp_path / "t.parquet", trace)
-    (tmp_path / "c.toml").write_text(CLUSTER)
+    (tmp_path / "c.toml").write_text(GIVEN)
     write_placement(tmp_path / "p.json", planned(trace, cluster, "exact")[0][1])
     (tmp_path / "phases.toml").write_text(PHASES)
     (tmp_path / "a.jsonl").write_text('{"server": "a", "at_s": 0.5}\n{"server": "b", "at_s": 1}\n')
@@ -185,7 +185,7 @@ def test_fixed_times_and_measured_ones(here: Path) -> None:
 def test_counts_and_overload_are_told(here: Path) -> None:
     """Notes on standard error and in the report: drawn routing, and the overloaded server."""
     write_trace(here / "t.parquet", counts_of(small_trace()))
-    text = CLUSTER.replace('"\narrival', '"\nweight = 1.0\narrival').replace("0.04", "0.00001")
+    text = GIVEN.replace('"\narrival', '"\nweight = 1.0\narrival').replace("0.04", "0.00001")
     (here / "c.toml").write_text(text)
     result = simulate(
         here, "--solvers", "exact", "--requests", 30, "--prompt-tokens", 4,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import click
 
+from prism_plan.cli.tables import format_option
 from prism_plan.errors import PrismError
 
 
@@ -17,8 +21,15 @@ from prism_plan.errors import PrismError
 @click.option(
     "--trace",
     metavar="T.parquet",
-    help="With --cluster: its memory too, and recompute remote shares.",
+    help="Check clusters with this trace, as solve would; with --cluster: placements against its "
+    "memory and rules too, and recompute remote shares.",
 )
+@click.option(
+    "--model",
+    metavar="PRESET|config.json",
+    help="Instead of --trace: a model's sizes, for memory and rules alone.",
+)
+@format_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @click.pass_context
 def command(
@@ -26,6 +37,8 @@ def command(
     files: tuple[str, ...],
     cluster: str | None,
     trace: str | None,
+    model: str | None,
+    table_format: str,
     as_json: bool,
 ) -> None:
     """Check files: valid? If not, where and why.
@@ -33,21 +46,33 @@ def command(
     All that the commands read and write: traces, clusters, placements, comparisons, simulations,
     migrations, sweeps, calibrations, phases.
 
-    Exit code 2 if a file is malformed, 3 if a well-formed placement breaks a constraint.
+    A cluster is refused where every solver would refuse it. With --trace or --model the memory of
+    every GPU is printed.
+
+    Exit code 2 if a file is malformed or asks for what makes no sense, 3 if a well-formed
+    placement breaks a constraint or no placement can satisfy a cluster.
     """
     from prism_plan.check import check_file
     from prism_plan.cli.console import load_trace, note, print_json
     from prism_plan.cli.inputs import load_cluster
+    from prism_plan.model import load_model
 
-    if trace is not None and cluster is None:
-        raise click.UsageError("--trace needs --cluster", ctx=ctx)
+    for option, value in (("--trace", trace), ("--model", model)):
+        if value is not None and cluster is None and not any(f.endswith(".toml") for f in files):
+            raise click.UsageError(f"{option} needs --cluster, or a cluster to check", ctx=ctx)
+    if trace is not None and model is not None:
+        raise click.UsageError("--model with --trace, which says the model", ctx=ctx)
     against_cluster = None if cluster is None else (cluster, *load_cluster(cluster))
     against_trace = None if trace is None else (trace, load_trace(trace))
+    against_model = None if model is None else (model, load_model(model))
     code = 0
-    found = []
+    found: list[dict[str, Any]] = []
+    warnings: dict[str, None] = {}  # in order, and each once for all files
     for path in files:
         try:
-            report = check_file(path, cluster=against_cluster, trace=against_trace)
+            report = check_file(
+                path, cluster=against_cluster, trace=against_trace, model=against_model
+            )
         except PrismError as error:
             code = 2 if 2 in (code, error.exit_code) else error.exit_code
             note(str(error))
@@ -60,11 +85,38 @@ def command(
             note(f"{path}: {problem}")
         if len(report.problems) > 10:
             note(f"{path}: and {len(report.problems) - 10} more problems (--json lists all)")
+        warnings.update(dict.fromkeys(report.warnings))
         if not as_json:
             verdict = "INVALID" if report.problems else "ok"
-            click.echo(f"{path}: {verdict}: {report.kind}: {report.summary}")
+            aside = table_format != "table"  # then standard output holds the tables alone
+            click.echo(f"{path}: {verdict}: {report.kind}: {report.summary}", err=aside)
             for text in report.notes:
-                click.echo(f"{path}: note: {text}")
+                click.echo(f"{path}: note: {text}", err=aside)
+            if report.memory:
+                _print_memory(path, found[-1]["memory"], table_format)
+    for text in warnings:
+        note(text)
     if as_json:
         print_json(found)
     ctx.exit(code)
+
+
+def _print_memory(path: str, rows: Sequence[Mapping[str, Any]], form: str) -> None:
+    from prism_plan.cli.tables import counts, print_table, sizes, words
+
+    def of(key: str) -> list[Any]:
+        return [row[key] for row in rows]
+
+    columns = [
+        words("server", "server", of("server")),
+        words("GPU", "gpu", [f"gpu[{number}]" for number in of("gpu")]),
+        sizes("usable", "usable_bytes", of("usable_bytes"), rank=1),
+        sizes("dense", "dense_bytes", of("dense_bytes")),
+        sizes("KV cache", "kv_bytes", of("kv_bytes")),
+        sizes("reserve", "reserve_bytes", of("reserve_bytes"), rank=2),
+        counts("slots", "slots", of("slots"), rank=3),
+        counts("experts", "experts", of("experts")),
+        sizes("their bytes", "expert_bytes", of("expert_bytes"), rank=4),
+        sizes("free", "free_bytes", of("free_bytes")),
+    ]
+    print_table(columns, title=f"{path}: memory of every GPU", form=form)

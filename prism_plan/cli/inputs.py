@@ -51,3 +51,16 @@ def writable(output: str | None, *inputs: str | None) -> None:
     if output is not None and output != "-":
         check_writable(output)
         not_over_an_input(output, [path for path in inputs if path is not None])
+
+
+def note_assumed(path: str, cluster: Cluster, **uses: bool) -> None:
+    """Name the figures that a command uses and the cluster file does not give.
+
+    ``uses`` as in :func:`prism_plan.assumed.assumed_figures`.
+    """
+    from prism_plan.assumed import assumed_figures
+    from prism_plan.cli.console import note
+
+    text = assumed_figures(cluster, **uses)
+    if text:
+        note(f"{path}: {text}")

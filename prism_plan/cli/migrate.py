@@ -34,7 +34,7 @@ def command(
     import numpy as np
 
     from prism_plan.cli.console import deliver, note
-    from prism_plan.cli.inputs import blaming, load_cluster, writable
+    from prism_plan.cli.inputs import blaming, load_cluster, note_assumed, writable
     from prism_plan.files import printable, sha256
     from prism_plan.instance import rule_triples
     from prism_plan.migration.cost import gpu_load_gbs
@@ -66,6 +66,7 @@ def command(
     data = dump_migration(plan)
     if output is not None:
         deliver(output, data)
+    note_assumed(cluster, parsed, loads=True)
     new = int((after.local.any(axis=0) & ~before.local.any(axis=0)).sum())
     if new:
         note(f"{new:,} experts are held nowhere in {a}: they are missing until they are loaded")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -175,7 +176,7 @@ def _simulate(given: dict[str, Any]) -> int:
     from prism_plan.errors import InputError
     from prism_plan.placement_file import read_placement
     from prism_plan.request_table import write_request_table
-    from prism_plan.simulation import dump_report, simulate_placements
+    from prism_plan.simulation import OFFLOAD, dump_report, simulate_placements
 
     paths = given["placements"]
     files = (given["trace"], given["cluster"], given["arrivals"], given["phases"],
@@ -228,6 +229,8 @@ def _simulate(given: dict[str, Any]) -> int:
         print_json(values)
     else:
         _print(values, form=given["table_format"], err=output == "-")
+    offload = [placement.plan.solver == OFFLOAD for _, placement in placements]
+    note_simulated(given["cluster"], cluster, options, offload)
     for text in values["notes"]:
         note(text)
     if result.partial:
@@ -237,6 +240,25 @@ def _simulate(given: dict[str, Any]) -> int:
             + (f"; {output} is marked partial" if output not in (None, "-") else "")
         )
     return 130 if result.interrupted else 0
+
+
+def note_simulated(
+    path: str, cluster: Cluster, options: SimulationOptions, offload: Sequence[bool]
+) -> None:
+    """Name the figures that a simulation uses and neither cluster nor calibration gives.
+
+    ``offload`` says of each placement whether it is the baseline, which uses no links.
+    """
+    from prism_plan.cli.inputs import note_assumed
+
+    calibration = options.calibration
+    note_assumed(
+        path,
+        cluster if calibration is None else calibration.with_links(cluster),
+        compute=calibration is None,
+        loads=any(offload) or options.migrate != "never",
+        links=not all(offload),
+    )
 
 
 def _as_text(path: str) -> str:

@@ -72,6 +72,7 @@ def command(
     from prism_plan.cli.console import deliver, load_trace, note
     from prism_plan.cli.inputs import blaming, load_cluster, trace_file, writable
     from prism_plan.instance import Instance
+    from prism_plan.memory import unreserved
     from prism_plan.model import require_same_model
     from prism_plan.placement_file import dump_placement, read_placement
     from prism_plan.solvers.contract import Options
@@ -98,6 +99,8 @@ def command(
     with blaming(cluster):
         placement = solve(instance, solver, options, inputs=inputs)
     deliver(output, dump_placement(placement))
+    if reserved := unreserved(parsed, loaded.model):
+        note(f"{cluster}: {reserved}")
     if placement.plan.termination == "time_limit":
         note("the time limit ended the search; the gap to the bound is in the file")
     _summary(placement, instance, output, as_json, table_format)

@@ -11,10 +11,10 @@ def run_sweep(given: dict[str, Any]) -> int:
 
     from prism_plan.cli.console import deliver, load_trace, note, progress
     from prism_plan.cli.inputs import blaming, load_cluster, writable
-    from prism_plan.cli.simulate import simulation_options, solver_names
+    from prism_plan.cli.simulate import note_simulated, simulation_options, solver_names
     from prism_plan.errors import InputError
     from prism_plan.simulation import OFFLOAD
-    from prism_plan.sweep import Grid, SweepOptions, parse_grid, sweep
+    from prism_plan.sweep import Grid, SweepOptions, parse_grid, sweep, varied
     from prism_plan.sweep_file import OK, dump_sweep, sweep_kind
 
     for key, option in (
@@ -67,6 +67,10 @@ def run_sweep(given: dict[str, Any]) -> int:
     if interrupted and not rows:
         raise KeyboardInterrupt
     deliver(output, dump_sweep(rows, kind, source=output))
+    if None not in grid.bandwidth_mbps:
+        cluster = varied(cluster, bandwidth_mbps=grid.bandwidth_mbps[0])
+    offload = [solver == OFFLOAD for solver in grid.solver]
+    note_simulated(given["cluster"], cluster, options.simulation, offload)
     failed = [row for row in rows if row["status"] != OK]
     name = "standard output" if output == "-" else output
     note(f"{name}: {len(rows)} of {grid.runs} runs" + (" (interrupted)" if interrupted else ""))

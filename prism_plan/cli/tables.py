@@ -116,7 +116,7 @@ def durations(heading: str, key: str, values: Sequence[float | None], *, rank: i
 
 def sizes(heading: str, key: str, values: Sequence[float | None], *, rank: int = 0) -> Column:
     """Bytes; all in the decimal unit that suits the largest."""
-    largest = max((value for value in values if value is not None), default=0)
+    largest = max((abs(value) for value in values if value is not None), default=0)
     unit, factor = [pair for pair in _SIZES if pair[1] <= max(largest, 1)][-1]
     return _column(heading, key, values, _scaled(factor, unit, 0 if unit == "B" else 2), rank=rank)
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from prism_plan.cluster import Cluster
+from prism_plan.cluster import Cluster, with_figures
 from prism_plan.errors import InputError, did_you_mean
 
 #: Points (tokens, seconds), tokens ascending, at least two.
@@ -73,9 +73,12 @@ class Calibration:
             There are times of a server or GPU that the cluster does not have.
         """
         self._require_known(cluster)
+        return self.with_links(cluster)
+
+    def with_links(self, cluster: Cluster) -> Cluster:
+        """As :meth:`applied`, whatever GPUs there are times of."""
         measured = {key: getattr(self, key) for key in LINK_KEYS if getattr(self, key) is not None}
-        link = dataclasses.replace(cluster.link, **measured)
-        return dataclasses.replace(cluster, link=link)
+        return dataclasses.replace(cluster, link=with_figures(cluster.link, **measured))
 
     def _require_known(self, cluster: Cluster) -> None:
         """A name that is spelled otherwise would leave its server at the default unnoticed."""

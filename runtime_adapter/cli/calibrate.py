@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from runtime_adapter.cli.options import meeting_of, meeting_options, note
+from runtime_adapter.cli.options import meeting_of, meeting_options, note, note_assumed
 
 
 @click.command("calibrate")
@@ -56,6 +56,7 @@ def command(**given: Any) -> None:
     with blaming(given["cluster"]):
         times = timing(cluster, model, max(TOKENS))
         network = Network.of(cluster, model)
+    note_assumed(given["cluster"], cluster, compute=True)
     compute = TimedCompute(
         times, GpuClock(len(own.gpus)), model.num_experts, first, first + own.dense_gpu, meeting.me
     )

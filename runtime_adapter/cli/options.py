@@ -6,17 +6,32 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prism_plan.cli.review_options import review_options
 from prism_plan.errors import did_you_mean
 
+if TYPE_CHECKING:
+    from prism_plan.cluster import Cluster
+
 
 def note(message: str) -> None:
     """A line to standard error."""
     print(f"prism-runtime: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def note_assumed(path: str, cluster: Cluster, **uses: bool) -> None:
+    """Name the figures that a command uses and the cluster file does not give.
+
+    ``uses`` as in :func:`prism_plan.assumed.assumed_figures`.
+    """
+    from prism_plan.assumed import assumed_figures
+
+    text = assumed_figures(cluster, **uses)
+    if text:
+        note(f"{path}: {text}")
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:

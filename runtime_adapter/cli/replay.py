@@ -14,6 +14,7 @@ from runtime_adapter.cli.options import (
     meeting_options,
     migration_options,
     note,
+    note_assumed,
 )
 
 
@@ -87,6 +88,10 @@ def command(**given: Any) -> None:
             options=options if moving else None,
             placements_dir=given["placements_dir"],
         )
+    planned_by_links = given["route"] == "nearest" or given["migrate"] != "never"
+    note_assumed(
+        given["cluster"], cluster, compute=True, loads=moving, links=planned_by_links
+    )  # messages are real
     with jsonl(given["output"]) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()
         began_s = time.time() + begin_s - time.monotonic()

@@ -14,6 +14,7 @@ from runtime_adapter.cli.options import (
     meeting_options,
     migration_options,
     note,
+    note_assumed,
 )
 
 if TYPE_CHECKING:
@@ -234,6 +235,10 @@ def command(**given: Any) -> None:
         movable=movable,
         planes=planes,
     )
+    if cluster is not None:
+        reviewed = given["migrate"] != "never"
+        by_links = reviewed or given["route"] == "nearest"
+        note_assumed(given["cluster"], cluster, loads=reviewed, links=by_links)
     with jsonl(given["output"]) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()
         coming: Iterable[Job] = jobs
