@@ -253,7 +253,8 @@ class Agent:
 
     def _take(self, number: int) -> None:
         try:
-            plan = migration_from_json(self.news.get(f"plan/{number}"))
+            source = f"the run's store: plan/{number}"
+            plan = migration_from_json(self.news.get(f"plan/{number}"), source)
             require_plan_of(self.placement, plan)
         except PrismError as error:
             if isinstance(error, StoreLost):

@@ -46,6 +46,8 @@ from runtime_adapter.links import Meeting, RuntimeFailure, join_store, read_json
 
 #: A reader waits for the next entry so long; the longest that a socket's poll knows.
 _FOREVER = datetime.timedelta(days=20)
+#: Between two looks at a place of the log that somebody has filled with nothing.
+_EMPTY_S = 0.05
 #: Under this key of the store the scheduler gives its signs of life.
 BEAT = "beat/scheduler"
 
@@ -123,6 +125,9 @@ class News:
             except RuntimeError:
                 self._queue.put(None)
                 return
+            if not raw:  # as good as free: the next writer takes this place
+                time.sleep(_EMPTY_S)
+                continue
             self._queue.put((number, bytes(raw)))
             number += 1
             with self._lock:

@@ -80,6 +80,7 @@ class Follower:
         self.migrating = False
         self._dropped: list[Dropping] = []
         self._failed: set[int] = set()
+        self._plans: set[int] = set()  # that are under way
         self._reported = {"compute_us": 0, "waiting_us": 0}
 
     def start(self) -> None:
@@ -122,9 +123,11 @@ class Follower:
         elif entry.what == "review":
             self._tell_calls(entry["review"])
         elif entry.what == "plan":
+            self._plans.add(entry["plan"])
             self.migrating = True
         elif entry.what == "over":
-            self.migrating = False
+            self._plans.discard(entry["plan"])
+            self.migrating = bool(self._plans)
         elif entry.what == "failed":
             # loads that had begun by then fail as well, for the same reason
             if entry["server"] == self.name and entry["plan"] not in self._failed:

@@ -181,6 +181,8 @@ def read_json(raw: bytes, key: str) -> Any:
         return parse_json(raw.decode(), source)
     except UnicodeDecodeError as error:
         raise InputError("not JSON: bytes that are no UTF-8", source=source) from error
+    except InputError as error:  # its remedy is one for files
+        raise InputError(error.found, source=source, place=error.place) from error
 
 
 def get(store: dist.Store, key: str, timeout_s: float, what: str = "") -> Any:

@@ -206,6 +206,9 @@ class Scheduler:
             self._asked.append(entry["move"])
         elif entry.what == "calls":
             self._take_calls(entry)
+        elif entry.what == "plan" and entry["plan"] > self._moves:  # fronts would wait for its end
+            text = "a migration that the scheduler has not planned"
+            self.news.tell("over", plan=entry["plan"], done=False, text=text)
         if move is None or entry.values.get("plan") != move.number:
             return
         if entry.what == "load":
