@@ -17,12 +17,15 @@ from typing import Protocol
 
 import numpy as np
 
+from prism_plan.errors import InputError, PrismError
+from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration.plan_file import migration_from_json
 from prism_plan.moves import Step
 from prism_plan.placement import Placement
-from runtime_adapter.changes import Entry, News, StoreLost
+from runtime_adapter.changes import News, StoreLost
 from runtime_adapter.clock import GpuClock, wait_until
 from runtime_adapter.compute import TimedCompute
+from runtime_adapter.entries import Bounds, Entry
 from runtime_adapter.experts import Change
 from runtime_adapter.links import Meeting
 from runtime_adapter.table import HolderTable
@@ -34,6 +37,8 @@ LOOK_S = 0.1
 PACE_S = 0.01
 #: A front that says nothing may still have a call under way; it is then told that nothing is here.
 GRACE_S = 0.05
+#: Characters of the reason why a step cannot be done, as it is told to others.
+MAX_REASON = 380
 
 
 class Loader(Protocol):
@@ -112,6 +117,31 @@ def gpu_numbers(
     ]
 
 
+def require_plan_of(placement: Placement, plan: MigrationPlan) -> None:
+    """Refuse a plan that is not of the servers, GPUs and experts of a run.
+
+    Raises
+    ------
+    InputError
+        Names what differs.
+    """
+    number = {
+        name: len(gpus)
+        for name, gpus in zip(placement.servers, placement.gpu_capacity, strict=True)
+    }
+    source = "the plan of a migration"
+    model, own = plan.model, placement.model
+    if (model.moe_layers, model.num_experts) != (own.moe_layers, own.num_experts):
+        raise InputError(f"{model.name:.60}", source=source, place="model", expected=own.name)
+    for name, gpus in zip(plan.servers, plan.gpus, strict=True):
+        if number.get(name) != gpus:
+            raise InputError(
+                f"server {name!r:.60} with {gpus} GPUs",
+                source=source,
+                expected=f"of {', '.join(f'{name}: {n}' for name, n in number.items())}",
+            )
+
+
 @dataclass(eq=False)
 class _Work:
     """A plan and how far this server is with its own steps; ``gpu`` by step is that of the run."""
@@ -148,6 +178,7 @@ class Agent:
         timeout_s: float,
     ) -> None:  # fmt: skip
         self.me = me
+        self.placement = placement
         self.servers = placement.servers
         counts = [len(gpus) for gpus in placement.gpu_capacity]
         self.first_gpu = tuple(int(n) for n in np.cumsum([0, *counts[:-1]]))
@@ -155,6 +186,7 @@ class Agent:
         self.loader = loader
         self.table = table
         self.news = news
+        news.expect(Bounds.of(placement))  # the front of this server tells of what is skipped
         self.timeout_s = timeout_s
         self._work: _Work | None = None
         self._lock = threading.Lock()  # of what is under way
@@ -220,11 +252,25 @@ class Agent:
             self._work = None
 
     def _take(self, number: int) -> None:
-        plan = migration_from_json(self.news.get(f"plan/{number}"))
+        try:
+            source = f"the run's store: plan/{number}"
+            plan = migration_from_json(self.news.get(f"plan/{number}"), source)
+            require_plan_of(self.placement, plan)
+        except PrismError as error:
+            if isinstance(error, StoreLost):
+                raise
+            self._fail(number, 0, error)
+            return
         gpus = gpu_numbers(plan.servers, plan.gpus, self.servers, self.first_gpu)
         gpu = [gpus[step.gpu] for step in plan.steps]
         mine = [i for i, g in enumerate(gpu) if g in self.own_gpus]
         self._work = _Work(number, plan.steps, gpu, mine)
+
+    def _fail(self, plan: int, step: int, error: Exception) -> None:
+        """Tell that a step cannot be done."""
+        logging.getLogger(__name__).debug("step", exc_info=error)
+        reason = " ".join(str(error).split())[:MAX_REASON]
+        self.news.tell("failed", plan=plan, step=step, server=self.servers[self.me], reason=reason)
 
     # --------------------------------------------------------------------------------------- steps
 
@@ -268,9 +314,7 @@ class Agent:
         try:
             change = self.loader.load(pair, gpu - self.own_gpus[0])
         except Exception as error:
-            logging.getLogger(__name__).debug("load", exc_info=True)
-            name, reason = self.servers[self.me], " ".join(str(error).split())
-            self.news.tell("failed", plan=work.plan, step=i, server=name, reason=reason)
+            self._fail(work.plan, i, error)
             return False
         self.table.change(gpu, pair, True)  # calls may come as soon as others know
         with self._lock:

@@ -24,7 +24,8 @@ note        text                                      the scheduler: for the fir
 ==========  ========================================  ==========================================
 
 A server announces in one entry what it has done since its last one. GPUs are counted over all
-servers in order, slots within their GPU.
+servers in order, slots within their GPU. What is no such entry is skipped: see
+:mod:`~runtime_adapter.entries`.
 """
 
 from __future__ import annotations
@@ -33,15 +34,22 @@ import datetime
 import json
 import queue
 import threading
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
-from runtime_adapter.links import Meeting, RuntimeFailure, join_store
+from prism_plan.errors import InputError
+from runtime_adapter.entries import Bounds, Entry, read_entry
+from runtime_adapter.links import Meeting, RuntimeFailure, join_store, read_json
 
 #: A reader waits for the next entry so long; the longest that a socket's poll knows.
 _FOREVER = datetime.timedelta(days=20)
+#: Between two looks at a place of the log that somebody has filled with nothing.
+_EMPTY_S = 0.05
+#: Under this key of the store the scheduler gives its signs of life.
+BEAT = "beat/scheduler"
 
 
 class StoreLost(RuntimeFailure):
@@ -49,18 +57,6 @@ class StoreLost(RuntimeFailure):
 
     def __init__(self) -> None:
         super().__init__("the store of the run is gone")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One entry of the log and its number."""
-
-    number: int
-    what: str
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, key: str) -> Any:
-        return self.values[key]
 
 
 class News:
@@ -79,8 +75,17 @@ class News:
         self._telling = join_store(meeting, host_it=False)
         self._lock = threading.Lock()
         self._tail = 0
-        self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Entry | tuple[int, bytes] | None] = queue.SimpleQueue()
         self._following = False
+        self._bounds: Bounds | None = None
+        self._report: Callable[[str], None] = lambda text: None
+        self._reported = False
+
+    def expect(
+        self, bounds: Bounds | None, report: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Skip entries out of these bounds; ``report`` is told of the first one that is skipped."""
+        self._bounds, self._report = bounds, report
 
     @property
     def store(self) -> dist.TCPStore:
@@ -116,17 +121,20 @@ class News:
         self._reading.set_timeout(_FOREVER)
         while True:
             try:
-                values = json.loads(self._reading.get(f"news/{number}"))
-            except (RuntimeError, ValueError):
+                raw = self._reading.get(f"news/{number}")
+            except RuntimeError:
                 self._queue.put(None)
                 return
-            self._queue.put(Entry(number, values.pop("what"), values))
+            if not raw:  # as good as free: the next writer takes this place
+                time.sleep(_EMPTY_S)
+                continue
+            self._queue.put((number, bytes(raw)))
             number += 1
             with self._lock:
                 self._tail = max(self._tail, number)
 
     def next(self, timeout_s: float | None = None) -> Entry | None:
-        """The next entry, or ``None`` if none comes in time.
+        """The next entry, or ``None`` if none comes in time; what is no entry is skipped.
 
         Raises
         ------
@@ -134,14 +142,28 @@ class News:
             There is no store any more.
         """
         assert self._following
-        try:
-            entry = self._queue.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        if entry is None:
-            self._queue.put(None)  # for whoever asks again
-            raise StoreLost
-        return entry
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            try:
+                found = self._queue.get(timeout=left_s)
+            except queue.Empty:
+                return None
+            if found is None:
+                self._queue.put(None)  # for whoever asks again
+                raise StoreLost
+            if isinstance(found, Entry):
+                return found
+            try:
+                return read_entry(*found, self._bounds)
+            except InputError as error:
+                self.skip(error)
+
+    def skip(self, error: Exception) -> None:
+        """Say once why an entry is not heeded; more of them would only fill the reader's log."""
+        if not self._reported:
+            self._reported = True
+            self._report(f"{error}; it is skipped, as are others that no server of this run writes")
 
     def wake(self) -> None:
         """Let who waits in :meth:`next` have an entry that is only for this reader."""
@@ -170,7 +192,12 @@ class News:
             raise StoreLost from error
 
     def get_bytes(self, key: str) -> bytes:
-        """Bytes that an entry speaks of; raises as :meth:`put`."""
+        """Bytes that an entry speaks of; raises as :meth:`get`.
+
+        They are written before the entry, so nobody waits for them.
+        """
+        if not self.there(key):
+            raise InputError("is not there", source=f"the run's store: {key}")
         try:
             with self._lock:
                 return bytes(self._telling.get(key))
@@ -178,8 +205,16 @@ class News:
             raise StoreLost from error
 
     def get(self, key: str) -> Any:
-        """JSON that an entry speaks of; raises as :meth:`put`."""
-        return json.loads(self.get_bytes(key))
+        """JSON that an entry speaks of.
+
+        Raises
+        ------
+        StoreLost
+            There is no store any more.
+        InputError
+            It is not there, or no JSON.
+        """
+        return read_json(self.get_bytes(key), key)
 
     def there(self, *keys: str) -> bool:
         """Whether all these keys are in the store; raises as :meth:`put`."""

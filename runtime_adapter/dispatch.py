@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from runtime_adapter.wire import (
     call_bytes,
     id_bits,
     refuse_weights,
+    require_tokens,
 )
 
 Ints = npt.NDArray[np.int64]
@@ -86,6 +88,9 @@ class Dispatcher:
         self._bits = id_bits(model.num_experts)
         self._sent = np.zeros((len(router.table.servers), 2), np.int64)
         self._carried = next(iter(lines.values())).carried if lines else Line.carried
+        rooms = [line.room.tokens for line in lines.values()]
+        #: The longest step that may go to other servers, in tokens.
+        self.max_tokens = min(rooms, default=sys.maxsize)
 
     def run(self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats) -> torch.Tensor:
         """Σ over each token's experts of weight x expert(hidden), [T, H].
@@ -98,7 +103,10 @@ class Dispatcher:
             An expert is held only by servers that are lost.
         RuntimeFailure
             A server answers, but keeps saying that it does not have the expert.
+        StepTooLong
+            Other servers have no room for so many tokens; none of them has been sent anything.
         """
+        require_tokens(self.request, len(hidden), self.max_tokens)
         self.layer = layer
         self.passes += 1
         try:
@@ -114,16 +122,20 @@ class Dispatcher:
         sums, failed = self._round(layer, hidden, experts, weights, first=True)
         retries = 0
         while failed is not None and failed.any():
-            # one row for each call that is still wanting
-            token, k = np.nonzero(failed)
-            rows = torch.from_numpy(token)
-            again, missing = self._round(
-                layer, hidden[rows], experts[token, k][:, None], weights[token, k][:, None]
-            )
-            sums.index_add_(0, rows.to(sums.device), again)
-            failed = np.zeros_like(failed)
-            if missing is not None:
-                failed[token[missing[:, 0]], k[missing[:, 0]]] = True
+            still = np.zeros_like(failed)
+            # a column at a time, so that no retry has more tokens than the step: servers have room
+            # for so many, and not for a row of each call
+            for k in np.flatnonzero(failed.any(axis=0)):
+                token = np.flatnonzero(failed[:, k])
+                rows = torch.from_numpy(token)
+                again, missing = self._round(
+                    layer, hidden[rows], experts[token, k, None], weights[token, k, None]
+                )
+                sums.index_add_(0, rows.to(sums.device), again)
+                if missing is not None:
+                    still[token, k] = missing[:, 0]
+            failed = still
+            if failed.any():
                 retries += 1
                 self.counters.count(retries=1)
                 if retries > MOST_RETRIES:
@@ -209,10 +221,13 @@ class Dispatcher:
                 continue
             line = self.lines[server]
             rows: Ints | None = np.empty(tokens, np.int64)
-            words = line.words(tokens, calls, token_bytes)
-            if not pack_calls(place, server, experts, bits_of_weights, self._bits, rows, words):
+            try:
+                words = line.words(tokens, calls, token_bytes)
+                if not pack_calls(place, server, experts, bits_of_weights, self._bits, rows, words):
+                    refuse_weights()
+            except PrismError:
                 self._await_all(under)
-                refuse_weights()
+                raise
             if tokens == step_tokens:
                 rows = None
             went = True

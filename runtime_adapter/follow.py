@@ -15,10 +15,12 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from prism_plan.errors import InputError
 from prism_plan.placement import Placement
-from runtime_adapter.changes import Entry, News, StoreLost
+from runtime_adapter.changes import News, StoreLost
 from runtime_adapter.compute import Compute
 from runtime_adapter.counters import Counters
+from runtime_adapter.entries import Bounds, Entry
 from runtime_adapter.experts import Change
 from runtime_adapter.table import HolderTable
 
@@ -66,6 +68,7 @@ class Follower:
     ) -> None:  # fmt: skip
         self.me = me
         self.name = placement.servers[me]
+        self._bounds = Bounds.of(placement)
         self.num_experts = placement.model.num_experts
         self.table = table
         self.compute = compute
@@ -77,10 +80,12 @@ class Follower:
         self.migrating = False
         self._dropped: list[Dropping] = []
         self._failed: set[int] = set()
+        self._plans: set[int] = set()  # that are under way
         self._reported = {"compute_us": 0, "waiting_us": 0}
 
     def start(self) -> None:
         """Begin to follow."""
+        self.news.expect(self._bounds, self.report)
         self.news.follow()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -89,11 +94,21 @@ class Follower:
             while True:
                 entry = self.news.next(LOOK_S if self._dropped else None)
                 if entry is not None:
-                    self.hear(entry)
+                    self._hear_or_skip(entry)
                 if self._dropped and self.news.caught_up():
                     self._confirm()
         except StoreLost:
             self.migrating = False
+
+    def _hear_or_skip(self, entry: Entry) -> None:
+        """Act on one entry; one that cannot be acted on (a slot is not there) ends no others."""
+        try:
+            self.hear(entry)
+        except StoreLost:
+            raise
+        except Exception as error:
+            where = f"entry {entry.number} of the run's log: {entry.what}"
+            self.news.skip(InputError(" ".join(str(error).split()), source=where))
 
     def hear(self, entry: Entry) -> None:
         """Act on one entry."""
@@ -108,9 +123,11 @@ class Follower:
         elif entry.what == "review":
             self._tell_calls(entry["review"])
         elif entry.what == "plan":
+            self._plans.add(entry["plan"])
             self.migrating = True
         elif entry.what == "over":
-            self.migrating = False
+            self._plans.discard(entry["plan"])
+            self.migrating = bool(self._plans)
         elif entry.what == "failed":
             # loads that had begun by then fail as well, for the same reason
             if entry["server"] == self.name and entry["plan"] not in self._failed:

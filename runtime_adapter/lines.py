@@ -18,13 +18,13 @@ import torch
 from runtime_adapter.links import receive, send
 from runtime_adapter.outbox import LONG_BYTES, Outbox
 from runtime_adapter.planes import Plane
-from runtime_adapter.wire import ANSWER, HEADER_BYTES, Header, get_header, put_header
+from runtime_adapter.wire import ANSWER, HEADER_BYTES, Header, Room, get_header, put_header
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
 
 
-class Room:
+class Buffer:
     """Memory for a message, kept for the next one: fresh pages cost more than the message."""
 
     def __init__(self) -> None:
@@ -53,15 +53,19 @@ class Line:
     """A call is one message and its answer another; see :mod:`runtime_adapter.wire`.
 
     For each call :meth:`words`, :meth:`send`, :meth:`answer` and then, if it is an answer indeed,
-    :meth:`sums`; after a failure :meth:`forget`. ``outbox`` is that of all lanes of the front.
+    :meth:`sums`; after a failure :meth:`forget`. ``outbox`` is that of all lanes of the front,
+    ``room`` what the other side has memory for.
     """
 
-    def __init__(self, group: Any, lane: int, timeout: datetime.timedelta, outbox: Outbox) -> None:
+    def __init__(
+        self, group: Any, lane: int, timeout: datetime.timedelta, outbox: Outbox, room: Room
+    ) -> None:
         self._group = group
+        self.room = room
         self._lane = lane
         self._timeout = timeout
         self._outbox = outbox
-        self._message, self._answer = Room(), Room()
+        self._message, self._answer = Buffer(), Buffer()
         self._left: threading.Event | None = None
 
     @staticmethod
@@ -71,7 +75,14 @@ class Line:
         return states.contiguous().view(torch.uint8).numpy()
 
     def words(self, tokens: int, calls: int, token_bytes: int) -> Words:
-        """Where to write the words of a call of so many tokens, uint32 [calls]."""
+        """Where to write the words of a call of so many tokens, uint32 [calls].
+
+        Raises
+        ------
+        WireError
+            The other side has no room for such a call.
+        """
+        self.room.require(tokens, calls)
         self._upto = HEADER_BYTES + 4 * calls
         self._message.resize(self._upto + tokens * token_bytes)
         self._answer.resize(HEADER_BYTES + tokens * token_bytes)
@@ -117,7 +128,7 @@ class Line:
 
     def forget(self) -> None:
         """The call has failed: what was lent to it may still be written to."""
-        self._message, self._answer = Room(), Room()
+        self._message, self._answer = Buffer(), Buffer()
 
 
 class PlaneLine(Line):
@@ -127,9 +138,10 @@ class PlaneLine(Line):
     """
 
     def __init__(
-        self, group: Any, lane: int, timeout: datetime.timedelta, outbox: Outbox, plane: Plane
-    ) -> None:
-        super().__init__(group, lane, timeout, outbox)
+        self, group: Any, lane: int, timeout: datetime.timedelta, outbox: Outbox, room: Room,
+        plane: Plane,
+    ) -> None:  # fmt: skip
+        super().__init__(group, lane, timeout, outbox, room)
         self.plane = plane
 
     @staticmethod

@@ -12,18 +12,29 @@ import datetime
 import json
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from prism_plan.errors import InputError, PrismError
+from prism_plan.files import parse_json
+from runtime_adapter.parallel import in_time
 
 #: Where a server that cannot join says why, so that the others do not wait for it.
 ABORTED = "aborted"
-#: An idle worker waits for the next call without end.
+#: An idle worker waits for the next call without end; its front ends it.
 FOREVER = datetime.timedelta(days=3650)
+#: A store that answers nothing for so long hangs, or its machine cannot be reached: a client of
+#: torch's TCPStore waits for an answer without end.
+STORE_TIMEOUT_S = 30.0
+#: A run begins at most so far from now by the clock of any of its servers.
+MAX_START_S = 3600.0
+
+T = TypeVar("T")
 
 
 class RuntimeFailure(PrismError):
@@ -94,24 +105,29 @@ def join_store(meeting: Meeting, *, host_it: bool) -> dist.TCPStore:
     RuntimeFailure
         The port is in use, or nobody hosts the store within ``join_s``.
     """
-    timeout = datetime.timedelta(seconds=meeting.join_s)
     try:
-        if host_it:
-            descriptor = listen(meeting).detach()
-            return dist.TCPStore(
-                meeting.host, meeting.port, None, True, timeout=timeout,
-                wait_for_workers=False, master_listen_fd=descriptor,
-            )  # fmt: skip
-        _await_listener(meeting)
-        return dist.TCPStore(
-            meeting.host, meeting.port, None, False, timeout=timeout, wait_for_workers=False
-        )
-    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
+        # a listener that says nothing would be waited for without end
+        return in_time(partial(_join_store, meeting, host_it), meeting.join_s + STORE_TIMEOUT_S)
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:  # and so TimeoutError
         first = str(error).splitlines()[0]
         raise RuntimeFailure(
             f"--store {meeting.host}:{meeting.port}: no store within {meeting.join_s:g} s "
             f"({first:.120}); start the first server, or check the address"
         ) from error
+
+
+def _join_store(meeting: Meeting, host_it: bool) -> dist.TCPStore:
+    timeout = datetime.timedelta(seconds=meeting.join_s)
+    if host_it:
+        descriptor = listen(meeting).detach()
+        return dist.TCPStore(
+            meeting.host, meeting.port, None, True, timeout=timeout,
+            wait_for_workers=False, master_listen_fd=descriptor,
+        )  # fmt: skip
+    _await_listener(meeting)
+    return dist.TCPStore(
+        meeting.host, meeting.port, None, False, timeout=timeout, wait_for_workers=False
+    )
 
 
 def _await_listener(meeting: Meeting) -> None:
@@ -129,9 +145,44 @@ def _await_listener(meeting: Meeting) -> None:
             return
 
 
+def ask_store(job: Callable[[], T], within_s: float = STORE_TIMEOUT_S) -> T:
+    """What a store answers.
+
+    Raises
+    ------
+    RuntimeFailure
+        It is gone, or it answers nothing within ``within_s``.
+    """
+    try:
+        return in_time(job, within_s)
+    except TimeoutError as error:
+        raise RuntimeFailure(
+            f"the store does not answer within {within_s:g} s; see whether the first server hangs"
+        ) from error
+    except (dist.DistError, RuntimeError) as error:
+        raise RuntimeFailure("the store is gone; see what the first server says") from error
+
+
 def put(store: dist.Store, key: str, values: Any) -> None:
-    """Write JSON to the store."""
-    store.set(key, json.dumps(values).encode())
+    """Write JSON to the store; raises as :func:`ask_store`."""
+    ask_store(partial(store.set, key, json.dumps(values).encode()))
+
+
+def read_json(raw: bytes, key: str) -> Any:
+    """The JSON that the store holds under a key.
+
+    Raises
+    ------
+    InputError
+        It is none.
+    """
+    source = f"the run's store: {key}"
+    try:
+        return parse_json(raw.decode(), source)
+    except UnicodeDecodeError as error:
+        raise InputError("not JSON: bytes that are no UTF-8", source=source) from error
+    except InputError as error:  # its remedy is one for files
+        raise InputError(error.found, source=source, place=error.place) from error
 
 
 def get(store: dist.Store, key: str, timeout_s: float, what: str = "") -> Any:
@@ -140,19 +191,46 @@ def get(store: dist.Store, key: str, timeout_s: float, what: str = "") -> Any:
     Raises
     ------
     RuntimeFailure
-        It is not there in time, another server has given up the run, or the store is gone.
+        It is not there in time or no JSON, another server has given up the run, or the store is
+        gone or hangs.
     """
+    raw = ask_store(partial(_await_key, store, key, timeout_s, what), timeout_s + STORE_TIMEOUT_S)
+    return _own_json(raw, key)
+
+
+def _await_key(store: dist.Store, key: str, timeout_s: float, what: str) -> bytes:
     deadline = time.monotonic() + timeout_s
+    while not store.check([key]):
+        if store.check([ABORTED]):
+            raise RuntimeFailure(str(_own_json(store.get(ABORTED), ABORTED)))
+        if time.monotonic() > deadline:
+            raise RuntimeFailure(f"{what or repr(key)} did not come within {timeout_s:g} s")
+        time.sleep(0.02)
+    return bytes(store.get(key))
+
+
+def _own_json(raw: bytes, key: str) -> Any:
+    """JSON that only servers of this run write; what is none was written by somebody else."""
     try:
-        while not store.check([key]):  # a wait within the store could not be interrupted
-            if store.check([ABORTED]):
-                raise RuntimeFailure(str(json.loads(store.get(ABORTED))))
-            if time.monotonic() > deadline:
-                raise RuntimeFailure(f"{what or repr(key)} did not come within {timeout_s:g} s")
-            time.sleep(0.02)
-        return json.loads(store.get(key))
-    except (dist.DistError, RuntimeError) as error:
-        raise RuntimeFailure("the store is gone; see what the first server says") from error
+        return read_json(raw, key)
+    except InputError as error:
+        raise RuntimeFailure(
+            f"{error}; something that is no server of this run writes to its store"
+        ) from error
+
+
+def get_number(
+    store: dist.Store, key: str, timeout_s: float, most: float, what: str = "", *, whole: bool
+) -> float:
+    """Wait for a number from 0 to ``most``; raises as :func:`get`, also where it is none."""
+    found = get(store, key, timeout_s, what)
+    kinds = (int,) if whole else (int, float)
+    if type(found) not in kinds or not 0 <= found <= most:
+        raise RuntimeFailure(
+            f"the run's store: {key}: {found!r:.60}; expected a {'whole ' * whole}number from 0 to "
+            f"{most:,}; something that is no server of this run writes to its store"
+        )
+    return float(found)
 
 
 def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: str) -> None:
@@ -163,14 +241,21 @@ def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: 
     InputError
         This server was started for another number of servers, another placement, model or options,
         or a second server has this name.
+    RuntimeFailure
+        The store is gone or hangs, or holds something else than facts.
     """
-    if store.add(f"joined/{meeting.me}", 1) != 1:
+    if ask_store(partial(store.add, f"joined/{meeting.me}", 1)) != 1:
         raise NameTaken(
             f"server {name!r} is there already", source="--server", remedy="start each server once"
         )
     if meeting.me == 0:
         put(store, "facts", facts)
     wanted = get(store, "facts", meeting.join_s)
+    if not isinstance(wanted, dict):
+        raise RuntimeFailure(
+            f"the run's store: facts: {wanted!r:.60}; expected an object; something that is no "
+            "server of this run writes to its store"
+        )
     for key, value in facts.items():
         if wanted.get(key) != value:
             raise InputError(
@@ -217,8 +302,12 @@ def group(
     options._timeout = datetime.timedelta(seconds=meeting.join_s)
     store = store_of_pair(meeting, front, worker, kind)
     try:
-        made = dist.ProcessGroupGloo(store, rank, 2, options)
-    except RuntimeError as error:
+        # gloo's own limit does not hold where the store hangs
+        made = in_time(
+            partial(dist.ProcessGroupGloo, store, rank, 2, options),
+            2 * meeting.join_s + STORE_TIMEOUT_S,
+        )
+    except (RuntimeError, TimeoutError) as error:
         other = worker if rank == 0 else front
         raise RuntimeFailure(
             f"server {other} is not there within {meeting.join_s:g} s: "

@@ -20,6 +20,7 @@ import torch
 from prism_plan.errors import InputError, PrismError, did_you_mean
 from prism_plan.model import require_same_model
 from prism_plan.placement import Placement
+from prism_plan.profiling.decoder_cache import cache_argument
 from prism_plan.profiling.recorder import EXPERTS
 from runtime_adapter.checkpoint import Checkpoint
 from runtime_adapter.experts import ExpertStore
@@ -149,7 +150,7 @@ def load_model(
     ------
     InputError
         A tensor is missing, of another shape, or none of the model's; transformers cannot make the
-        model; the device cannot be used.
+        model; the device cannot be used; the decoder takes no cache that is known.
     """
     dtype = checkpoint.dtype if dtype is None else dtype
     device = torch.device(device)
@@ -163,6 +164,7 @@ def load_model(
     left = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if left:
         raise InputError(f"{left[0]} has no value", source=checkpoint.folder)
+    cache_argument(model.get_decoder())  # without one, every step would be a prefill of all tokens
     model.requires_grad_(False)
     model.eval()
     return model

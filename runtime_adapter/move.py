@@ -3,34 +3,70 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from runtime_adapter.changes import News, StoreLost
-from runtime_adapter.links import Meeting, RuntimeFailure, get
+from runtime_adapter.changes import BEAT, News, StoreLost
+from runtime_adapter.links import Meeting, RuntimeFailure, ask_store, get, get_number
+from runtime_adapter.signs import BEAT_GRACE_S, SignsOfLife
+
+#: Between two looks at whether the scheduler lives.
+LOOK_S = 1.0
+#: A scheduler that has given no sign of life yet may still be starting.
+START_S = 120.0
 
 
-def ask(meeting: Meeting, placement: Any) -> tuple[int, str]:
+def ask(
+    meeting: Meeting, placement: Any, report: Callable[[str], None] = lambda text: None
+) -> tuple[int, str]:
     """Ask for a placement (its JSON), wait until that is over: exit code and what happened.
+
+    ``report`` is told of entries of the log that are skipped.
 
     Raises
     ------
     RuntimeFailure
-        There is no run, it does not move experts, or it ended meanwhile.
+        There is no run, it does not move experts, it ended meanwhile, its store or its scheduler
+        hangs or is gone.
     """
     name = uuid.uuid4().hex
     news = News(meeting, f"move {name}")
+    news.expect(None, report)
     try:
-        if not get(news.store, "movable", meeting.join_s):
+        if get(news.store, "movable", meeting.join_s) is not True:
             raise RuntimeFailure(
                 f"--store {meeting.host}:{meeting.port}: a run that moves no experts; start its "
                 "servers with --movable"
             )
-        news.put(f"move/{name}", placement)
+        timeout_s = get_number(news.store, "timeout", meeting.join_s, 1e9, whole=False)
+        ask_store(partial(news.put, f"move/{name}", placement))
         news.follow()
-        news.tell("move", move=name)
+        ask_store(partial(news.tell, "move", move=name))
+        signs = SignsOfLife()
         while True:
-            entry = news.next()
-            if entry is not None and entry.what == "moved" and entry["move"] == name:
-                return int(entry["code"]), str(entry["text"])
+            entry = news.next(LOOK_S)
+            if entry is not None:
+                if entry.what == "moved" and entry["move"] == name:
+                    return int(entry["code"]), str(entry["text"])
+                if not news.caught_up():
+                    continue
+            sign, there = ask_store(partial(_look, news), timeout_s + BEAT_GRACE_S)
+            limit_s = timeout_s + BEAT_GRACE_S if sign else START_S
+            if not there:
+                raise RuntimeFailure(
+                    "the scheduler of the run has ended; some experts may have moved"
+                )
+            if signs.silent_s(BEAT, sign) > limit_s:
+                raise RuntimeFailure(
+                    f"the scheduler of the run gives no sign of life for {limit_s:g} s; the run "
+                    "goes on, and some experts may have moved"
+                )
     except StoreLost as error:
         raise RuntimeFailure("the run ended before the move did") from error
+
+
+def _look(news: News) -> tuple[bytes, bool]:
+    """The scheduler's last sign of life, and whether there is one as far as its server knows."""
+    beat = news.get_bytes(BEAT) if news.there(BEAT) else b""
+    return beat, news.get("movable") is True

@@ -7,9 +7,11 @@ done. A server that is lost ends the migration that is under way; later ones are
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import zlib
@@ -35,14 +37,21 @@ from prism_plan.placement import Placement, Plan
 from prism_plan.placement_file import placement_from_json, write_placement
 from prism_plan.simulation import SimulationOptions
 from runtime_adapter.agent import gpu_numbers
-from runtime_adapter.changes import Entry, News, StoreLost
-from runtime_adapter.links import Meeting, RuntimeFailure
+from runtime_adapter.changes import BEAT, News, StoreLost
+from runtime_adapter.entries import Bounds, Entry
+from runtime_adapter.links import MAX_START_S, Meeting, RuntimeFailure
 from runtime_adapter.rules import cluster_among, rules_among
+from runtime_adapter.signs import BEAT_GRACE_S, SignsOfLife
 from runtime_adapter.table import HolderTable
 
 #: Between two looks at clocks and signs of life.
 LOOK_S = 0.05
 BEATS_S = 0.25
+#: A move of which no step is done for so long is abandoned: the longest that one load may take.
+STALL_S = 900.0
+
+#: Calls and microseconds between two reviews are fewer.
+MAX_CALLS = 1 << 53
 
 #: What errors call what stands, and where to.
 NAMES = ("what the servers hold now", "the placement")
@@ -80,14 +89,28 @@ def run_scheduler(config: SchedulerConfig) -> None:
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     try:
-        news = News(config.meeting, "scheduler")
+        news, beating = News(config.meeting, "scheduler"), News(config.meeting, "scheduler")
         news.follow()
+        threading.Thread(target=_beat, args=(beating,), daemon=True).start()
         Scheduler(config, news).run()
-    except (StoreLost, RuntimeFailure):
+    except RuntimeFailure:  # StoreLost as well
         return  # the run is over
     except Exception as error:
-        logging.getLogger(__name__).error("prism-runtime: scheduler: %s", error)
-        raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        logging.getLogger(__name__).error(
+            "prism-runtime: the scheduler failed: %s; please report it", text
+        )
+        sys.exit(70)
+
+
+def _beat(news: News) -> None:
+    """Signs of life for who waits for a move, also while a solver runs."""
+    beats = 0
+    with contextlib.suppress(StoreLost):
+        while True:
+            beats += 1
+            news.put(BEAT, beats)
+            time.sleep(BEATS_S)
 
 
 @dataclass(eq=False)
@@ -126,6 +149,7 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.news = news
+        news.expect(Bounds.of(config.placement))  # the fronts tell of what is skipped
         self.now = now
         self.table = HolderTable(config.placement)
         self.standing = config.placement  # how it came about; what is held is in the table
@@ -145,7 +169,9 @@ class Scheduler:
         self._files = 0
         self._asked: list[str] = []
         self._noted: set[str] = set()
-        self._beats: dict[int, tuple[bytes, float]] = {}
+        self._signs = SignsOfLife(now)
+        #: Servers whose experts answer, but whose front, which confirms drops, is silent.
+        self._hung: set[int] = set()
         self._looked_s = 0.0
         self._over = False
 
@@ -180,6 +206,9 @@ class Scheduler:
             self._asked.append(entry["move"])
         elif entry.what == "calls":
             self._take_calls(entry)
+        elif entry.what == "plan" and entry["plan"] > self._moves:  # fronts would wait for its end
+            text = "a migration that the scheduler has not planned"
+            self.news.tell("over", plan=entry["plan"], done=False, text=text)
         if move is None or entry.values.get("plan") != move.number:
             return
         if entry.what == "load":
@@ -207,20 +236,48 @@ class Scheduler:
         if self._start_s is None:
             if not self.news.there("start"):
                 return
-            self._start_s = float(self.news.get("start"))
-            self._reviewed_s = self._start_s
+            self._start_s = self._reviewed_s = self._read_start()
         self._over = self.news.there(*(f"finished/{n}" for n in self.alive))
+        timeout_s = self.config.meeting.timeout_s
         for n in list(self.alive):
-            key = f"beat/{n}"
-            beat = self.news.get_bytes(key) if self.news.there(key) else b""
-            last, since_s = self._beats.get(n, (None, now))
-            if beat != last or self.news.there(f"finished/{n}"):
-                self._beats[n] = (beat, now)
-            elif now - since_s > self.config.meeting.timeout_s:
+            if self._silent_s(f"beat/{n}") > timeout_s:
                 self._lose(n)
+            elif self.news.there(f"front/{n}") and (
+                self._silent_s(f"front/{n}") > timeout_s + BEAT_GRACE_S
+            ):
+                self._hung.add(n)
+                self._stop(self._hangs(n))
+            else:
+                self._hung.discard(n)
+        move = self._move
+        if (
+            move is not None
+            and self._signs.silent_s(("move", move.number), len(move.left)) > STALL_S
+        ):
+            self._stop(f"no step was done for {STALL_S:g} s")
+
+    def _silent_s(self, key: str) -> float:
+        """For how long a process of a server that is there has given no sign of life."""
+        there = self.news.there(key)
+        return self._signs.silent_s(key, self.news.get_bytes(key) if there else b"")
+
+    def _read_start(self) -> float:
+        """When the run began, by this machine's clock."""
+        try:
+            start_s = self.news.get("start")
+            if type(start_s) in (int, float) and abs(start_s - self.now()) < MAX_START_S:
+                return float(start_s)
+        except InputError:
+            pass  # the servers say what is wrong, and end
+        return self.now()
+
+    def _hangs(self, server: int) -> str:
+        name = self.config.placement.servers[server]
+        return f"the process that serves the requests of {name!r} gives no sign of life"
 
     def _lose(self, server: int) -> None:
         self.alive.remove(server)
+        self._hung.discard(server)
         self.table.lose(server)
         if self._move is not None:
             name = self.config.placement.servers[server]
@@ -256,10 +313,44 @@ class Scheduler:
         asking, server = self._asking, entry["server"]
         if asking is None or asking.number != entry["review"]:
             return
+        try:
+            calls = self._read_calls(f"calls/{server}/{asking.number}")
+            times = self._read_times(f"times/{server}/{asking.number}")
+        except InputError as error:
+            self._note(f"calls of a server are not counted: {error}", once=True)
+            calls, times = np.zeros(self.config.instance.activations.shape[1:], np.int64), None
+        asking.calls[server] = calls
+        if times is not None:
+            asking.times[server] = times
+
+    def _read_calls(self, key: str) -> Any:
+        """Calls of a server since the last review, int64 [L, E]."""
         shape = self.config.instance.activations.shape[1:]
-        raw = zlib.decompress(self.news.get_bytes(f"calls/{server}/{asking.number}"))
-        asking.calls[server] = np.frombuffer(raw, np.int64).reshape(shape)
-        asking.times[server] = self.news.get(f"times/{server}/{asking.number}")
+        size = 8 * int(np.prod(shape))
+        source = f"the run's store: {key}"
+        try:
+            unpacked = zlib.decompressobj()
+            raw = unpacked.decompress(self.news.get_bytes(key), size)
+        except zlib.error as error:
+            raise InputError(str(error), source=source) from error
+        if len(raw) != size:
+            raise InputError(f"{len(raw):,} bytes", source=source, expected=f"{size:,}")
+        found = np.frombuffer(raw, np.int64).reshape(shape)
+        if (found < 0).any() or (found > MAX_CALLS).any():
+            raise InputError("numbers of calls", source=source, expected=f"0 to {MAX_CALLS:,}")
+        return found
+
+    def _read_times(self, key: str) -> dict[str, int]:
+        """Microseconds of a server's work and waiting since the last review."""
+        found = self.news.get(key)
+        names = ("compute_us", "waiting_us")
+        if not isinstance(found, dict) or any(
+            type(found.get(name)) is not int or not 0 <= found[name] < MAX_CALLS for name in names
+        ):
+            raise InputError(
+                f"{found!r:.60}", source=f"the run's store: {key}", expected=" and ".join(names)
+            )
+        return found
 
     def _review_when_told(self) -> None:
         asking = self._asking
@@ -304,6 +395,9 @@ class Scheduler:
         assert model is not None
         assert self.config.cluster is not None
         event["decision"] = "stay"
+        for n in sorted(self._hung):
+            self._note(f"no review: {self._hangs(n)}", once=True)
+            return
         current = self._stands(rules)
         for violation in violations(current, instance=rules)[:1]:
             lost = "; reviews have ended" if len(self.alive) < len(self.table.servers) else ""
@@ -348,11 +442,16 @@ class Scheduler:
                 forbidden=rules.mask(rules.forbidden), priority=self._rates[self.alive],
                 names=NAMES,
             )  # fmt: skip
+        except StoreLost:
+            raise
         except PrismError as error:
             self._answer(name, error.exit_code, f"refused: {error}")
             return
         if self._over:
             self._answer(name, 5, "refused: the run is ending")
+            return
+        for n in sorted(self._hung):
+            self._answer(name, 5, f"refused: {self._hangs(n)}")
             return
         self._begin(plan, target, asked_by=name)
 

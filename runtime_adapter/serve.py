@@ -33,6 +33,7 @@ from runtime_adapter.peers import PeerLoader
 from runtime_adapter.rules import rules_of
 from runtime_adapter.scheduler import SchedulerConfig
 from runtime_adapter.server import Movable, Server
+from runtime_adapter.wire import require_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -277,6 +278,7 @@ def serve(
             try:
                 if job.error is not None:
                     raise InputError(job.error)
+                require_tokens(repr(answer.id), len(job.ids), lane.max_tokens)
                 with lanes.using(lane, job.number):
                     _generate(model, job, answer, configuration, begin_s)
             except PrismError as error:

@@ -25,7 +25,7 @@ from prism_plan.placement_file import placement_to_json
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routes import Route
 from runtime_adapter.agent import Loader
-from runtime_adapter.changes import News
+from runtime_adapter.changes import BEAT, News
 from runtime_adapter.compute import Compute
 from runtime_adapter.counters import Counters
 from runtime_adapter.dispatch import Dispatcher
@@ -33,25 +33,34 @@ from runtime_adapter.follow import Follower
 from runtime_adapter.lines import Line, PlaneLine
 from runtime_adapter.links import (
     ABORTED,
+    FOREVER,
+    MAX_START_S,
+    STORE_TIMEOUT_S,
     Meeting,
     NameTaken,
     RuntimeFailure,
     ServerLost,
+    ask_store,
     check_run,
     get,
+    get_number,
     group,
     join_store,
     put,
     send,
 )
 from runtime_adapter.outbox import Outbox, hold_back_little
-from runtime_adapter.parallel import in_parallel
+from runtime_adapter.parallel import in_parallel, in_time
 from runtime_adapter.planes import Plane, Planes, card_name, check_cards, make_planes
 from runtime_adapter.routing import Router
 from runtime_adapter.scheduler import SchedulerConfig, run_scheduler
+from runtime_adapter.signs import BEAT_GRACE_S, SignsOfLife
 from runtime_adapter.table import HolderTable
-from runtime_adapter.wire import HEADER_BYTES, OVER, Header, put_header
+from runtime_adapter.wire import ALIVE, HEADER_BYTES, OVER, SIGNS_LANE, Header, Room, put_header
 from runtime_adapter.worker import WorkerConfig, run_worker
+
+#: A server that says that it has steps of more tokens is none of ours.
+MAX_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,14 +129,18 @@ class Server:
         self._groups: dict[int, Any] = {}
         self._planes: dict[tuple[int, int, int], Plane] = {}
         servers = config.meeting.servers
-        self._over: Any = multiprocessing.get_context("spawn").Array(
-            ctypes.c_bool, servers, lock=False
-        )
-        self._finishing = False
+        spawning = multiprocessing.get_context("spawn")
+        self._over: Any = spawning.Array(ctypes.c_bool, servers, lock=False)
+        self._signs: Any = spawning.Array(ctypes.c_int64, servers, lock=False)
         self._ended = threading.Event()
         self._lost = threading.Lock()
         self._reported: set[int] = set()
         self._silent: set[int] = set()  # fronts that hang, their workers answering
+        self._worker_lives = True
+        self._finishing = False
+        self._store_looks = 0
+        self._store_answers = True
+        self._scheduler_answers = True
 
     def __enter__(self) -> Self:
         try:
@@ -143,9 +156,10 @@ class Server:
         if self.store is None or isinstance(error, NameTaken):
             return
         reason = str(error) if isinstance(error, PrismError) else "it was stopped"
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeFailure):
             said = json.dumps(f"server {self.name!r} does not join: {reason}")
-            self.store.compare_set(ABORTED, "", said)  # the first reason is the reason
+            # the first reason is the reason
+            ask_store(partial(self.store.compare_set, ABORTED, "", said))
             if self.me == 0:
                 time.sleep(0.2)  # the others read it from the store that this server hosts
 
@@ -160,19 +174,15 @@ class Server:
     def _start(self) -> None:
         config, meeting = self.config, self.config.meeting
         others = [m for m in range(meeting.servers) if m != self.me]
-        # in a thread of its own, for what waits in the store cannot be interrupted
-        (self.store,) = in_parallel([partial(join_store, meeting, host_it=self.me == 0)])
+        self.store = join_store(meeting, host_it=self.me == 0)
         store = self.store
         check_run(store, meeting, config.facts, self.name)
         if self.me == 0:
+            put(store, "timeout", meeting.timeout_s)
             put(store, "movable", config.movable is not None)
         if config.planes is not None and config.planes.backend == "nccl":
             check_cards(store, meeting, card_name(config.planes.device), self.table.servers)
-        put(store, f"tokens/{self.me}", config.most_tokens)
-        most = max(
-            int(get(store, f"tokens/{n}", meeting.join_s, f"server {name!r}"))
-            for n, name in enumerate(self.table.servers)
-        )
+        most = self._agree_on_tokens(store)
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         worker = WorkerConfig(
@@ -187,6 +197,7 @@ class Server:
             rtt_s=config.rtt_s,
             threads=config.threads,
             over=self._over,
+            signs=self._signs,
             loader=config.movable.loader if config.movable else None,
             planes=config.planes,
         )
@@ -202,7 +213,13 @@ class Server:
         if config.planes is not None:
             pairs = [(self.me, m) for m in others]
             job = partial(make_planes, config.planes, meeting, pairs, config.lanes, 0)
-            (self._planes,) = in_parallel([job])  # a thread that can be interrupted, as above
+            number = max(len(pairs) * config.lanes, 1)  # one after the other
+            try:
+                self._planes = in_time(job, 2 * number * meeting.join_s + STORE_TIMEOUT_S)
+            except TimeoutError as error:
+                raise RuntimeFailure(
+                    f"--transport {config.planes.backend}: the other servers' workers do not answer"
+                ) from error
         try:
             if not ours.poll(meeting.join_s):
                 raise RuntimeFailure(
@@ -218,11 +235,12 @@ class Server:
         hold_back_little()
         timeout = datetime.timedelta(seconds=meeting.timeout_s)
         outbox = Outbox(timeout)
+        rooms = {m: self._room_of(store, m) for m in others}
         self.lanes = [
             Dispatcher(
                 config.model,
                 Router(self.table, self.me, config.model, config.network, config.route),
-                {m: self._line(m, lane, timeout, outbox) for m in others},
+                {m: self._line(m, lane, timeout, outbox, rooms[m]) for m in others},
                 config.compute,
                 self.counters,
                 timeout_s=meeting.timeout_s,
@@ -239,11 +257,37 @@ class Server:
             self._follower.start()
         threading.Thread(target=self._watch, args=(others,), daemon=True).start()
 
-    def _line(self, m: int, lane: int, timeout: datetime.timedelta, outbox: Outbox) -> Line:
+    def _agree_on_tokens(self, store: dist.TCPStore) -> int:
+        """The most tokens of any server's step, for which this server's worker gets memory."""
+        meeting = self.config.meeting
+        put(store, f"tokens/{self.me}", self.config.most_tokens)
+        most = max(
+            int(
+                get_number(
+                    store, f"tokens/{n}", meeting.join_s, MAX_TOKENS, f"server {name!r}", whole=True
+                )
+            )
+            for n, name in enumerate(self.table.servers)
+        )
+        put(store, f"room/{self.me}", most)
+        return most
+
+    def _room_of(self, store: dist.TCPStore, m: int) -> Room:
+        """What another server's worker has memory for, as it says."""
+        name = self.table.servers[m]
+        tokens = get_number(
+            store, f"room/{m}", self.config.meeting.join_s, MAX_TOKENS, f"server {name!r}",
+            whole=True,
+        )  # fmt: skip
+        return Room(int(tokens), self.config.model.top_k)
+
+    def _line(
+        self, m: int, lane: int, timeout: datetime.timedelta, outbox: Outbox, room: Room
+    ) -> Line:
         made, plane = self._groups[m], self._planes.get((self.me, m, lane))
         if plane is None:
-            return Line(made, lane, timeout, outbox)
-        return PlaneLine(made, lane, timeout, outbox, plane)
+            return Line(made, lane, timeout, outbox, room)
+        return PlaneLine(made, lane, timeout, outbox, room, plane)
 
     # -------------------------------------------------------------------------------------- health
 
@@ -255,75 +299,147 @@ class Server:
         self.report(str(lost))
 
     def _watch(self, others: list[int]) -> None:
-        """Notice servers that give no sign of life, whether or not they are called."""
+        """Notice processes that give no sign of life, whether or not they are called.
+
+        Here without the store, which may be lost or hang itself: signs of other fronts come over
+        the links. Those that only the store tells of are looked for in threads of their own.
+        """
+        signs = SignsOfLife()
+        threading.Thread(target=self._watch_store, args=(others,), daemon=True).start()
+        for m in others:
+            threading.Thread(target=self._show_life, args=(m,), daemon=True).start()
+        while not self._ended.wait(self._period_s):
+            self._watch_scheduler()
+            self._watch_worker(signs)
+            if self._worker_lives:  # it is who hears of the others
+                for n in others:
+                    self._watch_front(signs, n)
+            if signs.silent_s("store", self._store_looks) > self._patience_s:
+                self._store_hangs()
+
+    @property
+    def _period_s(self) -> float:
+        """Between two looks, and two signs of life."""
+        return min(self.config.meeting.timeout_s / 4, 1.0)
+
+    @property
+    def _patience_s(self) -> float:
+        """For fronts: of a server that hangs as a whole, others are to be told of the worker."""
+        return self.config.meeting.timeout_s + BEAT_GRACE_S
+
+    def _limit_s(self, sign: object, timeout_s: float) -> float:
+        """How long a process may be silent; one that has not begun yet as long as it may join."""
+        return timeout_s if sign else max(timeout_s, self.config.meeting.join_s)
+
+    def _show_life(self, m: int) -> None:
+        """Tell another server over its link that this front lives, until one of the two ends."""
+        message = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+        put_header(message.numpy(), Header(ALIVE))
+        with contextlib.suppress(RuntimeError):
+            while not self._ended.wait(self._period_s):
+                send(self._groups[m], message, 1, SIGNS_LANE).wait(FOREVER)
+
+    def _watch_front(self, signs: SignsOfLife, n: int) -> None:
+        sign = self._signs[n]
+        if (
+            signs.silent_s(n, sign) <= self._limit_s(sign, self._patience_s)
+            or n in self._silent
+            or self.table.lost(n)
+            or self._over[n]  # it needs nobody any more
+        ):
+            return
+        self._silent.add(n)
+        self.report(
+            f"server {self.table.servers[n]!r}: the process that serves its requests gives no sign "
+            f"of life for {self._patience_s:g} s; nobody waits for them"
+        )
+
+    def _watch_store(self, others: list[int]) -> None:
+        """Give signs of life in the store and look for those of other workers, and the scheduler.
+
+        A store that hangs holds this thread up, and so ``_store_looks``.
+        """
         timeout_s = self.config.meeting.timeout_s
+        signs = SignsOfLife()
         try:
             store = join_store(self.config.meeting, host_it=False)
-        except RuntimeFailure:
-            return
-        worker, front = "beat", "front"  # of each server; one may hang alone
-        seen = {(kind, n): ("", time.monotonic()) for n in others for kind in (worker, front)}
-        beats = 0
-        while not self._ended.wait(min(timeout_s / 4, 1.0)):
-            self._watch_scheduler()
-            self._watch_worker()
-            beats += 1
-            try:
-                store.set(f"{front}/{self.me}", str(beats))
-            except RuntimeError:
-                self._store_lost()
-                return
-            for (kind, n), (before, since_s) in seen.items():
-                key = f"{kind}/{n}"
-                try:
-                    beat = store.get(key).decode() if store.check([key]) else ""
+            while not self._ended.wait(self._period_s):
+                self._store_looks += 1
+                store.set(f"front/{self.me}", str(self._store_looks))
+                for n in others:
+                    sign = _sign(store, f"beat/{n}")
+                    silent_s = signs.silent_s(n, sign)
                     # none leaves before all have finished, so until then silence is no rest
                     over = self._finishing and store.check([f"finished/{n}"])
-                except RuntimeError:
-                    self._store_lost()
-                    return
-                now = time.monotonic()
-                # fronts beat less often, and of a server that hangs as a whole the worker is told
-                patience_s = timeout_s if kind == worker else timeout_s + 2.0
-                if beat != before or over:
-                    seen[kind, n] = (beat, now)
-                elif now - since_s > patience_s and not self.table.lost(n):
-                    if kind == worker:
-                        self.table.lose(n)
-                        reason = f"no sign of life for {timeout_s:g} s"
-                        self._on_lost(ServerLost(n, self.table.servers[n], reason))
-                    elif n not in self._silent:
-                        self._silent.add(n)
-                        name = self.table.servers[n]
-                        self.report(
-                            f"server {name!r}: the process that serves its requests gives no sign "
-                            f"of life for {patience_s:g} s; nobody waits for them"
-                        )
+                    if silent_s > self._limit_s(sign, timeout_s) and not over:
+                        self._lose_silent(n)
+                if self.config.movable is not None:
+                    self._hear_of_scheduler(signs, _sign(store, BEAT))
+        except (RuntimeError, RuntimeFailure):
+            self._store_lost()
 
-    def _watch_worker(self) -> None:
-        if self._worker is None or self._worker.is_alive() or self._ended.is_set():
+    def _watch_worker(self, signs: SignsOfLife) -> None:
+        """A worker that has ended or hangs: this server is lost to the others."""
+        if not self._worker_lives:
             return
-        self._worker = None
-        self.report("its worker has ended: the others take this server for lost")
+        if self._worker is not None and not self._worker.is_alive():
+            self._worker_lives = False
+            self._worker = None
+            self.report("its worker has ended: the others take this server for lost")
+        elif signs.silent_s(self.me, self._signs[self.me]) > self._patience_s:
+            self._worker_lives = False
+            self.report(
+                f"its worker gives no sign of life for {self._patience_s:g} s: the others take "
+                "this server for lost"
+            )
 
     def _watch_scheduler(self) -> None:
         if self._scheduler is None or self._scheduler.is_alive():
             return
         self._scheduler = None
-        if self._follower is not None:
-            self._follower.migrating = False
+        self._scheduler_answers = False
         self.report("the scheduler has ended: no more migrations")
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeFailure):
             put(self.store, "movable", False)  # for whoever asks from now on
+
+    def _hear_of_scheduler(self, signs: SignsOfLife, sign: bytes) -> None:
+        """One that hangs may go on later; until then nobody waits for what it moves."""
+        answers = signs.silent_s(BEAT, sign) <= self._limit_s(sign, self._patience_s)
+        if self.me == 0 and self._scheduler is None:
+            return  # it has ended, which was told
+        if self._scheduler_answers and not answers and self.me == 0:
+            self.report(
+                f"the scheduler gives no sign of life for {self._patience_s:g} s: no migrations "
+                "until it does"
+            )
+        self._scheduler_answers = answers
+
+    def _lose_silent(self, n: int) -> None:
+        if self.table.lost(n):
+            return
+        self.table.lose(n)
+        reason = f"no sign of life for {self.config.meeting.timeout_s:g} s"
+        self._on_lost(ServerLost(n, self.table.servers[n], reason))
 
     def _store_lost(self) -> None:
         if self.me == 0 or self._ended.is_set():
             return
         host = self.table.servers[0]
+        self._store_answers = False
         self.report(f"the store on {host!r} is lost: no migrations and no news of other servers")
         if not self.table.lost(0):
             self.table.lose(0)
             self._on_lost(ServerLost(0, host, "it hosts the store, which is gone"))
+
+    def _store_hangs(self) -> None:
+        """Its host's worker may answer all the same, so that server is not lost."""
+        if not self._store_answers:
+            return
+        self._store_answers = False
+        self.report(
+            f"the store on {self.table.servers[0]!r} does not answer for {self._patience_s:g} s: "
+            "no migrations and no news of other servers"
+        )
 
     # ---------------------------------------------------------------------------------------- time
 
@@ -337,8 +453,8 @@ class Server:
         """
         assert self.store is not None
         put(self.store, f"{name}/{self.me}", 1)
-        for n in range(self.config.meeting.servers):
-            get(self.store, f"{name}/{n}", self.config.meeting.join_s)
+        for n, server in enumerate(self.table.servers):
+            get(self.store, f"{name}/{n}", self.config.meeting.join_s, f"server {server!r}")
 
     def agree_on_start(self, delay_s: float = 0.5) -> float:
         """A time of ``time.monotonic`` at which all servers of this machine begin."""
@@ -346,18 +462,21 @@ class Server:
         self.together("ready")
         if self.me == 0:
             put(self.store, "start", time.time() + delay_s)
-        at = float(get(self.store, "start", self.config.meeting.join_s))
+        most_s = time.time() + MAX_START_S
+        at = get_number(self.store, "start", self.config.meeting.join_s, most_s, whole=False)
         return time.monotonic() + (at - time.time())
 
-    def finish(self, patience_s: float = 3600.0) -> None:
-        """Tell that this server has no more requests, and answer others until they have none."""
+    def finish(self) -> None:
+        """Tell that this server has no more requests, and answer others until they have none.
+
+        Of another server it waits as long as its front gives signs of life; of a migration as long
+        as the scheduler does, which abandons one that comes to nothing.
+        """
         assert self.store is not None
         self._finishing = True
-        deadline = time.monotonic() + patience_s
-        try:
-            put(self.store, f"finished/{self.me}", 1)
-        except RuntimeError:
-            self._store_lost()
+        with contextlib.suppress(RuntimeFailure):  # who watches the store tells of its end
+            finished = partial(self.store.set, f"finished/{self.me}", "1")
+            ask_store(finished, self._patience_s)
         # workers are told over the links, which are there when the store is not
         message = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
         put_header(message.numpy(), Header(OVER))
@@ -366,24 +485,30 @@ class Server:
                 with contextlib.suppress(RuntimeError):
                     send(made, message, 1, 0).wait(self.lanes[0].timeout)
         for n in self._groups:
-            while (
-                not self.table.lost(n)
-                and not self._over[n]
-                and n not in self._silent
-                and self._worker is not None  # it is who hears that they are done
-                and time.monotonic() < deadline
-            ):
+            while self._waits_for(n):
                 time.sleep(0.02)
-        while self.migrating and time.monotonic() < deadline:
+        while self.migrating:
             time.sleep(0.05)
         if self.me == 0:
             time.sleep(0.5)  # the others read the last news from the store that is here
         self._ended.set()
 
+    def _waits_for(self, n: int) -> bool:
+        """Whether another server may still call this one's worker, which hears when it is done."""
+        return not (
+            self.table.lost(n) or self._over[n] or n in self._silent or not self._worker_lives
+        )
+
     @property
     def migrating(self) -> bool:
-        """Whether experts are on the move."""
-        return self._follower is not None and self._follower.migrating and not self.table.lost(0)
+        """Whether experts are on the move, as far as this server can be told."""
+        return (
+            self._follower is not None
+            and self._follower.migrating
+            and self._scheduler_answers
+            and self._store_answers
+            and not self.table.lost(0)
+        )
 
     def held(self) -> list[dict[str, list[int]]]:
         """What this server's GPUs hold now, as a placement file has it."""
@@ -396,7 +521,14 @@ class Server:
         """What the reviews decided, as in a simulation's report; of the first server."""
         if self._scheduler is None or self.store is None or not self.store.check(["migrations"]):
             return []
-        found: list[dict[str, Any]] = get(self.store, "migrations", self.config.meeting.join_s)
+        try:
+            found = get(self.store, "migrations", self.config.meeting.join_s)
+        except RuntimeFailure as error:
+            self.report(f"what the reviews decided is not known: {error}")
+            return []
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            self.report("what the reviews decided is not known: the store holds something else")
+            return []
         return found
 
     def close(self) -> None:
@@ -410,3 +542,8 @@ class Server:
                 process.join(5)
                 if process.is_alive():
                     process.kill()
+
+
+def _sign(store: dist.TCPStore, key: str) -> bytes:
+    """A sign of life, empty where there is none yet."""
+    return bytes(store.get(key)) if store.check([key]) else b""

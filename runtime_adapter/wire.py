@@ -17,6 +17,7 @@ experts). The payload of a message is all but its header.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -33,12 +34,18 @@ _HEADER = struct.Struct("=8i")
 MAGIC = 0x5052_4D31
 
 #: What a header says: a call, its answer, an expert is not here (any more), the server failed, a
-#: front has no more calls, a worker asks for an expert's weights (see peers.py).
-CALL, ANSWER, MISSING, FAILED, OVER, WEIGHTS = 1, 2, 3, 4, 5, 6
+#: front has no more calls, a worker asks for an expert's weights (see peers.py), a front lives.
+CALL, ANSWER, MISSING, FAILED, OVER, WEIGHTS, ALIVE = 1, 2, 3, 4, 5, 6, 7
+#: Signs of life of a front have a lane of their own; those of requests are below.
+SIGNS_LANE = 1 << 12
 
 
 class WireError(PrismError):
     """A message that is none of ours, or does not fit the model."""
+
+
+class StepTooLong(PrismError):
+    """A step has more tokens than the servers of a run have agreed on."""
 
 
 class Header(NamedTuple):
@@ -75,9 +82,58 @@ def call_bytes(tokens: int, calls: int, token_bytes: int) -> int:
     return tokens * token_bytes + BYTES_PER_CALL * calls
 
 
-def most_bytes(tokens: int, top_k: int, token_bytes: int) -> int:
-    """The largest message of steps of up to ``tokens`` tokens."""
-    return HEADER_BYTES + call_bytes(tokens, tokens * top_k, token_bytes)
+@dataclass(frozen=True)
+class Room:
+    """What the worker of a server has memory for: calls of up to so many tokens, top-k each.
+
+    gloo ends the process that receives more than it has memory for, so whoever sends asks this
+    first; who receives asks as well, for the sender may be of another version.
+    """
+
+    tokens: int
+    top_k: int
+
+    def fits(self, tokens: int, calls: int) -> bool:
+        """Whether there can be such a call, and there is memory for it."""
+        return 0 < tokens <= min(calls, self.tokens) and calls <= tokens * self.top_k
+
+    def require(self, tokens: int, calls: int) -> None:
+        """Refuse a call before anything of it is sent.
+
+        Raises
+        ------
+        WireError
+            It does not fit.
+        """
+        if not self.fits(tokens, calls):
+            raise WireError(
+                f"a call of {tokens:,} tokens and {calls:,} experts; the server that it is for has "
+                f"memory for {self.tokens:,} tokens with up to {self.top_k} experts each"
+            )
+
+    def call_bytes(self, token_bytes: int) -> int:
+        """The largest call, header and all."""
+        return HEADER_BYTES + call_bytes(self.tokens, self.tokens * self.top_k, token_bytes)
+
+    def answer_bytes(self, token_bytes: int) -> int:
+        """The largest answer, header and all."""
+        return HEADER_BYTES + self.tokens * token_bytes
+
+
+def require_tokens(request: object, tokens: int, most: int) -> None:
+    """Refuse a step that is longer than all servers are prepared for, before any of it is sent.
+
+    Raises
+    ------
+    StepTooLong
+        Names the request, its tokens and the bound.
+    """
+    if tokens > most:
+        raise StepTooLong(
+            f"request {request}: a step of {tokens:,} tokens; expected at most {most:,}, for which "
+            "the servers of this run have memory: the longest prompt that was announced at the "
+            "start"
+        )
 
 
 def put_header(message: Bytes, header: Header) -> None:
@@ -94,7 +150,7 @@ def get_header(message: Bytes) -> Header:
         It is none of ours.
     """
     magic, *fields = _HEADER.unpack_from(message.data)[:6]
-    if magic != MAGIC or not CALL <= fields[0] <= WEIGHTS:
+    if magic != MAGIC or not CALL <= fields[0] <= ALIVE:
         raise WireError("a message that is no call and no answer; is every server of one version?")
     if min(fields) < 0:
         raise WireError("a header with a negative count")

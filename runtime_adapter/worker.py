@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from prism_plan.errors import PrismError
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
 from runtime_adapter.agent import Agent, Loader
 from runtime_adapter.changes import News
 from runtime_adapter.clock import sharp_timers, wait_until
 from runtime_adapter.compute import Batch, Compute
-from runtime_adapter.links import FOREVER, Meeting, RuntimeFailure, group, join_store, receive, send
+from runtime_adapter.links import FOREVER, Meeting, group, join_store, receive, send
 from runtime_adapter.outbox import LONG_BYTES, Outbox, hold_back_little
 from runtime_adapter.parallel import in_parallel
 from runtime_adapter.planes import Plane, PlaneBroken, Planes, make_planes
@@ -36,11 +37,12 @@ from runtime_adapter.wire import (
     HEADER_BYTES,
     MISSING,
     OVER,
+    SIGNS_LANE,
     Header,
+    Room,
     WireError,
     get_header,
     id_bits,
-    most_bytes,
     put_header,
 )
 
@@ -57,7 +59,9 @@ class WorkerConfig:
     ``loader`` moves experts, where they move at all. ``states`` is the dtype of hidden states on
     the wire (``torch.uint8`` where nothing is computed), ``width`` their numbers a token,
     ``most_tokens`` the most of any server's step; ``threads`` of the CPU
-    that a call may take. ``over`` [N] is shared with the front: which fronts have no more calls.
+    that a call may take. Shared with the front of this server are ``over`` [N], which fronts have
+    no more calls, and ``signs`` [N], signs of life of the other fronts and, at this server's own
+    place, of this worker.
     """
 
     meeting: Meeting
@@ -71,6 +75,7 @@ class WorkerConfig:
     rtt_s: float
     threads: int
     over: Any
+    signs: Any
     loader: Loader | None = None
     planes: Planes | None = None
 
@@ -83,9 +88,14 @@ def run_worker(config: WorkerConfig, ready: Any) -> None:
     try:
         worker = Worker(config)
         worker.connect()
-    except RuntimeFailure as error:
+    except PrismError as error:
         ready.send(str(error))
         return
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        ready.send(f"its worker failed: {text:.300}; please report it")
+        return
+    threading.Thread(target=worker.show_life, daemon=True).start()
     ready.send("")
     while True:
         worker.beat()
@@ -132,7 +142,7 @@ class Worker:
                     target=self._answer_all, args=(front, made, lane, plane), daemon=True
                 )
                 thread.start()
-
+            threading.Thread(target=self._hear_signs, args=(front, made), daemon=True).start()
         if self.config.loader is not None:
             self.config.loader.connect(self.config.meeting, self.table)
             Agent(
@@ -147,6 +157,21 @@ class Worker:
             self.store.set(f"beat/{self.me}", str(self._beats))
         except RuntimeError:
             return  # the store's host is gone; calls are answered all the same
+
+    def show_life(self) -> None:
+        """Tell this server's front that the worker lives, whatever becomes of the store."""
+        while True:
+            self.config.signs[self.me] += 1
+            time.sleep(BEAT_S)
+
+    def _hear_signs(self, front: int, made: Any) -> None:
+        """Note the signs of life of another front until it is gone."""
+        room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        with contextlib.suppress(RuntimeError):
+            while True:
+                receive(made, room, 0, SIGNS_LANE).wait(FOREVER)
+                self.config.signs[front] += 1
+        self.config.over[front] = True
 
     def _answer_all(self, front: int, made: Any, lane: int, plane: Plane | None) -> None:
         sharp_timers()
@@ -194,13 +219,10 @@ class Desk:
         model, token_bytes = config.model, self._token_bytes(config)
         calls = config.most_tokens * model.top_k
         self.config = config
-        self.room = torch.empty(
-            most_bytes(config.most_tokens, model.top_k, token_bytes), dtype=torch.uint8
-        )
+        self._limits = Room(config.most_tokens, model.top_k)
+        self.room = torch.empty(self._limits.call_bytes(token_bytes), dtype=torch.uint8)
         self.raw = self.room.numpy()
-        self._reply = torch.empty(
-            HEADER_BYTES + config.most_tokens * token_bytes, dtype=torch.uint8
-        )
+        self._reply = torch.empty(self._limits.answer_bytes(token_bytes), dtype=torch.uint8)
         self._reply_raw = self._reply.numpy()
         self._words = self.raw[HEADER_BYTES : HEADER_BYTES + 4 * calls].view(np.uint32)
         self._held = table.gpu_of[me]
@@ -226,7 +248,7 @@ class Desk:
         """
         model = self.config.model
         tokens, calls, layer = header.tokens, header.calls, header.detail
-        fits = 0 < tokens <= min(calls, self.config.most_tokens) and calls <= tokens * model.top_k
+        fits = self._limits.fits(tokens, calls)
         if header.kind != CALL or layer >= model.num_layers or not fits:
             raise WireError(f"a call that does not fit {model.name}: {header}")
         hidden, reply, sums = self._seen(tokens, calls)

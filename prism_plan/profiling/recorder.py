@@ -13,7 +13,7 @@ import inspect
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from prism_plan.checkpoint_folder import checkpoint_name
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
 from prism_plan.model_config import require_unquantised, spec_from_config
+from prism_plan.profiling.decoder_cache import cache_argument, cache_of
 from prism_plan.provenance import stamped
 from prism_plan.trace import PHASES, TokenBatch
 from prism_plan.trace_file import TraceWriter
@@ -132,6 +133,7 @@ class Recorder:
                 remedy="a model with experts of its own code cannot be recorded",
             )
         decoder: Any = self._model.get_decoder()
+        cache_argument(decoder)  # one that is not known is refused
         handles = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after),
@@ -162,7 +164,7 @@ class Recorder:
         if inputs is None:
             raise InputError("neither input_ids nor inputs_embeds", source="forward pass")
         shape = (int(inputs.shape[0]), int(inputs.shape[1]))
-        cache = _cache(kwargs)
+        cache = cache_of(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
         if past == 0:
             _require_start(kwargs.get("position_ids"))
@@ -368,12 +370,6 @@ def _stack(tensors: list[torch.Tensor], *, number: bool = False) -> npt.NDArray[
         stacked = stacked.to(torch.int32)  # half the way over the bus
     array: npt.NDArray[Any] = stacked.detach().cpu().numpy()
     return array
-
-
-def _cache(kwargs: Mapping[str, Any]) -> Any:
-    """The cache of a pass: ``past_key_values``, since transformers 5.24 ``cache``."""
-    found = (kwargs.get(name) for name in ("past_key_values", "cache"))
-    return next((cache for cache in found if cache is not None), None)
 
 
 def _require_start(positions: Any) -> None:

@@ -32,7 +32,9 @@ def command(**given: Any) -> None:
     placement = read_placement(given["placement"])
     host, port = address(given["store"])
     code, text = ask(
-        Meeting(1, -1, host=host, port=port, join_s=given["join"]), placement_to_json(placement)
+        Meeting(1, -1, host=host, port=port, join_s=given["join"]),
+        placement_to_json(placement),
+        note,
     )
     note(f"{given['placement']}: {text}")
     if code:

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 
 def note(message: str) -> None:
-    """A line to standard error."""
-    print(f"prism-runtime: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    """A line to standard error; what cannot be printed is written as in a Python text."""
+    line = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in " ".join(message.split())
+    )
+    print(f"prism-runtime: {line}", file=sys.stderr, flush=True)
 
 
 def note_assumed(path: str, cluster: Cluster, **uses: bool) -> None:
@@ -116,6 +120,7 @@ def meeting_of(given: dict[str, Any], names: tuple[str, ...]) -> Any:
     import math
 
     from prism_plan.errors import InputError
+    from runtime_adapter.interfaces import require_interface
     from runtime_adapter.links import Meeting
 
     if given["server"] not in names:
@@ -130,6 +135,7 @@ def meeting_of(given: dict[str, Any], names: tuple[str, ...]) -> Any:
             raise InputError(f"{given[option]}", source=f"--{option}", expected="seconds above 0")
     if not 0 <= given["rtt_ms"] < 60_000:
         raise InputError(f"{given['rtt_ms']}", source="--rtt-ms", expected="0 to 60000")
+    require_interface(given["interface"], ipv4=":" not in host)
     return Meeting(
         servers=len(names),
         me=names.index(given["server"]),

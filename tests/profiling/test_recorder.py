@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError  # noqa: E402
+from prism_plan.profiling.decoder_cache import cache_argument  # noqa: E402
 from prism_plan.profiling.recorder import record, spec_of  # noqa: E402
 from prism_plan.trace import PHASES, Trace  # noqa: E402
 from prism_plan.trace_file import read_trace  # noqa: E402
 from tests.profiling.families import FAMILIES, VOCABULARY, tiny_model  # noqa: E402
 
 #: What models call the cache that they are given: renamed in transformers 5.24.
-CACHE = (
-    "cache"
-    if "cache" in inspect.signature(transformers.MixtralForCausalLM.forward).parameters
-    else "past_key_values"
-)
+CACHE = cache_argument(transformers.MixtralForCausalLM)
 PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")
 
 
@@ -307,19 +303,19 @@ def test_passes_that_would_give_wrong_rows_are_refused(tmp_path: Path) -> None:
         model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, use_cache=False)
 
     def cut() -> None:
-        cache = model(input_ids=one, use_cache=True).past_key_values
+        cache = model(input_ids=one, use_cache=True)[CACHE]
         cache.crop(-2)
         model(input_ids=one[:, :2], **{CACHE: cache})
 
-    foreign = model(input_ids=one[:, :3], use_cache=True).past_key_values
+    foreign = model(input_ids=one[:, :3], use_cache=True)[CACHE]
 
     def elsewhere() -> None:
         model(input_ids=one, use_cache=True)
         model(input_ids=one[:, :1], **{CACHE: foreign})
 
     def interleaved() -> None:
-        first = model(input_ids=one, use_cache=True).past_key_values
-        second = model(input_ids=one + 1, use_cache=True).past_key_values
+        first = model(input_ids=one, use_cache=True)[CACHE]
+        second = model(input_ids=one + 1, use_cache=True)[CACHE]
         model(input_ids=one[:, :1], **{CACHE: second})
         model(input_ids=one[:, :1], **{CACHE: first})
 
@@ -338,7 +334,7 @@ def test_positional_cache(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     ids, _ = prompts(1)
     with record(model, tmp_path / "t.parquet"):
-        cache = model.model(ids, use_cache=True).past_key_values
+        cache = model.model(ids, use_cache=True)[CACHE]
         model.model(ids[:, :1], None, None, cache)
     found = rows(read_trace(tmp_path / "t.parquet"))
     assert sorted(found) == [(0, position) for position in range(ids.shape[1] + 1)]
@@ -349,7 +345,7 @@ def test_another_turn(tmp_path: Path) -> None:
     """A conversation that ended goes on when it is fed more than one token again."""
     model = tiny_model("mixtral")
     with record(model, tmp_path / "t.parquet", end_tokens=[2]):
-        cache = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+        cache = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True)[CACHE]
         for token in (8, 2, 9):  # the last two are fed after the end
             model(input_ids=torch.tensor([[token]]), **{CACHE: cache})
         model(input_ids=torch.tensor([[10, 11]]), **{CACHE: cache})

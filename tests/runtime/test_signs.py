@@ -1,0 +1,128 @@
+"""How long others are silent, and waits that end although what they wait for does not answer."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from runtime_adapter.links import (
+    Meeting,
+    RuntimeFailure,
+    ask_store,
+    get,
+    get_number,
+    join_store,
+    put,
+)
+from runtime_adapter.parallel import in_time
+from runtime_adapter.signs import MAX_GAP_S, SignsOfLife
+from tests.runtime.replays import free_port
+
+#: A wait that does not end by itself fails a test after so long.
+LIMIT_S = 60.0
+
+
+def test_only_looked_at_time_counts() -> None:
+    """A sign that stands still is silent for as long as it was looked at, one that changes is not.
+
+    A pause of the process that looks, or a clock that is set, makes nobody silent.
+    """
+    at = [100.0]
+    signs = SignsOfLife(lambda: at[0])
+    assert signs.silent_s("a", 1) == 0
+    for _ in range(5):
+        at[0] += 1.0
+        signs.silent_s("a", 1)
+    assert signs.silent_s("a", 1) == 5.0
+    assert signs.silent_s("b", 1) == 0
+    at[0] += 3600.0
+    assert signs.silent_s("a", 1) == 5.0 + MAX_GAP_S
+    at[0] -= 7200.0
+    assert signs.silent_s("a", 1) == 5.0 + MAX_GAP_S
+    assert signs.silent_s("a", 2) == 0
+    at[0] += 1.0
+    assert signs.silent_s("a", 2) == 1.0
+
+
+def test_a_job_with_a_limit() -> None:
+    """Its result or its error come through; one that blocks is left behind."""
+    assert in_time(lambda: 7, LIMIT_S) == 7
+    with pytest.raises(ZeroDivisionError):
+        in_time(lambda: 1 // 0, LIMIT_S)
+    block = threading.Event()
+    with pytest.raises(TimeoutError, match=r"within 0\.05 s"):
+        in_time(block.wait, 0.05)
+    block.set()
+
+
+def host(port: int, ready: Any) -> None:
+    """A process that hosts a store."""
+    store = join_store(Meeting(1, 0, port=port, join_s=LIMIT_S), host_it=True)
+    ready.send(store.num_keys() >= 0)
+    time.sleep(1000)
+
+
+def test_a_store_that_hangs_or_ends() -> None:
+    """Whoever asks a store whose process is stopped, or killed, is told within the limit."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    meeting = Meeting(1, 1, port=free_port(), join_s=LIMIT_S)
+    process = context.Process(target=host, args=(meeting.port, theirs), daemon=True)
+    process.start()
+    try:
+        assert ours.recv()
+        asking, other = (join_store(meeting, host_it=False) for _ in range(2))
+        put(asking, "known", 1)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(RuntimeFailure, match=r"does not answer within 0\.5 s"):
+            ask_store(lambda: asking.check(["known"]), 0.5)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(LIMIT_S)
+        with pytest.raises(RuntimeFailure, match="the store is gone; see what the first server"):
+            get(other, "known", LIMIT_S)
+        with pytest.raises(RuntimeFailure, match="the store is gone"):
+            put(other, "known", 2)
+    finally:
+        process.kill()
+        process.join(LIMIT_S)
+
+
+def test_a_listener_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What listens at the store's address but is no store is waited for no longer than to join."""
+    monkeypatch.setattr("runtime_adapter.links.STORE_TIMEOUT_S", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        meeting = Meeting(2, 1, port=silent.getsockname()[1], join_s=0.5)
+        with pytest.raises(RuntimeFailure, match=r"no store within 0\.5 s"):
+            join_store(meeting, host_it=False)
+
+
+def test_keys_of_the_store_that_no_server_has_written() -> None:
+    """What is no JSON, or of another form, is one line that names the key."""
+    meeting = Meeting(1, 0, port=free_port(), join_s=5.0)
+    store = join_store(meeting, host_it=True)
+    for raw in (b"\xff\xfe", b"{", b"[" * 5000, b"NaN", b'{"a": 1, "a": 2}'):
+        store.set("facts", raw)
+        with pytest.raises(RuntimeFailure, match="the run's store: facts") as error:
+            get(store, "facts", 5.0)
+        assert "something that is no server of this run writes to its store" in str(error.value)
+    for raw in (b'"7"', b"-1", b"true", b"1e999", b"7.5", b"1000001", b"null"):
+        store.set("tokens/0", raw)
+        with pytest.raises(RuntimeFailure, match="the run's store: tokens/0"):
+            get_number(store, "tokens/0", 5.0, 1e6, whole=True)
+    store.set("tokens/0", b"98")
+    assert get_number(store, "tokens/0", 5.0, 1e6, whole=True) == 98
+    store.set("aborted", b"\xff")
+    with pytest.raises(RuntimeFailure, match="the run's store: aborted"):
+        get(store, "missing", 5.0)
