@@ -18,7 +18,7 @@ RUNTIME = PACKAGE.parent / "runtime_adapter"
 #: A module may import those of its own and of lower floors; `solvers` and others of one floor that
 #: are packages do not import each other.
 FLOORS = [
-    {"errors", "jit", "machine"},
+    {"errors", "jit", "limits", "machine", "open_file"},
     {"files", "schema", "kernels", "__init__"},
     {
         *("model", "model_config", "cluster", "cluster_file", "toml_table"),
