@@ -128,3 +128,19 @@ def require_places(
             place=place,
             expected=f"a product of at most {MAX_PLACES:,}",
         )
+
+
+def require_task_pairs(tasks: int, layers: int, experts: int, *, source: object = "") -> None:
+    """Refuse more than :data:`MAX_TASK_PAIRS` (task, layer, expert) triples.
+
+    Raises
+    ------
+    InputError
+        Names the three sizes.
+    """
+    if tasks * layers * experts > MAX_TASK_PAIRS:
+        raise InputError(
+            f"{tasks:,} tasks × {layers:,} layers × {experts:,} experts",
+            source=source,
+            expected=f"a product of at most {MAX_TASK_PAIRS:,}",
+        )

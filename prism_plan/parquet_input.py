@@ -69,7 +69,7 @@ def key_value_metadata(parquet: Any) -> dict[bytes, bytes]:
 def num_rows(parquet: Any) -> int:
     """Rows of all row groups, which are what will be read."""
     metadata = parquet.metadata
-    return sum(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    return sum(max(0, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups))
 
 
 def _check_footer(file: OpenFile) -> None:
@@ -93,7 +93,7 @@ def _check_columns(
         group = metadata.row_group(index)
         chunks = (group.column(i) for i in range(group.num_columns))
         size = sum(
-            chunk.total_uncompressed_size
+            max(0, chunk.total_uncompressed_size)
             for chunk in chunks
             if columns is None or chunk.path_in_schema.partition(".")[0] in columns
         )

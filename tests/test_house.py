@@ -22,7 +22,7 @@ FLOORS = [
     {"files", "schema", "kernels", "__init__"},
     {
         *("model", "model_config", "cluster", "cluster_file", "toml_table"),
-        *("trace", "trace_file", "provenance"),
+        *("trace", "trace_counts", "trace_file", "parquet_input", "provenance"),
     },
     {"workload"},
     {"instance"},

@@ -16,7 +16,7 @@ from prism_plan.model import ModelSpec
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.tokens import require_every_layer, tell_if_uneven, tokens_of_calls
 from prism_plan.trace import Trace
-from prism_plan.trace_file import check_sums, counts_from_rows
+from prism_plan.trace_counts import CallTable, check_sums
 
 COLUMNS = ("task", "layer", "expert", "count")
 
