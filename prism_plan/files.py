@@ -207,12 +207,13 @@ _WIDE = ((4, re.compile(b"[\xf0-\xf4]")), (2, re.compile(b"[\xc4-\xef]")))
 
 
 def lines_of(text: str) -> Iterator[str]:
-    """The lines of a text one by one, without their line feeds: no list of them is made."""
+    """The lines of a text one by one, without their line feeds; no list of them is made."""
     start = 0
     while (end := text.find("\n", start)) >= 0:
         yield text[start:end]
         start = end + 1
-    yield text[start:]
+    if start < len(text):
+        yield text[start:]
 
 
 # ------------------------------------------------------------------------------------------- JSON

@@ -20,6 +20,9 @@ MAX_TEXT_BYTES = 256 * MIB
 #: Bytes of one line of a JSON Lines file. The files themselves may be longer, for their lines are
 #: read one by one. A response of 131,072 tokens of a model with 61 layers, top-8, has 85 MB.
 MAX_LINE_BYTES = 128 * MIB
+#: Characters of a line of numbers as text, each a text of its own for a while: a request of 131,072
+#: tokens of a model with top-8 has 12 million.
+MAX_LINE_OF_NUMBERS = 16 * MIB
 #: Bytes that the values of a JSON or TOML file would take in memory, estimated from its text.
 MAX_VALUE_BYTES = 512 * MIB
 #: Levels of lists and tables inside each other: parsers, checks and messages recurse.
@@ -66,6 +69,8 @@ MAX_BATCH_SELECTIONS = 2**23
 MAX_ARRIVALS = 2**21
 #: Rows of a sweep table, some 3 kB each; a sweep has no more runs.
 MAX_RUNS = 100_000
+#: Characters of a cell of a sweep table: the line of an error may stand there.
+MAX_CELL = 10_000
 #: Bytes of the footer of a Parquet file, which is parsed whole.
 MAX_FOOTER_BYTES = 16 * MIB
 #: Bytes of a Parquet row group, all columns decompressed: a page of it is decompressed whole.

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from prism_plan.errors import InputError, WrongModel, did_you_mean
-
-#: Expert ids are stored as uint16 in traces.
-MAX_EXPERTS = 65536
+from prism_plan.limits import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_NAME_LENGTH,
+    MAX_PAIRS,
+    MAX_SELECTIONS_PER_TOKEN,
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,15 @@ class ModelShape:
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):
             _wrong("name", self.name, "a non-empty text")
+        if len(self.name) > MAX_NAME_LENGTH:
+            _wrong("name", self.name, f"at most {MAX_NAME_LENGTH:,} characters")
         for field in ("num_experts", "top_k"):
             _whole(field, getattr(self, field), 1)
         layers = self.moe_layers
         if not isinstance(layers, tuple):
             _wrong("moe_layers", layers, "a list of decoder indices")
+        if len(layers) > MAX_LAYERS:
+            _wrong("moe_layers", f"{len(layers):,} layers", f"at most {MAX_LAYERS:,}")
         for layer in layers:
             _whole("moe_layers", layer, 0, 2**31)
         if not layers or any(a >= b for a, b in itertools.pairwise(layers)):
@@ -57,6 +65,12 @@ class ModelShape:
             _wrong("num_experts", self.num_experts, f"at most {MAX_EXPERTS}")
         if self.top_k > self.num_experts:
             _wrong("top_k", self.top_k, f"at most num_experts = {self.num_experts}")
+        if self.num_pairs > MAX_PAIRS:
+            product = f"{self.num_experts:,} experts in each of {len(layers):,} layers"
+            _wrong("num_experts", product, f"at most {MAX_PAIRS:,} in all")
+        if len(layers) * self.top_k > MAX_SELECTIONS_PER_TOKEN:
+            product = f"top-{self.top_k} in each of {len(layers):,} layers"
+            _wrong("top_k", product, f"at most {MAX_SELECTIONS_PER_TOKEN:,} selections a token")
         if isinstance(self.expert_bytes, tuple):
             if len(self.expert_bytes) != len(layers):
                 _wrong(

@@ -32,7 +32,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import parse_json, read_text
-from prism_plan.model import MAX_EXPERTS, ModelSpec
+from prism_plan.limits import MAX_EXPERTS, MAX_LAYERS
+from prism_plan.model import ModelSpec
 
 BY_HAND = (
     "write the sizes by hand as a model spec (a JSON file with moe_layers, expert_bytes, "
@@ -46,7 +47,6 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 #: No model has more of anything; a larger value is a slip and would only exhaust memory here.
 MAX_SIZE = 2**31 - 1
-MAX_LAYERS = 10_000
 
 _FLOAT32_BYTES = 4
 _MXFP4_GROUP = 32

@@ -199,7 +199,7 @@ class OpenFile:
             A line has more than :data:`~prism_plan.limits.MAX_LINE_BYTES`, or the file cannot be
             read.
         """
-        with io.BufferedReader(self.stream(), MIB) as stream:  # type: ignore[arg-type]
+        with io.BufferedReader(self.stream(), MIB) as stream:
             number = 0
             while line := stream.readline(MAX_LINE_BYTES + 1):
                 number += 1

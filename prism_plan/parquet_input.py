@@ -45,7 +45,12 @@ def open_parquet(
         with pq.ParquetFile(file.stream()) as plain:
             metadata, schema = plain.metadata, plain.schema_arrow
         _check_columns(file, schema, metadata, columns)
-        texts = [field.name for field in schema if pa.types.is_string(field.type)]
+        kinds = pa.types
+        texts = [
+            field.name
+            for field in schema
+            if kinds.is_string(field.type) or kinds.is_large_string(field.type)
+        ]
         with pq.ParquetFile(
             file.stream(),
             metadata=metadata,

@@ -30,9 +30,7 @@ class CallTable:
         needed = tasks * self.model.num_pairs
         if needed <= len(self._counts):
             return
-        require_task_pairs(
-            tasks, self.model.num_layers, self.model.num_experts, source=self.source
-        )
+        require_task_pairs(tasks, self.model.num_layers, self.model.num_experts, source=self.source)
         room = min(max(needed, 2 * len(self._counts)), max(needed, MAX_TASK_PAIRS))
         for name in ("_counts", "_seen"):
             old = getattr(self, name)

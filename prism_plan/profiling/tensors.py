@@ -21,7 +21,9 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json
+from prism_plan.limits import MAX_NAMES, require_at_most, require_name
 from prism_plan.model import ModelSpec
+from prism_plan.open_file import OpenFile
 from prism_plan.profiling.sources import Source, distinct
 from prism_plan.profiling.tokens import require_every_layer, tell_if_uneven, tokens_of_calls
 from prism_plan.trace import PHASES, UNKNOWN_PHASE, TokenBatch, Trace, check_experts
@@ -114,6 +116,8 @@ _NPY_HEADER = re.compile(
     r"\{'descr': '([|<>])([A-Za-z])(\d{1,4})?', 'fortran_order': (True|False), "
     r"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), ?\}\s*"
 )
+#: More make NumPy raise, and no recording has more than three.
+_MAX_DIMENSIONS = 8
 _WHOLE_KINDS = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
 
 
@@ -147,6 +151,9 @@ def parse_npy(data: bytes, source: object, place: str = "") -> npt.NDArray[Any]:
             "arrays of objects or fractions are no expert ids",
         )
     shape = tuple(int(word) for word in dims.replace(" ", "").split(",") if word)
+    # also of an array without elements NumPy multiplies the dimensions
+    if len(shape) > _MAX_DIMENSIONS or math.prod(filter(None, shape)) >= 2**40:
+        raise refuse(f"an array of shape {shape!s:.60}", "[tokens, layers, top-k]")
     needed = math.prod(shape) * int(size)
     if len(data) - end != needed:
         raise refuse(f"{len(data) - end} bytes of data", f"{needed} for shape {shape}")
@@ -262,33 +269,28 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     InputError
         Unreadable, not UTF-8 or not JSON; names the line.
     """
-    try:
-        with open(path, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                place = f"line {number}"
-                try:
-                    yield place, parse_json(line.rstrip(b"\r\n").decode("utf-8"), "")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"byte {error.start} is not UTF-8", source=path, place=place
-                    ) from error
-                except InputError as error:
-                    if error.source:
-                        raise
-                    column = error.place.partition("column ")[2]
-                    raise InputError(
-                        error.found,
-                        source=path,
-                        place=f"{place} column {column}" if column else place,
-                        expected=error.expected or "one JSON object a line",
-                        remedy=error.remedy,
-                    ) from error
-    except OSError as error:
-        raise InputError(
-            (error.strerror or str(error)).lower(), source=path, remedy="give a readable file"
-        ) from error
+    with OpenFile(path) as file:
+        for number, line in file.lines():
+            if not line.strip():
+                continue
+            place = f"line {number}"
+            try:
+                yield place, parse_json(line.rstrip(b"\r\n").decode("utf-8"), "")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"byte {error.start} is not UTF-8", source=path, place=place
+                ) from error
+            except InputError as error:
+                if error.source:
+                    raise
+                column = error.place.partition("column ")[2]
+                raise InputError(
+                    error.found,
+                    source=path,
+                    place=f"{place} column {column}" if column else place,
+                    expected=error.expected or "one JSON object a line",
+                    remedy=error.remedy,
+                ) from error
 
 
 def whole_number(values: Mapping[str, Any], key: str, source: object, place: str) -> int | None:
@@ -354,7 +356,7 @@ class Requests:
     """
 
     model: ModelSpec
-    tasks: list[str] = field(default_factory=list)
+    tasks: dict[str, int] = field(default_factory=dict)
     batches: list[TokenBatch] = field(default_factory=list)
     profiling_rows: int = 0
     without_start: int = 0
@@ -420,13 +422,15 @@ class Requests:
         if prompt is not None:
             phase = np.where(position < prompt, PREFILL, DECODE).astype(np.int8)
         if task not in self.tasks:
-            self.tasks.append(task)
+            require_name(task, source=source, place=place)
+            require_at_most(len(self.tasks) + 1, MAX_NAMES, "tasks", source=source, place=place)
+            self.tasks[task] = len(self.tasks)
         self.batches.append(
             TokenBatch(
                 request=np.full(tokens, len(self.batches), np.int32),
                 position=position,
                 phase=phase,
-                task=np.full(tokens, self.tasks.index(task), np.int32),
+                task=np.full(tokens, self.tasks[task], np.int32),
                 experts=experts,
             )
         )

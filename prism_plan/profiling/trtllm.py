@@ -23,6 +23,7 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
 from prism_plan.model import ModelSpec
+from prism_plan.open_file import OpenFile
 from prism_plan.profiling.sources import Source, distinct
 from prism_plan.profiling.tensors import (
     CHECK_MODEL,
@@ -113,6 +114,7 @@ def _add_rank(path: Path, model: ModelSpec, counts: npt.NDArray[np.int64]) -> No
             "safetensors is not installed", source=path, remedy="pip install 'prism-plan[hf]'"
         ) from error
 
+    OpenFile(path).close()  # refuses pipes and devices, for safetensors would wait for them
     try:
         with safe_open(path, framework="numpy") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - no mapping
