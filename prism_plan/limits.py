@@ -49,8 +49,6 @@ MAX_LAYERS = 10_000
 MAX_EXPERTS = 65_536
 #: (layer, expert) pairs of a model: arrays of 8 bytes a pair are made of each server and task.
 MAX_PAIRS = 2**22
-#: Selections of a token, layers × top-k.
-MAX_SELECTIONS_PER_TOKEN = 2**16
 #: Servers (or GPUs) × layers × experts: one byte each in a placement.
 MAX_PLACES = 2**28
 

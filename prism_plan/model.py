@@ -14,7 +14,7 @@ from prism_plan.limits import (
     MAX_LAYERS,
     MAX_NAME_LENGTH,
     MAX_PAIRS,
-    MAX_SELECTIONS_PER_TOKEN,
+    require_at_most,
 )
 
 
@@ -55,8 +55,7 @@ class ModelShape:
         layers = self.moe_layers
         if not isinstance(layers, tuple):
             _wrong("moe_layers", layers, "a list of decoder indices")
-        if len(layers) > MAX_LAYERS:
-            _wrong("moe_layers", f"{len(layers):,} layers", f"at most {MAX_LAYERS:,}")
+        require_at_most(len(layers), MAX_LAYERS, "layers", place="moe_layers")
         for layer in layers:
             _whole("moe_layers", layer, 0, 2**31)
         if not layers or any(a >= b for a, b in itertools.pairwise(layers)):
@@ -65,12 +64,8 @@ class ModelShape:
             _wrong("num_experts", self.num_experts, f"at most {MAX_EXPERTS}")
         if self.top_k > self.num_experts:
             _wrong("top_k", self.top_k, f"at most num_experts = {self.num_experts}")
-        if self.num_pairs > MAX_PAIRS:
-            product = f"{self.num_experts:,} experts in each of {len(layers):,} layers"
-            _wrong("num_experts", product, f"at most {MAX_PAIRS:,} in all")
-        if len(layers) * self.top_k > MAX_SELECTIONS_PER_TOKEN:
-            product = f"top-{self.top_k} in each of {len(layers):,} layers"
-            _wrong("top_k", product, f"at most {MAX_SELECTIONS_PER_TOKEN:,} selections a token")
+        pairs = f"experts in all ({self.num_experts:,} in each of {len(layers):,} layers)"
+        require_at_most(self.num_pairs, MAX_PAIRS, pairs, place="num_experts")
         if isinstance(self.expert_bytes, tuple):
             if len(self.expert_bytes) != len(layers):
                 _wrong(

@@ -255,11 +255,13 @@ class Totals:
 
     def requests(self) -> npt.NDArray[np.int64]:
         """Requests of each task, [tasks]."""
-        return np.bincount(self._pairs() >> 32, minlength=len(self.tokens)).astype(np.int64)
+        first = np.searchsorted(self._pairs(), np.arange(len(self.tokens) + 1) << 32)
+        return np.diff(first).astype(np.int64)
 
     def request_of_two_tasks(self) -> int | None:
         """The lowest request that has tokens of two tasks; ``None`` where each has one task."""
-        request = np.sort((self._pairs() & 0xFFFFFFFF).astype(np.uint32))
+        request = self._pairs().astype(np.uint32)  # the lower half of each number
+        request.sort()
         same = np.flatnonzero(request[1:] == request[:-1])
         return int(request[same[0]]) if len(same) else None
 
