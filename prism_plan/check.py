@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from prism_plan.assumed import listed
 from prism_plan.cluster import Cluster
 from prism_plan.cluster_check import require_plannable
-from prism_plan.cluster_file import parse_cluster
+from prism_plan.cluster_file import cluster_from_table
 from prism_plan.comparison_file import comparison_from_json
 from prism_plan.errors import Infeasible, InputError
-from prism_plan.files import decode, parse_json, read_bytes
+from prism_plan.files import decode, parse_json
 from prism_plan.instance import Instance
 from prism_plan.memory import GpuMemory, gpu_memory, too_little_left, unreserved
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration.plan_file import migration_from_json
 from prism_plan.model import ModelSpec, require_same_model
 from prism_plan.objective import score, violations
+from prism_plan.open_file import OpenFile
+from prism_plan.parquet_input import MAGIC
 from prism_plan.placement import InputFile, Placement
 from prism_plan.placement_file import placement_from_json
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.calibration_file import calibration_from_json
 from prism_plan.simulate.schedule import Schedule
-from prism_plan.simulate.schedule_file import parse_schedule
+from prism_plan.simulate.schedule_file import schedule_from_table
 from prism_plan.simulation_file import simulation_from_json
-from prism_plan.sweep_file import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_parquet
+from prism_plan.sweep_file import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_open_file
 from prism_plan.toml_table import parse_toml
 from prism_plan.trace import Trace
-from prism_plan.trace_file import read_trace
+from prism_plan.trace_file import read_open_trace
 from prism_plan.workload import require_users
 
 #: Values of the key ``format`` of our JSON files.
@@ -38,6 +43,7 @@ FORMATS = tuple(
     f"prism-plan/{kind}"
     for kind in ("placement", "comparison", "simulation", "migration", "calibration")
 )
+_LOOKS_LIKE_JSON = re.compile(r"\s*[{\[]")
 #: A stated remote share may differ from the recomputed one by so much.
 SHARE_TOLERANCE = 1e-9
 
@@ -101,22 +107,20 @@ def check_file(
         No placement satisfies the cluster.
     """
     name = os.fspath(path)
-    if name.endswith(".parquet") and not is_sweep(path):
-        return _check_trace(path)
-    data = read_bytes(path)
-    if is_sweep(path):
-        return _check_sweep(path, sweep_from_parquet(data, source=path))
-    if data[:4] == b"PAR1":
-        return _check_trace(path)
-    text = decode(data, path)
+    with OpenFile(path) as file:
+        if name.endswith(".parquet") or file.pread(4, 0) == MAGIC:
+            if is_sweep(file):
+                return _check_sweep(path, sweep_from_open_file(file))
+            return _check_trace(path, read_open_trace(file))
+        text = decode(file.read(), path)
     if name.endswith(".toml"):
-        keys = parse_toml(text, path).values
-        if "phase" in keys and "server" not in keys:
-            return _check_phases(path, parse_schedule(text, source=path))
-        return _check_cluster(path, parse_cluster(text, source=path), trace, model)
+        table = parse_toml(text, path)
+        if "phase" in table.values and "server" not in table.values:
+            return _check_phases(path, schedule_from_table(table, source=path))
+        return _check_cluster(path, cluster_from_table(table, source=path), trace, model)
     if is_sweep_csv(text):
         return _check_sweep(path, sweep_from_csv(text, source=path))
-    if text.lstrip()[:1] not in ("{", "["):
+    if not _LOOKS_LIKE_JSON.match(text):
         raise InputError(
             "neither Parquet, JSON nor a .toml file",
             source=path,
@@ -220,8 +224,7 @@ def _check_phases(path: str | os.PathLike[str], found: Schedule) -> Report:
     return Report(str(path), "phases", summary)
 
 
-def _check_trace(path: str | os.PathLike[str]) -> Report:
-    trace = read_trace(path)
+def _check_trace(path: str | os.PathLike[str], trace: Trace) -> Report:
     calls = int(trace.counts.sum())
     source = trace.provenance.get("source")
     summary = (
@@ -305,7 +308,7 @@ def _check_placement(
             memory = gpu_memory(cluster[1], spec, placement)
             notes += _notes_on_memory(memory)
         warnings = _warnings(cluster[0], cluster[1], spec, memory, trace[1] if trace else None)
-    copies = placement.local.sum(axis=0)
+    copies = placement.local.sum(axis=0, dtype=np.int32)
     summary = (
         f"{placement.model.name} on {placement.num_servers} servers by {plan.solver}, "
         f"{int(placement.on_gpu.sum()):,} experts placed, {int(copies.min())} to "

@@ -150,8 +150,9 @@ class Cluster:
                 )
             if sum(gpu.dense for gpu in server.gpus) > 1:
                 raise InputError("two GPUs say dense = true", place=place, expected="at most one")
+            forbidden = set(server.forbid)
             for pair in server.pin:
-                if pair in server.forbid:
+                if pair in forbidden:
                     raise InputError(
                         f"[layer, expert] {list(pair)} is both pinned and forbidden",
                         place=place,

@@ -18,6 +18,7 @@ from prism_plan.cluster import (
 )
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import read_text
+from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_at_most, require_name
 from prism_plan.toml_table import Table, parse_toml
 
 #: Shares of a server's requests must sum to one within this.
@@ -37,7 +38,11 @@ def read_cluster(path: str | os.PathLike[str]) -> Cluster:
 
 def parse_cluster(text: str, source: object = "") -> Cluster:
     """A cluster from the text of a TOML file; see :func:`read_cluster`."""
-    table = parse_toml(text, source)
+    return cluster_from_table(parse_toml(text, source), source)
+
+
+def cluster_from_table(table: Table, source: object = "") -> Cluster:
+    """A cluster from the outermost table of its file; see :func:`read_cluster`."""
     try:
         return _cluster(table, default_name=Path(str(source)).stem or "cluster")
     except InputError as error:
@@ -52,7 +57,9 @@ def _given(**values: Any) -> dict[str, Any]:
 def _cluster(table: Table, default_name: str) -> Cluster:
     name = table.text("name") or default_name
     link = _link(table.table("link"))
-    servers = tuple(_server(item, index) for index, item in enumerate(table.tables("server")))
+    tables = table.tables("server")
+    require_at_most(len(tables), MAX_NAMES, "servers", place="server")
+    servers = tuple(_server(item, index) for index, item in enumerate(tables))
     pairs = _pair_links(table.tables("links"), [server.name for server in servers])
     table.end()
     return Cluster(name=name, servers=servers, link=link, pair_links=pairs)
@@ -72,14 +79,15 @@ def _link(table: Table) -> Link:
 
 def _pair_links(tables: list[Table], names: list[str]) -> tuple[PairLink, ...]:
     pairs: dict[tuple[int, int], PairLink] = {}
+    number = {name: index for index, name in enumerate(names)}
     for table in tables:
         ends = []
         for key in ("a", "b"):
             name = table.text(key)
-            if name not in names:
+            if name not in number:
                 hint = did_you_mean(str(name), names)
                 raise table.wrong(key, name, f"the name of a server{hint}")
-            ends.append(names.index(name))
+            ends.append(number[name])
         a, b = sorted(ends)
         if a == b or (a, b) in pairs:
             what = "two different servers" if a == b else "each pair of servers once"
@@ -95,10 +103,11 @@ def _pair_links(tables: list[Table], names: list[str]) -> tuple[PairLink, ...]:
 
 
 def _server(table: Table, index: int) -> Server:
-    gpus = tuple(_gpu(item) for item in table.tables("gpu"))
+    gpus = table.tables("gpu")
+    require_at_most(len(gpus), MAX_GPUS, "GPUs", place=table.at("gpu"))
     server = Server(
         name=table.text("name") or f"server-{index}",
-        gpus=gpus,
+        gpus=tuple(_gpu(item) for item in gpus),
         tasks=task_shares(table.table("tasks")),
         **_given(
             arrival_interval_s=table.number("arrival_interval_s", positive=True),
@@ -124,6 +133,9 @@ def task_shares(table: Table) -> dict[str, float]:
     InputError
         A share is no number from 0 to 1, a task has no name, the sum is not one.
     """
+    require_at_most(len(table.values), MAX_NAMES, "tasks", place=table.place)
+    for task in table.values:
+        require_name(task, place=table.place)
     shares = {key: table.number(key, most=1.0) or 0.0 for key in list(table.values)}
     if any(not key.strip() for key in shares):
         raise InputError("empty task", place=table.place, expected="names of tasks")

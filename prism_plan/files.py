@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from prism_plan.errors import InputError, OutputError
+from prism_plan.limits import MAX_NESTING, MAX_TEXT_BYTES, MAX_VALUE_BYTES
+from prism_plan.open_file import OpenFile
 
 
 def _reason(error: OSError) -> str:
@@ -144,11 +147,8 @@ def sha256(path: str | os.PathLike[str]) -> str:
     InputError
         The file cannot be read.
     """
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(_reason(error), source=path, remedy="give a readable file") from error
+    with OpenFile(path) as file:
+        return file.sha256()
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -157,24 +157,27 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises
     ------
     InputError
-        Missing, unreadable or not UTF-8 (UTF-16 and UTF-32 are named).
+        Missing, unreadable, too long or not UTF-8 (UTF-16 and UTF-32 are named).
     """
     return decode(read_bytes(path), path)
 
 
+def read_identified(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The text of a file, as :func:`read_text`, and the hex SHA-256 of the bytes that it is of."""
+    data = read_bytes(path)
+    return decode(data, path), hashlib.sha256(data).hexdigest()
+
+
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """A file's bytes.
+    """A file's bytes, at most :data:`~prism_plan.limits.MAX_TEXT_BYTES`.
 
     Raises
     ------
     InputError
-        Missing or unreadable.
+        Missing, unreadable or too long.
     """
-    try:
-        with open(path, "rb") as stream:
-            return stream.read()
-    except OSError as error:
-        raise InputError(_reason(error), source=path, remedy="give a readable file") from error
+    with OpenFile(path) as file:
+        return file.read()
 
 
 #: How text of other encodings begins that Windows programs like to write.
@@ -205,14 +208,80 @@ def refuse_other_encodings(data: bytes, source: object) -> None:
 
 
 def decode(data: bytes, path: object) -> str:
-    """The text of a UTF-8 file; see :func:`read_text`."""
+    """The text of a UTF-8 file; see :func:`read_text`.
+
+    In memory every character takes as much as the widest one, so that text beyond Latin-1 may be
+    half as long, and text beyond the basic plane a quarter.
+    """
     refuse_other_encodings(data, path)
+    if len(data) * 4 > MAX_TEXT_BYTES:
+        width = next((width for width, first in _WIDE if first.search(data)), 1)
+        if len(data) * width > MAX_TEXT_BYTES:
+            raise InputError(
+                f"{len(data):,} bytes of text with wide characters",
+                source=path,
+                expected=f"at most {MAX_TEXT_BYTES // width:,}",
+            )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"byte {error.start} is not UTF-8", source=path, expected="a UTF-8 text file"
         ) from error
+
+
+#: Bytes of a character in memory, and the bytes of UTF-8 that tell of one so wide.
+_WIDE = ((4, re.compile(b"[\xf0-\xf4]")), (2, re.compile(b"[\xc4-\xef]")))
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """The lines of a text one by one, without their line feeds; no list of them is made."""
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    if start < len(text):
+        yield text[start:]
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+#: A half of a surrogate pair, which only an escape can spell in JSON.
+_HALF = re.compile("[\ud800-\udfff]")
+_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+#: Up to the next bracket that is not in a string. Possessive, and matched from bracket to bracket,
+#: so that a text is passed over once.
+_TO_BRACKET = re.compile(r'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+([\[\]{}])', re.DOTALL)
+#: Bytes of memory that each of these characters stands for at most, about.
+_JSON_BYTES = {",": 32, ":": 120, "{": 240, "[": 72, '"': 20}
+
+
+def _check_bounds(text: str, source: object) -> None:
+    """Refuse JSON whose values would take too much memory, or that is nested too deeply.
+
+    Linear in the text, which is not parsed: characters are counted, also those of strings.
+
+    Raises
+    ------
+    InputError
+        See :data:`~prism_plan.limits.MAX_VALUE_BYTES` and :data:`~prism_plan.limits.MAX_NESTING`.
+    """
+    if sum(text.count(word) * size for word, size in _JSON_BYTES.items()) > MAX_VALUE_BYTES:
+        raise InputError(
+            f"more values than {MAX_VALUE_BYTES:,} bytes of memory hold",
+            source=source,
+            expected="one of our files",
+        )
+    if text.count("[") + text.count("{") <= MAX_NESTING:
+        return
+    depth = position = 0
+    while found := _TO_BRACKET.match(text, position):
+        depth += 1 if found[1] in "[{" else -1
+        position = found.end()
+        if depth > MAX_NESTING:
+            raise InputError(
+                "nested too deeply", source=source, expected=f"at most {MAX_NESTING} levels"
+            )
 
 
 def _no_half_characters(values: Any, source: object, place: str) -> None:
@@ -223,7 +292,7 @@ def _no_half_characters(values: Any, source: object, place: str) -> None:
     elif isinstance(values, list):
         for index, value in enumerate(values):
             _no_half_characters(value, source, f"{place}[{index}]")
-    elif isinstance(values, str) and any("\ud800" <= c <= "\udfff" for c in values):
+    elif isinstance(values, str) and _HALF.search(values):
         raise InputError(
             f"{values!r:.60} has half a character",
             source=source,
@@ -257,8 +326,10 @@ def parse_json(text: str, source: object, *, non_finite: bool = False) -> Any:
     Raises
     ------
     InputError
-        Names line and column of a syntax error, or the key that is duplicate or not finite.
+        Names line and column of a syntax error, or the key that is duplicate or not finite; or see
+        :func:`_check_bounds`.
     """
+    _check_bounds(text, source)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -289,7 +360,7 @@ def parse_json(text: str, source: object, *, non_finite: bool = False) -> Any:
                 expected="finite numbers",
                 remedy="write a number in its place",
             )
-        if "\\u" in text:
+        if _HALF_ESCAPED.search(text):
             _no_half_characters(values, source, "")
         return values
     except json.JSONDecodeError as error:

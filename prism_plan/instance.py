@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots
 from prism_plan.errors import InputError
+from prism_plan.limits import require_places
 from prism_plan.model import ModelShape, ModelSpec
 from prism_plan.trace import Trace
 from prism_plan.workload import Workload, activations, expected_workload, require_users
@@ -72,6 +73,10 @@ class Instance:
         set_field(self, "layer_caps", caps)
         if not self.servers:
             raise InputError("no servers", place="servers", expected="at least one")
+        num_gpus = sum(map(len, self.gpu_capacity))
+        for holders, what in ((len(self.servers), "servers"), (num_gpus, "GPUs")):
+            layers, experts = self.model.num_layers, self.model.num_experts
+            require_places(holders, layers, experts, what, place="servers")
         if len(set(self.servers)) != len(self.servers):
             raise InputError("a name stands twice", place="servers", expected="different names")
         try:
@@ -173,6 +178,8 @@ class Instance:
         Infeasible
             A GPU is too small for what must reside on it.
         """
+        model = trace.model
+        require_places(cluster.num_servers, model.num_layers, model.num_experts, "servers")
         if load is None:
             require_users(cluster)
             load = expected_workload(trace, cluster)
@@ -184,7 +191,7 @@ class Instance:
                 expected="tasks with calls, at a rate above 0",
                 remedy="profile them, or name others",
             )
-        return cls.of_cluster(cluster, trace.model, activations=calls, min_replicas=min_replicas)
+        return cls.of_cluster(cluster, model, activations=calls, min_replicas=min_replicas)
 
     @classmethod
     def of_cluster(
@@ -205,6 +212,7 @@ class Instance:
         Infeasible
             A GPU is too small for what must reside on it.
         """
+        require_places(cluster.num_servers, model.num_layers, model.num_experts, "servers")
         if activations is None:
             activations = np.zeros((cluster.num_servers, model.num_layers, model.num_experts))
         return cls(
@@ -256,10 +264,11 @@ def rule_triples(
         A rule names a layer or expert that the model does not have.
     """
     triples = []
+    position = {layer: at for at, layer in enumerate(model.moe_layers)}
     for n, server in enumerate(cluster.servers):
         for layer, expert in getattr(server, key):
             place = f"server[{n}].{key}"
-            if layer not in model.moe_layers:
+            if layer not in position:
                 raise InputError(
                     f"layer {layer}",
                     place=place,
@@ -271,7 +280,7 @@ def rule_triples(
                     place=place,
                     expected=f"ids 0..{model.num_experts - 1} of {model.name}",
                 )
-            triples.append((n, model.moe_layers.index(layer), expert))
+            triples.append((n, position[layer], expert))
     return triples
 
 

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from prism_plan.errors import InputError, WrongModel, did_you_mean
-
-#: Expert ids are stored as uint16 in traces.
-MAX_EXPERTS = 65536
+from prism_plan.limits import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_NAME_LENGTH,
+    MAX_PAIRS,
+    require_at_most,
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,14 @@ class ModelShape:
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):
             _wrong("name", self.name, "a non-empty text")
+        if len(self.name) > MAX_NAME_LENGTH:
+            _wrong("name", self.name, f"at most {MAX_NAME_LENGTH:,} characters")
         for field in ("num_experts", "top_k"):
             _whole(field, getattr(self, field), 1)
         layers = self.moe_layers
         if not isinstance(layers, tuple):
             _wrong("moe_layers", layers, "a list of decoder indices")
+        require_at_most(len(layers), MAX_LAYERS, "layers", place="moe_layers")
         for layer in layers:
             _whole("moe_layers", layer, 0, 2**31)
         if not layers or any(a >= b for a, b in itertools.pairwise(layers)):
@@ -57,6 +64,8 @@ class ModelShape:
             _wrong("num_experts", self.num_experts, f"at most {MAX_EXPERTS}")
         if self.top_k > self.num_experts:
             _wrong("top_k", self.top_k, f"at most num_experts = {self.num_experts}")
+        pairs = f"experts in all ({self.num_experts:,} in each of {len(layers):,} layers)"
+        require_at_most(self.num_pairs, MAX_PAIRS, pairs, place="num_experts")
         if isinstance(self.expert_bytes, tuple):
             if len(self.expert_bytes) != len(layers):
                 _wrong(

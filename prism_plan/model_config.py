@@ -42,7 +42,8 @@ from prism_plan.checkpoint_folder import (
 )
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import parse_json, read_text
-from prism_plan.model import MAX_EXPERTS, ModelSpec
+from prism_plan.limits import MAX_EXPERTS, MAX_LAYERS
+from prism_plan.model import ModelSpec
 
 BY_HAND = (
     "write the sizes by hand as a model spec (JSON: moe_layers, expert_bytes, dense_bytes, ...) "
@@ -57,7 +58,6 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 #: No model has more of anything; a larger value is a slip and would only exhaust memory here.
 MAX_SIZE = 2**31 - 1
-MAX_LAYERS = 10_000
 
 _FLOAT32_BYTES = 4
 _MXFP4_GROUP = 32

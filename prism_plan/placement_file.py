@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.files import parse_json, read_text, write_bytes
+from prism_plan.files import parse_json, printable, read_identified, read_text, write_bytes
+from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_at_most, require_places
 from prism_plan.model import ModelShape
 from prism_plan.placement import InputFile, Placement, Plan
-from prism_plan.schema import check_format, check_numbers, check_schema, indented, shipped_schema
+from prism_plan.schema import (
+    check_format,
+    check_numbers,
+    check_schema,
+    different_names,
+    indented,
+    shipped_schema,
+)
 
 FORMAT = "prism-plan/placement"
 VERSION = 1
@@ -100,24 +110,29 @@ def read_placement(path: str | os.PathLike[str]) -> Placement:
     return placement_from_json(parse_json(read_text(path), path), source=path)
 
 
+def read_identified_placement(path: str | os.PathLike[str]) -> tuple[Placement, InputFile]:
+    """A placement, as :func:`read_placement`, and the identity of the bytes that it is of."""
+    text, digest = read_identified(path)
+    placement = placement_from_json(parse_json(text, path), source=path)
+    return placement, InputFile(printable(path), digest)
+
+
 def placement_from_json(values: Any, source: object = "") -> Placement:
     """The reverse of :func:`placement_to_json`; see :func:`read_placement`."""
     remedy = "make placements with prism-plan solve"
     check_format(values, FORMAT, VERSION, source=source, remedy=remedy)
-    check_schema(values, placement_schema(), source=source)
-    check_numbers(values, source=source, fraction=_fraction)
+    _check_form(values, source)
     model = ModelShape.from_json(values["model"], source=source)
     names = [server["name"] for server in values["servers"]]
-    for index, name in enumerate(names):
-        if names.index(name) != index:
-            raise InputError(
-                f"name {name!r} is taken by servers[{names.index(name)}]",
-                source=source,
-                place=f"servers[{index}].name",
-                expected="different names",
-            )
+    different_names(names, source)
+    num_gpus = sum(len(server["gpus"]) for server in values["servers"])
+    require_places(
+        num_gpus, model.num_layers, model.num_experts, "GPUs", source=source, place="servers"
+    )
+    on_gpu = np.zeros((num_gpus, model.num_layers, model.num_experts), bool)
+    position = {layer: at for at, layer in enumerate(model.moe_layers)}
+    index = 0
     unit = "slots" if model.equal_expert_bytes else "bytes"
-    held = []
     for n, server in enumerate(values["servers"]):
         for g, gpu in enumerate(server["gpus"]):
             place = f"servers[{n}].gpus[{g}]"
@@ -129,7 +144,8 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
                     expected=f"{unit!r}, for the experts are "
                     + ("of one size" if unit == "slots" else "of unequal size"),
                 )
-            held.append(_experts(gpu["experts"], model, source, f"{place}.experts"))
+            _hold(on_gpu[index], gpu["experts"], model, position, source, f"{place}.experts")
+            index += 1
     plan = values["plan"]
     return Placement(
         model=model,
@@ -137,7 +153,7 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
         gpu_capacity=tuple(
             tuple(gpu[unit] for gpu in server["gpus"]) for server in values["servers"]
         ),
-        on_gpu=np.stack(held),
+        on_gpu=on_gpu,
         plan=Plan(
             **{key: plan[key] for key in PLAN_KEYS},
             extra={key: value for key, value in plan.items() if key not in PLAN_KEYS},
@@ -151,17 +167,75 @@ def _fraction(place: str) -> bool:
     return place.startswith("plan.") and place not in ("plan.seed", "plan.min_replicas")
 
 
-def _experts(
-    experts: Mapping[str, list[int]], model: ModelShape, source: object, place: str
-) -> Any:
-    held = np.zeros((model.num_layers, model.num_experts), bool)
+def _check_form(values: Mapping[str, Any], source: object) -> None:
+    """The schema, where most GPUs are seen to be right without its slow machinery."""
+    servers = values.get("servers")
+    if isinstance(servers, list):
+        require_at_most(len(servers), MAX_NAMES, "servers", source=source, place="servers")
+        for n, server in enumerate(servers):
+            gpus = server.get("gpus") if isinstance(server, Mapping) else None
+            if isinstance(gpus, list):
+                place = f"servers[{n}].gpus"
+                require_at_most(len(gpus), MAX_GPUS, "GPUs", source=source, place=place)
+        values = {**values, "servers": [_without_right_gpus(server) for server in servers]}
+    check_schema(values, placement_schema(), source=source)
+    check_numbers(values, source=source, fraction=_fraction)
+
+
+#: A GPU that the schema allows.
+_RIGHT: Mapping[str, Any] = {"slots": 0, "experts": {}}
+_LAYER = re.compile("0|[1-9][0-9]{0,9}")
+
+
+def _without_right_gpus(server: Any) -> Any:
+    """A server with an empty GPU in place of each one that is what the schema says.
+
+    Places in errors stay as they are.
+    """
+    if not isinstance(server, Mapping) or not isinstance(server.get("gpus"), list):
+        return server
+    return {**server, "gpus": [_RIGHT if _is_right(gpu) else gpu for gpu in server["gpus"]]}
+
+
+def _is_right(gpu: Any) -> bool:
+    """Whether a GPU is what the schema says; no only means that the schema has to tell."""
+    if type(gpu) is not dict or gpu.keys() not in ({"slots", "experts"}, {"bytes", "experts"}):
+        return False
+    capacity, experts = gpu.get("slots", gpu.get("bytes")), gpu["experts"]
+    return (
+        _is_count(capacity)
+        and type(experts) is dict
+        and all(
+            _LAYER.fullmatch(layer)
+            and type(ids) is list
+            and set(map(type, ids)) == {int}
+            and min(ids) >= 0
+            and max(ids) < 2**63
+            for layer, ids in experts.items()
+        )
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _hold(
+    held: npt.NDArray[np.bool_],
+    experts: Mapping[str, list[int]],
+    model: ModelShape,
+    position: Mapping[int, int],
+    source: object,
+    place: str,
+) -> None:
+    """Mark the ``experts`` of one GPU in ``held`` [L, E]; ``position`` is that of each layer."""
     for key, ids in experts.items():
         layer = int(key)
         if str(layer) != key:  # the schema's $ also matches before a line break
             raise InputError(
                 f"layer {key!r}", source=source, place=place, expected=repr(str(layer))
             )
-        if layer not in model.moe_layers:
+        if layer not in position:
             raise InputError(
                 f"layer {layer}",
                 source=source,
@@ -183,5 +257,4 @@ def _experts(
                     place=f"{place}.{key}",
                     expected="ascending ids, each once",
                 )
-        held[model.moe_layers.index(layer), ids] = True
-    return held
+        held[position[layer], ids] = True

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from prism_plan.errors import InputError
+from prism_plan.limits import MAX_CHECKED_VALUES, require_at_most, require_name
 
 
 def shipped_schema(name: str) -> dict[str, Any]:
@@ -60,14 +62,56 @@ def check_schema(
     """
     import jsonschema
 
+    require_few_values(values, source, place)
     validator = jsonschema.Draft202012Validator(schema)
-    error = next(
-        iter(sorted(validator.iter_errors(values), key=lambda e: list(map(str, e.path)))), None
-    )
+    errors = itertools.islice(validator.iter_errors(values), _MAX_ERRORS)
+    error = min(errors, key=lambda e: list(map(str, e.path)), default=None)
     if error is not None:
         for part in error.absolute_path:
             place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
         raise InputError(_plain(error), source=source, place=place)
+
+
+#: Of more errors than this the first in the file may not be the one that is told.
+_MAX_ERRORS = 1_000
+
+
+def require_few_values(values: Any, source: object, place: str = "") -> None:
+    """Refuse more values than a schema is checked with in some seconds."""
+    number = 0
+    level = [values]
+    while level:
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, list | dict):
+                number += len(value)
+                inner.extend(
+                    one
+                    for one in (value.values() if isinstance(value, dict) else value)
+                    if isinstance(one, list | dict)
+                )
+        require_at_most(number, MAX_CHECKED_VALUES, "values", source=source, place=place)
+        level = inner
+
+
+def different_names(names: Sequence[str], source: object) -> None:
+    """Refuse servers of one name, and names that are too long.
+
+    Raises
+    ------
+    InputError
+        Names the server.
+    """
+    first: dict[str, int] = {}
+    for index, name in enumerate(names):
+        require_name(name, source=source, place=f"servers[{index}].name")
+        if first.setdefault(name, index) != index:
+            raise InputError(
+                f"name {name!r} is taken by servers[{first[name]}]",
+                source=source,
+                place=f"servers[{index}].name",
+                expected="different names",
+            )
 
 
 def _plain(error: Any) -> str:

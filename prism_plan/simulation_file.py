@@ -10,7 +10,7 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
-from prism_plan.schema import check_format, shipped_schema
+from prism_plan.schema import check_format, require_few_values, shipped_schema
 
 FORMAT = "prism-plan/simulation"
 VERSION = 1
@@ -50,6 +50,7 @@ def simulation_from_json(values: Any, source: object = "") -> dict[str, Any]:
 def _check_schema(values: Any, source: object) -> None:
     import jsonschema
 
+    require_few_values(values, source)
     base = jsonschema.Draft202012Validator
     # Stricter than JSON Schema, to which 2.0 is an integer and 1e999 a number.
     types = base.TYPE_CHECKER.redefine_many(

@@ -13,6 +13,7 @@ from typing import Any
 from prism_plan.cluster import Cluster, with_figures
 from prism_plan.errors import InputError, LimitReached, PrismError, did_you_mean
 from prism_plan.instance import Instance
+from prism_plan.limits import MAX_RUNS
 from prism_plan.placement import Placement
 from prism_plan.simulate.arrivals import MOST_REQUESTS
 from prism_plan.simulate.calibration import Calibration
@@ -23,9 +24,6 @@ from prism_plan.solvers import SOLVER_NAMES, Options, get_solver, solve
 from prism_plan.sweep_file import COLUMNS, OK
 from prism_plan.trace import Trace
 from prism_plan.workload import require_users
-
-#: More runs than this are a mistyped grid.
-MOST_RUNS = 100_000
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,9 @@ class Grid:
                 place="solver",
                 expected=f"some of {', '.join((*SOLVER_NAMES, OFFLOAD))}",
             )
-        if self.runs > MOST_RUNS:
+        if self.runs > MAX_RUNS:
             raise InputError(
-                f"{self.runs:,} runs", source="--sweep", expected=f"at most {MOST_RUNS:,}"
+                f"{self.runs:,} runs", source="--sweep", expected=f"at most {MAX_RUNS:,}"
             )
 
     @property

@@ -7,18 +7,24 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.files import decode, read_bytes, write_bytes
+from prism_plan.files import lines_of, read_text, write_bytes
+from prism_plan.limits import MAX_CELL, MAX_COLUMNS, MAX_RUNS, require_at_most
+from prism_plan.open_file import OpenFile
+from prism_plan.parquet_input import num_rows, open_parquet
 
 VERSION = 1
 METADATA_KEY = b"prism_plan_sweep"
 #: What ``status`` says of a run that went well; otherwise it is the line of the error.
 OK = "ok"
+#: Rows that are turned into Python's values at a time.
+_BATCH_ROWS = 1024
 _REMEDY = "make sweeps with prism-plan simulate --sweep"
 
 
@@ -154,30 +160,36 @@ def read_sweep(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         column does not allow; names row (from 1) and column.
     """
     if sweep_kind(path) == "csv":
-        return sweep_from_csv(decode(read_bytes(path), path), source=path)
-    return sweep_from_parquet(read_bytes(path), source=path)
+        return sweep_from_csv(read_text(path), source=path)
+    with OpenFile(path) as file:
+        return sweep_from_open_file(file)
 
 
 def sweep_from_csv(text: str, source: object = "") -> list[dict[str, Any]]:
     """The rows of a table from the text of a CSV file; see :func:`read_sweep`."""
+    reader = csv.reader((f"{line}\n" for line in lines_of(text)), strict=True)
     try:
-        header, *lines = [line for line in csv.reader(io.StringIO(text), strict=True) if line]
-    except (csv.Error, ValueError) as error:
-        found = str(error) if isinstance(error, csv.Error) else "an empty file"
-        raise InputError(f"not CSV: {found}", source=source, remedy=_REMEDY) from error
-    _require_columns(header, source)
-    for number, line in enumerate(lines, 1):
-        if len(line) != len(header):
-            raise InputError(
-                f"{len(line)} values",
-                source=source,
-                place=f"row {number}",
-                expected=f"{len(header)}, as in the header",
+        lines = (line for line in reader if line)
+        header = next(lines, None)
+        if header is None:
+            raise InputError("not CSV: an empty file", source=source, remedy=_REMEDY)
+        _require_columns(header, source)
+        at = {name: header.index(name) for name in COLUMNS}
+        typed = []
+        for number, line in enumerate(lines, 1):
+            require_at_most(number, MAX_RUNS, "rows", source=source)
+            if len(line) != len(header):
+                raise InputError(
+                    f"{len(line)} values",
+                    source=source,
+                    place=f"row {number}",
+                    expected=f"{len(header)}, as in the header",
+                )
+            typed.append(
+                {name: _from_text(line[at[name]], column) for name, column in COLUMNS.items()}
             )
-    rows = [dict(zip(header, line, strict=True)) for line in lines]
-    typed = [
-        {name: _from_text(row[name], column) for name, column in COLUMNS.items()} for row in rows
-    ]
+    except csv.Error as error:
+        raise InputError(f"not CSV: {error}", source=source, remedy=_REMEDY) from error
     return _checked(typed, source, some=True)
 
 
@@ -195,25 +207,43 @@ def _from_text(text: str, column: Column) -> Any:
     return text
 
 
-def sweep_from_parquet(data: bytes, source: object = "") -> list[dict[str, Any]]:
-    """The rows of a table from the bytes of a Parquet file; see :func:`read_sweep`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        parquet = pq.ParquetFile(io.BytesIO(data))
-        names = parquet.schema_arrow.names
+def sweep_from_open_file(file: OpenFile) -> list[dict[str, Any]]:
+    """The rows of a table from a Parquet file that is open; see :func:`read_sweep`."""
+    source = file.path
+    with open_parquet(file, columns=list(COLUMNS), remedy=_REMEDY) as parquet:
         header = (parquet.schema_arrow.metadata or {}).get(METADATA_KEY)
-        _require_columns(names, source)
+        _require_columns(parquet.schema_arrow.names, source)
         _require_version(header, source)
-        rows = parquet.read(columns=list(COLUMNS)).to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"not a readable Parquet file: {str(error).splitlines()[0]}",
-            source=source,
-            remedy=f"it may be cut short, damaged or of another kind; {_REMEDY}",
-        ) from error
+        require_at_most(num_rows(parquet), MAX_RUNS, "rows", source=source)
+        rows: list[dict[str, Any]] = []
+        for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(COLUMNS)):
+            _short_texts(batch, source)
+            rows += batch.to_pylist()
     return _checked(rows, source, some=True)
+
+
+def _short_texts(batch: Any, source: object) -> None:
+    """Refuse columns that would be long texts or nested values in every row."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name in COLUMNS:
+        column = batch.column(name)
+        kind = column.type
+        if pa.types.is_dictionary(kind):
+            column, kind = column.dictionary, kind.value_type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if not (text or pa.types.is_primitive(kind) or pa.types.is_null(kind)):
+            raise InputError(
+                f"type {kind!s:.60}",
+                source=source,
+                place=f"column {name!r}",
+                expected="numbers or texts",
+            )
+        if text:
+            longest = pc.max(pc.binary_length(column)).as_py() or 0
+            place = f"column {name!r}"
+            require_at_most(longest, MAX_CELL, "characters", source=source, place=place)
 
 
 def _require_version(header: bytes | None, source: object) -> None:
@@ -234,27 +264,25 @@ def _require_version(header: bytes | None, source: object) -> None:
         )
 
 
-def is_sweep(path: str | os.PathLike[str]) -> bool:
+def is_sweep(file: OpenFile) -> bool:
     """Whether a Parquet file says in its metadata that it is a sweep table."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        with open(path, "rb") as stream:
-            return METADATA_KEY in (pq.read_schema(stream).metadata or {})
-    except (pa.ArrowException, OSError):
+        with open_parquet(file, columns=list(COLUMNS), remedy=_REMEDY) as parquet:
+            return METADATA_KEY in (parquet.schema_arrow.metadata or {})
+    except InputError:
         return False
 
 
 def is_sweep_csv(text: str) -> bool:
     """Whether the first line of a text file names columns of a sweep table."""
-    words = text.partition("\n")[0].replace('"', "").strip().split(",")
+    words = text[: text.find("\n") + 1 or MAX_CELL].replace('"', "").strip().split(",")
     return len(set(words) & set(COLUMNS)) >= len(COLUMNS) // 2
 
 
 def _require_columns(names: Sequence[str], source: object) -> None:
-    for name in names:
-        if names.count(name) > 1:
+    require_at_most(len(names), MAX_COLUMNS, "columns", source=source)
+    for name, times in Counter(names).items():
+        if times > 1:
             raise InputError(
                 f"column {name!r} stands twice", source=source, expected="each column once"
             )

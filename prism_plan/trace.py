@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.limits import require_task_pairs
 from prism_plan.model import ModelSpec
 
 #: Names of the phase codes, in code order.
@@ -147,14 +148,12 @@ class Trace:
                 expected="a token-level trace for --holdout",
                 remedy="leave --holdout out, or profile token by token",
             )
-        task_of: dict[int, int] = {}
-        for batch in self.batches():
-            requests, first = np.unique(batch.request, return_index=True)
-            task_of.update(zip(requests.tolist(), batch.task[first].tolist(), strict=True))
+        pairs = _requests_by_task(self.batches())
+        first = np.searchsorted(pairs >> 32, np.arange(len(self.tasks) + 1))
         rng = np.random.default_rng(seed)
-        held: set[int] = set()
+        held = [np.zeros(0, np.int64)]
         for code, task in enumerate(self.tasks):
-            ids = np.array(sorted(r for r, t in task_of.items() if t == code))
+            ids = pairs[first[code] : first[code + 1]] & 0xFFFFFFFF
             if not self.tokens[code]:
                 continue
             if len(ids) < 2:
@@ -165,8 +164,8 @@ class Trace:
                     remedy="profile more requests of it, or leave --holdout out",
                 )
             number = min(max(round(holdout * len(ids)), 1), len(ids) - 1)
-            held.update(rng.permutation(ids)[:number].tolist())
-        keep = np.array(sorted(held), dtype=np.int32)
+            held.append(rng.permutation(ids)[:number])
+        keep = np.sort(np.concatenate(held)).astype(np.int32)
         return self._where(keep, invert=True), self._where(keep, invert=False)
 
     def _where(self, requests: npt.NDArray[np.int32], *, invert: bool) -> Trace:
@@ -213,21 +212,63 @@ def require_sum(
         )
 
 
-class Totals:
-    """Running totals over token batches: calls, tokens and requests of each task."""
+def _requests_by_task(batches: Iterable[TokenBatch]) -> npt.NDArray[np.int64]:
+    """The different (task << 32 | request) of all tokens, ascending, int64 [requests]."""
+    found = [np.zeros(0, np.int64)]
+    for batch in batches:
+        found.append(np.unique(batch.task.astype(np.int64) << 32 | batch.request))
+    return _distinct(found)
 
-    def __init__(self, model: ModelSpec, num_tasks: int = 0) -> None:
+
+def _distinct(parts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """The different numbers of all ``parts``, ascending; the list is emptied to save memory."""
+    joined = np.concatenate(parts)
+    parts.clear()
+    joined.sort()
+    new = np.ones(len(joined), bool)
+    np.not_equal(joined[1:], joined[:-1], out=new[1:])
+    return joined if new.all() else joined[new]
+
+
+class Totals:
+    """Running totals over token batches: calls, tokens and requests of each task.
+
+    ``source`` is the file that errors name.
+    """
+
+    def __init__(self, model: ModelSpec, num_tasks: int = 0, *, source: object = "") -> None:
         self.model = model
-        self.counts = np.zeros((num_tasks, model.num_layers, model.num_experts), np.int64)
-        self.tokens = np.zeros(num_tasks, np.int64)
+        self.source = source
+        self._counts = np.zeros((0, model.num_layers, model.num_experts), np.int64)
+        self.tokens = np.zeros(0, np.int64)
         self._requests: list[npt.NDArray[np.int64]] = []
+        self.grow(num_tasks)
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Calls, int64 [tasks, L, E]."""
+        return self._counts[: len(self.tokens)]
 
     def grow(self, num_tasks: int) -> None:
-        """Make room for tasks that appear while reading."""
+        """Make room for tasks that appear while reading, for some more than there are.
+
+        Raises
+        ------
+        InputError
+            There are too many; see :func:`require_task_pairs`.
+        """
         more = num_tasks - len(self.tokens)
-        if more > 0:
-            self.counts = np.pad(self.counts, ((0, more), (0, 0), (0, 0)))
-            self.tokens = np.pad(self.tokens, (0, more))
+        if more <= 0:
+            return
+        require_task_pairs(
+            num_tasks, self.model.num_layers, self.model.num_experts, source=self.source
+        )
+        if num_tasks > len(self._counts):
+            room = max(num_tasks, 2 * len(self._counts)) if len(self._counts) else num_tasks
+            grown = np.zeros((room, *self._counts.shape[1:]), np.int64)
+            grown[: len(self._counts)] = self._counts
+            self._counts = grown
+        self.tokens = np.pad(self.tokens, (0, more))
 
     def add(self, batch: TokenBatch) -> None:
         """Count a batch of T tokens."""
@@ -239,12 +280,23 @@ class Totals:
         pairs = batch.task.astype(np.int64) << 32 | batch.request.astype(np.int64)
         self._requests.append(np.unique(pairs))
 
+    def _pairs(self) -> npt.NDArray[np.int64]:
+        """The different (task << 32 | request), ascending, int64 [requests]."""
+        if len(self._requests) != 1:
+            self._requests = [_distinct(self._requests or [np.zeros(0, np.int64)])]
+        return self._requests[0]
+
     def requests(self) -> npt.NDArray[np.int64]:
         """Requests of each task, [tasks]."""
-        if not self._requests:
-            return np.zeros(len(self.tokens), np.int64)
-        pairs = np.unique(np.concatenate(self._requests))
-        return np.bincount(pairs >> 32, minlength=len(self.tokens)).astype(np.int64)
+        first = np.searchsorted(self._pairs(), np.arange(len(self.tokens) + 1) << 32)
+        return np.diff(first).astype(np.int64)
+
+    def request_of_two_tasks(self) -> int | None:
+        """The lowest request that has tokens of two tasks; ``None`` where each has one task."""
+        request = self._pairs().astype(np.uint32)  # the lower half of each number
+        request.sort()
+        same = np.flatnonzero(request[1:] == request[:-1])
+        return int(request[same[0]]) if len(same) else None
 
 
 def count_calls(

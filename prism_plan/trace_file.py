@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.files import atomic_path, parse_json, printable, sha256
+from prism_plan.files import atomic_path, parse_json, printable
+from prism_plan.limits import (
+    MAX_BATCH_SELECTIONS,
+    MAX_NAME_LENGTH,
+    MAX_NAMES,
+    MAX_SELECTIONS,
+    MAX_TOKENS,
+    require_at_most,
+    require_name,
+    require_task_pairs,
+)
 from prism_plan.model import ModelSpec
+from prism_plan.open_file import OpenFile
+from prism_plan.parquet_input import key_value_metadata, num_rows, open_parquet
 from prism_plan.trace import (
     PHASES,
     TokenBatch,
@@ -26,8 +38,8 @@ from prism_plan.trace import (
     bad_selection,
     check_experts,
     concatenate,
-    require_sum,
 )
+from prism_plan.trace_counts import CallTable, check_sums
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,7 +83,7 @@ class TraceWriter:
         self.provenance = dict(provenance or {})
         self._path = path
         self._writer: Any = None
-        self._tasks: list[str] = []
+        self._tasks: dict[str, int] = {}
         self._held: list[TokenBatch] = []
         self._rows = 0
 
@@ -119,10 +131,8 @@ class TraceWriter:
         bad = check_experts(batch.experts, self.model.num_experts)
         if bad is not None:
             raise bad_selection(self.model, batch, bad)
-        for task in tasks:
-            if task not in self._tasks:
-                self._tasks.append(task)
-        codes = np.array([self._tasks.index(task) for task in tasks], np.int32)
+        numbers = (self._tasks.setdefault(task, len(self._tasks)) for task in tasks)
+        codes = np.fromiter(numbers, np.int32, len(tasks))
         self._held.append(dataclasses.replace(batch, task=codes[batch.task]))
         self._rows += len(batch)
         if self._rows >= BATCH_ROWS:
@@ -145,7 +155,7 @@ class TraceWriter:
                 pa.array(part.request),
                 pa.array(part.position),
                 _dictionary(part.phase, PHASES),
-                _dictionary(part.task, self._tasks),
+                _dictionary(part.task, list(self._tasks)),
                 _fixed_lists(part.experts, schema.field("experts").type),
             ]
             if self.weights:
@@ -283,28 +293,41 @@ def read_trace(
     """Open a trace file, check all of it in one pass over its rows, and total it.
 
     The tokens themselves stay in the file: memory does not grow with its length, but for eight
-    bytes a token while duplicates are looked for. ``progress`` is told (rows read, rows).
+    bytes a token and as many a request. The file is opened once: its digest, the check and all
+    later passes read through one descriptor, so that they are of one file even where another takes
+    its name meanwhile. ``progress`` is told (rows read, rows).
 
     Raises
     ------
     InputError
         Not Parquet, cut short, not one of our traces, a newer version, a wrong column, an expert
-        or layer that the model does not have, a negative count, a duplicate row.
+        or layer that the model does not have, a negative count, a duplicate row, a size beyond the
+        bounds of :mod:`prism_plan.limits`; the file is written to while it is read.
     """
-    header = read_header(path)
-    model = ModelSpec.from_json(header.get("model"), source=path)
+    return read_open_trace(OpenFile(path), progress)
+
+
+def read_open_trace(file: OpenFile, progress: Callable[[int, int], None] | None = None) -> Trace:
+    """The trace in a file that is open already; see :func:`read_trace`.
+
+    The trace keeps the file as long as it needs it.
+    """
+    header = _header_of(file)
+    model = ModelSpec.from_json(header.get("model"), source=file.path)
     provenance = header.get("provenance")
     if not isinstance(provenance, Mapping):
-        raise InputError(f"{provenance!r:.60}", source=path, place="provenance", expected="object")
+        raise InputError(
+            f"{provenance!r:.60}", source=file.path, place="provenance", expected="object"
+        )
     common: dict[str, Any] = {
         "model": model,
         "provenance": dict(provenance),
-        "name": printable(path),
-        "sha256": sha256(path),
+        "name": printable(file.path),
+        "sha256": file.sha256(),
     }
     if header["kind"] == "counts":
-        return _read_counts(path, header, common)
-    return _read_tokens(path, model, common, progress or (lambda done, total: None))
+        return _read_counts(file, header, common)
+    return _read_tokens(file, model, common, progress or (lambda done, total: None))
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -315,9 +338,14 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     InputError
         See :func:`read_trace`.
     """
-    with _open(path) as parquet:
-        metadata = parquet.schema_arrow.metadata or {}
-        metadata = {**metadata, **(parquet.metadata.metadata or {})}
+    with OpenFile(path) as file:
+        return _header_of(file)
+
+
+def _header_of(file: OpenFile) -> dict[str, Any]:
+    path = file.path
+    with open_parquet(file, remedy=REMEDY) as parquet:
+        metadata = key_value_metadata(parquet)
     if METADATA_KEY not in metadata:
         raise InputError(
             "Parquet, but not a prism-plan trace (no 'prism_plan' metadata)",
@@ -349,34 +377,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     return header
 
 
-@contextlib.contextmanager
-def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A Parquet file whose faults, now or while it is read, become input errors."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        stream = open(path, "rb")  # noqa: SIM115 - pyarrow's own messages name no reason
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(reason, source=path, remedy="give a readable trace file") from error
-    try:
-        with stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
-            yield parquet
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"not a readable Parquet file: {str(error).splitlines()[0]}",
-            source=path,
-            remedy=f"it may be cut short, damaged or of another kind; {REMEDY}",
-        ) from error
-
-
 def _require_columns(path: object, found: pa.Schema, wanted: pa.Schema) -> None:
-    for name in found.names:
-        if found.names.count(name) > 1:
-            raise InputError(
-                f"column {name!r} stands twice", source=path, expected="each column once"
-            )
     for column in wanted:
         if column.name not in found.names:
             raise InputError(
@@ -385,8 +386,6 @@ def _require_columns(path: object, found: pa.Schema, wanted: pa.Schema) -> None:
                 expected=f"columns {', '.join(wanted.names)}",
             )
         kind = found.field(column.name).type
-        if str(kind) == "string" and str(column.type).startswith("dictionary"):
-            continue
         if not _same_type(kind, column.type):
             raise InputError(
                 f"type {_type_text(kind)}",
@@ -445,53 +444,80 @@ def _no_nulls(path: object, batch: Any, first_row: int) -> None:
 class _Words:
     """Codes for the words of a dictionary column, in the order of the file's dictionaries."""
 
-    def __init__(self, path: object) -> None:
+    def __init__(self, path: object, words: Sequence[str] = ()) -> None:
         self.path = path
-        self.words: list[str] = []
+        self.code_of = {word: code for code, word in enumerate(words)}
+        self._dictionary: Any = None
+        self._mapping = np.zeros(1, np.int32)
+
+    @property
+    def words(self) -> list[str]:
+        """All words so far, by code."""
+        return list(self.code_of)
 
     def codes(self, column: Any) -> npt.NDArray[np.int32]:
-        if not hasattr(column, "dictionary"):
-            column = column.dictionary_encode()
-        local = column.dictionary.to_pylist()
+        """Codes int32 [rows] of a column, whose new words are added.
+
+        Raises
+        ------
+        InputError
+            An empty word, a name too long, more words than tasks may be, or a damaged column.
+        """
+        local = column.dictionary
+        if self._dictionary is None or not local.equals(self._dictionary):
+            self._mapping = self._learn(local)
+            self._dictionary = local
         indices = column.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        mapping = np.zeros(max(len(local), 1), np.int32)
-        used = np.unique(indices)
-        if len(used) and not 0 <= used[0] <= used[-1] < len(local):
-            raise InputError(
-                f"code {used[-1]} in a dictionary of {len(local)} words",
-                source=self.path,
-                remedy="the file is damaged; write it again",
-            )
-        for code, word in enumerate(local):  # unused ones too: so tasks keep their order
-            if not word or not word.strip():
-                raise InputError("empty task or phase", source=self.path, expected="a word")
-            if word not in self.words:
-                self.words.append(word)
-            mapping[code] = self.words.index(word)
-        codes: npt.NDArray[np.int32] = mapping[indices]
+        if len(indices):
+            low, high = indices.min(), indices.max()
+            if not 0 <= low <= high < len(local):
+                raise InputError(
+                    f"code {high} in a dictionary of {len(local)} words",
+                    source=self.path,
+                    remedy="the file is damaged; write it again",
+                )
+        codes: npt.NDArray[np.int32] = self._mapping[indices]
         return codes
 
+    def _learn(self, dictionary: Any) -> npt.NDArray[np.int32]:
+        """The codes of the words of one dictionary: unused ones too, so that tasks keep order."""
+        what = "words in a column of tasks or phases"
+        require_at_most(len(dictionary), MAX_NAMES, what, source=self.path)
+        if dictionary.nbytes > MAX_NAMES * (MAX_NAME_LENGTH + 8):
+            raise InputError(f"{dictionary.nbytes:,} bytes of names of tasks", source=self.path)
+        mapping = np.zeros(max(len(dictionary), 1), np.int32)
+        for index, word in enumerate(dictionary.to_pylist()):
+            if not word or not word.strip():
+                raise InputError("empty task or phase", source=self.path, expected="a word")
+            require_name(word, source=self.path, place="task")
+            mapping[index] = self.code_of.setdefault(word, len(self.code_of))
+        require_at_most(len(self.code_of), MAX_NAMES, what, source=self.path)
+        return mapping
 
-def _token_batches(
-    path: str | os.PathLike[str], model: ModelSpec, tasks: _Words
-) -> Iterator[TokenBatch]:
+
+def _batch_rows(model: ModelSpec) -> int:
+    """Rows that are read at a time: fewer of a model with very many selections a token."""
+    width = model.num_layers * model.top_k
+    return max(1, min(BATCH_ROWS, MAX_BATCH_SELECTIONS // width))
+
+
+def _token_batches(file: OpenFile, model: ModelSpec, tasks: _Words) -> Iterator[TokenBatch]:
     """Token batches of a file whose header was read; checks types, nulls, phases and ids."""
+    path = file.path
     shape = (-1, model.num_layers, model.top_k)
-    with _open(path) as parquet:
+    file.require_unchanged()
+    with open_parquet(file, remedy=REMEDY) as parquet:
         names = parquet.schema_arrow.names
         has_weights = "weights" in names
         _require_columns(path, parquet.schema_arrow, token_schema(model, has_weights))
         row = 0
-        for rows in parquet.iter_batches(BATCH_ROWS):
+        phases = _Words(path)
+        phase_codes = np.zeros(0, np.int8)
+        for rows in parquet.iter_batches(_batch_rows(model)):
             _no_nulls(path, rows, row)
-            phases = _Words(path)
             phase = phases.codes(rows.column("phase"))
-            for word in phases.words:
-                if word not in PHASES:
-                    raise InputError(
-                        f"phase {word!r}", source=path, expected=f"one of {', '.join(PHASES)}"
-                    )
-            phase_codes = np.array([PHASES.index(w) for w in phases.words] or [0], np.int8)
+            if len(phases.code_of) != len(phase_codes):
+                phase_codes = _phase_codes(path, phases)
             batch = TokenBatch(
                 request=rows.column("request").to_numpy(),
                 position=rows.column("position").to_numpy(),
@@ -506,23 +532,33 @@ def _token_batches(
             )
             yield batch
             row += len(batch)
+    file.require_unchanged()
+
+
+def _phase_codes(path: object, phases: _Words) -> npt.NDArray[np.int8]:
+    """Codes into :data:`~prism_plan.trace.PHASES` of the words of a file's phases, int8 [words]."""
+    for word in phases.words:
+        if word not in PHASES:
+            raise InputError(
+                f"phase {word!r:.60}", source=path, expected=f"one of {', '.join(PHASES)}"
+            )
+    return np.array([PHASES.index(word) for word in phases.words], np.int8)
 
 
 def _read_tokens(
-    path: str | os.PathLike[str],
+    file: OpenFile,
     model: ModelSpec,
     common: Mapping[str, Any],
     progress: Callable[[int, int], None],
 ) -> Trace:
-    with _open(path) as parquet:
-        num_rows = parquet.metadata.num_rows
+    path = file.path
+    total = _require_rows(file, model)
     words = _Words(path)
-    totals = Totals(model)
-    keys: list[npt.NDArray[np.int64]] = []
-    task_of = _TaskOfRequest(path)
+    totals = Totals(model, source=path)
+    keys = np.empty(total, np.int64)
     row = 0
     has_weights = False
-    for batch in _token_batches(path, model, words):
+    for batch in _token_batches(file, model, words):
         bad = check_experts(batch.experts, model.num_experts)
         if bad is not None:
             raise bad_selection(model, batch, bad, row).within(path)
@@ -536,52 +572,59 @@ def _read_tokens(
                     place=f"rows {row}..{row + len(batch) - 1}",
                     expected="finite numbers of at least 0",
                 )
+        totals.grow(len(words.code_of))
         totals.add(batch)
-        task_of.add(batch, words.words)
-        keys.append(batch.request.astype(np.int64) << 32 | batch.position.astype(np.int64))
+        keys[row : row + len(batch)] = batch.request.astype(np.int64) << 32 | batch.position
         row += len(batch)
-        progress(row, num_rows)
+        progress(row, total)
     if row == 0:
         raise InputError("the trace has no rows", source=path, remedy=REMEDY)
-    _no_duplicates(path, np.concatenate(keys))
-    totals.grow(len(words.words))
+    _no_duplicates(path, keys[:row])
+    del keys
+    twice = totals.request_of_two_tasks()
+    if twice is not None:
+        raise _two_tasks(file, model, twice)
+    totals.grow(len(words.code_of))
     used = np.flatnonzero(totals.tokens)  # a dictionary may hold words that no row has
-    tasks = tuple(words.words[code] for code in used)
+    tasks = tuple(np.array(words.words, object)[used])
     return Trace(
         **common,
         tasks=tasks,
         counts=totals.counts[used],
         tokens=totals.tokens[used],
         requests=totals.requests()[used],
-        batches=lambda: _token_batches(path, model, _fixed_words(path, list(tasks))),
+        batches=lambda: _token_batches(file, model, _Words(path, tasks)),
         has_weights=has_weights,
     )
 
 
-def _fixed_words(path: object, words: list[str]) -> _Words:
-    fixed = _Words(path)
-    fixed.words = list(words)
-    return fixed
+def _require_rows(file: OpenFile, model: ModelSpec) -> int:
+    """How many rows a file has; equal ones take no space in it, but all are looked at."""
+    with open_parquet(file, remedy=REMEDY) as parquet:
+        total = num_rows(parquet)
+    require_at_most(total, MAX_TOKENS, "tokens", source=file.path, remedy="split the trace")
+    require_at_most(
+        total * model.num_layers * model.top_k,
+        MAX_SELECTIONS,
+        f"selections ({total:,} tokens × {model.num_layers:,} layers × top-{model.top_k})",
+        source=file.path,
+        remedy="split the trace",
+    )
+    return total
 
 
-class _TaskOfRequest:
-    """Checks that a request belongs to one task."""
-
-    def __init__(self, path: object) -> None:
-        self.path = path
-        self.task_of: dict[int, int] = {}
-
-    def add(self, batch: TokenBatch, tasks: Sequence[str]) -> None:
-        pairs = np.unique(batch.request.astype(np.int64) << 32 | batch.task.astype(np.int64))
-        for pair in pairs.tolist():
-            request, task = pair >> 32, pair & 0xFFFFFFFF
-            if self.task_of.setdefault(request, task) != task:
-                raise InputError(
-                    f"request {request} has tasks {tasks[self.task_of[request]]!r} and "
-                    f"{tasks[task]!r}",
-                    source=self.path,
-                    expected="one task for each request, numbers unique in the file",
-                )
+def _two_tasks(file: OpenFile, model: ModelSpec, request: int) -> InputError:
+    """The error of a request whose rows are of two tasks; names them in the order of the rows."""
+    words = _Words(file.path)
+    seen: dict[int, None] = {}
+    for batch in _token_batches(file, model, words):
+        seen.update(dict.fromkeys(batch.task[batch.request == request].tolist()))
+    first, second = (words.words[code] for code in list(seen)[:2])
+    return InputError(
+        f"request {request} has tasks {first!r} and {second!r}",
+        source=file.path,
+        expected="one task for each request, numbers unique in the file",
+    )
 
 
 def _no_negatives(path: object, batch: TokenBatch, first_row: int) -> None:
@@ -608,140 +651,56 @@ def _no_duplicates(path: object, keys: npt.NDArray[np.int64]) -> None:
         )
 
 
-def _read_counts(
-    path: str | os.PathLike[str], header: Mapping[str, Any], common: Mapping[str, Any]
-) -> Trace:
+def _read_counts(file: OpenFile, header: Mapping[str, Any], common: Mapping[str, Any]) -> Trace:
+    path = file.path
     model: ModelSpec = common["model"]
-    tokens = header.get("tokens")
+    tokens = _tokens_by_task(path, header.get("tokens"))
+    require_task_pairs(len(tokens), model.num_layers, model.num_experts, source=path)
+    words = _Words(path)
+    table = CallTable(model, path)
+    names: list[str] = []
+    number = np.zeros(0, np.int64)
+    with open_parquet(file, remedy=REMEDY) as parquet:
+        _require_columns(path, parquet.schema_arrow, counts_schema())
+        for rows in parquet.iter_batches(BATCH_ROWS):
+            _no_nulls(path, rows, table.rows)
+            task = words.codes(rows.column("task"))
+            if len(words.code_of) != len(names):
+                names = words.words
+                _same_tasks(path, [name for name in names if name not in tokens])
+                number = np.array([tokens[name] for name in names], np.int64)
+            layer, expert, count = (
+                rows.column(name).to_numpy() for name in ("layer", "expert", "count")
+            )
+            table.add(names, number, task, layer, expert, count)
+    file.require_unchanged()
+    file.close()
+    if table.rows == 0:
+        raise InputError("the trace has no rows", source=path, remedy=REMEDY)
+    _same_tasks(path, set(tokens) - set(names))
+    counts = table.counts(len(names))
+    check_sums(model, names, number, counts, path)
+    return Trace(**common, tasks=tuple(names), counts=counts, tokens=number)
+
+
+def _tokens_by_task(path: object, tokens: Any) -> Mapping[str, int]:
+    """The header's tokens of each task, checked."""
     if not isinstance(tokens, Mapping) or not tokens:
         raise InputError(f"{tokens!r:.60}", source=path, place="tokens", expected="tokens per task")
+    require_at_most(len(tokens), MAX_NAMES, "tasks", source=path, place="tokens")
     for task, number in tokens.items():
         if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 2**53:
             raise InputError(
                 f"{number!r:.60}",
                 source=path,
-                place=f"tokens.{task}",
+                place=f"tokens.{task:.60}",
                 expected="a whole number of at least 1",
             )
-    words = _Words(path)
-    columns: list[list[npt.NDArray[Any]]] = [[], [], [], []]
-    with _open(path) as parquet:
-        _require_columns(path, parquet.schema_arrow, counts_schema())
-        row = 0
-        for rows in parquet.iter_batches(BATCH_ROWS):
-            _no_nulls(path, rows, row)
-            columns[0].append(words.codes(rows.column("task")))
-            for index, name in enumerate(("layer", "expert", "count"), start=1):
-                columns[index].append(rows.column(name).to_numpy())
-            row += len(rows)
-    if row == 0:
-        raise InputError("the trace has no rows", source=path, remedy=REMEDY)
-    task, layer, expert, count = (np.concatenate(column) for column in columns)
-    names = tuple(words.words)
-    for word in sorted(set(names) ^ set(tokens)):
+    return tokens
+
+
+def _same_tasks(path: object, others: Iterable[str]) -> None:
+    for word in sorted(others):
         raise InputError(
             f"task {word!r} is in only one of the rows and the tokens per task", source=path
-        )
-    number = np.array([tokens[word] for word in names], np.int64)
-    counts = counts_from_rows(model, names, number, task, layer, expert, count, source=path)
-    return Trace(**common, tasks=names, counts=counts, tokens=number)
-
-
-def counts_from_rows(
-    model: ModelSpec,
-    tasks: Sequence[str],
-    tokens: npt.NDArray[np.int64] | None,
-    task: npt.NDArray[Any],
-    layer: npt.NDArray[Any],
-    expert: npt.NDArray[Any],
-    count: npt.NDArray[Any],
-    *,
-    source: object,
-    lines: npt.NDArray[np.int64] | None = None,
-) -> npt.NDArray[np.int64]:
-    """Counts [tasks, L, E] from rows of (task code, decoder layer, expert, count).
-
-    Raises
-    ------
-    InputError
-        A layer or expert that the model does not have, a negative count, a count above the
-        task's ``tokens``, one (task, layer, expert) twice; names the row, or the line where
-        ``lines`` [rows] gives them.
-    """
-
-    def refuse(bad: npt.NDArray[np.bool_], what: str, column: Any, expected: str) -> None:
-        if bad.any():
-            at = int(np.argmax(bad))
-            where = f"row {at}" if lines is None else f"line {lines[at]}"
-            raise InputError(
-                f"{what} {column[at]}",
-                source=source,
-                place=f"{where} (task {tasks[task[at]]!r})",
-                expected=expected,
-            )
-
-    refuse(
-        ~np.isin(layer, model.moe_layers),
-        "layer",
-        layer,
-        f"a MoE layer of {model.name}, {model.layers_text()}",
-    )
-    refuse(
-        (expert < 0) | (expert >= model.num_experts),
-        "expert",
-        expert,
-        f"ids 0..{model.num_experts - 1} of {model.name}",
-    )
-    refuse(count < 0, "count", count, "a whole number of at least 0")
-    if tokens is not None:
-        refuse(
-            count > tokens[task],
-            "count",
-            count,
-            "at most the tokens of the task, for a token calls an expert once a layer",
-        )
-    position = np.searchsorted(np.asarray(model.moe_layers), layer)
-    key = (task.astype(np.int64) * model.num_layers + position) * model.num_experts + expert
-    order = np.argsort(key, kind="stable")
-    twice = np.zeros(len(key), bool)
-    twice[order[1:]] = key[order[1:]] == key[order[:-1]]
-    refuse(
-        twice,
-        "second row for layer, expert",
-        np.stack([layer, expert], axis=1),
-        "each task, layer and expert once",
-    )
-    flat = np.zeros(len(tasks) * model.num_pairs, np.int64)
-    flat[key] = count
-    counts = flat.reshape(len(tasks), model.num_layers, model.num_experts)
-    if tokens is not None:
-        check_sums(model, tasks, tokens, counts, source)
-    return counts
-
-
-def check_sums(
-    model: ModelSpec,
-    tasks: Sequence[str],
-    tokens: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int64],
-    source: object,
-) -> None:
-    """Refuse counts [tasks, L, E] with more calls in a layer than ``tokens`` [tasks] can make.
-
-    Raises
-    ------
-    InputError
-        Names task, layer, calls and what would be possible; or the sum of all if it is too large.
-    """
-    require_sum(counts, "calls", source)
-    calls = counts.sum(axis=2, dtype=np.float64)
-    over = np.argwhere(calls > tokens[:, None] * float(model.top_k))
-    if len(over):
-        t, layer = (int(i) for i in over[0])
-        raise InputError(
-            f"{calls[t, layer]:,.0f} calls",
-            source=source,
-            place=f"task {tasks[t]!r} layer {model.moe_layers[layer]}",
-            expected=f"at most {tokens[t]:,} tokens times top-{model.top_k}",
-            remedy="check the counts, the tokens and --model",
         )

@@ -108,14 +108,15 @@ def shares_by_task(trace: Trace, tasks: Mapping[str, float], place: str) -> npt.
         Names a task that the trace does not have, or one without tokens.
     """
     shares = np.zeros(len(trace.tasks))
+    number = {task: index for index, task in enumerate(trace.tasks)} if tasks else {}
     for task, share in tasks.items():
-        if task not in trace.tasks:
+        if task not in number:
             raise InputError(
                 f"unknown task {task!r}{did_you_mean(task, trace.tasks)}",
                 place=place,
                 expected=f"tasks of {trace.name or 'the trace'}: {', '.join(trace.tasks)}",
             )
-        index = trace.tasks.index(task)
+        index = number[task]
         if share > 0 and trace.tokens[index] == 0:
             raise InputError(
                 f"task {task!r} has no tokens in {trace.name or 'the trace'}",

@@ -17,8 +17,9 @@ import torch
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, PrismError
-from prism_plan.files import parse_json
+from prism_plan.files import lines_of, parse_json, read_text
 from prism_plan.instance import Instance
+from prism_plan.limits import require_at_most
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
 from prism_plan.simulation import SimulationOptions, require_able
@@ -68,15 +69,11 @@ def read_requests(path: str | os.PathLike[str]) -> list[Request]:
         The file cannot be read, or a line is no JSON object with a ``prompt`` and, where given,
         ``task``, ``id``, ``at_s`` and ``max_new_tokens``; names the line.
     """
-    try:
-        with open(path, encoding="utf-8") as stream:
-            lines = stream.read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).lower()
-        raise InputError(reason, source=path, remedy="give a readable file of requests") from error
-    found = [_request(text, path, n) for n, text in enumerate(lines, start=1) if text.strip()]
-    if len(found) > MOST_REQUESTS:
-        raise InputError(f"{len(found):,} requests", source=path, expected=f"{MOST_REQUESTS:,}")
+    found = []
+    for number, text in enumerate(lines_of(read_text(path)), start=1):
+        if text.strip():
+            found.append(_request(text, path, number))
+            require_at_most(len(found), MOST_REQUESTS, "requests", source=path)
     return sorted(found, key=lambda request: request.at_s)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise InputError(reason, source=self.path, remedy="give a readable file") from error
@@ -111,7 +112,10 @@ class TensorFile:
             done += got
 
     def _header(self) -> dict[str, Entry]:
-        size = os.fstat(self._fd).st_size
+        found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError("is no regular file", source=self.path, remedy=_REMEDY)
+        size = found.st_size
         length = int.from_bytes(self._bytes(0, 8), "little")
         if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
             raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -18,12 +17,11 @@ if TYPE_CHECKING:
 def load_cluster(path: str) -> tuple[Cluster, InputFile]:
     """Read a cluster file once, and tell what was read."""
     from prism_plan.cluster_file import parse_cluster
-    from prism_plan.files import decode, printable, read_bytes
+    from prism_plan.files import printable, read_identified
     from prism_plan.placement import InputFile
 
-    data = read_bytes(path)
-    digest = hashlib.sha256(data).hexdigest()
-    return parse_cluster(decode(data, path), source=path), InputFile(printable(path), digest)
+    text, digest = read_identified(path)
+    return parse_cluster(text, source=path), InputFile(printable(path), digest)
 
 
 @contextlib.contextmanager

@@ -35,17 +35,16 @@ def command(
 
     from prism_plan.cli.console import deliver, note
     from prism_plan.cli.inputs import blaming, load_cluster, note_assumed, writable
-    from prism_plan.files import printable, sha256
     from prism_plan.instance import rule_triples
     from prism_plan.migration.cost import gpu_load_gbs
     from prism_plan.migration.order import migration_plan
     from prism_plan.migration.plan_file import dump_migration
-    from prism_plan.placement import InputFile
-    from prism_plan.placement_file import read_placement
+    from prism_plan.placement_file import read_identified_placement
 
     writable(output, a, b, cluster)
     parsed, _ = load_cluster(cluster)
-    before, after = read_placement(a), read_placement(b)
+    before, before_file = read_identified_placement(a)
+    after, after_file = read_identified_placement(b)
     _require_target(after, parsed, b, cluster)
     forbidden = np.zeros(after.local.shape, bool)
     with blaming(cluster):
@@ -58,9 +57,7 @@ def command(
         )
     load_gbs = gpu_load_gbs(parsed)
     plan = plan.replace(
-        inputs={
-            key: InputFile(printable(path), sha256(path)) for key, path in (("from", a), ("to", b))
-        },
+        inputs={"from": before_file, "to": after_file},
         load_s=plan.load_seconds(load_gbs),
     )
     data = dump_migration(plan)

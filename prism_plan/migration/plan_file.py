@@ -10,11 +10,19 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text, write_bytes
+from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_at_most
 from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.model import ModelShape
 from prism_plan.moves import Step
 from prism_plan.placement import InputFile
-from prism_plan.schema import check_format, check_numbers, check_schema, indented, shipped_schema
+from prism_plan.schema import (
+    check_format,
+    check_numbers,
+    check_schema,
+    different_names,
+    indented,
+    shipped_schema,
+)
 
 FORMAT = "prism-plan/migration"
 VERSION = 1
@@ -109,14 +117,11 @@ def migration_from_json(values: Any, source: object = "") -> MigrationPlan:
     _check_schema(values, source)
     model = ModelShape.from_json(values["model"], source=source)
     names = [server["name"] for server in values["servers"]]
-    for index, name in enumerate(names):
-        if names.index(name) != index:
-            raise InputError(
-                f"name {name!r} is taken by servers[{names.index(name)}]",
-                source=source,
-                place=f"servers[{index}].name",
-                expected="different names",
-            )
+    different_names(names, source)
+    require_at_most(len(names), MAX_NAMES, "servers", source=source, place="servers")
+    for index, server in enumerate(values["servers"]):
+        place = f"servers[{index}].gpus"
+        require_at_most(server["gpus"], MAX_GPUS, "GPUs", source=source, place=place)
     gpus = tuple(server["gpus"] for server in values["servers"])
     time = values["load_s"]
     plan = MigrationPlan(
@@ -160,7 +165,8 @@ def _plainly_right(step: Any) -> bool:
     """Whether a step is what the schema says; no only means that the schema has to tell."""
     return (
         type(step) is dict
-        and step.keys() == _KEYS
+        and step.keys() - {"temporary"} == _KEYS
+        and step.get("temporary", True) is True
         and step["do"] in ("load", "drop")
         and type(step["server"]) is str
         and step["server"] != ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +12,18 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.files import read_text
+from prism_plan.limits import (
+    MAX_COLUMNS,
+    MAX_NAMES,
+    require_at_most,
+    require_name,
+    require_task_pairs,
+)
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.tokens import require_every_layer, tell_if_uneven, tokens_of_calls
 from prism_plan.trace import Trace
-from prism_plan.trace_file import check_sums, counts_from_rows
+from prism_plan.trace_counts import CallTable, check_sums
 
 COLUMNS = ("task", "layer", "expert", "count")
 
@@ -42,19 +49,21 @@ def read_counts(
         A column is missing, a value is not a whole number, NaN or negative, a layer or expert is
         not of the model, a key stands twice, a task has no calls in some layer, a sum is too large.
     """
-    tasks: list[str] = []
+    seen: dict[str, None] = {}
     parts: list[npt.NDArray[np.int64]] = []
     for source in sources:
         names, counts = _read_csv(source, model)
         for name in names:
-            if name in tasks:
+            if name in seen:
                 raise InputError(
                     f"task {name!r} was read already",
                     source=source.path,
                     remedy="label each source with a task of its own, TASK=SOURCE",
                 )
-        tasks.extend(names)
+        seen.update(dict.fromkeys(names))
         parts.append(counts)
+    tasks = list(seen)
+    require_task_pairs(len(tasks), model.num_layers, model.num_experts)
     counts = np.concatenate(parts)
     known = dict(tokens or {})
     for name in known:
@@ -89,17 +98,32 @@ def read_counts(
     )
 
 
+#: Rows that are held as Python's numbers before they enter the table of calls.
+_CHUNK_ROWS = 65_536
+#: A line of text with its end, of whatever kind.
+_LINE = re.compile(r"[^\r\n]*+(?:\r\n|\r|\n)|[^\r\n]++")
+
+
 def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[np.int64]]:
     path = source.path
-    text = io.StringIO(read_text(path), newline="")
+    text = (found[0] for found in _LINE.finditer(read_text(path)))
     reader = csv.reader(text, strict=True, skipinitialspace=True)
     wanted = COLUMNS if source.task is None else COLUMNS[1:]
-    names: list[str] = []
+    code_of: dict[str, int] = {}
     rows: list[tuple[int, int, int, int, int]] = []
+    calls = CallTable(model, path)
+
+    def add() -> None:
+        require_at_most(len(code_of), MAX_NAMES, "tasks", source=path)
+        task_code, layers, experts, counts, lines = np.array(rows, np.int64).T
+        calls.add(list(code_of), None, task_code, layers, experts, counts, lines)
+        rows.clear()
+
     try:
         lines = ([cell.strip() for cell in cells] for cells in reader)
         lines = (cells for cells in lines if cells not in ([], [""]))  # blank lines
         header = next(lines, [])
+        require_at_most(len(header), MAX_COLUMNS, "columns", source=path, place="line 1")
         for column in wanted:
             if header.count(column) != 1:
                 raise InputError(
@@ -123,25 +147,28 @@ def _read_csv(source: Source, model: ModelSpec) -> tuple[list[str], npt.NDArray[
             task = source.task if source.task is not None else values.pop(0)
             if not task.strip():
                 raise InputError("empty task", source=path, place=place)
-            if task not in names:
-                names.append(task)
+            if task not in code_of:
+                require_name(task, source=path, place=place)
+                code_of[task] = len(code_of)
             layer, expert, count = (
                 _whole(v, path, f"{place} column {c!r}")
                 for v, c in zip(values, COLUMNS[1:], strict=True)
             )
-            rows.append((names.index(task), layer, expert, count, reader.line_num))
+            rows.append((code_of[task], layer, expert, count, reader.line_num))
+            if len(rows) == _CHUNK_ROWS:
+                add()
     except csv.Error as error:
         raise InputError(
             f"not CSV: {error}", source=path, place=f"line {reader.line_num}"
         ) from None
-    if not rows:
+    if rows:
+        add()
+    if not calls.rows:
         raise InputError("no rows in it", source=path)
-    task_code, layers, experts, counts, numbers = np.array(rows, np.int64).T
-    table = counts_from_rows(
-        model, names, None, task_code, layers, experts, counts, source=path, lines=numbers
-    )
-    for name, calls in zip(names, table, strict=True):
-        require_every_layer(name, calls, model, path)
+    names = list(code_of)
+    table = calls.counts(len(names))
+    for name, of_task in zip(names, table, strict=True):
+        require_every_layer(name, of_task, model, path)
     return names, table
 
 

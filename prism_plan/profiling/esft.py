@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.files import read_text
+from prism_plan.files import lines_of, read_text
+from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.sources import Source, distinct
 from prism_plan.trace import (
@@ -206,9 +207,10 @@ def _read_folder(folder: Path, model: ModelSpec, progress: Callable[[int], None]
 
 def _read_layer(path: Path, model: ModelSpec) -> Rows:
     rows: Rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_text(path)), start=1):
         place = f"line {number}"
-        ids_text, tabs, weights_text = line.partition("\t\t")
+        require_at_most(len(line), MAX_LINE_OF_NUMBERS, "characters", source=path, place=place)
+        ids_text, tabs, weights_text = line.rstrip("\r").partition("\t\t")
         if not tabs:
             raise InputError(
                 "no two tabs between ids and gate weights",

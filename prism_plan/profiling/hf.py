@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError, LimitReached, PrismError
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.prompts import Prompt, digest, read_prompts
+from prism_plan.open_file import OpenFile
+from prism_plan.profiling.prompts import Prompt, read_prompts
 from prism_plan.provenance import stamped
 from prism_plan.trace import TokenBatch, Trace
 from prism_plan.trace_file import TraceWriter, read_trace
@@ -95,7 +96,20 @@ def profile_checkpoint(
     Interrupted
         Stopped by Ctrl-C; tells what was kept.
     """
-    options = options or HfOptions()
+    with OpenFile(prompts) as file:
+        _profile(checkpoint, file, output, options or HfOptions(), resume, progress, notify)
+
+
+def _profile(
+    checkpoint: str,
+    prompts: OpenFile,
+    output: str | os.PathLike[str],
+    options: HfOptions,
+    resume: bool,
+    progress: Callable[[int, int, int], None],
+    notify: Callable[[str], None],
+) -> None:
+    """:func:`profile_checkpoint` of a file of prompts that is open."""
     run = _Run(checkpoint, prompts, options)
     total = sum(1 for _ in read_prompts(prompts))
     earlier = _earlier(output, run) if resume else None
@@ -155,7 +169,7 @@ class _Run:
     """What makes two runs the same, so that one can go on with the other's trace."""
 
     checkpoint: str
-    prompts: str | os.PathLike[str]
+    prompts: OpenFile
     options: HfOptions
 
     def identity(self) -> dict[str, Any]:
@@ -163,8 +177,8 @@ class _Run:
             "source": "hf",
             "checkpoint": Path(self.checkpoint).name or self.checkpoint,
             "fingerprint": fingerprint(self.checkpoint),
-            "prompts": os.path.basename(self.prompts),
-            "prompts_sha256": digest(self.prompts),
+            "prompts": os.path.basename(self.prompts.path),
+            "prompts_sha256": self.prompts.sha256(),
             "max_new_tokens": self.options.max_new_tokens,
             "dtype": self.options.dtype,
             "weights": self.options.weights,
@@ -270,14 +284,15 @@ def _generate(
 
 
 def _check_lengths(
-    path: str | os.PathLike[str],
+    prompts: OpenFile,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     options: HfOptions,
 ) -> None:
     """Refuse a prompt that does not fit the model's context, before anything is run."""
     longest = getattr(model.config, "max_position_embeddings", None)
-    for prompt in read_prompts(path):
+    path = prompts.path
+    for prompt in read_prompts(prompts):
         tokens = len(tokenizer(prompt.prompt)["input_ids"])
         place = f"line {prompt.line}"
         if tokens == 0:

@@ -7,32 +7,32 @@ from collections.abc import Iterator
 
 from prism_plan.errors import InputError
 from prism_plan.files import refuse_other_encodings
+from prism_plan.open_file import OpenFile
 
 
-def text_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+def text_lines(source: str | os.PathLike[str] | OpenFile) -> Iterator[tuple[int, str]]:
     """(number, text) of each line that is not blank, without its end, counted from 1.
 
     A byte-order mark is left out, at the start of any line: files that were put together from
-    several have it in the middle.
+    several have it in the middle. A file that is open already stays open.
 
     Raises
     ------
     InputError
-        Unreadable, or not UTF-8; names the line.
+        Unreadable, a line that is too long, or not UTF-8; names the line.
     """
-    try:
-        with open(path, "rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                if number == 1:
-                    refuse_other_encodings(raw, path)
-                try:
-                    text = raw.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"byte {error.start} is not UTF-8", source=path, place=f"line {number}"
-                    ) from error
-                if text.strip():
-                    yield number, text.rstrip("\r\n")
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(reason, source=path, remedy="give a readable file") from error
+    if not isinstance(source, OpenFile):
+        with OpenFile(source) as file:
+            yield from text_lines(file)
+        return
+    for number, raw in source.lines():
+        if number == 1:
+            refuse_other_encodings(raw, source.path)
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"byte {error.start} is not UTF-8", source=source.path, place=f"line {number}"
+            ) from error
+        if text.strip():
+            yield number, text.rstrip("\r\n")

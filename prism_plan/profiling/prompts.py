@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json
+from prism_plan.open_file import OpenFile
 from prism_plan.profiling.lines import text_lines
 
 KEYS = ("prompt", "task")
@@ -24,10 +24,11 @@ class Prompt:
     task: str
 
 
-def read_prompts(path: str | os.PathLike[str]) -> Iterator[Prompt]:
+def read_prompts(source: str | os.PathLike[str] | OpenFile) -> Iterator[Prompt]:
     """The prompts of a file one by one, so that memory does not grow with their number.
 
-    Blank lines and a byte-order mark are passed over.
+    Blank lines and a byte-order mark are passed over. A file that is open already is read from its
+    beginning, and may be read again.
 
     Raises
     ------
@@ -35,13 +36,18 @@ def read_prompts(path: str | os.PathLike[str]) -> Iterator[Prompt]:
         A line is not a JSON object with a non-empty ``prompt`` and ``task`` and nothing else;
         names file and line. The file has no prompts, or cannot be read.
     """
+    if not isinstance(source, OpenFile):
+        with OpenFile(source) as file:
+            yield from read_prompts(file)
+        return
+    source.require_unchanged()
     found = False
-    for number, text in text_lines(path):
+    for number, text in text_lines(source):
         found = True
-        yield _prompt(text, path, number)
+        yield _prompt(text, source.path, number)
     if not found:
         raise InputError(
-            "no prompts in it", source=path, expected='lines {"prompt": ..., "task": ...}'
+            "no prompts in it", source=source.path, expected='lines {"prompt": ..., "task": ...}'
         )
 
 
@@ -70,9 +76,3 @@ def _prompt(text: str, path: object, number: int) -> Prompt:
                 expected="a non-empty text",
             )
     return Prompt(number, values["prompt"], values["task"])
-
-
-def digest(path: str | os.PathLike[str]) -> str:
-    """Identity of a prompt file's content."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

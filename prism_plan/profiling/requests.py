@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.limits import MAX_NAMES, require_at_most, require_name
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice
 from prism_plan.profiling.rows import NOTHING, RepeatedRows, padding_rows, runs_of_equal_rows
@@ -157,7 +158,7 @@ class Requests:
     """
 
     model: ModelSpec
-    tasks: list[str] = field(default_factory=list)
+    tasks: dict[str, int] = field(default_factory=dict)
     batches: list[TokenBatch] = field(default_factory=list)
     profiling_rows: int = 0
     padding_rows: int = 0
@@ -217,13 +218,15 @@ class Requests:
         if prompt is not None:
             phase = np.where(position < prompt, PREFILL, DECODE).astype(np.int8)
         if task not in self.tasks:
-            self.tasks.append(task)
+            require_name(task, source=source, place=place)
+            require_at_most(len(self.tasks) + 1, MAX_NAMES, "tasks", source=source, place=place)
+            self.tasks[task] = len(self.tasks)
         self.batches.append(
             TokenBatch(
                 request=np.full(len(experts), len(self.batches), np.int32),
                 position=position,
                 phase=phase,
-                task=np.full(len(experts), self.tasks.index(task), np.int32),
+                task=np.full(len(experts), self.tasks[task], np.int32),
                 experts=experts,
             )
         )

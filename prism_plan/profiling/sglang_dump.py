@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.limits import MIB
 from prism_plan.model import ModelSpec
+from prism_plan.open_file import OpenFile
 from prism_plan.profiling.layers import mtp_layers
 from prism_plan.profiling.tensors import CHECK_MODEL, CUT_SHORT, whole_number
 
@@ -39,13 +43,16 @@ def load(path: Path) -> Mapping[str, Any]:
             remedy="pip install 'prism-plan[hf]'",
         ) from error
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            OpenFile(path) as file,
+            io.BufferedReader(file.stream(), MIB) as stream,
+        ):
             warnings.simplefilter("ignore")
-            dump = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(
-            (error.strerror or str(error)).lower(), source=path, remedy="give a readable file"
-        ) from error
+            _refuse_compressed(stream, path)
+            dump = torch.load(stream, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # hostile bytes make PyTorch's reader raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
@@ -68,6 +75,21 @@ def load(path: Path) -> Mapping[str, Any]:
             expected="a dump of SGLang's expert distribution recorder",
         )
     return dump
+
+
+def _refuse_compressed(stream: IO[bytes], path: Path) -> None:
+    """Refuse an archive whose entries inflate: PyTorch stores them as they are."""
+    if zipfile.is_zipfile(stream):
+        with zipfile.ZipFile(stream) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise InputError(
+                        f"entry {entry.filename!r:.60} is compressed",
+                        source=path,
+                        expected="a file as PyTorch writes it",
+                        remedy="use files that the recorder itself wrote",
+                    )
+    stream.seek(0)
 
 
 def mode_of(dump: Mapping[str, Any], path: Path) -> str:
@@ -120,7 +142,12 @@ def array_of(
     wanted = " or ".join(f"[{form}]" for form in forms)
     ranks = [form.count(",") + 1 for form in forms]
     try:
-        array = tensor if tensor is None or isinstance(tensor, np.ndarray) else tensor.numpy()
+        if isinstance(tensor, np.ndarray) or tensor is None:
+            array = tensor
+        elif tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError  # a view that repeats few numbers as often as it likes
+        else:
+            array = tensor.numpy()
         kind = str(tensor.dtype).removeprefix("torch.") if tensor is not None else "nothing"
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(

@@ -107,6 +107,8 @@ _NPY_HEADER = re.compile(
     r"\{'descr': '([|<>])([A-Za-z])(\d{1,4})?', 'fortran_order': (True|False), "
     r"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), ?\}\s*"
 )
+#: More make NumPy raise, and no recording has more than three.
+_MAX_DIMENSIONS = 8
 _WHOLE_KINDS = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
 
 
@@ -140,6 +142,9 @@ def parse_npy(data: bytes, source: object, place: str = "") -> npt.NDArray[Any]:
             "arrays of objects or fractions are no expert ids",
         )
     shape = tuple(int(word) for word in dims.replace(" ", "").split(",") if word)
+    # also of an array without elements NumPy multiplies the dimensions
+    if len(shape) > _MAX_DIMENSIONS or math.prod(filter(None, shape)) >= 2**40:
+        raise refuse(f"an array of shape {shape!s:.60}", "[tokens, layers, top-k]")
     needed = math.prod(shape) * int(size)
     if len(data) - end != needed:
         raise refuse(f"{len(data) - end} bytes of data", f"{needed} for shape {shape}")

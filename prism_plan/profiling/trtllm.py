@@ -24,6 +24,7 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
 from prism_plan.model import ModelSpec
+from prism_plan.open_file import OpenFile
 from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice
 from prism_plan.profiling.sources import Source, distinct
 from prism_plan.profiling.tensors import (
@@ -130,6 +131,7 @@ def _add_rank(
             "safetensors is not installed", source=path, remedy="pip install 'prism-plan[hf]'"
         ) from error
 
+    OpenFile(path).close()  # refuses pipes and devices, for safetensors would wait for them
     try:
         with safe_open(path, framework="numpy") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - no mapping

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.files import read_bytes
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.requests import Requests
 from prism_plan.profiling.sources import Source
@@ -245,13 +246,13 @@ def _array(recorded: Any, path: Path, place: str, key: str) -> npt.NDArray[Any]:
 
 def _npy_file(file: Path, source: Path, place: str) -> npt.NDArray[Any]:
     try:
-        data = file.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        data = read_bytes(file)
+    except InputError as error:
         raise InputError(
-            f"{file.name}: {reason.lower()}",
+            f"{file.name}: {error.found}",
             source=source,
             place=place,
-            remedy="give a readable file",
+            expected=error.expected,
+            remedy=error.remedy,
         ) from error
     return parse_npy(data, source, place if file == source else f"{place} {file.name}")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.files import parse_json, read_text
+from prism_plan.files import lines_of, parse_json, read_text
+from prism_plan.limits import MAX_ARRIVALS, require_at_most
 
 KEYS = ("server", "at_s", "task", "request")
 #: Times beyond this, in seconds, are a mistake.
 MOST_S = 1e12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Arrival:
     """One request: where and when; its task and its id in the trace where they are given.
 
@@ -65,14 +67,14 @@ def read_arrivals(path: str | os.PathLike[str]) -> FixedArrivals:
 
 def parse_arrivals(text: str, source: object = "") -> FixedArrivals:
     """Arrivals from the text of a file; see :func:`read_arrivals`."""
-    arrivals = tuple(
-        _arrival(line, number, source)
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    )
+    arrivals = []
+    for number, line in enumerate(lines_of(text), start=1):
+        if line.strip():
+            arrivals.append(_arrival(line, number, source))
+            require_at_most(len(arrivals), MAX_ARRIVALS, "arrivals", source=source)
     if not arrivals:
         raise InputError("no arrivals", source=source, expected='lines {"server": …, "at_s": …}')
-    return FixedArrivals(arrivals, source=str(source))
+    return FixedArrivals(tuple(arrivals), source=str(source))
 
 
 def _arrival(line: str, number: int, source: object) -> Arrival:
@@ -116,6 +118,7 @@ def _arrival(line: str, number: int, source: object) -> Arrival:
     ):
         raise wrong("request", "the id of a request of the trace")
     try:
-        return Arrival(server, at_s, task, request, number)
+        task = None if task is None else sys.intern(task)
+        return Arrival(sys.intern(server), at_s, task, request, number)
     except InputError as error:
         raise error.within(source) from error

@@ -7,6 +7,7 @@ import os
 from prism_plan.cluster_file import task_shares
 from prism_plan.errors import InputError
 from prism_plan.files import read_text
+from prism_plan.limits import MAX_NAMES, require_at_most
 from prism_plan.simulate.schedule import Phase, Schedule
 from prism_plan.toml_table import Table, parse_toml
 
@@ -36,9 +37,15 @@ def read_schedule(path: str | os.PathLike[str]) -> Schedule:
 
 def parse_schedule(text: str, source: object = "") -> Schedule:
     """A schedule from the text of a TOML file; see :func:`read_schedule`."""
-    table = parse_toml(text, source)
+    return schedule_from_table(parse_toml(text, source), source)
+
+
+def schedule_from_table(table: Table, source: object = "") -> Schedule:
+    """A schedule from the outermost table of its file; see :func:`read_schedule`."""
     try:
-        phases = tuple(_phase(item) for item in table.tables("phase"))
+        tables = table.tables("phase")
+        require_at_most(len(tables), MAX_NAMES, "phases", place="phase")
+        phases = tuple(_phase(item) for item in tables)
         table.end()
     except InputError as error:
         raise error.within(source) from error
@@ -47,6 +54,7 @@ def parse_schedule(text: str, source: object = "") -> Schedule:
 
 def _phase(table: Table) -> Phase:
     tasks = table.table("tasks")
+    require_at_most(len(tasks.values), MAX_NAMES, "servers", place=tasks.place)
     shares = {}
     for server in list(tasks.values):
         inner = tasks.table(server)

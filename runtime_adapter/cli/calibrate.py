@@ -26,7 +26,7 @@ def command(**given: Any) -> None:
 
     from prism_plan.cli.inputs import blaming, load_cluster, writable
     from prism_plan.errors import InputError
-    from prism_plan.files import sha256, write_bytes
+    from prism_plan.files import write_bytes
     from prism_plan.model import load_model
     from prism_plan.simulate.network import Network
     from prism_plan.simulate.timing import timing
@@ -36,7 +36,7 @@ def command(**given: Any) -> None:
     from runtime_adapter.server import Server, ServerConfig
 
     torch.set_num_threads(1)
-    cluster, _ = load_cluster(given["cluster"])
+    cluster, cluster_file = load_cluster(given["cluster"])
     model = load_model(given["reference"])
     meeting = meeting_of(given, tuple(server.name for server in cluster.servers))
     if meeting.servers < 2:
@@ -67,7 +67,7 @@ def command(**given: Any) -> None:
         model=model.shape(),
         network=network,
         compute=compute,
-        facts={"cluster": sha256(given["cluster"]), "rtt_ms": given["rtt_ms"], "lanes": [1]},
+        facts={"cluster": cluster_file.sha256, "rtt_ms": given["rtt_ms"], "lanes": [1]},
         states=torch.uint8,
         width=width,
         most_tokens=max(TOKENS),

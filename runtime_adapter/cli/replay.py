@@ -48,8 +48,8 @@ def command(**given: Any) -> None:
 
     from prism_plan.cli.inputs import blaming, load_cluster, writable
     from prism_plan.cli.simulate import simulation_options
-    from prism_plan.files import sha256, write_bytes
-    from prism_plan.placement_file import read_placement
+    from prism_plan.files import write_bytes
+    from prism_plan.placement_file import read_identified_placement
     from prism_plan.simulate.workload import sample_requests
     from prism_plan.trace_file import read_trace
     from runtime_adapter.replay import replay, replay_config
@@ -59,10 +59,10 @@ def command(**given: Any) -> None:
     files = ("placement", "trace", "cluster")
     writable(given["output"], *(given[name] for name in files))
     writable(given["stats"], *(given[name] for name in files))
-    placement = read_placement(given["placement"])
+    placement, placement_file = read_identified_placement(given["placement"])
     meeting = meeting_of(given, placement.servers)
     trace = read_trace(given["trace"])
-    cluster, _ = load_cluster(given["cluster"])
+    cluster, cluster_file = load_cluster(given["cluster"])
     with blaming(given["cluster"]):
         requests = sample_requests(
             trace,
@@ -74,7 +74,11 @@ def command(**given: Any) -> None:
     options = simulation_options({**given, **NOT_SIMULATED})
     moving = given["movable"] or given["migrate"] != "never"
     own = ("requests", "seed", "route", "decode_tokens", "rtt_ms", *MIGRATION_FACTS)
-    facts = {name: sha256(given[name]) for name in files} | {name: given[name] for name in own}
+    facts = {
+        "placement": placement_file.sha256,
+        "trace": trace.sha256,
+        "cluster": cluster_file.sha256,
+    } | {name: given[name] for name in own}
     with blaming(given["placement"]):
         config = replay_config(
             placement,

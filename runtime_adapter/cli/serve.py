@@ -96,8 +96,8 @@ def command(**given: Any) -> None:
     from prism_plan.cli.inputs import blaming, load_cluster, writable
     from prism_plan.cli.simulate import simulation_options
     from prism_plan.errors import InputError
-    from prism_plan.files import sha256, write_bytes
-    from prism_plan.placement_file import read_placement
+    from prism_plan.files import write_bytes
+    from prism_plan.placement_file import read_identified_placement
     from prism_plan.profiling.hf import fingerprint
     from prism_plan.simulate.network import Network
     from runtime_adapter.bridge import Lanes
@@ -139,7 +139,7 @@ def command(**given: Any) -> None:
     for output in (given["output"], given["stats"]):
         writable(output, *files)
     torch.set_num_threads(given["threads"])
-    placement = read_placement(given["placement"])
+    placement, placement_file = read_identified_placement(given["placement"])
     meeting = meeting_of(given, placement.servers)
     requests = [] if streamed else read_requests(given["requests"])
     checkpoint = Checkpoint(given["checkpoint"])
@@ -147,10 +147,11 @@ def command(**given: Any) -> None:
     require_covered(placement, source=given["placement"])
     spec = checkpoint.spec
     dtype = checkpoint.dtype if given["dtype"] == "auto" else getattr(torch, given["dtype"])
-    cluster = None
+    cluster, cluster_digest = None, None
     network = even_network(placement.num_servers, spec.hidden_size * dtype.itemsize)
     if given["cluster"] is not None:
-        cluster, _ = load_cluster(given["cluster"])
+        cluster, cluster_file = load_cluster(given["cluster"])
+        cluster_digest = cluster_file.sha256
         if tuple(server.name for server in cluster.servers) != placement.servers:
             raise InputError(
                 f"servers {', '.join(server.name for server in cluster.servers)}",
@@ -209,9 +210,9 @@ def command(**given: Any) -> None:
         network=network,
         compute=ExpertCompute(store),
         facts={
-            "placement": sha256(given["placement"]),
+            "placement": placement_file.sha256,
             "checkpoint": fingerprint(given["checkpoint"]),
-            "cluster": given["cluster"] and sha256(given["cluster"]),
+            "cluster": cluster_digest,
             "dtype": str(dtype).removeprefix("torch."),
             **{
                 name: given[name]

@@ -1,0 +1,149 @@
+"""Largest sizes that files may have or declare, checked before memory is taken for them.
+
+A file can come from a stranger, and a few bytes of it can declare sizes that no machine has. Every
+bound stands here once, with its unit and its reason. They lie far above what planning needs (the
+largest models known have some 25,000 experts in all, the largest clusters planned for a thousand
+servers) and keep reading a file within about 1 GiB of memory and ten seconds.
+"""
+
+from __future__ import annotations
+
+from prism_plan.errors import InputError
+
+MIB = 2**20
+
+# --------------------------------------------------------------------------------- bytes of files
+
+#: Bytes of a JSON, TOML, CSV or other text file: its bytes, its text and what is made of them are
+#: in memory at once.
+MAX_TEXT_BYTES = 256 * MIB
+#: Bytes of one line of a JSON Lines file. The files themselves may be longer, for their lines are
+#: read one by one. A response of 131,072 tokens of a model with 61 layers, top-8, has 85 MB.
+MAX_LINE_BYTES = 128 * MIB
+#: Characters of a line of numbers as text, each a text of its own for a while: a request of 131,072
+#: tokens of a model with top-8 has 12 million.
+MAX_LINE_OF_NUMBERS = 16 * MIB
+#: Bytes that the values of a JSON or TOML file would take in memory, estimated from its text.
+MAX_VALUE_BYTES = 512 * MIB
+#: Levels of lists and tables inside each other: parsers, checks and messages recurse.
+MAX_NESTING = 64
+#: Values below one JSON Schema check, which takes some microseconds for each.
+MAX_CHECKED_VALUES = 1_000_000
+
+# -------------------------------------------------------------------------------- names and lists
+
+#: Servers, tasks, pins of a server, forbidden experts of a server: distinct things with names.
+MAX_NAMES = 10_000
+#: Characters of one name: of a server, a task, a model.
+MAX_NAME_LENGTH = 1_000
+#: GPUs of one server.
+MAX_GPUS = 1_024
+#: Columns of a table; those that are not ours are left out.
+MAX_COLUMNS = 1_000
+
+# ----------------------------------------------------------------------------------------- models
+
+#: MoE layers of a model.
+MAX_LAYERS = 10_000
+#: Experts of a layer: ids are stored as uint16 in traces.
+MAX_EXPERTS = 65_536
+#: (layer, expert) pairs of a model: arrays of 8 bytes a pair are made of each server and task.
+MAX_PAIRS = 2**22
+#: Servers (or GPUs) × layers × experts: one byte each in a placement.
+MAX_PLACES = 2**28
+
+# ----------------------------------------------------------------------------------------- tables
+
+#: Tasks × layers × experts of a trace: 8 bytes each, and the same again for calls per token.
+MAX_TASK_PAIRS = 2**25
+#: Tokens of a trace: 8 bytes each while duplicates are looked for, twice that while sorting.
+MAX_TOKENS = 2**25
+#: Tokens × layers × top-k of a trace. Equal rows take hardly any space in the file, but each
+#: selection has to be looked at, some hundreds of millions a second.
+MAX_SELECTIONS = 2**32
+#: Selections decoded at a time, 2 bytes each.
+MAX_BATCH_SELECTIONS = 2**23
+#: Arrivals at fixed times, some 150 bytes each.
+MAX_ARRIVALS = 2**21
+#: Rows of a sweep table, some 3 kB each; a sweep has no more runs.
+MAX_RUNS = 100_000
+#: Characters of a cell of a sweep table: the line of an error may stand there.
+MAX_CELL = 10_000
+#: Bytes of the footer of a Parquet file, which is parsed whole.
+MAX_FOOTER_BYTES = 16 * MIB
+#: Bytes of a Parquet row group, all columns decompressed: a page of it is decompressed whole.
+MAX_ROW_GROUP_BYTES = 512 * MIB
+
+
+def require_at_most(
+    found: int, most: int, what: str, *, source: object = "", place: str = "", remedy: str = ""
+) -> None:
+    """Refuse a size beyond its bound; ``what`` names the unit, such as ``"servers"``.
+
+    Raises
+    ------
+    InputError
+        ``found`` is larger than ``most``.
+    """
+    if found > most:
+        raise InputError(
+            f"{found:,} {what}",
+            source=source,
+            place=place,
+            expected=f"at most {most:,}",
+            remedy=remedy,
+        )
+
+
+def require_name(name: str, *, source: object = "", place: str = "") -> None:
+    """Refuse a name of more than :data:`MAX_NAME_LENGTH` characters.
+
+    Raises
+    ------
+    InputError
+        Tells its length.
+    """
+    if len(name) > MAX_NAME_LENGTH:
+        raise InputError(
+            f"a name of {len(name):,} characters",
+            source=source,
+            place=place,
+            expected=f"at most {MAX_NAME_LENGTH:,}",
+        )
+
+
+def require_places(
+    holders: int, layers: int, experts: int, what: str, *, source: object = "", place: str = ""
+) -> None:
+    """Refuse more than :data:`MAX_PLACES` (holder, layer, expert) triples.
+
+    ``what`` names the holders, ``"servers"`` or ``"GPUs"``.
+
+    Raises
+    ------
+    InputError
+        Names the three sizes and their product.
+    """
+    if holders * layers * experts > MAX_PLACES:
+        raise InputError(
+            f"{holders:,} {what} × {layers:,} layers × {experts:,} experts",
+            source=source,
+            place=place,
+            expected=f"a product of at most {MAX_PLACES:,}",
+        )
+
+
+def require_task_pairs(tasks: int, layers: int, experts: int, *, source: object = "") -> None:
+    """Refuse more than :data:`MAX_TASK_PAIRS` (task, layer, expert) triples.
+
+    Raises
+    ------
+    InputError
+        Names the three sizes.
+    """
+    if tasks * layers * experts > MAX_TASK_PAIRS:
+        raise InputError(
+            f"{tasks:,} tasks × {layers:,} layers × {experts:,} experts",
+            source=source,
+            expected=f"a product of at most {MAX_TASK_PAIRS:,}",
+        )

@@ -1,0 +1,294 @@
+"""Files that are read: each is opened once, has a bounded size, and is a regular file or a stream.
+
+What a command reads of a file, and the digest that it records of it, come from one descriptor:
+a file that is replaced meanwhile changes neither, and one that is changed in place is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from prism_plan.errors import InputError
+from prism_plan.limits import MAX_LINE_BYTES, MAX_TEXT_BYTES, MIB
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+#: The name that stands for standard input.
+STANDARD_INPUT = "-"
+_REMEDY = "give a readable file"
+#: Names of descriptors that this process was given: standard input, and what ``<(command)`` makes.
+_DESCRIPTOR = re.compile(r"(?:/dev|/proc/self)/fd/(\d{1,9})")
+_KINDS = (
+    (stat.S_ISFIFO, "is a pipe"),
+    (stat.S_ISSOCK, "is a socket"),
+    (stat.S_ISCHR, "is a device"),
+    (stat.S_ISBLK, "is a device"),
+)
+
+
+def unreadable(error: OSError, path: object) -> InputError:
+    """The error of a file that the system does not let us read."""
+    return InputError((error.strerror or str(error)).lower(), source=path, remedy=_REMEDY)
+
+
+class OpenFile:
+    """A file, open for reading until it is closed or collected.
+
+    Regular files are read by ranges, as often as is needed, through the one descriptor. Standard
+    input (``-``, ``/dev/stdin``) and other descriptors that the process was given are read once,
+    at most :data:`~prism_plan.limits.MAX_TEXT_BYTES`, and held. Named pipes, devices, sockets and
+    folders are refused without waiting for them.
+
+    Sent to another process it is opened there when it is first read, and refused unless it still
+    is the same file.
+
+    Raises
+    ------
+    InputError
+        The file cannot be opened, is of another kind, or is a stream that is too long.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._fd: int | None = None
+        self._held: bytes | None = None
+        try:
+            self._fd = _descriptor(self.path)
+            found = os.fstat(self._fd)
+            self._check_kind(found.st_mode)
+            if not stat.S_ISREG(found.st_mode):
+                self._held = _read_stream(self._fd, self.path)
+        except OSError as error:
+            raise unreadable(error, self.path) from error
+        self._identity = _identity(found)
+
+    def _check_kind(self, mode: int) -> None:
+        if stat.S_ISREG(mode):
+            return
+        if stat.S_ISDIR(mode):
+            raise InputError("is a directory", source=self.path, remedy=_REMEDY)
+        if _number(self.path) is None:
+            kind = next((text for is_kind, text in _KINDS if is_kind(mode)), "is no file")
+            raise InputError(
+                kind, source=self.path, expected="a regular file, or - for standard input"
+            )
+
+    def close(self) -> None:
+        """Close the descriptor; what is held of a stream is given up."""
+        fd, self._fd, self._held = self._fd, None, None
+        if fd is not None:
+            os.close(fd)
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fd": None}
+
+    def _descriptor(self) -> int:
+        """The descriptor; in another process than that of the constructor, opened now."""
+        if self._fd is None:
+            try:
+                self._fd = _descriptor(self.path)
+            except OSError as error:
+                raise unreadable(error, self.path) from error
+            self.require_unchanged()
+        return self._fd
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file when it was opened."""
+        return len(self._held) if self._held is not None else self._identity[2]
+
+    def require_unchanged(self) -> None:
+        """Refuse to go on with a file that was written to since it was opened.
+
+        Raises
+        ------
+        InputError
+            Its size or its time of change is another, or it is another file.
+        """
+        if self._held is not None:
+            return
+        if _identity(os.fstat(self._descriptor())) != self._identity:
+            raise InputError(
+                "was changed while it was read", source=self.path, remedy="run the command again"
+            )
+
+    def pread(self, length: int, position: int) -> bytes:
+        """``length`` bytes from ``position`` on, fewer where the file ends.
+
+        Raises
+        ------
+        InputError
+            The file cannot be read.
+        """
+        if self._held is not None:
+            return self._held[position : position + length]
+        parts = []
+        try:
+            while length > 0:
+                part = os.pread(self._descriptor(), length, position)
+                if not part:
+                    break
+                parts.append(part)
+                position += len(part)
+                length -= len(part)
+        except OSError as error:
+            raise unreadable(error, self.path) from error
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read(self, most: int = MAX_TEXT_BYTES) -> bytes:
+        """All bytes of the file.
+
+        Raises
+        ------
+        InputError
+            There are more than ``most``, or the file cannot be read.
+        """
+        if self.size > most:
+            raise _too_long(self.path, most)
+        data = self.pread(self.size or most + 1, 0)  # files of /proc say that they have no bytes
+        if len(data) == self.size:
+            more = self.pread(most + 1 - len(data), len(data))
+            data = data + more if more else data
+        if len(data) > most:
+            raise _too_long(self.path, most)
+        return data
+
+    def stream(self) -> io.RawIOBase | io.BytesIO:
+        """The bytes as a stream with a position of its own, to be used while this is open."""
+        return io.BytesIO(self._held) if self._held is not None else _View(self)
+
+    def sha256(self) -> str:
+        """Hex digest of the file's bytes.
+
+        Raises
+        ------
+        InputError
+            The file cannot be read, or was changed since it was opened.
+        """
+        found = hashlib.sha256()
+        position = 0
+        while part := self.pread(MIB, position):
+            found.update(part)
+            position += len(part)
+        self.require_unchanged()
+        return found.hexdigest()
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """(number from 1, bytes with the line end) of each line, read one by one.
+
+        Raises
+        ------
+        InputError
+            A line has more than :data:`~prism_plan.limits.MAX_LINE_BYTES`, or the file cannot be
+            read.
+        """
+        with io.BufferedReader(self.stream(), MIB) as stream:
+            number = 0
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise InputError(
+                        "a line too long",
+                        source=self.path,
+                        place=f"line {number}",
+                        expected=f"at most {MAX_LINE_BYTES:,} bytes",
+                    )
+                yield number, line
+
+
+class _View(io.RawIOBase):
+    """A stream over a regular file; each has its own position on the shared descriptor."""
+
+    def __init__(self, file: OpenFile) -> None:
+        super().__init__()
+        self._file = file
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}
+        self._position = max(0, base[whence] + offset)
+        return self._position
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._file.size - self._position)
+        length = left if size is None or size < 0 else min(size, left)
+        data = self._file.pread(length, self._position)
+        self._position += len(data)
+        return data
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        into = memoryview(buffer).cast("B")
+        data = self.read(len(into))
+        into[: len(data)] = data
+        return len(data)
+
+
+def _number(path: str | bytes) -> int | None:
+    """The descriptor that a path stands for, ``None`` for a path of the file system."""
+    text = os.fsdecode(path)
+    if text in (STANDARD_INPUT, "/dev/stdin"):
+        return 0
+    match = _DESCRIPTOR.fullmatch(text)
+    return int(match.group(1)) if match else None
+
+
+def _descriptor(path: str | bytes) -> int:
+    """A descriptor of our own for ``path``; opening never waits for the writer of a pipe."""
+    number = _number(path)
+    if number is not None:
+        return os.dup(number)
+    flags = os.O_RDONLY
+    for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    try:
+        return os.open(path, flags)
+    except ValueError as error:  # a null character in the name
+        raise OSError(None, str(error)) from error
+
+
+def _read_stream(fd: int, path: str) -> bytes:
+    """All bytes of a pipe or terminal."""
+    parts, length = [], 0
+    while part := os.read(fd, MIB):
+        parts.append(part)
+        length += len(part)
+        if length > MAX_TEXT_BYTES:
+            raise _too_long(path, MAX_TEXT_BYTES)
+    return b"".join(parts)
+
+
+def _too_long(path: object, most: int) -> InputError:
+    return InputError(
+        f"is longer than {most:,} bytes", source=path, remedy="give a file of this program"
+    )
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
+    """What stays equal while a file is not written to; renaming and linking leave it."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
