@@ -102,6 +102,9 @@ def test_reviews_move_what_the_requests_call(tmp_path: Path) -> None:
         assert run.wait() == {"s0": 0, "s1": 0}
         stats = [run.stats(name) for name in run.names]
         said = run.errors("s0")
+    assumed = "not given and assumed: memory_bandwidth_gbs 1555, tflops 312, launch_overhead_us 20"
+    assert said.startswith(f"prism-runtime: cluster.toml: {assumed} of every GPU")
+    assert "; call_overhead_ms 0.2 of links\n" in said  # reviews weigh calls by it
     assert sum(counted["failed"] + counted["retries"] for counted in stats) == 0
     assert sum(counted["calls"] for counted in stats) == called(material, 100)
     migrations = stats[0]["migrations"]
