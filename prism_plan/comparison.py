@@ -44,6 +44,7 @@ class Row:
         worst_waiting = worst(steps.waiting_by_server) if steps else None
         return {
             "name": self.name,
+            "solver": placement.plan.solver if placement else None,
             "remote_share": remote.share if remote else None,
             "worst_server": servers[worst_remote[0]] if worst_remote else None,
             "worst_server_share": worst_remote[1] if worst_remote else None,

@@ -28,7 +28,8 @@ SETTINGS = {
     "image.interpolation": "nearest",
     "savefig.bbox": None,
     "savefig.transparent": False,
-    "svg.fonttype": "path",
+    "pdf.fonttype": 42,  # TrueType: publishers refuse the Type 3 fonts of the default
+    "svg.fonttype": "none",  # text as text, which can be searched, edited and set in another font
     "svg.hashsalt": "prism-plan",
     "text.usetex": False,
 }
