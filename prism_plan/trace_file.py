@@ -426,6 +426,16 @@ def _no_nulls(path: object, batch: Any, first_row: int) -> None:
             )
 
 
+def _values(column: Any) -> npt.NDArray[Any]:
+    """The numbers of a column without nulls, not copied.
+
+    Unlike ``column.to_numpy()`` this does not make pyarrow import pandas, which takes longer than
+    most traces.
+    """
+    values: npt.NDArray[Any] = np.from_dlpack(column)
+    return values
+
+
 class _Words:
     """Codes for the words of a dictionary column, in the order of the file's dictionaries."""
 
@@ -437,7 +447,7 @@ class _Words:
         if not hasattr(column, "dictionary"):
             column = column.dictionary_encode()
         local = column.dictionary.to_pylist()
-        indices = column.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        indices = _values(column.indices).astype(np.int64)
         mapping = np.zeros(max(len(local), 1), np.int32)
         used = np.unique(indices)
         if len(used) and not 0 <= used[0] <= used[-1] < len(local):
@@ -477,13 +487,13 @@ def _token_batches(
                     )
             phase_codes = np.array([PHASES.index(w) for w in phases.words] or [0], np.int8)
             batch = TokenBatch(
-                request=rows.column("request").to_numpy(),
-                position=rows.column("position").to_numpy(),
+                request=_values(rows.column("request")),
+                position=_values(rows.column("position")),
                 phase=phase_codes[phase],
                 task=tasks.codes(rows.column("task")),
-                experts=rows.column("experts").flatten().to_numpy().reshape(shape),
+                experts=_values(rows.column("experts").flatten()).reshape(shape),
                 weights=(
-                    rows.column("weights").flatten().to_numpy(zero_copy_only=False).reshape(shape)
+                    _values(rows.column("weights").flatten()).reshape(shape)
                     if has_weights
                     else None
                 ),
@@ -616,7 +626,7 @@ def _read_counts(
             _no_nulls(path, rows, row)
             columns[0].append(words.codes(rows.column("task")))
             for index, name in enumerate(("layer", "expert", "count"), start=1):
-                columns[index].append(rows.column(name).to_numpy())
+                columns[index].append(_values(rows.column(name)))
             row += len(rows)
     if row == 0:
         raise InputError("the trace has no rows", source=path, remedy=REMEDY)
