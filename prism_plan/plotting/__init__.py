@@ -12,6 +12,7 @@ from prism_plan.plotting.figure_options import FigureOptions
 from prism_plan.plotting.output import METADATA, check_extension, save
 from prism_plan.plotting.placements import MAX_SERVER_PANELS, placement_map
 from prism_plan.plotting.simulations import (
+    MAX_MOVE_LINES,
     MAX_RUNS,
     PAPER_LAYER_LATENCY,
     layer_latency,
@@ -29,6 +30,7 @@ from prism_plan.plotting.sweeps import sweep_figure
 from prism_plan.plotting.traces import MAX_TASKS, entropy, heatmap
 
 __all__ = [
+    "MAX_MOVE_LINES",
     "MAX_RUNS",
     "MAX_SERVER_PANELS",
     "MAX_TASKS",

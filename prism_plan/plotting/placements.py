@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def placement_map(placement: Placement, *, options: FigureOptions = USUAL) -> Fi
             count = placement.num_servers + 1
             figure, panels, cols = layer_panels(count, model, options, last_right=True)
             _server_panels(figure, panels[:-1], cols, placement)
-            _copies_panel(figure, panels[-1], local.sum(axis=0))
+            _copies_panel(figure, panels[-1], local.sum(axis=0), cols)
         finish(figure, options, f"Placement by {fit(plan.solver, 40)}", facts)
     return figure
 
@@ -97,7 +98,7 @@ def _server_panels(figure: Figure, panels: Sequence[Axes], cols: int, placement:
     draw_legend(figure, [patch(shade) for shade in shades], labels)
 
 
-def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64]) -> None:
+def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64], cols: int) -> None:
     """Draw the number of servers that hold each expert, [L, E]; none at all stands out."""
     most = max(int(copies.max()), 1)
     drawn = axes.imshow(
@@ -117,6 +118,7 @@ def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64]) -> 
     text = f"copies over servers: mean {copies.mean():.2f}, most {int(copies.max())}"
     if missing:
         text += f"; {missing:,} experts held nowhere"
+    text = textwrap.fill(text, max(room(figure, 170) // cols, 24))
     axes.set_title(text, color=MISSING if missing else "black")
 
 
@@ -131,7 +133,7 @@ def _many_servers(
     copies, bars = figure.subplots(2, 1, height_ratios=[height, 2.6])
     expert_axis(copies, model)
     layer_axis(copies, model)
-    _copies_panel(figure, copies, local.sum(axis=0))
+    _copies_panel(figure, copies, local.sum(axis=0), 1)
     bars.bar(range(len(servers)), local.sum(axis=(1, 2)), color=COLOURS[0], width=0.8)
     step = math.ceil(len(servers) / max(room(figure, 80), 1))
     shown = range(0, len(servers), step)

@@ -113,7 +113,9 @@ def simulation_timeline(report: Mapping[str, Any], *, options: FigureOptions = U
         height = max(5.8 + (below if reviewed else 0.0), 0.25 * len(runs) + 2.0)
         figure = new_figure(height, options)
         if reviewed:
-            axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[5.0, below])
+            # A row of marks keeps its height where the figure is low.
+            above = max(figure.get_figheight() - below - 1.6, 1.0)
+            axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[above, below])
         else:
             axes, strip = figure.subplots(), None
         handles: list[Any] = []
@@ -132,7 +134,7 @@ def simulation_timeline(report: Mapping[str, Any], *, options: FigureOptions = U
         lowest = strip if strip is not None else axes
         lowest.set_xlabel("time of arrival (s)")
         axes.set_xlim(0, end_s)
-        axes.set_ylabel("mean latency of the requests that arrived (s)")
+        axes.set_ylabel("mean latency of requests (s)")
         _latency_axis(axes, values)
         beside = len(labels) > 4 and not narrow(figure)
         phases = [phase for shown in runs for phase in shown.run.get("phases", ())]

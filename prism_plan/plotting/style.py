@@ -19,7 +19,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 NO_DATA = "#BBBBBB"
 MISSING = "#D55E00"
 SETTINGS = {
-    "font.family": ["DejaVu Sans"],
+    # The second is for readers of an SVG file whose machine lacks the first.
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.sans-serif": ["DejaVu Sans"],
     "font.size": PANEL_PT,
     "axes.titlesize": PANEL_PT,
     "axes.labelsize": 9,
