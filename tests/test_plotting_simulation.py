@@ -147,7 +147,7 @@ def test_timeline_marks_phases() -> None:
         "phase 1",
         "phase 2: edge law, far summary",
     ]
-    assert legend(figure)[-1] == "a phase of the workload begins"
+    assert legend(figure)[-1] == "phase begins"
     check_readable(figure)
     assert not plotting.simulation_timeline(with_phases(REPORT, phases[:1])).axes[0].texts
 

@@ -56,7 +56,7 @@ def mark_phases(panels: Sequence[Axes], phases: Sequence[Phase], end_s: float, m
                 axes.axvspan(
                     at_s, everywhere_at_s, color=_COLOUR, alpha=0.12, linewidth=0, zorder=0
                 )
-            axes.axvline(at_s, color=_COLOUR, linestyle=(0, (5, 3)), linewidth=1.1, zorder=2)
+            axes.axvline(at_s, color=_COLOUR, linestyle=(0, (5, 3)), linewidth=1.1, zorder=1.5)
     if len(begins) <= _MOST_NAMES:
         ends = [at_s for at_s, _ in begins[1:]] + [end_s]
         for begin, until_s in zip(begins, ends, strict=True):

@@ -134,7 +134,7 @@ def simulation_timeline(report: Mapping[str, Any], *, options: FigureOptions = U
         lowest = strip if strip is not None else axes
         lowest.set_xlabel("time of arrival (s)")
         axes.set_xlim(0, end_s)
-        axes.set_ylabel("mean latency of requests (s)")
+        axes.set_ylabel("mean latency (s)")
         _latency_axis(axes, values)
         beside = len(labels) > 4 and not narrow(figure)
         phases = [phase for shown in runs for phase in shown.run.get("phases", ())]
@@ -146,7 +146,7 @@ def simulation_timeline(report: Mapping[str, Any], *, options: FigureOptions = U
         )
         if phase_mark is not None:
             handles.append(phase_mark)
-            labels.append("a phase of the workload begins")
+            labels.append("phase begins")
         draw_legend(figure, handles, labels, beside=beside)
         _grid(axes)
         finish(figure, options, "Latency by time of arrival", _facts(report, runs))
