@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from prism_plan.cluster import Cluster, Gpu, Link, PairLink, Server
     from prism_plan.cluster_file import parse_cluster, read_cluster
     from prism_plan.comparison import Comparison, compare
+    from prism_plan.comparison_file import read_comparison
     from prism_plan.errors import (
         Infeasible,
         InputError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         SolverRefused,
         WrongModel,
     )
+    from prism_plan.frames import comparison_frame, simulation_frame, sweep_frame
     from prism_plan.instance import Instance
     from prism_plan.migration.order import migration_plan
     from prism_plan.migration.plan import MigrationPlan
@@ -78,6 +80,8 @@ _HOME = {
     "cluster": ("Cluster", "Gpu", "Link", "PairLink", "Server"),
     "cluster_file": ("parse_cluster", "read_cluster"),
     "comparison": ("Comparison", "compare"),
+    "comparison_file": ("read_comparison",),
+    "frames": ("comparison_frame", "simulation_frame", "sweep_frame"),
     "migration.order": ("migration_plan",),
     "migration.plan": ("MigrationPlan",),
     "migration.plan_file": ("read_migration", "write_migration"),
@@ -176,6 +180,7 @@ __all__ = [
     "__version__",
     "activations",
     "compare",
+    "comparison_frame",
     "diff",
     "entropy_counts",
     "expected_workload",
@@ -189,6 +194,7 @@ __all__ = [
     "profile_checkpoint",
     "read_calibration",
     "read_cluster",
+    "read_comparison",
     "read_migration",
     "read_placement",
     "read_simulation",
@@ -199,8 +205,10 @@ __all__ = [
     "sample_requests",
     "score",
     "simulate_placements",
+    "simulation_frame",
     "solve",
     "step_score",
+    "sweep_frame",
     "trace_from_batches",
     "violations",
     "write_migration",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, SolverRefused
@@ -15,6 +15,9 @@ from prism_plan.placement import Placement
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
 from prism_plan.trace import Trace
 from prism_plan.workload import expected_workload
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: `ilp` is left out of a comparison of all solvers beyond so many (server, expert) pairs.
 ILP_PAIRS = 50_000
@@ -44,6 +47,7 @@ class Row:
         worst_waiting = worst(steps.waiting_by_server) if steps else None
         return {
             "name": self.name,
+            "solver": placement.plan.solver if placement else None,
             "remote_share": remote.share if remote else None,
             "worst_server": servers[worst_remote[0]] if worst_remote else None,
             "worst_server_share": worst_remote[1] if worst_remote else None,
@@ -104,6 +108,15 @@ class Comparison:
             "min_replicas": self.min_replicas,
             "rows": [row.to_json() for row in self.rows],
         }
+
+    def to_frame(self, level: str = "placement") -> pd.DataFrame:
+        """One row a placement, or with ``level`` "server" a placement and server.
+
+        Columns and errors are those of :func:`prism_plan.comparison_frame`.
+        """
+        from prism_plan.frames import comparison_frame
+
+        return comparison_frame(self.to_json(), level)
 
 
 def compare(

@@ -10,22 +10,18 @@ import numpy as np
 from prism_plan.files import atomic_path
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from prism_plan.simulation import Simulation
 
 
-def write_request_table(path: str | os.PathLike[str], simulation: Simulation) -> None:
-    """Write every request of every run as Parquet: whole or not at all.
+def request_table(simulation: Simulation) -> pa.Table:
+    """Every request of every run, in order of runs and arrivals.
 
     Columns: run, placement, request, server, task, trace_request, prefill_tokens, decode_tokens,
     arrival_s, start_s, first_token_s, done_s (null where it did not come to pass).
-
-    Raises
-    ------
-    OutputError
-        The file cannot be written.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     def words(values: list[str], codes: np.ndarray) -> pa.Array:
         indices = pa.array(codes, pa.int32())
@@ -60,6 +56,19 @@ def write_request_table(path: str | os.PathLike[str], simulation: Simulation) ->
                 }
             )
         )
-    table = pa.concat_tables(tables).unify_dictionaries()
+    return pa.concat_tables(tables).unify_dictionaries()
+
+
+def write_request_table(path: str | os.PathLike[str], simulation: Simulation) -> None:
+    """Write :func:`request_table` as Parquet: whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    import pyarrow.parquet as pq
+
+    table = request_table(simulation)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -42,6 +42,9 @@ from prism_plan.solvers.packing import pack_on_gpus
 from prism_plan.solvers.registry import get_solver, solvers_that_know
 from prism_plan.solvers.run import rules_asked
 from prism_plan.trace import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 EngineName = Literal["compiled", "reference"]
 ENGINES: Mapping[str, Callable[[Scenario], Engine]] = {
@@ -203,6 +206,26 @@ class Simulation:
                 "solver": policy.solver if policy.kind == "prism" else None,
             }
         return {**values, "runs": [run.to_json() for run in self.runs]}
+
+    def to_frame(self, level: str = "placement") -> pd.DataFrame:
+        """One row a placement, or with ``level`` "server", "review" or "request" one of these.
+
+        Columns are those of :func:`prism_plan.simulation_frame`. Of requests, numbered from 0, they
+        are those of ``prism-plan simulate --per-request``: run, placement, request, server, task,
+        trace_request, prefill_tokens, decode_tokens, and arrival_s, start_s, first_token_s and
+        done_s in seconds, NaN where it did not come to pass.
+
+        Raises
+        ------
+        InputError
+            An unknown level.
+        """
+        from prism_plan.frames import require_request_level, simulation_frame
+        from prism_plan.request_table import request_table
+
+        if require_request_level(level):
+            return request_table(self).to_pandas()
+        return simulation_frame(self.to_json(), level)
 
 
 def _timing_name(calibration: Calibration | None) -> str:

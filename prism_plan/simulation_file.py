@@ -133,6 +133,14 @@ def _check_run(run: Mapping[str, Any], source: object, place: str) -> None:
             place=f"{place}.timeline.mean_latency_s",
             expected=f"{len(timeline['arrivals'])}, as in arrivals",
         )
+    for number, phase in enumerate(run.get("phases", ())):
+        if phase["everywhere_at_s"] < phase["at_s"]:
+            raise InputError(
+                f"{phase['everywhere_at_s']}",
+                source=source,
+                place=f"{place}.phases[{number}].everywhere_at_s",
+                expected=f"at least at_s, {phase['at_s']}",
+            )
     for number, layer in enumerate(run["layer_latency_s"]):
         if layer["remote_experts"] != number:
             raise InputError(

@@ -441,6 +441,16 @@ def _no_nulls(path: object, batch: Any, first_row: int) -> None:
             )
 
 
+def _values(column: Any) -> npt.NDArray[Any]:
+    """The numbers of a column without nulls, not copied.
+
+    Unlike ``column.to_numpy()`` this does not make pyarrow import pandas, which takes longer than
+    most traces.
+    """
+    values: npt.NDArray[Any] = np.from_dlpack(column)
+    return values
+
+
 class _Words:
     """Codes for the words of a dictionary column, in the order of the file's dictionaries."""
 
@@ -467,7 +477,7 @@ class _Words:
         if self._dictionary is None or not local.equals(self._dictionary):
             self._mapping = self._learn(local)
             self._dictionary = local
-        indices = column.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        indices = _values(column.indices).astype(np.int64)
         if len(indices):
             low, high = indices.min(), indices.max()
             if not 0 <= low <= high < len(local):
@@ -519,13 +529,13 @@ def _token_batches(file: OpenFile, model: ModelSpec, tasks: _Words) -> Iterator[
             if len(phases.code_of) != len(phase_codes):
                 phase_codes = _phase_codes(path, phases)
             batch = TokenBatch(
-                request=rows.column("request").to_numpy(),
-                position=rows.column("position").to_numpy(),
+                request=_values(rows.column("request")),
+                position=_values(rows.column("position")),
                 phase=phase_codes[phase],
                 task=tasks.codes(rows.column("task")),
-                experts=rows.column("experts").flatten().to_numpy().reshape(shape),
+                experts=_values(rows.column("experts").flatten()).reshape(shape),
                 weights=(
-                    rows.column("weights").flatten().to_numpy(zero_copy_only=False).reshape(shape)
+                    _values(rows.column("weights").flatten()).reshape(shape)
                     if has_weights
                     else None
                 ),
@@ -670,7 +680,7 @@ def _read_counts(file: OpenFile, header: Mapping[str, Any], common: Mapping[str,
                 _same_tasks(path, [name for name in names if name not in tokens])
                 number = np.array([tokens[name] for name in names], np.int64)
             layer, expert, count = (
-                rows.column(name).to_numpy() for name in ("layer", "expert", "count")
+                _values(rows.column(name)) for name in ("layer", "expert", "count")
             )
             table.add(names, number, task, layer, expert, count)
     file.require_unchanged()

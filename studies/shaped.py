@@ -106,37 +106,32 @@ def ranking(solvers: dict[str, Rows]) -> tuple[int, list[str]]:
 
 def draw(found: dict[float, dict[str, Rows]], path: Path) -> None:
     """Measured and predicted means of every seed, a panel for each round trip."""
-    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from prism_plan.plotting.style import COLOURS, settings
+    from prism_plan.plotting import save, solver_styles
+    from prism_plan.plotting.style import settings
 
     with settings():
-        figure, panels = plt.subplots(
-            1, len(found), figsize=(11, 4.2), sharey=True, layout="constrained", squeeze=False
-        )
-        for axes, (rtt_ms, solvers) in zip(panels[0], found.items(), strict=True):
-            for at, rows in enumerate(solvers.values()):
+        figure = Figure(figsize=(11, 4.4), dpi=100, layout="constrained")
+        panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+        for axes, (rtt_ms, solvers) in zip(panels, found.items(), strict=True):
+            styles = solver_styles((solver, solver) for solver in solvers)
+            for at, (style, rows) in enumerate(zip(styles, solvers.values(), strict=True)):
                 for nth, run in enumerate(rows.values()):
                     x = at + 0.22 * (nth - (len(rows) - 1) / 2)
                     measured = run["latency_s"]["mean"]
                     predicted = run["predicted"]["latency_s"]["mean"]
-                    first = at == nth == 0
-                    axes.bar(
-                        x, measured, 0.2, color=COLOURS[4], label="measured" if first else None
-                    )
-                    axes.plot(
-                        x, predicted, linestyle="none", marker="D", color=COLOURS[5],
+                    axes.bar(x, measured, 0.2, color=style.colour)
+                    (within,) = axes.plot(
+                        [x, x], [measured * (1 - WITHIN), measured * (1 + WITHIN)],
+                        color="black", linewidth=1,
+                    )  # fmt: skip
+                    (mark,) = axes.plot(
+                        x, predicted, linestyle="none", marker="D", color="white",
                         markeredgecolor="black", markersize=5,
-                        label="predicted" if first else None,
                     )  # fmt: skip
-                    axes.plot(
-                        [x, x], [measured * (1 - WITHIN), measured * (1 + WITHIN)], color="black",
-                        linewidth=1, label="measured ± 15 %" if first else None,
-                    )  # fmt: skip
-                axes.set_xticks(range(len(solvers)), list(solvers), rotation=20)
+            axes.set_xticks(range(len(solvers)), list(solvers), rotation=20)
             axes.set_title(f"round trip {rtt_ms:g} ms added to every call")
         slowest = max(
             run["latency_s"]["mean"]
@@ -144,10 +139,11 @@ def draw(found: dict[float, dict[str, Rows]], path: Path) -> None:
             for rows in solvers.values()
             for run in rows.values()
         )
-        panels[0][0].set_ylim(0, 1.2 * slowest)  # of all panels
-        panels[0][0].set_ylabel("mean request latency, s (a bar a seed)")
-        panels[0][0].legend()
-        figure.savefig(path, dpi=100, metadata={"Software": None})
+        panels[0].set_ylim(0, 1.2 * slowest)  # of all panels
+        panels[0].set_ylabel("mean request latency, s (a bar a seed)")
+        handles = [Patch(facecolor="#999999"), mark, within]
+        panels[0].legend(handles, ["measured", "predicted", f"measured ± {WITHIN:.0%}"], ncols=3)
+    save(figure, path)
 
 
 def main() -> None:

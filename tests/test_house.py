@@ -32,7 +32,7 @@ FLOORS = [
     {"profiling"},
     {
         *("comparison", "comparison_file", "simulation", "simulation_file", "request_table"),
-        *("sweep", "sweep_file"),
+        *("sweep", "sweep_file", "frames"),
     },
     {"check", "cluster_check"},
     {"plotting"},

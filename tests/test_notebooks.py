@@ -6,6 +6,7 @@ import gc
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,15 +35,18 @@ def own_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
 
-def execute(path: Path) -> Any:
-    """The notebook with its outputs; a cell that fails raises. The file stays as it is."""
+def execute(path: Path, folder: Path) -> Any:
+    """The notebook with its outputs, run in ``folder``; a cell that fails raises.
+
+    The file stays as it is.
+    """
     from nbclient import NotebookClient
 
     client = NotebookClient(
         nbformat.read(path, as_version=4),
         kernel_name="python3",
         timeout=HANG_S,
-        resources={"metadata": {"path": str(path.parent)}},
+        resources={"metadata": {"path": str(folder)}},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the machinery on this side of the kernel
@@ -70,11 +74,14 @@ def test_there_are_three() -> None:
 def test_runs_on_committed_traces(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a clean checkout, without real routing data, it runs and leaves nothing behind."""
+    """Without real routing data, and in any folder, it runs and leaves nothing behind."""
     monkeypatch.setenv("PRISM_TRACES", str(tmp_path / "none"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
     before = sorted(path.parent.rglob("*"))
-    executed = execute(path)
+    executed = execute(path, elsewhere)
     check(executed)
+    assert not list(elsewhere.iterdir())
     assert sorted(path.parent.rglob("*")) == before
     if path in WITH_REAL_DATA:
         assert "NOT found" in printed(executed)
@@ -84,9 +91,9 @@ def test_runs_on_committed_traces(
 @pytest.mark.long
 @pytest.mark.parametrize("path", WITH_REAL_DATA, ids=[path.stem for path in WITH_REAL_DATA])
 def test_runs_on_real_traces(path: Path, traces_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real routing data it runs on that, and says so."""
+    """With the real routing data, and in its own folder, it runs on that, and says so."""
     monkeypatch.setenv("PRISM_TRACES", str(traces_dir.resolve()))
-    executed = execute(path)
+    executed = execute(path, path.parent)
     check(executed)
     assert "real routing data of" in printed(executed)
 
@@ -125,8 +132,36 @@ def test_readable_on_its_own(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_finds_the_repository_or_says_how(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are found from any folder of a clone, and from any where it is installed from one.
+
+    Where neither holds, the error says what to do.
+    """
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    source = next(source for source in sources if "REPOSITORY = " in source)
+    lines = source[source.index("# The repository") :].splitlines()
+    search = "\n".join(lines[: lines.index("    )") + 1])
+    clone = tmp_path / "clone"
+    (clone / "traces").mkdir(parents=True)
+    (clone / "traces" / "tiny-deepseek-v2.parquet").touch()
+    (clone / "notebooks" / "mine").mkdir(parents=True)
+    elsewhere = str(tmp_path / "site-packages" / "prism_plan" / "__init__.py")
+    installed = str(clone / "prism_plan" / "__init__.py")
+    for folder, package in ((clone / "notebooks" / "mine", elsewhere), (tmp_path, installed)):
+        monkeypatch.chdir(folder)
+        names: dict[str, Any] = {"Path": Path, "pp": SimpleNamespace(__file__=package)}
+        exec(search, names)
+        assert names["REPOSITORY"] == clone
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="start Jupyter in a clone of the repository"):
+        exec(search, {"Path": Path, "pp": SimpleNamespace(__file__=elsewhere)})
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_no_absolute_paths(path: Path) -> None:
-    """Code finds its files from the notebook's own folder, on any machine."""
+    """Code finds its files on any machine."""
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
             assert not re.search(r"""["'](/|~|\\\\|[A-Za-z]:[/\\])""", cell.source)

@@ -113,6 +113,65 @@ def test_timeline_marks_moves_and_reviews() -> None:
     assert legend(figure) == [*names, *told]
 
 
+def phase(number: int, at_s: float, everywhere_at_s: float, **tasks: str) -> dict[str, Any]:
+    """A phase of a report in which servers take up one task each."""
+    return {
+        "number": number,
+        "at_s": at_s,
+        "everywhere_at_s": everywhere_at_s,
+        "tasks": {server: {task: 1.0} for server, task in tasks.items()},
+        "arrival_interval_s": None,
+    }
+
+
+def with_phases(report: dict[str, Any], phases: list[dict[str, Any]]) -> dict[str, Any]:
+    """The report, as it would be of a workload with these phases."""
+    return report | {"runs": [run | {"phases": phases} for run in report["runs"]]}
+
+
+def test_timeline_marks_phases() -> None:
+    """A dashed line begins a phase in both panels, a band ends where all servers reached it.
+
+    Its number and tasks stand above, once for all runs, and the legend tells what the line is.
+    """
+    phases = [phase(1, 2.0, 9.0), phase(2, 1500.0, 1620.0, edge="law", far="summary")]
+    figure = plotting.simulation_timeline(with_phases(REPORT, phases))
+    plain = plotting.simulation_timeline(REPORT)
+    for axes, before in zip(figure.axes, plain.axes, strict=True):
+        more = axes.get_lines()[len(before.get_lines()) :]
+        assert [list(line.get_xdata()) for line in more] == [[1500.0, 1500.0]]
+        assert more[0].is_dashed()
+        band = axes.patches[-1].get_window_extent().transformed(axes.transData.inverted())
+        np.testing.assert_allclose([band.x0, band.x1], [1500.0, 1620.0])
+    assert [text.get_text() for text in figure.axes[0].texts] == [
+        "phase 1",
+        "phase 2: edge law, far summary",
+    ]
+    assert legend(figure)[-1] == "phase begins"
+    check_readable(figure)
+    assert not plotting.simulation_timeline(with_phases(REPORT, phases[:1])).axes[0].texts
+
+
+@pytest.mark.parametrize("count", [2, 9, 30, 300])
+def test_many_phases_and_moves_are_readable(count: int) -> None:
+    """Names of phases get shorter and then go as they get many; lines of moves go beyond 60."""
+    times = [3000.0 * i / count for i in range(1, count)]
+    tasks = {f"edge-{n}": "a-task-with-a-long-name" for n in range(4)}
+    phases = [phase(1, 1.0, 1.0)] + [
+        phase(i, at_s, at_s + 5, **tasks) for i, at_s in enumerate(times, 2)
+    ]
+    run = make_run("prism.json", "prism", moves=[at_s + 1 for at_s in times])
+    figure = plotting.simulation_timeline(with_phases(make_report([run]), phases))
+    check_readable(figure)
+    axes, strip = figure.axes
+    lines = [line for line in axes.get_lines() if len(set(line.get_xdata())) == 1]
+    moves = [x for line in lines if (x := line.get_xdata()[0]) in {t + 1 for t in times}]
+    assert len(moves) == (count - 1 if count - 1 <= plotting.MAX_MOVE_LINES else 0)
+    assert list(strip.get_lines()[0].get_xdata()) == [at_s + 1 for at_s in times]
+    assert len(lines) - len(moves) == count - 1
+    assert bool(axes.texts) == (count < 300)
+
+
 def test_timeline_without_reviews_has_no_strip() -> None:
     """Where nothing was reviewed there is one panel, and the legend names the runs alone."""
     figure = plotting.simulation_timeline(make_report([make_run("exact.json")]))
@@ -121,8 +180,8 @@ def test_timeline_without_reviews_has_no_strip() -> None:
 
 
 def test_layer_latency_is_relative_to_no_remote_expert() -> None:
-    """Lines start at 1 and are the ratios over r/K; the paper's figure is a dotted line."""
-    figure = plotting.layer_latency(REPORT)
+    """Lines start at 1 and are the ratios over r/K; the paper's figure is a line when asked for."""
+    figure = plotting.layer_latency(REPORT, paper=True)
     *lines, paper = figure.axes[0].get_lines()
     for line, run in zip(lines, REPORT["runs"], strict=True):
         means = np.array([row["mean"] for row in run["layer_latency_s"]])
@@ -134,6 +193,9 @@ def test_layer_latency_is_relative_to_no_remote_expert() -> None:
     low, high = figure.axes[0].get_ylim()
     assert low <= 1
     assert high > 8.3
+    without = plotting.layer_latency(REPORT)
+    assert len(without.axes[0].get_lines()) == len(lines)
+    assert legend(without) == ["uniform", "mine (exact)"]
 
 
 def test_layer_latency_without_local_layers() -> None:
@@ -175,12 +237,14 @@ def test_shares_that_are_not_known() -> None:
 
 @pytest.mark.parametrize("draw", FIGURES)
 def test_runs_with_nothing_to_show_are_left_out(draw: Callable[..., Figure]) -> None:
-    """The title counts them, and the others keep their colours; none at all is refused."""
+    """The title counts them, and the others keep their looks; none at all is refused."""
     empty = make_run("empty.json", finished=0)
     figure = draw(make_report([empty, make_run("exact.json")]))
     assert "1 of 2 runs left out" in title(figure)
     if draw is not plotting.simulation_bars:
-        assert to_rgba(figure.axes[0].get_lines()[0].get_color()) == to_rgba("#E69F00")
+        line = figure.axes[0].get_lines()[0]
+        assert to_rgba(line.get_color()) == to_rgba(plotting.SOLVER_COLOURS["exact"])
+        assert line.is_dashed()  # as the second of the solver
     check_readable(figure)
     for runs in ([], [empty]):
         with pytest.raises(InputError, match="simulation: no run"):

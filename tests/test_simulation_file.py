@@ -21,6 +21,15 @@ REPORT = make_report(
 )
 
 
+PHASE: dict[str, Any] = {
+    "number": 2,
+    "at_s": 5.0,
+    "everywhere_at_s": 6.5,
+    "tasks": {"edge-0": {"law": 1.0}},
+    "arrival_interval_s": None,
+}
+
+
 def broken(*path: str | int, value: Any) -> dict[str, Any]:
     """The report with one value changed."""
     values = copy.deepcopy(REPORT)
@@ -40,6 +49,18 @@ def test_a_report_is_read_as_it_is(tmp_path: Path) -> None:
     report = check_file(path)
     assert (report.kind, report.problems) == ("simulation", ())
     assert report.summary == "2 runs, 300 of 600 requests finished"
+
+
+def test_phases_are_read_and_may_be_left_out() -> None:
+    """Phases of a run are optional: readers of reports from before they were written accept them.
+
+    Those readers allow any more keys in a run.
+    """
+    values = broken("runs", 0, "phases", value=[PHASE])
+    assert simulation_from_json(values)["runs"][0]["phases"] == [PHASE]
+    earlier = simulation_schema()
+    del earlier["properties"]["runs"]["items"]["properties"]["phases"]
+    jsonschema.Draft202012Validator(earlier).validate(values)
 
 
 def test_the_schema_is_one() -> None:
@@ -91,6 +112,18 @@ def test_a_missing_key_is_named(key: str) -> None:
         (("runs", 0, "latency_quantiles_s"), [2.0] + [1.0] * 100, "1.0 after 2.0; expected ascend"),
         (("runs", 0, "timeline", "bin_s"), 0, "bin_s: 0; expected more than 0"),
         (("runs", 0, "timeline", "arrivals"), [1], "60 bins; expected 1, as in arrivals"),
+        (
+            ("runs", 0, "phases"),
+            [PHASE | {"number": 0}],
+            r"phases\[0\].number: 0; expected at least",
+        ),
+        (("runs", 0, "phases"), [PHASE | {"tasks": {"a": {"x": 2}}}], "x: 2; expected at most 1"),
+        (
+            ("runs", 0, "phases"),
+            [PHASE | {"everywhere_at_s": 4.0}],
+            "4.0; expected at least at_s, 5",
+        ),
+        (("runs", 0, "phases"), [{"number": 1}], "'at_s' is a required property"),
         (("runs", 0, "layer_latency_s", 2, "remote_experts"), 3, "3; expected 2, one entry"),
         (("runs", 0, "layer_latency_s", 2, "mean"), None, "null with 500 steps; expected a number"),
     ],

@@ -5,15 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from prism_plan.plotting.parts import narrow
+from prism_plan.plotting.solver_styles import SolverStyle, text_on
+from prism_plan.plotting.style import PANEL_PT
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def bar_panels(figure: Figure, count: int) -> list[Axes]:
+    """Panels of bars side by side, or below each other where the figure is narrow."""
+    # The first panel also has markers and a line, or three bars a row, so it gets more room.
+    ratios = [1.35] + [1.0] * (count - 1)
+    if narrow(figure):
+        return figure.subplots(count, 1, squeeze=False)[:, 0].tolist()  # type: ignore[no-any-return]
+    grid = figure.subplots(1, count, squeeze=False, width_ratios=ratios)
+    return grid[0].tolist()  # type: ignore[no-any-return]
+
+
+def name_bars(figure: Figure, every: Sequence[Axes], names: Sequence[str]) -> None:
+    """Write the names beside the first panel, or beside each where they stand below each other."""
+    for axes in every:
+        labels = names if axes is every[0] or narrow(figure) else []
+        axes.set_yticks(range(len(names)), labels=labels, fontsize=PANEL_PT, parse_math=False)
 
 
 def value_bars(
     axes: Axes,
     values: Sequence[float | None],
     *,
-    colour: str,
+    styles: Sequence[SolverStyle],
     worst: Sequence[float | None] | None = None,
     share: bool = True,
     missing: str = "not known",
@@ -25,7 +47,8 @@ def value_bars(
     others = enumerate(worst or [])
     most = {i: float(value) for i, value in others if value is not None and i in known}
     limit = max([*known.values(), *most.values()], default=0.0) * 1.08 or 1.0
-    axes.barh(list(known), list(known.values()), color=colour, height=0.66, zorder=2)
+    for i, value in known.items():
+        axes.barh([i], [value], **styles[i].bar(), height=0.66, zorder=2)
     if most:
         axes.plot(
             list(most.values()),
@@ -33,9 +56,9 @@ def value_bars(
             linestyle="none",
             marker="D",
             markersize=6,
-            color="#E69F00",
+            color="white",
             markeredgecolor="black",
-            markeredgewidth=0.8,
+            markeredgewidth=1.2,
             zorder=4,
         )
     for i in range(len(values)):
@@ -43,13 +66,15 @@ def value_bars(
             label_at(axes, 0.0, i, missing, 5, "left", "#555555")
             continue
         text = f"{known[i]:.1%}" if share else f"{known[i]:.3g}"
-        if known[i] > 0.2 * limit:
-            label = label_at(axes, known[i], i, text, -9, "right", "white")
+        inside = known[i] > 0.2 * limit
+        if inside:
+            ink = text_on(styles[i].colour)
+            label = label_at(axes, known[i], i, text, -9, "right", ink)
         else:
             label = label_at(axes, max(known[i], most.get(i, 0.0)), i, text, 8, "left", "black")
-        # The reference line never strikes a number through.
-        ground = colour if known[i] > 0.2 * limit else "white"
-        label.set_bbox({"facecolor": ground, "edgecolor": "none", "pad": 1.0})
+        # Neither hatching nor the reference line strikes a number through.
+        ground = styles[i].colour if inside else "white"
+        label.set_bbox({"facecolor": ground, "edgecolor": "none", "pad": 0.0})
     if share:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     bar_axes(axes, len(values), limit)

@@ -6,30 +6,40 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
-from prism_plan.plotting.bars import value_bars
-from prism_plan.plotting.parts import draw_legend, draw_title, fit, lay_out
-from prism_plan.plotting.style import DPI, PANEL_PT, WIDTH_IN, settings
+from prism_plan.plotting.bars import bar_panels, name_bars, value_bars
+from prism_plan.plotting.figure_options import USUAL, FigureOptions
+from prism_plan.plotting.parts import draw_legend, finish, fit, new_figure, room
+from prism_plan.plotting.solver_styles import solver_styles
+from prism_plan.plotting.style import settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_PANELS = (
+    ("remote_share", "remote share of calls"),
+    ("waiting_share", "waiting share of (token, layer) steps"),
+    ("destinations", "destinations: remote servers per step"),
+)
 
-def comparison(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+
+def comparison(
+    rows: Sequence[Mapping[str, Any]], title: str = "", *, options: FigureOptions = USUAL
+) -> Figure:
     """Remote share, waiting share and destinations of several placements, as horizontal bars.
 
     ``rows`` are those of ``prism-plan compare --json``, drawn from the top in the order given:
     ``name``, ``remote_share``, ``worst_server_share``, ``waiting_share`` (shares from 0 to 1) and
-    ``destinations`` (servers); a value that is missing or ``None`` is not known. A panel of which
-    nothing is known is left out. A thin line marks the remote share of the row named ``exact``.
+    ``destinations`` (servers); a value that is missing or ``None`` is not known. A bar has the
+    colour of the row's ``solver``, or of the solver that its name says. A panel of which nothing is
+    known is left out. A thin line marks the remote share of the row named ``exact``. ``title``
+    says what was compared.
 
     Raises
     ------
     InputError
-        There are no rows, or one has no name.
+        There are no rows, or one has no name; or the figure is too small or too large.
     """
-    from matplotlib.figure import Figure
-
     if not rows or not all(row.get("name") for row in rows):
         raise InputError(
             "no rows" if not rows else "a row without a name",
@@ -37,40 +47,40 @@ def comparison(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
             expected="the rows of prism-plan compare --json",
         )
     panels = [
-        (key, label, colour)
-        for key, label, colour in (
-            ("remote_share", "remote share of calls", "#0072B2"),
-            ("waiting_share", "waiting share of (token, layer) steps", "#00795A"),
-            ("destinations", "destinations: remote servers per step", "#7A4A8C"),
-        )
+        (key, label)
+        for key, label in _PANELS
         if key == "remote_share" or any(row.get(key) is not None for row in rows)
     ]
+    styles = solver_styles((str(row["name"]), _solver(row)) for row in rows)
     with settings():
-        figure = Figure(figsize=(WIDTH_IN, 0.42 * len(rows) + 2.0), dpi=DPI, layout="constrained")
-        # The first panel also has a marker and a line, so it gets more room.
-        ratios = [1.35] + [1.0] * (len(panels) - 1)
-        every = figure.subplots(1, len(panels), squeeze=False, width_ratios=ratios)[0]
+        figure = new_figure(0.42 * len(rows) + 2.0, options)
+        every = bar_panels(figure, len(panels))
         broken = [bool(row.get("violations")) for row in rows]
+        most = min(36, max(room(figure, 36), 16))
         names = [
-            fit(str(row["name"]), 36) + " *" * bad for row, bad in zip(rows, broken, strict=True)
+            fit(str(row["name"]), most) + " *" * bad for row, bad in zip(rows, broken, strict=True)
         ]
-        for axes, (key, label, colour) in zip(every, panels, strict=True):
+        for axes, (key, label) in zip(every, panels, strict=True):
             remote = key == "remote_share"
             value_bars(
                 axes,
                 [row.get(key) for row in rows],
                 worst=[row.get("worst_server_share") if remote else None for row in rows],
-                colour=colour,
+                styles=styles,
                 share=key != "destinations",
                 missing="no placement" if remote else "not known",
             )
-            axes.set_yticks(range(len(rows)), labels=[], parse_math=False)
             axes.set_title(label)
-        every[0].set_yticks(range(len(rows)), labels=names, fontsize=PANEL_PT, parse_math=False)
+        name_bars(figure, every, names)
         _comparison_legend(figure, every[0], rows, any(broken))
-        draw_title(figure, title or "Placements compared")
-        lay_out(figure)
+        finish(figure, options, title or "Placements compared")
     return figure
+
+
+def _solver(row: Mapping[str, Any]) -> str:
+    """The solver of a row, or "" where the file does not tell."""
+    solver = row.get("solver")
+    return solver if isinstance(solver, str) else ""
 
 
 def _comparison_legend(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from prism_plan.errors import InputError
 from prism_plan.files import atomic_path
-from prism_plan.plotting.style import DPI, settings
+from prism_plan.plotting.style import settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,4 +53,4 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """
     kind = check_extension(path)
     with atomic_path(path) as temporary, settings():
-        figure.savefig(temporary, format=kind, dpi=DPI, metadata=dict(METADATA[kind]))
+        figure.savefig(temporary, format=kind, dpi="figure", metadata=dict(METADATA[kind]))

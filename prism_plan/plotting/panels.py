@@ -6,7 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from prism_plan.model import ModelShape
-from prism_plan.plotting.style import DPI, WIDTH_IN
+from prism_plan.plotting.figure_options import FigureOptions
+from prism_plan.plotting.parts import new_figure
+from prism_plan.plotting.style import WIDTH_IN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,22 +16,20 @@ if TYPE_CHECKING:
 
 
 def layer_panels(
-    count: int, model: ModelShape, *, last_right: bool = False
+    count: int, model: ModelShape, options: FigureOptions, *, last_right: bool = False
 ) -> tuple[Figure, list[Axes], int]:
     """A figure with a grid of ``count`` panels of layers × experts, and its columns.
 
     With ``last_right`` the last panel stands at the right end of its row, where a colour bar of
     its own leaves no gap between columns.
     """
-    from matplotlib.figure import Figure
-
     wanted = count if count <= 3 else 2 if count == 4 else 3 if count <= 9 else 4
     cols = min(wanted, 4 if model.num_experts <= 64 else 3 if model.num_experts <= 128 else 2)
+    cols = min(cols, max(round(4 * options.width_in() / WIDTH_IN), 1))
     rows = math.ceil(count / cols)
     per_layer, least, most = (0.16, 2.0, 5.0) if rows == 1 else (0.09, 1.3, 3.2)
     panel = min(max(per_layer * model.num_layers, least), most)
-    size = (WIDTH_IN, rows * (panel + 0.35) + 1.2)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    figure = new_figure(rows * (panel + 0.35) + 1.2, options)
     grid = figure.subplots(rows, cols, squeeze=False).ravel().tolist()
     used = [*range(count - 1), rows * cols - 1 if last_right else count - 1]
     for place, axes in enumerate(grid):

@@ -1,13 +1,24 @@
-"""Parts that figures share: colours, legends, titles and names that fit."""
+"""Parts that figures share: their size, colours, legends, titles and names that fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prism_plan.plotting.style import LINE_COLOURS, LINE_STYLES, MARKERS, NO_DATA, TITLE_PT
+from prism_plan.errors import InputError
+from prism_plan.plotting.figure_options import FigureOptions
+from prism_plan.plotting.style import (
+    LINE_COLOURS,
+    LINE_STYLES,
+    MARKERS,
+    NO_DATA,
+    TITLE_PT,
+    WIDTH_IN,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,34 +55,94 @@ def patch(colour: Any) -> Any:
     return Patch(facecolor=colour, edgecolor="#555555", linewidth=0.8)
 
 
+def new_figure(height_in: float, options: FigureOptions) -> Figure:
+    """A figure as large as ``options`` say, or as its content needs.
+
+    Raises
+    ------
+    InputError
+        So many pixels would take too much memory.
+    """
+    from matplotlib.figure import Figure
+
+    size = options.figure_size(height_in)
+    return Figure(figsize=size, dpi=options.dpi, layout="constrained")
+
+
+def room(figure: Figure, characters: int) -> int:
+    """How many characters fit where ``characters`` do in a figure of the usual width."""
+    return int(characters * figure.get_figwidth() / WIDTH_IN)
+
+
+def narrow(figure: Figure) -> bool:
+    """Whether panels rather stand below each other than side by side, and a legend below them."""
+    return bool(figure.get_figwidth() < 0.6 * WIDTH_IN)
+
+
 def draw_legend(
     figure: Figure, handles: Sequence[Any], labels: Sequence[str], *, beside: bool = False
 ) -> None:
     """Draw a legend below the panels, in rows, or ``beside`` them, in one column."""
-    longest = max(len(fit(label, 40)) for label in labels)
+    most = min(40, max(room(figure, 80), 16))
+    longest = max(len(fit(label, most)) for label in labels)
+    beside = beside and not narrow(figure)
+    columns = max(room(figure, 150) // (longest + 8), 1)
     legend = figure.legend(
         handles,
         [str(i) for i in range(len(labels))],
         loc="outside right center" if beside else "outside lower center",
-        ncols=1 if beside else min(len(labels), max(150 // (longest + 8), 1)),
+        ncols=1 if beside else min(len(labels), columns),
         frameon=False,
         fontsize=9,
     )
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_parse_math(False)  # "$" and "_" in the name of a task are only letters
-        text.set_text(fit(label, 40))
+        text.set_text(fit(label, most))
 
 
-def draw_title(figure: Figure, what: str, *facts: str) -> None:
-    """The title of the figure: what it shows, then what it was made from."""
-    text = "  ·  ".join([what, *(fit(fact, 60) for fact in facts if fact)])
-    figure.suptitle(fit(text, 150), fontsize=TITLE_PT, parse_math=False)
+def finish(figure: Figure, options: FigureOptions, what: str, facts: Iterable[str] = ()) -> None:
+    """Write the title, what the figure shows and what it was made from, and place everything.
 
+    Everything is placed once and for all; laying out anew would move it at every drawing.
 
-def lay_out(figure: Figure) -> None:
-    """Place everything once and for all; laying out anew would move it at every drawing."""
-    figure.draw_without_rendering()
+    Raises
+    ------
+    InputError
+        The figure is too small for what stands in it.
+    """
+    if options.title is None:
+        _draw_title(figure, [what, *(fit(fact, 60) for fact in facts if fact)], "  ·  ")
+    elif options.title.strip():
+        _draw_title(figure, options.title.split(), " ")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "constrained_layout not applied")
+            figure.draw_without_rendering()
+    except UserWarning as warning:
+        wide, high = figure.get_size_inches()
+        raise InputError(
+            f"{wide:g} × {high:g} inches",
+            source="size_in" if options.size_in else "figure",
+            expected="room for the panels beside their names, legend and title",
+            remedy="give a larger size or draw less at a time",
+        ) from warning
     figure.set_layout_engine("none")
+
+
+def _draw_title(figure: Figure, parts: Sequence[str], between: str) -> None:
+    """A title of at most three lines, broken between its parts."""
+    most = max(room(figure, 150), 20)
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(between) + len(part) <= most:
+            lines[-1] += between + part
+        else:
+            lines += textwrap.wrap(fit(part, 3 * most), most)
+    if len(lines) > 3:
+        lines = [*lines[:2], fit(f"{lines[2]} …", most)]
+    figure.suptitle(
+        "\n".join(fit(line, most) for line in lines), fontsize=TITLE_PT, parse_math=False
+    )
 
 
 def fit(name: str, most: int) -> str:

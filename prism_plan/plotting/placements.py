@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +12,19 @@ import numpy.typing as npt
 
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
+from prism_plan.plotting.figure_options import USUAL, FigureOptions
 from prism_plan.plotting.panels import expert_axis, layer_axis, layer_panels
 from prism_plan.plotting.parts import (
     colour_map,
     counted,
     draw_legend,
-    draw_title,
+    finish,
     fit,
-    lay_out,
+    new_figure,
     patch,
+    room,
 )
-from prism_plan.plotting.style import COLOURS, DPI, MISSING, WIDTH_IN, settings
+from prism_plan.plotting.style import COLOURS, MISSING, settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,13 +34,18 @@ if TYPE_CHECKING:
 MAX_SERVER_PANELS = 12
 
 
-def placement_map(placement: Placement) -> Figure:
+def placement_map(placement: Placement, *, options: FigureOptions = USUAL) -> Figure:
     """Which GPU of each server holds which expert, and how many servers hold it.
 
     The image of a server is int [L, E]: 0 not held, 1 + g held by its GPU g, 1 + (its GPUs) held
     by several of them. The last panel is int [L, E], servers that hold the expert. Beyond
     :data:`MAX_SERVER_PANELS` servers that panel is the first, and bars [N] with the number of
     experts of each server take the place of the others.
+
+    Raises
+    ------
+    InputError
+        The figure is too small or too large.
     """
     model, plan = placement.model, placement.plan
     local = placement.local
@@ -47,14 +55,14 @@ def placement_map(placement: Placement) -> Figure:
     facts = (model.name, *inputs, share)
     with settings():
         if many:
-            figure = _many_servers(model, placement.servers, local)
+            figure = _many_servers(model, placement.servers, local, options)
             facts += (f"{placement.num_servers} servers, too many for a panel each",)
         else:
-            figure, panels, cols = layer_panels(placement.num_servers + 1, model, last_right=True)
+            count = placement.num_servers + 1
+            figure, panels, cols = layer_panels(count, model, options, last_right=True)
             _server_panels(figure, panels[:-1], cols, placement)
-            _copies_panel(figure, panels[-1], local.sum(axis=0))
-        draw_title(figure, f"Placement by {plan.solver}", *facts)
-        lay_out(figure)
+            _copies_panel(figure, panels[-1], local.sum(axis=0), cols)
+        finish(figure, options, f"Placement by {fit(plan.solver, 40)}", facts)
     return figure
 
 
@@ -80,7 +88,7 @@ def _server_panels(figure: Figure, panels: Sequence[Axes], cols: int, placement:
             interpolation="nearest",
         )
         held = f"{np.count_nonzero(copies):,} experts on {counted(len(on_gpu), 'GPU')}"
-        name = fit(placement.servers[n], 170 // cols - len(held))
+        name = fit(placement.servers[n], room(figure, 170) // cols - len(held))
         axes.set_title(f"{name}: {held}", parse_math=False)
     labels = ["not held", *(f"GPU {g}" for g in range(most))]
     shades = ["white", *colours]
@@ -90,7 +98,7 @@ def _server_panels(figure: Figure, panels: Sequence[Axes], cols: int, placement:
     draw_legend(figure, [patch(shade) for shade in shades], labels)
 
 
-def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64]) -> None:
+def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64], cols: int) -> None:
     """Draw the number of servers that hold each expert, [L, E]; none at all stands out."""
     most = max(int(copies.max()), 1)
     drawn = axes.imshow(
@@ -110,22 +118,24 @@ def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64]) -> 
     text = f"copies over servers: mean {copies.mean():.2f}, most {int(copies.max())}"
     if missing:
         text += f"; {missing:,} experts held nowhere"
+    text = textwrap.fill(text, max(room(figure, 170) // cols, 24))
     axes.set_title(text, color=MISSING if missing else "black")
 
 
 def _many_servers(
-    model: ModelShape, servers: Sequence[str], local: npt.NDArray[np.bool_]
+    model: ModelShape,
+    servers: Sequence[str],
+    local: npt.NDArray[np.bool_],
+    options: FigureOptions,
 ) -> Figure:
-    from matplotlib.figure import Figure
-
     height = min(max(0.12 * model.num_layers, 2.0), 5.0)
-    figure = Figure(figsize=(WIDTH_IN, height + 4.2), dpi=DPI, layout="constrained")
+    figure = new_figure(height + 4.2, options)
     copies, bars = figure.subplots(2, 1, height_ratios=[height, 2.6])
     expert_axis(copies, model)
     layer_axis(copies, model)
-    _copies_panel(figure, copies, local.sum(axis=0))
+    _copies_panel(figure, copies, local.sum(axis=0), 1)
     bars.bar(range(len(servers)), local.sum(axis=(1, 2)), color=COLOURS[0], width=0.8)
-    step = math.ceil(len(servers) / 80)
+    step = math.ceil(len(servers) / max(room(figure, 80), 1))
     shown = range(0, len(servers), step)
     labels = [fit(servers[n], 24) for n in shown]
     bars.set_xticks(list(shown), labels=labels, rotation=90, parse_math=False)

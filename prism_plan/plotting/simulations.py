@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prism_plan.errors import InputError
-from prism_plan.plotting.bars import bar_axes, label_at, value_bars
-from prism_plan.plotting.parts import draw_legend, draw_title, fit, lay_out, look
+from prism_plan.plotting.bars import bar_axes, bar_panels, label_at, name_bars, value_bars
+from prism_plan.plotting.figure_options import USUAL, FigureOptions
+from prism_plan.plotting.parts import draw_legend, finish, fit, narrow, new_figure, patch, room
+from prism_plan.plotting.phases import mark_phases
 from prism_plan.plotting.scales import log_axis, spans_much
-from prism_plan.plotting.style import DPI, PANEL_PT, WIDTH_IN, settings
+from prism_plan.plotting.solver_styles import SolverStyle, solver_styles, tint
+from prism_plan.plotting.style import settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +29,11 @@ MAX_RUNS = 40
 #: What the paper reports for a layer with remote experts, times one without (DESIGN section 9).
 PAPER_LAYER_LATENCY = 8.30
 
-#: Statistics of a run, their bars from the top and their colours.
-_BARS = (("mean", "#0072B2"), ("p95", "#56B4E9"), ("p99", "#B9B9B9"))
+#: With more moves than this, at different times, their lines would hide the latencies.
+MAX_MOVE_LINES = 60
+
+#: Statistics of a run, their bars from the top and how much white is in the colour of the run.
+_BARS = (("mean", 0.0), ("p95", 0.45), ("p99", 0.75))
 #: How a review of the placement is marked, by its decision.
 _REVIEWS = {
     "move": ("D", "experts moved"),
@@ -35,7 +42,7 @@ _REVIEWS = {
 }
 
 
-def simulation_cdf(report: Mapping[str, Any]) -> Figure:
+def simulation_cdf(report: Mapping[str, Any], *, options: FigureOptions = USUAL) -> Figure:
     """Share of requests that took at most so long, one line a run, with its mean marked.
 
     ``report`` holds the values of a simulation report (see `prism_plan.simulation_file`). A line
@@ -44,7 +51,8 @@ def simulation_cdf(report: Mapping[str, Any]) -> Figure:
     Raises
     ------
     InputError
-        No request finished in any run, or there are more than :data:`MAX_RUNS`.
+        No request finished in any run, there are more than :data:`MAX_RUNS`, or the figure is too
+        small or too large.
     """
     from matplotlib.lines import Line2D
     from matplotlib.ticker import PercentFormatter
@@ -52,21 +60,21 @@ def simulation_cdf(report: Mapping[str, Any]) -> Figure:
     runs = _finished(report)
     shares = np.linspace(0, 1, 101)
     with settings():
-        figure = _figure(max(6.4, 0.25 * len(runs) + 1.5))
+        figure = new_figure(max(6.4, 0.25 * len(runs) + 1.5), options)
         axes = figure.subplots()
         handles = []
-        for i, (_, run) in runs.items():
-            quantiles = np.array(run["latency_quantiles_s"], np.float64)
-            mean = run["latency_s"]["mean"]
-            style = look(i)
+        for shown in runs:
+            quantiles = np.array(shown.run["latency_quantiles_s"], np.float64)
+            mean = shown.run["latency_s"]["mean"]
+            style = shown.style.line()
             handles += axes.plot(quantiles, shares, **style, markevery=[])
             at = float(np.interp(mean, quantiles, shares))
             axes.plot([mean], [at], **style | _MARK)
             handles[-1] = Line2D([], [], **style)
-        labels = [label for label, _ in runs.values()]
+        labels = [shown.label for shown in runs]
         handles.append(Line2D([], [], color="#555555", marker="o", linestyle="none", **_EDGE))
         draw_legend(figure, handles, [*labels, "markers: mean"], beside=len(labels) > 4)
-        every = [value for _, run in runs.values() for value in run["latency_quantiles_s"]]
+        every = [value for shown in runs for value in shown.run["latency_quantiles_s"]]
         axes.set_xlabel("latency of a request, arrival to last token (s)")
         if spans_much(every):
             log_axis(axes, "x", min(every) / 1.08, max(every) * 1.08)
@@ -78,17 +86,18 @@ def simulation_cdf(report: Mapping[str, Any]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylabel("requests that took no longer")
         _grid(axes)
-        draw_title(figure, "Latency of requests", *_facts(report, runs))
-        lay_out(figure)
+        finish(figure, options, "Latency of requests", _facts(report, runs))
     return figure
 
 
-def simulation_timeline(report: Mapping[str, Any]) -> Figure:
+def simulation_timeline(report: Mapping[str, Any], *, options: FigureOptions = USUAL) -> Figure:
     """Mean latency of the requests by their time of arrival, one line a run.
 
     A line stands at the middles of the bins, with a gap (NaN) where no request arrived or
-    finished. A vertical line in the colour of the run marks a move of experts, dashed where runs
-    moved at the same time. Below, each run with reviews has a row that marks them all.
+    finished. Dashed grey lines mark where phases of the workload begin, and a grey band reaches
+    until each has begun at every server. A vertical line in the colour of the run marks a move of
+    experts, dashed where runs moved at the same time; beyond :data:`MAX_MOVE_LINES` moves these
+    lines are left out. Below, each run with reviews has a row that marks them all.
 
     Raises
     ------
@@ -96,51 +105,68 @@ def simulation_timeline(report: Mapping[str, Any]) -> Figure:
         See :func:`simulation_cdf`.
     """
     runs = _finished(report)
-    reviewed = [i for i, (_, run) in runs.items() if run["migrations"]]
+    reviewed = [shown for shown in runs if shown.run["migrations"]]
     below = 0.2 * len(reviewed) + 0.25
-    end = max(max(len(r["timeline"]["arrivals"]), 1) * r["timeline"]["bin_s"] for r in _runs(runs))
+    lines = [shown.run["timeline"] for shown in runs]
+    end_s = max(max(len(line["arrivals"]), 1) * line["bin_s"] for line in lines)
     with settings():
-        figure = _figure(max(5.8 + (below if reviewed else 0.0), 0.25 * len(runs) + 2.0))
+        height = max(5.8 + (below if reviewed else 0.0), 0.25 * len(runs) + 2.0)
+        figure = new_figure(height, options)
         if reviewed:
-            axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[5.0, below])
+            # A row of marks keeps its height where the figure is low.
+            above = max(figure.get_figheight() - below - 1.6, 1.0)
+            axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[above, below])
         else:
             axes, strip = figure.subplots(), None
         handles: list[Any] = []
         values = []
-        for i, (_, run) in runs.items():
-            line = run["timeline"]
+        for shown, line in zip(runs, lines, strict=True):
             latency = np.array(line["mean_latency_s"], np.float64)
             middle = (np.arange(len(latency)) + 0.5) * line["bin_s"]
-            handles += axes.plot(middle, latency, **look(i))
+            handles += axes.plot(middle, latency, **shown.style.line())
             values += latency[np.isfinite(latency)].tolist()
-        labels = [label for label, _ in runs.values()]
+        labels = [shown.label for shown in runs]
         _mark_moves(axes, runs)
         if strip is not None:
-            marks = _mark_reviews(strip, runs, reviewed)
+            marks = _mark_reviews(strip, reviewed, room(figure, 32))
             handles += marks
             labels += [_REVIEWS[mark.get_label()][1] for mark in marks]
         lowest = strip if strip is not None else axes
         lowest.set_xlabel("time of arrival (s)")
-        axes.set_xlim(0, end)
-        axes.set_ylabel("mean latency of the requests that arrived (s)")
+        axes.set_xlim(0, end_s)
+        axes.set_ylabel("mean latency (s)")
         _latency_axis(axes, values)
-        draw_legend(figure, handles, labels, beside=len(labels) > 4)
+        beside = len(labels) > 4 and not narrow(figure)
+        phases = [phase for shown in runs for phase in shown.run.get("phases", ())]
+        phase_mark = mark_phases(
+            [axes, *([] if strip is None else [strip])],
+            phases,
+            end_s,
+            room(figure, 120 if beside else 160),
+        )
+        if phase_mark is not None:
+            handles.append(phase_mark)
+            labels.append("phase begins")
+        draw_legend(figure, handles, labels, beside=beside)
         _grid(axes)
-        draw_title(figure, "Latency by time of arrival", *_facts(report, runs))
-        lay_out(figure)
+        finish(figure, options, "Latency by time of arrival", _facts(report, runs))
     return figure
 
 
-def layer_latency(report: Mapping[str, Any]) -> Figure:
+def layer_latency(
+    report: Mapping[str, Any], *, paper: bool = False, options: FigureOptions = USUAL
+) -> Figure:
     """Mean latency of a decode step's layer by the share of its experts that are remote.
 
     A line has remote experts / top-k as x and, as y, the mean latency over that without remote
-    expert (or with the fewest that occur). A dotted line marks what the paper reports at most.
+    expert (or with the fewest that occur). With ``paper`` a dotted line marks what the paper
+    reports at most for its own testbed and system.
 
     Raises
     ------
     InputError
-        No run has decode steps, or there are more than :data:`MAX_RUNS` runs.
+        No run has decode steps, there are more than :data:`MAX_RUNS` runs, or the figure is too
+        small or too large.
     """
     from matplotlib.ticker import PercentFormatter
 
@@ -152,25 +178,28 @@ def layer_latency(report: Mapping[str, Any]) -> Figure:
             expected="the latency of layers by remote experts",
         )
     with settings():
-        figure = _figure(max(6.0, 0.25 * len(runs) + 1.5))
+        figure = new_figure(max(6.0, 0.25 * len(runs) + 1.5), options)
         axes = figure.subplots()
         handles: list[Any] = []
         labels = []
-        values = [PAPER_LAYER_LATENCY]
-        for i, (label, run) in runs.items():
-            rows = [row for row in run["layer_latency_s"] if row["mean"]]
+        values = [1.0]
+        for shown in runs:
+            rows = [row for row in shown.run["layer_latency_s"] if row["mean"]]
             fewest = rows[0]
-            top_k = max(len(run["layer_latency_s"]) - 1, 1)
+            top_k = max(len(shown.run["layer_latency_s"]) - 1, 1)
             share = [row["remote_experts"] / top_k for row in rows]
             times = [row["mean"] / fewest["mean"] for row in rows]
-            handles += axes.plot(share, times, **look(i))
+            handles += axes.plot(share, times, **shown.style.line())
             values += times
             least = fewest["remote_experts"]
-            labels.append(f"{fit(label, 24)} (from {least} remote)" if least else label)
-        handles.append(
-            axes.axhline(PAPER_LAYER_LATENCY, color="#555555", linestyle=":", linewidth=1.4)
-        )
-        labels.append(f"the paper's testbed: {PAPER_LAYER_LATENCY:.2f}×")
+            label = f"{fit(shown.label, 24)} (from {least} remote)" if least else shown.label
+            labels.append(label)
+        if paper:
+            handles.append(
+                axes.axhline(PAPER_LAYER_LATENCY, color="#555555", linestyle=":", linewidth=1.4)
+            )
+            labels.append(f"the paper's testbed: {PAPER_LAYER_LATENCY:.2f}×")
+            values.append(PAPER_LAYER_LATENCY)
         draw_legend(figure, handles, labels, beside=len(labels) > 5)
         axes.set_xlim(-0.02, 1.02)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -180,12 +209,11 @@ def layer_latency(report: Mapping[str, Any]) -> Figure:
         )
         _latency_axis(axes, values)
         _grid(axes)
-        draw_title(figure, "Latency of a layer by remote share", *_facts(report, runs))
-        lay_out(figure)
+        finish(figure, options, "Latency of a layer by remote share", _facts(report, runs))
     return figure
 
 
-def simulation_bars(report: Mapping[str, Any]) -> Figure:
+def simulation_bars(report: Mapping[str, Any], *, options: FigureOptions = USUAL) -> Figure:
     """Mean, p95 and p99 latency of each run, and its remote and waiting share, as bars.
 
     Raises
@@ -194,23 +222,25 @@ def simulation_bars(report: Mapping[str, Any]) -> Figure:
         See :func:`simulation_cdf`.
     """
     runs = _finished(report)
-    labels = [label for label, _ in runs.values()]
     with settings():
-        figure = _figure(0.62 * len(runs) + 2.0)
-        latency, remote, waiting = figure.subplots(1, 3, width_ratios=[1.5, 1.0, 1.0])
-        handles = _latency_bars(latency, _runs(runs))
+        figure = new_figure(0.62 * len(runs) + 2.0, options)
+        every = bar_panels(figure, 3)
+        latency, remote, waiting = every
+        _latency_bars(latency, runs)
         latency.set_title("latency of requests (s)")
-        for axes, key, title, colour in (
-            (remote, "remote_share", "remote share of calls", "#0072B2"),
-            (waiting, "waiting_share", "waiting share of (token, layer) steps", "#00795A"),
+        for axes, key, title in (
+            (remote, "remote_share", "remote share of calls"),
+            (waiting, "waiting_share", "waiting share of (token, layer) steps"),
         ):
-            value_bars(axes, [run[key] for run in _runs(runs)], colour=colour)
+            value_bars(
+                axes, [shown.run[key] for shown in runs], styles=[shown.style for shown in runs]
+            )
             axes.set_title(title)
-            axes.set_yticks(range(len(runs)), labels=[])
-        latency.set_yticks(range(len(runs)), labels=labels, fontsize=PANEL_PT, parse_math=False)
-        draw_legend(figure, handles, [f"{name} latency" for name, _ in _BARS])
-        draw_title(figure, "Runs compared", *_facts(report, runs))
-        lay_out(figure)
+        most = max(room(figure, 36), 16)
+        name_bars(figure, every, [fit(shown.label, most) for shown in runs])
+        patches = [patch(tint("#000000", white)) for _, white in _BARS]
+        draw_legend(figure, patches, [f"{name} latency" for name, _ in _BARS])
+        finish(figure, options, "Runs compared", _facts(report, runs))
     return figure
 
 
@@ -220,10 +250,13 @@ _EDGE: dict[str, Any] = {"markersize": 8, "markeredgecolor": "black", "markeredg
 _MARK: dict[str, Any] = {**_EDGE, "linestyle": "none", "zorder": 4}
 
 
-def _figure(height_in: float) -> Figure:
-    from matplotlib.figure import Figure
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """A run as it is drawn; it has one look in every figure of a report."""
 
-    return Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, layout="constrained")
+    label: str
+    style: SolverStyle
+    run: Run
 
 
 def _grid(axes: Axes) -> None:
@@ -240,12 +273,8 @@ def _latency_axis(axes: Axes, values: Sequence[float]) -> None:
         axes.set_ylim(0, max(values, default=0.0) * 1.08 or 1.0)
 
 
-def _runs(runs: Mapping[int, tuple[str, Run]]) -> list[Run]:
-    return [run for _, run in runs.values()]
-
-
-def _finished(report: Mapping[str, Any]) -> dict[int, tuple[str, Run]]:
-    """The runs of which a request finished, with their labels; the key chooses the look."""
+def _finished(report: Mapping[str, Any]) -> list[_Shown]:
+    """The runs of which a request finished."""
     runs = _labelled(report, lambda run: bool(run["latency_quantiles_s"]))
     if not runs:
         raise InputError(
@@ -257,11 +286,8 @@ def _finished(report: Mapping[str, Any]) -> dict[int, tuple[str, Run]]:
     return runs
 
 
-def _labelled(report: Mapping[str, Any], wanted: Any) -> dict[int, tuple[str, Run]]:
-    """The ``wanted`` runs by their place in the report, each with a label of its own.
-
-    A run has the same look in every figure of a report, whether or not others are left out.
-    """
+def _labelled(report: Mapping[str, Any], wanted: Callable[[Run], bool]) -> list[_Shown]:
+    """The ``wanted`` runs, each with a label and a look of its own, whether or not others are."""
     if len(report["runs"]) > MAX_RUNS:
         raise InputError(
             f"{len(report['runs'])} runs",
@@ -279,11 +305,12 @@ def _labelled(report: Mapping[str, Any], wanted: Any) -> dict[int, tuple[str, Ru
     for i, label in enumerate(labels):
         seen[label] += 1
         labels[i] = f"{label} #{seen[label]}" if seen[label] > 1 else label
-    both = zip(labels, report["runs"], strict=True)
-    return {i: (label, run) for i, (label, run) in enumerate(both) if wanted(run)}
+    styles = solver_styles((run["placement"], run["solver"]) for run in report["runs"])
+    every = zip(labels, styles, report["runs"], strict=True)
+    return [_Shown(label, style, run) for label, style, run in every if wanted(run)]
 
 
-def _facts(report: Mapping[str, Any], runs: Mapping[int, Any]) -> list[str]:
+def _facts(report: Mapping[str, Any], runs: Sequence[_Shown]) -> list[str]:
     """What a report was made from, for the title."""
     left_out = len(report["runs"]) - len(runs)
     return [
@@ -297,49 +324,50 @@ def _facts(report: Mapping[str, Any], runs: Mapping[int, Any]) -> list[str]:
     ]
 
 
-def _mark_moves(axes: Axes, runs: Mapping[int, tuple[str, Run]]) -> None:
+def _mark_moves(axes: Axes, runs: Sequence[_Shown]) -> None:
     """A vertical line for every move; the lines of runs that moved together share the dashes."""
-    moves: dict[float, list[int]] = {}
-    for i, (_, run) in runs.items():
-        for review in run["migrations"]:
+    moves: dict[float, list[str]] = {}
+    for shown in runs:
+        for review in shown.run["migrations"]:
             if review["decision"] == "move":
-                moves.setdefault(review["at_s"], []).append(i)
+                moves.setdefault(review["at_s"], []).append(shown.style.colour)
+    if len(moves) > MAX_MOVE_LINES:
+        return
     for at_s, together in moves.items():
-        for k, i in enumerate(together):
+        for k, colour in enumerate(together):
             dashes = (-4.0 * k, (4.0, 4.0 * (len(together) - 1)))
             axes.axvline(
                 at_s,
-                color=look(i)["color"],
+                color=colour,
                 linestyle=dashes if len(together) > 1 else "-",
                 linewidth=1.2,
+                alpha=0.6,
                 zorder=1,
             )
 
 
-def _mark_reviews(
-    axes: Axes, runs: Mapping[int, tuple[str, Run]], reviewed: Sequence[int]
-) -> list[Any]:
+def _mark_reviews(axes: Axes, reviewed: Sequence[_Shown], most: int) -> list[Any]:
     """A row of marks for each reviewed run; gives one mark of each kind for the legend."""
     from matplotlib.lines import Line2D
 
     seen = set()
-    for row, i in enumerate(reviewed):
-        label, run = runs[i]
+    many = max(len(shown.run["migrations"]) for shown in reviewed) > 2 * MAX_MOVE_LINES
+    for row, shown in enumerate(reviewed):
         for decision, (marker, _) in _REVIEWS.items():
-            at_s = [r["at_s"] for r in run["migrations"] if r["decision"] == decision]
+            at_s = [r["at_s"] for r in shown.run["migrations"] if r["decision"] == decision]
             if not at_s:
                 continue
             seen.add(decision)
             axes.plot(
                 at_s,
                 [row] * len(at_s),
-                color=look(i)["color"],
+                color=shown.style.colour,
                 marker=marker,
-                markersize=6,
+                markersize=3 if many else 6,
                 linestyle="none",
-                label=f"{decision} {label}",
+                label=f"{decision} {shown.label}",
             )
-    names = [runs[i][0] for i in reviewed]
+    names = [fit(shown.label, most) for shown in reviewed]
     axes.set_yticks(range(len(reviewed)), labels=names, parse_math=False)
     axes.set_ylim(len(reviewed) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -351,19 +379,17 @@ def _mark_reviews(
     ]
 
 
-def _latency_bars(axes: Axes, runs: Sequence[Run]) -> list[Any]:
-    """Bars of the statistics of each run, side by side; gives one of each for the legend."""
+def _latency_bars(axes: Axes, runs: Sequence[_Shown]) -> None:
+    """Bars of the statistics of each run, one below the other."""
     height = 0.84 / len(_BARS)
-    limit = max(run["latency_s"][name] for run in runs for name, _ in _BARS) * 1.14 or 1.0
-    drawn = []
-    for k, (name, colour) in enumerate(_BARS):
-        values = [run["latency_s"][name] for run in runs]
-        places = [i + (k - 1) * height for i in range(len(runs))]
-        drawn.append(axes.barh(places, values, height=height * 0.92, color=colour, zorder=2))
-        for value, place in zip(values, places, strict=True):
+    limit = max(shown.run["latency_s"][name] for shown in runs for name, _ in _BARS) * 1.14 or 1.0
+    for k, (name, white) in enumerate(_BARS):
+        for i, shown in enumerate(runs):
+            value, place = shown.run["latency_s"][name], i + (k - 1) * height
+            look = shown.style.bar() | {"color": tint(shown.style.colour, white)}
+            axes.barh([place], [value], height=height * 0.92, **look, zorder=2)
             label_at(axes, value, place, _three(value), 4, "left", "black").set_fontsize(8)
     bar_axes(axes, len(runs), limit)
-    return drawn
 
 
 def _three(value: float) -> str:

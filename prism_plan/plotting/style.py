@@ -19,7 +19,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 NO_DATA = "#BBBBBB"
 MISSING = "#D55E00"
 SETTINGS = {
-    "font.family": ["DejaVu Sans"],
+    # The second is for readers of an SVG file whose machine lacks the first.
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.sans-serif": ["DejaVu Sans"],
     "font.size": PANEL_PT,
     "axes.titlesize": PANEL_PT,
     "axes.labelsize": 9,
@@ -28,7 +30,8 @@ SETTINGS = {
     "image.interpolation": "nearest",
     "savefig.bbox": None,
     "savefig.transparent": False,
-    "svg.fonttype": "path",
+    "pdf.fonttype": 42,  # TrueType: publishers refuse the Type 3 fonts of the default
+    "svg.fonttype": "none",  # text as text, which can be searched, edited and set in another font
     "svg.hashsalt": "prism-plan",
     "text.usetex": False,
 }

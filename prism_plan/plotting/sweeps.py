@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.plotting.parts import draw_legend, draw_title, fit, lay_out, look
+from prism_plan.plotting.figure_options import USUAL, FigureOptions
+from prism_plan.plotting.parts import draw_legend, finish, fit, new_figure, room
 from prism_plan.plotting.scales import apart, log_axis, set_axis, spans_much
-from prism_plan.plotting.style import DPI, WIDTH_IN, settings
+from prism_plan.plotting.solver_styles import SolverStyle, solver_styles
+from prism_plan.plotting.style import settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,6 +47,7 @@ def sweep_figure(
     panels: str | None = None,
     solvers: Sequence[str] | None = None,
     name: str = "",
+    options: FigureOptions = USUAL,
 ) -> Figure:
     """Mean latency by a condition ``x``, a line for each solver, a panel for each other condition.
 
@@ -58,7 +61,8 @@ def sweep_figure(
     Raises
     ------
     InputError
-        An unknown key or solver, nothing to draw, or too much.
+        An unknown key or solver, nothing to draw, or too much; or the figure is too small or too
+        large.
     """
     for option, key in (("x", x), ("panels", panels)):
         if key is not None and key not in _KEYS:
@@ -86,21 +90,21 @@ def sweep_figure(
             remedy="choose another key for x",
         )
     columns, others = _panel_keys(drawn, x, panels)
+    every = list(dict.fromkeys(row["solver"] for row in rows))
+    styles = dict(zip(every, solver_styles((solver, solver) for solver in every), strict=True))
     with settings():
-        figure = _draw(drawn, x, columns, others)
+        figure = _draw(drawn, x, columns, others, styles, options)
         seeds = len({row["seed"] for row in drawn})
         told = [key for key in _PANEL_ORDER if key not in (x, columns, "servers")]
         fixed = [key for key in told if len(_values(drawn, key)) == 1 and drawn[0][key] is not None]
         left_out = len(chosen) - len(drawn)
-        draw_title(
-            figure,
-            f"Mean latency by {_KEYS[x][0].partition(' (')[0]}",
+        facts = [
             fit(name, 40),
             *(_told(key, drawn[0][key]) for key in fixed),
             f"mean of {seeds} seeds, band: least to most" if seeds > 1 else "",
             f"{left_out} of {len(chosen)} runs left out: failed" if left_out else "",
-        )
-        lay_out(figure)
+        ]
+        finish(figure, options, f"Mean latency by {_KEYS[x][0].partition(' (')[0]}", facts)
     return figure
 
 
@@ -158,10 +162,15 @@ def _told(key: str, value: float | None) -> str:
     return _FROM_FILE[key] if value is None else _KEYS[key][1](value)
 
 
-def _draw(rows: Sequence[Row], x: str, columns: str, others: Sequence[str]) -> Figure:
+def _draw(
+    rows: Sequence[Row],
+    x: str,
+    columns: str,
+    others: Sequence[str],
+    styles: Mapping[str, SolverStyle],
+    options: FigureOptions,
+) -> Figure:
     """Panels of lines with one legend."""
-    from matplotlib.figure import Figure
-
     across = _values(rows, columns) if columns else [None]
     down = list(itertools.product(*(_values(rows, key) for key in others)))
     wide = len(across)
@@ -177,7 +186,7 @@ def _draw(rows: Sequence[Row], x: str, columns: str, others: Sequence[str]) -> F
         )
     tall = math.ceil(len(places) / wide)
     height = 5.6 if tall == 1 else 3.0 * tall + 1.2
-    figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI, layout="constrained")
+    figure = new_figure(height, options)
     grid = figure.subplots(tall, wide, squeeze=False, sharey=True).ravel().tolist()
     solvers = list(dict.fromkeys(row["solver"] for row in rows))
     handles: dict[str, Any] = {}
@@ -191,14 +200,14 @@ def _draw(rows: Sequence[Row], x: str, columns: str, others: Sequence[str]) -> F
             for row in rows
             if (not columns or row[columns] == value) and tuple(row[k] for k in others) == rest
         ]
-        for i, solver in enumerate(solvers):
-            lines = _line(axes, [row for row in here if row["solver"] == solver], x, i)
+        for solver in solvers:
+            lines = _line(axes, [r for r in here if r["solver"] == solver], x, styles[solver])
             if lines:
                 handles.setdefault(solver, lines[0])
         said = [_told(columns, value)] if columns else []
         said += [_told(key, part) for key, part in zip(others, rest, strict=True)]
-        axes.set_title(fit(", ".join(said), 190 // wide))
-        label = _KEYS[x][0] + ", logarithmic" * _by(axes, rows, x, 36 // wide)
+        axes.set_title(fit(", ".join(said), room(figure, 190) // wide))
+        label = _KEYS[x][0] + ", logarithmic" * _by(axes, rows, x, room(figure, 36) // wide)
         axes.set_xlabel(label if place + wide >= len(places) else "")
         axes.set_ylabel("mean latency (s)" if place % wide == 0 else "")
     _scale(grid[0], rows)
@@ -207,13 +216,13 @@ def _draw(rows: Sequence[Row], x: str, columns: str, others: Sequence[str]) -> F
     return figure
 
 
-def _line(axes: Axes, rows: Sequence[Row], x: str, index: int) -> list[Any]:
+def _line(axes: Axes, rows: Sequence[Row], x: str, look: SolverStyle) -> list[Any]:
     """The mean over seeds by x, and a band from their least to their most."""
     at = _values(rows, x)
     if not at:
         return []
     means = [[row["latency_mean_s"] for row in rows if row[x] == value] for value in at]
-    style = look(index)
+    style = look.line()
     if any(len(values) > 1 for values in means):
         low, high = [min(values) for values in means], [max(values) for values in means]
         axes.fill_between(at, low, high, color=style["color"], alpha=0.16, linewidth=0)

@@ -10,14 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError, did_you_mean
+from prism_plan.plotting.figure_options import USUAL, FigureOptions
 from prism_plan.plotting.panels import layer_panels
-from prism_plan.plotting.parts import colour_map, draw_legend, draw_title, fit, lay_out, look, patch
-from prism_plan.plotting.style import (
-    DPI,
-    NO_DATA,
-    WIDTH_IN,
-    settings,
+from prism_plan.plotting.parts import (
+    colour_map,
+    draw_legend,
+    finish,
+    fit,
+    look,
+    new_figure,
+    patch,
+    room,
 )
+from prism_plan.plotting.style import NO_DATA, settings
 from prism_plan.solvers.entropy import layer_entropy
 from prism_plan.trace import Trace
 
@@ -28,7 +33,9 @@ if TYPE_CHECKING:
 MAX_TASKS = 60
 
 
-def heatmap(trace: Trace, tasks: Sequence[str] | None = None) -> Figure:
+def heatmap(
+    trace: Trace, tasks: Sequence[str] | None = None, *, options: FigureOptions = USUAL
+) -> Figure:
     """How often each task calls each expert, one panel per task (paper, Fig. 2).
 
     The image of a panel is float [L, E]: share of the layer's calls over the uniform share 1/E,
@@ -38,7 +45,8 @@ def heatmap(trace: Trace, tasks: Sequence[str] | None = None) -> Figure:
     Raises
     ------
     InputError
-        A task that the trace does not have, no task, or more than :data:`MAX_TASKS`.
+        A task that the trace does not have, no task, or more than :data:`MAX_TASKS`; or the figure
+        is too small or too large.
     """
     from matplotlib.colors import FuncNorm
 
@@ -57,13 +65,13 @@ def heatmap(trace: Trace, tasks: Sequence[str] | None = None) -> Figure:
         return np.where(y < 0, y + 1, np.exp(np.maximum(y, 0) * math.log(top)))
 
     with settings():
-        figure, panels, cols = layer_panels(len(chosen), model)
+        figure, panels, cols = layer_panels(len(chosen), model, options)
         norm = FuncNorm((forward, inverse), vmin=0.0, vmax=top)
         for axes, task, image in zip(panels, chosen, ratio, strict=True):
             drawn = axes.imshow(
                 image, cmap=colour_map("RdBu_r"), norm=norm, aspect="auto", interpolation="nearest"
             )
-            axes.set_title(fit(trace.tasks[task], 160 // cols), parse_math=False)
+            axes.set_title(fit(trace.tasks[task], room(figure, 160) // cols), parse_math=False)
         extend = "max" if known.size and known.max() > top else "neither"
         bar = figure.colorbar(
             drawn, ax=panels, extend=extend, fraction=0.03, pad=0.01, aspect=30, shrink=0.9
@@ -75,12 +83,11 @@ def heatmap(trace: Trace, tasks: Sequence[str] | None = None) -> Figure:
         bar.set_label(f"calls of the expert,\ntimes the uniform share 1/{model.num_experts}")
         if not np.isfinite(ratio).all():
             draw_legend(figure, [patch(NO_DATA)], ["layer without calls"])
-        draw_title(figure, "How often each task calls each expert", *_names(trace))
-        lay_out(figure)
+        finish(figure, options, "How often each task calls each expert", _names(trace))
     return figure
 
 
-def entropy(trace: Trace) -> Figure:
+def entropy(trace: Trace, *, options: FigureOptions = USUAL) -> Figure:
     """Entropy in bits of expert usage by layer, one line per task (paper, Fig. 3).
 
     A line is [L] over decoder indices, with a gap (NaN) at a layer without calls; a dashed line
@@ -89,9 +96,9 @@ def entropy(trace: Trace) -> Figure:
     Raises
     ------
     InputError
-        The trace has no task, or more than :data:`MAX_TASKS`.
+        The trace has no task, or more than :data:`MAX_TASKS`; or the figure is too small or too
+        large.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     chosen = _chosen(trace, None)
@@ -101,7 +108,7 @@ def entropy(trace: Trace) -> Figure:
     layers = trace.model.moe_layers
     with settings():
         height = max(6.0, 0.25 * len(chosen) + 1.5)
-        figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI, layout="constrained")
+        figure = new_figure(height, options)
         axes = figure.subplots()
         lines = [
             axes.plot(
@@ -120,13 +127,14 @@ def entropy(trace: Trace) -> Figure:
         margin = max(0.06 * (most - low), 0.02)
         axes.set_ylim(low - margin, most + margin)
         axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(
+            MaxNLocator(nbins=max(room(figure, 20), 2), integer=True, min_n_ticks=1)
+        )
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("entropy of expert usage (bits)")
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
-        draw_title(figure, "Entropy of expert usage by layer and task", *_names(trace))
-        lay_out(figure)
+        finish(figure, options, "Entropy of expert usage by layer and task", _names(trace))
     return figure
 
 

@@ -134,6 +134,7 @@ class Run:
         """Plain values, as in DESIGN section 6."""
         self._require_littles_law()
         requests, outcome = self.scenario.requests, self.outcome
+        phases = [start.to_json() for start in requests.phases]
         return {
             "placement": self.placement,
             "solver": self.solver,
@@ -166,6 +167,7 @@ class Run:
             ],
             "latency_quantiles_s": _quantiles(self.latency_s),
             "timeline": _timeline(requests.arrival_s, self.latency_s),
+            **({"phases": phases} if phases else {}),
             "loads": outcome.loads,
             "loaded_bytes": outcome.loaded_bytes,
             "events": outcome.events,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.simulate.schedule import PhaseStart
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
@@ -78,6 +80,8 @@ class Requests:
         Which prompt it is, an index into ``prompts``.
     rate : float64 [N] or None
         Requests per second of each server where arrivals are stationary, else ``None``.
+    phases : tuple of PhaseStart
+        When the phases of a schedule began, in order; empty without a schedule.
     """
 
     servers: tuple[str, ...]
@@ -86,6 +90,7 @@ class Requests:
     arrival_s: npt.NDArray[np.float64]
     prompt: npt.NDArray[np.int32]
     rate: npt.NDArray[np.float64] | None = None
+    phases: tuple[PhaseStart, ...] = ()
 
     def __post_init__(self) -> None:
         if np.any(np.diff(self.arrival_s) < 0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from prism_plan.errors import InputError
 
@@ -20,6 +21,38 @@ class Phase:
     requests: int | None = None
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     arrival_interval_s: float | None = None
+
+
+@dataclass(frozen=True)
+class PhaseStart:
+    """When a phase began for the requests of a simulation.
+
+    Parameters
+    ----------
+    number
+        Of the phase in its schedule, from 1.
+    at_s
+        Arrival of its first request, in seconds from the start.
+    everywhere_at_s
+        Arrival of its first request at the server that was the last to reach the phase.
+    phase
+        What changed.
+    """
+
+    number: int
+    at_s: float
+    everywhere_at_s: float
+    phase: Phase
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as in a simulation report."""
+        return {
+            "number": self.number,
+            "at_s": self.at_s,
+            "everywhere_at_s": self.everywhere_at_s,
+            "tasks": {server: dict(shares) for server, shares in self.phase.tasks.items()},
+            "arrival_interval_s": self.phase.arrival_interval_s,
+        }
 
 
 @dataclass(frozen=True)

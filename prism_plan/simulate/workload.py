@@ -16,7 +16,7 @@ from prism_plan.simulate.drawing import POOL, draw_prompts
 from prism_plan.simulate.fixed_times import DRAW, Arriving, look_up
 from prism_plan.simulate.prompts import RequestList, gather_prompts, list_requests
 from prism_plan.simulate.requests import Prompts, Requests
-from prism_plan.simulate.schedule import Schedule
+from prism_plan.simulate.schedule import PhaseStart, Schedule
 from prism_plan.simulate.streams import Source, stream
 from prism_plan.trace import Trace
 
@@ -126,7 +126,21 @@ def sample_requests(
         arrival_s=at_s[order],
         prompt=prompt.reshape(-1)[order].astype(np.int32),
         rate=None if arrivals is not None else want.rate(),
+        phases=_phase_starts(schedule, want, arriving),
     )
+
+
+def _phase_starts(
+    schedule: Schedule | None, want: Demand, arriving: Sequence[Arriving]
+) -> tuple[PhaseStart, ...]:
+    """When the phases that some server reached began."""
+    found = []
+    for number, phase in enumerate(() if schedule is None else schedule.phases, 1):
+        first = int(want.first[number - 1])
+        begun_s = [float(server.at_s[first]) for server in arriving if len(server.at_s) > first]
+        if begun_s:
+            found.append(PhaseStart(number, min(begun_s), max(begun_s), phase))
+    return tuple(found)
 
 
 def _random_times(

@@ -21,6 +21,8 @@ from prism_plan.request_table import write_request_table
 from prism_plan.simulate.arrivals_file import Arrival, FixedArrivals
 from prism_plan.simulate.report import TIMELINE_BINS, Run, _timeline, summary
 from prism_plan.simulate.requests import Requests
+from prism_plan.simulate.schedule import Phase, Schedule
+from prism_plan.simulate.workload import sample_requests
 from prism_plan.simulation import (
     SimulationOptions,
     dump_report,
@@ -314,6 +316,30 @@ def test_schema_accepts_migrations() -> None:
         values = accepted(result)
         assert any(review["decision"] == "move" for review in values["runs"][0]["migrations"])
         assert values["review"]["half_life_s"] == (0.1 if half_life_s is None else None)
+
+
+def test_phases_begin_with_their_first_requests() -> None:
+    """A report of a schedule says when each phase began, at the first and at the last server.
+
+    A phase that no server reached is left out, and a report without a schedule has no phases.
+    """
+    trace, cluster = small_trace(), small_cluster()
+    schedule = Schedule((Phase(5), Phase(10, {"a": {"z": 1.0}}, 0.5), Phase(30), Phase()))
+    requests = sample_requests(trace, cluster, requests_per_server=60, schedule=schedule)
+    reached = sample_requests(trace, cluster, duration_s=1.0, schedule=schedule)
+    for asked, count in ((requests, 4), (reached, 2)):
+        (_, placement), *_ = planned(trace, cluster, "exact")
+        result = simulate_placements([("p", placement)], asked, trace, cluster)
+        phases = accepted(result)["runs"][0]["phases"]
+        assert [phase["number"] for phase in phases] == list(range(1, count + 1))
+        for phase, first in zip(phases, (0, 5, 15, 45), strict=False):
+            begun_s = [asked.arrival_s[asked.home == n] for n in range(3)]
+            begun_s = [times_s[first] for times_s in begun_s if len(times_s) > first]
+            assert phase["at_s"] == min(begun_s)
+            assert phase["everywhere_at_s"] == max(begun_s)
+        assert phases[1]["tasks"] == {"a": {"z": 1.0}}
+        assert phases[1]["arrival_interval_s"] == 0.5
+    assert "phases" not in accepted(simulated(trace, cluster, "exact"))["runs"][0]
 
 
 def test_schema_accepts_partial_and_empty_reports() -> None:
