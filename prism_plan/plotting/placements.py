@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +117,8 @@ def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64], col
     text = f"copies over servers: mean {copies.mean():.2f}, most {int(copies.max())}"
     if missing:
         text += f"; {missing:,} experts held nowhere"
-    text = textwrap.fill(text, max(room(figure, 170) // cols, 24))
+    if len(text) > room(figure, 170) // cols:
+        text = text.replace("; ", ";\n")
     axes.set_title(text, color=MISSING if missing else "black")
 
 

@@ -384,10 +384,19 @@ def _latency_bars(axes: Axes, runs: Sequence[_Shown]) -> None:
     height = 0.84 / len(_BARS)
     limit = max(shown.run["latency_s"][name] for shown in runs for name, _ in _BARS) * 1.14 or 1.0
     for k, (name, white) in enumerate(_BARS):
-        for i, shown in enumerate(runs):
-            value, place = shown.run["latency_s"][name], i + (k - 1) * height
-            look = shown.style.bar() | {"color": tint(shown.style.colour, white)}
-            axes.barh([place], [value], height=height * 0.92, **look, zorder=2)
+        values = [shown.run["latency_s"][name] for shown in runs]
+        places = [i + (k - 1) * height for i in range(len(runs))]
+        axes.barh(
+            places,
+            values,
+            height=height * 0.92,
+            color=[tint(shown.style.colour, white) for shown in runs],
+            hatch=[shown.style.hatch for shown in runs],
+            edgecolor="white",
+            linewidth=0,
+            zorder=2,
+        )
+        for value, place in zip(values, places, strict=True):
             label_at(axes, value, place, _three(value), 4, "left", "black").set_fontsize(8)
     bar_axes(axes, len(runs), limit)
 
