@@ -167,7 +167,7 @@ def test_folder(work: Path) -> None:
 @pytest.mark.parametrize("name", ["p.json", "t.parquet"])
 def test_standard_input(work: Path, name: str) -> None:
     """`-` is standard input, a pipe that is read once; a trace is held meanwhile."""
-    code = '"$0" -m prism_plan.cli check - < <(cat "$1")'
+    code = '"$0" -m prism_plan check - < <(cat "$1")'
     result = subprocess.run(
         ["bash", "-c", code, sys.executable, name], cwd=work, capture_output=True, check=False
     )
