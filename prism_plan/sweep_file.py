@@ -214,6 +214,7 @@ def sweep_from_open_file(file: OpenFile) -> list[dict[str, Any]]:
         header = (parquet.schema_arrow.metadata or {}).get(METADATA_KEY)
         _require_columns(parquet.schema_arrow.names, source)
         _require_version(header, source)
+        _require_plain(parquet.schema_arrow, source)
         require_at_most(num_rows(parquet), MAX_RUNS, "rows", source=source)
         rows: list[dict[str, Any]] = []
         for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(COLUMNS)):
@@ -222,26 +223,33 @@ def sweep_from_open_file(file: OpenFile) -> list[dict[str, Any]]:
     return _checked(rows, source, some=True)
 
 
-def _short_texts(batch: Any, source: object) -> None:
-    """Refuse columns that would be long texts or nested values in every row."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def _require_plain(schema: Any, source: object) -> None:
+    """Refuse columns of lists and structures before they are decoded: one value may be of any size.
+
+    ``schema`` is that of the columns as they are read, texts as dictionaries.
+    """
+    import pyarrow.types as kinds
 
     for name in COLUMNS:
-        column = batch.column(name)
-        kind = column.type
-        if pa.types.is_dictionary(kind):
-            column, kind = column.dictionary, kind.value_type
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if not (text or pa.types.is_primitive(kind) or pa.types.is_null(kind)):
+        kind = schema.field(name).type
+        if not (kinds.is_dictionary(kind) or kinds.is_primitive(kind) or kinds.is_null(kind)):
             raise InputError(
                 f"type {kind!s:.60}",
                 source=source,
                 place=f"column {name!r}",
                 expected="numbers or texts",
             )
-        if text:
-            longest = pc.max(pc.binary_length(column)).as_py() or 0
+
+
+def _short_texts(batch: Any, source: object) -> None:
+    """Refuse long texts, which would be made anew in every row."""
+    import pyarrow.compute as pc
+    import pyarrow.types as kinds
+
+    for name in COLUMNS:
+        column = batch.column(name)
+        if kinds.is_dictionary(column.type) and not kinds.is_primitive(column.type.value_type):
+            longest = pc.max(pc.binary_length(column.dictionary)).as_py() or 0
             place = f"column {name!r}"
             require_at_most(longest, MAX_CELL, "characters", source=source, place=place)
 

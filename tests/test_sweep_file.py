@@ -128,7 +128,11 @@ def test_broken_parquet(tmp_path: Path) -> None:
         read_sweep(path)
     table = pa.Table.from_pylist([row | {"gpus": [4]} for row in ROWS])
     pq.write_table(table, path)
-    with pytest.raises(InputError, match=r"row 1, column gpus: \[4\]"):
+    with pytest.raises(InputError, match=r"column 'gpus': type list.*; expected numbers or texts"):
+        read_sweep(path)
+    texts = [row | {"status": "x" * 10_001} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(texts), path)
+    with pytest.raises(InputError, match="column 'status': 10,001 characters"):
         read_sweep(path)
 
 
