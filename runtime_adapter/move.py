@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -44,13 +45,14 @@ def ask(
         news.follow()
         ask_store(partial(news.tell, "move", move=name))
         signs = SignsOfLife()
+        looked_s = time.monotonic()
         while True:
             entry = news.next(LOOK_S)
-            if entry is not None:
-                if entry.what == "moved" and entry["move"] == name:
-                    return int(entry["code"]), str(entry["text"])
-                if not news.caught_up():
-                    continue
+            if entry is not None and entry.what == "moved" and entry["move"] == name:
+                return int(entry["code"]), str(entry["text"])
+            if time.monotonic() < looked_s + LOOK_S:
+                continue
+            looked_s = time.monotonic()
             sign, there = ask_store(partial(_look, news), timeout_s + BEAT_GRACE_S)
             limit_s = timeout_s + BEAT_GRACE_S if sign else START_S
             if not there:

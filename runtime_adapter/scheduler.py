@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 import zlib
@@ -99,8 +98,7 @@ def run_scheduler(config: SchedulerConfig) -> None:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         logging.getLogger(__name__).error(
             "prism-runtime: the scheduler failed: %s; please report it", text
-        )
-        sys.exit(70)
+        )  # the front notices its end, and the run goes on
 
 
 def _beat(news: News) -> None:
