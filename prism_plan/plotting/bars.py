@@ -74,7 +74,8 @@ def value_bars(
             label = label_at(axes, max(known[i], most.get(i, 0.0)), i, text, 8, "left", "black")
         # Neither hatching nor the reference line strikes a number through.
         ground = styles[i].colour if inside else "white"
-        label.set_bbox({"facecolor": ground, "edgecolor": "none", "pad": 0.0})
+        pad = 2.0 if styles[i].hatch else 0.0
+        label.set_bbox({"facecolor": ground, "edgecolor": "none", "pad": pad})
     if share:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     bar_axes(axes, len(values), limit)
