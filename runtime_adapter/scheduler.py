@@ -7,7 +7,6 @@ done. A server that is lost ends the migration that is under way; later ones are
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -85,9 +84,6 @@ def run_scheduler(config: SchedulerConfig) -> None:
         Scheduler(config, news).run()
     except (StoreLost, RuntimeFailure):
         return  # the run is over
-    except Exception as error:
-        logging.getLogger(__name__).error("prism-runtime: scheduler: %s", error)
-        raise
 
 
 @dataclass(eq=False)

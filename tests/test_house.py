@@ -18,8 +18,8 @@ RUNTIME = PACKAGE.parent / "runtime_adapter"
 #: A module may import those of its own and of lower floors; `solvers` and others of one floor that
 #: are packages do not import each other.
 FLOORS = [
-    {"errors", "jit", "machine"},
-    {"files", "schema", "kernels", "__init__"},
+    {"text", "errors", "jit", "machine"},
+    {"faults", "files", "schema", "kernels", "__init__"},
     {
         *("model", "model_config", "cluster", "cluster_file", "toml_table"),
         *("trace", "trace_file", "provenance"),

@@ -36,7 +36,7 @@ def command(
     Exit code 2 if a file is malformed, 3 if a well-formed placement breaks a constraint.
     """
     from prism_plan.check import check_file
-    from prism_plan.cli.console import load_trace, note, print_json
+    from prism_plan.cli.console import load_trace, note, print_json, print_line
     from prism_plan.cli.inputs import load_cluster
 
     if trace is not None and cluster is None:
@@ -62,9 +62,9 @@ def command(
             note(f"{path}: and {len(report.problems) - 10} more problems (--json lists all)")
         if not as_json:
             verdict = "INVALID" if report.problems else "ok"
-            click.echo(f"{path}: {verdict}: {report.kind}: {report.summary}")
+            print_line(f"{path}: {verdict}: {report.kind}: {report.summary}")
             for text in report.notes:
-                click.echo(f"{path}: note: {text}")
+                print_line(f"{path}: note: {text}")
     if as_json:
         print_json(found)
     ctx.exit(code)

@@ -1,4 +1,7 @@
-"""Output: messages and progress to standard error, data to standard output."""
+"""Output: messages and progress to standard error, data to standard output.
+
+All that the commands print passes here, where it is made printable (:mod:`prism_plan.text`).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prism_plan.faults import say
 from prism_plan.files import write_bytes
+from prism_plan.text import printable, printable_json
 
 if TYPE_CHECKING:
     from prism_plan.trace import Trace
 
+#: What begins each message.
+PROGRAM = "prism-plan"
 #: Width of tables that do not go to a terminal.
 PLAIN_WIDTH = 500
 #: Traces of more rows than this are read with a progress bar.
@@ -24,12 +31,18 @@ LONG_TRACE = 200_000
 
 def note(message: str) -> None:
     """A message to standard error."""
-    click.echo(f"prism-plan: {' '.join(message.split())}", err=True)
+    say(PROGRAM, message)
+
+
+def print_line(text: str, *, err: bool = False) -> None:
+    """A line of a result on standard output (or error)."""
+    click.echo(printable(text), err=err)
 
 
 def print_json(values: Any) -> None:
     """JSON to standard output."""
-    click.echo(json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False))
+    text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
+    click.echo(printable_json(text))
 
 
 def print_table(
@@ -54,12 +67,14 @@ def print_table(
         emoji=False,
     )
     if title:  # not rich's own title, which wraps at the width of the table
-        console.print(title, soft_wrap=True)
+        console.print(printable(title), soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+        table.add_column(
+            printable(column), justify="left" if index < left else "right", overflow="fold"
+        )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console.print(table)
 
 
@@ -73,10 +88,10 @@ def progress(total: int, unit: str) -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn(unit, markup=False),
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
@@ -84,7 +99,7 @@ def progress(total: int, unit: str) -> Iterator[Callable[..., None]]:
         task = bar.add_task("", total=total)
 
         def update(label: str, done: int, total: int | None = None) -> None:
-            bar.update(task, description=label, completed=done, total=total)
+            bar.update(task, description=printable(label), completed=done, total=total)
 
         yield update
 
@@ -106,10 +121,13 @@ def load_trace(path: str) -> Trace:
 
 
 def deliver(output: str, data: bytes) -> None:
-    """Write ``data`` to the file ``output``, or to standard output for ``-``."""
+    """Write ``data`` to the file ``output``, or to standard output for ``-``.
+
+    In a file names stay as they are. What goes to standard output is JSON or a table of numbers.
+    """
     if output == "-":
         stream = sys.stdout.buffer
-        stream.write(data)
+        stream.write(printable_json(data.decode("utf-8")).encode("utf-8"))
         stream.flush()
     else:
         write_bytes(output, data)

@@ -105,7 +105,7 @@ def _capacity(after: Placement, cluster: Cluster) -> tuple[tuple[int, ...], ...]
 
 
 def _print(plan: MigrationPlan, loading_s: list[float], title: str, *, err: bool) -> None:
-    from prism_plan.cli.console import byte_size, print_table, seconds
+    from prism_plan.cli.console import byte_size, print_line, print_table, seconds
 
     server_of_gpu = plan.server_of_gpu
     sums: list[dict[str, Any]] = [
@@ -127,7 +127,7 @@ def _print(plan: MigrationPlan, loading_s: list[float], title: str, *, err: bool
     columns = ["server", "loads", "drops", "temporary", "bytes to load", "s on slowest GPU"]
     print_table(columns, table, title=title, err=err)
     if plan.load_s is not None:
-        click.echo(
+        print_line(
             f"loading takes {seconds(plan.load_s.makespan_s)} s with all GPUs side by side, "
             f"{seconds(plan.load_s.sum_s)} s one after the other",
             err=err,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,11 +11,13 @@ import click
 
 from prism_plan.cli.review_options import review_options
 from prism_plan.errors import did_you_mean
+from prism_plan.faults import say
+from runtime_adapter import PROGRAM
 
 
 def note(message: str) -> None:
     """A line to standard error."""
-    print(f"prism-runtime: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    say(PROGRAM, message)
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
