@@ -27,8 +27,9 @@ from prism_plan.text import printable, printable_lines
 FAULT_EXIT_CODE = 70
 #: Set to anything but 0 to see tracebacks of internal errors.
 TRACEBACK_VARIABLE = "PRISM_PLAN_TRACEBACK"
-#: Packages whose frames tell a maintainer most.
+#: Packages whose frames tell a maintainer most, but for the boundary, which is in all of them.
 _OWN = ("prism_plan", "runtime_adapter")
+_BOUNDARY = "prism_plan.cli.boundary"
 #: Messages of exceptions are cut to so many characters.
 _MAX_MESSAGE = 300
 
@@ -77,7 +78,9 @@ def raised_at(error: BaseException) -> str:
     places += _places_in_another_process(error)
     if not places:
         return "raised nowhere"
-    own = [place for place in places if str(place[0]).split(".")[0] in _OWN]
+    own = [
+        place for place in places if str(place[0]).split(".")[0] in _OWN and place[0] != _BOUNDARY
+    ]
     text = "{}:{}".format(*places[-1])
     if own and own[-1] != places[-1]:
         text += ", called from {}:{}".format(*own[-1])

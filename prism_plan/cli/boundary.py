@@ -102,9 +102,8 @@ def _exit_code(error: BaseException, name: str, program: str, interrupted: str, 
         case BrokenPipeError() if _stdout_gone():
             _discard_stdout()  # the reader has had enough: no more, and no complaint
             return 0
-        case MemoryError():
-            code = LimitReached.exit_code
-            message = "out of memory; use a smaller trace or cluster, or a larger machine"
+        case _ if (short := _out_of_memory(error)) is not None:
+            code, message = LimitReached.exit_code, short
         case ModuleNotFoundError() if (error.name or "").split(".")[0] in EXTRA_MODULES:
             code, message = 2, f"{error}; install the extra: pip install 'prism-plan[{extra}]'"
         case OSError() if error.errno is not None and not isinstance(error, BrokenPipeError):
@@ -115,6 +114,16 @@ def _exit_code(error: BaseException, name: str, program: str, interrupted: str, 
             return report_fault(program, error)
     say(program, message)
     return code
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """What to say where memory has ended, that of a GPU and of a worker process too."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"MemoryError", "OutOfMemoryError"}:  # the latter is PyTorch's
+        return "out of memory; use a smaller trace or cluster, or a larger machine"
+    if "BrokenProcessPool" in names:
+        return "a worker process was ended, perhaps for lack of memory; use fewer --jobs"
+    return None
 
 
 def _place_of(error: OSError) -> str:
