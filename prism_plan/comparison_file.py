@@ -1,4 +1,4 @@
-"""Comparison files: the JSON that ``prism-plan compare -o`` writes."""
+"""Comparison files: the JSON that ``prism-plan compare -o`` writes, version 1."""
 
 from __future__ import annotations
 
@@ -8,57 +8,144 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
+from prism_plan.schema import check_format, check_strictly, shipped_schema
 
 FORMAT = "prism-plan/comparison"
 VERSION = 1
-NUMBERS = ("remote_share", "worst_server_share", "waiting_share", "destinations")
+#: Shares that must agree may differ by rounding.
+TOLERANCE = 1e-9
+
+_PLACED = ("remote_share_by_server", "termination", "runtime_s")
+_WAITING = ("destinations", "destinations_method", "waiting_share_by_server")
+
+
+def comparison_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a comparison, as shipped."""
+    return shipped_schema("comparison-1")
 
 
 def read_comparison(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The values of a comparison file, as far as plots need them.
+    """The values of a comparison file, checked.
 
     Raises
     ------
     InputError
-        Not a comparison, or a row without name or with something else than numbers.
+        Not JSON, not a comparison, a newer version, a value that the schema does not allow, or
+        values that contradict each other; names the place and the value.
     """
     return comparison_from_json(parse_json(read_text(path), path), source=path)
 
 
 def comparison_from_json(values: Any, source: object = "") -> dict[str, Any]:
     """The same from the values of the file; see :func:`read_comparison`."""
-    form = values.get("format") if isinstance(values, Mapping) else None
-    if form != FORMAT or values.get("version") != VERSION:
-        raise InputError(
-            f"{form!r:.60}",
-            source=source,
-            place="format",
-            expected=f"{FORMAT!r} version {VERSION}",
-            remedy="make comparisons with prism-plan compare -o",
+    remedy = "make comparisons with prism-plan compare -o"
+    check_format(values, FORMAT, VERSION, source=source, remedy=remedy)
+    check_strictly(values, comparison_schema(), source=source)
+    rows = values["rows"]
+    try:
+        _check_requests(values)
+        servers: list[str] | None = None
+        for index, row in enumerate(rows):
+            place = f"rows[{index}]"
+            _check_row(row, values["kind"], place)
+            if row["remote_share"] is None:
+                continue
+            found = list(row["remote_share_by_server"])
+            servers = servers or found
+            _require(
+                found == servers, f"servers {', '.join(found)}", f"{place}.remote_share_by_server",
+                f"those of the rows before, {', '.join(servers)}",
+            )  # fmt: skip
+        _require(
+            servers is not None, "no row with a remote_share", "rows", "the score of a placement"
         )
-    rows = values.get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
-        raise InputError("no list of rows", source=source, place="rows")
-    for index, row in enumerate(rows):
-        if not isinstance(row.get("name"), str):
-            raise InputError("no name", source=source, place=f"rows[{index}]")
-        for key in NUMBERS:
-            number = row.get(key)
-            if number is not None and (
-                not isinstance(number, int | float)
-                or isinstance(number, bool)
-                or not 0 <= number < float("inf")
-            ):
-                raise InputError(
-                    f"{number!r:.60}",
-                    source=source,
-                    place=f"rows[{index}].{key}",
-                    expected="a number of at least 0, or null",
-                )
-    if not any(row.get("remote_share") is not None for row in rows):
-        raise InputError("no row with a remote_share", source=source, place="rows")
-    return {
-        "trace": str(values.get("trace", "")),
-        "cluster": str(values.get("cluster", "")),
-        "rows": [{"remote_share": None, **row} for row in rows],
-    }
+    except InputError as error:
+        raise error.within(source) from None
+    return dict(values)
+
+
+def _require(holds: bool, found: str, place: str, expected: str) -> None:
+    if not holds:
+        raise InputError(found, place=place, expected=expected)
+
+
+def _check_requests(values: Mapping[str, Any]) -> None:
+    """Counts-only traces know no requests; without a holdout both parts are all of them."""
+    planned, scored = values["planned_requests"], values["scored_requests"]
+    for key in ("planned_requests", "scored_requests"):
+        known = values["kind"] == "tokens"
+        _require(
+            (values[key] is not None) == known, f"{_json(values[key])}", key,
+            "a whole number" if known else "null, for the trace is counts-only",
+        )  # fmt: skip
+    if values["holdout"] is None:
+        _require(
+            planned == scored, _json(scored), "scored_requests",
+            f"{_json(planned)} as planned_requests, for there is no holdout",
+        )  # fmt: skip
+
+
+def _check_row(row: Mapping[str, Any], kind: str, place: str) -> None:
+    """What a schema cannot say: which values of a row belong together."""
+    _together(row, "remote_share", _PLACED, place)
+    _together(row, "waiting_share", _WAITING, place)
+    placed, waiting = row["remote_share"] is not None, row["waiting_share"] is not None
+    wanted = placed and kind == "tokens"
+    _require(
+        waiting == wanted, _json(row["waiting_share"]), f"{place}.waiting_share",
+        "a number" if wanted else "null without a placement and for counts-only traces",
+    )  # fmt: skip
+    _check_worst(row, "remote_share", "worst_server", "worst_server_share", place)
+    _check_worst(row, "waiting_share", "worst_waiting_server", "worst_waiting_share", place)
+    if not waiting:
+        return
+    _require(
+        list(row["waiting_share_by_server"]) == list(row["remote_share_by_server"]),
+        "other servers", f"{place}.waiting_share_by_server", "those of remote_share_by_server",
+    )  # fmt: skip
+    most = row["waiting_share"] * (len(row["waiting_share_by_server"]) - 1)
+    _require(
+        row["destinations"] <= most + TOLERANCE, _json(row["destinations"]),
+        f"{place}.destinations",
+        f"at most {most:g}, every other server in each step that waits",
+    )  # fmt: skip
+
+
+def _together(row: Mapping[str, Any], first: str, others: tuple[str, ...], place: str) -> None:
+    """Values that are known, or null, together."""
+    known = row[first] is not None
+    for key in others:
+        _require(
+            (row[key] is not None) == known, _json(row[key]), f"{place}.{key}",
+            f"a value, as {first} has one" if known else f"null, as {first}",
+        )  # fmt: skip
+
+
+def _check_worst(
+    row: Mapping[str, Any], share: str, worst_server: str, worst_share: str, place: str
+) -> None:
+    """The worst server is one with the largest share, and the mean lies among the shares."""
+    by_server: Mapping[str, float | None] = row[f"{share}_by_server"] or {}
+    known = {name: value for name, value in by_server.items() if value is not None}
+    name, value = row[worst_server], row[worst_share]
+    most = max(known.values(), default=None)
+    _require(
+        value == most, _json(value), f"{place}.{worst_share}",
+        f"{_json(most)}, the largest of {share}_by_server",
+    )  # fmt: skip
+    _require(
+        name is None if most is None else known.get(name) == most,
+        f"{name!r:.60}", f"{place}.{worst_server}",
+        "null" if most is None else f"a server whose {share} is {most}",
+    )  # fmt: skip
+    if row[share] is not None:
+        low = min(known.values(), default=0.0)
+        high = max(known.values(), default=0.0)
+        _require(
+            low - TOLERANCE <= row[share] <= high + TOLERANCE, _json(row[share]),
+            f"{place}.{share}", f"{low:g} to {high:g}, a mean of {share}_by_server",
+        )  # fmt: skip
+
+
+def _json(value: Any) -> str:
+    return "null" if value is None else f"{value!r:.60}"

@@ -9,14 +9,17 @@
     ├── OutputError            2   a result cannot be written where it was asked for
     ├── Infeasible             3   no placement can exist: which constraint, by how much
     └── LimitReached           4   a limit ended the search before a placement was found
+    any other exception       70   an internal error, see :mod:`prism_plan.faults`
 
-The message of each is one line. The command line prints it and leaves with the exit code; nothing
-else in the package prints or exits.
+The message of each is one printable line. The command line prints it and leaves with the exit code;
+nothing else in the package prints or exits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+from prism_plan.text import printable
 
 
 class PrismError(Exception):
@@ -28,7 +31,7 @@ class PrismError(Exception):
     MOST = 380
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.split())
+        line = printable(" ".join(message.split()))
         if len(line) > self.MOST:
             line = f"{line[: self.MOST // 2]} … {line[-self.MOST // 2 + 3 :]}"
         super().__init__(line)

@@ -21,6 +21,12 @@ def shipped_schema(name: str) -> dict[str, Any]:
     return schema
 
 
+#: Numbers beyond it are no counts, and other readers of JSON would change them.
+_MOST_COUNT = 2**63
+#: What a schema calls a type, for a reader.
+_TYPES = {"integer": "a whole number", "number": "a finite number", "boolean": "true or false"}
+
+
 def check_format(values: Any, form: str, version: int, *, source: object, remedy: str) -> None:
     """Refuse what is not a file of this format and version.
 
@@ -70,6 +76,62 @@ def check_schema(
         for part in error.absolute_path:
             place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
         raise InputError(_plain(error), source=source, place=place)
+
+
+def check_strictly(values: Any, schema: Mapping[str, Any], *, source: object) -> None:
+    """Refuse what the schema does not allow, 2.0 as an integer and 1e999 as a number too.
+
+    Raises
+    ------
+    InputError
+        Names the place and the value of the first error.
+    """
+    import jsonschema
+
+    require_few_values(values, source)
+    base = jsonschema.Draft202012Validator
+    types = base.TYPE_CHECKER.redefine_many(
+        {"integer": lambda _, value: _is_count(value), "number": lambda _, value: _is_number(value)}
+    )
+    extend = jsonschema.validators.extend
+    validator = extend(base, type_checker=types)(schema)  # type: ignore[no-untyped-call]
+    error = next(iter(validator.iter_errors(values)), None)
+    if error is not None:
+        place = ""
+        for part in error.absolute_path:
+            place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
+        raise InputError(_plain_strict(error), source=source, place=place)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MOST_COUNT
+
+
+def _is_number(value: Any) -> bool:
+    return _is_count(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _plain_strict(error: Any) -> str:
+    """An error of :func:`check_strictly` in one short line."""
+    if error.validator in ("required", "additionalProperties"):
+        return str(error.message)
+    value = repr(error.instance)
+    value = f"{value[:50]}…" if len(value) > 60 else value
+    wanted = error.validator_value
+    if error.validator == "type":
+        kinds = wanted if isinstance(wanted, list) else [wanted]
+        return f"{value}; expected {' or '.join(_TYPES.get(kind, str(kind)) for kind in kinds)}"
+    if error.validator == "enum":
+        return f"{value}; expected {' or '.join(map(repr, wanted))}"
+    if error.validator == "oneOf":  # only the quantiles of simulations have a choice
+        return f"{len(error.instance)} numbers; expected 101, or none"
+    words = {
+        "minimum": "at least",
+        "maximum": "at most",
+        "exclusiveMinimum": "more than",
+        "exclusiveMaximum": "less than",
+    }
+    return f"{value}; expected {words.get(str(error.validator), error.validator)} {wanted!r}"
 
 
 #: Of more errors than this the first in the file may not be the one that is told.

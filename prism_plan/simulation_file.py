@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
-from prism_plan.schema import check_format, require_few_values, shipped_schema
+from prism_plan.schema import check_format, check_strictly, shipped_schema
 
 FORMAT = "prism-plan/simulation"
 VERSION = 1
-#: Numbers beyond it are no counts, and other readers of JSON would change them.
-_MOST_COUNT = 2**63
-#: What a schema calls a type, for a reader.
-_TYPES = {"integer": "a whole number", "number": "a finite number", "boolean": "true or false"}
 
 
 def simulation_schema() -> dict[str, Any]:
@@ -41,55 +36,10 @@ def simulation_from_json(values: Any, source: object = "") -> dict[str, Any]:
     """The same from the values of the file; see :func:`read_simulation`."""
     remedy = "make reports with prism-plan simulate -o"
     check_format(values, FORMAT, VERSION, source=source, remedy=remedy)
-    _check_schema(values, source)
+    check_strictly(values, simulation_schema(), source=source)
     for index, run in enumerate(values["runs"]):
         _check_run(run, source, f"runs[{index}]")
     return dict(values)
-
-
-def _check_schema(values: Any, source: object) -> None:
-    import jsonschema
-
-    require_few_values(values, source)
-    base = jsonschema.Draft202012Validator
-    # Stricter than JSON Schema, to which 2.0 is an integer and 1e999 a number.
-    types = base.TYPE_CHECKER.redefine_many(
-        {"integer": lambda _, value: _is_count(value), "number": lambda _, value: _is_number(value)}
-    )
-    extend = jsonschema.validators.extend
-    validator = extend(base, type_checker=types)(simulation_schema())  # type: ignore[no-untyped-call]
-    error = next(iter(validator.iter_errors(values)), None)
-    if error is not None:
-        place = ""
-        for part in error.absolute_path:
-            place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
-        raise InputError(_plain(error), source=source, place=place)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MOST_COUNT
-
-
-def _is_number(value: Any) -> bool:
-    return _is_count(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _plain(error: Any) -> str:
-    """A schema error in one short line."""
-    if error.validator in ("required", "additionalProperties"):
-        return str(error.message)
-    value = repr(error.instance)
-    value = f"{value[:50]}…" if len(value) > 60 else value
-    wanted = error.validator_value
-    if error.validator == "type":
-        kinds = wanted if isinstance(wanted, list) else [wanted]
-        return f"{value}; expected {' or '.join(_TYPES.get(kind, str(kind)) for kind in kinds)}"
-    if error.validator == "enum":
-        return f"{value}; expected {' or '.join(map(repr, wanted))}"
-    if error.validator == "oneOf":  # only the quantiles have a choice
-        return f"{len(error.instance)} numbers; expected 101, or none"
-    words = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "more than"}
-    return f"{value}; expected {words.get(str(error.validator), error.validator)} {wanted!r}"
 
 
 def _check_run(run: Mapping[str, Any], source: object, place: str) -> None:

@@ -25,6 +25,8 @@ METADATA_KEY = b"prism_plan_sweep"
 OK = "ok"
 #: Rows that are turned into Python's values at a time.
 _BATCH_ROWS = 1024
+#: Means over the same steps or requests may differ by rounding.
+_ROUNDING = 1e-9
 _REMEDY = "make sweeps with prism-plan simulate --sweep"
 
 
@@ -43,6 +45,8 @@ class Column:
     null: bool = False
 
 
+#: Conditions have the ranges of :class:`prism_plan.sweep.Grid`, which makes them.
+_CONDITION = Column(float, least=1e-6, most=1e9, null=True)
 _TIME = Column(float, of_run=True, null=True)
 _SHARE = Column(float, most=1.0, of_run=True, null=True)
 _RESULT = Column(int, of_run=True)
@@ -50,9 +54,9 @@ _RESULT = Column(int, of_run=True)
 COLUMNS: Mapping[str, Column] = {
     "gpus": Column(int, least=1),
     "servers": Column(int, least=1),
-    "bandwidth_mbps": Column(float, null=True),
-    "arrival_interval_s": Column(float, null=True),
-    "memory_fraction": Column(float, null=True),
+    "bandwidth_mbps": _CONDITION,
+    "arrival_interval_s": _CONDITION,
+    "memory_fraction": Column(float, least=1e-6, most=1.0, null=True),
     "solver": Column(str),
     "seed": Column(int),
     "status": Column(str),
@@ -141,7 +145,9 @@ def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
         metadata={METADATA_KEY: json.dumps({"version": VERSION}).encode()},
     )
     stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), stream, compression="zstd")
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    # a damaged page is noticed when it is read
+    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
     return stream.getvalue()
 
 
@@ -317,19 +323,78 @@ def _checked(
     checked = []
     for number, row in enumerate(rows, 1):
         failed = row["status"] != OK
-        checked.append(
-            {
-                name: _value(
-                    row[name],
-                    column,
-                    column.null or (failed and column.of_run),
-                    source,
-                    f"row {number}, column {name}",
-                )
-                for name, column in COLUMNS.items()
-            }
-        )
+        values = {
+            name: _value(
+                row[name],
+                column,
+                column.null or (failed and column.of_run),
+                source,
+                f"row {number}, column {name}",
+            )
+            for name, column in COLUMNS.items()
+        }
+        _check_row(values, source, number)
+        checked.append(values)
     return checked
+
+
+#: Pairs of columns of which the first is never larger than the second.
+_ORDERED = (
+    ("servers", "gpus"),
+    ("latency_p50_s", "latency_p95_s"),
+    ("latency_p95_s", "latency_p99_s"),
+    ("ttft_mean_s", "latency_mean_s"),
+    ("remote_share", "waiting_share"),  # a step with a remote expert waits
+)
+
+
+def _check_row(row: Mapping[str, Any], source: object, number: int) -> None:
+    """What the range of a column cannot say: which values of a row belong together."""
+
+    def require(holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise InputError(
+                f"{row[name]!r:.60}",
+                source=source,
+                place=f"row {number}, column {name}",
+                expected=expected,
+            )
+
+    known = _solvers()
+    name = row["solver"].removesuffix("+paths")
+    close = did_you_mean(name, known)
+    require(name in known, "solver", f"one of {', '.join(known)}{close}")
+    if row["status"] != OK:
+        for column in COLUMNS:
+            if COLUMNS[column].of_run:
+                require(row[column] is None, column, "nothing, for the run failed")
+    for smaller, larger in _ORDERED:
+        if row[smaller] is not None and row[larger] is not None:
+            least, most = row[smaller], row[larger]
+            require(
+                least <= most * (1 + _ROUNDING) + _ROUNDING, smaller,
+                f"at most {larger}, {most:g}",
+            )  # fmt: skip
+    destinations = row["destinations"]
+    if destinations is not None:
+        others = row["servers"] - 1
+        require(
+            destinations <= others + _ROUNDING, "destinations", f"at most {others}, other servers"
+        )
+    times = [key for key in COLUMNS if key.startswith("latency_")]
+    for key in times:
+        require(
+            (row[key] is None) == (row[times[0]] is None), key,
+            f"a number exactly if {times[0]} is one",
+        )  # fmt: skip
+
+
+def _solvers() -> tuple[str, ...]:
+    """The names that a sweep can have in its column of solvers."""
+    from prism_plan.simulation import OFFLOAD
+    from prism_plan.solvers import SOLVER_NAMES
+
+    return (*SOLVER_NAMES, OFFLOAD)
 
 
 def _value(value: Any, column: Column, null: bool, source: object, place: str) -> Any:
@@ -349,7 +414,9 @@ def _value(value: Any, column: Column, null: bool, source: object, place: str) -
     )
     if not good:
         what = "a whole number" if column.kind is int else "a number"
-        bounds = f"of at least {column.least:g}" if column.most == math.inf else "from 0 to 1"
+        bounds = f"of at least {column.least:g}"
+        if column.most != math.inf:
+            bounds = f"from {column.least:g} to {column.most:g}"
         raise InputError(
             f"{value!r:.60}",
             source=source,

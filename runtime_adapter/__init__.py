@@ -2,3 +2,6 @@
 
 Imports :mod:`prism_plan`, never the reverse. Needs the extra ``runtime`` (PyTorch, transformers 5).
 """
+
+#: What begins each line on standard error.
+PROGRAM = "prism-runtime"

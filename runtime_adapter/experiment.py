@@ -437,6 +437,6 @@ def command(**given: Any) -> None:
 
 
 if __name__ == "__main__":
-    from runtime_adapter.cli import run_command
+    from runtime_adapter.cli import run_and_leave
 
-    run_command(command, "python -m runtime_adapter.experiment")
+    run_and_leave(command, "python -m runtime_adapter.experiment")

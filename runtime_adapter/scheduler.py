@@ -8,7 +8,6 @@ done. A server that is lost ends the migration that is under way; later ones are
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import threading
@@ -94,11 +93,6 @@ def run_scheduler(config: SchedulerConfig) -> None:
         Scheduler(config, news).run()
     except RuntimeFailure:  # StoreLost as well
         return  # the run is over
-    except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        logging.getLogger(__name__).error(
-            "prism-runtime: the scheduler failed: %s; please report it", text
-        )  # the front notices its end, and the run goes on
 
 
 def _beat(news: News) -> None:

@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 
 from prism_plan.errors import PrismError
+from prism_plan.faults import run_process
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
 from prism_plan.placement_file import placement_to_json
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routes import Route
+from runtime_adapter import PROGRAM
 from runtime_adapter.agent import Loader
 from runtime_adapter.changes import BEAT, News
 from runtime_adapter.compute import Compute
@@ -201,12 +203,16 @@ class Server:
             loader=config.movable.loader if config.movable else None,
             planes=config.planes,
         )
-        self._worker = context.Process(target=run_worker, args=(worker, theirs), daemon=True)
+        self._worker = context.Process(
+            target=run_process, args=(PROGRAM, run_worker, worker, theirs), daemon=True
+        )
         self._worker.start()
         theirs.close()
         if config.movable is not None and self.me == 0:
             self._scheduler = context.Process(
-                target=run_scheduler, args=(config.movable.scheduler,), daemon=True
+                target=run_process,
+                args=(PROGRAM, run_scheduler, config.movable.scheduler),
+                daemon=True,
             )
             self._scheduler.start()
         groups = in_parallel([partial(group, meeting, self.me, m, 0) for m in others])

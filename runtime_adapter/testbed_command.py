@@ -15,9 +15,13 @@ from typing import IO, Any
 
 import click
 
-from prism_plan.errors import OutputError, PrismError
+from prism_plan.cli.boundary import run_command
+from prism_plan.errors import OutputError
+from prism_plan.faults import say
 from runtime_adapter.testbed import Testbed, check_command
 
+#: What begins each line on standard error.
+PROGRAM = "testbed"
 #: Signals that end the testbed; its servers are sent the same one.
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -71,7 +75,7 @@ def cli(
     and iproute2.
 
     Exit code: that of the first server that fails, 128 + the signal if one ended it; 2 if there is
-    no testbed.
+    no testbed, 70 an internal error (please report its line).
     """
     given = None if names is None else names.split(",")
     if servers is None:
@@ -97,20 +101,7 @@ def cli(
 
 def main() -> int:
     """Run the command line and return its exit code; every error is one line on standard error."""
-    try:
-        with cli.make_context("testbed", sys.argv[1:]) as context:
-            code: int = cli.invoke(context)
-        return code
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except PrismError as error:
-        _note(str(error))
-        return error.exit_code
-    except click.ClickException as error:
-        _note(f"{error.format_message().rstrip('.')}; see --help")
-        return 2
-    except KeyboardInterrupt:  # before the testbed was begun
-        return 128 + signal.SIGINT
+    return run_command(cli, "testbed", program=PROGRAM)
 
 
 class _Endings:
@@ -174,7 +165,7 @@ def _first_failure(testbed: Testbed, running: list[subprocess.Popen[bytes]]) -> 
     for name, process in zip(testbed.names, running, strict=False):
         if code := process.poll():
             cause = f"exit code {code}" if code > 0 else f"signal {-code}"
-            _note(f"{name} ended with {cause}")
+            say(PROGRAM, f"{name} ended with {cause}")
             return code if code > 0 else 128 - code
     return 0
 
@@ -229,8 +220,3 @@ def _pump(source: IO[bytes], target: IO[bytes], prefix: bytes, endings: _Endings
 def _drain(pumps: list[threading.Thread]) -> None:
     for pump in pumps:
         pump.join(KILL_AFTER_S)
-
-
-def _note(message: str) -> None:
-    with contextlib.suppress(OSError):
-        print(f"testbed: {' '.join(message.split())}", file=sys.stderr, flush=True)

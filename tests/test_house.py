@@ -18,8 +18,8 @@ RUNTIME = PACKAGE.parent / "runtime_adapter"
 #: A module may import those of its own and of lower floors; `solvers` and others of one floor that
 #: are packages do not import each other.
 FLOORS = [
-    {"errors", "jit", "limits", "machine", "open_file"},
-    {"files", "schema", "kernels", "__init__"},
+    {"text", "errors", "jit", "limits", "machine", "open_file"},
+    {"faults", "files", "schema", "kernels", "__init__"},
     {
         *("model", "model_config", "checkpoint_folder", "cluster", "cluster_file", "toml_table"),
         *("assumed", "trace", "trace_counts", "trace_file", "parquet_input", "provenance"),

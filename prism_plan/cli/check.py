@@ -53,7 +53,7 @@ def command(
     placement breaks a constraint or no placement can satisfy a cluster.
     """
     from prism_plan.check import check_file
-    from prism_plan.cli.console import load_trace, note, print_json
+    from prism_plan.cli.console import load_trace, note, print_json, print_line
     from prism_plan.cli.inputs import load_cluster
     from prism_plan.model import load_model
 
@@ -89,9 +89,9 @@ def command(
         if not as_json:
             verdict = "INVALID" if report.problems else "ok"
             aside = table_format != "table"  # then standard output holds the tables alone
-            click.echo(f"{path}: {verdict}: {report.kind}: {report.summary}", err=aside)
+            print_line(f"{path}: {verdict}: {report.kind}: {report.summary}", err=aside)
             for text in report.notes:
-                click.echo(f"{path}: note: {text}", err=aside)
+                print_line(f"{path}: note: {text}", err=aside)
             if report.memory:
                 _print_memory(path, found[-1]["memory"], table_format)
     for text in warnings:

@@ -1,4 +1,7 @@
-"""Output: messages and progress to standard error, data to standard output."""
+"""Output: messages and progress to standard error, data to standard output.
+
+All that the commands print passes here, where it is made printable (:mod:`prism_plan.text`).
+"""
 
 from __future__ import annotations
 
@@ -11,36 +14,33 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prism_plan.faults import say
 from prism_plan.files import write_bytes
+from prism_plan.text import printable, printable_json
 
 if TYPE_CHECKING:
     from prism_plan.trace import Trace
 
+#: What begins each message.
+PROGRAM = "prism-plan"
 #: Traces of more rows than this are read with a progress bar.
 LONG_TRACE = 200_000
 
 
 def note(message: str) -> None:
     """A message to standard error."""
-    click.echo(f"prism-plan: {' '.join(message.split())}", err=True)
+    say(PROGRAM, message)
 
 
-def announce_compilation() -> None:
-    """Say on a terminal why the first run on a machine takes longer."""
-    from prism_plan.jit import before_first_compilation
-
-    if sys.stderr.isatty():
-        before_first_compilation(
-            lambda: note(
-                "compiling for this machine: once after installation, "
-                "a few seconds, for the simulator up to a minute"
-            )
-        )
+def print_line(text: str, *, err: bool = False) -> None:
+    """A line of a result on standard output (or error)."""
+    click.echo(printable(text), err=err)
 
 
 def print_json(values: Any) -> None:
     """JSON to standard output."""
-    click.echo(json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False))
+    text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
+    click.echo(printable_json(text))
 
 
 @contextlib.contextmanager
@@ -53,10 +53,10 @@ def progress(total: int, unit: str) -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn(unit, markup=False),
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
@@ -64,7 +64,7 @@ def progress(total: int, unit: str) -> Iterator[Callable[..., None]]:
         task = bar.add_task("", total=total)
 
         def update(label: str, done: int, total: int | None = None) -> None:
-            bar.update(task, description=label, completed=done, total=total)
+            bar.update(task, description=printable(label), completed=done, total=total)
 
         yield update
 
@@ -86,10 +86,13 @@ def load_trace(path: str) -> Trace:
 
 
 def deliver(output: str, data: bytes) -> None:
-    """Write ``data`` to the file ``output``, or to standard output for ``-``."""
+    """Write ``data`` to the file ``output``, or to standard output for ``-``.
+
+    In a file names stay as they are. What goes to standard output is JSON or a table of numbers.
+    """
     if output == "-":
         stream = sys.stdout.buffer
-        stream.write(data)
+        stream.write(printable_json(data.decode("utf-8")).encode("utf-8"))
         stream.flush()
     else:
         write_bytes(output, data)

@@ -15,6 +15,9 @@ from typing import Any
 
 import click
 
+from prism_plan.cli.console import note
+from prism_plan.text import printable
+
 #: Values of ``--format``.
 FORMATS = ("table", "csv", "markdown", "latex")
 format_option = click.option(
@@ -75,7 +78,8 @@ def _column(
 
 def words(heading: str, key: str, values: Sequence[str | None], *, rank: int = 0) -> Column:
     """Names and other texts."""
-    return _column(heading, key, values, str, words=True, rank=rank)
+    shown = [None if value is None else printable(value) for value in values]
+    return _column(printable(heading), key, shown, str, words=True, rank=rank)
 
 
 def counts(heading: str, key: str, values: Sequence[int | None], *, rank: int = 0) -> Column:
@@ -137,6 +141,7 @@ def print_table(
     columns: Sequence[Column], *, title: str = "", form: str = "table", err: bool = False
 ) -> None:
     """Print a table on standard output (or error) in one of the :data:`FORMATS`."""
+    title = printable(title)
     if form == "csv":
         click.echo(_csv(columns), nl=False, err=err)
     elif form == "markdown":
@@ -187,8 +192,6 @@ def _print_text(columns: Sequence[Column], title: str, err: bool) -> None:
     console.print(table)
     missing = [column.heading for column in columns if column not in shown]
     if missing:
-        from prism_plan.cli.console import note
-
         note(f"left out for width: {', '.join(missing)}; --format csv has all columns")
 
 

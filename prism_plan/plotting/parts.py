@@ -19,6 +19,7 @@ from prism_plan.plotting.style import (
     TITLE_PT,
     WIDTH_IN,
 )
+from prism_plan.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,8 +147,12 @@ def _draw_title(figure: Figure, parts: Sequence[str], between: str) -> None:
 
 
 def fit(name: str, most: int) -> str:
-    """One line of at most ``most`` (at least 8) characters; the middle of a longer one is cut."""
-    name, most = " ".join(name.split()), max(most, 8)
+    """One printable line of at most ``most`` (at least 8) characters; the middle is cut.
+
+    Every text of a file that stands in a figure passes here: a control character has no glyph and
+    is not allowed in SVG.
+    """
+    name, most = printable(" ".join(name.split())), max(most, 8)
     if len(name) <= most:
         return name
     return f"{name[: most // 2]}…{name[len(name) - (most - most // 2 - 1) :]}"

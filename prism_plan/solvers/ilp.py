@@ -1,17 +1,24 @@
 """The planning problem as an integer program in PuLP: the referee, and for experts of unequal size.
 
-Back ends: HiGHS and the CBC that comes with PuLP.
+Back ends: HiGHS and the CBC that comes with PuLP. Both hold a constraint within a tolerance of
+about 1e-6, which is some bytes where experts have millions of them. So an answer is checked in
+whole numbers; one that holds a byte too much is not taken, and the problem is solved once more with
+the capacities written digit by digit, where a tolerance of 1e-6 is far below one byte.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import math
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +34,13 @@ from prism_plan.solvers.packing import standing_local
 
 #: A gap of this share of all calls is rounding of the back ends, not distance from the optimum.
 TOLERANCE = 1e-7
+#: Bits of a digit of the capacities in bytes: 2**-10 is a thousand times a back end's tolerance.
+DIGIT_BITS = 10
 #: The largest weight in the objective, so that the back ends' absolute tolerances are small to it.
 LARGEST_WEIGHT = 1000.0
 
 
 def _solve(instance: Instance, options: Options) -> Answer:
-    import pulp
-
     worth = instance.activations
     if options.near is not None:
         standing = standing_local(instance, options.near)
@@ -41,14 +48,9 @@ def _solve(instance: Instance, options: Options) -> Answer:
         tie = 1e-9 * float(worth.max())
         worth = worth - max(options.load_price, tie) * ~standing
     scale = LARGEST_WEIGHT / (float(np.abs(worth).max()) or 1.0)
-    problem, variables, gpu_variables = _model(instance, worth * scale)
-    with _stdout_to_stderr(), tempfile.TemporaryDirectory(prefix="prism-plan-") as folder:
-        log = Path(folder) / "log"
-        with _ended_with_this():
-            problem.solve(_backend(options, log))
-        bound = _bound(problem, options, log)
-    status = problem.sol_status
-    if status == pulp.LpSolutionInfeasible:
+    found = _search(instance, worth * scale, options)
+    held = found.held
+    if found.infeasible:
         if instance.in_slots:
             explain_infeasible(instance)
         raise Infeasible(
@@ -57,24 +59,22 @@ def _solve(instance: Instance, options: Options) -> Answer:
             unit="experts at least",
             remedy="add memory",
         )
-    held = _held(problem, variables, instance.activations.shape)
-    if status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) or held is None:
+    if held is None:
         limit = (
             f"{options.time_limit_s:g} s" if options.time_limit_s else "the back end's own limit"
         )
         other = " or use --solver exact" if instance.in_slots else ""
         raise LimitReached(
             f"ilp with {options.backend} found no placement within {limit} "
-            f"({pulp.LpSolution[status]}); raise --time-limit{other}"
+            f"({found.words}); raise --time-limit{other}"
         )
     total = math.fsum(instance.activations.ravel())
     if options.near is not None:  # the tie-break is no part of the objective
         worth = instance.activations - options.load_price * ~standing
     objective = total - math.fsum(worth[held])
-    lower = -math.inf if bound is None else total + bound / scale
+    lower = -math.inf if found.bound is None else total + found.bound / scale
     gap = max(objective - lower, 0.0)
-    finished = status == pulp.LpSolutionOptimal and problem.status == pulp.LpStatusOptimal
-    optimal = finished and gap <= TOLERANCE * max(total, abs(objective))
+    optimal = found.finished and gap <= TOLERANCE * max(total, abs(objective))
     extra: dict[str, Any] = {"backend": options.backend}
     if not optimal and math.isfinite(gap):
         extra["gap"] = gap / abs(objective) if objective else gap
@@ -82,13 +82,99 @@ def _solve(instance: Instance, options: Options) -> Answer:
         local=held,
         termination="optimal" if optimal else "time_limit",
         bound=objective if optimal else (lower if math.isfinite(lower) else None),
-        on_gpu=None if gpu_variables is None else _on_gpu(gpu_variables, instance),
+        on_gpu=found.on_gpu,
         extra=extra,
     )
 
 
-def _model(instance: Instance, worth: npt.NDArray[np.float64]) -> tuple[Any, Any, Any]:
-    """Minimise −Σ worth·x. Variables x[n][j], and per GPU z[g][j] where experts differ in size."""
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """How a back end ended, in its own ``words``.
+
+    ``held`` bool [N, L, E] and ``on_gpu`` bool [G, L, E] are its best answer, ``None`` without one;
+    ``on_gpu`` also where experts are of one size. ``bound`` is a proven lower bound on the scaled
+    objective, ``finished`` whether the search ended by itself.
+    """
+
+    infeasible: bool
+    finished: bool
+    words: str
+    held: npt.NDArray[np.bool_] | None
+    on_gpu: npt.NDArray[np.bool_] | None
+    bound: float | None
+
+
+def _search(instance: Instance, worth: npt.NDArray[np.float64], options: Options) -> _Found:
+    """Minimise −Σ worth·x; the answer fits to the byte.
+
+    Raises
+    ------
+    LimitReached
+        The back end's answer does not fit even where a byte is far more than its tolerance.
+    """
+    begin = time.monotonic()
+    found = _run(instance, worth, options, by_digits=False)
+    if _fits(instance, found):
+        return found
+    if options.time_limit_s is not None:
+        left_s = max(options.time_limit_s - (time.monotonic() - begin), 1e-3)
+        options = dataclasses.replace(options, time_limit_s=left_s)
+    found = _run(instance, worth, options, by_digits=True)
+    if _fits(instance, found):
+        return found
+    other = "cbc" if options.backend == "highs" else "highs"
+    raise LimitReached(
+        f"ilp with {options.backend} found no placement that fits to the byte; "
+        f"use --backend {other}, or give the GPUs a little more memory"
+    )
+
+
+def _run(
+    instance: Instance, worth: npt.NDArray[np.float64], options: Options, *, by_digits: bool
+) -> _Found:
+    """Run the back end once; see :func:`_model`."""
+    import pulp
+
+    problem, variables, gpu_variables = _model(instance, worth, by_digits=by_digits)
+    with _stdout_to_stderr(), tempfile.TemporaryDirectory(prefix="prism-plan-") as folder:
+        log = Path(folder) / "log"
+        with _ended_with_this():
+            problem.solve(_backend(options, log))
+        bound = _bound(problem, options, log)
+    status = problem.sol_status
+    held = on_gpu = None
+    if status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        held = _held(variables, instance)
+        if held is not None and gpu_variables is not None:
+            on_gpu = _held(gpu_variables, instance)
+            held = None if on_gpu is None else held
+    return _Found(
+        # what CBC calls "integer infeasible" PuLP calls no solution found, and infeasible
+        infeasible=status == pulp.LpSolutionInfeasible
+        or (held is None and problem.status == pulp.LpStatusInfeasible),
+        finished=status == pulp.LpSolutionOptimal and problem.status == pulp.LpStatusOptimal,
+        words=pulp.LpSolution[status],
+        held=held,
+        on_gpu=on_gpu,
+        bound=bound,
+    )
+
+
+def _fits(instance: Instance, found: _Found) -> bool:
+    """Whether no GPU holds a byte too much, in whole numbers; true where there is no answer."""
+    if found.on_gpu is None:
+        return True
+    used = found.on_gpu.sum(axis=2) @ instance.expert_size
+    return bool((used <= [room for gpus in instance.gpu_capacity for room in gpus]).all())
+
+
+def _model(
+    instance: Instance, worth: npt.NDArray[np.float64], *, by_digits: bool = False
+) -> tuple[Any, Any, Any]:
+    """Minimise −Σ worth·x. Variables x[n][j], and per GPU z[g][j] where experts differ in size.
+
+    ``by_digits`` writes the capacities of GPUs in bytes digit by digit.
+    """
     import pulp
 
     servers, layers, experts = worth.shape
@@ -120,22 +206,56 @@ def _model(instance: Instance, worth: npt.NDArray[np.float64]) -> tuple[Any, Any
         for n, slots in enumerate(instance.slots.tolist()):
             problem += pulp.LpAffineExpression([(v, 1) for v in x[n]]) <= slots
         return problem, x, None
-    size = np.repeat(instance.expert_size, experts).tolist()
+    # bytes in units of their greatest common divisor: of the room only whole units are of use
+    unit = math.gcd(*instance.expert_size.tolist())
+    size = np.repeat(instance.expert_size // unit, experts).tolist()
     owner = server_of_gpu(instance.gpu_capacity).tolist()
-    capacity = [room for gpus in instance.gpu_capacity for room in gpus]
-    unit = max(size)  # bytes in units of the largest expert keep the numbers near one
+    capacity = [room // unit for gpus in instance.gpu_capacity for room in gpus]
     z = [
         [problem.add_variable(f"z_{g}_{j}", 0, 1, "Integer") for j in range(pairs)]
         for g in range(len(owner))
     ]
     for g, room in enumerate(capacity):
-        used = pulp.LpAffineExpression([(z[g][j], size[j] / unit) for j in range(pairs)])
-        problem += used <= room / unit
+        if by_digits:
+            _add_capacity_by_digits(problem, z[g], size, room, f"c_{g}")
+            continue
+        largest = max(size)  # in units of the largest expert the numbers are near one
+        used = pulp.LpAffineExpression([(z[g][j], size[j] / largest) for j in range(pairs)])
+        problem += used <= room / largest
     for n in range(servers):
         gpus = [g for g in range(len(owner)) if owner[g] == n]
         for j in range(pairs):
             problem += pulp.LpAffineExpression([(z[g][j], 1) for g in gpus]) == x[n][j]
     return problem, x, z
+
+
+def _add_capacity_by_digits(
+    problem: Any, variables: Sequence[Any], size: Sequence[int], room: int, name: str
+) -> None:
+    """Add Σ size·variable ≤ room as one constraint for each digit of the sizes, base B.
+
+    With size = high·B + low and room likewise, the sum fits iff a whole number of carries c has
+    Σ low·variable ≤ room_low + B·c and Σ high·variable + c ≤ room_high; the second is split again
+    while it has several digits. Divided by B, a power of two, the coefficients are exact, at most
+    one and whole multiples of 1/B, so that no sum can lie between two of them.
+    """
+    import pulp
+
+    base = 1 << DIGIT_BITS
+    carried: list[Any] = []  # the carries of the digit before
+    most_carried = 0
+    for digit in itertools.count():
+        last = max(size) < base
+        low = list(size) if last else [s % base for s in size]
+        terms = [(v, s / base) for v, s in zip(variables, low, strict=True)]
+        terms += [(carry, 1 / base) for carry in carried]
+        if last:
+            problem += pulp.LpAffineExpression(terms) <= room / base
+            return
+        most_carried = (sum(low) + most_carried) // base + 1
+        carried = [problem.add_variable(f"{name}_{digit}", 0, most_carried, "Integer")]
+        problem += pulp.LpAffineExpression([*terms, (carried[0], -1)]) <= (room % base) / base
+        size, room = [s // base for s in size], room // base
 
 
 def _backend(options: Options, log: Path) -> Any:
@@ -216,19 +336,15 @@ def _bound(problem: Any, options: Options, log: Path) -> float | None:
     return float(found.group(1)) if found else None
 
 
-def _held(problem: Any, variables: Any, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
+def _held(variables: Any, instance: Instance) -> npt.NDArray[np.bool_] | None:
+    """Which variables are 1, bool [N or G, L, E]; ``None`` if some are neither 0 nor 1."""
     values = [[variable.value() for variable in row] for row in variables]
     if any(value is None for row in values for value in row):
         return None
-    found = np.array(values, np.float64).reshape(shape)
+    found = np.array(values, np.float64).reshape(len(variables), *instance.activations.shape[1:])
     if np.abs(found - np.rint(found)).max() > 1e-5:
         return None
     return found > 0.5
-
-
-def _on_gpu(variables: Any, instance: Instance) -> npt.NDArray[np.bool_]:
-    values = np.array([[variable.value() for variable in row] for row in variables])
-    return (values > 0.5).reshape(len(variables), *instance.activations.shape[1:])
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +11,16 @@ import click
 
 from prism_plan.cli.review_options import review_options
 from prism_plan.errors import did_you_mean
+from prism_plan.faults import say
+from runtime_adapter import PROGRAM
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
 
 
 def note(message: str) -> None:
-    """A line to standard error; what cannot be printed is written as in a Python text."""
-    line = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
-        for c in " ".join(message.split())
-    )
-    print(f"prism-runtime: {line}", file=sys.stderr, flush=True)
+    """A line to standard error."""
+    say(PROGRAM, message)
 
 
 def note_assumed(path: str, cluster: Cluster, **uses: bool) -> None:

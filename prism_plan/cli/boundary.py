@@ -1,0 +1,173 @@
+"""The boundary of every program: errors become one line on standard error and an exit code.
+
+::
+
+    done                                                   0
+    bad input, wrong usage, a file that cannot be written  2
+    infeasible                                             3
+    a limit or the end of memory, with no result           4
+    another server, a port or the store failed             5    (runtime)
+    an internal error: a fault of ours                    70
+    interrupted                                          130
+
+The first ones are those of :mod:`prism_plan.errors`; any exception that is none of them is a fault
+(:mod:`prism_plan.faults`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from prism_plan.errors import LimitReached, OutputError, PrismError
+from prism_plan.faults import one_line_each, raised_at, report_fault, say
+from prism_plan.jit import before_first_compilation
+
+INTERRUPTED_EXIT_CODE = 130
+#: Modules of the extras, and which extra of a program brings them.
+EXTRA_MODULES = frozenset({"accelerate", "safetensors", "torch", "transformers"})
+
+
+def run_command(
+    command: click.Command,
+    name: str,
+    *,
+    program: str,
+    arguments: Sequence[str] | None = None,
+    interrupted: str = "interrupted",
+    extra: str = "hf",
+) -> int:
+    """Run a command and return its exit code; every error is one line on standard error.
+
+    ``name`` is what usage messages call the command, ``program`` what begins each line.
+    ``interrupted`` is what is said on Ctrl-C and SIGTERM, ``extra`` the extra that is named where
+    one of :data:`EXTRA_MODULES` is missing.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    _prepare_streams()
+    _announce_compilation(program)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with one_line_each(program):
+        try:
+            return _invoke(command, name, given)
+        except BaseException as error:
+            return _exit_code(error, name, program, interrupted, extra)
+
+
+def _prepare_streams() -> None:
+    for stream_name in ("stdout", "stderr"):
+        stream = getattr(sys, stream_name)
+        if stream is None:  # closed by the caller
+            setattr(sys, stream_name, open(os.devnull, "w"))  # noqa: SIM115 - for good
+        elif hasattr(stream, "reconfigure"):  # an encoding that lacks a character is no error
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _announce_compilation(program: str) -> None:
+    """Say on a terminal why the first run on a machine takes longer."""
+    if sys.stderr.isatty():
+        before_first_compilation(
+            lambda: say(
+                program,
+                "compiling for this machine: once after installation, "
+                "a few seconds, for the simulator up to a minute",
+            )
+        )
+
+
+def _invoke(command: click.Command, name: str, arguments: list[str]) -> int:
+    """Run the command; its exit code is what it returns, if that is a number."""
+    try:
+        # not command.main(): on Ctrl-C and on a closed pipe it prints and exits in its own way
+        with command.make_context(name, arguments) as context:
+            result = command.invoke(context)
+    finally:
+        sys.stdout.flush()
+    return result if isinstance(result, int) else 0
+
+
+def _exit_code(error: BaseException, name: str, program: str, interrupted: str, extra: str) -> int:
+    """Tell what went wrong, in one line; gives the exit code."""
+    match error:
+        case click.exceptions.Exit():
+            return error.exit_code
+        case SystemExit():
+            raise error
+        case PrismError():
+            code, message = error.exit_code, str(error)
+        case click.exceptions.NoArgsIsHelpError():
+            click.echo(error.format_message(), err=True)  # which is the help
+            return 2
+        case click.UsageError():
+            path = error.ctx.command_path if error.ctx else name
+            found = " ".join(error.format_message().split()).rstrip(".")
+            code, message = 2, f"{found}; see {path} --help"
+        case click.ClickException():
+            code, message = 2, error.format_message()
+        case KeyboardInterrupt() | click.Abort():
+            code, message = INTERRUPTED_EXIT_CODE, interrupted
+        case BrokenPipeError() if _stdout_gone():
+            _discard_stdout()  # the reader has had enough: no more, and no complaint
+            return 0
+        case _ if (short := _out_of_memory(error)) is not None:
+            code, message = LimitReached.exit_code, short
+        case ModuleNotFoundError() if (error.name or "").split(".")[0] in EXTRA_MODULES:
+            code, message = 2, f"{error}; install the extra: pip install 'prism-plan[{extra}]'"
+        case OSError() if error.errno is not None and not isinstance(error, BrokenPipeError):
+            _discard_stdout()
+            reason = (error.strerror or str(error)).lower()
+            code, message = OutputError.exit_code, f"{_place_of(error)}: {reason}"
+        case _:
+            return report_fault(program, error)
+    say(program, message)
+    return code
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """What to say where memory has ended, that of a GPU and of a worker process too."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"MemoryError", "OutOfMemoryError"}:  # the latter is PyTorch's
+        return "out of memory; use a smaller trace or cluster, or a larger machine"
+    if "BrokenProcessPool" in names:
+        return "a worker process was ended, perhaps for lack of memory; use fewer --jobs"
+    return None
+
+
+def _place_of(error: OSError) -> str:
+    """The file of an error of the system, or what else it was about."""
+    if error.filename is not None:
+        return (
+            os.fsdecode(error.filename)
+            if isinstance(error.filename, bytes)
+            else str(error.filename)
+        )
+    own = raised_at(error)
+    return "standard output" if ".cli." in own else f"the operating system, {own}"
+
+
+def _stdout_gone() -> bool:
+    """Whether it is standard output whose reader has closed its end, and no other pipe."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _discard_stdout() -> None:
+    """Keep the interpreter from failing once more when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """End as on Ctrl-C, so that temporary files are removed."""
+    raise KeyboardInterrupt
