@@ -66,6 +66,29 @@ def open_parquet(
         ) from error
 
 
+def batches(
+    parquet: Any, rows: int, *, source: object, columns: Sequence[str] | None = None
+) -> Iterator[Any]:
+    """Record batches of at most so many ``rows``, until all rows of the footer have been read.
+
+    Raises
+    ------
+    InputError
+        There are fewer rows than the footer tells: a damaged page ends a column early, which
+        pyarrow passes over in silence.
+    """
+    found = 0
+    for batch in parquet.iter_batches(rows, columns=columns):
+        found += len(batch)
+        yield batch
+    if found != num_rows(parquet):
+        raise InputError(
+            f"not a readable Parquet file: {found:,} rows, {num_rows(parquet):,} in its footer",
+            source=source,
+            remedy="it is damaged; copy or write it again",
+        )
+
+
 def key_value_metadata(parquet: Any) -> dict[bytes, bytes]:
     """The metadata of a Parquet file: of its schema and of the file itself."""
     return {**(parquet.schema_arrow.metadata or {}), **(parquet.metadata.metadata or {})}

@@ -17,7 +17,7 @@ from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import lines_of, read_text, write_bytes
 from prism_plan.limits import MAX_CELL, MAX_COLUMNS, MAX_RUNS, require_at_most
 from prism_plan.open_file import OpenFile
-from prism_plan.parquet_input import num_rows, open_parquet
+from prism_plan.parquet_input import batches, num_rows, open_parquet
 
 VERSION = 1
 METADATA_KEY = b"prism_plan_sweep"
@@ -223,7 +223,7 @@ def sweep_from_open_file(file: OpenFile) -> list[dict[str, Any]]:
         _require_plain(parquet.schema_arrow, source)
         require_at_most(num_rows(parquet), MAX_RUNS, "rows", source=source)
         rows: list[dict[str, Any]] = []
-        for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(COLUMNS)):
+        for batch in batches(parquet, _BATCH_ROWS, source=source, columns=list(COLUMNS)):
             _short_texts(batch, source)
             rows += batch.to_pylist()
     return _checked(rows, source, some=True)

@@ -29,7 +29,7 @@ from prism_plan.limits import (
 )
 from prism_plan.model import ModelSpec
 from prism_plan.open_file import OpenFile
-from prism_plan.parquet_input import key_value_metadata, num_rows, open_parquet
+from prism_plan.parquet_input import batches, key_value_metadata, num_rows, open_parquet
 from prism_plan.trace import (
     PHASES,
     TokenBatch,
@@ -523,7 +523,7 @@ def _token_batches(file: OpenFile, model: ModelSpec, tasks: _Words) -> Iterator[
         row = 0
         phases = _Words(path)
         phase_codes = np.zeros(0, np.int8)
-        for rows in parquet.iter_batches(_batch_rows(model)):
+        for rows in batches(parquet, _batch_rows(model), source=path):
             _no_nulls(path, rows, row)
             phase = phases.codes(rows.column("phase"))
             if len(phases.code_of) != len(phase_codes):
@@ -672,7 +672,7 @@ def _read_counts(file: OpenFile, header: Mapping[str, Any], common: Mapping[str,
     number = np.zeros(0, np.int64)
     with open_parquet(file, remedy=REMEDY) as parquet:
         _require_columns(path, parquet.schema_arrow, counts_schema())
-        for rows in parquet.iter_batches(BATCH_ROWS):
+        for rows in batches(parquet, BATCH_ROWS, source=path):
             _no_nulls(path, rows, table.rows)
             task = words.codes(rows.column("task"))
             if len(words.code_of) != len(names):
