@@ -296,5 +296,5 @@ def test_requests_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_requests(tmp_path / "none")
     (tmp_path / "bytes").write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(InputError, match="can't decode"):
+    with pytest.raises(InputError, match="byte 12 is not UTF-8"):
         read_requests(tmp_path / "bytes")
