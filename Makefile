@@ -2,6 +2,7 @@
 # make demo-model  the same from a model: profiles a tiny checkpoint first (installs PyTorch)
 # make test    install with test tools and run all tests
 # make test-long  run the checks that take minutes (scripted kills and the like)
+# make same BASE=REV  compare an older commit with the working tree, value by value (tests/golden)
 # make lint    style, formatting and types
 # make bench   measure the speeds that tests/benchmarks/README.md promises
 # Only Python (3.11 or newer) and make are needed. PyTorch comes from the package index that pip is
@@ -11,10 +12,12 @@ PYTHON ?= python3
 VENV ?= .venv
 # dev: test tools; hf: PyTorch and transformers. With EXTRAS=dev the tests that need hf skip.
 EXTRAS ?= dev,hf
+# extras of both revisions of `make same`; hf: also the cases that need PyTorch
+SAME_EXTRAS ?=
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
-.PHONY: demo demo-model test test-long lint bench clean
+.PHONY: demo demo-model test test-long same lint bench clean
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -45,6 +48,10 @@ test: $(VENV)/installed-$(EXTRAS)
 
 test-long: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m pytest -m long
+
+same: $(VENV)/made
+	@test -n "$(BASE)" || { echo "give the commit to compare with: make same BASE=REV" >&2; exit 2; }
+	$(BIN)/python -m tests.golden same "$(BASE)" --extras "$(SAME_EXTRAS)"
 
 lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check .
