@@ -26,6 +26,9 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, usual)
 
+# as the runtime's own programs have it: a lost connection is told in our words, not in a C++ trace
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
 ROOT = Path(__file__).resolve().parent.parent
 ESFT_TASKS = ("intent", "law", "summary", "translation")
 

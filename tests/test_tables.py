@@ -129,7 +129,7 @@ def test_every_command_with_tables(prism_plan: Run, tmp_path: Path) -> None:
 def test_one_unit_a_column() -> None:
     """The largest value chooses the unit; what would round to zero is told to be below."""
     assert sizes("sent", "bytes", [45_660_000, 12, 0, None]).cells == (
-        "45.66 MB", "<0.01 MB", "0.00 MB", "–",
+        "45.66 MB", "<0.01 MB", "0 MB", "–",
     )  # fmt: skip
     assert sizes("sent", "bytes", [999, 0]).cells == ("999 B", "0 B")
     assert durations("mean", "s", [0.05, 0.002]).cells == ("50.00 ms", "2.00 ms")

@@ -129,6 +129,8 @@ def _scaled(factor: float, unit: str, digits: int) -> Callable[[float], str]:
     least = 10.0**-digits
 
     def cell(value: float) -> str:
+        if value == 0:
+            return f"0 {unit}"
         scaled = value / factor
         if 0 < scaled < least / 2:  # rounded to zero it would read as nothing at all
             return f"<{least:.{digits}f} {unit}"
