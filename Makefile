@@ -2,6 +2,7 @@
 # make test    install with test tools and run all tests
 # make test-long  run the checks that take minutes (scripted kills and the like)
 # make lint    style, formatting and types
+# make same BASE=REV  compare an older commit with this one (tests/golden/README.md)
 # make bench   measure the speeds that tests/benchmarks/README.md promises
 # Only Python (3.11 or newer) and make are needed. PyTorch comes from the package index that pip is
 # set up for; on Linux that is a large build with CUDA unless the index offers the CPU build.
@@ -13,7 +14,7 @@ EXTRAS ?= dev,hf
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-long lint bench clean
+.PHONY: demo test test-long same lint bench clean
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -37,6 +38,11 @@ test: $(VENV)/installed-$(EXTRAS)
 
 test-long: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m pytest -m long
+
+# Without EXTRAS=hf the cases that need PyTorch are left out.
+same:
+	@test -n '$(BASE)' || { echo "make same BASE=REV: which commit?" >&2; exit 1; }
+	$(PYTHON) -m tests.golden same '$(BASE)' --extras '$(if $(filter file,$(origin EXTRAS)),,$(EXTRAS))'
 
 lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check .
