@@ -55,7 +55,7 @@ def report(
         print(line)
     hf = sum(case.needs_hf for case in left_out)
     if hf:
-        print(f"left out: {hf} cases that need PyTorch (EXTRAS=hf)")
+        print(f"left out: {hf} cases that need PyTorch (SAME_EXTRAS=hf)")
     print(f"{len(ran)} cases: {len(wrong)} differences, and {len(excepted)} that are excepted")
     return 1 if wrong else 0
 

@@ -48,10 +48,11 @@ def revision(name: str) -> Revision:
 
     """
     try:
-        found = git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+        return Revision(
+            git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").decode().strip()
+        )
     except subprocess.CalledProcessError:
         sys.exit(f"{name!r} is no commit of this repository")
-    return Revision(found.decode().strip())
 
 
 def git(*words: str) -> bytes:
