@@ -188,7 +188,7 @@ def prepare_stream(
     number = 0
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
-        now_s = time.monotonic() - begin_s
+        now_s = max(time.monotonic() - begin_s, 0.0)
         at = server * MOST_REQUESTS + (number - 1) % MOST_REQUESTS
         if not line.strip():
             continue

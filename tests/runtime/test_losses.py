@@ -43,21 +43,21 @@ def test_a_long_prompt_after_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
     prompt = long_prompt()
     short = lines()["ascii-word"][0]["prompt"]
-    asked = [
-        {"prompt": short, "id": 0},
-        *({"prompt": prompt, "id": n, "at_s": 4.0 * n} for n in (1, 2)),
-    ]
     options = (*OWN, "--timeout", "60")
     with Servers(tmp_path, replicated(), f"tiny-{MODEL}", *options) as run:
-        processes = start(run, {"edge-0": asked, "edge-1": asked})
+        processes = start(run, short, ("edge-0", "edge-1"))
         run.send("edge-2", signal.SIGKILL)
+        for name in ("edge-0", "edge-1"):
+            for which in (1, 2):
+                run.ask(name, {"prompt": prompt, "id": which})
+            run.finish(name)
         codes = run.codes()
         assert codes == {"edge-0": 0, "edge-1": 0, "edge-2": -signal.SIGKILL}
         run.until(lambda: all(map(gone, processes.values())))
     for name in ("edge-0", "edge-1"):
         assert [answer["error"] for answer in run.answers(name)] == [None] * 3
         for answer in run.answers(name):
-            text = prompt if answer["id"] else short
+            text = short if answer["id"] == "first" else prompt
             assert answer["tokens"] == alone(MODEL, text, 8)
         assert run.stats(name)["lost"] == ["edge-2"]
         assert run.errors(name) == [
