@@ -140,6 +140,7 @@ class Server:
         self._silent: set[int] = set()  # fronts that hang, their workers answering
         self._worker_lives = True
         self._finishing = False
+        self._begun = False  # all servers have agreed on a start
         self._store_looks = 0
         self._store_answers = True
         self._scheduler_answers = True
@@ -333,22 +334,27 @@ class Server:
         """For fronts: of a server that hangs as a whole, others are to be told of the worker."""
         return self.config.meeting.timeout_s + BEAT_GRACE_S
 
-    def _limit_s(self, sign: object, timeout_s: float) -> float:
-        """How long a process may be silent; one that has not begun yet as long as it may join."""
-        return timeout_s if sign else max(timeout_s, self.config.meeting.join_s)
+    def _limit_s(self, sign: object, timeout_s: float, *, begun: bool = False) -> float:
+        """How long a process may be silent; one that has not begun yet as long as it may join.
+
+        All servers are known to have ``begun`` when they have agreed on a start, also one that
+        hangs before its first sign.
+        """
+        return timeout_s if sign or begun else max(timeout_s, self.config.meeting.join_s)
 
     def _show_life(self, m: int) -> None:
         """Tell another server over its link that this front lives, until one of the two ends."""
         message = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
         put_header(message.numpy(), Header(ALIVE))
         with contextlib.suppress(RuntimeError):
-            while not self._ended.wait(self._period_s):
+            while not self._ended.is_set():
                 send(self._groups[m], message, 1, SIGNS_LANE).wait(FOREVER)
+                self._ended.wait(self._period_s)
 
     def _watch_front(self, signs: SignsOfLife, n: int) -> None:
-        sign = self._signs[n]
+        sign, begun = self._signs[n], self._begun
         if (
-            signs.silent_s(n, sign) <= self._limit_s(sign, self._patience_s)
+            signs.silent_s((n, begun), sign) <= self._limit_s(sign, self._patience_s, begun=begun)
             or n in self._silent
             or self.table.lost(n)
             or self._over[n]  # it needs nobody any more
@@ -373,11 +379,12 @@ class Server:
                 self._store_looks += 1
                 store.set(f"front/{self.me}", str(self._store_looks))
                 for n in others:
-                    sign = _sign(store, f"beat/{n}")
-                    silent_s = signs.silent_s(n, sign)
+                    sign, begun = _sign(store, f"beat/{n}"), self._begun
+                    silent_s = signs.silent_s((n, begun), sign)
                     # none leaves before all have finished, so until then silence is no rest
                     over = self._finishing and store.check([f"finished/{n}"])
-                    if silent_s > self._limit_s(sign, timeout_s) and not over:
+                    limit_s = self._limit_s(sign, timeout_s, begun=begun)
+                    if silent_s > limit_s and not over:
                         self._lose_silent(n)
                 if self.config.movable is not None:
                     self._hear_of_scheduler(signs, _sign(store, BEAT))
@@ -432,6 +439,8 @@ class Server:
             return
         host = self.table.servers[0]
         self._store_answers = False
+        if self._finishing and self._over[0]:
+            return  # it has left in good order, for it and this server need nobody any more
         self.report(f"the store on {host!r} is lost: no migrations and no news of other servers")
         if not self.table.lost(0):
             self.table.lose(0)
@@ -470,6 +479,7 @@ class Server:
             put(self.store, "start", time.time() + delay_s)
         most_s = time.time() + MAX_START_S
         at = get_number(self.store, "start", self.config.meeting.join_s, most_s, whole=False)
+        self._begun = True
         return time.monotonic() + (at - time.time())
 
     def finish(self) -> None:
