@@ -8,6 +8,7 @@ larger committed JSON files. Options that a later commit may give another defaul
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from collections.abc import Iterator
@@ -118,7 +119,7 @@ def _case(name: str, *arguments: str, **more: Any) -> Case:
     """A case; what follows ``-o`` or ``--per-request`` are its files."""
     files = tuple(
         value
-        for option, value in zip(arguments, arguments[1:], strict=False)
+        for option, value in itertools.pairwise(arguments)
         if option in ("-o", "--per-request")
     )
     return Case(name, arguments, files, "--json" in arguments and "-" not in files, **more)
@@ -360,7 +361,8 @@ def _simulate() -> Iterator[Case]:
     for route in ("cover", "nearest", "spread"):
         many = ("--requests", "60", "--route", route)
         yield v2(f"busy-{route}", *three, *many, *table, cluster=busy)
-        yield v2(f"double-{route}", *three, *few, "--route", route, cluster=f"{CLUSTERS}/double.toml")  # fmt: skip
+        double = f"{CLUSTERS}/double.toml"
+        yield v2(f"double-{route}", *three, *few, "--route", route, cluster=double)
     yield v2("busy-offload", "--offload", "--requests", "40", *cover, cluster=busy)
     reference = ("--engine", "reference", "--requests", "4", *cover)
     yield v2("reference", *three, "--offload", *reference)
@@ -374,8 +376,8 @@ def _simulate() -> Iterator[Case]:
         yield v2(f"migrate-{policy}", old, *moving, *table)
         cumulative = ("--statistics", "cumulative", "--migration-cost", "max")
         yield v2(f"migrate-{policy}-cumulative", old, *moving, *cumulative)
-    window = ("--migrate", "prism", "--migrate-every", "50", "--half-life", "20", "--horizon", "500",
-              "--migrate-solver", "exact")  # fmt: skip
+    window = ("--migrate", "prism", "--migrate-every", "50", "--half-life", "20")
+    window += ("--horizon", "500", "--migrate-solver", "exact")
     yield v2("migrate-window", old, "--requests", "30", *phases, *window)
     hurried = ("--requests", "60", *cover, "--migrate", "partial", "--migrate-every", "0.5")
     yield v2("migrate-busy", f"{PLACEMENTS}/busy-eplb.json", *hurried, cluster=busy)

@@ -103,7 +103,7 @@ def test_a_missing_case_is_seen() -> None:
     ]
 
 
-# ---------------------------------------------------------------------------------------- exceptions
+# --------------------------------------------------------------------------------------- exceptions
 
 FOUND = [
     Difference("solve/a", "p.json:plan.bound", 0.25, 0.5),
@@ -168,7 +168,7 @@ def test_the_listed_exceptions_are_well_formed() -> None:
     assert isinstance(read_exceptions(), list)
 
 
-# -------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 
 
 def test_times_and_wording_are_left_out(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_written_values_are_read_back(tmp_path: Path) -> None:
     assert read_values(tmp_path) == WAS
 
 
-# ------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 
 
 def test_cases_run_with_the_installed_command(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,15 @@ HF = importlib.util.find_spec("torch") is not None
 
 
 @pytest.fixture(scope="module")
-def short_cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def short_cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What came of the cases that are no long ones."""
-    yield outcomes([case for case in CASES if not case.long], tmp_path_factory.mktemp("golden"))
+    return outcomes([case for case in CASES if not case.long], tmp_path_factory.mktemp("golden"))
 
 
 @pytest.fixture(scope="module")
-def long_cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def long_cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What came of the long ones."""
-    yield outcomes([case for case in CASES if case.long], tmp_path_factory.mktemp("golden-long"))
+    return outcomes([case for case in CASES if case.long], tmp_path_factory.mktemp("golden-long"))
 
 
 def outcomes(cases: Sequence[Case], work: Path) -> dict[str, Any]:
