@@ -33,9 +33,11 @@ $(VENV)/installed-hf: $(VENV)/made pyproject.toml
 	$(BIN)/pip install $(PIP_FLAGS) -c .ci/constraints.txt -e '.[hf]'
 	@touch $@
 
+ifneq ($(EXTRAS),hf)
 $(VENV)/installed-$(EXTRAS): $(VENV)/made pyproject.toml
 	$(BIN)/pip install $(PIP_FLAGS) -c .ci/constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
+endif
 
 demo: $(VENV)/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh traces/demo.sh demo-out

@@ -367,8 +367,12 @@ def test_what_only_packing_forbids() -> None:
 
 def test_rules_beyond_memory_are_told() -> None:
     """Without a model, pins of so many layers and experts are not followed, and `check` says so."""
-    pins = tuple((layer, 65535) for layer in range(200))
-    cluster = Cluster("c", (Server("a", (Gpu(slots=1),), {"x": 1.0}, weight=1.0, pin=pins),))
+    pins = tuple((layer, 65535) for layer in range(60))
+    servers = (
+        Server("a", (Gpu(slots=1),), {"x": 1.0}, weight=1.0, pin=pins),
+        *(Server(name, (Gpu(slots=1),)) for name in "bc"),
+    )
+    cluster = Cluster("c", servers)
     assert require_plannable(cluster) == (
         "pin and forbid not followed: that needs --trace or --model",
     )
@@ -452,8 +456,8 @@ def test_check_prints_the_memory(prism_plan: Run, here: Path, with_sizes: tuple[
         [
             "b",
             "gpu[0]",
-            "700",
-            "B",
+            "0.70",
+            "kB",
             "250",
             "B",
             "200",

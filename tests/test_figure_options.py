@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -157,8 +158,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_trace(folder / "heatmap", trace)
     write_trace(folder / "entropy", trace)
     write_placement(folder / "placement", make_placement().replace(inputs={}))
-    comparison = {"format": "prism-plan/comparison", "version": 1, "rows": ROWS}
-    (folder / "comparison").write_text(json.dumps(comparison))
+    shutil.copy(Path(__file__).parent / "golden" / "comparison-v1.json", folder / "comparison")
     for kind in ("cdf", "timeline", "layer-latency", "latency"):
         (folder / kind).write_text(json.dumps(REPORT))
     write_sweep(folder / "sweep.csv", SWEEP)

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 import prism_plan as pp
+from prism_plan.comparison import Row
 from prism_plan.errors import InputError
 from prism_plan.sweep_file import COLUMNS
 from tests.simulation_material import simulated, small_cluster, small_trace
@@ -76,14 +77,15 @@ def test_a_comparison_by_server(comparison: pp.Comparison) -> None:
 def test_a_comparison_of_a_file(tmp_path: Path, comparison: pp.Comparison) -> None:
     """A file gives the frame that was written; a row without placement has missing values."""
     values = comparison.to_json()
-    values["rows"].append({"name": "pinned", "remote_share": None, "note": "refused"})
+    values["rows"].append(Row("pinned", note="refused").to_json())
     (tmp_path / "r.json").write_text(json.dumps(values))
     frame = pp.comparison_frame(pp.read_comparison(tmp_path / "r.json"))
     pd.testing.assert_frame_equal(frame.iloc[:3], comparison.to_frame())
     last = frame.loc["pinned"]
     assert math.isnan(last["remote_share"])
     assert last["note"] == "refused"
-    assert last.drop("note").isna().all()
+    assert last["violations"] == 0
+    assert last.drop(["note", "violations"]).isna().all()
 
 
 @pytest.mark.parametrize(

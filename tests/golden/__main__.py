@@ -40,6 +40,7 @@ def report(
     ran: Sequence[Case],
     left_out: Sequence[Case],
     *,
+    hf: bool,
     golden: bool,
 ) -> int:
     """Print what differs; 1 if anything does that is no exception.
@@ -53,9 +54,9 @@ def report(
         print(f"excepted: {line}")
     for line in wrong:
         print(line)
-    hf = sum(case.needs_hf for case in left_out)
-    if hf:
-        print(f"left out: {hf} cases that need PyTorch (SAME_EXTRAS=hf)")
+    if not hf:
+        number = sum(case.needs_hf for case in left_out)
+        print(f"left out: {number} cases that need PyTorch (SAME_EXTRAS=hf)")
     print(f"{len(ran)} cases: {len(wrong)} differences, and {len(excepted)} that are excepted")
     return 1 if wrong else 0
 
@@ -75,7 +76,8 @@ def same(base: str, extras: str, only: str, keep: str | None) -> int:
 
 def installed(old: Path, new: Path, work: Path, extras: str, only: str, *, golden: bool) -> int:
     """Run all cases with both commands at once, a process each, and compare."""
-    ran, left_out = chosen(only, hf="hf" in extras.split(","))
+    hf = "hf" in extras.split(",")
+    ran, left_out = chosen(only, hf=hf)
     if not ran:
         sys.exit(f"no case is called {only!r}")
     workers = [
@@ -86,7 +88,7 @@ def installed(old: Path, new: Path, work: Path, extras: str, only: str, *, golde
     if any(codes):
         sys.exit(f"the workers ended with {codes}")
     was, now = ({case.name: outcome(case, work / name) for case in ran} for name in ("old", "new"))
-    return report(differences(was, now), ran, left_out, golden=golden)
+    return report(differences(was, now), ran, left_out, hf=hf, golden=golden)
 
 
 def compare(only: str) -> int:
@@ -97,7 +99,7 @@ def compare(only: str) -> int:
         outcomes = run(ran, Path(temporary), processes=os.cpu_count() or 1)
     now = {case.name: recorded(without(outcomes[case.name], case.same_machine)) for case in ran}
     was = {name: values for name, values in read_values().items() if name in now}
-    return report(differences(was, now, tolerance=TOLERANCE), ran, left_out, golden=True)
+    return report(differences(was, now, tolerance=TOLERANCE), ran, left_out, hf=hf, golden=True)
 
 
 def record() -> int:

@@ -31,7 +31,7 @@ class Difference:
 
 
 @dataclass
-class Exempted:
+class ListedException:
     """A difference that is demanded: where, by which sentence, and perhaps what is right now."""
 
     case: str
@@ -51,7 +51,7 @@ class Exempted:
         return found
 
 
-def read_exceptions(path: Path = EXCEPTIONS) -> list[Exempted]:
+def read_exceptions(path: Path = EXCEPTIONS) -> list[ListedException]:
     """The listed exceptions.
 
     Raises
@@ -75,7 +75,7 @@ def read_exceptions(path: Path = EXCEPTIONS) -> list[Exempted]:
             raise ValueError(
                 f"{path}: exception {number}: name the cases, and give a whole sentence"
             )
-        found.append(Exempted(**table))
+        found.append(ListedException(**table))
     return found
 
 
@@ -128,7 +128,7 @@ def _equal(was: Any, now: Any, tolerance: float) -> bool:
 
 def judge(
     found: Iterable[Difference],
-    exceptions: Sequence[Exempted],
+    exceptions: Sequence[ListedException],
     ran: Iterable[str],
     left_out: Iterable[str] = (),
 ) -> tuple[list[str], list[str]]:

@@ -21,7 +21,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "MPLBACKEND": "agg",
-    "PYTHONWARNINGS": "default",
 }
 
 

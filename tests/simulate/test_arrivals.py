@@ -140,7 +140,11 @@ GOOD = '{"server": "a", "at_s": 1}'
         ('{"server": "a", "at_s": -1}', "line 2: at_s", "-1; expected seconds"),
         ('{"server": "a", "at_s": 1e999}', "line 2: at_s", "inf; expected seconds"),
         ('{"server": "a", "at_s": 2e12}', "line 2: at_s", "expected seconds"),
-        ('{"server": "a", "at_s": NaN}', "line 2", "NaN is not JSON; expected finite"),
+        (
+            '{"server": "a", "at_s": NaN}',
+            "line 2",
+            "NaN is not JSON, under key 'at_s'",
+        ),
         ('{"server": "a", "at_s": Infinity}', "line 2", "Infinity is not JSON"),
         ('{"server": "a", "at_s": "1"}', "line 2: at_s", "'1'; expected seconds"),
         ('{"server": "a", "at_s": true}', "line 2: at_s", "True; expected seconds"),
