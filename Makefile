@@ -14,6 +14,8 @@ VENV ?= .venv
 EXTRAS ?= dev,hf
 # extras of both revisions of `make same`; hf: also the cases that need PyTorch
 SAME_EXTRAS ?=
+# processes that share the tests
+TEST_PROCESSES ?= 2
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
@@ -46,7 +48,7 @@ demo-model: $(VENV)/installed-hf
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh traces/demo.sh demo-out --profile
 
 test: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
 test-long: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m pytest -m long
