@@ -257,3 +257,28 @@ def test_help(prism_plan: Run, name: str) -> None:
     assert result.stdout.startswith(f"Usage: prism-plan {name}".rstrip())
     if not name:
         assert all(command in result.stdout for command in COMMANDS)
+
+
+def test_a_placement_that_has_seen_what_is_held_out_is_named(prism_plan: Run, here: Path) -> None:
+    """With --holdout compare and simulate say which placements were planned on the whole trace."""
+    common = ("--cluster", "c.toml")
+    prism_plan("solve", "t.parquet", *common, "-o", "p.json", cwd=here)
+    told = "p.json: planned on all of t.parquet"
+    for words in (
+        ("compare", "t.parquet", "p.json", *common, "--solvers", "exact"),
+        ("simulate", "p.json", "--trace", "t.parquet", *common, "--requests", "2"),
+    ):
+        assert told not in prism_plan(*words, cwd=here).stderr
+        held = prism_plan(*words, "--holdout", "0.5", cwd=here)
+        assert held.returncode == 0, held.stderr
+        assert held.stderr.count(told) == 1
+
+
+def test_a_backend_for_windows_is_not_needed(
+    prism_plan: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A figure goes to a file whatever MPLBACKEND says: a shell may export a notebook's."""
+    monkeypatch.setenv("MPLBACKEND", "module://no_such_backend")
+    result = prism_plan("plot", "heatmap", "t.parquet", "-o", "f.png", cwd=here)
+    assert result.returncode == 0, result.stderr
+    assert (here / "f.png").stat().st_size > 0

@@ -53,7 +53,7 @@ def command(
     import json
 
     from prism_plan.cli.console import deliver, load_trace, print_json, progress
-    from prism_plan.cli.inputs import blaming, load_cluster, writable
+    from prism_plan.cli.inputs import blaming, load_cluster, note_seen_requests, writable
     from prism_plan.comparison import compare
     from prism_plan.placement_file import read_placement
     from prism_plan.solvers.contract import Options
@@ -72,6 +72,7 @@ def command(
     parsed, _ = load_cluster(cluster)
     existing = [(path, read_placement(path)) for path in placements]
     loaded = load_trace(trace)
+    note_seen_requests(existing, loaded, holdout)
     total = len(SOLVER_NAMES if names is None else names) + len(existing)
     done = -1
 

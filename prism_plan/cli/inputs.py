@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prism_plan.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
-    from prism_plan.placement import InputFile
+    from prism_plan.placement import InputFile, Placement
     from prism_plan.trace import Trace
 
 
@@ -31,6 +31,26 @@ def blaming(path: str) -> Iterator[None]:
         yield
     except (InputError, Infeasible) as error:
         raise error.within(path) from error
+
+
+def note_seen_requests(
+    placements: Sequence[tuple[str, Placement]], trace: Trace, holdout: float | None
+) -> None:
+    """Say of placements that were planned on the whole trace that they know what is held out."""
+    from prism_plan.cli.console import note
+
+    if holdout is None:
+        return
+    seen = [
+        name
+        for name, placement in placements
+        if trace.sha256 and getattr(placement.inputs.get("trace"), "sha256", "") == trace.sha256
+    ]
+    if seen:
+        note(
+            f"{', '.join(seen)}: planned on all of {trace.name}, so on the requests that --holdout "
+            "holds out too; compare such figures with no others"
+        )
 
 
 def trace_file(trace: Trace) -> InputFile:

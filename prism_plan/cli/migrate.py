@@ -109,7 +109,7 @@ def _capacity(after: Placement, cluster: Cluster) -> tuple[tuple[int, ...], ...]
 def _print(
     plan: MigrationPlan, loading_s: list[float], title: str, *, form: str, err: bool
 ) -> None:
-    from prism_plan.cli.console import print_line, seconds
+    from prism_plan.cli.console import print_line
     from prism_plan.cli.tables import counts, durations, print_table, sizes, words
 
     server_of_gpu = plan.server_of_gpu
@@ -140,8 +140,8 @@ def _print(
     ]
     print_table(columns, title=title, form=form, err=err)
     if plan.load_s is not None:
+        together, in_turn = durations("", "", [plan.load_s.makespan_s, plan.load_s.sum_s]).cells
         print_line(
-            f"loading takes {seconds(plan.load_s.makespan_s)} s with all GPUs side by side, "
-            f"{seconds(plan.load_s.sum_s)} s one after the other",
+            f"loading takes {together} with all GPUs side by side, {in_turn} one after the other",
             err=err or form != "table",
         )

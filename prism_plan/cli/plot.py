@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 @click.group("plot")
 def command() -> None:
     """Draw traces, placements, comparisons and simulations."""
+    # figures go to files; a backend that the user's shell names for windows is not needed
+    os.environ["MPLBACKEND"] = "agg"
 
 
 @command.command("heatmap")

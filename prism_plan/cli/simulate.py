@@ -172,7 +172,13 @@ def solver_names(text: str | None) -> list[str]:
 
 def _simulate(given: dict[str, Any]) -> int:
     from prism_plan.cli.console import deliver, load_trace, note, print_json, progress
-    from prism_plan.cli.inputs import blaming, load_cluster, trace_file, writable
+    from prism_plan.cli.inputs import (
+        blaming,
+        load_cluster,
+        note_seen_requests,
+        trace_file,
+        writable,
+    )
     from prism_plan.errors import InputError
     from prism_plan.placement_file import read_placement
     from prism_plan.request_table import write_request_table
@@ -197,6 +203,7 @@ def _simulate(given: dict[str, Any]) -> int:
     cluster, cluster_input = load_cluster(given["cluster"])
     existing = [(_as_text(path), read_placement(path)) for path in paths]
     trace = load_trace(given["trace"])
+    note_seen_requests(existing, trace, given["holdout"])
     planned, scored = trace, trace
     if given["holdout"] is not None:
         planned, scored = trace.split(given["holdout"], given["seed"])
