@@ -101,8 +101,3 @@ def deliver(output: str, data: bytes) -> None:
 def percent(share: float | None, digits: int = 2) -> str:
     """A share for a table."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"
-
-
-def seconds(value: float | None) -> str:
-    """A duration for a table."""
-    return "–" if value is None else f"{value:.3f}" if value < 100 else f"{value:.0f}"
