@@ -18,6 +18,7 @@ from prism_plan.sweep_file import (
     METADATA_KEY,
     dump_sweep,
     read_sweep,
+    sweep_from_csv,
     write_sweep,
 )
 from tests.simulation_reports import failed, make_sweep
@@ -110,7 +111,8 @@ def test_a_bad_value_is_named(key: str, value: Any, words: str) -> None:
 
 def test_solvers_with_paths_are_known() -> None:
     """A solver that also plans where layers execute is called after both."""
-    dump_sweep([ROWS[0] | {"solver": "layer-partition+paths"}])
+    data = dump_sweep([ROWS[0] | {"solver": "layer-partition+paths"}])
+    assert sweep_from_csv(data.decode())[0]["solver"] == "layer-partition+paths"
 
 
 def test_a_damaged_page_is_noticed(tmp_path: Path) -> None:
