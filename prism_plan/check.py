@@ -280,7 +280,7 @@ def _check_placement(
     problems += [violation.message for violation in found]
     if cluster is not None and instance is None:
         problems += against_cluster(placement, cluster[1])
-        notes.append(f"memory and rules of {cluster[0]} not checked: that needs --trace or --model")
+        notes.append(f"memory and rules of {cluster[0]} not checked: that needs a trace or a model")
     if plan.remote_share is not None and plan.bound is not None:
         slack = plan.remote_share - plan.bound
         if slack < -SHARE_TOLERANCE:
@@ -296,7 +296,7 @@ def _check_placement(
                 f"{trace[0]}"
             )
     elif trace is None or cluster is None:
-        notes.append("remote_share not recomputed: that needs --trace and --cluster")
+        notes.append("remote_share not recomputed: that needs a trace and a cluster")
     memory: tuple[GpuMemory, ...] = ()
     warnings: tuple[str, ...] = ()
     if cluster is not None:

@@ -297,7 +297,6 @@ def load_model(reference: str) -> ModelSpec:
     if not found:
         raise InputError(
             f"{reference!r} is neither a preset nor a file{did_you_mean(reference, PRESETS)}",
-            source="--model",
             expected=f"one of {', '.join(PRESETS)}, or a Hugging Face config.json",
         )
     from prism_plan.model_config import spec_from_config_file

@@ -39,6 +39,11 @@ def printable(text: object) -> str:
     return "".join(c if is_printable(c) else _escape(c) for c in plain)
 
 
+def quantity(number: int, noun: str) -> str:
+    """A number with its noun: ``"1 task"``, ``"2,000 tasks"``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def printable_lines(text: str) -> str:
     """The same for a text of several lines, such as a traceback: newlines stay."""
     return "\n".join(map(printable, text.split("\n")))

@@ -225,7 +225,8 @@ class Server:
                 self._planes = in_time(job, 2 * number * meeting.join_s + STORE_TIMEOUT_S)
             except TimeoutError as error:
                 raise RuntimeFailure(
-                    f"--transport {config.planes.backend}: the other servers' workers do not answer"
+                    f"``transport`` {config.planes.backend}: the other servers' workers do "
+                    "not answer"
                 ) from error
         try:
             if not ours.poll(meeting.join_s):

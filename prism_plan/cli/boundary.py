@@ -11,7 +11,7 @@
     interrupted                                          130
 
 The first ones are those of :mod:`prism_plan.errors`; any exception that is none of them is a fault
-(:mod:`prism_plan.faults`).
+(:mod:`prism_plan.faults`). Where a message names a parameter of the command, its option is told.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import click
 
+from prism_plan.cli.command_options import option_names, running
 from prism_plan.errors import LimitReached, OutputError, PrismError
 from prism_plan.faults import one_line_each, raised_at, report_fault, say
 from prism_plan.jit import before_first_compilation
@@ -54,11 +55,12 @@ def run_command(
     _prepare_streams()
     _announce_compilation(program)
     given = list(sys.argv[1:] if arguments is None else arguments)
+    names: dict[str, str] = {}
     with one_line_each(program):
         try:
-            return _invoke(command, name, given)
+            return _invoke(command, name, given, names)
         except BaseException as error:
-            return _exit_code(error, name, program, interrupted, extra)
+            return _exit_code(error, name, names, program, interrupted, extra)
 
 
 def _prepare_streams() -> None:
@@ -82,18 +84,31 @@ def _announce_compilation(program: str) -> None:
         )
 
 
-def _invoke(command: click.Command, name: str, arguments: list[str]) -> int:
-    """Run the command; its exit code is what it returns, if that is a number."""
+def _invoke(command: click.Command, name: str, arguments: list[str], names: dict[str, str]) -> int:
+    """Run the command; its exit code is what it returns, if that is a number.
+
+    ``names`` is filled with what a user calls the parameters of the command that ran.
+    """
     try:
         # not command.main(): on Ctrl-C and on a closed pipe it prints and exits in its own way
         with command.make_context(name, arguments) as context:
-            result = command.invoke(context)
+            try:
+                result = command.invoke(context)
+            finally:
+                names |= option_names(running(context))
     finally:
         sys.stdout.flush()
     return result if isinstance(result, int) else 0
 
 
-def _exit_code(error: BaseException, name: str, program: str, interrupted: str, extra: str) -> int:
+def _exit_code(
+    error: BaseException,
+    name: str,
+    names: Mapping[str, str],
+    program: str,
+    interrupted: str,
+    extra: str,
+) -> int:
     """Tell what went wrong, in one line; gives the exit code."""
     match error:
         case click.exceptions.Exit():
@@ -101,7 +116,7 @@ def _exit_code(error: BaseException, name: str, program: str, interrupted: str, 
         case SystemExit():
             raise error
         case PrismError():
-            code, message = error.exit_code, str(error)
+            code, message = error.exit_code, error.line(names)
         case click.exceptions.NoArgsIsHelpError():
             click.echo(error.format_message(), err=True)  # which is the help
             return 2

@@ -25,7 +25,7 @@ Notify = Callable[[str], None]
 
 PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")
 CUT_SHORT = "the file may be cut short; record or copy it again"
-CHECK_MODEL = "check that --model is the model that was recorded"
+CHECK_MODEL = "check that ``model`` is the model that was recorded"
 
 
 # ------------------------------------------------------------------------------------------- tasks

@@ -156,7 +156,7 @@ def _recordings(line: Mapping[str, Any], path: Path, place: str) -> Iterator[_Re
             source=path,
             place=place,
             expected="a response with choices[].routed_experts",
-            remedy="SGLang's responses are read with --format sglang" if sglang else "",
+            remedy="SGLang's responses are a format of their own, sglang" if sglang else "",
         )
     yield _Recording(
         place,
