@@ -33,6 +33,7 @@ from prism_plan.simulate.schedule import Schedule
 from prism_plan.simulate.schedule_file import schedule_from_table
 from prism_plan.simulation_file import simulation_from_json
 from prism_plan.sweep_file import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_open_file
+from prism_plan.text import shown
 from prism_plan.toml_table import parse_toml
 from prism_plan.trace import Trace
 from prism_plan.trace_file import read_open_trace
@@ -139,7 +140,7 @@ def check_file(
         return _check_calibration(path, calibration_from_json(values, source=path))
     if form != "prism-plan/placement":
         raise InputError(
-            f"{form!r:.60}",
+            shown(form),
             source=path,
             place="format",
             expected=f"one of {', '.join(FORMATS)}",

@@ -17,6 +17,7 @@ The first ones are those of :mod:`prism_plan.errors`; any exception that is none
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -66,8 +67,9 @@ def run_command(
 def _prepare_streams() -> None:
     for stream_name in ("stdout", "stderr"):
         stream = getattr(sys, stream_name)
-        if stream is None:  # closed by the caller
-            setattr(sys, stream_name, open(os.devnull, "w"))  # noqa: SIM115 - for good
+        if stream is None:  # closed by the caller; messages are lost, data must not be
+            mode = os.O_RDONLY if stream_name == "stdout" else os.O_WRONLY
+            setattr(sys, stream_name, open(os.open(os.devnull, mode), "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # an encoding that lacks a character is no error
             stream.reconfigure(errors="backslashreplace")
 
@@ -137,8 +139,11 @@ def _exit_code(
             code, message = 2, f"{error}; install the extra: pip install 'prism-plan[{extra}]'"
         case OSError() if error.errno is not None and not isinstance(error, BrokenPipeError):
             _discard_stdout()
+            place = _place_of(error)
             reason = (error.strerror or str(error)).lower()
-            code, message = OutputError.exit_code, f"{_place_of(error)}: {reason}"
+            if place == "standard output" and error.errno == errno.EBADF:
+                reason = "is closed"
+            code, message = OutputError.exit_code, f"{place}: {reason}"
         case _:
             return report_fault(program, error)
     say(program, message)

@@ -95,7 +95,9 @@ def option_names(context: click.Context) -> dict[str, str]:
         name = str(parameter.name)
         if isinstance(parameter, click.Argument):
             value = context.params.get(name)
-            names[name] = value if isinstance(value, str) else str(parameter.metavar or name)
+            names[name] = (
+                value if isinstance(value, str) else (parameter.metavar or name).strip("[].")
+            )
         else:
             names[name] = max(parameter.opts, key=len)
     return names

@@ -12,8 +12,6 @@ from prism_plan.cli.command_options import CommandOptions
 from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from prism_plan.plotting import FigureOptions
 
 _OPTIONS = (
@@ -59,9 +57,9 @@ class PlotOptions(CommandOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.no_title:
-            self.refuse("title", found="a title and ``no_title``", remedy="leave one of them out")
+            self.refuse("title", found="given with ``no_title``", remedy="leave one of the two out")
 
-    def draw(self, figure: Callable[[FigureOptions], Figure]) -> None:
+    def draw(self, figure: Callable[[FigureOptions], Any]) -> None:
         """Write what ``figure`` draws; errors that name no parameter are about the file.
 
         Raises

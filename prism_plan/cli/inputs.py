@@ -22,6 +22,8 @@ def load_cluster(path: str) -> tuple[Cluster, InputFile]:
     from prism_plan.placement import InputFile
 
     text, digest = read_identified(path)
+    if text.lstrip().startswith("{"):
+        raise InputError("is a JSON file", source=path, expected="a cluster, which is a TOML file")
     return parse_cluster(text, source=path), InputFile(printable(path), digest)
 
 

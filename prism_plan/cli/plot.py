@@ -12,8 +12,6 @@ from prism_plan.cli.command_options import options_as
 from prism_plan.cli.figure_options import PlotOptions, figure_options
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from prism_plan.plotting import FigureOptions
 
 
@@ -41,7 +39,7 @@ def heatmap(given: HeatmapOptions) -> None:
     from prism_plan import plotting
     from prism_plan.cli.console import load_trace
 
-    def figure(options: FigureOptions) -> Figure:
+    def figure(options: FigureOptions) -> Any:
         return plotting.heatmap(load_trace(given.file), given.tasks or None, options=options)
 
     given.draw(figure)
@@ -80,7 +78,7 @@ def comparison(given: PlotOptions) -> None:
     from prism_plan import plotting
     from prism_plan.comparison_file import read_comparison
 
-    def figure(options: FigureOptions) -> Figure:
+    def figure(options: FigureOptions) -> Any:
         values = read_comparison(given.file)
         title = f"{values['trace']} on {values['cluster']}"
         return plotting.comparison(values["rows"], title, options=options)
@@ -92,9 +90,8 @@ def _draw_simulation(given: PlotOptions, name: str, **how: Any) -> None:
     from prism_plan import plotting
     from prism_plan.simulation_file import read_simulation
 
-    def figure(options: FigureOptions) -> Figure:
-        drawn: Figure = getattr(plotting, name)(read_simulation(given.file), options=options, **how)
-        return drawn
+    def figure(options: FigureOptions) -> Any:
+        return getattr(plotting, name)(read_simulation(given.file), options=options, **how)
 
     given.draw(figure)
 
@@ -164,7 +161,7 @@ def sweep(given: SweepPlotOptions) -> None:
     from prism_plan import plotting
     from prism_plan.sweep_file import read_sweep
 
-    def figure(options: FigureOptions) -> Figure:
+    def figure(options: FigureOptions) -> Any:
         return plotting.sweep_figure(
             read_sweep(given.file),
             x=given.x,

@@ -235,7 +235,9 @@ def _simulate(given: SimulateOptions) -> int:
     names = solver_names(given.solvers) or []
     if not given.placements and not names and not given.offload:
         raise InputError(
-            "nothing to simulate", expected="placement files, ``solvers`` or ``offload``"
+            "nothing to simulate",
+            source="simulate",
+            expected="placement files, ``solvers`` or ``offload``",
         )
     writable(given.output, *files)
     writable(given.per_request, *files)

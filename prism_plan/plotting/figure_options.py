@@ -68,6 +68,7 @@ class FigureOptions:
         if wide * high > MAX_PIXELS or max(wide, high) > MAX_SIDE_PIXELS:
             raise InputError(
                 f"{_inches(size)} at {self.dpi} dots an inch: {wide:,} × {high:,} pixels",
+                parameter="size_in" if self.size_in else "dpi" if self.dpi != DPI else "",
                 expected=f"at most {MAX_PIXELS:,} pixels, {MAX_SIDE_PIXELS:,} a side",
                 remedy="give a smaller ``size_in`` or ``dpi``, or draw less at a time",
             )
