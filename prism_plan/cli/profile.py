@@ -123,10 +123,10 @@ def command(given: ProfileOptions) -> None:
 
     from prism_plan.cli.console import note
     from prism_plan.cli.inputs import load_spec, writable
+    from prism_plan.io.trace_writer import write_trace
     from prism_plan.profiling.sources import parse_source
     from prism_plan.provenance import stamped
     from prism_plan.text import quantity
-    from prism_plan.trace_file import write_trace
 
     if given.form == "hf":
         _run_checkpoint(given)

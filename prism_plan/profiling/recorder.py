@@ -23,12 +23,12 @@ import numpy.typing as npt
 
 from prism_plan.checkpoint_folder import checkpoint_name
 from prism_plan.errors import InputError
+from prism_plan.io.trace_writer import TraceWriter
 from prism_plan.model import ModelSpec
 from prism_plan.model_config import require_unquantised, spec_from_config
 from prism_plan.profiling.decoder_cache import cache_argument, cache_of
 from prism_plan.provenance import stamped
 from prism_plan.trace import PHASES, TokenBatch
-from prism_plan.trace_file import TraceWriter
 
 if TYPE_CHECKING:
     import torch
