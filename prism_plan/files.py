@@ -392,9 +392,9 @@ def parse_json(text: str, source: object, *, non_finite: bool = False) -> Any:
         ) from error
     except ValueError as error:  # an integer of thousands of digits
         raise InputError(
-            f"a whole number of more than {sys.get_int_max_str_digits():,} digits",
+            f"not JSON: a whole number of more than {sys.get_int_max_str_digits():,} digits",
             source=source,
-            expected="numbers that can be counted",
+            expected="numbers of fewer digits",
         ) from error
     except RecursionError as error:
         raise InputError("nested too deeply", source=source, expected="one of our files") from error
