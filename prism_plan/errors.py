@@ -31,6 +31,8 @@ from prism_plan.text import printable
 
 #: A parameter in a message.
 _PARAMETER = re.compile("``([a-z][a-z0-9_]*)``")
+#: The ending of the first word of a unit, ``"slots"`` or ``"experts at least"``.
+_PLURAL = re.compile(r"s\b")
 
 
 class PrismError(Exception):
@@ -141,7 +143,8 @@ class Infeasible(PrismError):
         self.remedy = remedy
         self.source = str(source)
         where = f"{source}: " if self.source else ""
-        text = f"{where}infeasible: {constraint}; short by {shortfall:,} {unit}"
+        lacking = f"{shortfall:,} {unit}" if shortfall != 1 else f"1 {_PLURAL.sub('', unit, 1)}"
+        text = f"{where}infeasible: {constraint}; short by {lacking}"
         if remedy:
             text += f"; {remedy}"
         super().__init__(text)

@@ -352,6 +352,7 @@ def _planned(
 
 def _print(values: dict[str, Any], *, form: str, err: bool) -> None:
     from prism_plan.cli.tables import durations, numbers, print_table, shares, sizes, words
+    from prism_plan.text import quantity
 
     runs = values["runs"]
 
@@ -375,7 +376,7 @@ def _print(values: dict[str, Any], *, form: str, err: bool) -> None:
     ]
     number = runs[0]["requests"] if runs else 0
     place = f"{values['trace']['name']} on {values['cluster']['name']}"
-    title = f"{place}: {number:,} requests; 'sent' is of one request"
+    title = f"{place}: {quantity(number, 'request')}; 'sent' is of one request"
     print_table(columns, title=title, form=form, err=err)
     if values["migrate"] != "never":
         _print_migrations(values, form=form, err=err)
