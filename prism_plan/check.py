@@ -34,6 +34,7 @@ from prism_plan.simulate.schedule import Schedule
 from prism_plan.simulate.schedule_file import schedule_from_table
 from prism_plan.simulation_file import simulation_from_json
 from prism_plan.sweep_file import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_open_file
+from prism_plan.text import quantity, shown
 from prism_plan.toml_table import parse_toml
 from prism_plan.trace import Trace
 from prism_plan.workload import require_users
@@ -130,7 +131,7 @@ def check_file(
     form = values.get("format") if isinstance(values, Mapping) else None
     if form == "prism-plan/comparison":
         rows = comparison_from_json(values, source=path)["rows"]
-        return Report(name, "comparison", f"{len(rows)} rows")
+        return Report(name, "comparison", quantity(len(rows), "row"))
     if form == "prism-plan/simulation":
         return _check_simulation(path, simulation_from_json(values, source=path))
     if form == "prism-plan/migration":
@@ -139,7 +140,7 @@ def check_file(
         return _check_calibration(path, calibration_from_json(values, source=path))
     if form != "prism-plan/placement":
         raise InputError(
-            f"{form!r:.60}",
+            shown(form),
             source=path,
             place="format",
             expected=f"one of {', '.join(FORMATS)}",
@@ -164,7 +165,7 @@ def _check_cluster(
     return Report(
         str(path),
         "cluster",
-        f"{cluster.num_servers} servers, {gpus} GPUs",
+        f"{quantity(cluster.num_servers, 'server')}, {quantity(gpus, 'GPU')}",
         notes=(*notes, *_notes_on_memory(memory)),
         warnings=_warnings(path, cluster, spec, memory, found),
         memory=memory,
@@ -197,8 +198,9 @@ def _warnings(
 
 def _check_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> Report:
     summary = (
-        f"{plan.model.name} on {len(plan.servers)} servers, {plan.loads:,} loads "
-        f"({plan.extra_loads:,} of them temporary) and {plan.drops:,} drops"
+        f"{plan.model.name} on {quantity(len(plan.servers), 'server')}, "
+        f"{quantity(plan.loads, 'load')} "
+        f"({plan.extra_loads:,} of them temporary) and {quantity(plan.drops, 'drop')}"
     )
     return Report(str(path), "migration", summary)
 
@@ -214,13 +216,15 @@ def _check_calibration(path: str | os.PathLike[str], found: Calibration) -> Repo
         if value is not None
     ]
     default = "times for all GPUs" if found.default is not None else "no times for other GPUs"
-    summary = f"{len(found.gpus)} GPUs by name, {default}" + "".join(f", {text}" for text in links)
+    summary = f"{quantity(len(found.gpus), 'GPU')} by name, {default}" + "".join(
+        f", {text}" for text in links
+    )
     return Report(str(path), "calibration", summary)
 
 
 def _check_phases(path: str | os.PathLike[str], found: Schedule) -> Report:
     servers = {server for phase in found.phases for server in phase.tasks}
-    summary = f"{len(found.phases)} phases, tasks of {len(servers)} servers"
+    summary = f"{quantity(len(found.phases), 'phase')}, tasks of {quantity(len(servers), 'server')}"
     return Report(str(path), "phases", summary)
 
 
@@ -228,8 +232,8 @@ def _check_trace(path: str | os.PathLike[str], trace: Trace) -> Report:
     calls = int(trace.counts.sum())
     source = trace.provenance.get("source")
     summary = (
-        f"{trace.kind} of {trace.model.name}, {len(trace.tasks)} tasks, "
-        f"{int(trace.tokens.sum()):,} tokens, {calls:,} calls"
+        f"{trace.kind} of {trace.model.name}, {quantity(len(trace.tasks), 'task')}, "
+        f"{quantity(int(trace.tokens.sum()), 'token')}, {quantity(calls, 'call')}"
         + (f", source: {source}" if source else "")
     )
     return Report(str(path), "trace", summary)
@@ -239,13 +243,15 @@ def _check_simulation(path: str | os.PathLike[str], values: Mapping[str, Any]) -
     runs = values["runs"]
     finished, requests = (sum(run[key] for run in runs) for key in ("finished", "requests"))
     partial = ", interrupted" if values["partial"] else ""
-    summary = f"{len(runs)} runs, {finished:,} of {requests:,} requests finished{partial}"
+    summary = (
+        f"{quantity(len(runs), 'run')}, {finished:,} of {requests:,} requests finished{partial}"
+    )
     return Report(str(path), "simulation", summary)
 
 
 def _check_sweep(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Report:
     failed = sum(row["status"] != OK for row in rows)
-    return Report(str(path), "sweep", f"{len(rows)} runs, {failed} of them failed")
+    return Report(str(path), "sweep", f"{quantity(len(rows), 'run')}, {failed} of them failed")
 
 
 def _check_placement(
@@ -280,7 +286,7 @@ def _check_placement(
     problems += [violation.message for violation in found]
     if cluster is not None and instance is None:
         problems += against_cluster(placement, cluster[1])
-        notes.append(f"memory and rules of {cluster[0]} not checked: that needs --trace or --model")
+        notes.append(f"memory and rules of {cluster[0]} not checked: that needs a trace or a model")
     if plan.remote_share is not None and plan.bound is not None:
         slack = plan.remote_share - plan.bound
         if slack < -SHARE_TOLERANCE:
@@ -296,7 +302,7 @@ def _check_placement(
                 f"{trace[0]}"
             )
     elif trace is None or cluster is None:
-        notes.append("remote_share not recomputed: that needs --trace and --cluster")
+        notes.append("remote_share not recomputed: that needs a trace and a cluster")
     memory: tuple[GpuMemory, ...] = ()
     warnings: tuple[str, ...] = ()
     if cluster is not None:
@@ -310,7 +316,7 @@ def _check_placement(
         warnings = _warnings(cluster[0], cluster[1], spec, memory, trace[1] if trace else None)
     copies = placement.local.sum(axis=0, dtype=np.int32)
     summary = (
-        f"{placement.model.name} on {placement.num_servers} servers by {plan.solver}, "
+        f"{placement.model.name} on {quantity(placement.num_servers, 'server')} by {plan.solver}, "
         f"{int(placement.on_gpu.sum()):,} experts placed, {int(copies.min())} to "
         f"{int(copies.max())} copies"
     )
@@ -328,7 +334,8 @@ def against_cluster(placement: Placement, cluster: Cluster) -> list[str]:
         gpus = placement.gpus_of(n)
         if len(gpus) != len(server.gpus):
             problems.append(
-                f"server {server.name!r} has {len(gpus)} GPUs, in the cluster {len(server.gpus)}"
+                f"server {server.name!r} has {quantity(len(gpus), 'GPU')}, in the cluster "
+                f"{len(server.gpus)}"
             )
             continue
         for g, (at, gpu) in enumerate(zip(gpus, server.gpus, strict=True)):

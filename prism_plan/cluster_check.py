@@ -48,7 +48,7 @@ def require_plannable(
         return require_placement(Instance.of_cluster(cluster, model))
     smallest = _smallest_model(cluster)
     if cluster.num_servers * smallest.num_pairs > MOST_TRIPLES:
-        return ("pin and forbid not followed: that needs --trace or --model",)
+        return ("pin and forbid not followed: that needs a trace or a model",)
     try:
         return require_placement(Instance.of_cluster(cluster, smallest))
     except Infeasible as error:

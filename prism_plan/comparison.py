@@ -152,7 +152,7 @@ def compare(
     for name in SOLVER_NAMES if solvers is None else solvers:
         pairs = instance.num_servers * instance.model.num_pairs
         if solvers is None and name == "ilp" and pairs > ILP_PAIRS:
-            note = f"left out beyond {ILP_PAIRS:,} pairs; ask for it with --solvers"
+            note = f"left out beyond {ILP_PAIRS:,} pairs; it runs where ``solvers`` names it"
             rows.append(Row(name, note=note))
             continue
         progress(name)

@@ -3,7 +3,7 @@
 ::
 
     PrismError                 exit code
-    ├── InputError             2   a file, value or option is wrong
+    ├── InputError             2   a file or a parameter is wrong
     │   └── WrongModel         2   two files speak of different models
     ├── SolverRefused          2   the solver has no rule for what was asked
     ├── OutputError            2   a result cannot be written where it was asked for
@@ -13,13 +13,26 @@
 
 The message of each is one printable line. The command line prints it and leaves with the exit code;
 nothing else in the package prints or exits.
+
+Messages name parameters as Python knows them, between double backquotes::
+
+    raise LimitReached("out of memory; lower ``batch_size``")
+
+``str(error)`` leaves the backquotes out. The command line renders messages by
+:meth:`PrismError.line` and puts its own options there: "out of memory; lower --batch-size".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 from prism_plan.text import printable
+
+#: A parameter in a message.
+_PARAMETER = re.compile("``([a-z][a-z0-9_]*)``")
+#: The ending of the first word of a unit, ``"slots"`` or ``"experts at least"``.
+_PLURAL = re.compile(r"s\b")
 
 
 class PrismError(Exception):
@@ -27,21 +40,30 @@ class PrismError(Exception):
 
     exit_code = 2
 
+    #: The message as it was written: longer and with parameters between double backquotes.
+    message: str
+
     #: Longer messages are cut in the middle: a value of a broken file can be of any length.
     MOST = 380
 
     def __init__(self, message: str) -> None:
-        line = printable(" ".join(message.split()))
+        self.message = message
+        super().__init__(self.line({}))
+
+    def line(self, names: Mapping[str, str]) -> str:
+        """The message in one printable line, with the ``names`` that a user gives parameters by."""
+        text = _PARAMETER.sub(lambda found: names.get(found[1], found[1]), self.message)
+        line = printable(" ".join(text.split()))
         if len(line) > self.MOST:
             line = f"{line[: self.MOST // 2]} … {line[-self.MOST // 2 + 3 :]}"
-        super().__init__(line)
+        return line
 
 
 class InputError(PrismError):
-    """A file, value or option is wrong.
+    """A file or a parameter is wrong.
 
-    Parameters are the parts of the message: ``source`` (file or option), ``place`` in it, what was
-    ``found``, what was ``expected`` and the ``remedy``.
+    The parts of the message are the ``source`` (a file) or the name of the ``parameter``, the
+    ``place`` in it, what was ``found``, what was ``expected`` and the ``remedy``.
     """
 
     def __init__(
@@ -49,16 +71,19 @@ class InputError(PrismError):
         found: str,
         *,
         source: object = "",
+        parameter: str = "",
         place: str = "",
         expected: str = "",
         remedy: str = "",
     ) -> None:
         self.source = str(source)
+        self.parameter = parameter
         self.place = place
         self.found = found
         self.expected = expected
         self.remedy = remedy
-        where = ": ".join(part for part in (self.source, place) if part)
+        named = f"``{parameter}``" if parameter else ""
+        where = ": ".join(part for part in (self.source, named, place) if part)
         text = f"{where}: {found}" if where else found
         if expected:
             text += f"; expected {expected}"
@@ -66,13 +91,14 @@ class InputError(PrismError):
             text += f"; {remedy}"
         super().__init__(text)
 
-    def within(self, source: object) -> InputError:
-        """The same error, told to come from the file ``source`` (if it named no file yet)."""
-        if self.source:
+    def within(self, source: object = "", *, parameter: str = "") -> InputError:
+        """The same error, told to be of a file or parameter if it names neither yet."""
+        if self.source or self.parameter:
             return self
         return type(self)(
             self.found,
             source=source,
+            parameter=parameter,
             place=self.place,
             expected=self.expected,
             remedy=self.remedy,
@@ -117,7 +143,8 @@ class Infeasible(PrismError):
         self.remedy = remedy
         self.source = str(source)
         where = f"{source}: " if self.source else ""
-        text = f"{where}infeasible: {constraint}; short by {shortfall:,} {unit}"
+        lacking = f"{shortfall:,} {unit}" if shortfall != 1 else f"1 {_PLURAL.sub('', unit, 1)}"
+        text = f"{where}infeasible: {constraint}; short by {lacking}"
         if remedy:
             text += f"; {remedy}"
         super().__init__(text)

@@ -28,7 +28,7 @@ def require_feasible(instance: Instance) -> None:
             f"min_replicas {copies} on {instance.num_servers} servers",
             shortfall=copies - instance.num_servers,
             unit="servers",
-            remedy="lower --min-replicas or add servers",
+            remedy="lower ``min_replicas`` or add servers",
         )
     if not instance.in_slots:
         _require_bytes(instance)
@@ -45,7 +45,7 @@ def require_feasible(instance: Instance) -> None:
             f"{instance.num_servers} servers have {slots:,}",
             shortfall=copies * pairs - slots,
             unit="slots",
-            remedy="add memory or servers" + (", or lower --min-replicas" if copies > 1 else ""),
+            remedy="add memory or servers" + (", or lower ``min_replicas``" if copies > 1 else ""),
         )
 
 
@@ -148,7 +148,7 @@ def explain_infeasible(instance: Instance) -> None:
         f"layer_cap leave room for {wanted - shortfall:,}",
         shortfall=shortfall,
         unit="slots",
-        remedy="loosen forbid, pin or layer_cap, add memory, or lower --min-replicas",
+        remedy="loosen forbid, pin or layer_cap, add memory, or lower ``min_replicas``",
     )
 
 

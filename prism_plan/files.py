@@ -8,6 +8,7 @@ import json
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -189,6 +190,20 @@ _OTHER_MARKS = (
 )
 
 
+#: How files begin that are given where text is read.
+_BINARY_MARKS = (
+    (b"PAR1", "a Parquet file, as traces are"),
+    (b"PK\x03\x04", "a zip archive, as .npz and PyTorch files are"),
+    (b"\x93NUMPY", "an array of NumPy"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x1f\x8b", "compressed by gzip"),
+    (b"\x89PNG", "an image"),
+    (b"%PDF", "a PDF file"),
+)
+#: How TOML begins, and JSON does not: a comment, a table, a key with a value.
+_TOML = re.compile(r"""\s*(?:#|\[\[|\[[A-Za-z"]|[\w.-]+\s*=)""")
+
+
 def refuse_other_encodings(data: bytes, source: object) -> None:
     """Refuse a file whose first bytes say that it is UTF-16 or UTF-32.
 
@@ -225,8 +240,11 @@ def decode(data: bytes, path: object) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        kind = next((kind for mark, kind in _BINARY_MARKS if data.startswith(mark)), None)
         raise InputError(
-            f"byte {error.start} is not UTF-8", source=path, expected="a UTF-8 text file"
+            f"byte {error.start} is not UTF-8" if kind is None else f"is {kind}",
+            source=path,
+            expected="a UTF-8 text file",
         ) from error
 
 
@@ -364,6 +382,8 @@ def parse_json(text: str, source: object, *, non_finite: bool = False) -> Any:
             _no_half_characters(values, source, "")
         return values
     except json.JSONDecodeError as error:
+        if _TOML.match(text):
+            raise InputError("looks like TOML", source=source, expected="a JSON file") from error
         raise InputError(
             f"not JSON: {error.msg}",
             source=source,
@@ -371,6 +391,10 @@ def parse_json(text: str, source: object, *, non_finite: bool = False) -> Any:
             remedy="the file may be cut short; write it again",
         ) from error
     except ValueError as error:  # an integer of thousands of digits
-        raise InputError(f"not JSON: {error}", source=source) from error
+        raise InputError(
+            f"not JSON: a whole number of more than {sys.get_int_max_str_digits():,} digits",
+            source=source,
+            expected="numbers of fewer digits",
+        ) from error
     except RecursionError as error:
         raise InputError("nested too deeply", source=source, expected="one of our files") from error

@@ -143,7 +143,10 @@ def _by_server(shares: Any, place: str) -> Mapping[str, Any]:
         return {}
     if not isinstance(shares, Mapping):
         raise InputError(
-            f"{shares!r:.60}", source="comparison", place=place, expected="a share of each server"
+            f"{shares!r:.60}",
+            parameter="comparison",
+            place=place,
+            expected="a share of each server",
         )
     return shares
 
@@ -237,7 +240,7 @@ def _require_level(level: str, known: Sequence[str]) -> None:
     if level not in known:
         raise InputError(
             f"{level!r:.60}{did_you_mean(str(level), known)}",
-            source="level",
+            parameter="level",
             expected=f"one of {', '.join(known)}",
         )
 
@@ -293,7 +296,7 @@ def _values(values: Iterable[Any], name: str, dtype: str) -> list[Any]:
         if not good and (value is not None or dtype in ("int64", "bool")):
             raise InputError(
                 f"{value!r:.60}",
-                source="frame",
+                parameter="frame",
                 place=name,
                 expected={"string": "a text", "float64": "a number"}.get(dtype, "a whole number"),
             )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots
 from prism_plan.errors import InputError
-from prism_plan.limits import require_places
+from prism_plan.limits import MAX_REPLICAS, require_places, require_whole
 from prism_plan.model import ModelShape, ModelSpec
 from prism_plan.trace import Trace
 from prism_plan.workload import Workload, activations, expected_workload, require_users
@@ -107,9 +107,7 @@ class Instance:
         for n, gpus in enumerate(self.gpu_capacity):
             for capacity in (*gpus, caps[n] or 0):
                 _whole(capacity, f"server {self.servers[n]!r}", 0)
-        _whole(self.min_replicas, "min_replicas", 1)
-        if self.min_replicas > 2**31:
-            raise InputError(f"{self.min_replicas}", place="min_replicas", expected="at most 2**31")
+        require_whole(self.min_replicas, 1, MAX_REPLICAS, "min_replicas")
         for triple in (*self.pinned, *self.forbidden):
             if any(not 0 <= i < size for i, size in zip(triple, shape, strict=True)):
                 raise InputError(f"{triple}", place="rules", expected=f"indices below {shape}")

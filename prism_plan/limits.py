@@ -8,6 +8,8 @@ servers) and keep reading a file within about 1 GiB of memory and ten seconds.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from prism_plan.errors import InputError
 
 MIB = 2**20
@@ -69,10 +71,31 @@ MAX_ARRIVALS = 2**21
 MAX_RUNS = 100_000
 #: Characters of a cell of a sweep table: the line of an error may stand there.
 MAX_CELL = 10_000
+#: Copies of an expert that may be asked for: more than any cluster has servers.
+MAX_REPLICAS = 2**31
+#: Seeds of random generators: what fits into an int64.
+MAX_SEED = 2**63 - 1
 #: Bytes of the footer of a Parquet file, which is parsed whole.
 MAX_FOOTER_BYTES = 16 * MIB
 #: Bytes of a Parquet row group, all columns decompressed: a page of it is decompressed whole.
 MAX_ROW_GROUP_BYTES = 512 * MIB
+
+
+def require_whole(value: object, least: int, most: int, parameter: str) -> None:
+    """Refuse a value of a parameter that is no whole number from ``least`` to ``most``.
+
+    Raises
+    ------
+    InputError
+        Names both bounds.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not least <= value <= most:  # type: ignore[operator]
+        raise InputError(
+            f"{value!r:.60}",
+            parameter=parameter,
+            expected=f"a whole number from {least:,} to {most:,}",
+        )
 
 
 def require_at_most(

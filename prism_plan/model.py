@@ -16,6 +16,7 @@ from prism_plan.limits import (
     MAX_PAIRS,
     require_at_most,
 )
+from prism_plan.text import shown
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class ModelShape:
             A key is missing, unknown, or has a value of the wrong kind.
         """
         if not isinstance(values, Mapping):
-            raise InputError(f"{values!r:.60}", source=source, place=place, expected="an object")
+            raise InputError(shown(values), source=source, place=place, expected="an object")
         fields = {field.name for field in dataclasses.fields(cls)}
         known = [key for key in JSON_ORDER if key in fields]
         for key in values:
@@ -210,7 +211,7 @@ class ModelSpec(ModelShape):
 
 
 def _wrong(field: str, value: object, expected: str) -> None:
-    raise InputError(f"{value!r:.80}", place=field, expected=expected)
+    raise InputError(shown(value, 80), place=field, expected=expected)
 
 
 def _whole(field: str, value: object, least: int, below: int = 2**53) -> None:
@@ -297,7 +298,6 @@ def load_model(reference: str) -> ModelSpec:
     if not found:
         raise InputError(
             f"{reference!r} is neither a preset nor a file{did_you_mean(reference, PRESETS)}",
-            source="--model",
             expected=f"one of {', '.join(PRESETS)}, or a Hugging Face config.json",
         )
     from prism_plan.model_config import spec_from_config_file

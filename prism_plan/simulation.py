@@ -113,37 +113,29 @@ class SimulationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for option, value in (
-            ("--migrate-every", self.migrate_every_s),
-            ("--horizon", self.horizon_s),
-            ("--time-limit", self.time_limit_s),
-        ):
+        for name in ("migrate_every_s", "horizon_s", "time_limit_s"):
+            value = getattr(self, name)
             if value is not None and not 0 < value <= MOST_S:
                 raise InputError(
-                    f"{value}", source=option, expected=f"seconds above 0 and at most {MOST_S:g}"
+                    f"{value}", parameter=name, expected=f"seconds above 0, at most {MOST_S:g}"
                 )
         if self.half_life_s is not None and not self.half_life_s > 0:
             raise InputError(
-                f"{self.half_life_s}", source="--half-life", expected="seconds above 0"
+                f"{self.half_life_s}", parameter="half_life_s", expected="seconds above 0"
             )
         if self.engine not in ENGINES:
             raise InputError(
                 f"{self.engine!r:.60}{did_you_mean(str(self.engine), ENGINES)}",
-                source="--engine",
+                parameter="engine",
                 expected=f"one of {', '.join(ENGINES)}",
             )
         try:
             self.policy()
         except InputError as error:
-            options = {
-                "kind": "--migrate",
-                "cost": "--migration-cost",
-                "solver": "--migrate-solver",
-            }
+            own = {"kind": "migrate", "cost": "migration_cost", "solver": "migrate_solver"}
             raise InputError(
                 error.found,
-                source=options.get(error.place, error.source),
-                place="" if error.place in options else error.place,
+                parameter=own.get(error.parameter, error.parameter),
                 expected=error.expected,
             ) from error
 
@@ -245,7 +237,7 @@ def offload_placement(instance: Instance) -> Placement:
     if not instance.in_slots:
         raise InputError(
             f"experts of {instance.model.name} differ in size",
-            source="--offload",
+            parameter="offload",
             expected="experts of one size, for one takes the slot of another",
         )
     servers = instance.num_servers
@@ -411,14 +403,14 @@ def require_able(rules: Instance, options: SimulationOptions) -> None:
     if options.migrate == "partial":
         if not rules.in_slots:
             raise SolverRefused(
-                f"--migrate partial has no rule for {Rule.UNEQUAL_BYTES}; use --migrate prism"
+                f"``migrate``: 'partial' has no rule for {Rule.UNEQUAL_BYTES}; 'prism' has"
             )
         return
     asked = rules_asked(rules, Options(seed=options.seed))
     lacking = asked - get_solver(options.migrate_solver).knows
     if lacking:
         raise SolverRefused(
-            f"--migrate-solver: {options.migrate_solver!r} has no rule for "
+            f"``migrate_solver``: {options.migrate_solver!r} has no rule for "
             f"{' and '.join(sorted(lacking))}; solvers that have: "
             f"{', '.join(solvers_that_know(asked)) or 'none'}"
         )
@@ -431,7 +423,7 @@ def _require_few_reviews(options: SimulationOptions, requests: Requests) -> None
     if reviews > MOST_REVIEWS:
         raise InputError(
             f"{options.migrate_every_s:g} s: {reviews:,.0f} reviews before the last request",
-            source="--migrate-every",
+            parameter="migrate_every_s",
             expected=f"at most {MOST_REVIEWS:,}",
             remedy="review less often",
         )

@@ -13,7 +13,7 @@ from typing import Any
 from prism_plan.cluster import Cluster, with_figures
 from prism_plan.errors import InputError, LimitReached, PrismError, did_you_mean
 from prism_plan.instance import Instance
-from prism_plan.limits import MAX_RUNS
+from prism_plan.limits import MAX_REPLICAS, MAX_RUNS, MAX_SEED, require_whole
 from prism_plan.placement import Placement
 from prism_plan.simulate.arrivals import MOST_REQUESTS
 from prism_plan.simulate.calibration import Calibration
@@ -55,7 +55,7 @@ class Grid:
             ("bandwidth_mbps", 1e-6, 1e9),
             ("arrival_interval_s", 1e-6, 1e9),
             ("memory_fraction", 1e-6, 1.0),
-            ("seed", 0, 2**63 - 1),
+            ("seed", 0, MAX_SEED),
         ):
             for value in getattr(self, key):
                 whole = key in ("gpus", "seed")
@@ -65,7 +65,7 @@ class Grid:
                     kind = "a whole number" if whole else "a number"
                     raise InputError(
                         f"{value!r}",
-                        source="--sweep",
+                        parameter="grid",
                         place=key,
                         expected=f"{kind} from {least:g} to {most:g}",
                     )
@@ -76,13 +76,13 @@ class Grid:
         if not self.solver:
             raise InputError(
                 "no solver",
-                source="--sweep",
+                parameter="grid",
                 place="solver",
                 expected=f"some of {', '.join((*SOLVER_NAMES, OFFLOAD))}",
             )
         if self.runs > MAX_RUNS:
             raise InputError(
-                f"{self.runs:,} runs", source="--sweep", expected=f"at most {MAX_RUNS:,}"
+                f"{self.runs:,} runs", parameter="grid", expected=f"at most {MAX_RUNS:,}"
             )
 
     @property
@@ -118,12 +118,12 @@ def parse_grid(texts: Sequence[str]) -> Grid:
             twice = " stands twice" if key in values else did_you_mean(key, keys)
             raise InputError(
                 f"{text!r:.60}{twice}",
-                source="--sweep",
+                parameter="grid",
                 expected=f"KEY=VALUE,VALUE,... with KEY of {', '.join(keys)}",
             )
         words = [word.strip() for word in listed.split(",") if word.strip()]
         if not words:
-            raise InputError(f"{text!r:.60}", source="--sweep", place=key, expected="values")
+            raise InputError(f"{text!r:.60}", parameter="grid", place=key, expected="values")
         values[key] = tuple(dict.fromkeys(_value(key, word) for word in words))
     return Grid(**values)
 
@@ -135,7 +135,7 @@ def _value(key: str, word: str) -> Any:
         return int(word) if key in ("gpus", "seed") else float(word)
     except ValueError:
         kind = "a whole number" if key in ("gpus", "seed") else "a number"
-        raise InputError(f"{word!r:.60}", source="--sweep", place=key, expected=kind) from None
+        raise InputError(f"{word!r:.60}", parameter="grid", place=key, expected=kind) from None
 
 
 @dataclass(frozen=True)
@@ -169,20 +169,14 @@ class SweepOptions:
     simulation: SimulationOptions = dataclasses.field(default_factory=SimulationOptions)
 
     def __post_init__(self) -> None:
-        for option, value, least, most in (
-            ("--requests", self.requests_per_server, 1, MOST_REQUESTS),
-            ("--burst", self.burst, 1, MOST_REQUESTS),
-            ("--decode-tokens", self.decode_tokens, 0, MOST_PROMPT_TOKENS),
-            ("--prompt-tokens", self.prompt_tokens, 0, MOST_PROMPT_TOKENS),
-            ("--min-replicas", self.min_replicas, 1, 2**31),
-        ):
-            if not isinstance(value, int) or not least <= value <= most:
-                raise InputError(
-                    f"{value!r:.60}", source=option, expected=f"a whole number from {least}"
-                )
+        require_whole(self.requests_per_server, 1, MOST_REQUESTS, "requests_per_server")
+        require_whole(self.burst, 1, MOST_REQUESTS, "burst")
+        require_whole(self.decode_tokens, 0, MOST_PROMPT_TOKENS, "decode_tokens")
+        require_whole(self.prompt_tokens, 0, MOST_PROMPT_TOKENS, "prompt_tokens")
+        require_whole(self.min_replicas, 1, MAX_REPLICAS, "min_replicas")
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise InputError(
-                f"{self.holdout}", source="--holdout", expected="a share above 0 and below 1"
+                f"{self.holdout}", parameter="holdout", expected="a share above 0 and below 1"
             )
 
 
@@ -209,7 +203,7 @@ def varied(
         if rest or not copies:
             raise InputError(
                 f"{gpus}",
-                source="--sweep",
+                parameter="grid",
                 place="gpus",
                 expected=f"whole multiples of the {own} GPUs of {cluster.name}",
             )
@@ -232,7 +226,7 @@ def varied(
         if any(gpu.slots is not None for server in servers for gpu in server.gpus):
             raise InputError(
                 "a GPU gives its slots directly",
-                source="--sweep",
+                parameter="grid",
                 place="memory_fraction",
                 expected="memory_gb or memory_gib in the cluster file",
             )
@@ -259,12 +253,14 @@ def sweep(
     *,
     jobs: int = -1,
     progress: Callable[[int], None] = lambda done: None,
+    names: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the sweep table (:data:`prism_plan.sweep_file.COLUMNS`), in the grid's order.
 
     Placements are spread over ``jobs`` processes (-1: one a core) by joblib, so that
     ``joblib.parallel_config(backend="dask")`` or ``"ray"`` around the call takes the sweep beyond
-    one machine. A run that fails is a row whose ``status`` is the error. With
+    one machine. A run that fails is a row whose ``status`` is the line of the error, in which
+    parameters have these ``names`` (:meth:`prism_plan.errors.PrismError.line`). With
     ``options.holdout`` placements are planned on one part of each task's requests and simulated
     with the others.
 
@@ -292,7 +288,7 @@ def sweep(
             remedy="leave one of the two out",
         )
     work = joblib.Parallel(n_jobs=jobs, return_as="generator")(
-        joblib.delayed(_rows)(trace, cluster, plans, options) for plans in grid.plans()
+        joblib.delayed(_rows)(trace, cluster, plans, options, names or {}) for plans in grid.plans()
     )
     done = 0
     for rows in work:
@@ -313,7 +309,7 @@ def _require_arrivals(cluster: Cluster) -> None:
 
 
 def _rows(
-    trace: Trace, cluster: Cluster, plans: Plans, options: SweepOptions
+    trace: Trace, cluster: Cluster, plans: Plans, options: SweepOptions, names: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """All rows of one placement."""
     conditions = list(itertools.product(plans.bandwidth_mbps, plans.arrival_interval_s))
@@ -345,14 +341,14 @@ def _rows(
             "memory_fraction": plans.memory_fraction,
             "solver": plans.solver,
             "seed": plans.seed,
-            "status": OK if error is None else str(error),
+            "status": OK if error is None else error.line(names),
         }
         if placement is not None:
             try:
                 run = _run(scored, cluster, placement, plans, bandwidth, interval, options)
                 row |= _results(run.to_json(), run) | {"solve_s": solve_s}
             except PrismError as found:
-                row["status"] = str(found)
+                row["status"] = found.line(names)
         rows.append({name: row.get(name) for name in COLUMNS})
     return rows
 
@@ -437,4 +433,4 @@ def _blaming_sweep() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise error.within("--sweep") from error
+        raise error.within(parameter="grid") from error

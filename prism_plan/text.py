@@ -39,6 +39,18 @@ def printable(text: object) -> str:
     return "".join(c if is_printable(c) else _escape(c) for c in plain)
 
 
+def shown(value: object, most: int = 60) -> str:
+    """The beginning of a value of a JSON file: true, false and null as such files spell them."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)[:most]
+
+
+def quantity(number: int, noun: str) -> str:
+    """A number with its noun: ``"1 task"``, ``"2,000 tasks"``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def printable_lines(text: str) -> str:
     """The same for a text of several lines, such as a traceback: newlines stay."""
     return "\n".join(map(printable, text.split("\n")))

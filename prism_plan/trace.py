@@ -139,14 +139,14 @@ class Trace:
         """
         if not 0 < holdout < 1:
             raise InputError(
-                f"{holdout}", source="--holdout", expected="a share above 0 and below 1"
+                f"{holdout}", parameter="holdout", expected="a share above 0 and below 1"
             )
         if self.batches is None:
             raise InputError(
                 "a counts-only trace has no requests to split",
                 source=self.name or "trace",
-                expected="a token-level trace for --holdout",
-                remedy="leave --holdout out, or profile token by token",
+                expected="a token-level trace for ``holdout``",
+                remedy="leave ``holdout`` out, or profile token by token",
             )
         pairs = _requests_by_task(self.batches())
         first = np.searchsorted(pairs >> 32, np.arange(len(self.tasks) + 1))
@@ -160,8 +160,8 @@ class Trace:
                 raise InputError(
                     f"task {task!r} has {len(ids)} request",
                     source=self.name or "trace",
-                    expected="at least 2 requests of each task for --holdout",
-                    remedy="profile more requests of it, or leave --holdout out",
+                    expected="at least 2 requests of each task for ``holdout``",
+                    remedy="profile more requests of it, or leave ``holdout`` out",
                 )
             number = min(max(round(holdout * len(ids)), 1), len(ids) - 1)
             held.append(rng.permutation(ids)[:number])
@@ -379,5 +379,5 @@ def bad_selection(
             if over
             else f"{model.top_k} different experts"
         ),
-        remedy="check that --model is the model that was recorded" if over else "",
+        remedy="check that ``model`` is the model that was recorded" if over else "",
     )

@@ -144,5 +144,5 @@ def check_sums(
             source=source,
             place=f"task {tasks[t]!r} layer {model.moe_layers[layer]}",
             expected=f"at most {tokens[t]:,} tokens times top-{model.top_k}",
-            remedy="check the counts, the tokens and --model",
+            remedy="check the counts, the tokens and ``model``",
         )

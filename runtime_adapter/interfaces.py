@@ -12,7 +12,7 @@ _SIOCGIFFLAGS, _SIOCGIFADDR, _IFF_UP = 0x8913, 0x8915, 0x1
 
 
 def require_interface(name: str, *, ipv4: bool = True) -> None:
-    """Refuse an ``--interface`` that is not there, is down, or has no address.
+    """Refuse a network interface that is not there, is down, or has no address.
 
     ``ipv4`` is False where the store's address is one of IPv6: then any address will do.
 
@@ -25,7 +25,7 @@ def require_interface(name: str, *, ipv4: bool = True) -> None:
 
     def refuse(found: str, remedy: str) -> InputError:
         return InputError(
-            found, source="--interface", expected=f"one of {', '.join(names)}", remedy=remedy
+            found, parameter="interface", expected=f"one of {', '.join(names)}", remedy=remedy
         )
 
     if name not in names:

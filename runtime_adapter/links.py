@@ -91,8 +91,8 @@ def listen(meeting: Meeting) -> socket.socket:
         bound.close()
         reason = (error.strerror or str(error)).lower()
         raise RuntimeFailure(
-            f"--store {meeting.host}:{meeting.port}: {reason}; choose another port, or the address "
-            "of the interface that the servers share"
+            f"``store`` {meeting.host}:{meeting.port}: {reason}; choose another port, or the "
+            "address of the interface that the servers share"
         ) from error
     return bound
 
@@ -111,7 +111,7 @@ def join_store(meeting: Meeting, *, host_it: bool) -> dist.TCPStore:
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:  # and so TimeoutError
         first = str(error).splitlines()[0]
         raise RuntimeFailure(
-            f"--store {meeting.host}:{meeting.port}: no store within {meeting.join_s:g} s "
+            f"``store`` {meeting.host}:{meeting.port}: no store within {meeting.join_s:g} s "
             f"({first:.120}); start the first server, or check the address"
         ) from error
 
@@ -246,7 +246,7 @@ def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: 
     """
     if ask_store(partial(store.add, f"joined/{meeting.me}", 1)) != 1:
         raise NameTaken(
-            f"server {name!r} is there already", source="--server", remedy="start each server once"
+            f"server {name!r} is there already", parameter="server", remedy="start each server once"
         )
     if meeting.me == 0:
         put(store, "facts", facts)
@@ -261,7 +261,7 @@ def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: 
             raise InputError(
                 f"{value!r:.80}",
                 source=f"server {name!r}",
-                place=key,
+                parameter=key,
                 expected=f"{wanted.get(key)!r:.80}, as the first server has it",
             )
 
@@ -295,7 +295,7 @@ def group(
         device = dist.ProcessGroupGloo.create_device(interface=meeting.interface)
     except RuntimeError as error:
         raise RuntimeFailure(
-            f"--interface {meeting.interface}: {str(error).splitlines()[0]:.120}"
+            f"``interface`` {meeting.interface}: {str(error).splitlines()[0]:.120}"
         ) from error
     options._devices = [device]
     options._threads = 1

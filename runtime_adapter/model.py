@@ -89,13 +89,13 @@ def server_devices(gpus: int, device: str = "auto") -> list[torch.device]:
     found = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", device)
     if found is None:
         raise InputError(
-            f"{device!r:.60}", source="--device", expected="auto, cpu, cuda, or a card like cuda:0"
+            f"{device!r:.60}", parameter="device", expected="auto, cpu, cuda, or a card like cuda:0"
         )
     cards = list(range(gpus)) if found[1] is None else [int(found[1])] * gpus
     if max(cards, default=-1) >= there:
         raise InputError(
             f"{device} needs {max(cards) + 1} CUDA devices",
-            source="--device",
+            parameter="device",
             expected=f"at most the {there} that are here",
             remedy="cuda:0 lets the server's GPUs share one card, cpu does without",
         )

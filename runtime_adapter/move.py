@@ -37,8 +37,8 @@ def ask(
     try:
         if get(news.store, "movable", meeting.join_s) is not True:
             raise RuntimeFailure(
-                f"--store {meeting.host}:{meeting.port}: a run that moves no experts; start its "
-                "servers with --movable"
+                f"``store`` {meeting.host}:{meeting.port}: a run that moves no experts; start its "
+                "servers with `movable`"
             )
         timeout_s = get_number(news.store, "timeout", meeting.join_s, 1e9, whole=False)
         ask_store(partial(news.put, f"move/{name}", placement))

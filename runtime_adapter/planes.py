@@ -169,7 +169,7 @@ def _make(planes: Planes, meeting: Meeting, front: int, worker: int, lane: int, 
     except PlaneBroken as error:
         other = worker if rank == 0 else front
         raise RuntimeFailure(
-            f"--transport {planes.backend}: no states from server {other} within "
+            f"``transport`` {planes.backend}: no states from server {other} within "
             f"{meeting.join_s:g} s: {str(error).splitlines()[0]:.120}"
         ) from error
     plane.timeout_s = meeting.timeout_s
@@ -180,7 +180,7 @@ def _make(planes: Planes, meeting: Meeting, front: int, worker: int, lane: int, 
 
 
 def require_device(planes: Planes) -> None:
-    """Refuse a ``--transport`` that cannot work with this server's ``--device``.
+    """Refuse a transport that cannot work with this server's device.
 
     Raises
     ------
@@ -190,22 +190,22 @@ def require_device(planes: Planes) -> None:
     kind = planes.device.type
     if planes.backend == "split" and kind != "cpu":
         raise InputError(
-            f"split runs over gloo, between CPUs (--device is {kind})",
-            source="--transport",
-            remedy="use --device cpu, or --transport nccl or gloo",
+            f"split runs over gloo, between CPUs (``device`` is {kind})",
+            parameter="transport",
+            remedy="use ``device`` cpu, or ``transport`` nccl or gloo",
         )
     if planes.backend == "nccl" and kind != "cuda":
         raise InputError(
             "nccl carries states between CUDA cards, and this server has none "
-            f"(--device is {kind})",
-            source="--transport",
-            remedy="give every server a card, or use --transport gloo",
+            f"(``device`` is {kind})",
+            parameter="transport",
+            remedy="give every server a card, or use ``transport`` gloo",
         )
     if planes.backend == "nccl" and not dist.is_nccl_available():
         raise InputError(
             "this torch is built without NCCL",
-            source="--transport",
-            remedy="install a CUDA build of torch, or use --transport gloo",
+            parameter="transport",
+            remedy="install a CUDA build of torch, or use ``transport`` gloo",
         )
 
 
@@ -241,7 +241,8 @@ def check_cards(store: dist.Store, meeting: Meeting, card: str, names: tuple[str
         if n != meeting.me and found == card:
             raise InputError(
                 f"server {names[meeting.me]!r} has the card of server {name!r}",
-                source="--transport nccl",
+                parameter="transport",
+                place="nccl",
                 expected="a card of its own for every server",
-                remedy="give another --device, or use --transport gloo",
+                remedy="give another ``device``, or use ``transport`` gloo",
             )

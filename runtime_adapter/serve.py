@@ -159,7 +159,7 @@ def _job(
             source=source,
             place=f"line {request.line}",
             expected=f"1 to {longest:,}, the model's context" if longest else "a token or more",
-            remedy="shorten the prompt or lower --max-new-tokens" if ids else "",
+            remedy="shorten the prompt or lower ``max_new_tokens``" if ids else "",
         )
     return Job(request, number, ids, new)
 

@@ -158,7 +158,7 @@ class Server:
         """Tell those that wait for this server why it does not come."""
         if self.store is None or isinstance(error, NameTaken):
             return
-        reason = str(error) if isinstance(error, PrismError) else "it was stopped"
+        reason = error.message if isinstance(error, PrismError) else "it was stopped"
         with contextlib.suppress(RuntimeFailure):
             said = json.dumps(f"server {self.name!r} does not join: {reason}")
             # the first reason is the reason
@@ -225,7 +225,8 @@ class Server:
                 self._planes = in_time(job, 2 * number * meeting.join_s + STORE_TIMEOUT_S)
             except TimeoutError as error:
                 raise RuntimeFailure(
-                    f"--transport {config.planes.backend}: the other servers' workers do not answer"
+                    f"``transport`` {config.planes.backend}: the other servers' workers do "
+                    "not answer"
                 ) from error
         try:
             if not ours.poll(meeting.join_s):

@@ -35,7 +35,7 @@ class Shape:
         ):
             value = getattr(self, name)
             if not least <= value <= most:
-                raise InputError(f"{value:g}", place=name, expected=f"{least:g} to {most:g}")
+                raise InputError(f"{value:g}", parameter=name, expected=f"{least:g} to {most:g}")
 
     @property
     def largest_packet_bytes(self) -> int:

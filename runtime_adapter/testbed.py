@@ -91,9 +91,9 @@ class Testbed:
         queue_kb: float = 16_000.0,
     ) -> None:
         if not 1 <= servers <= MOST_SERVERS:
-            raise InputError(f"{servers}", place="servers", expected=f"1 to {MOST_SERVERS}")
+            raise InputError(f"{servers}", parameter="servers", expected=f"1 to {MOST_SERVERS}")
         if not 0 <= rtt_ms <= 60_000:
-            raise InputError(f"{rtt_ms:g}", place="rtt_ms", expected="0 to 60000")
+            raise InputError(f"{rtt_ms:g}", parameter="rtt_ms", expected="0 to 60000")
         self.shape = Shape(mbps, burst_kb, queue_kb)
         self.names = _checked(names, servers)
         self.rtt_ms = rtt_ms
@@ -290,14 +290,16 @@ def _checked(names: Sequence[str] | None, servers: int) -> tuple[str, ...]:
     if names is None:
         return tuple(f"server-{n}" for n in range(servers))
     if len(names) != servers:
-        raise InputError(f"{len(names)} names for {servers} servers", place="names")
+        raise InputError(f"{len(names)} names for {servers} servers", parameter="names")
     for name in names:
         if NAME.fullmatch(name) is None:
             raise InputError(
-                f"{name!r}", place="names", expected="letters, digits, '.', '_', '-', at most 63"
+                f"{name!r}",
+                parameter="names",
+                expected="letters, digits, '.', '_', '-', at most 63",
             )
     if len(set(names)) < len(names):
-        raise InputError("the same name twice", place="names")
+        raise InputError("the same name twice", parameter="names")
     return tuple(names)
 
 

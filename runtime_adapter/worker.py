@@ -89,7 +89,7 @@ def run_worker(config: WorkerConfig, ready: Any) -> None:
         worker = Worker(config)
         worker.connect()
     except PrismError as error:
-        ready.send(str(error))
+        ready.send(error.message)
         os._exit(1)  # not by returning; see run_scheduler
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())

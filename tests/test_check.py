@@ -158,7 +158,7 @@ def test_calibrations_and_phases(tmp_path: Path) -> None:
     path = tmp_path / "phases.toml"
     path.write_text("[[phase]]\nrequests = 5\n[[phase]]\ntasks = { a = { x = 1.0 } }\n")
     report = check_file(path)
-    assert (report.kind, report.summary) == ("phases", "2 phases, tasks of 1 servers")
+    assert (report.kind, report.summary) == ("phases", "2 phases, tasks of 1 server")
     path.write_text("[[phase]]\n[[phase]]\nrequests = 5\n")
     with pytest.raises(InputError, match=r"phase\[0\]\.requests"):
         check_file(path)

@@ -374,7 +374,7 @@ def test_rules_beyond_memory_are_told() -> None:
     )
     cluster = Cluster("c", servers)
     assert require_plannable(cluster) == (
-        "pin and forbid not followed: that needs --trace or --model",
+        "pin and forbid not followed: that needs a trace or a model",
     )
 
 

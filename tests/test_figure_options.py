@@ -88,7 +88,7 @@ def test_too_small_is_an_input_error(kind: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dpi": 9}, "dpi: 9; expected a whole number, 10 to 1200"),
+        ({"dpi": 9}, "dpi: 9; expected a whole number from 10 to 1,200"),
         ({"dpi": 1201}, "dpi: 1201; expected"),
         ({"dpi": 72.5}, "dpi: 72.5; expected a whole number"),
         ({"size_in": (0.9, 5)}, "size_in: 0.9 × 5 inches; expected a width and a height of 1 to"),
@@ -107,7 +107,7 @@ def test_bounds(values: dict[str, Any], message: str) -> None:
 def test_content_that_needs_too_many_pixels() -> None:
     """A figure that grows with its rows is refused beyond as many pixels, saying so."""
     rows = [ROWS[0] | {"name": f"p{i}"} for i in range(2000)]
-    with pytest.raises(InputError, match="figure: 15 × 842 inches at 100 dots an inch"):
+    with pytest.raises(InputError, match=r"^15 × 842 inches at 100 dots an inch"):
         plotting.comparison(rows)
 
 
@@ -199,9 +199,12 @@ def test_every_command_has_the_options(kind: str, run: Any, folder: Path, tmp_pa
         (("--size", "axb"), "--size: 'axb'; expected width x height"),
         (("--size", "0x5"), "--size: 0 × 5 inches; expected a width and a height of 1 to 100"),
         (("--size", "1x1"), "--size: 1 × 1 inches; expected room for the panels"),
-        (("--dpi", "5000"), "--dpi: 5000; expected a whole number, 10 to 1200"),
-        (("--size", "90x90", "--dpi", "600"), "--size and --dpi: 90 × 90 inches at 600 dots"),
-        (("--title", "a", "--no-title"), "--title and --no-title: a title and none; leave one"),
+        (("--dpi", "5000"), "--dpi: 5000; expected a whole number from 10 to 1,200"),
+        (("--size", "90x90", "--dpi", "600"), "--size: 90 × 90 inches at 600 dots"),
+        (
+            ("--title", "a", "--no-title"),
+            "--title: given with --no-title; leave one of the two out",
+        ),
     ],
 )
 def test_bad_options(

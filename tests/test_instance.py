@@ -82,7 +82,7 @@ def with_value(value: float) -> np.ndarray:
         ({"gpu_capacity": ((6,), (True, 5))}, "server 'south': True; expected a whole number"),
         ({"layer_caps": (None, -2)}, "server 'south': -2; expected a whole number"),
         ({"layer_caps": (1.5, None)}, "server 'north': 1.5; expected a whole number"),
-        ({"min_replicas": 0}, "min_replicas: 0; expected a whole number of at least 1"),
+        ({"min_replicas": 0}, "min_replicas: 0; expected a whole number from 1 to 2,147,483,648"),
         ({"min_replicas": 1.0}, "min_replicas: 1.0; expected a whole number"),
         ({"pinned": ((2, 0, 0),)}, "rules: (2, 0, 0); expected indices below (2, 3, 4)"),
         ({"pinned": ((0, 0, 4),)}, "rules: (0, 0, 4)"),

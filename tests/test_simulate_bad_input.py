@@ -258,6 +258,7 @@ def test_files_cut_short(work: Path, name: str, share: float) -> None:
 # ------------------------------------------------------------------------------------------ options
 
 
+PRISM = ("--migrate", "prism")
 OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "nothing to simulate": ((), ("simulate: nothing to simulate",)),
     "no such placement": (("q.json",), ("q.json",)),
@@ -284,19 +285,19 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("p.json", "--migrate", "partial", "--migrate-every", "1e-7"),
         ("--migrate-every: 1e-07 s", "reviews before the last request"),
     ),
-    "zero period": (("p.json", "--migrate-every", "0"), ("--migrate-every: 0",)),
-    "NaN period": (("p.json", "--migrate-every", "nan"), ("--migrate-every: nan",)),
-    "infinite period": (("p.json", "--migrate-every", "inf"), ("--migrate-every: inf",)),
-    "NaN half-life": (("p.json", "--half-life", "nan"), ("--half-life: nan",)),
-    "infinite half-life": (("p.json", "--half-life", "inf"), ("--half-life: inf",)),
-    "zero half-life": (("p.json", "--half-life", "0"), ("--half-life: 0",)),
+    "zero period": (("p.json", *PRISM, "--migrate-every", "0"), ("--migrate-every: 0",)),
+    "NaN period": (("p.json", *PRISM, "--migrate-every", "nan"), ("--migrate-every: nan",)),
+    "infinite period": (("p.json", *PRISM, "--migrate-every", "inf"), ("--migrate-every: inf",)),
+    "NaN half-life": (("p.json", *PRISM, "--half-life", "nan"), ("--half-life: nan",)),
+    "infinite half-life": (("p.json", *PRISM, "--half-life", "inf"), ("--half-life: inf",)),
+    "zero half-life": (("p.json", *PRISM, "--half-life", "0"), ("--half-life: 0",)),
     "half-life of all": (
-        ("p.json", "--half-life", "9", "--statistics", "cumulative"),
-        ("--half-life: 9 with cumulative",),
+        ("p.json", *PRISM, "--half-life", "9", "--statistics", "cumulative"),
+        ("--half-life: has no effect with cumulative",),
     ),
-    "negative horizon": (("p.json", "--horizon", "-1"), ("--horizon: -1",)),
-    "infinite horizon": (("p.json", "--horizon", "inf"), ("--horizon: inf",)),
-    "zero horizon": (("p.json", "--horizon", "0"), ("--horizon: 0",)),
+    "negative horizon": (("p.json", *PRISM, "--horizon", "-1"), ("--horizon: -1",)),
+    "infinite horizon": (("p.json", *PRISM, "--horizon", "inf"), ("--horizon: inf",)),
+    "zero horizon": (("p.json", *PRISM, "--horizon", "0"), ("--horizon: 0",)),
     "zero limit": (("p.json", "--time-limit", "0"), ("--time-limit: 0",)),
     "NaN limit": (("p.json", "--time-limit", "nan"), ("--time-limit: nan",)),
     "negative seed": (("p.json", "--seed", "-1"), ("--seed: -1",)),
@@ -304,7 +305,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no replicas": (("--solvers", "exact", "--min-replicas", "0"), ("--min-replicas",)),
     "unknown route": (("p.json", "--route", "far"), ("--route", "far")),
     "unknown policy": (("p.json", "--migrate", "always"), ("--migrate", "always")),
-    "unknown candidate": (("p.json", "--migrate-solver", "prsm"), ("--migrate-solver: 'prsm'",)),
+    "unknown candidate": (
+        ("p.json", *PRISM, "--migrate-solver", "prsm"),
+        ("--migrate-solver: 'prsm'",),
+    ),
     "no processes": (("p.json", "--jobs", "0"), ("--jobs: 0",)),
     "holdout of all": (("p.json", "--holdout", "1"), ("--holdout: 1",)),
     "NaN holdout": (("p.json", "--holdout", "nan"), ("--holdout: nan",)),
@@ -312,9 +316,8 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("p.json", *PHASED, "--requests", "1"),
         ("--requests: 1 requests of each server end before phase[1]",),
     ),
-    "table to standard output": (("p.json", "--per-request", "-"), ("--per-request: -",)),
-    "one file for both": (("p.json", "--per-request", "./s.json"), ("--per-request: ./s.json",)),
-    "table over a plan": (("p.json", "--per-request", "p.json"), ("p.json: is also read",)),
+    "table to standard output": (("p.json", "--per-request", "-"), ("--per-request: '-'",)),
+    "table over a plan": (("p.json", "--per-request", "t.parquet"), ("t.parquet: is also read",)),
     "no such folder": (("p.json", "--per-request", "no/r.parquet"), ("no/r.parquet",)),
 }
 
@@ -348,13 +351,16 @@ def test_report_over_an_input(work: Path, name: str, options: tuple[str, ...]) -
 
 GRID = ("--sweep", "solver=exact")
 SWEEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "with placements": (("p.json", *GRID), ("--sweep: placement files with a sweep",)),
-    "with arrivals": ((*GRID, *FIXED), ("--sweep: --arrivals with a sweep",)),
-    "with phases": ((*GRID, *PHASED), ("--sweep: --phases with a sweep",)),
-    "with a duration": ((*GRID, "--duration", "0"), ("--sweep: --duration with a sweep",)),
-    "with a time limit": ((*GRID, "--time-limit", "9"), ("--sweep: --time-limit",)),
-    "with requests' rows": ((*GRID, "--per-request", "r.parquet"), ("--sweep: --per-request",)),
-    "with JSON": ((*GRID, "--json"), ("--sweep: --json with a sweep",)),
+    "with placements": (("p.json", *GRID), ("P.json: not in a sweep (--sweep)",)),
+    "with arrivals": ((*GRID, *FIXED), ("--arrivals: not in a sweep (--sweep)",)),
+    "with phases": ((*GRID, *PHASED), ("--phases: not in a sweep (--sweep)",)),
+    "with a duration": ((*GRID, "--duration", "0"), ("--duration: not in a sweep (--sweep)",)),
+    "with a time limit": ((*GRID, "--time-limit", "9"), ("--time-limit: not in a sweep",)),
+    "with requests' rows": (
+        (*GRID, "--per-request", "r.parquet"),
+        ("--per-request: not in a sweep",),
+    ),
+    "with JSON": ((*GRID, "--json"), ("--json: not in a sweep (--sweep)",)),
     "unknown key": ((*GRID, "--sweep", "gpu=4"), ("--sweep", "did you mean 'gpus'")),
     "half a seed": ((*GRID, "--sweep", "seed=1.5"), ("--sweep: seed: '1.5'", "whole number")),
     "no solver": (("--sweep", "gpus=4"), ("--sweep: solver: no solver",)),

@@ -445,20 +445,20 @@ def test_a_run_that_is_done_is_not_partial(monkeypatch: pytest.MonkeyPatch, poli
 @pytest.mark.parametrize(
     ("values", "word"),
     [
-        ({"migrate_every_s": 0.0}, "--migrate-every"),
-        ({"migrate_every_s": math.inf}, "--migrate-every"),
-        ({"migrate_every_s": math.nan}, "--migrate-every"),
-        ({"horizon_s": -1.0}, "--horizon"),
-        ({"horizon_s": math.nan}, "--horizon"),
-        ({"half_life_s": 0.0}, "--half-life"),
-        ({"half_life_s": math.nan}, "--half-life"),
-        ({"time_limit_s": 0.0}, "--time-limit"),
-        ({"time_limit_s": math.inf}, "--time-limit"),
-        ({"engine": "fast"}, "--engine"),
-        ({"migrate": "always"}, "--migrate"),
-        ({"migration_cost": "mean"}, "--migration-cost"),
-        ({"migrate_solver": "exakt"}, "--migrate-solver: 'exakt', did you mean 'exact'"),
-        ({"seed": -1}, "--seed"),
+        ({"migrate_every_s": 0.0}, "migrate_every_s: "),
+        ({"migrate_every_s": math.inf}, "migrate_every_s: "),
+        ({"migrate_every_s": math.nan}, "migrate_every_s: "),
+        ({"horizon_s": -1.0}, "horizon_s: "),
+        ({"horizon_s": math.nan}, "horizon_s: "),
+        ({"half_life_s": 0.0}, "half_life_s: "),
+        ({"half_life_s": math.nan}, "half_life_s: "),
+        ({"time_limit_s": 0.0}, "time_limit_s: "),
+        ({"time_limit_s": math.inf}, "time_limit_s: "),
+        ({"engine": "fast"}, "engine: "),
+        ({"migrate": "always"}, "migrate: "),
+        ({"migration_cost": "mean"}, "migration_cost: "),
+        ({"migrate_solver": "exakt"}, "migrate_solver: 'exakt', did you mean 'exact'"),
+        ({"seed": -1}, "seed: "),
     ],
     ids=str,
 )
@@ -557,7 +557,7 @@ def test_policies_that_lack_a_rule() -> None:
     """What the first review would refuse is refused before the run, by the option's name."""
     trace, cluster = small_trace(), small_cluster(('name = "a"', 'name = "a"\nlayer_cap = 7'))
     plans, requests = planned(trace, cluster, "exact"), sampled(trace, cluster, 2)
-    with pytest.raises(SolverRefused, match=r"^--migrate-solver: 'prism' .*layer caps; .*exact"):
+    with pytest.raises(SolverRefused, match=r"^migrate_solver: 'prism' .*layer caps; .*exact"):
         simulate_placements(plans, requests, trace, cluster, SimulationOptions(migrate="prism"))
     for options in (
         SimulationOptions(migrate="prism", migrate_solver="exact"),
@@ -577,7 +577,7 @@ def test_experts_of_unequal_size_have_no_partial_move() -> None:
         ("slots = 3", "memory_gb = 0.5"),
     )
     plans, requests = planned(trace, cluster, "ilp"), sampled(trace, cluster, 2)
-    with pytest.raises(SolverRefused, match=r"^--migrate partial has no rule for .*unequal size"):
+    with pytest.raises(SolverRefused, match=r"^migrate: 'partial' has no rule for .*unequal size"):
         simulate_placements(plans, requests, trace, cluster, SimulationOptions(migrate="partial"))
     options = SimulationOptions(migrate="prism", migrate_solver="ilp", migrate_every_s=0.01)
     assert simulate_placements(plans, requests, trace, cluster, options).runs[0].migrations

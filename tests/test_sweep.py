@@ -401,7 +401,7 @@ def test_grids_that_are_none(texts: list[str], words: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_grid(texts)
     message = str(caught.value)
-    assert message.startswith("--sweep: ")
+    assert message.startswith("grid: ")
     assert words in message
     assert len(message.splitlines()) == 1
 
@@ -409,15 +409,15 @@ def test_grids_that_are_none(texts: list[str], words: str) -> None:
 @pytest.mark.parametrize(
     ("values", "word"),
     [
-        ({"requests_per_server": 0}, "--requests: 0"),
-        ({"requests_per_server": 10**9}, "--requests"),
-        ({"requests_per_server": 1.5}, "--requests: 1.5"),
-        ({"burst": 0}, "--burst: 0"),
-        ({"decode_tokens": -1}, "--decode-tokens: -1"),
-        ({"prompt_tokens": -1}, "--prompt-tokens: -1"),
-        ({"min_replicas": 0}, "--min-replicas: 0"),
-        ({"holdout": 0.0}, "--holdout: 0.0"),
-        ({"holdout": math.nan}, "--holdout: nan"),
+        ({"requests_per_server": 0}, "requests_per_server: 0"),
+        ({"requests_per_server": 10**9}, "requests_per_server"),
+        ({"requests_per_server": 1.5}, "requests_per_server: 1.5"),
+        ({"burst": 0}, "burst: 0"),
+        ({"decode_tokens": -1}, "decode_tokens: -1"),
+        ({"prompt_tokens": -1}, "prompt_tokens: -1"),
+        ({"min_replicas": 0}, "min_replicas: 0"),
+        ({"holdout": 0.0}, "holdout: 0.0"),
+        ({"holdout": math.nan}, "holdout: nan"),
     ],
     ids=str,
 )

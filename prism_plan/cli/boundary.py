@@ -11,21 +11,23 @@
     interrupted                                          130
 
 The first ones are those of :mod:`prism_plan.errors`; any exception that is none of them is a fault
-(:mod:`prism_plan.faults`).
+(:mod:`prism_plan.faults`). Where a message names a parameter of the command, its option is told.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import click
 
+from prism_plan.cli.command_options import option_names, running
 from prism_plan.errors import LimitReached, OutputError, PrismError
 from prism_plan.faults import one_line_each, raised_at, report_fault, say
 from prism_plan.jit import before_first_compilation
@@ -54,18 +56,20 @@ def run_command(
     _prepare_streams()
     _announce_compilation(program)
     given = list(sys.argv[1:] if arguments is None else arguments)
+    names: dict[str, str] = {}
     with one_line_each(program):
         try:
-            return _invoke(command, name, given)
+            return _invoke(command, name, given, names)
         except BaseException as error:
-            return _exit_code(error, name, program, interrupted, extra)
+            return _exit_code(error, name, names, program, interrupted, extra)
 
 
 def _prepare_streams() -> None:
     for stream_name in ("stdout", "stderr"):
         stream = getattr(sys, stream_name)
-        if stream is None:  # closed by the caller
-            setattr(sys, stream_name, open(os.devnull, "w"))  # noqa: SIM115 - for good
+        if stream is None:  # closed by the caller; messages are lost, data must not be
+            mode = os.O_RDONLY if stream_name == "stdout" else os.O_WRONLY
+            setattr(sys, stream_name, open(os.open(os.devnull, mode), "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # an encoding that lacks a character is no error
             stream.reconfigure(errors="backslashreplace")
 
@@ -82,18 +86,31 @@ def _announce_compilation(program: str) -> None:
         )
 
 
-def _invoke(command: click.Command, name: str, arguments: list[str]) -> int:
-    """Run the command; its exit code is what it returns, if that is a number."""
+def _invoke(command: click.Command, name: str, arguments: list[str], names: dict[str, str]) -> int:
+    """Run the command; its exit code is what it returns, if that is a number.
+
+    ``names`` is filled with what a user calls the parameters of the command that ran.
+    """
     try:
         # not command.main(): on Ctrl-C and on a closed pipe it prints and exits in its own way
         with command.make_context(name, arguments) as context:
-            result = command.invoke(context)
+            try:
+                result = command.invoke(context)
+            finally:
+                names |= option_names(running(context))
     finally:
         sys.stdout.flush()
     return result if isinstance(result, int) else 0
 
 
-def _exit_code(error: BaseException, name: str, program: str, interrupted: str, extra: str) -> int:
+def _exit_code(
+    error: BaseException,
+    name: str,
+    names: Mapping[str, str],
+    program: str,
+    interrupted: str,
+    extra: str,
+) -> int:
     """Tell what went wrong, in one line; gives the exit code."""
     match error:
         case click.exceptions.Exit():
@@ -101,7 +118,7 @@ def _exit_code(error: BaseException, name: str, program: str, interrupted: str, 
         case SystemExit():
             raise error
         case PrismError():
-            code, message = error.exit_code, str(error)
+            code, message = error.exit_code, error.line(names)
         case click.exceptions.NoArgsIsHelpError():
             click.echo(error.format_message(), err=True)  # which is the help
             return 2
@@ -122,8 +139,11 @@ def _exit_code(error: BaseException, name: str, program: str, interrupted: str, 
             code, message = 2, f"{error}; install the extra: pip install 'prism-plan[{extra}]'"
         case OSError() if error.errno is not None and not isinstance(error, BrokenPipeError):
             _discard_stdout()
+            place = _place_of(error)
             reason = (error.strerror or str(error)).lower()
-            code, message = OutputError.exit_code, f"{_place_of(error)}: {reason}"
+            if place == "standard output" and error.errno == errno.EBADF:
+                reason = "is closed"
+            code, message = OutputError.exit_code, f"{place}: {reason}"
         case _:
             return report_fault(program, error)
     say(program, message)

@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from prism_plan.cli.command_options import TableOptions, options_as, told
 from prism_plan.cli.tables import format_option
 from prism_plan.errors import PrismError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(TableOptions):
+    """What ``prism-plan check`` is given."""
+
+    files: tuple[str, ...]
+    cluster: str | None
+    trace: str | None
+    model: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cluster is None and not any(file.endswith(".toml") for file in self.files):
+            for option, value in (("--trace", self.trace), ("--model", self.model)):
+                if value is not None:
+                    raise click.UsageError(
+                        f"{option} needs --cluster, or a cluster to check",
+                        ctx=click.get_current_context(),
+                    )
+        if self.trace is not None and self.model is not None:
+            raise click.UsageError(
+                "--model with --trace, which says the model", ctx=click.get_current_context()
+            )
 
 
 @click.command("check")
@@ -31,16 +57,8 @@ from prism_plan.errors import PrismError
 )
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
-@click.pass_context
-def command(
-    ctx: click.Context,
-    files: tuple[str, ...],
-    cluster: str | None,
-    trace: str | None,
-    model: str | None,
-    table_format: str,
-    as_json: bool,
-) -> None:
+@options_as(CheckOptions)
+def command(given: CheckOptions) -> int:
     """Check files: valid? If not, where and why.
 
     All that the commands read and write: traces, clusters, placements, comparisons, simulations,
@@ -54,29 +72,21 @@ def command(
     """
     from prism_plan.check import check_file
     from prism_plan.cli.console import load_trace, note, print_json, print_line
-    from prism_plan.cli.inputs import load_cluster
-    from prism_plan.model import load_model
+    from prism_plan.cli.inputs import load_cluster, load_spec
 
-    for option, value in (("--trace", trace), ("--model", model)):
-        if value is not None and cluster is None and not any(f.endswith(".toml") for f in files):
-            raise click.UsageError(f"{option} needs --cluster, or a cluster to check", ctx=ctx)
-    if trace is not None and model is not None:
-        raise click.UsageError("--model with --trace, which says the model", ctx=ctx)
-    against_cluster = None if cluster is None else (cluster, *load_cluster(cluster))
-    against_trace = None if trace is None else (trace, load_trace(trace))
-    against_model = None if model is None else (model, load_model(model))
+    cluster = None if given.cluster is None else (given.cluster, *load_cluster(given.cluster))
+    trace = None if given.trace is None else (given.trace, load_trace(given.trace))
+    model = None if given.model is None else (given.model, load_spec(given.model))
     code = 0
     found: list[dict[str, Any]] = []
     warnings: dict[str, None] = {}  # in order, and each once for all files
-    for path in files:
+    for path in given.files:
         try:
-            report = check_file(
-                path, cluster=against_cluster, trace=against_trace, model=against_model
-            )
+            report = check_file(path, cluster=cluster, trace=trace, model=model)
         except PrismError as error:
             code = 2 if 2 in (code, error.exit_code) else error.exit_code
-            note(str(error))
-            found.append({"file": path, "valid": False, "problems": [str(error)]})
+            note(told(error))
+            found.append({"file": path, "valid": False, "problems": [told(error)]})
             continue
         found.append(report.to_json())
         if report.problems and code == 0:
@@ -86,19 +96,19 @@ def command(
         if len(report.problems) > 10:
             note(f"{path}: and {len(report.problems) - 10} more problems (--json lists all)")
         warnings.update(dict.fromkeys(report.warnings))
-        if not as_json:
+        if not given.as_json:
             verdict = "INVALID" if report.problems else "ok"
-            aside = table_format != "table"  # then standard output holds the tables alone
+            aside = given.table_format != "table"  # then standard output holds the tables alone
             print_line(f"{path}: {verdict}: {report.kind}: {report.summary}", err=aside)
             for text in report.notes:
                 print_line(f"{path}: note: {text}", err=aside)
             if report.memory:
-                _print_memory(path, found[-1]["memory"], table_format)
+                _print_memory(path, found[-1]["memory"], given.table_format)
     for text in warnings:
         note(text)
-    if as_json:
+    if given.as_json:
         print_json(found)
-    ctx.exit(code)
+    return code
 
 
 def _print_memory(path: str, rows: Sequence[Mapping[str, Any]], form: str) -> None:

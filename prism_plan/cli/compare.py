@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from prism_plan.cli.command_options import TableOptions, options_as
 from prism_plan.cli.solve import BACKENDS
 from prism_plan.cli.tables import format_option
 
 if TYPE_CHECKING:
     from prism_plan.comparison import Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(TableOptions):
+    """What ``prism-plan compare`` is given."""
+
+    trace: str
+    placements: tuple[str, ...]
+    cluster: str
+    solvers: str | None
+    holdout: float | None
+    min_replicas: int
+    time_limit_s: float | None
+    backend: Literal["highs", "cbc"]
+    seed: int
+    output: str | None
 
 
 @click.command("compare")
@@ -25,26 +43,20 @@ if TYPE_CHECKING:
     help="Score on this share of each task's requests, plan on the others.",
 )
 @click.option("--min-replicas", default=1, show_default=True, metavar="R")
-@click.option("--time-limit", type=float, metavar="S", help="Seconds for ilp; none by default.")
+@click.option(
+    "--time-limit",
+    "time_limit_s",
+    type=float,
+    metavar="S",
+    help="Seconds for ilp; none by default.",
+)
 @click.option("--backend", type=BACKENDS, default="highs", show_default=True, help="Of ilp.")
 @click.option("--seed", default=0, show_default=True, help="Of the split and of random solvers.")
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option("-o", "--output", metavar="R.json", help="Also write the comparison as JSON.")
-def command(
-    trace: str,
-    placements: tuple[str, ...],
-    cluster: str,
-    solvers: str | None,
-    holdout: float | None,
-    min_replicas: int,
-    time_limit: float | None,
-    backend: str,
-    seed: int,
-    table_format: str,
-    as_json: bool,
-    output: str | None,
-) -> None:
+@options_as(CompareOptions)
+def command(given: CompareOptions) -> None:
     """Score solvers, and placements that exist, side by side on the same requests.
 
     Remote share, waiting share and destinations are recomputed from each placement; the worst
@@ -53,26 +65,27 @@ def command(
     import json
 
     from prism_plan.cli.console import deliver, load_trace, print_json, progress
-    from prism_plan.cli.inputs import blaming, load_cluster, note_seen_requests, writable
+    from prism_plan.cli.inputs import (
+        blaming,
+        load_cluster,
+        note_seen_requests,
+        solver_names,
+        writable,
+    )
     from prism_plan.comparison import compare
     from prism_plan.placement_file import read_placement
     from prism_plan.solvers.contract import Options
-    from prism_plan.solvers.registry import SOLVER_NAMES, get_solver
+    from prism_plan.solvers.registry import SOLVER_NAMES
 
-    names = None
-    if solvers is not None:
-        names = [name.strip() for name in solvers.split(",") if name.strip()]
-        with blaming("--solvers"):
-            for name in names:
-                get_solver(name)
-    writable(output, trace, cluster, *placements)
-    options = Options(
-        seed=seed, time_limit_s=time_limit, backend="cbc" if backend == "cbc" else "highs"
-    )
-    parsed, _ = load_cluster(cluster)
-    existing = [(path, read_placement(path)) for path in placements]
-    loaded = load_trace(trace)
-    note_seen_requests(existing, loaded, holdout)
+    names = solver_names(given.solvers)
+    if names is not None and "ilp" not in names:
+        given.refuse("backend", found="has no effect without solver ilp")
+    writable(given.output, given.trace, given.cluster, *given.placements)
+    options = Options(seed=given.seed, time_limit_s=given.time_limit_s, backend=given.backend)
+    cluster, _ = load_cluster(given.cluster)
+    existing = [(path, read_placement(path)) for path in given.placements]
+    trace = load_trace(given.trace)
+    note_seen_requests(existing, trace, given.holdout)
     total = len(SOLVER_NAMES if names is None else names) + len(existing)
     done = -1
 
@@ -83,24 +96,24 @@ def command(
             done += 1
             update(name, done)
 
-        with blaming("--min-replicas" if min_replicas < 1 else cluster):
+        with blaming(given.cluster):
             result = compare(
-                loaded,
-                parsed,
+                trace,
+                cluster,
                 solvers=names,
                 placements=existing,
-                holdout=holdout,
-                min_replicas=min_replicas,
+                holdout=given.holdout,
+                min_replicas=given.min_replicas,
                 options=options,
                 progress=tell,
             )
     values = result.to_json()
-    if output is not None:
-        deliver(output, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
-    if as_json and output != "-":
+    if given.output is not None:
+        deliver(given.output, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+    if given.as_json and given.output != "-":
         print_json(values)
     else:
-        _print(result, values, form=table_format, err=output == "-")
+        _print(result, values, form=given.table_format, err=given.output == "-")
 
 
 def _print(result: Comparison, values: dict[str, Any], *, form: str, err: bool) -> None:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import click
 
+from prism_plan.cli.command_options import TableOptions, options_as
 from prism_plan.cli.tables import format_option
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffOptions(TableOptions):
+    """What ``prism-plan diff`` is given."""
+
+    a: str
+    b: str
 
 
 @click.command("diff")
@@ -12,15 +23,16 @@ from prism_plan.cli.tables import format_option
 @click.argument("b", metavar="B.json")
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print every moved expert as JSON.")
-def command(a: str, b: str, table_format: str, as_json: bool) -> None:
+@options_as(DiffOptions)
+def command(given: DiffOptions) -> None:
     """Show what moves from placement A to placement B: experts and bytes, per server and layer."""
     from prism_plan.cli.console import print_json
     from prism_plan.cli.tables import counts, print_table, sizes, words
     from prism_plan.moves import diff
     from prism_plan.placement_file import read_placement
 
-    result = diff(read_placement(a), read_placement(b), (a, b))
-    if as_json:
+    result = diff(read_placement(given.a), read_placement(given.b), (given.a, given.b))
+    if given.as_json:
         print_json(result.to_json())
         return
     moved = result.loads | result.shifts
@@ -35,7 +47,7 @@ def command(a: str, b: str, table_format: str, as_json: bool) -> None:
         columns.append(counts(heading, key, [*of_server, int(mask.sum())]))
     loaded = [result.bytes_of(moved[n]) for n in range(len(result.servers))]
     columns.append(sizes("to load", "bytes_to_load", [*loaded, result.bytes_of(moved)], rank=1))
-    print_table(columns, title=f"{a} → {b}", form=table_format)
+    print_table(columns, title=f"{given.a} → {given.b}", form=given.table_format)
     layers = [
         at
         for at in range(len(result.model.moe_layers))
@@ -49,6 +61,6 @@ def command(a: str, b: str, table_format: str, as_json: bool) -> None:
     size = result.model.expert_bytes_by_layer
     loaded = [size[at] * int(moved[:, at].sum()) for at in layers]
     columns.append(sizes("to load", "bytes_to_load", loaded, rank=1))
-    if table_format == "csv":  # a second table begins after a blank line
+    if given.table_format == "csv":  # a second table begins after a blank line
         click.echo()
-    print_table(columns, form=table_format)
+    print_table(columns, form=given.table_format)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from prism_plan.cli.command_options import CommandOptions
+from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
     from prism_plan.plotting import FigureOptions
@@ -22,75 +25,69 @@ _OPTIONS = (
     click.option("--title", metavar="TEXT", help="In place of the title that says what it shows."),
     click.option("--no-title", is_flag=True, help="Leave the title out."),
     click.option(
-        "--size", metavar="WxH", help="Inches, such as 7x4.5; default: 15 by the content."
+        "--size",
+        "size_in",
+        metavar="WxH",
+        help="Inches, such as 7x4.5; default: 15 by the content.",
     ),
     click.option(
         "--dpi", type=int, default=100, show_default=True, metavar="N", help="Pixels an inch."
     ),
 )
-#: The parameters of figures by the options that give them.
-_NAMES = {"size_in": "--size", "dpi": "--dpi", "size_in and dpi": "--size and --dpi"}
 
 
-def figure_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command ``-o``, ``--title``, ``--no-title``, ``--size`` and ``--dpi``.
-
-    It is called with ``output`` and ``options``, a checked ``FigureOptions``. Errors about a
-    parameter of the figure name the option, those about what it has to hold the file drawn.
-    """
-
-    @functools.wraps(command)
-    def run(
-        output: str, title: str | None, no_title: bool, size: str | None, dpi: int, **given: Any
-    ) -> None:
-        from prism_plan import plotting
-        from prism_plan.errors import InputError
-
-        plotting.check_extension(output)
-        try:
-            options = _options(title, no_title, size, dpi)
-            command(output=output, options=options, **given)
-        except InputError as error:
-            parameters = click.get_current_context().command.params
-            argument = next(p for p in parameters if isinstance(p, click.Argument))
-            names = _NAMES | {"figure": given[str(argument.name)]}
-            if error.source not in names:
-                raise
-            raise InputError(
-                error.found,
-                source=names[error.source],
-                place=error.place,
-                expected=error.expected,
-                remedy=error.remedy,
-            ) from error
-
+def figure_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``-o``, ``--title``, ``--no-title``, ``--size`` and ``--dpi``."""
     for option in reversed(_OPTIONS):
-        run = option(run)
-    return run
+        command = option(command)
+    return command
 
 
-def _options(title: str | None, no_title: bool, size: str | None, dpi: int) -> FigureOptions:
-    from prism_plan.errors import InputError
-    from prism_plan.plotting import FigureOptions
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions(CommandOptions):
+    """What a command of ``prism-plan plot`` is given: the file to draw, and how."""
 
-    if title is not None and no_title:
-        raise InputError(
-            "a title and none", source="--title and --no-title", remedy="leave one of the two out"
+    file: str
+    output: str
+    title: str | None
+    no_title: bool
+    size_in: str | None
+    dpi: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.no_title:
+            self.refuse("title", found="given with ``no_title``", remedy="leave one of the two out")
+
+    def draw(self, figure: Callable[[FigureOptions], Any]) -> None:
+        """Write what ``figure`` draws; errors that name no parameter are about the file.
+
+        Raises
+        ------
+        InputError
+            The extension, the size or the resolution is wrong, or there is nothing to draw.
+        """
+        from prism_plan import plotting
+        from prism_plan.cli.inputs import blaming
+
+        plotting.check_extension(self.output)
+        options = plotting.FigureOptions(
+            title="" if self.no_title else self.title,
+            size_in=None if self.size_in is None else _size(self.size_in),
+            dpi=self.dpi,
         )
-    return FigureOptions(
-        title="" if no_title else title,
-        size_in=None if size is None else _size(size),
-        dpi=dpi,
-    )
+        with blaming(self.file):
+            drawn = figure(options)
+        plotting.save(drawn, self.output)
 
 
 def _size(text: str) -> tuple[float, float]:
-    from prism_plan.errors import InputError
-
     try:
         wide, high = text.lower().replace("×", "x").split("x")
         return float(wide), float(high)
     except ValueError:
         raise InputError(
-            f"{text!r:.60}", source="--size", expected="width x height in inches, such as 7x4.5"
+            f"{text!r:.60}",
+            parameter="size_in",
+            expected="width x height in inches, such as 7x4.5",
         ) from None

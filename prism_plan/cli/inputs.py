@@ -10,6 +10,7 @@ from prism_plan.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
+    from prism_plan.model import ModelSpec
     from prism_plan.placement import InputFile, Placement
     from prism_plan.trace import Trace
 
@@ -21,16 +22,60 @@ def load_cluster(path: str) -> tuple[Cluster, InputFile]:
     from prism_plan.placement import InputFile
 
     text, digest = read_identified(path)
+    if text.lstrip().startswith("{"):
+        raise InputError("is a JSON file", source=path, expected="a cluster, which is a TOML file")
     return parse_cluster(text, source=path), InputFile(printable(path), digest)
+
+
+def load_spec(reference: str) -> ModelSpec:
+    """The sizes of the model that ``--model`` names."""
+    from prism_plan.model import load_model
+
+    with about("model"):
+        return load_model(reference)
 
 
 @contextlib.contextmanager
 def blaming(path: str) -> Iterator[None]:
-    """Errors in the block that name no file come from ``path``."""
+    """Errors in the block that name no file and no parameter come from ``path``."""
     try:
         yield
     except (InputError, Infeasible) as error:
         raise error.within(path) from error
+
+
+@contextlib.contextmanager
+def about(parameter: str) -> Iterator[None]:
+    """Errors in the block that name no file and no parameter are about this parameter."""
+    try:
+        yield
+    except InputError as error:
+        raise error.within(parameter=parameter) from error
+
+
+def solver_names(text: str | None) -> list[str] | None:
+    """The solvers of a list with commas, none for ``""``; ``None`` where there is no list.
+
+    Raises
+    ------
+    InputError
+        An unknown solver, or commas alone.
+    """
+    from prism_plan.solvers.registry import SOLVER_NAMES, get_solver
+
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text.strip() and not names:
+        raise InputError(
+            f"{text!r:.60} names no solver",
+            parameter="solvers",
+            expected=f"some of {', '.join(SOLVER_NAMES)}",
+        )
+    with about("solvers"):
+        for name in names:
+            get_solver(name)
+    return names
 
 
 def note_seen_requests(
@@ -65,7 +110,7 @@ def writable(output: str | None, *inputs: str | None) -> None:
     from prism_plan.files import check_writable, not_over_an_input
 
     if output == "":
-        raise InputError("empty", source="--output", expected="the name of a file")
+        raise InputError("empty", parameter="output", expected="the name of a file")
     if output is not None and output != "-":
         check_writable(output)
         not_over_an_input(output, [path for path in inputs if path is not None])

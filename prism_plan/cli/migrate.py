@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from prism_plan.cli.command_options import TableOptions, options_as
 from prism_plan.cli.tables import format_option
 from prism_plan.errors import InputError
 
@@ -15,6 +17,16 @@ if TYPE_CHECKING:
     from prism_plan.placement import Placement
 
 
+@dataclass(frozen=True, kw_only=True)
+class MigrateOptions(TableOptions):
+    """What ``prism-plan migrate`` is given."""
+
+    a: str
+    b: str
+    cluster: str
+    output: str | None
+
+
 @click.command("migrate")
 @click.argument("a", metavar="A.json")
 @click.argument("b", metavar="B.json")
@@ -22,9 +34,8 @@ if TYPE_CHECKING:
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("-o", "--output", metavar="M.json", help="Plan to write; - for stdout.")
-def command(
-    a: str, b: str, cluster: str, table_format: str, as_json: bool, output: str | None
-) -> None:
+@options_as(MigrateOptions)
+def command(given: MigrateOptions) -> None:
     """Plan the order of loads and drops that leads from placement A to placement B.
 
     Every expert that A holds stays held by some GPU at every moment, and every GPU within its
@@ -40,39 +51,47 @@ def command(
     from prism_plan.migration.order import migration_plan
     from prism_plan.migration.plan_file import dump_migration
     from prism_plan.placement_file import read_identified_placement
+    from prism_plan.text import quantity
 
-    writable(output, a, b, cluster)
-    parsed, _ = load_cluster(cluster)
-    before, before_file = read_identified_placement(a)
-    after, after_file = read_identified_placement(b)
-    _require_target(after, parsed, b, cluster)
+    names = (given.a, given.b)
+    writable(given.output, *names, given.cluster)
+    cluster, _ = load_cluster(given.cluster)
+    before, before_file = read_identified_placement(given.a)
+    after, after_file = read_identified_placement(given.b)
+    _require_target(after, cluster, given.b, given.cluster)
     forbidden = np.zeros(after.local.shape, bool)
-    with blaming(cluster):
-        for place in rule_triples(parsed, after.model, "forbid"):
+    with blaming(given.cluster):
+        for place in rule_triples(cluster, after.model, "forbid"):
             forbidden[place] = True
-    capacity = _capacity(after, parsed)
-    with blaming(b):
+    capacity = _capacity(after, cluster)
+    with blaming(given.b):
         plan = migration_plan(
-            before, after, gpu_capacity=capacity, forbidden=forbidden, names=(a, b)
+            before, after, gpu_capacity=capacity, forbidden=forbidden, names=names
         )
-    load_gbs = gpu_load_gbs(parsed)
+    load_gbs = gpu_load_gbs(cluster)
     plan = plan.replace(
         inputs={"from": before_file, "to": after_file},
         load_s=plan.load_seconds(load_gbs),
     )
     data = dump_migration(plan)
-    if output is not None:
-        deliver(output, data)
-    note_assumed(cluster, parsed, loads=True)
+    if given.output is not None:
+        deliver(given.output, data)
+    note_assumed(given.cluster, cluster, loads=True)
     new = int((after.local.any(axis=0) & ~before.local.any(axis=0)).sum())
     if new:
-        note(f"{new:,} experts are held nowhere in {a}: they are missing until they are loaded")
+        note(f"{quantity(new, 'expert')} held nowhere in {given.a}: missing until loaded")
     if plan.extra_loads:
-        note(f"{plan.extra_loads:,} loads are of temporary copies that lead past full GPUs")
-    if as_json and output != "-":
+        note(f"{quantity(plan.extra_loads, 'load')} of temporary copies that lead past full GPUs")
+    if given.as_json and given.output != "-":
         deliver("-", data)
     else:
-        _print(plan, plan.loading_s(load_gbs), f"{a} → {b}", form=table_format, err=output == "-")
+        _print(
+            plan,
+            plan.loading_s(load_gbs),
+            f"{given.a} → {given.b}",
+            form=given.table_format,
+            err=given.output == "-",
+        )
 
 
 def _require_target(after: Placement, cluster: Cluster, path: str, cluster_path: str) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.cli.figure_options import figure_options
+from prism_plan.cli.command_options import options_as
+from prism_plan.cli.figure_options import PlotOptions, figure_options
 
 if TYPE_CHECKING:
-    from prism_plan.errors import InputError
     from prism_plan.plotting import FigureOptions
 
 
@@ -22,137 +22,153 @@ def command() -> None:
     os.environ["MPLBACKEND"] = "agg"
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeatmapOptions(PlotOptions):
+    """What ``prism-plan plot heatmap`` is given."""
+
+    tasks: tuple[str, ...]
+
+
 @command.command("heatmap")
-@click.argument("trace", metavar="T.parquet")
+@click.argument("file", metavar="T.parquet")
 @click.option("--task", "tasks", multiple=True, help="Only this task; may be repeated.")
 @figure_options
-def heatmap(trace: str, tasks: tuple[str, ...], output: str, options: FigureOptions) -> None:
+@options_as(HeatmapOptions)
+def heatmap(given: HeatmapOptions) -> None:
     """Activation frequency of every expert, one panel a task (the paper's Fig. 2)."""
     from prism_plan import plotting
     from prism_plan.cli.console import load_trace
 
-    plotting.save(plotting.heatmap(load_trace(trace), tasks or None, options=options), output)
+    def figure(options: FigureOptions) -> Any:
+        return plotting.heatmap(load_trace(given.file), given.tasks or None, options=options)
+
+    given.draw(figure)
 
 
 @command.command("entropy")
-@click.argument("trace", metavar="T.parquet")
+@click.argument("file", metavar="T.parquet")
 @figure_options
-def entropy(trace: str, output: str, options: FigureOptions) -> None:
+@options_as(PlotOptions)
+def entropy(given: PlotOptions) -> None:
     """Entropy of expert usage per layer, one line a task (the paper's Fig. 3)."""
     from prism_plan import plotting
     from prism_plan.cli.console import load_trace
 
-    plotting.save(plotting.entropy(load_trace(trace), options=options), output)
+    given.draw(lambda options: plotting.entropy(load_trace(given.file), options=options))
 
 
 @command.command("placement")
-@click.argument("placement", metavar="P.json")
+@click.argument("file", metavar="P.json")
 @figure_options
-def placement_map(placement: str, output: str, options: FigureOptions) -> None:
+@options_as(PlotOptions)
+def placement_map(given: PlotOptions) -> None:
     """Which server and GPU holds which expert."""
     from prism_plan import plotting
     from prism_plan.placement_file import read_placement
 
-    plotting.save(plotting.placement_map(read_placement(placement), options=options), output)
+    given.draw(lambda options: plotting.placement_map(read_placement(given.file), options=options))
 
 
 @command.command("comparison")
-@click.argument("comparison", metavar="R.json")
+@click.argument("file", metavar="R.json")
 @figure_options
-def comparison(comparison: str, output: str, options: FigureOptions) -> None:
+@options_as(PlotOptions)
+def comparison(given: PlotOptions) -> None:
     """Bars of a comparison written by ``prism-plan compare -o R.json``."""
     from prism_plan import plotting
     from prism_plan.comparison_file import read_comparison
 
-    values = read_comparison(comparison)
-    title = f"{values['trace']} on {values['cluster']}"
-    plotting.save(plotting.comparison(values["rows"], title, options=options), output)
+    def figure(options: FigureOptions) -> Any:
+        values = read_comparison(given.file)
+        title = f"{values['trace']} on {values['cluster']}"
+        return plotting.comparison(values["rows"], title, options=options)
+
+    given.draw(figure)
 
 
-def _draw_simulation(
-    path: str, output: str, options: FigureOptions, figure: str, **given: Any
-) -> None:
+def _draw_simulation(given: PlotOptions, name: str, **how: Any) -> None:
     from prism_plan import plotting
-    from prism_plan.errors import InputError
     from prism_plan.simulation_file import read_simulation
 
-    report = read_simulation(path)
-    try:
-        drawn = getattr(plotting, figure)(report, options=options, **given)
-    except InputError as error:
-        raise _told(error, path, {}, ("simulation",)) from error
-    plotting.save(drawn, output)
+    def figure(options: FigureOptions) -> Any:
+        return getattr(plotting, name)(read_simulation(given.file), options=options, **how)
 
-
-def _told(
-    error: InputError, path: str, options: Mapping[str, str], of_file: tuple[str, ...]
-) -> InputError:
-    """The error of a figure, told to come from the file or from the option it is about."""
-    source = path if error.source in of_file else options.get(error.source, error.source)
-    return type(error)(error.found, source=source, expected=error.expected, remedy=error.remedy)
+    given.draw(figure)
 
 
 @command.command("cdf")
-@click.argument("report", metavar="S.json")
+@click.argument("file", metavar="S.json")
 @figure_options
-def cdf(report: str, output: str, options: FigureOptions) -> None:
+@options_as(PlotOptions)
+def cdf(given: PlotOptions) -> None:
     """How many requests took at most how long, one line a run of a simulation."""
-    _draw_simulation(report, output, options, "simulation_cdf")
+    _draw_simulation(given, "simulation_cdf")
 
 
 @command.command("timeline")
-@click.argument("report", metavar="S.json")
+@click.argument("file", metavar="S.json")
 @figure_options
-def timeline(report: str, output: str, options: FigureOptions) -> None:
+@options_as(PlotOptions)
+def timeline(given: PlotOptions) -> None:
     """Latency by time of arrival, one line a run, with phases and moves of experts marked."""
-    _draw_simulation(report, output, options, "simulation_timeline")
+    _draw_simulation(given, "simulation_timeline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLatencyOptions(PlotOptions):
+    """What ``prism-plan plot layer-latency`` is given."""
+
+    paper: bool
 
 
 @command.command("layer-latency")
-@click.argument("report", metavar="S.json")
+@click.argument("file", metavar="S.json")
 @click.option("--paper", is_flag=True, help="Also a line at what the paper reports at most, 8.30.")
 @figure_options
-def layer_latency(report: str, paper: bool, output: str, options: FigureOptions) -> None:
+@options_as(LayerLatencyOptions)
+def layer_latency(given: LayerLatencyOptions) -> None:
     """Latency of a layer by the share of its experts that are remote, one line a run."""
-    _draw_simulation(report, output, options, "layer_latency", paper=paper)
+    _draw_simulation(given, "layer_latency", paper=given.paper)
 
 
 @command.command("latency")
-@click.argument("report", metavar="S.json")
+@click.argument("file", metavar="S.json")
 @figure_options
-def latency(report: str, output: str, options: FigureOptions) -> None:
+@options_as(PlotOptions)
+def latency(given: PlotOptions) -> None:
     """Bars of mean, p95 and p99 latency, remote share and waiting share of each run."""
-    _draw_simulation(report, output, options, "simulation_bars")
+    _draw_simulation(given, "simulation_bars")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlotOptions(PlotOptions):
+    """What ``prism-plan plot sweep`` is given."""
+
+    x: str | None
+    panels: str | None
+    solvers: tuple[str, ...]
 
 
 @command.command("sweep")
-@click.argument("table", metavar="R.parquet")
+@click.argument("file", metavar="R.parquet")
 @click.option("--x", "x", metavar="KEY", help="Condition along x, such as bandwidth_mbps.")
 @click.option("--panels", metavar="KEY", help="Condition that has a panel for each value.")
 @click.option("--solver", "solvers", multiple=True, help="Only this solver; may be repeated.")
 @figure_options
-def sweep(
-    table: str,
-    x: str | None,
-    panels: str | None,
-    solvers: tuple[str, ...],
-    output: str,
-    options: FigureOptions,
-) -> None:
+@options_as(SweepPlotOptions)
+def sweep(given: SweepPlotOptions) -> None:
     """Mean latency over a sweep by bandwidth or another condition, one line a solver."""
-    from pathlib import Path
-
     from prism_plan import plotting
-    from prism_plan.errors import InputError
     from prism_plan.sweep_file import read_sweep
 
-    rows = read_sweep(table)
-    name = Path(table).name
-    try:
-        figure = plotting.sweep_figure(
-            rows, x=x, panels=panels, solvers=solvers or None, name=name, options=options
+    def figure(options: FigureOptions) -> Any:
+        return plotting.sweep_figure(
+            read_sweep(given.file),
+            x=given.x,
+            panels=given.panels,
+            solvers=given.solvers or None,
+            name=os.path.basename(given.file),
+            options=options,
         )
-    except InputError as error:
-        names = {"x": "--x", "panels": "--panels", "x and panels": "--x and --panels"}
-        raise _told(error, table, names, ("sweep", name)) from error
-    plotting.save(figure, output)
+
+    given.draw(figure)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
 
+from prism_plan.cli.command_options import CommandOptions, options_as
 from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
     from prism_plan.model import ModelSpec
-    from prism_plan.profiling.hf import HfOptions
     from prism_plan.profiling.sources import Source
     from prism_plan.trace import Trace
 
@@ -23,6 +24,50 @@ DEFAULT_MODEL = {
     "vllm": None,
     "trtllm": None,
 }
+#: Options that one format alone has, or two.
+_RUN = ("prompts", "max_new_tokens", "batch_size", "dtype", "device", "resume", "trust_remote_code")
+OPTIONS_OF = dict.fromkeys(_RUN, ("hf",)) | {"weights": ("hf", "esft"), "tokens": ("counts",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions(CommandOptions):
+    """What ``prism-plan profile`` is given."""
+
+    sources: tuple[str, ...]
+    form: str
+    model: str | None
+    weights: bool | None
+    tokens: tuple[str, ...]
+    prompts: str | None
+    max_new_tokens: int
+    batch_size: int
+    dtype: str
+    device: str
+    resume: bool
+    trust_remote_code: bool
+    output: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output == "-":
+            raise InputError("-", parameter="output", expected="a file, for a trace is Parquet")
+        for name, formats in OPTIONS_OF.items():
+            if self.form not in formats:
+                self.refuse(name, found=f"has no effect with ``form`` {self.form}")
+        if self.form != "hf":
+            return
+        self.refuse("model", found="the checkpoint says its model", remedy=_SAY_FORMAT)
+        if len(self.sources) != 1:
+            raise InputError(
+                f"{len(self.sources)} sources", expected="one checkpoint", remedy=_SAY_FORMAT
+            )
+        if self.prompts is None:
+            raise InputError(
+                "not given", parameter="prompts", expected="a file of prompts", remedy=_SAY_FORMAT
+            )
+
+
+_SAY_FORMAT = "for a recording say what it is with ``form``"
 
 
 @click.command("profile")
@@ -67,21 +112,8 @@ DEFAULT_MODEL = {
 @click.option("--resume", is_flag=True, help="hf: go on with a partial trace at the output.")
 @click.option("--trust-remote-code", is_flag=True, help="hf: run code that the checkpoint brings.")
 @click.option("-o", "--output", required=True, metavar="T.parquet", help="Trace to write.")
-def command(
-    sources: tuple[str, ...],
-    form: str,
-    model: str | None,
-    weights: bool | None,
-    tokens: tuple[str, ...],
-    prompts: str | None,
-    max_new_tokens: int,
-    batch_size: int,
-    dtype: str,
-    device: str,
-    resume: bool,
-    trust_remote_code: bool,
-    output: str,
-) -> None:
+@options_as(ProfileOptions)
+def command(given: ProfileOptions) -> None:
     """Run a checkpoint, or read recordings of a model's routing, into a trace.
 
     SOURCE is a checkpoint folder or hub id (hf), or a file or folder; TASK=SOURCE labels a
@@ -90,101 +122,79 @@ def command(
     import dataclasses
 
     from prism_plan.cli.console import note
-    from prism_plan.cli.inputs import writable
+    from prism_plan.cli.inputs import load_spec, writable
     from prism_plan.io.trace_writer import write_trace
-    from prism_plan.model import load_model
     from prism_plan.profiling.sources import parse_source
     from prism_plan.provenance import stamped
+    from prism_plan.text import quantity
 
-    if output == "-":
-        raise InputError("-", source="--output", expected="a file, for a trace is Parquet")
-    if form == "hf":
-        from prism_plan.profiling.hf import HfOptions
-
-        options = HfOptions(
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            dtype=dtype,
-            device=device,
-            weights=bool(weights),
-            trust_remote_code=trust_remote_code,
-        )
-        if len(sources) != 1 or model is not None or tokens or prompts is None:
-            raise InputError(
-                "profile --format hf",
-                expected="one checkpoint, and --prompts FILE.jsonl; no --model, no --tokens",
-                remedy="for a recording say what it is with --format",
-            )
-        _run_checkpoint(sources[0], prompts, output, options, resume)
+    if given.form == "hf":
+        _run_checkpoint(given)
         return
-    if prompts is not None or resume or trust_remote_code:
-        raise InputError(
-            f"given with --format {form}",
-            source="--prompts, --resume or --trust-remote-code",
-            expected="only with --format hf",
-        )
-    reference = model or DEFAULT_MODEL[form]
+    reference = given.model or DEFAULT_MODEL[given.form]
     if reference is None:
         raise InputError(
-            "not given", source="--model", expected=f"the model that was recorded, for {form}"
+            "not given",
+            parameter="model",
+            expected=f"the model that was recorded, for {given.form}",
         )
-    spec = load_model(reference)
-    parsed = [parse_source(source) for source in sources]
-    writable(output, model, *(str(source.path) for source in parsed))
-    kept = True if weights is None else weights
-    trace = _read(form, parsed, spec, weights=kept, tokens=_numbers(tokens))
-    write_trace(output, dataclasses.replace(trace, provenance=stamped(trace.provenance)))
-    requests = "" if trace.requests is None else f"{int(trace.requests.sum()):,} requests, "
+    spec = load_spec(reference)
+    sources = [parse_source(source) for source in given.sources]
+    writable(given.output, given.model, *(str(source.path) for source in sources))
+    trace = _read(sources, spec, given)
+    write_trace(given.output, dataclasses.replace(trace, provenance=stamped(trace.provenance)))
+    requests = (
+        "" if trace.requests is None else f"{quantity(int(trace.requests.sum()), 'request')}, "
+    )
     note(
-        f"{output}: {trace.kind} of {spec.name}, {len(trace.tasks)} tasks, {requests}"
-        f"{int(trace.tokens.sum()):,} tokens"
+        f"{given.output}: {trace.kind} of {spec.name}, {quantity(len(trace.tasks), 'task')}, "
+        f"{requests}{quantity(int(trace.tokens.sum()), 'token')}"
     )
 
 
-def _read(
-    form: str,
-    sources: list[Source],
-    spec: ModelSpec,
-    *,
-    weights: bool,
-    tokens: dict[str, int],
-) -> Trace:
+def _read(sources: list[Source], spec: ModelSpec, given: ProfileOptions) -> Trace:
     from prism_plan.cli.console import note, progress
 
-    if form == "counts":
+    if given.form == "counts":
         from prism_plan.profiling.counts import read_counts
 
-        return read_counts(sources, spec, tokens=tokens, notify=note)
-    if tokens:
-        raise InputError("given", source="--tokens", expected="only with --format counts")
-    if form == "sglang":
+        return read_counts(sources, spec, tokens=_numbers(given.tokens), notify=note)
+    if given.form == "sglang":
         from prism_plan.profiling.sglang import read_sglang
 
         return read_sglang(sources, spec, notify=note)
-    if form == "vllm":
+    if given.form == "vllm":
         from prism_plan.profiling.vllm import read_vllm
 
         return read_vllm(sources, spec, notify=note)
-    if form == "trtllm":
+    if given.form == "trtllm":
         from prism_plan.profiling.trtllm import read_trtllm
 
         return read_trtllm(sources, spec, notify=note)
     from prism_plan.profiling.esft import read_esft
 
     with progress(len(sources) * spec.num_layers, "files") as update:
-        return read_esft(sources, spec, weights=weights, progress=update)
+        return read_esft(sources, spec, weights=given.weights is not False, progress=update)
 
 
-def _run_checkpoint(
-    checkpoint: str, prompts: str, output: str, options: HfOptions, resume: bool
-) -> None:
+def _run_checkpoint(given: ProfileOptions) -> None:
     import time
 
     from prism_plan.cli.console import note, progress
     from prism_plan.cli.inputs import writable
-    from prism_plan.profiling.hf import profile_checkpoint
+    from prism_plan.profiling.hf import HfOptions, profile_checkpoint
 
-    writable(output, prompts, checkpoint)
+    options = HfOptions(
+        max_new_tokens=given.max_new_tokens,
+        batch_size=given.batch_size,
+        dtype=given.dtype,
+        device=given.device,
+        weights=bool(given.weights),
+        trust_remote_code=given.trust_remote_code,
+    )
+    (checkpoint,) = given.sources
+    assert given.prompts is not None
+    writable(given.output, given.prompts, checkpoint)
     begin = time.perf_counter()
     recorded = 0
     with progress(1, "prompts") as update:
@@ -196,10 +206,16 @@ def _run_checkpoint(
             update(f"profiling, {rate:,.0f} tokens/s", done, total)
 
         profile_checkpoint(
-            checkpoint, prompts, output, options, resume=resume, progress=tell, notify=note
+            checkpoint,
+            given.prompts,
+            given.output,
+            options,
+            resume=given.resume,
+            progress=tell,
+            notify=note,
         )
     rate = recorded / (time.perf_counter() - begin)
-    note(f"{output}: {recorded:,} tokens recorded, {rate:,.0f} tokens/s with loading")
+    note(f"{given.output}: {recorded:,} tokens recorded, {rate:,.0f} tokens/s with loading")
 
 
 def _numbers(texts: tuple[str, ...]) -> dict[str, int]:
@@ -208,6 +224,6 @@ def _numbers(texts: tuple[str, ...]) -> dict[str, int]:
         task, _, value = text.rpartition("=")
         digits = value.isascii() and value.isdigit() and len(value) < 16
         if not task or not digits or not int(value):
-            raise InputError(f"{text!r:.60}", source="--tokens", expected="TASK=N, N at least 1")
+            raise InputError(f"{text!r:.60}", parameter="tokens", expected="TASK=N, N at least 1")
         numbers[task] = int(value)
     return numbers

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-OPTIONS = (
+from prism_plan.cli.command_options import CommandOptions
+from prism_plan.errors import InputError
+
+if TYPE_CHECKING:
+    from prism_plan.migration.cost import MigrationCost
+    from prism_plan.migration.policy import PolicyName
+    from prism_plan.simulation import SimulationOptions
+
+_OPTIONS = (
     click.option(
         "--migrate",
         type=click.Choice(["never", "prism", "partial"]),
@@ -16,7 +26,12 @@ OPTIONS = (
         help="Policy of the reviews that may move experts.",
     ),
     click.option(
-        "--migrate-every", default=300.0, show_default=True, metavar="S", help="Between reviews."
+        "--migrate-every",
+        "migrate_every_s",
+        default=300.0,
+        show_default=True,
+        metavar="S",
+        help="Between reviews.",
     ),
     click.option(
         "--statistics",
@@ -26,10 +41,15 @@ OPTIONS = (
         help="Reviews go by recent calls, or by all since the last move.",
     ),
     click.option(
-        "--half-life", type=float, metavar="S", help="Of the window; default: --migrate-every."
+        "--half-life",
+        "half_life_s",
+        type=float,
+        metavar="S",
+        help="Of the window; default: --migrate-every.",
     ),
     click.option(
         "--horizon",
+        "horizon_s",
         type=float,
         metavar="S",
         help="A move must pay within; default: --migrate-every.",
@@ -53,6 +73,54 @@ OPTIONS = (
 
 def review_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add them to a command, in their order."""
-    for option in reversed(OPTIONS):
+    for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewOptions(CommandOptions):
+    """What :func:`review_options` adds; refused where there are no reviews."""
+
+    migrate: PolicyName
+    migrate_every_s: float
+    statistics: Literal["window", "cumulative"]
+    half_life_s: float | None
+    horizon_s: float | None
+    migration_cost: MigrationCost
+    migrate_solver: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.migrate == "never":
+            self.refuse(
+                "migrate_every_s", "statistics", "half_life_s", "horizon_s", "migration_cost",
+                "migrate_solver",
+                found="has no effect without ``migrate``",
+            )  # fmt: skip
+        if self.statistics == "cumulative":
+            self.refuse("half_life_s", found="has no effect with cumulative ``statistics``")
+        elif self.half_life_s is not None and not math.isfinite(self.half_life_s):
+            raise InputError(
+                f"{self.half_life_s}", parameter="half_life_s", expected="seconds above 0"
+            )
+
+    def simulation(self, **others: Any) -> SimulationOptions:
+        """These options and ``others`` as those of a simulation.
+
+        Raises
+        ------
+        InputError
+            A value is out of range.
+        """
+        from prism_plan.simulation import SimulationOptions
+
+        return SimulationOptions(
+            migrate=self.migrate,
+            migrate_every_s=self.migrate_every_s,
+            half_life_s=math.inf if self.statistics == "cumulative" else self.half_life_s,
+            horizon_s=self.horizon_s,
+            migration_cost=self.migration_cost,
+            migrate_solver=self.migrate_solver,
+            **others,
+        )

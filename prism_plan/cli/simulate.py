@@ -2,20 +2,115 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.cli.review_options import review_options
+from prism_plan.cli.command_options import TableOptions, options_as
+from prism_plan.cli.review_options import ReviewOptions, review_options
 from prism_plan.cli.tables import format_option
+from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
     from prism_plan.placement import Placement
     from prism_plan.simulate.requests import Requests
-    from prism_plan.simulation import SimulationOptions
+    from prism_plan.simulate.routes import Route
+    from prism_plan.simulation import EngineName, SimulationOptions
     from prism_plan.trace import Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateOptions(ReviewOptions, TableOptions):
+    """What ``prism-plan simulate`` is given."""
+
+    placements: tuple[str, ...]
+    trace: str
+    cluster: str
+    solvers: str | None
+    holdout: float | None
+    offload: bool
+    requests_per_server: int | None
+    duration_s: float | None
+    burst: int
+    arrivals: str | None
+    schedule: str | None
+    decode_tokens: int
+    prompt_tokens: int
+    route: Route
+    calibration: str | None
+    min_replicas: int
+    seed: int
+    engine: EngineName
+    time_limit_s: float | None
+    grid: tuple[str, ...]
+    jobs: int
+    per_request: str | None
+    output: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.jobs == 0 or self.jobs < -1:
+            raise InputError(f"{self.jobs}", parameter="jobs", expected="-1, or 1 or more")
+        for name in ("duration_s", "arrivals"):
+            if getattr(self, name) is not None:
+                self.refuse(
+                    "requests_per_server",
+                    found=f"{self.requests_per_server} with ``{name}``, which says how many "
+                    "there are",
+                    remedy="leave one of the two out",
+                )
+        if self.grid:
+            alone = ("placements", "arrivals", "schedule", "duration_s", "per_request")
+            self.refuse(
+                *alone, "time_limit_s", "as_json", "table_format", found="not in a sweep (``grid``)"
+            )
+        else:
+            self.refuse("jobs", found="has no effect without ``grid``")
+            if self.solvers is None:
+                self.refuse("min_replicas", found="has no effect without ``solvers``")
+        if self.per_request is not None:
+            self._require_table()
+
+    def _require_table(self) -> None:
+        """The table of requests is a Parquet file, and another one than the report."""
+        assert self.per_request is not None
+        if os.path.splitext(self.per_request)[1].lower() != ".parquet":
+            raise InputError(
+                f"{self.per_request!r:.60}",
+                parameter="per_request",
+                expected="the name of a .parquet file",
+            )
+        if self.output is not None and os.path.realpath(self.output) == os.path.realpath(
+            self.per_request
+        ):
+            raise InputError(
+                "the report and the table would be one file",
+                parameter="per_request",
+                place=self.per_request,
+                remedy="give the name of another file",
+            )
+
+    def simulation_options(self) -> SimulationOptions:
+        """How to simulate.
+
+        Raises
+        ------
+        InputError
+            A value is out of range, or the calibration cannot be read.
+        """
+        from prism_plan.simulate.calibration_file import read_calibration
+
+        return self.simulation(
+            route=self.route,
+            calibration=None if self.calibration is None else read_calibration(self.calibration),
+            engine=self.engine,
+            time_limit_s=self.time_limit_s,
+            seed=self.seed,
+        )
 
 
 @click.command("simulate")
@@ -31,12 +126,24 @@ if TYPE_CHECKING:
 )
 @click.option("--offload", is_flag=True, help="Also the baseline without remote calls.")
 @click.option(
-    "--requests", type=int, metavar="N", help="Of each server with users; 100, in sweeps 20."
+    "--requests",
+    "requests_per_server",
+    type=int,
+    metavar="N",
+    help="Of each server with users; 100, in sweeps 20.",
 )
-@click.option("--duration", type=float, metavar="S", help="Instead: all arrivals before this time.")
+@click.option(
+    "--duration",
+    "duration_s",
+    type=float,
+    metavar="S",
+    help="Instead: all arrivals before this time.",
+)
 @click.option("--burst", default=1, show_default=True, metavar="B", help="Arrive at once.")
 @click.option("--arrivals", metavar="F.jsonl", help="Fixed times instead of Poisson arrivals.")
-@click.option("--phases", metavar="F.toml", help="Tasks that change after so many requests.")
+@click.option(
+    "--phases", "schedule", metavar="F.toml", help="Tasks that change after so many requests."
+)
 @click.option(
     "--decode-tokens",
     default=32,
@@ -69,7 +176,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="The reference is plain Python: equal numbers, much slower.",
 )
-@click.option("--time-limit", type=float, metavar="S", help="Then a partial report is written.")
+@click.option(
+    "--time-limit",
+    "time_limit_s",
+    type=float,
+    metavar="S",
+    help="Then a partial report is written.",
+)
 @click.option(
     "--sweep",
     "grid",
@@ -89,130 +202,59 @@ if TYPE_CHECKING:
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-o", "--output", metavar="S.json", help="Write the report as JSON.")
-@click.pass_context
-def command(ctx: click.Context, /, **given: Any) -> None:
+@options_as(SimulateOptions)
+def command(given: SimulateOptions) -> int:
     """Simulate requests on a cluster under each placement: latency, traffic, migrations.
 
     All placements see the same arrivals and the same requests. Ctrl-C writes what is done, marked
     partial.
     """
-    _require_sense(given)
-    if given["grid"]:
+    if given.grid:
         from prism_plan.cli.sweep import run_sweep
 
-        ctx.exit(run_sweep(given))
-    ctx.exit(_simulate(given))
+        return run_sweep(given)
+    return _simulate(given)
 
 
-def _require_sense(given: dict[str, Any]) -> None:
-    """What is wrong whatever the files say."""
-    from prism_plan.errors import InputError
-
-    if given["jobs"] == 0 or given["jobs"] < -1:
-        raise InputError(f"{given['jobs']}", source="--jobs", expected="-1, or 1 or more")
-    if given["min_replicas"] < 1:
-        raise InputError(
-            f"{given['min_replicas']}", source="--min-replicas", expected="a whole number from 1"
-        )
-    for key in ("duration", "arrivals"):
-        if given["requests"] is not None and given[key] is not None:
-            raise InputError(
-                f"{given['requests']} with --{key}, which says how many there are",
-                source="--requests",
-                remedy="leave one of the two out",
-            )
-
-
-def simulation_options(given: dict[str, Any]) -> SimulationOptions:
-    """How to simulate, from the options of the command."""
-    import math
-
-    from prism_plan.errors import InputError
-    from prism_plan.simulate.calibration_file import read_calibration
-    from prism_plan.simulation import SimulationOptions
-
-    half_life_s = given["half_life"]
-    if given["statistics"] == "cumulative":
-        if half_life_s is not None:
-            raise InputError(
-                f"{half_life_s:g} with cumulative statistics",
-                source="--half-life",
-                remedy="leave one of the two out",
-            )
-        half_life_s = math.inf
-    elif half_life_s is not None and not math.isfinite(half_life_s):
-        raise InputError(f"{half_life_s}", source="--half-life", expected="seconds above 0")
-    calibration = given["calibration"]
-    return SimulationOptions(
-        route=given["route"],
-        migrate=given["migrate"],
-        migrate_every_s=given["migrate_every"],
-        half_life_s=half_life_s,
-        horizon_s=given["horizon"],
-        migration_cost=given["migration_cost"],
-        migrate_solver=given["migrate_solver"],
-        calibration=None if calibration is None else read_calibration(calibration),
-        engine=given["engine"],
-        time_limit_s=given["time_limit"],
-        seed=given["seed"],
-    )
-
-
-def solver_names(text: str | None) -> list[str]:
-    """The solvers of a list with commas."""
-    from prism_plan.cli.inputs import blaming
-    from prism_plan.solvers.registry import get_solver
-
-    names = [name.strip() for name in (text or "").split(",") if name.strip()]
-    with blaming("--solvers"):
-        for name in names:
-            get_solver(name)
-    return names
-
-
-def _simulate(given: dict[str, Any]) -> int:
+def _simulate(given: SimulateOptions) -> int:
     from prism_plan.cli.console import deliver, load_trace, note, print_json, progress
     from prism_plan.cli.inputs import (
         blaming,
         load_cluster,
         note_seen_requests,
+        solver_names,
         trace_file,
         writable,
     )
-    from prism_plan.errors import InputError
     from prism_plan.placement_file import read_placement
     from prism_plan.request_table import write_request_table
     from prism_plan.simulation import OFFLOAD, dump_report, simulate_placements
 
-    paths = given["placements"]
-    files = (given["trace"], given["cluster"], given["arrivals"], given["phases"],
-             given["calibration"], *paths)  # fmt: skip
-    names = solver_names(given["solvers"])
-    if not paths and not names and not given["offload"]:
+    files = (given.trace, given.cluster, given.arrivals, given.schedule, given.calibration,
+             *given.placements)  # fmt: skip
+    names = solver_names(given.solvers) or []
+    if not given.placements and not names and not given.offload:
         raise InputError(
             "nothing to simulate",
             source="simulate",
-            expected="placement files, --solvers or --offload",
+            expected="placement files, ``solvers`` or ``offload``",
         )
-    writable(given["output"], *files)
-    if given["per_request"] == "-":
-        raise InputError("-", source="--per-request", expected="the name of a file")
-    writable(given["per_request"], *files)
-    _require_two_files(given["output"], given["per_request"])
-    options = simulation_options(given)
-    cluster, cluster_input = load_cluster(given["cluster"])
-    existing = [(_as_text(path), read_placement(path)) for path in paths]
-    trace = load_trace(given["trace"])
-    note_seen_requests(existing, trace, given["holdout"])
+    writable(given.output, *files)
+    writable(given.per_request, *files)
+    options = given.simulation_options()
+    cluster, cluster_input = load_cluster(given.cluster)
+    existing = [(_as_text(path), read_placement(path)) for path in given.placements]
+    trace = load_trace(given.trace)
+    note_seen_requests(existing, trace, given.holdout)
     planned, scored = trace, trace
-    if given["holdout"] is not None:
-        planned, scored = trace.split(given["holdout"], given["seed"])
-    with blaming(given["cluster"]):
+    if given.holdout is not None:
+        planned, scored = trace.split(given.holdout, given.seed)
+    with blaming(given.cluster):
         requests = _requests(scored, cluster, given)
         placements = existing + _planned(planned, cluster, names, given)
     with (
         progress(len(placements) * len(requests), "requests") as update,
-        blaming(given["cluster"]),
+        blaming(given.cluster),
     ):
         order = {name: at for at, (name, _) in enumerate(placements)}
         result = simulate_placements(
@@ -225,26 +267,25 @@ def _simulate(given: dict[str, Any]) -> int:
             progress=lambda name, done, total: update(name, order[name] * total + done),
         )
     values = result.to_json()
-    if given["holdout"] is not None:
-        values["trace"]["holdout"] = given["holdout"]
-    output = given["output"]
-    if given["per_request"] is not None and result.runs:
-        write_request_table(given["per_request"], result)
-    if output is not None:
-        deliver(output, dump_report(values))
-    if given["as_json"] and output != "-":
+    if given.holdout is not None:
+        values["trace"]["holdout"] = given.holdout
+    if given.per_request is not None and result.runs:
+        write_request_table(given.per_request, result)
+    if given.output is not None:
+        deliver(given.output, dump_report(values))
+    if given.as_json and given.output != "-":
         print_json(values)
     else:
-        _print(values, form=given["table_format"], err=output == "-")
+        _print(values, form=given.table_format, err=given.output == "-")
     offload = [placement.plan.solver == OFFLOAD for _, placement in placements]
-    note_simulated(given["cluster"], cluster, options, offload)
+    note_simulated(given.cluster, cluster, options, offload)
     for text in values["notes"]:
         note(text)
     if result.partial:
         done = sum(run["finished"] for run in values["runs"])
         note(
             f"ended early: {len(values['runs'])} of {len(placements)} placements, {done:,} requests"
-            + (f"; {output} is marked partial" if output not in (None, "-") else "")
+            + (f"; {given.output} is marked partial" if given.output not in (None, "-") else "")
         )
     return 130 if result.interrupted else 0
 
@@ -270,66 +311,48 @@ def note_simulated(
 
 def _as_text(path: str) -> str:
     """A path as UTF-8 can hold it."""
-    import os
-
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def _require_two_files(output: str | None, per_request: str | None) -> None:
-    import os
-
-    from prism_plan.errors import InputError
-
-    if output is None or per_request is None:
-        return
-    if os.path.realpath(output) == os.path.realpath(per_request):
-        raise InputError(
-            "the report and the table would be one file",
-            source="--per-request",
-            place=per_request,
-            remedy="give the name of another file",
-        )
-
-
-def _requests(trace: Trace, cluster: Cluster, given: dict[str, Any]) -> Requests:
+def _requests(trace: Trace, cluster: Cluster, given: SimulateOptions) -> Requests:
     from prism_plan.simulate.arrivals_file import read_arrivals
     from prism_plan.simulate.schedule_file import read_schedule
     from prism_plan.simulate.workload import sample_requests
 
-    arrivals, phases = given["arrivals"], given["phases"]
     return sample_requests(
         trace,
         cluster,
-        requests_per_server=100 if given["requests"] is None else given["requests"],
-        duration_s=given["duration"],
-        burst=given["burst"],
-        schedule=None if phases is None else read_schedule(phases),
-        arrivals=None if arrivals is None else read_arrivals(arrivals),
-        decode_tokens=given["decode_tokens"],
-        prompt_tokens=given["prompt_tokens"],
-        seed=given["seed"],
+        requests_per_server=100 if given.requests_per_server is None else given.requests_per_server,
+        duration_s=given.duration_s,
+        burst=given.burst,
+        schedule=None if given.schedule is None else read_schedule(given.schedule),
+        arrivals=None if given.arrivals is None else read_arrivals(given.arrivals),
+        decode_tokens=given.decode_tokens,
+        prompt_tokens=given.prompt_tokens,
+        seed=given.seed,
     )
 
 
 def _planned(
-    trace: Trace, cluster: Cluster, names: list[str], given: dict[str, Any]
+    trace: Trace, cluster: Cluster, names: list[str], given: SimulateOptions
 ) -> list[tuple[str, Placement]]:
     from prism_plan.instance import Instance
     from prism_plan.simulation import OFFLOAD, offload_placement
     from prism_plan.solvers import Options, solve
 
-    if not names and not given["offload"]:
+    if not names and not given.offload:
         return []
-    instance = Instance.build(trace, cluster, min_replicas=given["min_replicas"])
-    options = Options(seed=given["seed"])
+    instance = Instance.build(trace, cluster, min_replicas=given.min_replicas)
+    options = Options(seed=given.seed)
     found = [(name, solve(instance, name, options)) for name in names]
-    if given["offload"]:
+    if given.offload:
         found.append((OFFLOAD, offload_placement(instance)))
     return found
 
 
 def _print(values: dict[str, Any], *, form: str, err: bool) -> None:
     from prism_plan.cli.tables import durations, numbers, print_table, shares, sizes, words
+    from prism_plan.text import quantity
 
     runs = values["runs"]
 
@@ -353,7 +376,7 @@ def _print(values: dict[str, Any], *, form: str, err: bool) -> None:
     ]
     number = runs[0]["requests"] if runs else 0
     place = f"{values['trace']['name']} on {values['cluster']['name']}"
-    title = f"{place}: {number:,} requests; 'sent' is of one request"
+    title = f"{place}: {quantity(number, 'request')}; 'sent' is of one request"
     print_table(columns, title=title, form=form, err=err)
     if values["migrate"] != "never":
         _print_migrations(values, form=form, err=err)

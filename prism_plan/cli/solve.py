@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import click
 
+from prism_plan.cli.command_options import TableOptions, options_as
 from prism_plan.cli.tables import format_option
 
 if TYPE_CHECKING:
@@ -13,6 +15,22 @@ if TYPE_CHECKING:
     from prism_plan.placement import Placement
 
 BACKENDS = click.Choice(["highs", "cbc"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveOptions(TableOptions):
+    """What ``prism-plan solve`` is given."""
+
+    trace: str
+    cluster: str
+    solver: str
+    min_replicas: int
+    time_limit_s: float | None
+    backend: Literal["highs", "cbc"]
+    near: str | None
+    load_price: float
+    seed: int
+    output: str
 
 
 @click.command("solve")
@@ -32,7 +50,13 @@ BACKENDS = click.Choice(["highs", "cbc"])
     metavar="R",
     help="Every expert on at least R servers (ilp, exact).",
 )
-@click.option("--time-limit", type=float, metavar="S", help="Seconds for ilp; none by default.")
+@click.option(
+    "--time-limit",
+    "time_limit_s",
+    type=float,
+    metavar="S",
+    help="Seconds for ilp; none by default.",
+)
 @click.option("--backend", type=BACKENDS, default="highs", show_default=True, help="Of ilp.")
 @click.option(
     "--from",
@@ -54,23 +78,11 @@ BACKENDS = click.Choice(["highs", "cbc"])
 @click.option(
     "-o", "--output", required=True, metavar="P.json", help="Placement to write; - for stdout."
 )
-def command(
-    trace: str,
-    cluster: str,
-    solver: str,
-    min_replicas: int,
-    time_limit: float | None,
-    backend: str,
-    near: str | None,
-    load_price: float,
-    seed: int,
-    table_format: str,
-    as_json: bool,
-    output: str,
-) -> None:
+@options_as(SolveOptions)
+def command(given: SolveOptions) -> None:
     """Plan which GPU holds which expert, for the tasks and servers of a cluster file."""
     from prism_plan.cli.console import deliver, load_trace, note
-    from prism_plan.cli.inputs import blaming, load_cluster, trace_file, writable
+    from prism_plan.cli.inputs import about, blaming, load_cluster, trace_file, writable
     from prism_plan.instance import Instance
     from prism_plan.memory import unreserved
     from prism_plan.model import require_same_model
@@ -79,39 +91,39 @@ def command(
     from prism_plan.solvers.registry import get_solver
     from prism_plan.solvers.run import solve
 
-    with blaming("--solver"):
-        get_solver(solver)
-    writable(output, trace, cluster, near)
+    with about("solver"):
+        get_solver(given.solver)
+    if given.solver != "ilp":
+        given.refuse("backend", found=f"has no effect on solver {given.solver!r}, only on ilp")
+    writable(given.output, given.trace, given.cluster, given.near)
     options = Options(
-        seed=seed,
-        time_limit_s=time_limit,
-        backend="cbc" if backend == "cbc" else "highs",
-        near=None if near is None else read_placement(near),
-        load_price=load_price,
+        seed=given.seed,
+        time_limit_s=given.time_limit_s,
+        backend=given.backend,
+        near=None if given.near is None else read_placement(given.near),
+        load_price=given.load_price,
     )
-    parsed, cluster_input = load_cluster(cluster)
-    loaded = load_trace(trace)
-    with blaming("--min-replicas" if min_replicas < 1 else cluster):
-        instance = Instance.build(loaded, parsed, min_replicas=min_replicas)
+    cluster, cluster_input = load_cluster(given.cluster)
+    trace = load_trace(given.trace)
     if options.near is not None:
-        require_same_model(options.near.model, loaded.model, source=near, other=trace)
-    inputs = {"trace": trace_file(loaded), "cluster": cluster_input}
-    with blaming(cluster):
-        placement = solve(instance, solver, options, inputs=inputs)
-    deliver(output, dump_placement(placement))
-    if reserved := unreserved(parsed, loaded.model):
-        note(f"{cluster}: {reserved}")
+        require_same_model(options.near.model, trace.model, source=given.near, other=given.trace)
+    inputs = {"trace": trace_file(trace), "cluster": cluster_input}
+    with blaming(given.cluster):
+        instance = Instance.build(trace, cluster, min_replicas=given.min_replicas)
+        placement = solve(instance, given.solver, options, inputs=inputs)
+    deliver(given.output, dump_placement(placement))
+    if reserved := unreserved(cluster, trace.model):
+        note(f"{given.cluster}: {reserved}")
     if placement.plan.termination == "time_limit":
         note("the time limit ended the search; the gap to the bound is in the file")
-    _summary(placement, instance, output, as_json, table_format)
+    _summary(placement, instance, given)
 
 
-def _summary(
-    placement: Placement, instance: Instance, output: str, as_json: bool, form: str
-) -> None:
+def _summary(placement: Placement, instance: Instance, given: SolveOptions) -> None:
     from prism_plan.cli.console import note, percent, print_json
     from prism_plan.cli.tables import counts, print_table, shares, sizes, words
     from prism_plan.objective import remote_score
+    from prism_plan.text import quantity
 
     plan = placement.plan
     local = placement.local
@@ -130,7 +142,7 @@ def _summary(
             }
         )
     values = {
-        "file": output,
+        "file": given.output,
         "solver": plan.solver,
         "termination": plan.termination,
         "remote_share": plan.remote_share,
@@ -139,8 +151,8 @@ def _summary(
         **dict(plan.extra),
         "servers": rows,
     }
-    to_stderr = output == "-"
-    if as_json and not to_stderr:
+    to_stderr = given.output == "-"
+    if given.as_json and not to_stderr:
         print_json(values)
         return
     capacity = [sum(of_server) for of_server in placement.gpu_capacity]
@@ -159,6 +171,8 @@ def _summary(
         f"{plan.solver}: {percent(plan.remote_share, 4)} of calls are remote "
         f"({plan.termination}, {bound}, {plan.runtime_s:.3f} s)"
     )
-    print_table(columns, title=title, form=form, err=to_stderr)
+    print_table(columns, title=title, form=given.table_format, err=to_stderr)
     if "loads" in plan.extra:
-        note(f"{plan.extra['loads']:,} experts are newly loaded (prism-plan diff tells which)")
+        note(
+            f"{quantity(plan.extra['loads'], 'expert')} to load anew (prism-plan diff tells which)"
+        )

@@ -2,64 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prism_plan.cli.command_options import option_names
+
+if TYPE_CHECKING:
+    from prism_plan.cli.simulate import SimulateOptions
 
 
-def run_sweep(given: dict[str, Any]) -> int:
+def run_sweep(given: SimulateOptions) -> int:
     """Simulate a grid and write its table; returns the exit code."""
     import dataclasses
 
     from prism_plan.cli.console import deliver, load_trace, note, progress
-    from prism_plan.cli.inputs import blaming, load_cluster, writable
-    from prism_plan.cli.simulate import note_simulated, simulation_options, solver_names
+    from prism_plan.cli.inputs import blaming, load_cluster, solver_names, writable
+    from prism_plan.cli.simulate import note_simulated
     from prism_plan.errors import InputError
     from prism_plan.simulation import OFFLOAD
     from prism_plan.sweep import Grid, SweepOptions, parse_grid, sweep, varied
     from prism_plan.sweep_file import OK, dump_sweep, sweep_kind
 
-    for key, option in (
-        ("placements", "placement files"),
-        ("arrivals", "--arrivals"),
-        ("phases", "--phases"),
-        ("duration", "--duration"),
-        ("per_request", "--per-request"),
-        ("time_limit", "--time-limit"),
-        ("as_json", "--json"),
-    ):
-        if given[key] is not None and given[key] is not False and given[key] != ():
-            raise InputError(
-                f"{option} with a sweep", source="--sweep", remedy="leave one of the two out"
-            )
-    output = given["output"]
+    output = given.output
     if output is None:
-        raise InputError("no table to write", source="--sweep", expected="-o R.parquet or -o R.csv")
+        raise InputError("no table to write", parameter="grid", expected="-o R.parquet or -o R.csv")
     kind = "csv" if output == "-" else sweep_kind(output)
-    writable(output, given["trace"], given["cluster"], given["calibration"])
-    texts = list(given["grid"])
-    asked = solver_names(given["solvers"]) + [OFFLOAD] * given["offload"]
+    writable(output, given.trace, given.cluster, given.calibration)
+    texts = list(given.grid)
+    asked = (solver_names(given.solvers) or []) + [OFFLOAD] * given.offload
     if asked:
         texts.append(f"solver={','.join(asked)}")
     grid: Grid = parse_grid(texts)
     if "seed=" not in "".join(texts).replace(" ", ""):
-        grid = dataclasses.replace(grid, seed=(given["seed"],))
+        grid = dataclasses.replace(grid, seed=(given.seed,))
     options = SweepOptions(
-        requests_per_server=20 if given["requests"] is None else given["requests"],
-        burst=given["burst"],
-        decode_tokens=given["decode_tokens"],
-        prompt_tokens=given["prompt_tokens"],
-        holdout=given["holdout"],
-        min_replicas=given["min_replicas"],
-        simulation=simulation_options(given),
+        requests_per_server=20 if given.requests_per_server is None else given.requests_per_server,
+        burst=given.burst,
+        decode_tokens=given.decode_tokens,
+        prompt_tokens=given.prompt_tokens,
+        holdout=given.holdout,
+        min_replicas=given.min_replicas,
+        simulation=given.simulation_options(),
     )
-    cluster, _ = load_cluster(given["cluster"])
-    trace = load_trace(given["trace"])
+    cluster, _ = load_cluster(given.cluster)
+    trace = load_trace(given.trace)
     rows: list[dict[str, Any]] = []
     interrupted = False
-    with progress(grid.runs, "runs") as update, blaming(given["cluster"]):
+    with progress(grid.runs, "runs") as update, blaming(given.cluster):
         try:
             for row in sweep(
-                trace, cluster, grid, options, jobs=given["jobs"],
+                trace, cluster, grid, options, jobs=given.jobs,
                 progress=lambda done: update("simulating", done),
+                names=option_names(click.get_current_context()),
             ):  # fmt: skip
                 rows.append(row)
         except KeyboardInterrupt:
@@ -70,7 +65,7 @@ def run_sweep(given: dict[str, Any]) -> int:
     if None not in grid.bandwidth_mbps:
         cluster = varied(cluster, bandwidth_mbps=grid.bandwidth_mbps[0])
     offload = [solver == OFFLOAD for solver in grid.solver]
-    note_simulated(given["cluster"], cluster, options.simulation, offload)
+    note_simulated(given.cluster, cluster, options.simulation, offload)
     failed = [row for row in rows if row["status"] != OK]
     name = "standard output" if output == "-" else output
     note(f"{name}: {len(rows)} of {grid.runs} runs" + (" (interrupted)" if interrupted else ""))

@@ -69,15 +69,13 @@ class Policy:
             if value not in known:
                 raise InputError(
                     f"{value!r}{did_you_mean(str(value), known)}",
-                    source="migration policy",
-                    place=key,
+                    parameter=key,
                     expected=f"one of {', '.join(known)}",
                 )
         if not 0 < self.horizon_s < math.inf:
             raise InputError(
                 f"{self.horizon_s}",
-                source="migration policy",
-                place="horizon_s",
+                parameter="horizon_s",
                 expected="seconds above 0",
             )
         Options(seed=self.seed)

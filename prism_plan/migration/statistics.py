@@ -49,7 +49,7 @@ class Window:
     def __post_init__(self) -> None:
         if not 0 < self.half_life_s < math.inf:
             raise InputError(
-                f"{self.half_life_s}", source="half_life_s", expected="seconds above 0"
+                f"{self.half_life_s}", parameter="half_life_s", expected="seconds above 0"
             )
 
     def start(self, shape: tuple[int, int, int]) -> Statistics:

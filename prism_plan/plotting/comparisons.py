@@ -43,8 +43,7 @@ def comparison(
     if not rows or not all(row.get("name") for row in rows):
         raise InputError(
             "no rows" if not rows else "a row without a name",
-            source="comparison",
-            expected="the rows of prism-plan compare --json",
+            expected="rows of a comparison, each with a name",
         )
     panels = [
         (key, label)

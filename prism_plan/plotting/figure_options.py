@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from prism_plan.errors import InputError
+from prism_plan.limits import require_whole
 from prism_plan.plotting.style import DPI, WIDTH_IN
 
 MIN_SIDE_IN, MAX_SIDE_IN = 1.0, 100.0
@@ -32,7 +33,7 @@ class FigureOptions:
     Raises
     ------
     InputError
-        A value is out of bounds; ``source`` is the name of the parameter.
+        A value is out of bounds.
     """
 
     title: str | None = None
@@ -40,17 +41,12 @@ class FigureOptions:
     dpi: int = DPI
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dpi, int) or not MIN_DPI <= self.dpi <= MAX_DPI:
-            raise InputError(
-                f"{self.dpi!r:.60}",
-                source="dpi",
-                expected=f"a whole number, {MIN_DPI} to {MAX_DPI}",
-            )
+        require_whole(self.dpi, MIN_DPI, MAX_DPI, "dpi")
         if self.size_in is not None:
             if not all(MIN_SIDE_IN <= side <= MAX_SIDE_IN for side in self.size_in):
                 raise InputError(
                     _inches(self.size_in),
-                    source="size_in",
+                    parameter="size_in",
                     expected=f"a width and a height of {MIN_SIDE_IN:g} to {MAX_SIDE_IN:g} inches",
                 )
             self.figure_size(self.size_in[1])
@@ -72,9 +68,9 @@ class FigureOptions:
         if wide * high > MAX_PIXELS or max(wide, high) > MAX_SIDE_PIXELS:
             raise InputError(
                 f"{_inches(size)} at {self.dpi} dots an inch: {wide:,} × {high:,} pixels",
-                source="figure" if (self.size_in, self.dpi) == (None, DPI) else "size_in and dpi",
+                parameter="size_in" if self.size_in else "dpi" if self.dpi != DPI else "",
                 expected=f"at most {MAX_PIXELS:,} pixels, {MAX_SIDE_PIXELS:,} a side",
-                remedy="give a smaller size or fewer dots an inch, or draw less at a time",
+                remedy="give a smaller ``size_in`` or ``dpi``, or draw less at a time",
             )
         return size
 

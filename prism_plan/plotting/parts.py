@@ -123,9 +123,9 @@ def finish(figure: Figure, options: FigureOptions, what: str, facts: Iterable[st
         wide, high = figure.get_size_inches()
         raise InputError(
             f"{wide:g} × {high:g} inches",
-            source="size_in" if options.size_in else "figure",
+            parameter="size_in" if options.size_in else "",
             expected="room for the panels beside their names, legend and title",
-            remedy="give a larger size or draw less at a time",
+            remedy="give a larger ``size_in`` or draw less at a time",
         ) from warning
     figure.set_layout_engine("none")
 

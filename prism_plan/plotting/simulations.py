@@ -174,7 +174,6 @@ def layer_latency(
     if not runs:
         raise InputError(
             "no run with decode steps",
-            source="simulation",
             expected="the latency of layers by remote experts",
         )
     with settings():
@@ -279,7 +278,6 @@ def _finished(report: Mapping[str, Any]) -> list[_Shown]:
     if not runs:
         raise InputError(
             "no run in which a request finished",
-            source="simulation",
             expected="latencies to draw",
             remedy="simulate longer",
         )
@@ -291,7 +289,6 @@ def _labelled(report: Mapping[str, Any], wanted: Callable[[Run], bool]) -> list[
     if len(report["runs"]) > MAX_RUNS:
         raise InputError(
             f"{len(report['runs'])} runs",
-            source="simulation",
             expected=f"at most {MAX_RUNS} in a figure",
             remedy="simulate fewer placements at a time",
         )

@@ -68,26 +68,24 @@ def sweep_figure(
         if key is not None and key not in _KEYS:
             raise InputError(
                 f"unknown key {key!r}{did_you_mean(key, _KEYS)}",
-                source=option,
+                parameter=option,
                 expected=f"one of {', '.join(_KEYS)}",
             )
     if x is not None and x == panels:
-        raise InputError(f"{x!r} for both", source="x and panels", expected="different keys")
+        raise InputError(f"{x!r}, as ``x``", parameter="panels", expected="another key")
     chosen = _chosen(rows, solvers)
     drawn = [row for row in chosen if row["status"] == "ok" and row["latency_mean_s"] is not None]
     if not drawn:
         raise InputError(
             f"none of {len(chosen)} runs has a latency",
-            source=name or "sweep",
             expected="runs whose status is ok",
         )
     x = x or _default_x(drawn)
     if any(row[x] is None for row in drawn):
         raise InputError(
             f"runs without a value of {x}",
-            source=name or "sweep",
             expected="a number in every run",
-            remedy="choose another key for x",
+            remedy="choose another key for ``x``",
         )
     columns, others = _panel_keys(drawn, x, panels)
     every = list(dict.fromkeys(row["solver"] for row in rows))
@@ -115,16 +113,14 @@ def _chosen(rows: Sequence[Row], solvers: Sequence[str] | None) -> list[Row]:
         if solver not in known:
             raise InputError(
                 f"no solver {solver!r}{did_you_mean(solver, known)}",
-                source="sweep",
                 expected=f"solvers of {', '.join(known)}",
             )
     wanted = list(dict.fromkeys(solvers or known))
     if len(wanted) > MAX_SOLVERS:
         raise InputError(
             f"{len(wanted)} solvers",
-            source="sweep",
             expected=f"at most {MAX_SOLVERS} in a figure",
-            remedy="name the solvers to draw",
+            remedy="choose some by ``solvers``",
         )
     return [row for solver in wanted for row in rows if row["solver"] == solver]
 
@@ -180,9 +176,8 @@ def _draw(
     if len(places) > MAX_PANELS or wide > 6:
         raise InputError(
             f"{len(places)} panels" if len(places) > MAX_PANELS else f"{wide} panels in a row",
-            source="sweep",
             expected=f"at most {MAX_PANELS}, 6 in a row",
-            remedy="choose other keys for x and panels, or leave rows out of the table",
+            remedy="choose other keys for ``x`` and ``panels``, or leave rows out of the table",
         )
     tall = math.ceil(len(places) / wide)
     height = 5.6 if tall == 1 else 3.0 * tall + 1.2

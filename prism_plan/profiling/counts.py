@@ -68,7 +68,9 @@ def read_counts(
     known = dict(tokens or {})
     for name in known:
         if name not in tasks:
-            raise InputError(f"unknown task {name!r}", source="--tokens", expected=", ".join(tasks))
+            raise InputError(
+                f"unknown task {name!r}", parameter="tokens", expected=", ".join(tasks)
+            )
     files = ", ".join(str(source.path) for source in sources)
     number = np.array(
         [known.get(t) or tokens_of_calls(t, counts[i], model, files) for i, t in enumerate(tasks)],
@@ -81,12 +83,12 @@ def read_counts(
                 f"task {name!r}: {over} calls of one expert in a layer, {number[index]} tokens",
                 source=files,
                 expected="at most one call a token",
-                remedy="check the counts and --tokens",
+                remedy="check the counts and ``tokens``",
             )
     check_sums(model, tasks, number, counts, files)
     for index, name in enumerate(tasks):
         if name not in known:
-            remedy = f" (--tokens {name}=N gives the true number)"
+            remedy = f" (the true number can be given: tokens of {name!r})"
             tell_if_uneven(name, counts[index], model, notify, remedy)
     return Trace(
         model=model,

@@ -179,7 +179,7 @@ def _read_folder(folder: Path, model: ModelSpec, progress: Callable[[int], None]
             f"layer {layer}",
             source=found[layer],
             expected=f"a MoE layer of {model.name}, {model.layers_text()}",
-            remedy="check --model",
+            remedy="check ``model``",
         )
     for layer in model.moe_layers:
         if layer not in found:
@@ -227,7 +227,7 @@ def _read_layer(path: Path, model: ModelSpec) -> Rows:
                 source=path,
                 place=place,
                 expected=f"as many of both, {model.top_k} a token",
-                remedy="the line may be cut short, or --model is not the model that was recorded",
+                remedy="the line may be cut short, or ``model`` is not the model that was recorded",
             )
         if ids.min() < 0 or ids.max() >= model.num_experts:
             bad = int(np.argmax((ids < 0) | (ids >= model.num_experts)))
@@ -236,7 +236,7 @@ def _read_layer(path: Path, model: ModelSpec) -> Rows:
                 source=path,
                 place=f"{place} token {bad // model.top_k + 1}",
                 expected=f"ids 0..{model.num_experts - 1} of {model.name}",
-                remedy="check that --model is the model that was recorded",
+                remedy="check that ``model`` is the model that was recorded",
             )
         if not np.isfinite(gates).all() or (gates < 0).any() or (gates > 65504).any():
             raise InputError(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from prism_plan.errors import InputError, LimitReached, PrismError
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import TraceWriter
+from prism_plan.limits import require_whole
 from prism_plan.model import ModelSpec
 from prism_plan.open_file import OpenFile
 from prism_plan.profiling.prompts import Prompt, read_prompts
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EXTRA = "pip install 'prism-plan[hf]'"
+#: New tokens, and prompts of a batch: PyTorch counts both in 32 bits.
+MAX_NUMBER = 2**31 - 1
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -58,14 +61,10 @@ class HfOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_new_tokens < 2**31:
-            raise InputError(
-                f"{self.max_new_tokens}", source="--max-new-tokens", expected="at least 0"
-            )
-        if not 1 <= self.batch_size < 2**31:
-            raise InputError(f"{self.batch_size}", source="--batch-size", expected="at least 1")
+        require_whole(self.max_new_tokens, 0, MAX_NUMBER, "max_new_tokens")
+        require_whole(self.batch_size, 1, MAX_NUMBER, "batch_size")
         if self.dtype not in DTYPES:
-            raise InputError(f"{self.dtype!r}", source="--dtype", expected=", ".join(DTYPES))
+            raise InputError(f"{self.dtype!r}", parameter="dtype", expected=", ".join(DTYPES))
 
 
 def profile_checkpoint(
@@ -131,7 +130,7 @@ def _profile(
             _copy(earlier, writer, spec)
             notify(f"going on after {done} of {total} prompts")
         # rows of a batch are written when it is done, or they would be in the trace twice
-        # after an interruption and --resume
+        # after an interruption and with ``resume``
         pending: list[tuple[TokenBatch, tuple[str, ...]]] = []
 
         def hold(rows: TokenBatch, tasks: Sequence[str]) -> None:
@@ -156,13 +155,13 @@ def _profile(
                 if not done and isinstance(error, KeyboardInterrupt):
                     raise
                 if not done:
-                    raise LimitReached("out of memory; lower --batch-size") from error
+                    raise LimitReached("out of memory; lower ``batch_size``") from error
                 writer.provenance |= {"partial": True, "prompts_done": done}
     if stopped is not None:
-        kept = f"{output} holds the first {done} of {total} prompts; go on with --resume"
+        kept = f"{output} holds the first {done} of {total} prompts; go on with ``resume``"
         if isinstance(stopped, KeyboardInterrupt):
             raise Interrupted(f"interrupted; {kept}")
-        raise LimitReached(f"out of memory; {kept} and a lower --batch-size") from stopped
+        raise LimitReached(f"out of memory; {kept} and a lower ``batch_size``") from stopped
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def _earlier(output: str | os.PathLike[str], run: _Run) -> Trace | None:
                 source=output,
                 place="provenance",
                 expected=f"{value!r:.80}, as in this run",
-                remedy="--resume goes on with the same checkpoint, prompts and options",
+                remedy="``resume`` goes on with the same checkpoint, prompts and options",
             )
     if not trace.provenance.get("partial"):
         raise InputError("is complete", source=output, expected="a partial trace")
@@ -305,7 +304,7 @@ def _check_lengths(
                 source=path,
                 place=place,
                 expected=f"at most {longest:,}, the model's context",
-                remedy="shorten the prompt or lower --max-new-tokens",
+                remedy="shorten the prompt or lower ``max_new_tokens``",
             )
 
 
@@ -315,7 +314,7 @@ def _import() -> None:
         import transformers
     except ImportError as error:
         raise InputError(
-            f"{error.name or error} is not installed", source="--format hf", remedy=EXTRA
+            f"{error.name or error}, which runs checkpoints, is not installed", remedy=EXTRA
         ) from error
     if int(transformers.__version__.split(".")[0]) < 5:
         raise InputError(
@@ -376,7 +375,7 @@ def load_tokenizer(checkpoint: str, options: HfOptions) -> PreTrainedTokenizerBa
 
 
 def checkpoint_spec(checkpoint: str, options: HfOptions) -> ModelSpec:
-    """The spec of a checkpoint as it is stored: ``--dtype`` is how it is run here, not served.
+    """The spec of a checkpoint as it is stored: ``dtype`` is how it is run here, not served.
 
     Raises
     ------
@@ -406,7 +405,7 @@ def checkpoint_spec(checkpoint: str, options: HfOptions) -> ModelSpec:
                 source=error.source,
                 place=error.place,
                 expected=error.expected,
-                remedy="record it with an engine, and give a model spec with --model",
+                remedy="record it with an engine, and give a model spec as ``model``",
             ) from error
 
 
@@ -448,7 +447,7 @@ def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:
         except (RuntimeError, AssertionError) as error:
             raise InputError(
                 f"{options.device!r} cannot be used: {str(error).splitlines()[0]:.80}",
-                source="--device",
+                parameter="device",
                 expected="auto, cpu, or an accelerator of this machine such as cuda:0",
             ) from error
     with _quiet(), _loading(checkpoint, "model"):

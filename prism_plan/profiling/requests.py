@@ -269,8 +269,8 @@ class Requests:
                     source=source,
                     place=place,
                     expected=f"at most {prompt} of the prompt and {generated} generated",
-                    remedy="the response and its routing do not belong together, or --model is "
-                    "not the model that was recorded",
+                    remedy="the response and its routing do not belong together, or "
+                    "``model`` is not the model that was recorded",
                 )
             first = max(prompt + generated - 1 - rows, 0)
             if first > prompt and not skipped:  # at most the whole prompt can have been left out

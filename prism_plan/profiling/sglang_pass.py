@@ -20,6 +20,7 @@ from prism_plan.profiling.sglang_dump import (
     require_only_moe,
 )
 from prism_plan.profiling.tensors import CHECK_MODEL, CUT_SHORT
+from prism_plan.text import shown
 from prism_plan.trace import check_experts, require_sum
 
 EXTEND_MODE, DECODE_MODE, MIXED_MODE, IDLE_MODE = 1, 2, 3, 4
@@ -208,7 +209,7 @@ def _numbers(
     low = -(2**63) if key == "input_ids" else 0
     if array.ndim != 1 or array.dtype.kind not in "iu" or (array.size and array.min() < low):
         raise InputError(
-            f"{values!r:.60}",
+            shown(values),
             source=path,
             place=f"{place} {key!r}",
             expected="a list of whole numbers of at least 0",

@@ -25,6 +25,7 @@ from prism_plan.profiling.tensors import (
     whole_number,
 )
 from prism_plan.profiling.unread import unread_routing
+from prism_plan.text import shown
 from prism_plan.trace import Trace, trace_from_batches
 
 
@@ -90,7 +91,7 @@ def _routed(
     text = holder.get("routed_experts")
     if text is not None and not isinstance(text, str):
         raise InputError(
-            f"{text!r:.60}", source=path, place=f"{place} 'routed_experts'", expected="base64 text"
+            shown(text), source=path, place=f"{place} 'routed_experts'", expected="base64 text"
         )
     prompt = whole_number(usage, "prompt_tokens", path, place)
     generated = whole_number(usage, "completion_tokens", path, place)

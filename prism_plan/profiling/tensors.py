@@ -19,13 +19,14 @@ from prism_plan.model import ModelSpec
 from prism_plan.profiling.lines import text_lines
 from prism_plan.profiling.sources import Source, distinct
 from prism_plan.profiling.tokens import require_every_layer, tell_if_uneven, tokens_of_calls
+from prism_plan.text import shown
 from prism_plan.trace import PHASES, Trace
 
 Notify = Callable[[str], None]
 
 PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")
 CUT_SHORT = "the file may be cut short; record or copy it again"
-CHECK_MODEL = "check that --model is the model that was recorded"
+CHECK_MODEL = "check that ``model`` is the model that was recorded"
 
 
 # ------------------------------------------------------------------------------------------- tasks
@@ -212,7 +213,7 @@ def whole_number(values: Mapping[str, Any], key: str, source: object, place: str
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
         raise InputError(
-            f"{value!r:.60}",
+            shown(value),
             source=source,
             place=f"{place} {key!r}",
             expected="a whole number of at least 0",
@@ -229,7 +230,7 @@ def json_object(value: Any, source: object, place: str) -> Mapping[str, Any]:
         It is none.
     """
     if not isinstance(value, dict):
-        raise InputError(f"{value!r:.60}", source=source, place=place, expected="a JSON object")
+        raise InputError(shown(value), source=source, place=place, expected="a JSON object")
     return value
 
 
@@ -246,6 +247,6 @@ def task_of_line(line: Mapping[str, Any], label: str | None, source: Path, place
     task = line.get("task", default_task(source))
     if not isinstance(task, str) or not task:
         raise InputError(
-            f"{task!r:.60}", source=source, place=f"{place} 'task'", expected="a non-empty text"
+            shown(task), source=source, place=f"{place} 'task'", expected="a non-empty text"
         )
     return task

@@ -47,7 +47,7 @@ def require_every_layer(task: str, calls: Counts, model: ModelSpec, source: obje
             f"task {task!r} has no calls in layer {model.moe_layers[int(np.argmin(of_layer))]}",
             source=source,
             expected=f"calls in every MoE layer of {model.name}, {model.layers_text()}",
-            remedy="it may be cut short; check that --model is the model that was recorded",
+            remedy="it may be cut short; check that ``model`` is the model that was recorded",
         )
 
 

@@ -36,6 +36,7 @@ from prism_plan.profiling.tensors import (
     json_object,
 )
 from prism_plan.profiling.tokens import require_every_layer, sum_calls
+from prism_plan.text import shown
 from prism_plan.trace import Trace
 
 RANK_FILE = re.compile(r"rank(\d+)\.safetensors")
@@ -109,7 +110,7 @@ def _check_meta(path: Path, model: ModelSpec) -> None:
             )
         if meta[key] != number or isinstance(meta[key], bool):
             raise InputError(
-                f"{meta[key]!r:.60}",
+                shown(meta[key]),
                 source=path,
                 place=key,
                 expected=f"{number} of {model.name}",

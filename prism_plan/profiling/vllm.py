@@ -46,6 +46,7 @@ from prism_plan.profiling.tensors import (
 )
 from prism_plan.profiling.unread import unread_routing
 from prism_plan.profiling.vllm_split import join
+from prism_plan.text import shown
 from prism_plan.trace import Trace, trace_from_batches
 
 ROWS, PROMPT_ROWS = "routed_experts", "prompt_routed_experts"
@@ -156,7 +157,7 @@ def _recordings(line: Mapping[str, Any], path: Path, place: str) -> Iterator[_Re
             source=path,
             place=place,
             expected="a response with choices[].routed_experts",
-            remedy="SGLang's responses are read with --format sglang" if sglang else "",
+            remedy="SGLang's responses are a format of their own, sglang" if sglang else "",
         )
     yield _Recording(
         place,
@@ -237,7 +238,7 @@ def _array(recorded: Any, path: Path, place: str, key: str) -> npt.NDArray[Any]:
             expected="[tokens][decoder layers][top-k] expert ids",
         )
     raise InputError(
-        f"{recorded!r:.60}",
+        shown(recorded),
         source=path,
         place=f"{place} {key!r}",
         expected="base64 of .npy bytes, nested lists, or the name of a .npy file",

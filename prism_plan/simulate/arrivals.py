@@ -47,7 +47,7 @@ def arrivals_before(
         if before * burst > MOST_REQUESTS:
             raise InputError(
                 f"more than {MOST_REQUESTS:,} requests of one server in {duration_s:g} s",
-                source="--duration",
+                parameter="duration_s",
                 remedy="simulate a shorter time, or give a larger arrival_interval_s",
             )
         if before < bursts:

@@ -38,9 +38,9 @@ class CompiledEngine:
         if scenario.route == "cover" and scenario.model.top_k > MOST_TOP_K:
             raise InputError(
                 f"top_k {scenario.model.top_k}",
-                source="--route",
+                parameter="route",
                 expected=f"at most {MOST_TOP_K} for route cover",
-                remedy="use --route nearest or spread",
+                remedy="use nearest or spread",
             )
         self.s = scenario
         self._fixed = tables.fixed(scenario)

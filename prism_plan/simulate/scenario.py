@@ -88,7 +88,7 @@ class Scenario:
                 )
         if route not in ROUTES:
             raise InputError(
-                f"{route!r:.60}", source="--route", expected=f"one of {', '.join(ROUTES)}"
+                f"{route!r:.60}", parameter="route", expected=f"one of {', '.join(ROUTES)}"
             )
         if calibration is not None:
             cluster = calibration.applied(cluster)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
+from prism_plan.limits import MAX_SEED, require_whole
 from prism_plan.simulate.arrivals import MOST_REQUESTS, arrivals_before, arrivals_by_number
 from prism_plan.simulate.arrivals_file import MOST_S, FixedArrivals
 from prism_plan.simulate.demand import Demand, demand
@@ -82,16 +83,13 @@ def sample_requests(
         prompt's phases are, or no request results.
     """
     _check_options(duration_s, burst, schedule, arrivals)
-    for option, value, least, most in (
-        ("--requests", requests_per_server, 1, MOST_REQUESTS),
-        ("--burst", burst, 1, MOST_REQUESTS),
-        ("--decode-tokens", decode_tokens, 0, MOST_PROMPT_TOKENS),
-        ("--prompt-tokens", prompt_tokens, 0, MOST_PROMPT_TOKENS),
-        ("--seed", seed, 0, 2**63),
-    ):
-        _check_whole(option, value, least, most)
+    require_whole(requests_per_server, 1, MOST_REQUESTS, "requests_per_server")
+    require_whole(burst, 1, MOST_REQUESTS, "burst")
+    require_whole(decode_tokens, 0, MOST_PROMPT_TOKENS, "decode_tokens")
+    require_whole(prompt_tokens, 0, MOST_PROMPT_TOKENS, "prompt_tokens")
+    require_whole(seed, 0, MAX_SEED, "seed")
     if trace.kind == "counts" and prompt_tokens + decode_tokens == 0:
-        raise InputError("0, and 0 decode tokens", source="--prompt-tokens", expected="a token")
+        raise InputError("0, and 0 decode tokens", parameter="prompt_tokens", expected="a token")
 
     want = demand(trace, cluster, schedule)
     listed = list_requests(trace) if trace.kind == "tokens" else None
@@ -110,7 +108,7 @@ def sample_requests(
     if not any(len(of_server.at_s) for of_server in arriving):
         raise InputError(
             f"no request arrives before {duration_s:g} s",
-            source="--duration",
+            parameter="duration_s",
             remedy="simulate a longer time",
         )
     entries = [_entries(want, n, of_server, first, seed) for n, of_server in enumerate(arriving)]
@@ -208,13 +206,6 @@ def _prompts(
 # ---------------------------------------------------------------------------------------- checks
 
 
-def _check_whole(option: str, value: int, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(
-            f"{value!r:.60}", source=option, expected=f"a whole number, {least:,} to {most:,}"
-        )
-
-
 def _check_options(
     duration_s: float | None,
     burst: int,
@@ -224,15 +215,15 @@ def _check_options(
     """Options that contradict each other, and the one that is no whole number."""
     if duration_s is not None and not 0 < duration_s <= MOST_S:  # NaN is neither
         raise InputError(
-            f"{duration_s}", source="--duration", expected=f"seconds above 0, at most {MOST_S:g}"
+            f"{duration_s}", parameter="duration_s", expected=f"seconds above 0, at most {MOST_S:g}"
         )
     if arrivals is None:
         return
     if duration_s is not None or burst != 1:
         raise InputError(
             "fixed times leave nothing to draw",
-            source="--duration" if duration_s is not None else "--burst",
-            remedy="leave it or --arrivals out",
+            parameter="duration_s" if duration_s is not None else "burst",
+            remedy="leave it or ``arrivals`` out",
         )
     for index, phase in enumerate(() if schedule is None else schedule.phases):
         if phase.arrival_interval_s is not None:
@@ -240,7 +231,7 @@ def _check_options(
                 "fixed times leave nothing to draw",
                 source=schedule.source if schedule else "",
                 place=f"phase[{index}].arrival_interval_s",
-                remedy="leave it or --arrivals out",
+                remedy="leave it or ``arrivals`` out",
             )
 
 
@@ -271,7 +262,7 @@ def _check_reach(schedule: Schedule | None, want: Demand, number: int | None) ->
         raise InputError(
             f"{number:,} requests of each server end before phase[{len(want.first) - 1}], which "
             f"begins after {want.first[-1]:,}",
-            source="--requests",
+            parameter="requests_per_server",
             expected=f"more than {want.first[-1]:,} for this schedule",
         )
 

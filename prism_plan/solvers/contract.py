@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.instance import MOST_CALLS, Instance
+from prism_plan.limits import MAX_SEED, require_whole
 from prism_plan.placement import Placement, Termination
 
 
@@ -56,27 +57,24 @@ class Options:
     load_price: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise InputError(
-                f"{self.seed}", source="--seed", expected="a number of at least 0 and below 2**63"
-            )
+        require_whole(self.seed, 0, MAX_SEED, "seed")
         if self.time_limit_s is not None and not 0 < self.time_limit_s < float("inf"):
             raise InputError(
-                f"{self.time_limit_s}", source="--time-limit", expected="seconds above 0"
+                f"{self.time_limit_s}", parameter="time_limit_s", expected="seconds above 0"
             )
         if self.backend not in ("highs", "cbc"):
-            raise InputError(f"{self.backend!r}", source="--backend", expected="highs or cbc")
+            raise InputError(f"{self.backend!r}", parameter="backend", expected="highs or cbc")
         if not 0 <= self.load_price <= MOST_CALLS:
             raise InputError(
                 f"{self.load_price}",
-                source="--load-price",
+                parameter="load_price",
                 expected=f"a number of at least 0 and at most {MOST_CALLS:g}",
             )
         if self.load_price > 0 and self.near is None:
             raise InputError(
                 "a price without a placement to stay near",
-                source="--load-price",
-                remedy="give the existing placement with --from",
+                parameter="load_price",
+                remedy="give the existing placement as ``near``",
             )
 
 

@@ -63,10 +63,10 @@ def _solve(instance: Instance, options: Options) -> Answer:
         limit = (
             f"{options.time_limit_s:g} s" if options.time_limit_s else "the back end's own limit"
         )
-        other = " or use --solver exact" if instance.in_slots else ""
+        other = " or use solver exact" if instance.in_slots else ""
         raise LimitReached(
             f"ilp with {options.backend} found no placement within {limit} "
-            f"({found.words}); raise --time-limit{other}"
+            f"({found.words}); raise ``time_limit_s``{other}"
         )
     total = math.fsum(instance.activations.ravel())
     if options.near is not None:  # the tie-break is no part of the objective
@@ -125,7 +125,7 @@ def _search(instance: Instance, worth: npt.NDArray[np.float64], options: Options
     other = "cbc" if options.backend == "highs" else "highs"
     raise LimitReached(
         f"ilp with {options.backend} found no placement that fits to the byte; "
-        f"use --backend {other}, or give the GPUs a little more memory"
+        f"use ``backend`` {other}, or give the GPUs a little more memory"
     )
 
 

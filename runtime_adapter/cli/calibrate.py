@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import click
 
-from runtime_adapter.cli.options import meeting_of, meeting_options, note, note_assumed
+from prism_plan.cli.command_options import options_as
+from runtime_adapter.cli.options import MeetingOptions, meeting_options, note, note_assumed
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(MeetingOptions):
+    """What ``calibrate`` is given."""
+
+    model: str
+    cluster: str
+    output: str | None
 
 
 @click.command("calibrate")
-@click.option("--model", "reference", required=True, metavar="PRESET|config.json")
+@click.option("--model", required=True, metavar="PRESET|config.json")
 @click.option("--cluster", required=True, metavar="C.toml")
 @meeting_options
 @click.option("-o", "--output", metavar="F.json", help="Of the first server: the calibration.")
-def command(**given: Any) -> None:
+@options_as(CalibrateOptions)
+def command(given: CalibrateOptions) -> None:
     """Measure the times that `prism-plan simulate --calibration` reads.
 
     Start it on every server of the cluster file; the first one measures and writes the file.
@@ -24,10 +35,9 @@ def command(**given: Any) -> None:
 
     import torch
 
-    from prism_plan.cli.inputs import blaming, load_cluster, writable
+    from prism_plan.cli.inputs import blaming, load_cluster, load_spec, writable
     from prism_plan.errors import InputError
     from prism_plan.files import write_bytes
-    from prism_plan.model import load_model
     from prism_plan.simulate.network import Network
     from prism_plan.simulate.timing import timing
     from runtime_adapter.calibrate import TOKENS, calibration, calibration_placement, measure
@@ -36,27 +46,27 @@ def command(**given: Any) -> None:
     from runtime_adapter.server import Server, ServerConfig
 
     torch.set_num_threads(1)
-    cluster, cluster_file = load_cluster(given["cluster"])
-    model = load_model(given["reference"])
-    meeting = meeting_of(given, tuple(server.name for server in cluster.servers))
+    cluster, cluster_file = load_cluster(given.cluster)
+    model = load_spec(given.model)
+    meeting = given.meeting(tuple(server.name for server in cluster.servers))
     if meeting.servers < 2:
-        raise InputError("1 server", source=given["cluster"], expected="two servers or more")
-    if meeting.me == 0 and given["output"] is None:
-        raise InputError("no file to write", source="--output", expected="-o F.json")
+        raise InputError("1 server", source=given.cluster, expected="two servers or more")
+    if meeting.me == 0 and given.output is None:
+        raise InputError("no file to write", parameter="output", expected="-o F.json")
     if 2 * model.top_k > model.num_experts:
         raise InputError(
             f"top-{model.top_k} of {model.num_experts} experts",
-            source="--model",
+            parameter="model",
             expected="twice as many experts as a token calls",
         )
-    writable(given["output"], given["cluster"])
+    writable(given.output, given.cluster)
     placement = calibration_placement(cluster, model)
     first = sum(len(server.gpus) for server in cluster.servers[: meeting.me])
     own = cluster.servers[meeting.me]
-    with blaming(given["cluster"]):
+    with blaming(given.cluster):
         times = timing(cluster, model, max(TOKENS))
         network = Network.of(cluster, model)
-    note_assumed(given["cluster"], cluster, compute=True)
+    note_assumed(given.cluster, cluster, compute=True)
     compute = TimedCompute(
         times, GpuClock(len(own.gpus)), model.num_experts, first, first + own.dense_gpu, meeting.me
     )
@@ -67,11 +77,11 @@ def command(**given: Any) -> None:
         model=model.shape(),
         network=network,
         compute=compute,
-        facts={"cluster": cluster_file.sha256, "rtt_ms": given["rtt_ms"], "lanes": [1]},
+        facts={"cluster": cluster_file.sha256, "rtt_ms": given.rtt_ms, "lanes": [1]},
         states=torch.uint8,
         width=width,
         most_tokens=max(TOKENS),
-        rtt_s=given["rtt_ms"] * 1e-3,
+        rtt_s=given.rtt_ms * 1e-3,
     )
     with Server(config, note) as server:
         server.agree_on_start()
@@ -79,9 +89,9 @@ def command(**given: Any) -> None:
             sharp_timers()
             found = measure(server.lanes[0], dataclasses.replace(model), width)
             values = calibration(found, cluster, model, config.rtt_s)
-            write_bytes(given["output"], (json.dumps(values, indent=1) + "\n").encode())
+            write_bytes(str(given.output), (json.dumps(values, indent=1) + "\n").encode())
             note(
-                f"{given['output']}: call overhead {values['call_overhead_ms']:.3f} ms, "
+                f"{given.output}: call overhead {values['call_overhead_ms']:.3f} ms, "
                 f"{values['bandwidth_mbps']:.0f} Mbit/s"
             )
         server.finish()

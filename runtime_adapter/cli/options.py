@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.cli.review_options import review_options
-from prism_plan.errors import did_you_mean
+from prism_plan.cli.command_options import CommandOptions
+from prism_plan.cli.review_options import ReviewOptions, review_options
+from prism_plan.errors import InputError, did_you_mean
 from prism_plan.faults import say
 from runtime_adapter import PROGRAM
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
+    from runtime_adapter.links import Meeting
 
 
 def note(message: str) -> None:
@@ -58,10 +62,20 @@ meeting_options = _options(
     store_option,
     click.option("--interface", default="lo", show_default=True, help="Interface of the links."),
     click.option(
-        "--timeout", default=10.0, show_default=True, metavar="S", help="Then a server is lost."
+        "--timeout",
+        "timeout_s",
+        default=10.0,
+        show_default=True,
+        metavar="S",
+        help="Then a server is lost.",
     ),
     click.option(
-        "--join", default=60.0, show_default=True, metavar="S", help="Then all must be there."
+        "--join",
+        "join_s",
+        default=60.0,
+        show_default=True,
+        metavar="S",
+        help="Then all must be there.",
     ),
     click.option(
         "--rtt-ms", default=0.0, show_default=True, help="Added to every call, where wanted."
@@ -80,14 +94,29 @@ migration_options = _options(
     ),
 )
 
-#: What `prism-plan simulate` asks for besides, and a run has no use for.
-NOT_SIMULATED = {"calibration": None, "engine": "compiled", "time_limit": None}
-
 #: Of those, what all servers of a run must be given alike.
 MIGRATION_FACTS = (
-    "migrate", "migrate_every", "statistics", "half_life", "horizon", "migration_cost",
+    "migrate", "migrate_every_s", "statistics", "half_life_s", "horizon_s", "migration_cost",
     "migrate_solver", "movable",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigrationOptions(ReviewOptions):
+    """What :func:`migration_options` adds."""
+
+    movable: bool
+    placements_dir: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.moves:
+            self.refuse("placements_dir", found="has no effect without ``migrate`` or ``movable``")
+
+    @property
+    def moves(self) -> bool:
+        """Whether experts may move."""
+        return self.movable or self.migrate != "never"
 
 
 def address(text: str) -> tuple[str, int]:
@@ -98,50 +127,67 @@ def address(text: str) -> tuple[str, int]:
     InputError
         It is none.
     """
-    from prism_plan.errors import InputError
-
     host, colon, port = text.rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise InputError(f"{text!r:.60}", source="--store", expected="HOST:PORT")
+        raise InputError(f"{text!r:.60}", parameter="store", expected="HOST:PORT")
     return host.strip("[]"), int(port)
 
 
-def meeting_of(given: dict[str, Any], names: tuple[str, ...]) -> Any:
-    """The meeting that the options describe, for servers of these names.
+@dataclass(frozen=True, kw_only=True)
+class MeetingOptions(CommandOptions):
+    """What :func:`meeting_options` adds."""
+
+    server: str
+    store: str
+    interface: str
+    timeout_s: float
+    join_s: float
+    rtt_ms: float
+
+    def meeting(self, names: tuple[str, ...]) -> Meeting:
+        """The meeting of servers of these names.
+
+        Raises
+        ------
+        InputError
+            The server is not one of them, or an option is out of range.
+        """
+        from runtime_adapter.interfaces import require_interface
+        from runtime_adapter.links import Meeting
+
+        if self.server not in names:
+            raise InputError(
+                f"unknown server {self.server!r:.60}{did_you_mean(self.server, names)}",
+                parameter="server",
+                expected=f"one of {', '.join(names)}",
+            )
+        host, port = address(self.store)
+        require_seconds(self.timeout_s, "timeout_s")
+        require_seconds(self.join_s, "join_s")
+        if not 0 <= self.rtt_ms < 60_000:
+            raise InputError(f"{self.rtt_ms}", parameter="rtt_ms", expected="0 to 60000")
+        require_interface(self.interface, ipv4=":" not in host)
+        return Meeting(
+            servers=len(names),
+            me=names.index(self.server),
+            host=host,
+            port=port,
+            interface=self.interface,
+            timeout_s=self.timeout_s,
+            join_s=self.join_s,
+        )
+
+
+def require_seconds(value: float, parameter: str) -> None:
+    """Refuse a time that is not above 0 and finite.
 
     Raises
     ------
     InputError
-        The server is not one of them, or an option is out of range.
+        Names the parameter.
     """
-    import math
-
-    from prism_plan.errors import InputError
-    from runtime_adapter.interfaces import require_interface
-    from runtime_adapter.links import Meeting
-
-    if given["server"] not in names:
-        raise InputError(
-            f"unknown server {given['server']!r:.60}{did_you_mean(given['server'], names)}",
-            source="--server",
-            expected=f"one of {', '.join(names)}",
-        )
-    host, port = address(given["store"])
-    for option in ("timeout", "join"):
-        if not 0 < given[option] < math.inf:
-            raise InputError(f"{given[option]}", source=f"--{option}", expected="seconds above 0")
-    if not 0 <= given["rtt_ms"] < 60_000:
-        raise InputError(f"{given['rtt_ms']}", source="--rtt-ms", expected="0 to 60000")
-    require_interface(given["interface"], ipv4=":" not in host)
-    return Meeting(
-        servers=len(names),
-        me=names.index(given["server"]),
-        host=host,
-        port=port,
-        interface=given["interface"],
-        timeout_s=given["timeout"],
-        join_s=given["join"],
-    )
+    if not 0 < value < math.inf:
+        raise InputError(f"{value}", parameter=parameter, expected="seconds above 0")
 
 
 @contextlib.contextmanager

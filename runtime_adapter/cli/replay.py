@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
+from prism_plan.cli.command_options import options_as
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
-    NOT_SIMULATED,
+    MeetingOptions,
+    MigrationOptions,
     jsonl,
-    meeting_of,
     meeting_options,
     migration_options,
     note,
     note_assumed,
 )
+
+if TYPE_CHECKING:
+    from prism_plan.simulate.routes import Route
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions(MeetingOptions, MigrationOptions):
+    """What ``replay`` is given."""
+
+    placement: str
+    trace: str
+    cluster: str
+    requests_per_server: int
+    seed: int
+    route: Route
+    decode_tokens: int
+    stats: str | None
+    output: str | None
 
 
 @click.command("replay")
@@ -23,7 +43,14 @@ from runtime_adapter.cli.options import (
 @click.option("--trace", required=True, metavar="T.parquet", help="Recorded routing.")
 @click.option("--cluster", required=True, metavar="C.toml", help="Arrivals, and times of work.")
 @meeting_options
-@click.option("--requests", default=10, show_default=True, metavar="N", help="Of each server.")
+@click.option(
+    "--requests",
+    "requests_per_server",
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Of each server.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of arrivals and prompts.")
 @click.option(
     "--route",
@@ -35,7 +62,8 @@ from runtime_adapter.cli.options import (
 @migration_options
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="R.jsonl", help="One line a request; default: stdout.")
-def command(**given: Any) -> None:
+@options_as(ReplayOptions)
+def command(given: ReplayOptions) -> None:
     """Drive this server's part of the machinery with recorded routing.
 
     All servers get the same files and options but for --server and -o. Messages are real; dense
@@ -47,7 +75,6 @@ def command(**given: Any) -> None:
     import torch
 
     from prism_plan.cli.inputs import blaming, load_cluster, writable
-    from prism_plan.cli.simulate import simulation_options
     from prism_plan.files import write_bytes
     from prism_plan.io.trace_reader import read_trace
     from prism_plan.placement_file import read_identified_placement
@@ -56,30 +83,28 @@ def command(**given: Any) -> None:
     from runtime_adapter.server import Server
 
     torch.set_num_threads(1)
-    files = ("placement", "trace", "cluster")
-    writable(given["output"], *(given[name] for name in files))
-    writable(given["stats"], *(given[name] for name in files))
-    placement, placement_file = read_identified_placement(given["placement"])
-    meeting = meeting_of(given, placement.servers)
-    trace = read_trace(given["trace"])
-    cluster, cluster_file = load_cluster(given["cluster"])
-    with blaming(given["cluster"]):
+    for output in (given.output, given.stats):
+        writable(output, given.placement, given.trace, given.cluster)
+    placement, placement_file = read_identified_placement(given.placement)
+    meeting = given.meeting(placement.servers)
+    trace = read_trace(given.trace)
+    cluster, cluster_file = load_cluster(given.cluster)
+    with blaming(given.cluster):
         requests = sample_requests(
             trace,
             cluster,
-            requests_per_server=given["requests"],
-            decode_tokens=given["decode_tokens"],
-            seed=given["seed"],
+            requests_per_server=given.requests_per_server,
+            decode_tokens=given.decode_tokens,
+            seed=given.seed,
         )
-    options = simulation_options({**given, **NOT_SIMULATED})
-    moving = given["movable"] or given["migrate"] != "never"
-    own = ("requests", "seed", "route", "decode_tokens", "rtt_ms", *MIGRATION_FACTS)
+    options = given.simulation(route=given.route, seed=given.seed)
+    own = ("requests_per_server", "seed", "route", "decode_tokens", "rtt_ms", *MIGRATION_FACTS)
     facts = {
         "placement": placement_file.sha256,
         "trace": trace.sha256,
         "cluster": cluster_file.sha256,
-    } | {name: given[name] for name in own}
-    with blaming(given["placement"]):
+    } | {name: getattr(given, name) for name in own}
+    with blaming(given.placement):
         config = replay_config(
             placement,
             requests,
@@ -87,16 +112,16 @@ def command(**given: Any) -> None:
             trace.model,
             meeting,
             facts,
-            route=given["route"],
-            rtt_s=given["rtt_ms"] * 1e-3,
-            options=options if moving else None,
-            placements_dir=given["placements_dir"],
+            route=given.route,
+            rtt_s=given.rtt_ms * 1e-3,
+            options=options if given.moves else None,
+            placements_dir=given.placements_dir,
         )
-    planned_by_links = given["route"] == "nearest" or given["migrate"] != "never"
+    planned_by_links = given.route == "nearest" or given.migrate != "never"
     note_assumed(
-        given["cluster"], cluster, compute=True, loads=moving, links=planned_by_links
+        given.cluster, cluster, compute=True, loads=given.moves, links=planned_by_links
     )  # messages are real
-    with jsonl(given["output"]) as write, Server(config, note) as server:
+    with jsonl(given.output) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()
         began_s = time.time() + begin_s - time.monotonic()
         results = replay(server, requests, begin_s, lambda timings: write(timings.to_json()))
@@ -104,9 +129,9 @@ def command(**given: Any) -> None:
         counted = server.counters.to_json()
         migrations = server.migrations()
     failed = sum(result.error is not None for result in results)
-    if given["stats"] is not None:
+    if given.stats is not None:
         values = {
-            "server": given["server"],
+            "server": given.server,
             "requests": len(results),
             "failed": failed,
             "began_s": began_s,
@@ -116,6 +141,6 @@ def command(**given: Any) -> None:
             "gpus": server.held(),
             "migrations": migrations,
         }
-        write_bytes(given["stats"], (json.dumps(values, indent=1) + "\n").encode())
+        write_bytes(given.stats, (json.dumps(values, indent=1) + "\n").encode())
     if failed:
         raise click.ClickException(f"{failed} of {len(results)} requests failed")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import click
 
+from prism_plan.cli.command_options import options_as
+from prism_plan.errors import InputError
+from prism_plan.limits import require_whole
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
-    NOT_SIMULATED,
+    MeetingOptions,
+    MigrationOptions,
     jsonl,
-    meeting_of,
     meeting_options,
     migration_options,
     note,
@@ -20,7 +24,57 @@ from runtime_adapter.cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from prism_plan.simulate.routes import Route
     from runtime_adapter.serve import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(MeetingOptions, MigrationOptions):
+    """What ``serve`` is given."""
+
+    placement: str
+    checkpoint: str
+    requests: str
+    max_prompt_tokens: int | None
+    max_new_tokens: int
+    dtype: str
+    device: str
+    transport: Literal["gloo", "nccl", "split"]
+    route: Route
+    cluster: str | None
+    concurrency: int
+    threads: int
+    weights: Literal["checkpoint", "peer"]
+    seed: int
+    stats: str | None
+    output: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole(self.max_new_tokens, 1, 1 << 20, "max_new_tokens")
+        require_whole(self.concurrency, 1, 256, "concurrency")
+        require_whole(self.threads, 1, 1024, "threads")
+        if self.cluster is None:
+            for name in ("route", "migrate"):
+                if getattr(self, name) in ("nearest", "prism", "partial"):
+                    raise InputError(
+                        f"{getattr(self, name)} needs to know the links",
+                        parameter=name,
+                        expected="``cluster``",
+                    )
+        if not self.moves:
+            self.refuse("weights", found="has no effect without ``migrate`` or ``movable``")
+        if not self.streamed:
+            self.refuse(
+                "max_prompt_tokens",
+                found="given with a file of requests, whose longest prompt is known",
+                remedy="leave it out, or use ``requests`` -",
+            )
+
+    @property
+    def streamed(self) -> bool:
+        """Whether requests come by standard input."""
+        return self.requests == "-"
 
 
 @click.command("serve")
@@ -79,7 +133,8 @@ if TYPE_CHECKING:
 @click.option("--seed", default=0, show_default=True, help="Of the solvers of --migrate.")
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="A.jsonl", help="One line a request; default: stdout.")
-def command(**given: Any) -> None:
+@options_as(ServeOptions)
+def command(given: ServeOptions) -> None:
     """Serve a checkpoint, this server's experts and requests.
 
     All servers get the same files and options but for --server, --requests, --device, --threads
@@ -94,8 +149,6 @@ def command(**given: Any) -> None:
     import torch
 
     from prism_plan.cli.inputs import blaming, load_cluster, writable
-    from prism_plan.cli.simulate import simulation_options
-    from prism_plan.errors import InputError
     from prism_plan.files import write_bytes
     from prism_plan.placement_file import read_identified_placement
     from prism_plan.profiling.hf import fingerprint
@@ -125,74 +178,57 @@ def command(**given: Any) -> None:
     )
     from runtime_adapter.server import Server, ServerConfig
 
-    for option, most in (("max_new_tokens", 1 << 20), ("concurrency", 256), ("threads", 1024)):
-        if not 1 <= given[option] <= most:
-            name = f"--{option.replace('_', '-')}"
-            raise InputError(f"{given[option]}", source=name, expected=f"1 to {most:,}")
-    for option, value in (("route", "nearest"), ("migrate", "prism"), ("migrate", "partial")):
-        if given[option] == value and given["cluster"] is None:
-            raise InputError(
-                "needs to know the links", source=f"--{option} {value}", expected="--cluster"
-            )
-    streamed = given["requests"] == "-"
-    files = [given["placement"], given["cluster"], None if streamed else given["requests"]]
-    for output in (given["output"], given["stats"]):
+    files = [given.placement, given.cluster, None if given.streamed else given.requests]
+    for output in (given.output, given.stats):
         writable(output, *files)
-    torch.set_num_threads(given["threads"])
-    placement, placement_file = read_identified_placement(given["placement"])
-    meeting = meeting_of(given, placement.servers)
-    requests = [] if streamed else read_requests(given["requests"])
-    checkpoint = Checkpoint(given["checkpoint"])
-    require_placed_model(placement, checkpoint, source=given["placement"])
-    require_covered(placement, source=given["placement"])
+    torch.set_num_threads(given.threads)
+    placement, placement_file = read_identified_placement(given.placement)
+    meeting = given.meeting(placement.servers)
+    requests = [] if given.streamed else read_requests(given.requests)
+    checkpoint = Checkpoint(given.checkpoint)
+    require_placed_model(placement, checkpoint, source=given.placement)
+    require_covered(placement, source=given.placement)
     spec = checkpoint.spec
-    dtype = checkpoint.dtype if given["dtype"] == "auto" else getattr(torch, given["dtype"])
+    dtype = checkpoint.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
     cluster, cluster_digest = None, None
     network = even_network(placement.num_servers, spec.hidden_size * dtype.itemsize)
-    if given["cluster"] is not None:
-        cluster, cluster_file = load_cluster(given["cluster"])
+    if given.cluster is not None:
+        cluster, cluster_file = load_cluster(given.cluster)
         cluster_digest = cluster_file.sha256
         if tuple(server.name for server in cluster.servers) != placement.servers:
             raise InputError(
                 f"servers {', '.join(server.name for server in cluster.servers)}",
-                source=given["cluster"],
-                expected=f"{', '.join(placement.servers)}, as in {given['placement']}",
+                source=given.cluster,
+                expected=f"{', '.join(placement.servers)}, as in {given.placement}",
             )
-        with blaming(given["cluster"]):
+        with blaming(given.cluster):
             network = Network.of(cluster, spec)
-    if given["transport"] == "nccl":
-        prepare_nccl(given["interface"])  # before anything uses a card
-    devices = server_devices(len(placement.gpu_capacity[meeting.me]), given["device"])
+    if given.transport == "nccl":
+        prepare_nccl(given.interface)  # before anything uses a card
+    devices = server_devices(len(placement.gpu_capacity[meeting.me]), given.device)
     planes = None
-    if given["transport"] != "gloo":
-        planes = Planes(given["transport"], devices[0])
+    if given.transport != "gloo":
+        planes = Planes(given.transport, devices[0])
         require_device(planes)
     tokenizer = load_tokenizer(checkpoint)
     jobs = prepare(
-        requests, tokenizer, checkpoint, meeting.me, given["max_new_tokens"], given["requests"]
+        requests, tokenizer, checkpoint, meeting.me, given.max_new_tokens, given.requests
     )
     longest = max([len(job.ids) for job in jobs], default=1)
-    if streamed:
+    if given.streamed:
         context = context_tokens(checkpoint) or 1 << 20
-        longest = given["max_prompt_tokens"] or min(MAX_PROMPT_TOKENS, context)
-        if not 1 <= longest <= context:
-            raise InputError(
-                f"{longest}", source="--max-prompt-tokens", expected=f"1 to {context:,}"
-            )
-    elif given["max_prompt_tokens"] is not None:
-        raise InputError(
-            "given with a file of requests, whose longest prompt is known",
-            source="--max-prompt-tokens",
-            remedy="leave it out, or use --requests -",
-        )
+        longest = min(MAX_PROMPT_TOKENS, context)
+        if given.max_prompt_tokens is not None:
+            longest = given.max_prompt_tokens
+            require_whole(longest, 1, context, "max_prompt_tokens")
     lanes = Lanes()
-    with blaming(given["placement"]):
+    with blaming(given.placement):
         store = load_experts(checkpoint, placement, meeting.me, devices, dtype)
     model = load_model(checkpoint, lanes, dtype, devices[0])
     movable = None
-    if given["movable"] or given["migrate"] != "never":
-        options = simulation_options({**given, **NOT_SIMULATED})
-        with blaming(given["placement"]):
+    if given.moves:
+        options = given.simulation(route=given.route, seed=given.seed)
+        with blaming(given.placement):
             movable = moving(
                 meeting,
                 placement,
@@ -200,8 +236,8 @@ def command(**given: Any) -> None:
                 checkpoint,
                 cluster,
                 options,
-                given["placements_dir"],
-                from_peers=given["weights"] == "peer",
+                given.placements_dir,
+                from_peers=given.weights == "peer",
             )
     config = ServerConfig(
         meeting=meeting,
@@ -211,11 +247,11 @@ def command(**given: Any) -> None:
         compute=ExpertCompute(store),
         facts={
             "placement": placement_file.sha256,
-            "checkpoint": fingerprint(given["checkpoint"]),
+            "checkpoint": fingerprint(given.checkpoint),
             "cluster": cluster_digest,
             "dtype": str(dtype).removeprefix("torch."),
             **{
-                name: given[name]
+                name: getattr(given, name)
                 for name in (
                     "route",
                     "concurrency",
@@ -229,23 +265,23 @@ def command(**given: Any) -> None:
         states=dtype,
         width=spec.hidden_size,
         most_tokens=longest,
-        route=given["route"],
-        lanes=given["concurrency"],
-        rtt_s=given["rtt_ms"] * 1e-3,
-        threads=given["threads"],
+        route=given.route,
+        lanes=given.concurrency,
+        rtt_s=given.rtt_ms * 1e-3,
+        threads=given.threads,
         movable=movable,
         planes=planes,
     )
-    if cluster is not None:
-        reviewed = given["migrate"] != "never"
-        by_links = reviewed or given["route"] == "nearest"
-        note_assumed(given["cluster"], cluster, loads=reviewed, links=by_links)
-    with jsonl(given["output"]) as write, Server(config, note) as server:
+    if given.cluster is not None and cluster is not None:
+        reviewed = given.migrate != "never"
+        by_links = reviewed or given.route == "nearest"
+        note_assumed(given.cluster, cluster, loads=reviewed, links=by_links)
+    with jsonl(given.output) as write, Server(config, note) as server:
         begin_s = server.agree_on_start()
         coming: Iterable[Job] = jobs
-        if streamed:
+        if given.streamed:
             coming = prepare_stream(
-                sys.stdin.buffer, tokenizer, checkpoint, meeting.me, given["max_new_tokens"],
+                sys.stdin.buffer, tokenizer, checkpoint, meeting.me, given.max_new_tokens,
                 begin_s,
             )  # fmt: skip
         answers = serve(
@@ -255,9 +291,9 @@ def command(**given: Any) -> None:
         counted = server.counters.to_json()
         migrations = server.migrations()
     failed = sum(answer.error is not None for answer in answers)
-    if given["stats"] is not None:
+    if given.stats is not None:
         values = {
-            "server": given["server"],
+            "server": given.server,
             "requests": len(answers),
             "failed": failed,
             "new_tokens": sum(len(answer.tokens) for answer in answers),
@@ -266,6 +302,6 @@ def command(**given: Any) -> None:
             "gpus": server.held(),
             "migrations": migrations,
         }
-        write_bytes(given["stats"], (json.dumps(values, indent=1) + "\n").encode())
+        write_bytes(given.stats, (json.dumps(values, indent=1) + "\n").encode())
     if failed:
         raise RuntimeFailure(f"{failed} of {len(answers)} requests failed; see their errors")

@@ -54,7 +54,7 @@ def test_the_plan_is_written_and_told(prism_plan: Run, here: Path) -> None:
         "migrate", "a.json", "b.json", "--cluster", "c.toml", "-o", "m.json", cwd=here
     )
     assert result.returncode == 0, result.stderr
-    assert "1 loads are of temporary copies" in result.stderr
+    assert "1 load of temporary copies" in result.stderr
     rows = {
         line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()
     }
@@ -154,4 +154,4 @@ def test_experts_that_nobody_holds_are_told(prism_plan: Run, here: Path) -> None
     write_placement(here / "a.json", placed([[0], [], []], [1] * 3, pairs=2))
     result = prism_plan("migrate", "a.json", "b.json", "--cluster", "c.toml", cwd=here)
     assert result.returncode == 0
-    assert "1 experts are held nowhere in a.json" in result.stderr
+    assert "1 expert held nowhere in a.json" in result.stderr

@@ -139,7 +139,7 @@ def test_tokens_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "counts", "message"),
     [
-        ({"lew": 10}, LAW, "--tokens: unknown task 'lew'"),
+        ({"lew": 10}, LAW, "tokens: unknown task 'lew'"),
         ({"law": 9}, LAW, "task 'law': 10 calls of one expert in a layer, 9 tokens"),
         ({"law": -10}, LAW, "task 'law': 10 calls of one expert in a layer, -10 tokens"),
         # no expert has more than 8 calls, yet 8 tokens of two experts make 16 calls and not 20
@@ -325,7 +325,7 @@ def test_gpt_oss(traces_dir: Path, gpt_oss: ModelSpec, tmp_path: Path) -> None:
     assert len(trace.tasks) == 14
     for task, message in zip(trace.tasks, told, strict=True):
         assert f"task '{task}'" in message
-        assert f"--tokens {task}=N" in message
+        assert f"tokens of {task!r}" in message
     fullest = trace.counts.sum(axis=2).max(axis=1)
     np.testing.assert_array_equal(trace.tokens, -(-fullest // 4))
     assert trace.calls_per_token().sum(axis=2).max() <= 4

@@ -322,7 +322,7 @@ def test_the_command(prompts: Path, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("nobody/no-such-model", "--prompts", "PROMPTS"), "no such folder, and no checkpoint"),
-        ((CHECKPOINTS[0],), "--prompts FILE.jsonl"),
+        ((CHECKPOINTS[0],), "--prompts: not given"),
         ((CHECKPOINTS[0], "--prompts", "PROMPTS", "--max-new-tokens", -1), "--max-new-tokens: -1"),
         ((CHECKPOINTS[0], "--prompts", "PROMPTS", "--batch-size", 0), "--batch-size: 0"),
         ((CHECKPOINTS[0], "--prompts", "PROMPTS", "--device", "gpu"), "gpu"),

@@ -310,7 +310,7 @@ def test_arrays_of_another_model_are_refused(tmp_path: Path, array: Any, words: 
     [
         ([], "line 1: []; expected a JSON object"),
         ({}, "neither 'choices' nor 'routed_experts'"),
-        ({"meta_info": {}}, "--format sglang"),
+        ({"meta_info": {}}, "format of their own, sglang"),
         ({"choices": [{"text": "x"}]}, "--enable-return-routed-experts"),
         ({"choices": []}, "no token has routed experts"),
         ({"choices": [1]}, "line 1 choice 0: 1; expected a JSON object"),

@@ -270,7 +270,7 @@ def test_who_cannot_join(tmp_path: Path) -> None:
         run.start("edge-2", [], "--route", "spread")
         codes = run.codes()
         assert codes["edge-2"] == 2
-        reason = "server 'edge-2': route: 'spread'; expected 'cover', as the first server has it"
+        reason = "server 'edge-2': --route: 'spread'; expected 'cover', as the first server has it"
         assert run.errors("edge-2") == [f"prism-runtime: {reason}"]
         for name in ("edge-0", next(name for name in first if name != taken)):
             assert codes[name] == 5
@@ -382,7 +382,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         store = f"127.0.0.1:{other.getsockname()[1]}"
         error = refused(tmp_path, fates()[2], store=store)
     assert error.exit_code == 5
-    assert f"--store {store}: address already in use" in str(error)
+    assert f"store {store}: address already in use" in str(error)
     error = refused(tmp_path, fates()[2], server="edge-1")
     assert error.exit_code == 5
     assert "no store within 1 s ([Errno 111] Connection refused)" in str(error)
@@ -391,21 +391,21 @@ def test_a_port_in_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"concurrency": "0"}, "--concurrency: 0; expected 1 to 256"),
-        ({"max-new-tokens": "0"}, "--max-new-tokens: 0; expected 1 to"),
-        ({"threads": "-1"}, "--threads: -1; expected 1 to 1,024"),
+        ({"concurrency": "0"}, "concurrency: 0; expected a whole number from 1 to 256"),
+        ({"max-new-tokens": "0"}, "max_new_tokens: 0; expected a whole number from 1 to"),
+        ({"threads": "-1"}, "threads: -1; expected a whole number from 1 to 1,024"),
         ({"max-new-tokens": "512"}, "line 1: 2 tokens and 512 new ones; expected 1 to 512"),
-        ({"route": "nearest"}, "--route nearest: needs to know the links; expected --cluster"),
+        ({"route": "nearest"}, "route: nearest needs to know the links; expected cluster"),
         (
             {"device": "cpu", "transport": "nccl"},
-            "--transport: nccl carries states between CUDA cards, and this server has none "
-            "(--device is cpu); give every server a card, or use --transport gloo",
+            "transport: nccl carries states between CUDA cards, and this server has none "
+            "(device is cpu); give every server a card, or use transport gloo",
         ),
-        ({"device": "tpu"}, "--device: 'tpu'; expected auto, cpu, cuda"),
-        ({"store": "nowhere"}, "--store: 'nowhere'; expected HOST:PORT"),
+        ({"device": "tpu"}, "device: 'tpu'; expected auto, cpu, cuda"),
+        ({"store": "nowhere"}, "store: 'nowhere'; expected HOST:PORT"),
         ({"output": "/no/such/folder/x"}, "/no/such/folder"),
     ],
 )
 def test_wrong_options(changed: dict[str, str], message: str, tmp_path: Path) -> None:
-    """One message that names the option."""
+    """One message that names the parameter, which the boundary tells as the option."""
     assert message in str(refused(tmp_path, fates()[2], **changed))

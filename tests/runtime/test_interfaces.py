@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ pytest.importorskip("torch")
 
 from prism_plan.errors import InputError
 from runtime_adapter import interfaces
-from runtime_adapter.cli.options import meeting_of
+from runtime_adapter.cli.options import MeetingOptions
 from runtime_adapter.interfaces import require_interface
 from tests.runtime.replays import (
     PATIENCE_S,
@@ -38,7 +37,7 @@ def test_one_that_does_not_exist() -> None:
     """The message lists those that there are."""
     with pytest.raises(InputError) as error:
         require_interface("eth99x")
-    assert "--interface: no interface 'eth99x'" in str(error.value)
+    assert "interface: no interface 'eth99x'" in str(error.value)
     assert f"expected one of {', '.join(NAMES)}" in str(error.value)
     assert error.value.exit_code == 2
 
@@ -80,22 +79,18 @@ def test_the_system_is_asked_rightly() -> None:
         words, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert found.stderr.splitlines()[-1].endswith(
-        "--interface: 'lo' is down; expected one of lo; ip link set lo up, or choose another one"
+        "interface: 'lo' is down; expected one of lo; ip link set lo up, or choose another one"
     )
-
-
-def given(**changed: Any) -> dict[str, Any]:
-    """The options that say where servers meet."""
-    return {
-        "server": "s0", "store": "127.0.0.1:29400", "interface": "eth99x", "timeout": 10.0,
-        "join": 60.0, "rtt_ms": 0.0, **changed,
-    }  # fmt: skip
 
 
 def test_every_command_that_meets_others_asks() -> None:
     """They read their options in one place, before the store is joined."""
-    with pytest.raises(InputError, match="--interface: no interface 'eth99x'"):
-        meeting_of(given(), ("s0", "s1"))
+    options = MeetingOptions(
+        given=frozenset(), server="s0", store="127.0.0.1:29400", interface="eth99x",
+        timeout_s=10.0, join_s=60.0, rtt_ms=0.0,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="interface: no interface 'eth99x'"):
+        options.meeting(("s0", "s1"))
 
 
 @pytest.mark.parametrize("program", ["replay", "calibrate"])

@@ -140,7 +140,7 @@ def test_quantised_weights_are_refused(kind: str, way: str, snapshot: Path) -> N
     assert words in f"{error.source}: {error.place}: {error.found}"
     assert error.remedy
     if "hf" in way or "hub" in way:
-        assert "--model" in error.remedy  # there is no other way to give sizes by hand
+        assert "``model``" in error.remedy  # there is no other way to give sizes by hand
     if way == "the runtime":
         assert "by hand" not in error.remedy  # nor any here
 

@@ -192,16 +192,16 @@ def test_a_card_is_of_one_server(cards: str) -> None:
     for me, other in itertools.permutations(range(3), 2):
         if cards[me] == cards[other]:
             assert f"server {names[me]!r} has the card of server" in said[me]
-            assert "use --transport gloo" in said[me]
+            assert "use transport gloo" in said[me]
     assert [bool(text) for text in said] == [cards.count(card) > 1 for card in cards]
 
 
 def test_what_a_transport_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL a card and a torch that has it, split the CPU; each in one line, with what to do."""
     card = torch.device("cuda", 0)
-    with pytest.raises(InputError, match=r"between CUDA cards.*\(--device is cpu\).*gloo"):
+    with pytest.raises(InputError, match=r"between CUDA cards.*\(device is cpu\).*gloo"):
         require_device(Planes("nccl", CPU))
-    with pytest.raises(InputError, match=r"between CPUs \(--device is cuda\); use --device cpu"):
+    with pytest.raises(InputError, match=r"between CPUs \(device is cuda\); use device cpu"):
         require_device(Planes("split", card))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with pytest.raises(InputError, match=r"without NCCL; install a CUDA build of torch"):

@@ -113,7 +113,7 @@ def test_too_many(burst: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prism_plan.simulate.arrivals.MOST_REQUESTS", 1_000)
     with pytest.raises(InputError, match="more than 1,000 requests") as caught:
         arrivals_before(generator(), every(1e-9), 1e9, burst)
-    assert caught.value.source == "--duration"
+    assert caught.value.parameter == "duration_s"
 
 
 # ------------------------------------------------------------------------------------ the file

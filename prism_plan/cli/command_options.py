@@ -1,0 +1,108 @@
+"""The options of a command as one frozen dataclass, and the names that errors give them.
+
+The parameters of a command are called as the library's are: ``--half-life`` is ``half_life_s``. So
+an error of the library that names its parameter can be told by the option.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from prism_plan.errors import InputError, PrismError
+
+#: Under this key the contexts of a command line hold that of the command which runs.
+_RUNNING = "prism_plan.running"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """What a command is given; subclasses have a field for each of its options and arguments.
+
+    ``given`` are the names of those that stand on the command line.
+    """
+
+    given: frozenset[str]
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense whatever the files say."""
+
+    def refuse(self, *names: str, found: str, remedy: str = "leave it out") -> None:
+        """Refuse options that were given and would have no effect.
+
+        Raises
+        ------
+        InputError
+            Names the first one.
+        """
+        for name in names:
+            if name in self.given:
+                raise InputError(found, parameter=name, remedy=remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions(CommandOptions):
+    """Options of commands that print tables, or JSON in their place."""
+
+    table_format: str
+    as_json: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.as_json:
+            self.refuse("table_format", found="has no effect with ``as_json``")
+
+
+Kind = TypeVar("Kind", bound=CommandOptions)
+Result = TypeVar("Result")
+
+
+def options_as(kind: type[Kind]) -> Callable[[Callable[[Kind], Result]], Callable[..., Result]]:
+    """Let click call a command with one ``kind``, whose fields are the command's parameters."""
+
+    def decorate(command: Callable[[Kind], Result]) -> Callable[..., Result]:
+        @functools.wraps(command)
+        def run(**values: Any) -> Result:
+            context = click.get_current_context()
+            context.meta[_RUNNING] = context
+            given = frozenset(
+                name
+                for name in values
+                if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+            )
+            return command(kind(given=given, **values))
+
+        return run
+
+    return decorate
+
+
+def running(context: click.Context) -> click.Context:
+    """The context of the command that runs within ``context``."""
+    found: click.Context = context.meta.get(_RUNNING, context)
+    return found
+
+
+def option_names(context: click.Context) -> dict[str, str]:
+    """What a user calls the parameters of a command: their options, or the arguments as given."""
+    names = {}
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if isinstance(parameter, click.Argument):
+            value = context.params.get(name)
+            names[name] = (
+                value if isinstance(value, str) else (parameter.metavar or name).strip("[].")
+            )
+        else:
+            names[name] = max(parameter.opts, key=len)
+    return names
+
+
+def told(error: PrismError) -> str:
+    """The line of an error that a command tells itself, before it goes on."""
+    return error.line(option_names(running(click.get_current_context())))
