@@ -53,6 +53,12 @@ DEFAULT_MODEL = {
     metavar="TASK=N",
     help="True number of tokens of a task (counts); default: calls of a layer / top-k.",
 )
+@click.option(
+    "--skip-bad",
+    is_flag=True,
+    help="Leave bad rows of a recording out, with a notice of how many and where, in place of "
+    "refusing it. A recording whose rows are all bad is refused.",
+)
 @click.option("--prompts", metavar="FILE.jsonl", help='hf: lines {"prompt": ..., "task": ...}.')
 @click.option("--max-new-tokens", default=32, show_default=True, help="hf: 0 for prompts alone.")
 @click.option("--batch-size", default=8, show_default=True, help="hf: prompts run together.")
@@ -73,6 +79,7 @@ def command(
     model: str | None,
     weights: bool | None,
     tokens: tuple[str, ...],
+    skip_bad: bool,
     prompts: str | None,
     max_new_tokens: int,
     batch_size: int,
@@ -109,10 +116,11 @@ def command(
             weights=bool(weights),
             trust_remote_code=trust_remote_code,
         )
-        if len(sources) != 1 or model is not None or tokens or prompts is None:
+        if len(sources) != 1 or model is not None or tokens or skip_bad or prompts is None:
             raise InputError(
                 "profile --format hf",
-                expected="one checkpoint, and --prompts FILE.jsonl; no --model, no --tokens",
+                expected="one checkpoint, and --prompts FILE.jsonl; no --model, --tokens or "
+                "--skip-bad",
                 remedy="for a recording say what it is with --format",
             )
         _run_checkpoint(sources[0], prompts, output, options, resume)
@@ -132,7 +140,7 @@ def command(
     parsed = [parse_source(source) for source in sources]
     writable(output, model, *(str(source.path) for source in parsed))
     kept = True if weights is None else weights
-    trace = _read(form, parsed, spec, weights=kept, tokens=_numbers(tokens))
+    trace = _read(form, parsed, spec, weights=kept, tokens=_numbers(tokens), skip_bad=skip_bad)
     write_trace(output, dataclasses.replace(trace, provenance=stamped(trace.provenance)))
     requests = "" if trace.requests is None else f"{int(trace.requests.sum()):,} requests, "
     note(
@@ -148,24 +156,29 @@ def _read(
     *,
     weights: bool,
     tokens: dict[str, int],
+    skip_bad: bool,
 ) -> Trace:
     from prism_plan.cli.console import note, progress
 
     if form == "counts":
         from prism_plan.profiling.counts import read_counts
 
-        return read_counts(sources, spec, tokens=tokens, notify=note)
+        return read_counts(sources, spec, tokens=tokens, skip_bad=skip_bad, notify=note)
     if tokens:
         raise InputError("given", source="--tokens", expected="only with --format counts")
     if form == "sglang":
         from prism_plan.profiling.sglang import read_sglang
 
-        return read_sglang(sources, spec, notify=note)
+        return read_sglang(sources, spec, skip_bad=skip_bad, notify=note)
     if form == "vllm":
         from prism_plan.profiling.vllm import read_vllm
 
-        return read_vllm(sources, spec, notify=note)
+        return read_vllm(sources, spec, skip_bad=skip_bad, notify=note)
     if form == "trtllm":
+        if skip_bad:
+            from prism_plan.profiling.bad_rows import no_rows
+
+            raise no_rows(sources[0].path)
         from prism_plan.profiling.trtllm import read_trtllm
 
         return read_trtllm(sources, spec, notify=note)
