@@ -22,6 +22,7 @@ DEFAULT_MODEL = {
     "sglang": None,
     "vllm": None,
     "trtllm": None,
+    "imatrix": None,
 }
 
 
@@ -174,11 +175,15 @@ def _read(
         from prism_plan.profiling.vllm import read_vllm
 
         return read_vllm(sources, spec, skip_bad=skip_bad, notify=note)
-    if form == "trtllm":
-        if skip_bad:
-            from prism_plan.profiling.bad_rows import no_rows
+    if form in ("trtllm", "imatrix") and skip_bad:
+        from prism_plan.profiling.bad_rows import no_rows
 
-            raise no_rows(sources[0].path)
+        raise no_rows(sources[0].path)
+    if form == "imatrix":
+        from prism_plan.profiling.imatrix import read_imatrix
+
+        return read_imatrix(sources, spec, notify=note)
+    if form == "trtllm":
         from prism_plan.profiling.trtllm import read_trtllm
 
         return read_trtllm(sources, spec, notify=note)
