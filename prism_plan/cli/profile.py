@@ -23,6 +23,7 @@ DEFAULT_MODEL = {
     "vllm": None,
     "trtllm": None,
     "imatrix": None,
+    "selections": None,
 }
 
 
@@ -171,6 +172,10 @@ def _read(
         from prism_plan.profiling.sglang import read_sglang
 
         return read_sglang(sources, spec, skip_bad=skip_bad, notify=note)
+    if form == "selections":
+        from prism_plan.profiling.selections import read_selections
+
+        return read_selections(sources, spec, skip_bad=skip_bad, notify=note)
     if form == "vllm":
         from prism_plan.profiling.vllm import read_vllm
 

@@ -2,11 +2,12 @@
 
 Read in ``tools/imatrix/imatrix.cpp``: for each fused tensor of experts, such as
 ``blk.3.ffn_gate_exps.weight``, the file holds sums over its inputs, ``….in_sum2`` (in newer files
-also ``….in_sum``), and ``….counts``, float32 [E] (in the file's order [1, E]): how many rows each expert
-was given, one a token and selection. Counts are of tokens, not of chunks, and are added up over
-chunks and over files read with ``--in-file``. Gate, up and down projections (or gate and up fused)
-have the same inputs, so that their counts are equal. A dense tensor has one count, the number of
-tokens. Counts above 2^24 are rounded to what a float32 holds. ``blk.N`` is decoder layer N.
+also ``….in_sum``), and ``….counts``, float32 [E] (in the file's order [1, E]): how many rows each
+expert was given, one a token and selection. Counts are of tokens, not of chunks, and are added up
+over chunks and over files read with ``--in-file``. Gate, up and down projections (or gate and up
+fused) have the same inputs, so that their counts are equal. A dense tensor has one count, the
+number of tokens. Counts above 2^24 are rounded to what a float32 holds. ``blk.N`` is decoder
+layer N.
 
 The older format (``.dat``) has no counts of single experts: converted to GGUF each expert has the
 same one count, and continued with more text the old tokens count for every expert. All of these
