@@ -195,7 +195,9 @@ def _read(
     from prism_plan.profiling.esft import read_esft
 
     with progress(len(sources) * spec.num_layers, "files") as update:
-        return read_esft(sources, spec, weights=weights, progress=update)
+        return read_esft(
+            sources, spec, weights=weights, skip_bad=skip_bad, progress=update, notify=note
+        )
 
 
 def _run_checkpoint(

@@ -72,7 +72,7 @@ class BadRows:
                 first = found.errors[0]
                 raise InputError(
                     f"all {found.bad:,} rows are bad, the first one: {first.found}",
-                    source=path,
+                    source=first.source or path,
                     place=first.place,
                     expected=first.expected,
                     remedy=first.remedy,
@@ -82,7 +82,7 @@ class BadRows:
         """Say of each file with bad rows how many there are, and what is wrong with the first."""
         for path, found in self.files.items():
             if found.bad:
-                reasons = "; ".join(f"{error.place}: {error.found}" for error in found.errors)
+                reasons = "; ".join(_reason(error, path) for error in found.errors)
                 rest = found.bad - len(found.errors)
                 more = f"; and {rest:,} more" if rest else ""
                 notify(
@@ -93,6 +93,12 @@ class BadRows:
     def provenance(self) -> dict[str, int]:
         """How many rows were left out, where there are any."""
         return {"bad_rows_left_out": self.number} if self.number else {}
+
+
+def _reason(error: InputError, path: Path) -> str:
+    """Where a bad row stands, in which file if ``path`` is a folder, and what is wrong."""
+    name = "" if error.source == str(path) else f"{Path(error.source).name} "
+    return f"{name}{error.place}: {error.found}"
 
 
 def no_rows(path: Path) -> InputError:

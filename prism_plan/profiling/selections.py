@@ -401,8 +401,8 @@ class _Reader:
         step = np.diff(rows[:, 1])
         if not step.all():
             # which of the two came first is told by the lines
-            for at in np.flatnonzero(step == 0):
-                second = rows[at : at + 2, 3].max()
+            for at in np.flatnonzero(step == 0).tolist():
+                second = int(rows[at : at + 2, 3].max())
                 twice = _twice(request, int(rows[at, 1]), path, f"line {second}")
                 self.bad.leave_out(path, twice)
             keep = np.concatenate([[True], step != 0])
