@@ -36,7 +36,9 @@ DEFAULT_MODEL = {
     default="hf",
     show_default=True,
     help="hf: run a checkpoint on --prompts. esft: folders of expert_weights_LAYER.txt. counts: "
-    "CSV of task, layer, expert, count. sglang, vllm, trtllm: what these engines record.",
+    "CSV of task, layer, expert, count. sglang, vllm, trtllm: what these engines record. imatrix: "
+    "GGUF files of llama-imatrix. selections: JSON Lines of one request, token and layer each. "
+    "Text may be compressed with gzip.",
 )
 @click.option(
     "--model",
@@ -94,7 +96,8 @@ def command(
     """Run a checkpoint, or read recordings of a model's routing, into a trace.
 
     SOURCE is a checkpoint folder or hub id (hf), or a file or folder; TASK=SOURCE labels a
-    recording with its task. Several recordings make one trace.
+    recording with its task. Several recordings make one trace; those of one label are parts of
+    one task.
     """
     import dataclasses
 

@@ -177,12 +177,9 @@ def _columns(header: Sequence[str], source: Source, place: str) -> list[int]:
     names = [OTHER_NAMES.get(name, name) for name in header]
     for column in wanted:
         if names.count(column) != 1:
-            found = f"columns {', '.join(map(_shown, header)) or '(none)'}"
-            if header and header[0].startswith(("GGUF", "{", "[")):
-                found = f"no table of comma-separated values ({_shown(header[0][:20])} ...)"
             unlabelled = column == "task" and not names.count(column)
             raise InputError(
-                found,
+                f"columns {', '.join(map(_shown, header)) or '(none)'}",
                 source=source.path,
                 place=place,
                 expected=f"{', '.join(wanted)}, each once (or layer_id, expert_id)",
