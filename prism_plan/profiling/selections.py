@@ -17,16 +17,16 @@ layer of each pass. A request is one of its file and task. Files may be compress
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_NAMES, require_at_most, require_name
+from prism_plan.limits import MAX_NAMES, MIB, require_at_most, require_name
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.bad_rows import BadRows
 from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice
@@ -50,9 +50,10 @@ NAMES = {
     "layer": ("layer", "layer_id", "layer_idx", "layer_index"),
     "experts": ("experts", "expert_ids", "topk_ids", "topk_experts", "selected_experts"),
 }
-#: Selections of tokens that are not complete yet, 2 bytes each: a pass of 160,000 tokens layer by
-#: layer through a model of 48 layers, top-8.
-MAX_OPEN_SELECTIONS = 2**26
+_NAME_SETS = {what: set(names) for what, names in NAMES.items()}
+#: Bytes of tokens that are not complete yet, 2 for each selection and some 500 beside them: a pass
+#: of 200,000 tokens layer by layer through a model of 48 layers, top-8.
+MAX_OPEN_BYTES, TOKEN_BYTES = 256 * MIB, 500
 #: Positions of a token, which are int32 in traces.
 MAX_POSITION = 2**31 - 1
 #: Tokens that are put together into arrays at a time.
@@ -109,8 +110,7 @@ def read_selections(
     )
 
 
-@dataclass(frozen=True)
-class _Line:
+class _Line(NamedTuple):
     """A line that is one of the model, as far as it can be told alone."""
 
     task: str
@@ -150,10 +150,14 @@ class _Tokens:
             self.parts.append((np.array(self.rows, np.int64), np.stack(self.experts)))
             self.rows, self.experts = [], []
 
-    def keys(self) -> set[tuple[int, int]]:
-        """(request, position) of all tokens."""
+    def known(self, keys: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Those of the (request, position) that are complete."""
         self._put_together()
-        return {(int(row[0]), int(row[1])) for rows, _ in self.parts for row in rows}
+        wanted = np.array([request << 32 | position for request, position in keys], np.int64)
+        found: set[int] = set()
+        for rows, _ in self.parts:
+            found.update(np.intersect1d(rows[:, 0] << 32 | rows[:, 1], wanted).tolist())
+        return {divmod(key, 1 << 32) for key in found}
 
     def sorted(self) -> tuple[npt.NDArray[np.int64], Ids]:
         """(request, position, phase, line) int64 [T, 4] and ids [T, L, K], by request and token."""
@@ -193,7 +197,8 @@ class _Reader:
         waiting: dict[tuple[int, int], _Token] = {}
         complete = _Tokens()
         beyond: dict[int, int] = {}
-        most = MAX_OPEN_SELECTIONS // (self.model.num_layers * self.model.top_k)
+        selections = self.model.num_layers * self.model.top_k
+        most = MAX_OPEN_BYTES // (TOKEN_BYTES + 2 * selections)
         for place, value in json_lines(path, self.bad):
             number = int(place.removeprefix("line "))
             try:
@@ -259,16 +264,17 @@ class _Reader:
 
     def _value(self, values: Mapping[str, Any], what: str, path: Path, place: str) -> Any:
         """The value under the one name of a thing."""
-        names = [name for name in NAMES[what] if name in values]
+        names = _NAME_SETS[what] & values.keys()
         if len(names) != 1:
-            shown = ", ".join(map(repr, names)) if names else f"keys {', '.join(values)!s:.80}"
+            shown = ", ".join(map(repr, sorted(names)))
+            shown = shown or f"keys {', '.join(values)!s:.80}"
             raise InputError(
                 shown,
                 source=path,
                 place=place,
                 expected=f"the {what} under one of {', '.join(NAMES[what])}",
             )
-        return values[names[0]]
+        return values[names.pop()]
 
     def _ids(self, experts: Any, layer: int, path: Path, place: str) -> list[int]:
         model = self.model
@@ -350,7 +356,7 @@ class _Reader:
         path: Path,
     ) -> None:
         layers = self.model.moe_layers
-        done = complete.keys() if waiting else set()
+        done = complete.known(waiting)
         for (request, position), token in waiting.items():
             self.bad.keep(path, -token.layers.bit_count())
             if (request, position) in done:

@@ -203,9 +203,9 @@ def test_open_tokens_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Too many tokens whose layers come late are refused with the remedy to sort."""
     late = [*ALL[::2], *ALL[1::2]]
     path = lines(tmp_path / "s.jsonl", *late)
-    monkeypatch.setattr(selections, "MAX_OPEN_SELECTIONS", 26 * 4)
+    monkeypatch.setattr(selections, "MAX_OPEN_BYTES", 26 * 508)
     assert read(read_selections, path)[0].tokens.tolist() == [26]
-    monkeypatch.setattr(selections, "MAX_OPEN_SELECTIONS", 25 * 4)
+    monkeypatch.setattr(selections, "MAX_OPEN_BYTES", 26 * 508 - 1)
     message = refusal(read_selections, path)
     assert "line 26: more than 25 tokens lack layers" in message
     assert "sort the file by request and token" in message
