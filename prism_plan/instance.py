@@ -179,7 +179,7 @@ class Instance:
         model = trace.model
         require_places(cluster.num_servers, model.num_layers, model.num_experts, "servers")
         if load is None:
-            require_users(cluster)
+            require_users(cluster, counts_only=trace.kind == "counts")
             load = expected_workload(trace, cluster)
         calls = activations(trace, load)
         if not calls.any():

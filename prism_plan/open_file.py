@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_LINE_BYTES, MAX_TEXT_BYTES, MIB
@@ -190,8 +190,10 @@ class OpenFile:
         self.require_unchanged()
         return found.hexdigest()
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
+    def lines(self, stream: IO[bytes] | None = None) -> Iterator[tuple[int, bytes]]:
         """(number from 1, bytes with the line end) of each line, read one by one.
+
+        ``stream`` is what is read in place of the file's own bytes: what they unpack to.
 
         Raises
         ------
@@ -199,9 +201,9 @@ class OpenFile:
             A line has more than :data:`~prism_plan.limits.MAX_LINE_BYTES`, or the file cannot be
             read.
         """
-        with io.BufferedReader(self.stream(), MIB) as stream:
+        with stream or io.BufferedReader(self.stream(), MIB) as source:
             number = 0
-            while line := stream.readline(MAX_LINE_BYTES + 1):
+            while line := source.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
                     raise InputError(

@@ -28,8 +28,10 @@ class Workload:
         self.rates.setflags(write=False)
 
 
-def require_users(cluster: Cluster) -> None:
+def require_users(cluster: Cluster, *, counts_only: bool = False) -> None:
     """Refuse a cluster that nothing can be planned for, whatever the trace is.
+
+    With ``counts_only`` traces arrival rates do not help: each server with tasks needs a weight.
 
     Without users every placement is as good as any other, and "0 % remote" would say nothing.
     Single servers may be without users.
@@ -37,8 +39,8 @@ def require_users(cluster: Cluster) -> None:
     Raises
     ------
     InputError
-        No server has tasks, one with tasks has neither an arrival rate nor a weight, or the
-        weight of every server with tasks is 0.
+        No server has tasks, one with tasks has neither an arrival rate nor a weight (or no weight
+        where that is needed), or the weight of every server with tasks is 0.
     """
     users = [n for n, server in enumerate(cluster.servers) if server.has_users]
     if not users:
@@ -49,8 +51,11 @@ def require_users(cluster: Cluster) -> None:
             remedy="give it tasks = { TASK = 1.0 }, and arrival_interval_s or weight",
         )
     for n in users:
-        if cluster.servers[n].weight is None and cluster.servers[n].arrival_interval_s is None:
-            raise _without_rate(cluster, n)
+        if cluster.servers[n].weight is None:
+            if counts_only:
+                raise _without_weight(cluster, n)
+            if cluster.servers[n].arrival_interval_s is None:
+                raise _without_rate(cluster, n)
     if all(cluster.servers[n].weight == 0 for n in users):
         raise InputError(
             "0, as of every server with tasks, so nobody asks for an expert",
@@ -64,6 +69,19 @@ def _without_rate(cluster: Cluster, server: int) -> InputError:
         f"server {cluster.servers[server].name!r} has tasks but no arrival rate",
         place=f"server[{server}]",
         expected="arrival_interval_s (mean seconds between requests) or weight",
+    )
+
+
+def _without_weight(cluster: Cluster, server: int) -> InputError:
+    """What a counts-only trace asks for, all at once: the simulator needs arrivals too."""
+    known = cluster.servers[server].arrival_interval_s
+    return InputError(
+        f"server {cluster.servers[server].name!r} has tasks but no weight"
+        + ("" if known is not None else " and no arrival_interval_s"),
+        place=f"server[{server}]",
+        expected="weight, a relative token rate, for a counts-only trace tells no tokens a request"
+        + ("" if known is not None else "; to simulate also arrival_interval_s"),
+        remedy="give weight = 1.0 to servers that serve equally many tokens",
     )
 
 
@@ -86,12 +104,7 @@ def expected_workload(trace: Trace, cluster: Cluster) -> Workload:
         if server.weight is not None:
             rates[n] = server.weight * tokens / tokens.sum()
         elif trace.kind == "counts":
-            raise InputError(
-                f"server {server.name!r} has no weight",
-                place=f"server[{n}].weight",
-                expected="a relative token rate, for a counts-only trace tells no tokens a request",
-                remedy="give weight = 1.0 to servers that serve equally many tokens",
-            )
+            raise _without_weight(cluster, n)
         elif server.arrival_interval_s is None:
             raise _without_rate(cluster, n)
         else:

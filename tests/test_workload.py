@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
+from prism_plan.simulate.workload import sample_requests
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
-from prism_plan.workload import activations, expected_workload
+from prism_plan.workload import activations, expected_workload, require_users
 
 MODEL = ModelSpec(
     name="tiny",
@@ -179,11 +180,24 @@ def test_counts_only() -> None:
 
 
 def test_counts_only_needs_weight() -> None:
-    """A rate of requests says nothing of tokens where the trace has counts only."""
+    """A rate of requests says nothing of tokens where the trace has counts only.
+
+    Where a server gives neither, both are asked for at once, by the planner and by the simulator.
+    """
+    trace = counts_only(mixed_trace())
     sites = cluster({}, {"tasks": {"law": 1.0}, "arrival_interval_s": 10.0})
-    with pytest.raises(InputError) as caught:
-        expected_workload(counts_only(mixed_trace()), sites)
-    assert caught.value.place == "server[1].weight"
+    with pytest.raises(InputError, match="has tasks but no weight; expected weight") as caught:
+        expected_workload(trace, sites)
+    assert caught.value.place == "server[1]"
+    with pytest.raises(InputError, match="has tasks but no weight; expected weight"):
+        require_users(sites, counts_only=True)
+    require_users(sites)
+    neither = cluster({}, {"tasks": {"law": 1.0}})
+    with pytest.raises(InputError, match=r"no weight and no arrival_interval_s; expected weight"):
+        require_users(neither, counts_only=True)
+    with pytest.raises(InputError, match=r"no times.*counts-only trace `weight` too") as caught:
+        sample_requests(trace, neither)
+    assert caught.value.place == "server[1].arrival_interval_s"
 
 
 @pytest.mark.parametrize("kind", ["tokens", "counts"])

@@ -23,6 +23,8 @@ DEFAULT_MODEL = {
     "sglang": None,
     "vllm": None,
     "trtllm": None,
+    "imatrix": None,
+    "selections": None,
 }
 #: Options that one format alone has, or two.
 _RUN = ("prompts", "max_new_tokens", "batch_size", "dtype", "device", "resume", "trust_remote_code")
@@ -38,6 +40,7 @@ class ProfileOptions(CommandOptions):
     model: str | None
     weights: bool | None
     tokens: tuple[str, ...]
+    skip_bad: bool
     prompts: str | None
     max_new_tokens: int
     batch_size: int
@@ -56,6 +59,8 @@ class ProfileOptions(CommandOptions):
                 self.refuse(name, found=f"has no effect with ``form`` {self.form}")
         if self.form != "hf":
             return
+        if self.skip_bad:
+            self.refuse("skip_bad", found="a checkpoint has no rows", remedy=_SAY_FORMAT)
         self.refuse("model", found="the checkpoint says its model", remedy=_SAY_FORMAT)
         if len(self.sources) != 1:
             raise InputError(
@@ -79,7 +84,9 @@ _SAY_FORMAT = "for a recording say what it is with ``form``"
     default="hf",
     show_default=True,
     help="hf: run a checkpoint on --prompts. esft: folders of expert_weights_LAYER.txt. counts: "
-    "CSV of task, layer, expert, count. sglang, vllm, trtllm: what these engines record.",
+    "CSV of task, layer, expert, count. sglang, vllm, trtllm: what these engines record. imatrix: "
+    "GGUF files of llama-imatrix. selections: JSON Lines of one request, token and layer each. "
+    "Text may be compressed with gzip.",
 )
 @click.option(
     "--model",
@@ -97,6 +104,12 @@ _SAY_FORMAT = "for a recording say what it is with ``form``"
     multiple=True,
     metavar="TASK=N",
     help="True number of tokens of a task (counts); default: calls of a layer / top-k.",
+)
+@click.option(
+    "--skip-bad",
+    is_flag=True,
+    help="Leave bad rows of a recording out, with a notice of how many and where, in place of "
+    "refusing it. A recording whose rows are all bad is refused.",
 )
 @click.option("--prompts", metavar="FILE.jsonl", help='hf: lines {"prompt": ..., "task": ...}.')
 @click.option("--max-new-tokens", default=32, show_default=True, help="hf: 0 for prompts alone.")
@@ -117,7 +130,8 @@ def command(given: ProfileOptions) -> None:
     """Run a checkpoint, or read recordings of a model's routing, into a trace.
 
     SOURCE is a checkpoint folder or hub id (hf), or a file or folder; TASK=SOURCE labels a
-    recording with its task. Several recordings make one trace.
+    recording with its task. Several recordings make one trace; those of one label are parts of
+    one task.
     """
     import dataclasses
 
@@ -155,26 +169,43 @@ def command(given: ProfileOptions) -> None:
 def _read(sources: list[Source], spec: ModelSpec, given: ProfileOptions) -> Trace:
     from prism_plan.cli.console import note, progress
 
+    skip_bad = given.skip_bad
     if given.form == "counts":
         from prism_plan.profiling.counts import read_counts
 
-        return read_counts(sources, spec, tokens=_numbers(given.tokens), notify=note)
+        tokens = _numbers(given.tokens)
+        return read_counts(sources, spec, tokens=tokens, skip_bad=skip_bad, notify=note)
     if given.form == "sglang":
         from prism_plan.profiling.sglang import read_sglang
 
-        return read_sglang(sources, spec, notify=note)
+        return read_sglang(sources, spec, skip_bad=skip_bad, notify=note)
+    if given.form == "selections":
+        from prism_plan.profiling.selections import read_selections
+
+        return read_selections(sources, spec, skip_bad=skip_bad, notify=note)
     if given.form == "vllm":
         from prism_plan.profiling.vllm import read_vllm
 
-        return read_vllm(sources, spec, notify=note)
+        return read_vllm(sources, spec, skip_bad=skip_bad, notify=note)
+    if given.form in ("trtllm", "imatrix") and skip_bad:
+        from prism_plan.profiling.bad_rows import no_rows
+
+        raise no_rows(sources[0].path)
+    if given.form == "imatrix":
+        from prism_plan.profiling.imatrix import read_imatrix
+
+        return read_imatrix(sources, spec, notify=note)
     if given.form == "trtllm":
         from prism_plan.profiling.trtllm import read_trtllm
 
         return read_trtllm(sources, spec, notify=note)
     from prism_plan.profiling.esft import read_esft
 
+    weights = given.weights is not False
     with progress(len(sources) * spec.num_layers, "files") as update:
-        return read_esft(sources, spec, weights=given.weights is not False, progress=update)
+        return read_esft(
+            sources, spec, weights=weights, skip_bad=skip_bad, progress=update, notify=note
+        )
 
 
 def _run_checkpoint(given: ProfileOptions) -> None:

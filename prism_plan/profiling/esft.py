@@ -3,7 +3,7 @@
 A folder holds one file per MoE layer, ``expert_weights_<decoder layer>.txt``, with one line per
 request: the expert ids of all its tokens, tab-separated, K per token in no order of weight; two
 tabs; then the gate weights in the same order. Line i is the same request in every file. Prefill
-and decode are not told apart.
+and decode are not told apart. Files may be compressed with gzip, ``.txt.gz``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.files import lines_of, read_text
+from prism_plan.files import lines_of
 from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.model import ModelSpec
+from prism_plan.profiling.bad_rows import BadRows
+from prism_plan.profiling.packed import read_packed_text
 from prism_plan.profiling.sources import Source, distinct
 from prism_plan.trace import (
     UNKNOWN_PHASE,
@@ -32,13 +34,15 @@ from prism_plan.trace import (
     trace_from_batches,
 )
 
-FILE_NAME = re.compile(r"expert_weights_(0|[1-9][0-9]{0,8})\.txt")
+FILE_NAME = re.compile(r"expert_weights_(0|[1-9][0-9]{0,8})\.txt(?:\.gz)?")
 
 #: What an expert id and a gate weight look like; int() and float() would also take 1_0 and ٣.
 ID = r"-?[0-9]{1,9}"
 WEIGHT = r"-?(?:(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,3})?|nan|inf)"
 
-Rows = list[tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]]
+Row = tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]
+#: Of a line that cannot be read the error, where bad rows are left out.
+Rows = list[Row | InputError]
 
 
 def read_esft(
@@ -46,11 +50,14 @@ def read_esft(
     model: ModelSpec,
     *,
     weights: bool = True,
+    skip_bad: bool = False,
     progress: Callable[[str, int], None] = lambda label, done: None,
+    notify: Callable[[str], None] = lambda message: None,
 ) -> Trace:
     """One token-level trace from ESFT folders, each a task (named by its label or its folder).
 
-    ``progress`` is told (folder, files read so far).
+    ``progress`` is told (folder, files read so far). With ``skip_bad`` requests of which a line
+    does not parse or is of another model are left out, and ``notify`` is told.
 
     Raises
     ------
@@ -60,13 +67,18 @@ def read_esft(
     """
     tasks = [source.task or source.path.resolve().name for source in sources]
     distinct(tasks)
+    bad = BadRows(skip_bad)
+    batches = list(_batches(sources, model, weights, bad, progress))
+    bad.require_good()
+    bad.tell(notify)
     return trace_from_batches(
         model,
         tasks,
-        _batches(sources, model, weights, progress),
+        batches,
         provenance={
             "source": "esft",
             "folders": {t: s.path.name for t, s in zip(tasks, sources, strict=True)},
+            **bad.provenance(),
         },
         name="esft",
     )
@@ -76,6 +88,7 @@ def _batches(
     sources: Sequence[Source],
     model: ModelSpec,
     weights: bool,
+    bad: BadRows,
     progress: Callable[[str, int], None],
 ) -> Iterator[TokenBatch]:
     request = 0
@@ -84,36 +97,60 @@ def _batches(
         folder = _read_folder(
             source.path,
             model,
+            bad,
             functools.partial(_tell, progress, source.path.name, read_before),
         )
-        num_requests = len(folder[0])
-        for index in range(num_requests):
-            ids = [rows[index][0] for rows in folder]
-            tokens = _same_tokens(source.path, model, index, ids)
-            shape = (tokens, model.num_layers, model.top_k)
-            experts = np.stack([row.reshape(tokens, model.top_k) for row in ids], axis=1)
-            gates = np.stack([rows[index][1].reshape(tokens, -1) for rows in folder], axis=1)
-            batch = TokenBatch(
-                request=np.full(tokens, request, np.int32),
-                position=np.arange(tokens, dtype=np.int32),
-                phase=np.full(tokens, UNKNOWN_PHASE, np.int8),
-                task=np.full(tokens, code, np.int32),
-                experts=experts.reshape(shape),
-                weights=gates.reshape(shape) if weights else None,
-            )
-            bad = check_experts(batch.experts, model.num_experts)
-            if bad is not None:
-                error = bad_selection(model, batch, bad)
-                layer = model.moe_layers[bad[1]]
-                raise InputError(
-                    error.found,
-                    source=source.path / f"expert_weights_{layer}.txt",
-                    place=f"line {index + 1} token {bad[0] + 1}",
-                    expected=error.expected,
-                    remedy=error.remedy,
-                )
+        for index in range(len(folder[0])):
+            try:
+                batch = _request(source.path, model, folder, index, (request, code), weights)
+            except InputError as error:
+                bad.leave_out(source.path, error)
+                continue
+            bad.keep(source.path)
             yield batch
             request += 1
+
+
+def _request(
+    folder: Path,
+    model: ModelSpec,
+    layers: Sequence[Rows],
+    index: int,
+    codes: tuple[int, int],
+    weights: bool,
+) -> TokenBatch:
+    """The tokens of line ``index`` of every layer's file; ``codes`` of its request and task."""
+    lines: list[Row] = []
+    for rows in layers:
+        row = rows[index]
+        if isinstance(row, InputError):
+            raise row
+        lines.append(row)
+    ids = [row[0] for row in lines]
+    tokens = _same_tokens(folder, model, index, ids)
+    shape = (tokens, model.num_layers, model.top_k)
+    experts = np.stack([row.reshape(tokens, model.top_k) for row in ids], axis=1)
+    gates = np.stack([row[1].reshape(tokens, -1) for row in lines], axis=1)
+    batch = TokenBatch(
+        request=np.full(tokens, codes[0], np.int32),
+        position=np.arange(tokens, dtype=np.int32),
+        phase=np.full(tokens, UNKNOWN_PHASE, np.int8),
+        task=np.full(tokens, codes[1], np.int32),
+        experts=experts.reshape(shape),
+        weights=gates.reshape(shape) if weights else None,
+    )
+    bad = check_experts(batch.experts, model.num_experts)
+    if bad is not None:
+        error = bad_selection(model, batch, bad)
+        layer = model.moe_layers[bad[1]]
+        raise InputError(
+            error.found,
+            source=folder / f"expert_weights_{layer}.txt",
+            place=f"line {index + 1} token {bad[0] + 1}",
+            expected=error.expected,
+            remedy=error.remedy,
+        )
+    return batch
 
 
 def _numbers(
@@ -152,7 +189,9 @@ def _same_tokens(
     return len(ids[0]) // model.top_k
 
 
-def _read_folder(folder: Path, model: ModelSpec, progress: Callable[[int], None]) -> list[Rows]:
+def _read_folder(
+    folder: Path, model: ModelSpec, bad: BadRows, progress: Callable[[int], None]
+) -> list[Rows]:
     """The rows of every MoE layer's file, in layer order."""
     if not folder.is_dir():
         raise InputError("not a folder", source=folder, expected="a folder of expert_weights_*.txt")
@@ -164,11 +203,11 @@ def _read_folder(folder: Path, model: ModelSpec, progress: Callable[[int], None]
         raise InputError(reason, source=folder, remedy="give a readable folder") from error
     for name in names:
         match = FILE_NAME.fullmatch(name)
-        if match:
+        if match and int(match.group(1)) not in found:
             found[int(match.group(1))] = folder / name
-        elif name.startswith("expert_weights_") and name.endswith(".txt"):
+        elif name.startswith("expert_weights_") and name.endswith((".txt", ".txt.gz")):
             raise InputError(
-                "not the name of a layer",
+                "its layer was read already" if match else "not the name of a layer",
                 source=folder / name,
                 expected="expert_weights_<decoder layer>.txt, each layer once",
             )
@@ -190,7 +229,7 @@ def _read_folder(folder: Path, model: ModelSpec, progress: Callable[[int], None]
             )
     layers = []
     for number, layer in enumerate(model.moe_layers, start=1):
-        layers.append(_read_layer(found[layer], model))
+        layers.append(_read_layer(found[layer], model, bad))
         progress(number)
     for layer, rows in zip(model.moe_layers, layers, strict=True):
         if len(rows) != len(layers[0]):
@@ -205,42 +244,49 @@ def _read_folder(folder: Path, model: ModelSpec, progress: Callable[[int], None]
     return layers
 
 
-def _read_layer(path: Path, model: ModelSpec) -> Rows:
+def _read_layer(path: Path, model: ModelSpec, bad: BadRows) -> Rows:
     rows: Rows = []
-    for number, line in enumerate(lines_of(read_text(path)), start=1):
+    for number, line in enumerate(lines_of(read_packed_text(path)), start=1):
         place = f"line {number}"
         require_at_most(len(line), MAX_LINE_OF_NUMBERS, "characters", source=path, place=place)
-        ids_text, tabs, weights_text = line.rstrip("\r").partition("\t\t")
-        if not tabs:
-            raise InputError(
-                "no two tabs between ids and gate weights",
-                source=path,
-                place=place,
-                expected="ids, two tabs, weights",
-                remedy="the file may be cut short",
-            )
-        ids = _numbers(ids_text, ID, np.int64, path, f"{place}: ids")
-        gates = _numbers(weights_text, WEIGHT, np.float64, path, f"{place}: weights")
-        if len(ids) != len(gates) or len(ids) % model.top_k:
-            raise InputError(
-                f"{len(ids)} ids and {len(gates)} weights",
-                source=path,
-                place=place,
-                expected=f"as many of both, {model.top_k} a token",
-                remedy="the line may be cut short, or ``model`` is not the model that was recorded",
-            )
-        if ids.min() < 0 or ids.max() >= model.num_experts:
-            bad = int(np.argmax((ids < 0) | (ids >= model.num_experts)))
-            raise InputError(
-                f"expert {ids[bad]}",
-                source=path,
-                place=f"{place} token {bad // model.top_k + 1}",
-                expected=f"ids 0..{model.num_experts - 1} of {model.name}",
-                remedy="check that ``model`` is the model that was recorded",
-            )
-        if not np.isfinite(gates).all() or (gates < 0).any() or (gates > 65504).any():
-            raise InputError(
-                "a gate weight is negative, NaN or too large", source=path, place=place
-            )
-        rows.append((ids.astype(np.uint16), gates.astype(np.float16)))
+        try:
+            rows.append(_read_line(line, model, path, place))
+        except InputError as error:
+            if not bad.skip:
+                raise
+            rows.append(error)
     return rows
+
+
+def _read_line(line: str, model: ModelSpec, path: Path, place: str) -> Row:
+    ids_text, tabs, weights_text = line.rstrip("\r").partition("\t\t")
+    if not tabs:
+        raise InputError(
+            "no two tabs between ids and gate weights",
+            source=path,
+            place=place,
+            expected="ids, two tabs, weights",
+            remedy="the file may be cut short",
+        )
+    ids = _numbers(ids_text, ID, np.int64, path, f"{place}: ids")
+    gates = _numbers(weights_text, WEIGHT, np.float64, path, f"{place}: weights")
+    if len(ids) != len(gates) or len(ids) % model.top_k:
+        raise InputError(
+            f"{len(ids)} ids and {len(gates)} weights",
+            source=path,
+            place=place,
+            expected=f"as many of both, {model.top_k} a token",
+            remedy="the line may be cut short, or ``model`` is not the model that was recorded",
+        )
+    if ids.min() < 0 or ids.max() >= model.num_experts:
+        bad = int(np.argmax((ids < 0) | (ids >= model.num_experts)))
+        raise InputError(
+            f"expert {ids[bad]}",
+            source=path,
+            place=f"{place} token {bad // model.top_k + 1}",
+            expected=f"ids 0..{model.num_experts - 1} of {model.name}",
+            remedy="check that ``model`` is the model that was recorded",
+        )
+    if not np.isfinite(gates).all() or (gates < 0).any() or (gates > 65504).any():
+        raise InputError("a gate weight is negative, NaN or too large", source=path, place=place)
+    return ids.astype(np.uint16), gates.astype(np.float16)

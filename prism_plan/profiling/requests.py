@@ -196,18 +196,20 @@ class Requests:
         """
         # Start-up rows need not be valid selections, so they go first.
         skipped = self._start_up_rows(array, prompt, generated, response)
-        self.profiling_rows += skipped
         experts, routed, extra = routed_experts(
             array[skipped:] if skipped else array, self.model, source, place
         )
-        self.left_out_layers.update(extra)
         padding = len(routed) - len(experts)
-        self.padding_rows += padding
-        if padding and not len(experts):
-            self.only_padding += 1
-            return
+        only_padding = bool(padding) and not len(experts)
         at, rows = _places(routed, prompt, generated)
-        first = self._first_position(rows, prompt, generated, skipped, source, place)
+        first = 0
+        if not only_padding:
+            first = self._first_position(rows, prompt, generated, skipped, source, place)
+        # nothing of a request that is refused is counted
+        self.profiling_rows += skipped
+        self.left_out_layers.update(extra)
+        self.padding_rows += padding
+        self.only_padding += only_padding
         if not len(experts):
             return
         if first and not skipped:

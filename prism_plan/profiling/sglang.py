@@ -32,11 +32,11 @@ one of them ends; the provenance counts them. ``forward_mode`` (``model_executor
 forward_batch_info.py``): 1 extend and the long pieces of 3 mixed are prefill; 2 decode and
 one-token pieces that go on with a request are decode; 4 idle has no tokens; others are refused.
 
-*Responses* (``sglang/srt/state_capturer/routed_experts.py``), ``.jsonl``: one response of
-``/generate`` a line (or a list of them) with ``meta_info.routed_experts``, base64 of raw int32
-[tokens - 1 - start, L, K] of logical ids, and ``meta_info.prompt_tokens``, ``completion_tokens``;
-or of the OpenAI interface with ``sglext.routed_experts`` and ``usage``. Rows of -1 in every layer
-are padding.
+*Responses* (``sglang/srt/state_capturer/routed_experts.py``) in a file as
+:mod:`prism_plan.profiling.responses` says: of ``/generate`` with ``meta_info.routed_experts``,
+base64 of raw int32 [tokens - 1 - start, L, K] of logical ids, and ``meta_info.prompt_tokens``,
+``completion_tokens``; or of the OpenAI interface with ``sglext.routed_experts`` and ``usage``.
+Rows of -1 in every layer are padding.
 
 What a file is is told by its content, see :mod:`prism_plan.profiling.sglang_file`. Layers right
 behind the model's last one are multi-token-prediction layers and are left out.
@@ -53,6 +53,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
+from prism_plan.profiling.bad_rows import no_rows
 from prism_plan.profiling.layers import mtp_notice
 from prism_plan.profiling.rows import RepeatedRows
 from prism_plan.profiling.sglang_dump import mode_of
@@ -66,12 +67,18 @@ from prism_plan.trace import TokenBatch, Trace, trace_from_batches
 
 
 def read_sglang(
-    sources: Sequence[Source], model: ModelSpec, *, notify: Notify = lambda message: None
+    sources: Sequence[Source],
+    model: ModelSpec,
+    *,
+    skip_bad: bool = False,
+    notify: Notify = lambda message: None,
 ) -> Trace:
     """One trace: token-level from per_token and responses, counts-only from stat and per_pass.
 
     A source is a dump, a folder of those of one run, or a file of responses. Files of one label
-    are read as parts of one run. ``notify`` is told what was left out or looks wrong.
+    are read as parts of one run. ``notify`` is told what was left out or looks wrong: with
+    ``skip_bad`` responses that cannot be read, or are of another model, as long as others of their
+    file can.
 
     Raises
     ------
@@ -84,7 +91,9 @@ def read_sglang(
         for source in sources:
             if source not in responses:
                 raise _mixed(source.path, "a recorder's dump", responses[0].path, "responses")
-        return read_responses(sources, model, notify)
+        return read_responses(sources, model, notify, skip_bad=skip_bad)
+    if skip_bad:
+        raise no_rows(sources[0].path)
     runs = {task: Run(task, model, notify) for task in files}
     first: tuple[Path, str] | None = None
     for task, paths in files.items():
@@ -121,7 +130,7 @@ def _mixed(path: Path, found: str, other: Path, expected: str) -> InputError:
 def _dumps(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    for kinds in (["*.pt"], ["*.json", "*.npz"]):
+    for kinds in (["*.pt"], ["*.json", "*.json.gz", "*.npz"]):
         found = sorted(file for kind in kinds for file in path.glob(kind))
         if found:
             return found

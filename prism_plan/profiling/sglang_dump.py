@@ -22,7 +22,8 @@ from prism_plan.profiling.tensors import CHECK_MODEL, CUT_SHORT, whole_number
 
 #: What is read with --format sglang, for messages.
 KINDS = (
-    "a recorder's dump (.pt), 'logical_count' in a JSON or .npz file, or responses as JSON Lines"
+    "a recorder's dump (.pt), 'logical_count' in a JSON or .npz file, or responses (JSON Lines, a "
+    "JSON array or an event stream)"
 )
 
 

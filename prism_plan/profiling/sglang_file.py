@@ -13,9 +13,11 @@ from typing import Any, Literal
 import numpy as np
 
 from prism_plan.errors import InputError
-from prism_plan.files import parse_json, read_text, refuse_other_encodings
+from prism_plan.files import parse_json, refuse_other_encodings
 from prism_plan.open_file import OpenFile
+from prism_plan.profiling.event_stream import is_event
 from prism_plan.profiling.lines import text_lines
+from prism_plan.profiling.packed import is_packed, read_packed_text, unpacked_head
 from prism_plan.profiling.sglang_dump import KINDS, load
 from prism_plan.profiling.tensors import CUT_SHORT, parse_npy
 
@@ -24,6 +26,8 @@ Kind = Literal["responses", "json", "npz", "torch"]
 COUNTS = "logical_count"
 #: A key of a JSON object, not part of a text in it (there the quotes are escaped).
 _COUNTS_KEY = re.compile(rb'(?<!\\)"logical_count"\s*:')
+_RESPONSE_KEYS = ("meta_info", "sglext", "choices")
+_A_RESPONSE_KEY = re.compile(rb'(?<!\\)"(meta_info|sglext|choices)"\s*:')
 _HEAD_BYTES = 4096
 #: Unpacked bytes of an array in a .npz file: four thousand passes of a model of 61 layers and 256
 #: experts.
@@ -31,7 +35,7 @@ MAX_NPZ_BYTES = 2**29
 
 
 def holds_responses(path: Path) -> bool:
-    """Whether a file holds responses, one a line, rather than a dump."""
+    """Whether a file holds responses rather than a dump."""
     return _kind_of(path) == "responses"
 
 
@@ -46,34 +50,49 @@ def read_dump(path: Path) -> Mapping[str, Any]:
     kind = _kind_of(path)
     if kind == "json":
         return _from_json(path)
+    with OpenFile(path) as file:
+        packed = is_packed(file)
+    if packed:
+        raise InputError(
+            "compressed with gzip, and no text",
+            source=path,
+            expected=KINDS,
+            remedy="unpack it first (gunzip)",
+        )
     return _from_npz(path) if kind == "npz" else load(path)
 
 
 def _kind_of(path: Path) -> Kind:
     try:
-        with OpenFile(path) as file:
-            head = file.pread(_HEAD_BYTES, 0)
+        head = unpacked_head(path, _HEAD_BYTES)
         refuse_other_encodings(head, path)
     except InputError:
         return "json"  # whose reader names the reason
     if head.startswith(b"PK"):
         return "npz" if f"{COUNTS}.npy" in _members(path) else "torch"
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    lines_of_json = ".jsonl" in path.suffixes
     if not text.startswith((b"{", b"[")):
-        return "responses" if path.suffix == ".jsonl" else "torch"
+        events = is_event(text[:16].decode("latin-1"))
+        return "responses" if events or lines_of_json else "torch"
     if _COUNTS_KEY.search(text):
         return "json"
-    return "responses" if path.suffix == ".jsonl" or _begins_with_a_response(path) else "json"
+    return "responses" if lines_of_json or _holds_a_response(path, text) else "json"
 
 
-def _begins_with_a_response(path: Path) -> bool:
-    """Whether the first line is a response or a list of them, as in JSON Lines."""
+def _holds_a_response(path: Path, head: bytes) -> bool:
+    """Whether the first line, or all of a JSON document, is a response or a list of them."""
+    if head.startswith(b"["):
+        return True
+    _, line = next(text_lines(path, lambda error: None), (0, ""))
     try:
-        _, line = next(iter(text_lines(path)), (0, ""))
-        value = parse_json(line, path)
+        try:
+            value = parse_json(line, path)
+        except InputError:
+            value = parse_json(read_packed_text(path), path)
     except InputError:
-        return False
-    return isinstance(value, list) or not {"meta_info", "sglext", "choices"}.isdisjoint(value)
+        return _A_RESPONSE_KEY.search(head) is not None
+    return not set(_RESPONSE_KEYS).isdisjoint(value)
 
 
 def _members(path: Path) -> list[str]:
@@ -85,7 +104,7 @@ def _members(path: Path) -> list[str]:
 
 
 def _from_json(path: Path) -> Mapping[str, Any]:
-    values = parse_json(read_text(path), path)
+    values = parse_json(read_packed_text(path), path)
     if not isinstance(values, dict) or COUNTS not in values:
         found = f"keys {', '.join(values)}" if isinstance(values, dict) else type(values).__name__
         placement = isinstance(values, dict) and "physical_to_logical_map" in values

@@ -11,15 +11,16 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
+from prism_plan.profiling.bad_rows import BadRows
 from prism_plan.profiling.layers import MAX_MTP_LAYERS, decoder_end
 from prism_plan.profiling.requests import Requests
+from prism_plan.profiling.responses import responses
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.tensors import (
     CHECK_MODEL,
     CUT_SHORT,
     Notify,
     decode_base64,
-    json_lines,
     json_object,
     task_of_line,
     whole_number,
@@ -29,8 +30,12 @@ from prism_plan.text import shown
 from prism_plan.trace import Trace, trace_from_batches
 
 
-def read_responses(sources: Sequence[Source], model: ModelSpec, notify: Notify) -> Trace:
+def read_responses(
+    sources: Sequence[Source], model: ModelSpec, notify: Notify, *, skip_bad: bool = False
+) -> Trace:
     """A token-level trace of responses; ``notify`` is told of those without experts.
+
+    With ``skip_bad`` also of those that cannot be read, which are then left out.
 
     Raises
     ------
@@ -38,21 +43,27 @@ def read_responses(sources: Sequence[Source], model: ModelSpec, notify: Notify) 
         A line is no response, or of another model.
     """
     requests = Requests(model)
+    bad = BadRows(skip_bad)
     for source in sources:
         path = source.path
-        for place, value in json_lines(path):
-            for index, item in enumerate(value if isinstance(value, list) else [value]):
-                where = f"{place} item {index}" if isinstance(value, list) else place
-                line = json_object(item, path, where)
-                task = task_of_line(line, source.task, path, where)
-                text, prompt, generated, read = _routed(line, path, where)
-                requests.unread |= unread_routing(line, {read}, path, where)
-                if text is None:
-                    requests.missing += 1
-                    continue
-                array = _raw_array(text, model, prompt, generated, path, where)
-                requests.add(task, array, prompt, generated, path, where)
+        for place, value in responses(path, bad):
+            try:
+                line = json_object(value, path, place)
+                task = task_of_line(line, source.task, path, place)
+                text, prompt, generated, read = _routed(line, path, place)
+                unread = unread_routing(line, {read}, path, place)
+                if text is not None:
+                    array = _raw_array(text, model, prompt, generated, path, place)
+                    requests.add(task, array, prompt, generated, path, place)
+            except InputError as error:
+                bad.leave_out(path, error)
+                continue
+            bad.keep(path)
+            requests.unread |= unread
+            requests.missing += text is None
+    bad.require_good()
     requests.tell(sources[0].path, notify)
+    bad.tell(notify)
     return trace_from_batches(
         model,
         requests.tasks,
@@ -62,6 +73,7 @@ def read_responses(sources: Sequence[Source], model: ModelSpec, notify: Notify) 
             "mode": "responses",
             "files": [source.path.name for source in sources],
             **requests.provenance(),
+            **bad.provenance(),
         },
         name="sglang",
     )

@@ -6,7 +6,7 @@ import base64
 import binascii
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.files import parse_json
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.lines import text_lines
 from prism_plan.profiling.sources import Source, distinct
 from prism_plan.profiling.tokens import require_every_layer, tell_if_uneven, tokens_of_calls
 from prism_plan.text import shown
@@ -57,7 +55,9 @@ def files_of_tasks(sources: Sequence[Source]) -> dict[str, list[Path]]:
 def default_task(path: Path) -> str:
     """The task of a recording that names none: the file's stem or the folder's name."""
     whole = path.resolve()
-    return whole.name if path.is_dir() else whole.stem
+    if path.is_dir():
+        return whole.name
+    return Path(whole.stem).stem if whole.suffix == ".gz" else whole.stem
 
 
 # ------------------------------------------------------------------------------------------ counts
@@ -173,31 +173,6 @@ def decode_base64(text: str, source: object, place: str) -> bytes:
 
 
 # --------------------------------------------------------------------------------------- responses
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each line of a JSONL file that is not blank.
-
-    Raises
-    ------
-    InputError
-        Unreadable, not UTF-8 or not JSON; names the line.
-    """
-    for number, text in text_lines(path):
-        place = f"line {number}"
-        try:
-            yield place, parse_json(text, "")
-        except InputError as error:
-            if error.source:
-                raise
-            column = error.place.partition("column ")[2]
-            raise InputError(
-                error.found,
-                source=path,
-                place=f"{place} column {column}" if column else place,
-                expected=error.expected or "one JSON object a line",
-                remedy=error.remedy,
-            ) from error
 
 
 def whole_number(values: Mapping[str, Any], key: str, source: object, place: str) -> int | None:

@@ -25,14 +25,16 @@ from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
 from prism_plan.model import ModelSpec
 from prism_plan.open_file import OpenFile
+from prism_plan.profiling.added import AddedCounts
 from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice
-from prism_plan.profiling.sources import Source, distinct
+from prism_plan.profiling.sources import Source
 from prism_plan.profiling.tensors import (
     CHECK_MODEL,
     CUT_SHORT,
     Notify,
     counts_trace,
     default_task,
+    files_of_tasks,
     json_object,
 )
 from prism_plan.profiling.tokens import require_every_layer, sum_calls
@@ -48,30 +50,31 @@ def read_trtllm(
 ) -> Trace:
     """One counts-only trace from statistics folders, each a task (its label or its folder's name).
 
+    Folders of one label are added up.
+
     Raises
     ------
     InputError
         A file is missing, cut short or foreign; a tensor, layer or count is not of the model.
     """
-    if not sources:
-        raise InputError("no sources", expected="at least one recording")
-    tasks = [source.task or default_task(source.path) for source in sources]
-    distinct(tasks)
-    counts = {}
+    files = files_of_tasks(sources)
+    added = AddedCounts()
     left_out: set[int] = set()
-    for task, source in zip(tasks, sources, strict=True):
-        counts[task], extra = _read_folder(source.path, model)
+    for source in sources:
+        calls, extra = _read_folder(source.path, model)
+        added.add(source.task or default_task(source.path), calls, source)
         left_out.update(extra)
-        try:
-            require_every_layer(task, counts[task], model)
-        except InputError as error:
-            raise error.within(source.path) from error
+    for task, calls in added.calls.items():
+        require_every_layer(task, calls, model, added.files(task))
     folders = {
-        task: source.path.resolve().name for task, source in zip(tasks, sources, strict=True)
+        task: paths[0].resolve().name if len(paths) == 1 else [p.resolve().name for p in paths]
+        for task, paths in files.items()
     }
+    for text in added.copies:
+        notify(text)
     if left_out:
         notify(mtp_notice(left_out, model))
-    return counts_trace("trtllm", model, counts, {"folders": folders}, notify)
+    return counts_trace("trtllm", model, added.calls, {"folders": folders}, notify)
 
 
 def _read_folder(folder: Path, model: ModelSpec) -> tuple[npt.NDArray[np.int64], list[int]]:

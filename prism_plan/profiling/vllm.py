@@ -1,8 +1,9 @@
 """Routed experts that vLLM returns with its responses (read in the source of vLLM 0.33.0).
 
 Start the server with ``--enable-return-routed-experts`` and write each response as one line of a
-JSONL file. ``choices[].routed_experts`` is the base64 text of .npy bytes
-[tokens - 1, decoder layers, K] (``vllm/entrypoints/openai/chat_completion/protocol.py``,
+JSONL file, all of them as a JSON array, or streams as they came
+(:mod:`prism_plan.profiling.responses`). ``choices[].routed_experts`` is the base64 text of .npy
+bytes [tokens - 1, decoder layers, K] (``vllm/entrypoints/openai/chat_completion/protocol.py``,
 ``vllm/utils/serial_utils.py``), uint8 up to 256 experts, else uint16 (``vllm/model_executor/
 layers/fused_moe/routed_experts_capturer.py``; older versions: int32); ids are logical, columns of
 dense layers stay zeros. The last token is never fed, so it has no row. Versions that split the
@@ -31,14 +32,15 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.files import read_bytes
 from prism_plan.model import ModelSpec
+from prism_plan.profiling.bad_rows import BadRows
 from prism_plan.profiling.requests import Requests
+from prism_plan.profiling.responses import responses
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.tensors import (
     Notify,
     decode_base64,
     default_task,
     files_of_tasks,
-    json_lines,
     json_object,
     parse_npy,
     task_of_line,
@@ -53,33 +55,41 @@ ROWS, PROMPT_ROWS = "routed_experts", "prompt_routed_experts"
 
 
 def read_vllm(
-    sources: Sequence[Source], model: ModelSpec, *, notify: Notify = lambda message: None
+    sources: Sequence[Source],
+    model: ModelSpec,
+    *,
+    skip_bad: bool = False,
+    notify: Notify = lambda message: None,
 ) -> Trace:
-    """One token-level trace from JSONL files of responses, or from .npy files.
+    """One token-level trace from files of responses, or from .npy files.
 
     ``usage.prompt_tokens`` tells prefill from decode. At least 512 equal rows at the start of an
     array are start-up profiling where the request cannot have made them: they are dropped, and
-    ``notify`` is told, as of all else that is left out or looks wrong.
+    ``notify`` is told, as of all else that is left out or looks wrong: with ``skip_bad`` responses
+    that cannot be read, or are of another model, as long as others of their file can.
 
     Raises
     ------
     InputError
-        Not JSONL or .npy, cut short, no routed experts in it, or of another model.
+        No responses or .npy, cut short, no routed experts in it, or of another model.
     """
     files_of_tasks(sources)  # refuses two unlabelled files of one name
     requests = Requests(model)
+    bad = BadRows(skip_bad)
     for source in sources:
         if source.path.is_dir():
             raise InputError(
-                "is a folder", source=source.path, expected="a JSONL file of responses, or .npy"
+                "is a folder", source=source.path, expected="a file of responses, or .npy"
             )
         if source.path.suffix == ".npy":
             array = _npy_file(source.path, source.path, "")
             task = source.task or default_task(source.path)
             requests.add(task, array, None, None, source.path, "", response=False)
         else:
-            _add_lines(source, requests)
+            _add_responses(source, requests, bad)
+    bad.require_good()
     requests.tell(sources[0].path, notify)
+    bad.tell(notify)
     return trace_from_batches(
         model,
         requests.tasks,
@@ -89,21 +99,32 @@ def read_vllm(
             "files": [source.path.name for source in sources],
             "profiling_rows_dropped": requests.profiling_rows,
             **requests.provenance(),
+            **bad.provenance(),
         },
         name="vllm",
     )
 
 
-def _add_lines(source: Source, requests: Requests) -> None:
+def _add_responses(source: Source, requests: Requests, bad: BadRows) -> None:
     path = source.path
-    for place, value in json_lines(path):
-        line = json_object(value, path, place)
-        task = task_of_line(line, source.task, path, place)
-        read: set[str] = set()
-        for recording in _recordings(line, path, place):
-            _add(requests, task, recording, path)
-            read |= recording.read
-        requests.unread |= unread_routing(line, read or {f"choices[].{ROWS}"}, path, place)
+    for place, value in responses(path, bad):
+        try:
+            line = json_object(value, path, place)
+            task = task_of_line(line, source.task, path, place)
+            recordings = list(_recordings(line, path, place))
+            read = {key for recording in recordings for key in recording.read}
+            unread = unread_routing(line, read or {f"choices[].{ROWS}"}, path, place)
+        except InputError as error:
+            bad.leave_out(path, error)
+            continue
+        requests.unread |= unread
+        for recording in recordings:
+            try:
+                _add(requests, task, recording, path)
+            except InputError as error:
+                bad.leave_out(path, error)
+            else:
+                bad.keep(path)
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,7 @@ def _add(requests: Requests, task: str, recording: _Recording, path: Path) -> No
     """Add one request."""
     place = recording.place
     prompt, generated = recording.prompt, recording.generated
+    joined = None
     if recording.rows is None and recording.prompt_rows is None:
         requests.missing += 1
         return
@@ -139,9 +161,10 @@ def _add(requests: Requests, task: str, recording: _Recording, path: Path) -> No
             rows = _array(recording.rows, path, place, ROWS)
         joined = join(before, rows, prompt, generated, path, place)
         array, prompt, generated = joined.rows, joined.prompt, joined.generated
+    requests.add(task, array, prompt, generated, path, place, response=recording.response)
+    if joined is not None:
         requests.prompts_twice += joined.twice
         requests.without_generated += joined.cut
-    requests.add(task, array, prompt, generated, path, place, response=recording.response)
 
 
 def _recordings(line: Mapping[str, Any], path: Path, place: str) -> Iterator[_Recording]:
@@ -195,7 +218,7 @@ def _choices(
                 source=path,
                 place=where,
                 expected="a response with choices[].routed_experts",
-                remedy="start vLLM with --enable-return-routed-experts",
+                remedy="start vLLM with --enable-return-routed-experts, and ask without streaming",
             )
         # usage counts the generated tokens of all choices together
         generated = whole_number(usage, "completion_tokens", path, place)

@@ -97,7 +97,7 @@ def sample_requests(
     if arrivals is not None:
         arriving = look_up(arrivals, cluster, trace, want, listed)
     else:
-        _check_users(cluster, want)
+        _check_users(cluster, want, counts_only=trace.kind == "counts")
         number = requests_per_server if duration_s is None else None
         _check_reach(schedule, want, number)
         arriving = [
@@ -235,18 +235,21 @@ def _check_options(
             )
 
 
-def _check_users(cluster: Cluster, want: Demand) -> None:
+def _check_users(cluster: Cluster, want: Demand, *, counts_only: bool) -> None:
     """Some server has users, and each that has tells how often they come."""
     for n, server in enumerate(cluster.servers):
         interval_s = want.interval_s[:, n]
         if want.has_users(n) and not ((interval_s > 0) & np.isfinite(interval_s)).all():
             given = server.arrival_interval_s
+            both = counts_only and server.weight is None
             raise InputError(
                 f"server {server.name!r} has tasks but "
                 + ("no times" if given is None else f"{given}"),
                 place=f"server[{n}].arrival_interval_s",
                 expected="mean seconds between its requests",
-                remedy="`weight` is for planning, the simulator needs times",
+                remedy="and to plan from a counts-only trace `weight` too, a relative token rate"
+                if both
+                else "`weight` is for planning, the simulator needs times",
             )
     if not any(want.has_users(n) for n in range(cluster.num_servers)):
         raise InputError(

@@ -108,6 +108,67 @@ def test_several_sources(tmp_path: Path) -> None:
         read_counts([law, code, law], TINY)
 
 
+def test_names_of_sglang(tmp_path: Path) -> None:
+    """layer_id and expert_id are read as layer and expert, but not beside them."""
+    lines = [f"{layer},{e},{n}" for (layer, e), n in LAW.items()]
+    path = tmp_path / "expert_distribution_rank0.csv"
+    path.write_text("\n".join(["layer_id,expert_id,count", *lines]))
+    trace = read_counts([Source(path, "law")], TINY)
+    assert trace.counts.tolist() == [[[5, 5, 10], [0, 10, 10]]]
+    with pytest.raises(InputError, match="label it with its task, TASK=SOURCE"):
+        read_counts([Source(path)], TINY)
+    path.write_text("layer_id,layer,expert_id,count\n2,2,0,5\n")
+    with pytest.raises(InputError, match="columns layer_id, layer, expert_id, count; expected"):
+        read_counts([Source(path, "law")], TINY)
+
+
+@given(st.lists(st.integers(0, 6), min_size=6, max_size=18))
+@settings(max_examples=20, deadline=None)
+def test_tables_of_one_label(tmp_path_factory: pytest.TempPathFactory, counts: list[int]) -> None:
+    """Tables of all ranks under one label are added up, also where a rank lacks a layer."""
+    folder = tmp_path_factory.mktemp("c")
+    pairs = list(LAW)
+    total = np.zeros((2, 3), np.int64)
+    sources = [write(folder / "law.csv", table(law=LAW))]
+    for (layer, expert), count in LAW.items():
+        total[TINY.moe_layers.index(layer), expert] += count
+    for rank in range(len(counts) // 6):
+        rows = dict(zip(pairs, counts[6 * rank : 6 * rank + 6], strict=True))
+        for (layer, expert), count in rows.items():
+            total[TINY.moe_layers.index(layer), expert] += count
+        text = table(header="x,layer_id,expert_id,count", law=rows)
+        sources.append(write(folder / f"rank{rank}.csv", text))
+    labelled = [Source(s.path, "chat") for s in sources]
+    trace = read_counts(labelled, TINY, tokens={"chat": 200})
+    assert trace.tasks == ("chat",)
+    assert trace.counts[0].tolist() == total.tolist()
+    assert trace.provenance["files"] == [s.path.name for s in sources]
+
+
+def test_tables_that_are_not_added(tmp_path: Path) -> None:
+    """A table twice, or labelled as the task of another one, is refused; equal ones are told."""
+    law, copy = (write(tmp_path / f"{name}.csv", table(law=LAW)) for name in ("law", "copy"))
+    for sources, words in (
+        ([Source(law.path, "a"), Source(law.path, "a")], "given twice for task 'a'"),
+        ([law, Source(copy.path, "law")], "task 'law' was read already"),
+        ([Source(copy.path, "law"), law], "task 'law' was read already"),
+        ([law, copy], "sources that are to be added up with one task"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read_counts(sources, TINY)
+    told: list[str] = []
+    same = [Source(law.path, "a"), Source(copy.path, "a")]
+    assert read_counts(same, TINY, notify=told.append).tokens.tolist() == [20]
+    assert told == [
+        f"task 'a': {copy.path} has the same counts as {law.path}; they were added, which leaves "
+        "calls per token as they are"
+    ]
+    huge = dict.fromkeys(LAW, 2**52)
+    many = [write(tmp_path / f"{i}.csv", table(law=huge)) for i in range(1100)]
+    with pytest.raises(InputError, match="a sum too large to count"):
+        read_counts([Source(source.path, "a") for source in many], TINY)
+
+
 def test_layers_that_disagree(tmp_path: Path) -> None:
     """Where layers disagree the fullest decides, rounded up, and the user is told."""
     told: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections import Counter
 from pathlib import Path
 
@@ -199,6 +200,46 @@ def test_two_files_of_one_layer(tmp_path: Path) -> None:
     (folder / "expert_weights_02.txt").write_text("2\t3\t0\t1\t\t1\t1\t1\t1\n1\t2\t\t1\t1\n")
     with pytest.raises(InputError, match="not the name of a layer"):
         read_esft([Source(folder)], TINY)
+
+
+def test_packed_files(tmp_path: Path) -> None:
+    """Files compressed with gzip are read as they were; a layer in both forms is refused."""
+    wanted = rows(read_esft([Source(write_folder(tmp_path / "law", LAW))], TINY))
+    folder = write_folder(tmp_path / "packed", LAW)
+    plain = folder / "expert_weights_2.txt"
+    (folder / "expert_weights_2.txt.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    with pytest.raises(InputError, match=r"expert_weights_2\.txt\.gz: its layer was read already"):
+        read_esft([Source(folder)], TINY)
+    plain.unlink()
+    found = rows(read_esft([Source(folder)], TINY))
+    assert found.experts.tolist() == wanted.experts.tolist()
+    assert found.weights is not None
+    assert wanted.weights is not None
+    assert found.weights.tolist() == wanted.weights.tolist()
+
+
+@pytest.mark.parametrize(
+    "line", ["", "0\t1\t\t0.5", "0\t9\t\t0.5\t0.5", "1\t1\t\t0.5\t0.5", "0\t1\t2\t3\t\t1\t1\t1\t1"]
+)
+def test_skipping_bad_requests(tmp_path: Path, line: str) -> None:
+    """A request with a bad line in one layer is left out of all, and told with the file."""
+    folder = write_folder(
+        tmp_path / "law", {2: [*LAW[2], LAW[2][1]], 10: [LAW[10][0], line, LAW[10][1]]}
+    )
+    told: list[str] = []
+    trace = read_esft([Source(folder)], TINY, skip_bad=True, notify=told.append)
+    assert (
+        rows(trace).experts.tolist()
+        == rows(
+            read_esft([Source(write_folder(tmp_path / "good" / "law", LAW))], TINY)
+        ).experts.tolist()
+    )
+    assert rows(trace).request.tolist() == [0, 0, 1]
+    assert trace.provenance["bad_rows_left_out"] == 1
+    assert f"{folder}: left out 1 bad rows of 3 (expert_weights_10.txt line 2" in told[0]
+    write_folder(folder, {2: [LAW[2][1]], 10: [line]})
+    with pytest.raises(InputError, match=r"weights_10\.txt: line 1.*all 1 rows are bad, the first"):
+        read_esft([Source(folder)], TINY, skip_bad=True)
 
 
 # --------------------------------------------------------------------------------- the real data

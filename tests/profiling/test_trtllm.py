@@ -89,11 +89,17 @@ def test_the_trace_can_be_written_and_read(tmp_path: Path) -> None:
 
 
 def test_folders_are_tasks(tmp_path: Path) -> None:
-    """A label names a folder's task; two folders of one task are refused."""
+    """A label names a folder's task; folders of one label are added up, others are refused."""
     a, b = write(tmp_path / "a", recording(seed=1)), write(tmp_path / "b", recording(seed=2))
-    assert read_trtllm([Source(a, "law"), Source(b)], MODEL).tasks == ("law", "b")
+    apart = read_trtllm([Source(a, "law"), Source(b)], MODEL)
+    assert apart.tasks == ("law", "b")
+    together = read_trtllm([Source(a, "law"), Source(b, "law")], MODEL)
+    assert together.tasks == ("law",)
+    assert np.array_equal(together.counts[0], apart.counts.sum(axis=0))
     with pytest.raises(InputError, match="two sources"):
-        read_trtllm([Source(a, "law"), Source(b, "law")], MODEL)
+        read_trtllm([Source(a), Source(a)], MODEL)
+    with pytest.raises(InputError, match="given twice for task 'law'"):
+        read_trtllm([Source(a, "law"), Source(a, "law")], MODEL)
 
 
 def test_more_keys_in_meta_info_are_no_matter(tmp_path: Path) -> None:

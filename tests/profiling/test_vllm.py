@@ -308,7 +308,7 @@ def test_arrays_of_another_model_are_refused(tmp_path: Path, array: Any, words: 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ([], "line 1: []; expected a JSON object"),
+        (5, "line 1: 5; expected a JSON object"),
         ({}, "neither 'choices' nor 'routed_experts'"),
         ({"meta_info": {}}, "format of their own, sglang"),
         ({"choices": [{"text": "x"}]}, "--enable-return-routed-experts"),

@@ -1,0 +1,56 @@
+"""Files of responses: JSON Lines, a JSON array or object, or the events of streamed responses.
+
+Which of them a file is is told by its first line: that of an event stream has a field of
+Server-Sent Events (``data: {...}``), that of JSON Lines is JSON by itself. A line may be a list of
+responses. Any of them may be compressed with gzip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prism_plan.errors import InputError
+from prism_plan.files import parse_json
+from prism_plan.profiling.bad_rows import BadRows
+from prism_plan.profiling.event_stream import is_event, streamed
+from prism_plan.profiling.lines import json_lines, text_lines
+from prism_plan.profiling.packed import read_packed_text
+
+
+def responses(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each response in a file, put together where it was streamed.
+
+    Raises
+    ------
+    InputError
+        Unreadable; or a row is not UTF-8 or not JSON and bad rows are not to be left out.
+    """
+    _, first = next(text_lines(path, lambda error: None), (0, ""))
+    if is_event(first):
+        yield from streamed(path, bad)
+        return
+    whole = _document(path, first)
+    found = [("", whole)] if whole is not None else json_lines(path, bad)
+    for place, value in found:
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                yield f"{place} item {index}".strip(), item
+        else:
+            yield place or "response", value
+
+
+def _document(path: Path, first: str) -> Any:
+    """The list or object that a whole file is, if its first line is not JSON by itself."""
+    try:
+        parse_json(first, path)
+    except InputError:
+        pass
+    else:
+        return None
+    try:
+        value = parse_json(read_packed_text(path), path)
+    except InputError:
+        return None  # the reader of lines names what is wrong
+    return value if isinstance(value, list | dict) else None
