@@ -46,7 +46,8 @@ def decoder_of(model: PreTrainedModel) -> Any:
     Raises
     ------
     InputError
-        The model has an encoder and a decoder, or its layers are spread over processes.
+        The model has an encoder and a decoder, its decoder does not take tokens in order (text by
+        diffusion), or its experts are spread over processes.
     """
     kind = model.config.model_type
     if getattr(model.config, "is_encoder_decoder", False):
@@ -59,7 +60,15 @@ def decoder_of(model: PreTrainedModel) -> Any:
             source=kind,
             remedy=f"load it in one process (device_map='auto' uses all its GPUs), or {ENGINE}",
         )
-    return model.get_decoder()
+    decoder: Any = model.get_decoder()
+    takes = inspect.signature(type(decoder).forward).parameters
+    if "input_ids" not in takes and "inputs_embeds" not in takes:
+        raise InputError(
+            f"its decoder takes {', '.join(list(takes)[1:4])}",
+            source=kind,
+            expected="input_ids or inputs_embeds, token after token",
+        )
+    return decoder
 
 
 def find_experts(model: PreTrainedModel) -> dict[int, ExpertsModule]:
@@ -85,17 +94,10 @@ def find_experts(model: PreTrainedModel) -> dict[int, ExpertsModule]:
                 raise InputError(f"experts module {name} is in no decoder layer", source=kind)
             lists[place[0]][place[1]].append((name, module))
     if not lists:
-        raise _without_ids(decoder, kind)
-    depth = min(name.count(".") for name in lists)
-    outermost = [name for name in lists if name.count(".") == depth]
-    if len(outermost) > 1:
-        raise InputError(
-            f"experts modules in several lists of layers: {', '.join(sorted(outermost))}",
-            source=kind,
-            expected="one decoder",
-        )
+        raise _without_ids(model, decoder)
+    layers = lists[_decoder_list(model, decoder, list(lists))]
     found = {}
-    for layer, modules in sorted(lists[outermost[0]].items()):
+    for layer, modules in sorted(layers.items()):
         if len(modules) > 1:
             raise InputError(
                 f"{len(modules)} experts modules: {', '.join(name for name, _ in modules)}",
@@ -108,6 +110,22 @@ def find_experts(model: PreTrainedModel) -> dict[int, ExpertsModule]:
         path = f"{prefix}.{name}" if prefix else name
         found[layer] = ExpertsModule(path, module, _num_experts(module))
     return found
+
+
+def _decoder_list(model: PreTrainedModel, decoder: torch.nn.Module, names: list[str]) -> str:
+    """Which of several lists of layers with experts is the decoder's."""
+    if len(names) == 1:
+        return names[0]
+    config = model.config.get_text_config()
+    length = getattr(config, "num_hidden_layers", None)
+    fitting = [n for n in names if len(decoder.get_submodule(n)) == length]
+    if len(fitting) != 1:
+        raise InputError(
+            f"experts modules in several lists of layers: {', '.join(sorted(names))}",
+            source=model.config.model_type,
+            expected=f"one list of {length} layers",
+        )
+    return fitting[0]
 
 
 def argument_reader(module: torch.nn.Module, names: tuple[str, ...]) -> Callable[..., Any]:
@@ -175,8 +193,9 @@ def _refuse_non_experts(decoder: Any, name: str, module: Any, place: str) -> Non
             )
 
 
-def _without_ids(decoder: torch.nn.Module, kind: str) -> InputError:
+def _without_ids(model: PreTrainedModel, decoder: torch.nn.Module) -> InputError:
     """Why a decoder without experts modules that are called with ids cannot be recorded."""
+    kind = model.config.model_type
     for name, module in _named_experts(decoder):
         takes = [p for p in inspect.signature(type(module).forward).parameters if p != "self"]
         called = f"is called with {', '.join(takes)}"
@@ -187,7 +206,10 @@ def _without_ids(decoder: torch.nn.Module, kind: str) -> InputError:
             source=kind,
             remedy=ENGINE,
         )
-    return InputError(f"{kind} has no MoE layers", source=kind, expected="a model with experts")
+    values = model.config.get_text_config().to_dict()
+    if any("experts" in key and isinstance(n, int) and n > 1 for key, n in values.items()):
+        return InputError("its experts are no modules of their own", source=kind, remedy=ENGINE)
+    return InputError("has no MoE layers", source=kind, expected="a model with experts")
 
 
 def _named_experts(decoder: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -462,9 +462,12 @@ def _auto_class(config: Any) -> Any:
     """
     import transformers
 
-    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            return transformers.AutoModelForImageTextToText
+    kind = type(config)
+    if (
+        kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
 
 

@@ -128,7 +128,7 @@ SIZES: dict[str, Any] = {
     "mamba_chunk_size": 8,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 8,
-    "unpadded_vocab_size": None,
+    "unpadded_vocab_size": VOCABULARY,
     # towers of multimodal models, which no test runs
     "depth": 1,
     "num_heads": 4,
@@ -140,12 +140,80 @@ SIZES: dict[str, Any] = {
     "d_model": 32,
     "encoder_attention_heads": 4,
     "encoder_ffn_dim": 32,
+    "mlp_dim": 32,
 }
-#: Towers of multimodal models keep what they have under these keys.
-TOWERS = ("vision_config", "audio_config")
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+HYBRID = ["linear_attention", "full_attention"] * 2
+LOOP = {
+    "n_layers_per_attn_res_block": 1,
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 3,
+    "loop_num_passes": 2,
+}
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
+#: Families that are refused, and words of the reason.
+REFUSED = {
+    "diffusion_gemma": "its decoder takes decoder_input_ids",
+    "doge": "its experts are no modules of their own",
+    "ernie4_5_vl_moe": "2 experts modules: layers.1.mlp.text_moe.experts, layers.1.mlp.vision_moe",
+    "inkling2_loop": "its experts module is called twice in one pass",
+    "inkling2_loop_text": "its experts module is called twice in one pass",
+    "jetmoe": "called with layer_input, not with the ids of the chosen experts",
+    "llama4": "called with hidden_states, not with the ids of the chosen experts",
+    "llama4_text": "called with hidden_states, not with the ids of the chosen experts",
+    "longcat_flash": "2 zero-computation experts beside the routed ones",
+    "zaya": "so a token can skip them",
+}
 
 #: What a family needs besides; under ``text_config`` where its language model has one.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_group_size": 2},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2},
+    },
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 3]}},
+    "doge": {"is_moe": True},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {"num_hidden_layers": 42, "adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "ernie4_5_vl_moe": {
+        "text_config": {"moe_intermediate_size": [24, 16], "rope_parameters": MROPE}
+    },
+    "gemma4": {"text_config": {"enable_moe_block": True, "moe_intermediate_size": 24}},
+    "gemma4_text": {"enable_moe_block": True, "moe_intermediate_size": 24},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
+    "glm4v_moe": {
+        "text_config": {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5}, "head_dim": 16}
+    },
+    "granitemoehybrid": {"layer_types": HYBRID},
+    "hy_v4_vl": {"text_config": {"rope_parameters": MROPE}},
+    "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "inkling2_loop": {"vision_config": {"text_hidden_size": 32}, "text_config": LOOP},
+    "inkling2_loop_text": LOOP,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": HYBRID},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "longcat_flash": {"zero_expert_num": 2},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 3},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 @functools.cache
@@ -157,8 +225,8 @@ def moe_families() -> dict[str, str]:
 
     models = Path(transformers.__file__).parent / "models"
     names = {
-        **auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        **auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     }
     found = {}
     for family, architecture in sorted(names.items()):
@@ -169,15 +237,22 @@ def moe_families() -> dict[str, str]:
     return found
 
 
-def small_values(config_class: Any, tower: bool = False) -> dict[str, Any]:
+def small_values(config_class: Any) -> dict[str, Any]:
     """Small sizes for a configuration class and those within it."""
+    from transformers import CONFIG_MAPPING
+
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
         if field.name in SIZES:
             values[field.name] = SIZES[field.name]
-    for name, inner in (config_class.sub_configs or {}).items():
-        if dataclasses.is_dataclass(inner):
-            values[name] = small_values(inner, name in TOWERS)
+    if "kv_lora_rank" in values:  # latent attention has a key for every head
+        values["num_key_value_heads"] = SIZES["num_attention_heads"]
+    inner = getattr(config_class, "sub_configs_defaults", None) or config_class.sub_configs or {}
+    for name, kind in inner.items():
+        model_type = getattr(kind, "model_type", None)
+        if not dataclasses.is_dataclass(kind) or not isinstance(kind, type):
+            kind = CONFIG_MAPPING[model_type]
+        values[name] = {"model_type": model_type, **small_values(kind)}
     return values
 
 
@@ -228,5 +303,32 @@ def _randomised(model: Any) -> Any:
     for name, buffer in model.named_buffers():
         if "e_score_correction_bias" in name:
             torch.nn.init.normal_(buffer, std=0.1)
+        if name.endswith("tid2eid"):  # DeepSeek-V4: experts by token, all 0 without a checkpoint
+            draws = torch.rand(len(buffer), 8)
+            buffer.copy_(draws.argsort(dim=1)[:, : buffer.shape[1]])
     model.generation_config.eos_token_id = None  # random models end at random
     return model.eval()
+
+
+def main() -> None:
+    """Print what becomes of each family."""
+    import tempfile
+
+    import transformers
+
+    from prism_plan.errors import InputError
+    from tests.profiling.witness import require_right_recording
+
+    transformers.logging.set_verbosity_error()
+    print(f"transformers {transformers.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        for family in moe_families():
+            try:
+                require_right_recording(family, Path(folder) / "t.parquet")
+                print(f"{family:24}recorded, equal to its routers in every row")
+            except InputError as error:
+                print(f"{family:24}refused: {error}")
+
+
+if __name__ == "__main__":
+    main()
