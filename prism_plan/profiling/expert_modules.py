@@ -47,7 +47,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
     ------
     InputError
         The model has an encoder and a decoder, its decoder does not take tokens in order (text by
-        diffusion), or its experts are spread over processes.
+        diffusion), it has several decoders, or its experts are spread over processes.
     """
     kind = model.config.model_type
     if getattr(model.config, "is_encoder_decoder", False):
@@ -62,6 +62,12 @@ def decoder_of(model: PreTrainedModel) -> Any:
         )
     decoder: Any = model.get_decoder()
     takes = inspect.signature(type(decoder).forward).parameters
+    if list(takes) == ["self", "input"]:  # that of torch's modules, which raises
+        raise InputError(
+            "has no forward pass of its own",
+            source=kind,
+            expected="the part that generates text, such as model.thinker",
+        )
     if "input_ids" not in takes and "inputs_embeds" not in takes:
         raise InputError(
             f"its decoder takes {', '.join(list(takes)[1:4])}",

@@ -167,6 +167,9 @@ REFUSED = {
     "jetmoe": "called with layer_input, not with the ids of the chosen experts",
     "llama4": "called with hidden_states, not with the ids of the chosen experts",
     "llama4_text": "called with hidden_states, not with the ids of the chosen experts",
+    "nllb-moe": "has an encoder and a decoder",
+    "qwen3_omni_moe": "has no forward pass of its own",
+    "switch_transformers": "has an encoder and a decoder",
     "longcat_flash": "2 zero-computation experts beside the routed ones",
     "zaya": "so a token can skip them",
 }
@@ -211,6 +214,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"zero_expert_num": 2},
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
+    "qwen3_omni_moe": {"enable_audio_output": False},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 3},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -225,8 +229,9 @@ def moe_families() -> dict[str, str]:
 
     models = Path(transformers.__file__).parent / "models"
     names = {
+        **auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        **auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        **auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     }
     found = {}
     for family, architecture in sorted(names.items()):
@@ -250,9 +255,9 @@ def small_values(config_class: Any) -> dict[str, Any]:
     inner = getattr(config_class, "sub_configs_defaults", None) or config_class.sub_configs or {}
     for name, kind in inner.items():
         model_type = getattr(kind, "model_type", None)
-        if not dataclasses.is_dataclass(kind) or not isinstance(kind, type):
-            kind = CONFIG_MAPPING[model_type]
-        values[name] = {"model_type": model_type, **small_values(kind)}
+        if not isinstance(kind, type):  # a class, with what its values are unless told otherwise
+            kind = CONFIG_MAPPING[model_type] if model_type else kind.config_class
+        values[name] = {"model_type": kind.model_type, **small_values(kind)}
     return values
 
 

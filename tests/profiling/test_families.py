@@ -10,9 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from prism_plan.errors import InputError
-from tests.profiling.families import REFUSED, moe_families
-from tests.profiling.witness import require_right_recording
+from prism_plan.errors import InputError  # noqa: E402
+from tests.profiling.families import REFUSED, moe_families  # noqa: E402
+from tests.profiling.witness import require_right_recording  # noqa: E402
 
 #: Well-known ones; that none of them is lost shows that families are found at all.
 KNOWN = {
