@@ -4,7 +4,7 @@ transformers calls it ``past_key_values`` up to 5.23 and ``cache`` from 5.24 on;
 old name is gone. All that names it is here.
 
 There are caches of many kinds: full, sliding, static, quantised, of linear attention, and mixtures
-(read in 5.0 to 5.24). None is known by its class. What counts is whether a cache tells its length,
+(read in 5.24.0). None is known by its class. What counts is whether a cache tells its length,
 and that is checked with every pass: S new tokens must make it S longer.
 """
 

@@ -2,8 +2,8 @@
 
 In transformers 5 an experts module is called with the tokens' hidden states [T, H], the chosen
 experts [T, K] and their gate weights [T, K]. It is told by the names of these arguments, which are
-the same in all families (read in 5.0 to 5.24), not by where it stands: ``mlp.experts``,
-``block_sparse_moe.experts``, ``mixer.experts``, ``feed_forward.experts``, ``experts``.
+the same in all families (read in 5.24.0; in 5.0.0 AFMoE and Aria have others and are refused), not
+by where it stands: ``mlp.experts``, ``block_sparse_moe.experts``, ``mixer.experts``, ``experts``.
 """
 
 from __future__ import annotations

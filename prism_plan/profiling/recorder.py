@@ -190,7 +190,9 @@ class Recorder:
                     place="top_k",
                     expected=f"{top_k}, as many as the model calls in {place}",
                 )
-            for what, tensor in (("ids", ids), ("gate weights", weights)):
+            # in early releases some families give the weights of all experts, [T, E]
+            kept = [("ids", ids), ("gate weights", weights)][: 2 if self._weights else 1]
+            for what, tensor in kept:
                 if tensor is None or tensor.numel() != tokens * top_k:
                     shape = "none" if tensor is None else list(tensor.shape)
                     raise InputError(
@@ -443,7 +445,8 @@ def record(
     ``end_tokens`` are those that end a sequence, if not the generation configuration's; give ``()``
     where ``generate`` is told to go on beyond them.
 
-    Recorded ids were compared with the routers' own, family by family, in transformers 5.24.
+    Recorded ids were compared with the routers' own, family by family, in transformers 5.24.0, and
+    as far as families were there in 5.0.0.
 
     Raises
     ------
