@@ -61,7 +61,6 @@ class ProfileOptions(CommandOptions):
             return
         if self.skip_bad:
             self.refuse("skip_bad", found="a checkpoint has no rows", remedy=_SAY_FORMAT)
-        self.refuse("model", found="the checkpoint says its model", remedy=_SAY_FORMAT)
         if len(self.sources) != 1:
             raise InputError(
                 f"{len(self.sources)} sources", expected="one checkpoint", remedy=_SAY_FORMAT
@@ -92,7 +91,7 @@ _SAY_FORMAT = "for a recording say what it is with ``form``"
     "--model",
     metavar="PRESET|config.json",
     help="Model that was recorded: a preset (mixtral-8x7b, deepseek-v2-lite), or a Hugging Face "
-    "config.json. Default for esft: deepseek-v2-lite.",
+    "config.json. Default for esft: deepseek-v2-lite; for hf: the checkpoint's own.",
 )
 @click.option(
     "--weights/--no-weights",
@@ -212,7 +211,7 @@ def _run_checkpoint(given: ProfileOptions) -> None:
     import time
 
     from prism_plan.cli.console import note, progress
-    from prism_plan.cli.inputs import writable
+    from prism_plan.cli.inputs import load_spec, writable
     from prism_plan.profiling.hf import HfOptions, profile_checkpoint
 
     options = HfOptions(
@@ -225,7 +224,8 @@ def _run_checkpoint(given: ProfileOptions) -> None:
     )
     (checkpoint,) = given.sources
     assert given.prompts is not None
-    writable(given.output, given.prompts, checkpoint)
+    writable(given.output, given.prompts, checkpoint, given.model)
+    spec = None if given.model is None else load_spec(given.model)
     begin = time.perf_counter()
     recorded = 0
     with progress(1, "prompts") as update:
@@ -241,6 +241,7 @@ def _run_checkpoint(given: ProfileOptions) -> None:
             given.prompts,
             given.output,
             options,
+            spec=spec,
             resume=given.resume,
             progress=tell,
             notify=note,

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prism_plan.trace_file import read_trace
 
 from prism_plan.errors import InputError
+from prism_plan.io.trace_reader import read_trace
 from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.sglang import read_sglang
 from prism_plan.profiling.sources import Source
