@@ -272,6 +272,24 @@ def test_solver_without_rule(work: Path) -> None:
     assert_one_line_error(result, 2, "'prism'", "exact")
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("check", "t.parquet", "--cluster", "t.parquet"), ("t.parquet: is a Parquet file",)),
+        (("solve", "t.parquet", "--cluster", "p.json", "-o", "o"), ("p.json: is a JSON file",)),
+        (("diff", "p.json", "t.parquet"), ("t.parquet: is a Parquet file",)),
+        (("diff", "c.toml", "p.json"), ("c.toml: looks like TOML; expected a JSON file",)),
+        (("diff", "a.npz", "p.json"), ("a.npz: is a zip archive",)),
+        (("plot", "heatmap", "p.json", "-o", "f.png"), ("p.json: ", "Parquet")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_file_of_another_kind(work: Path, args: tuple[str, ...], words: tuple[str, ...]) -> None:
+    """A file given in the place of another is called what it is."""
+    np.savez(work / "a.npz", a=np.zeros(3))
+    assert_one_line_error(run(work, *args), 2, *words)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0, 1.5, -0.5, float("nan")])
 def test_holdout_out_of_range(material: Path, share: float) -> None:
     """A holdout share must lie strictly between 0 and 1."""

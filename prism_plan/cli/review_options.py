@@ -80,7 +80,7 @@ def review_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewOptions(CommandOptions):
-    """What :func:`review_options` adds; refused where there are no reviews."""
+    """What :func:`review_options` adds; refused where no policy is given."""
 
     migrate: PolicyName
     migrate_every_s: float
@@ -92,7 +92,7 @@ class ReviewOptions(CommandOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.migrate == "never":
+        if "migrate" not in self.given:  # with a policy `never` that was asked for they may stay
             self.refuse(
                 "migrate_every_s", "statistics", "half_life_s", "horizon_s", "migration_cost",
                 "migrate_solver",
