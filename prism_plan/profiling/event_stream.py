@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_plan.errors import InputError
+from prism_plan.open_file import OpenFile
 from prism_plan.profiling.bad_rows import BadRows
 from prism_plan.profiling.lines import parse_line, text_lines
 from prism_plan.profiling.tensors import decode_base64, json_object
@@ -41,7 +42,7 @@ def is_event(line: str) -> bool:
     return _FIELD.match(line) is not None
 
 
-def streamed(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
+def streamed(file: OpenFile, bad: BadRows) -> Iterator[tuple[str, Any]]:
     """(place of its first chunk, response) of each response in a file of events.
 
     Raises
@@ -50,10 +51,11 @@ def streamed(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
         A line is no event, a chunk is none of a response, or rows contradict each other, and bad
         rows are not to be left out.
     """
+    path = Path(file.path)
     open_responses: dict[str, tuple[str, dict[str, Any]]] = {}
     ended: set[str] = set()
     spoilt: set[str] = set()
-    for number, line in text_lines(path, lambda error: bad.leave_out(path, error)):
+    for number, line in text_lines(file, lambda error: bad.leave_out(path, error)):
         place = f"line {number}"
         key = ""
         try:
