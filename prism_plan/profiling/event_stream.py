@@ -119,8 +119,15 @@ def _identity(chunk: Mapping[str, Any], path: Path, place: str) -> str:
 
 def _merge(whole: dict[str, Any], chunk: Mapping[str, Any], path: Path, place: str) -> None:
     """Put a chunk to what its response has so far."""
-    choices = chunk.get("choices")
-    choices = [json_object(choice, path, place) for choice in choices or ()]
+    choices = chunk.get("choices") or []
+    if not isinstance(choices, list):
+        raise InputError(
+            f"{choices!r:.60}",
+            source=path,
+            place=f"{place} 'choices'",
+            expected="a list of choices",
+        )
+    choices = [json_object(choice, path, place) for choice in choices]
     read = {*_PATHS, *(p for i in range(len(choices)) for p in _choice_paths(i))}
     unread_routing(chunk, read, path, place)
     for key, value in chunk.items():
@@ -155,8 +162,9 @@ def _merge_choices(
         while len(whole) <= index:
             whole.append({})
         for key, value in choice.items():
-            if key == "token_ids" and isinstance(value, list):
-                whole[index][key] = [*(whole[index].get(key) or ()), *value]
+            known = whole[index].get(key)
+            if key == "token_ids" and isinstance(known, list) and isinstance(value, list):
+                whole[index][key] = [*known, *value]
             else:
                 _set(whole[index], key, value, path, place)
 

@@ -245,7 +245,7 @@ def _check_header(file: OpenFile, path: Path) -> None:
     """
 
     def number(form: str, at: int) -> int:
-        data = file.pread(struct.calcsize(form), at)
+        data = file.pread(struct.calcsize(form), min(at, file.size))
         if len(data) < struct.calcsize(form):
             raise InputError("the file ends within its header", source=path, remedy=CUT_SHORT)
         return int(struct.unpack(form, data)[0])

@@ -195,6 +195,7 @@ def test_cut_files(tmp_path: Path) -> None:
         (struct.pack("<QQ", 2**60, 0), "tensors; expected at most 65,536"),
         (struct.pack("<QQ", 0, 2**60), "keys; expected at most 1,024"),
         (struct.pack("<QQQ", 0, 1, 2**62), "the file ends within its header"),
+        (struct.pack("<QQQ", 0, 1, 2**64 - 1), "the file ends within its header"),
         (struct.pack("<QQQcIIQ", 0, 1, 1, b"a", 9, 0, 2**60), "values in an array"),
         (struct.pack("<QQQcIIQ", 0, 1, 1, b"a", 9, 9, 1), "a value of type 9"),
         (struct.pack("<QQQcIIQ", 0, 1, 1, b"a", 9, 8, 60_000), "the file ends within its header"),

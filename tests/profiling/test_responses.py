@@ -225,6 +225,7 @@ def test_rows_so_far(tmp_path: Path) -> None:
         ([*generate(0, ROWS[0]), "[DONE]", *generate(0, ROWS[0])], "'r0' goes on after a [DONE]"),
         ([{"error": {"message": "out of memory"}}], "an error of the server: {'message': 'out of"),
         ([5], "line 4: 5; expected a JSON object"),
+        ([{"id": "a", "choices": 5}], "'choices': 5; expected a list of choices"),
         ([{"id": "a", "choices": [5]}], "line 4: 5; expected a JSON object"),
         ([{"id": "a", "choices": [{"index": 10**9}]}], "'index': 1000000000"),
         ([{"id": "a", "choices": [{"delta": {"routed_experts": "x" * 99}}]}], "is not read"),
