@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import prism_plan as pp
 from prism_plan.errors import InputError
 from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.sglang import read_sglang
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.vllm import read_vllm
 from prism_plan.trace import Trace
-from prism_plan.trace_file import read_trace
 from tests.profiling.recordings import TINY, all_rows, routing, sglang_response, vllm_response
 
 Run = Callable[..., CompletedProcess[str]]
@@ -207,7 +207,7 @@ def test_command(tmp_path: Path, prism_plan: Run) -> None:
     result = prism_plan(*words, "vllm", "--skip-bad")
     assert result.returncode == 0, result.stderr
     assert "left out 1 bad rows of 2 (line 1 column" in " ".join(result.stderr.split())
-    assert read_trace(output).provenance["bad_rows_left_out"] == 1
+    assert pp.read_trace(output).provenance["bad_rows_left_out"] == 1
     result = prism_plan(*words, "trtllm", "--skip-bad")
     assert result.returncode == 2
     assert "no rows that could be left out" in " ".join(result.stderr.split())
