@@ -174,6 +174,20 @@ class OpenFile:
         """The bytes as a stream with a position of its own, to be used while this is open."""
         return io.BytesIO(self._held) if self._held is not None else _View(self)
 
+    def regular(self) -> IO[bytes]:
+        """The same open file with a descriptor of its own, for libraries that map files.
+
+        Raises
+        ------
+        InputError
+            It is a stream, which cannot be mapped.
+        """
+        if self._held is not None:
+            raise InputError(
+                "is a stream", source=self.path, expected="a regular file", remedy=_REMEDY
+            )
+        return open(os.dup(self._descriptor()), "rb")
+
     def sha256(self) -> str:
         """Hex digest of the file's bytes.
 

@@ -71,7 +71,7 @@ class BadRows:
             if found.bad and not found.good:
                 first = found.errors[0]
                 raise InputError(
-                    f"all {found.bad:,} rows are bad, the first one: {first.found}",
+                    f"no row is good ({found.bad:,} bad), the first one: {first.found}",
                     source=first.source or path,
                     place=first.place,
                     expected=first.expected,
@@ -86,7 +86,7 @@ class BadRows:
                 rest = found.bad - len(found.errors)
                 more = f"; and {rest:,} more" if rest else ""
                 notify(
-                    f"{path}: left out {found.bad:,} bad rows of {found.bad + found.good:,} "
+                    f"{path}: left out bad rows: {found.bad:,} of {found.bad + found.good:,} "
                     f"({reasons}{more})"
                 )
 

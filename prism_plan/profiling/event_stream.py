@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_plan.errors import InputError
+from prism_plan.open_file import OpenFile
 from prism_plan.profiling.bad_rows import BadRows
 from prism_plan.profiling.lines import parse_line, text_lines
 from prism_plan.profiling.tensors import decode_base64, json_object
@@ -41,7 +42,7 @@ def is_event(line: str) -> bool:
     return _FIELD.match(line) is not None
 
 
-def streamed(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
+def streamed(file: OpenFile, bad: BadRows) -> Iterator[tuple[str, Any]]:
     """(place of its first chunk, response) of each response in a file of events.
 
     Raises
@@ -50,10 +51,11 @@ def streamed(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
         A line is no event, a chunk is none of a response, or rows contradict each other, and bad
         rows are not to be left out.
     """
+    path = Path(file.path)
     open_responses: dict[str, tuple[str, dict[str, Any]]] = {}
     ended: set[str] = set()
     spoilt: set[str] = set()
-    for number, line in text_lines(path, lambda error: bad.leave_out(path, error)):
+    for number, line in text_lines(file, lambda error: bad.leave_out(path, error)):
         place = f"line {number}"
         key = ""
         try:
@@ -117,8 +119,15 @@ def _identity(chunk: Mapping[str, Any], path: Path, place: str) -> str:
 
 def _merge(whole: dict[str, Any], chunk: Mapping[str, Any], path: Path, place: str) -> None:
     """Put a chunk to what its response has so far."""
-    choices = chunk.get("choices")
-    choices = [json_object(choice, path, place) for choice in choices or ()]
+    choices = chunk.get("choices") or []
+    if not isinstance(choices, list):
+        raise InputError(
+            f"{choices!r:.60}",
+            source=path,
+            place=f"{place} 'choices'",
+            expected="a list of choices",
+        )
+    choices = [json_object(choice, path, place) for choice in choices]
     read = {*_PATHS, *(p for i in range(len(choices)) for p in _choice_paths(i))}
     unread_routing(chunk, read, path, place)
     for key, value in chunk.items():
@@ -153,8 +162,9 @@ def _merge_choices(
         while len(whole) <= index:
             whole.append({})
         for key, value in choice.items():
-            if key == "token_ids" and isinstance(value, list):
-                whole[index][key] = [*(whole[index].get(key) or ()), *value]
+            known = whole[index].get(key)
+            if key == "token_ids" and isinstance(known, list) and isinstance(value, list):
+                whole[index][key] = [*known, *value]
             else:
                 _set(whole[index], key, value, path, place)
 

@@ -214,7 +214,8 @@ def _tensors(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     with OpenFile(path) as file:
         _check_header(file, path)
         try:
-            reader = GGUFReader(path)
+            with file.regular() as regular:
+                reader = GGUFReader(regular)
             tensors = {
                 tensor.name: np.array(tensor.data)
                 for tensor in reader.tensors
@@ -225,6 +226,8 @@ def _tensors(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
                 for name, field in reader.fields.items()
                 if name.startswith("imatrix.chunk")
             }
+        except InputError:
+            raise
         except Exception as error:  # hostile bytes make the reader raise anything
             raise InputError(
                 f"not a readable GGUF file ({type(error).__name__}: {error!s:.80})",
@@ -242,7 +245,7 @@ def _check_header(file: OpenFile, path: Path) -> None:
     """
 
     def number(form: str, at: int) -> int:
-        data = file.pread(struct.calcsize(form), at)
+        data = file.pread(struct.calcsize(form), min(at, file.size))
         if len(data) < struct.calcsize(form):
             raise InputError("the file ends within its header", source=path, remedy=CUT_SHORT)
         return int(struct.unpack(form, data)[0])

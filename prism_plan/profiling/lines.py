@@ -53,7 +53,7 @@ def text_lines(
             yield number, text.rstrip("\r\n")
 
 
-def json_lines(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
+def json_lines(source: Path | OpenFile, bad: BadRows) -> Iterator[tuple[str, Any]]:
     """(place, value) of each line of a JSONL file that is not blank.
 
     Raises
@@ -61,7 +61,8 @@ def json_lines(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
     InputError
         Unreadable; or a line is not UTF-8 or not JSON and bad rows are not to be left out.
     """
-    for number, text in text_lines(path, lambda error: bad.leave_out(path, error)):
+    path = Path(source.path) if isinstance(source, OpenFile) else source
+    for number, text in text_lines(source, lambda error: bad.leave_out(path, error)):
         place = f"line {number}"
         try:
             value = parse_line(text, path, place)

@@ -44,28 +44,32 @@ def unpacked(file: OpenFile) -> IO[bytes]:
     return io.BufferedReader(file.stream(), MIB)
 
 
-def read_packed_text(path: str | os.PathLike[str]) -> str:
+def read_packed_text(source: str | os.PathLike[str] | OpenFile) -> str:
     """A UTF-8 text file, packed or not; see :func:`prism_plan.files.read_text`.
+
+    A file that is open already stays open.
 
     Raises
     ------
     InputError
         Unreadable, too long (also when unpacked) or not UTF-8.
     """
-    with OpenFile(path) as file:
-        if not is_packed(file):
-            return decode(file.read(), path)
-        data = bytearray()  # which takes what there is, not what there may be
-        with unpacked(file) as stream:
-            while part := stream.read(MIB):
-                data += part
-                if len(data) > MAX_TEXT_BYTES:
-                    raise InputError(
-                        f"unpacks to more than {MAX_TEXT_BYTES:,} bytes",
-                        source=path,
-                        remedy="give a file of a part of it",
-                    )
-    return decode(bytes(data), path)
+    if not isinstance(source, OpenFile):
+        with OpenFile(source) as file:
+            return read_packed_text(file)
+    if not is_packed(source):
+        return decode(source.read(), source.path)
+    data = bytearray()  # which takes what there is, not what there may be
+    with unpacked(source) as stream:
+        while part := stream.read(MIB):
+            data += part
+            if len(data) > MAX_TEXT_BYTES:
+                raise InputError(
+                    f"unpacks to more than {MAX_TEXT_BYTES:,} bytes",
+                    source=source.path,
+                    remedy="give a file of a part of it",
+                )
+    return decode(bytes(data), source.path)
 
 
 def unpacked_head(path: str | os.PathLike[str], length: int) -> bytes:

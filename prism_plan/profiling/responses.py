@@ -13,6 +13,7 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json
+from prism_plan.open_file import OpenFile
 from prism_plan.profiling.bad_rows import BadRows
 from prism_plan.profiling.event_stream import is_event, streamed
 from prism_plan.profiling.lines import json_lines, text_lines
@@ -27,30 +28,31 @@ def responses(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
     InputError
         Unreadable; or a row is not UTF-8 or not JSON and bad rows are not to be left out.
     """
-    _, first = next(text_lines(path, lambda error: None), (0, ""))
-    if is_event(first):
-        yield from streamed(path, bad)
-        return
-    whole = _document(path, first)
-    found = [("", whole)] if whole is not None else json_lines(path, bad)
-    for place, value in found:
-        if isinstance(value, list):
-            for index, item in enumerate(value):
-                yield f"{place} item {index}".strip(), item
-        else:
-            yield place or "response", value
+    with OpenFile(path) as file:
+        _, first = next(text_lines(file, lambda error: None), (0, ""))
+        if is_event(first):
+            yield from streamed(file, bad)
+            return
+        whole = _document(file, first)
+        found = [("", whole)] if whole is not None else json_lines(file, bad)
+        for place, value in found:
+            if isinstance(value, list):
+                for index, item in enumerate(value):
+                    yield f"{place} item {index}".strip(), item
+            else:
+                yield place or "response", value
 
 
-def _document(path: Path, first: str) -> Any:
+def _document(file: OpenFile, first: str) -> Any:
     """The list or object that a whole file is, if its first line is not JSON by itself."""
     try:
-        parse_json(first, path)
+        parse_json(first, file.path)
     except InputError:
         pass
     else:
         return None
     try:
-        value = parse_json(read_packed_text(path), path)
+        value = parse_json(read_packed_text(file), file.path)
     except InputError:
         return None  # the reader of lines names what is wrong
     return value if isinstance(value, list | dict) else None

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import prism_plan as pp
 from prism_plan.errors import InputError
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.profiling.counts import read_counts
@@ -71,7 +72,7 @@ def test_what_is_kept(
     assert all_rows(batches) == [good[i].tolist() for i in order if i >= 5]
     assert trace.provenance["bad_rows_left_out"] == 5
     assert len(told) == 1
-    assert told[0].startswith(f"{path}: left out 5 bad rows of 8 (line ")
+    assert told[0].startswith(f"{path}: left out bad rows: 5 of 8 (line ")
     places = [f"line {at}" for at, i in enumerate(order, 1) if i < 5]
     assert [place in told[0] for place in places] == [True, True, True, False, False]
     assert told[0].endswith("; and 2 more)")
@@ -89,7 +90,7 @@ def test_all_rows_bad(tmp_path: Path, engine: str) -> None:
     with pytest.raises(InputError) as caught:
         skipping(reader, good, bad)
     assert "bad.jsonl: line 1" in str(caught.value)
-    assert "all 3 rows are bad, the first one: expert 8" in str(caught.value)
+    assert "no row is good (3 bad), the first one: expert 8" in str(caught.value)
     assert "is the model that was recorded" in str(caught.value)
 
 
@@ -125,7 +126,7 @@ def test_one_choice_of_several(tmp_path: Path) -> None:
     path.write_text(json.dumps(response))
     _, batches, told = skipping(read_vllm, path)
     assert all_rows(batches) == [routing(9).tolist()]
-    assert "left out 1 bad rows of 2 (line 1 choice 1 " in told[0]
+    assert "left out bad rows: 1 of 2 (line 1 choice 1 " in told[0]
 
 
 def test_streams_with_bad_chunks(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_streams_with_bad_chunks(tmp_path: Path) -> None:
     path.write_text("".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: {\n")
     _, batches, told = skipping(read_sglang, path)
     assert all_rows(batches) == [routing(9, i).tolist() for i in (0, 2)]
-    assert "left out 3 bad rows of 5 (line 7: other rows" in told[0]
+    assert "left out bad rows: 3 of 5 (line 7: other rows" in told[0]
 
 
 # --------------------------------------------------------------------------------- tables
@@ -157,7 +158,7 @@ def test_lines_of_tables(tmp_path: Path, line: str) -> None:
     trace, _, told = skipping(read_counts, path)
     assert trace.counts[0].sum(axis=1).tolist() == [10, 10]
     assert trace.provenance["bad_rows_left_out"] == 1
-    assert f"{path}: left out 1 bad rows of 5 (line 4" in told[0]
+    assert f"{path}: left out bad rows: 1 of 5 (line 4" in told[0]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,9 @@ def test_tables_of_another_model(tmp_path: Path) -> None:
     path.write_text("layer,expert,count\n5,0,1\n6,0,1\n")
     with pytest.raises(InputError) as caught:
         skipping(read_counts, path)
-    assert "line 2 (task 'law'): all 2 rows are bad, the first one: layer 5" in str(caught.value)
+    assert "line 2 (task 'law'): no row is good (2 bad), the first one: layer 5" in str(
+        caught.value
+    )
 
 
 # ------------------------------------------------------------------------- what has no rows
@@ -206,8 +209,8 @@ def test_command(tmp_path: Path, prism_plan: Run) -> None:
     assert prism_plan(*words, "vllm").returncode == 2
     result = prism_plan(*words, "vllm", "--skip-bad")
     assert result.returncode == 0, result.stderr
-    assert "left out 1 bad rows of 2 (line 1 column" in " ".join(result.stderr.split())
-    assert read_trace(output).provenance["bad_rows_left_out"] == 1
+    assert "left out bad rows: 1 of 2 (line 1 column" in " ".join(result.stderr.split())
+    assert pp.read_trace(output).provenance["bad_rows_left_out"] == 1
     result = prism_plan(*words, "trtllm", "--skip-bad")
     assert result.returncode == 2
     assert "no rows that could be left out" in " ".join(result.stderr.split())

@@ -236,9 +236,11 @@ def test_skipping_bad_requests(tmp_path: Path, line: str) -> None:
     )
     assert rows(trace).request.tolist() == [0, 0, 1]
     assert trace.provenance["bad_rows_left_out"] == 1
-    assert f"{folder}: left out 1 bad rows of 3 (expert_weights_10.txt line 2" in told[0]
+    assert f"{folder}: left out bad rows: 1 of 3 (expert_weights_10.txt line 2" in told[0]
     write_folder(folder, {2: [LAW[2][1]], 10: [line]})
-    with pytest.raises(InputError, match=r"weights_10\.txt: line 1.*all 1 rows are bad, the first"):
+    with pytest.raises(
+        InputError, match=r"weights_10\.txt: line 1.*no row is good \(1 bad\), the first"
+    ):
         read_esft([Source(folder)], TINY, skip_bad=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,7 @@ def test_cut_files(tmp_path: Path) -> None:
         (struct.pack("<QQ", 2**60, 0), "tensors; expected at most 65,536"),
         (struct.pack("<QQ", 0, 2**60), "keys; expected at most 1,024"),
         (struct.pack("<QQQ", 0, 1, 2**62), "the file ends within its header"),
+        (struct.pack("<QQQ", 0, 1, 2**64 - 1), "the file ends within its header"),
         (struct.pack("<QQQcIIQ", 0, 1, 1, b"a", 9, 0, 2**60), "values in an array"),
         (struct.pack("<QQQcIIQ", 0, 1, 1, b"a", 9, 9, 1), "a value of type 9"),
         (struct.pack("<QQQcIIQ", 0, 1, 1, b"a", 9, 8, 60_000), "the file ends within its header"),
@@ -217,6 +219,17 @@ def test_sums_are_not_read(tmp_path: Path) -> None:
     assert read(read_imatrix, path, model=MODEL)[0].tokens.tolist() == [50]
     assert tracemalloc.get_traced_memory()[1] < 20 * MIB
     tracemalloc.stop()
+
+
+def test_a_stream_cannot_be_mapped(tmp_path: Path) -> None:
+    """A pipe is refused with what is expected: the package maps files."""
+    path = write(tmp_path / "i.gguf", counts_of(routing(50, model=MODEL)))
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as stream:
+        stream.write(path.read_bytes())
+    message = refusal(read_imatrix, Path(f"/dev/fd/{reading}"), model=MODEL)
+    os.close(reading)
+    assert "is a stream; expected a regular file" in message
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

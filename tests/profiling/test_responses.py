@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,19 @@ def test_places_in_an_array(tmp_path: Path, engine: str) -> None:
     for indent, place in ((None, "line 1 item 1"), (2, "item 1")):
         path.write_text(json.dumps([responses[0], 5], indent=indent))
         assert f"r.json: {place}: 5; expected a JSON object" in refusal(reader, path)
+
+
+def test_responses_from_a_pipe(tmp_path: Path) -> None:
+    """A stream, which can be read once only, is read as a file in every layout."""
+    for text in (as_lines, *LAYOUTS.values()):
+        data = text(RESPONSES["vllm"][1]).encode()
+        for held in (data, gzip.compress(data)):
+            reading, writing = os.pipe()
+            with os.fdopen(writing, "wb") as stream:
+                stream.write(held)
+            _, batches, _ = read(read_vllm, Path(f"/dev/fd/{reading}"))
+            os.close(reading)
+            assert all_rows(batches) == [rows.tolist() for rows in ROWS]
 
 
 def test_stems_of_packed_files(tmp_path: Path) -> None:
@@ -211,6 +225,7 @@ def test_rows_so_far(tmp_path: Path) -> None:
         ([*generate(0, ROWS[0]), "[DONE]", *generate(0, ROWS[0])], "'r0' goes on after a [DONE]"),
         ([{"error": {"message": "out of memory"}}], "an error of the server: {'message': 'out of"),
         ([5], "line 4: 5; expected a JSON object"),
+        ([{"id": "a", "choices": 5}], "'choices': 5; expected a list of choices"),
         ([{"id": "a", "choices": [5]}], "line 4: 5; expected a JSON object"),
         ([{"id": "a", "choices": [{"index": 10**9}]}], "'index': 1000000000"),
         ([{"id": "a", "choices": [{"delta": {"routed_experts": "x" * 99}}]}], "is not read"),

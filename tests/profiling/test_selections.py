@@ -232,9 +232,9 @@ def test_skipping_bad_lines(tmp_path: Path) -> None:
     first = next(iter(trace.batches()))
     assert first.position.tolist() == [0, 1, *range(3, 9)]
     assert first.experts.tolist() == [*ROWS["r1"][:2].tolist(), *ROWS["r1"][3:].tolist()]
-    assert f"{path}: left out 4 bad rows of 54 (line 5 layer 0: expert 9; line 53: 'x'" in told[0]
+    assert f"{path}: left out bad rows: 4 of 54 (line 5 layer 0: expert 9; line 53: 'x'" in told[0]
     assert told[1] == "1 tokens are missing between others of their requests"
     path = lines(tmp_path / "t.jsonl", *(line | {"topk_ids": [8, 9]} for line in ALL))
     assert "line 1 layer 0: all" not in refusal(read_selections, path)
-    with pytest.raises(Exception, match="all 52 rows are bad, the first one: expert 8"):
+    with pytest.raises(Exception, match=r"no row is good \(52 bad\), the first one: expert 8"):
         read_selections([Source(path, "law")], TINY, skip_bad=True)
