@@ -322,11 +322,13 @@ def main() -> None:
     """Print what becomes of each family."""
     import tempfile
 
+    import torch
     import transformers
 
     from prism_plan.errors import InputError
     from tests.profiling.witness import require_right_recording
 
+    torch.set_num_threads(1)  # more cost more than these models, much more on a busy machine
     transformers.logging.set_verbosity_error()
     print(f"transformers {transformers.__version__}")
     with tempfile.TemporaryDirectory() as folder:
