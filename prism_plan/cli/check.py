@@ -26,8 +26,8 @@ from prism_plan.errors import PrismError
 )
 @click.option(
     "--model",
-    metavar="PRESET|config.json",
-    help="Instead of --trace: a model's sizes, for memory and rules alone.",
+    metavar="MODEL",
+    help="Instead of --trace: a model's sizes, for memory and rules alone; as in profile.",
 )
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")

@@ -38,9 +38,10 @@ DEFAULT_MODEL = {
 )
 @click.option(
     "--model",
-    metavar="PRESET|config.json",
-    help="Model that was recorded: a preset (mixtral-8x7b, deepseek-v2-lite), or a Hugging Face "
-    "config.json. Default for esft: deepseek-v2-lite.",
+    metavar="MODEL",
+    help="Model that was recorded: a preset (mixtral-8x7b, deepseek-v3, qwen3-30b-a3b, ...), a "
+    "checkpoint folder or hub id, a .gguf file, a config.json or a spec file. Default for esft: "
+    "deepseek-v2-lite.",
 )
 @click.option(
     "--weights/--no-weights",

@@ -15,19 +15,17 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.checkpoint_folder import checkpoint_name
 from prism_plan.errors import InputError
 from prism_plan.io.trace_writer import TraceWriter
 from prism_plan.model import ModelSpec
-from prism_plan.model_config import require_unquantised, spec_from_config
 from prism_plan.profiling.decoder_cache import cache_argument, cache_of
 from prism_plan.provenance import stamped
+from prism_plan.sizes.loaded import spec_of
 from prism_plan.trace import PHASES, TokenBatch
 
 if TYPE_CHECKING:
@@ -417,27 +415,6 @@ def expert_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
         if match:
             found[int(match.group(1))] = module
     return dict(sorted(found.items()))
-
-
-def spec_of(model: PreTrainedModel, name: str = "") -> ModelSpec:
-    """The model spec of a loaded model, from its configuration.
-
-    Raises
-    ------
-    InputError
-        The model has no MoE layers, is of an unknown family, or was loaded from a folder whose
-        weights are quantised in a form that is not known.
-    """
-    config = model.config
-    loaded_from = str(getattr(config, "_name_or_path", "") or "")
-    origin = checkpoint_name(loaded_from) if loaded_from else ""
-    if loaded_from and os.path.isdir(loaded_from):
-        require_unquantised(Path(loaded_from))
-    return spec_from_config(
-        config.to_dict(),
-        source=origin or config.model_type,
-        name=name or origin or config.model_type,
-    )
 
 
 @contextlib.contextmanager
