@@ -28,6 +28,7 @@ def spec_from_hub(repository: str) -> ModelSpec:
     """
     try:
         import huggingface_hub
+        import huggingface_hub.errors
     except ImportError as error:
         raise InputError(
             "huggingface_hub is not installed",
