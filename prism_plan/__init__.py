@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         write_simulation,
     )
     from prism_plan.simulation_file import read_simulation
+    from prism_plan.sizes import load_model_spec
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.entropy import entropy_counts, lemma1_bound
     from prism_plan.solvers.greedy import greedy_with_coverage
@@ -98,6 +99,7 @@ _HOME = {
     ),
     "instance": ("Instance",),
     "model": ("PRESETS", "ModelShape", "ModelSpec", "load_model"),
+    "sizes": ("load_model_spec",),
     "objective": (
         "RemoteScore",
         "StepScore",
@@ -189,6 +191,7 @@ __all__ = [
     "greedy_with_coverage",
     "lemma1_bound",
     "load_model",
+    "load_model_spec",
     "migration_plan",
     "offload_placement",
     "parse_cluster",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.resources
 import itertools
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from prism_plan.errors import InputError, WrongModel, did_you_mean
 from prism_plan.limits import (
@@ -17,6 +20,9 @@ from prism_plan.limits import (
     require_at_most,
 )
 from prism_plan.text import shown
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,12 @@ class ModelShape:
         return ModelShape(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelShape)})
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values, in the order of DESIGN section 6."""
+        """The fields as JSON values, in the design's order; optional ones where needed."""
         values = {key: getattr(self, key) for key in JSON_ORDER if hasattr(self, key)}
+        if values.get("num_decoder_layers") == self.moe_layers[-1] + 1:
+            del values["num_decoder_layers"]
+        if values.get("attention_flops", 0) is None:
+            del values["attention_flops"]
         values["moe_layers"] = list(self.moe_layers)
         if isinstance(self.expert_bytes, tuple):
             values["expert_bytes"] = list(self.expert_bytes)
@@ -132,7 +142,7 @@ class ModelShape:
         Raises
         ------
         InputError
-            A key is missing, unknown, or has a value of the wrong kind.
+            Keys are missing (all are named), one is unknown, or has a value of the wrong kind.
         """
         if not isinstance(values, Mapping):
             raise InputError(shown(values), source=source, place=place, expected="an object")
@@ -146,9 +156,14 @@ class ModelShape:
                     place=place,
                     expected=f"the keys {', '.join(known)}",
                 )
-        for key in known:
-            if key not in values:
-                raise InputError(f"key {key!r} is missing", source=source, place=place)
+        missing = [repr(key) for key in known if key not in values and key not in _OPTIONAL]
+        if missing:
+            raise InputError(
+                f"{'key' if len(missing) == 1 else 'keys'} {', '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing",
+                source=source,
+                place=place,
+            )
         kinds = dict(values)
         for key in ("moe_layers", "expert_bytes"):
             if isinstance(kinds[key], list):
@@ -175,7 +190,11 @@ JSON_ORDER = (
     "expert_bytes",
     "dense_bytes",
     "kv_bytes_per_token",
+    "num_decoder_layers",
+    "attention_flops",
 )
+#: Keys that files written before they came do not have.
+_OPTIONAL = ("num_decoder_layers", "attention_flops")
 
 
 @dataclass(frozen=True)
@@ -192,7 +211,13 @@ class ModelSpec(ModelShape):
         Bytes of everything but the routed experts: embeddings, attention, norms, gates, shared
         experts, dense layers, output head.
     kv_bytes_per_token
-        Bytes that one token adds to the KV cache, over all decoder layers.
+        Bytes that one token adds to the KV cache, over all decoder layers. Layers with a window
+        count as with full attention, layers with a state of one size (linear attention) as 0.
+    num_decoder_layers
+        Decoder layers, with experts or without; without it the last MoE layer + 1.
+    attention_flops
+        Operations of attention for a pair of tokens, in the mean decoder layer; ``None`` where they
+        are not known.
 
     The other parameters, and the errors raised, are those of :class:`ModelShape`.
     """
@@ -201,6 +226,8 @@ class ModelSpec(ModelShape):
     dtype_bytes: int
     dense_bytes: int
     kv_bytes_per_token: int
+    num_decoder_layers: int = 0
+    attention_flops: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,6 +235,12 @@ class ModelSpec(ModelShape):
             _whole(field, getattr(self, field), 1)
         for field in ("dense_bytes", "kv_bytes_per_token"):
             _whole(field, getattr(self, field), 0)
+        needed = self.moe_layers[-1] + 1
+        if self.num_decoder_layers == 0 and self.num_decoder_layers is not False:
+            object.__setattr__(self, "num_decoder_layers", needed)
+        _whole("num_decoder_layers", self.num_decoder_layers, needed, 2**31 + 1)
+        if self.attention_flops is not None:
+            _whole("attention_flops", self.attention_flops, 0)
 
 
 def _wrong(field: str, value: object, expected: str) -> None:
@@ -249,57 +282,41 @@ def _short_layers(values: tuple[int, ...]) -> str:
     return f"{values[0]}..{values[-1]} ({len(values)} values)" if len(values) > 4 else str(values)
 
 
-PRESETS: dict[str, ModelSpec] = {
-    "mixtral-8x7b": ModelSpec(
-        name="mixtral-8x7b",
-        moe_layers=tuple(range(32)),
-        num_experts=8,
-        top_k=2,
-        hidden_size=4096,
-        dtype_bytes=2,
-        expert_bytes=352_321_536,
-        dense_bytes=3_211_272_192,
-        kv_bytes_per_token=131_072,
-    ),
-    "deepseek-v2-lite": ModelSpec(
-        name="deepseek-v2-lite",
-        moe_layers=tuple(range(1, 27)),
-        num_experts=64,
-        top_k=6,
-        hidden_size=2048,
-        dtype_bytes=2,
-        expert_bytes=17_301_504,
-        dense_bytes=2_623_265_792,
-        kv_bytes_per_token=31_104,
-    ),
-}
+class _Presets(Mapping[str, ModelSpec]):
+    """The specs in ``presets/*.json``, each read when it is asked for."""
+
+    def __getitem__(self, name: str) -> ModelSpec:
+        if name not in _preset_files():
+            raise KeyError(name)
+        return _preset(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_preset_files())
+
+    def __len__(self) -> int:
+        return len(_preset_files())
+
+
+@functools.cache
+def _preset_files() -> dict[str, Traversable]:
+    folder = importlib.resources.files("prism_plan") / "presets"
+    files = sorted(folder.iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".json"): file for file in files if file.name.endswith(".json")}
+
+
+@functools.cache
+def _preset(name: str) -> ModelSpec:
+    file = _preset_files()[name]
+    values = json.loads(file.read_text(encoding="utf-8"))
+    return ModelSpec.from_json(values["model"], source=file)
+
+
+#: Sizes of common models by name; the files hold the commands that made them.
+PRESETS: Mapping[str, ModelSpec] = _Presets()
 
 
 def load_model(reference: str) -> ModelSpec:
-    """The spec of a preset name, of a ``config.json``, or of a checkpoint folder that holds one.
+    """The older name of :func:`prism_plan.sizes.load_model_spec`."""
+    from prism_plan.sizes import load_model_spec
 
-    Raises
-    ------
-    InputError
-        Neither a preset nor a readable configuration of a known MoE family.
-    """
-    from pathlib import Path
-
-    if reference in PRESETS:
-        return PRESETS[reference]
-    path = Path(reference)
-    try:
-        if path.is_dir():
-            path = path / "config.json"
-        found = path.exists()
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(reason, source=reference, remedy="give a readable file") from error
-    if not found:
-        raise InputError(
-            f"{reference!r} is neither a preset nor a file{did_you_mean(reference, PRESETS)}",
-            expected=f"one of {', '.join(PRESETS)}, or a Hugging Face config.json",
-        )
-    from prism_plan.model_config import spec_from_config_file
-
-    return spec_from_config_file(path)
+    return load_model_spec(reference)

@@ -16,14 +16,20 @@ from typing import Any
 
 import torch
 
-from prism_plan.checkpoint_folder import Quantisation, quantisation_beside, quantisation_key
+from prism_plan.checkpoint_folder import (
+    Quantisation,
+    model_name,
+    quantisation_beside,
+    quantisation_key,
+)
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
 from prism_plan.model import ModelSpec
-from prism_plan.model_config import spec_from_config_file
+from prism_plan.sizes.config import read_facts
+from prism_plan.sizes.stored import StoredTensor, spec_from_tensors
+from prism_plan.sizes.weight_files import INDEX, SINGLE, indexed_files
 from runtime_adapter.families import ALL_EXPERTS, ONE_EXPERT, PARTS, Family, family_of
 from runtime_adapter.tensor_file import TensorFile
-from runtime_adapter.weight_files import INDEX, SINGLE, indexed_files
 
 #: Parts that lie one after the other in each expert's slice of a tensor of all experts.
 PACKED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
@@ -97,7 +103,9 @@ class Checkpoint:
         self.config: Mapping[str, Any] = _read_config(path)
         self.family: Family = family_of(self.config.get("model_type"), path)
         self._refuse_quantisation(path)
-        self.spec: ModelSpec = spec_from_config_file(path)
+        self._files: dict[str, TensorFile] = {}
+        stored = list(self._stored())
+        self.spec: ModelSpec = self._sizes(stored)
         self.dtype: torch.dtype = _dtype(self.config)
         width = self.config.get(self.family.width_key)
         if not isinstance(width, int):  # transformers has a default; checkpoints always say it
@@ -113,10 +121,9 @@ class Checkpoint:
             width=width,
             activation=str(self.config.get("hidden_act", "silu")),
         )
-        self._files: dict[str, TensorFile] = {}
         self._dense: dict[str, tuple[str, str]] = {}  # name in memory -> file, stored name
         self._experts: dict[int, dict[str, _Where]] = {}  # by pair, by part
-        self._map(self._stored())
+        self._map(stored)
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.folder)!r})"
@@ -207,12 +214,22 @@ class Checkpoint:
                 )
             yield file, name
 
+    def _sizes(self, stored: list[tuple[str, str]]) -> ModelSpec:
+        tensors = (
+            StoredTensor(name, "", entry.shape, entry.end - entry.begin)
+            for file, name in stored
+            for entry in [self._files[file].entries[name]]
+        )
+        facts = read_facts(self.config, source=self.folder / "config.json")
+        name = model_name(self.folder)
+        return spec_from_tensors(tensors, facts, name=name, source=self.source)
+
     def _open(self, file: str) -> TensorFile:
         if file not in self._files:
             self._files[file] = TensorFile(self.folder / file)
         return self._files[file]
 
-    def _map(self, stored: Iterator[tuple[str, str]]) -> None:
+    def _map(self, stored: list[tuple[str, str]]) -> None:
         """Tell dense tensors and experts apart, and check that the experts are complete."""
         position = {layer: at for at, layer in enumerate(self.spec.moe_layers)}
         count, size = self.spec.num_experts, self.experts.hidden_size * self.experts.width

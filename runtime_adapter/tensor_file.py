@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 
 from prism_plan.errors import InputError
-from prism_plan.files import decode, parse_json
+from prism_plan.sizes.safetensors_headers import header_of, open_file
+from prism_plan.sizes.stored import StoredTensor
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -31,8 +31,6 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-#: No header is longer; a larger length is no safetensors file (the format's own limit).
-MAX_HEADER_BYTES = 100_000_000
 _REMEDY = "copy or download the file again"
 
 
@@ -57,12 +55,10 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise InputError(reason, source=self.path, remedy="give a readable file") from error
-        self.entries: Mapping[str, Entry] = self._header()
+        self._fd = open_file(self.path)
+        self.entries: Mapping[str, Entry] = {
+            name: self._entry(tensor) for name, tensor in header_of(self._fd, self.path).items()
+        }
 
     def __del__(self) -> None:
         fd, self._fd = getattr(self, "_fd", -1), -1
@@ -111,67 +107,14 @@ class TensorFile:
                 )
             done += got
 
-    def _header(self) -> dict[str, Entry]:
-        found = os.fstat(self._fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError("is no regular file", source=self.path, remedy=_REMEDY)
-        size = found.st_size
-        length = int.from_bytes(self._bytes(0, 8), "little")
-        if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+    def _entry(self, tensor: StoredTensor) -> Entry:
+        if tensor.dtype not in DTYPES:
             raise InputError(
-                f"no header in its {size:,} bytes",
+                f"numbers of kind {tensor.dtype!r:.20}",
                 source=self.path,
-                expected="a whole safetensors file",
-                remedy=_REMEDY,
-            )
-        text = decode(self._bytes(8, length), self.path)
-        values = parse_json(text, self.path)
-        if not isinstance(values, dict):
-            raise InputError(f"{values!r:.60}", source=self.path, place="header", remedy=_REMEDY)
-        values.pop("__metadata__", None)
-        entries = {name: self._entry(name, value, 8 + length) for name, value in values.items()}
-        end = max((entry.end for entry in entries.values()), default=8 + length)
-        if end != size:
-            raise InputError(
-                f"holds {size:,} bytes",
-                source=self.path,
-                expected=f"{end:,}, as its header says",
-                remedy=_REMEDY,
-            )
-        return entries
-
-    def _bytes(self, position: int, length: int) -> bytes:
-        return os.pread(self._fd, length, position)
-
-    def _entry(self, name: str, value: Any, start: int) -> Entry:
-        try:
-            kind, shape = value["dtype"], tuple(value["shape"])
-            begin, end = value["data_offsets"]
-            numbers = (*shape, begin, end)
-            if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-                raise ValueError
-        except (TypeError, KeyError, ValueError) as error:
-            raise InputError(
-                f"{value!r:.80}",
-                source=self.path,
-                place=name,
-                expected="dtype, shape and data_offsets",
-                remedy=_REMEDY,
-            ) from error
-        if not isinstance(kind, str) or kind not in DTYPES:
-            raise InputError(
-                f"numbers of kind {kind!r:.20}",
-                source=self.path,
-                place=name,
+                place=tensor.name,
                 expected=f"one of {', '.join(DTYPES)}",
                 remedy="quantised weights cannot be run here",
             )
-        if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
-            raise InputError(
-                f"{end - begin:,} bytes for shape {list(shape)} of {kind}",
-                source=self.path,
-                place=name,
-                expected=f"{math.prod(shape) * DTYPES[kind].itemsize:,} bytes",
-                remedy=_REMEDY,
-            )
-        return Entry(DTYPES[kind], shape, start + begin, start + end)
+        end = tensor.begin + tensor.num_bytes
+        return Entry(DTYPES[tensor.dtype], tensor.shape, tensor.begin, end)

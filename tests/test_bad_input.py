@@ -1053,14 +1053,20 @@ def test_wrong_model_spec(tmp_path: Path, key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("key", SPEC)
 def test_model_spec_without_key(tmp_path: Path, key: str) -> None:
-    """Each key of a model spec is needed, and a missing one is named.
-
-    Without the keys that tell a model spec from a config.json, the message speaks of the latter.
-    """
+    """Each key of a model spec is needed, and a missing one is named."""
     path = tmp_path / "spec.json"
     path.write_text(json.dumps({k: v for k, v in SPEC.items() if k != key}))
-    word = "config.json" if key in ("moe_layers", "expert_bytes") else key
-    assert_refused(lambda: load_model(str(path)), str(path), word)
+    assert_refused(lambda: load_model(str(path)), str(path), f"key {key!r} is missing")
+
+
+def test_model_spec_without_many_keys(tmp_path: Path) -> None:
+    """All missing keys are named at once, and an unknown one with the key that was meant."""
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps({"moe_layers": [1], "name": "x"}))
+    words = "keys 'num_experts', 'top_k', 'hidden_size', 'dtype_bytes', 'expert_bytes', 'dense"
+    assert_refused(lambda: load_model(str(path)), str(path), words)
+    path.write_text(json.dumps({**SPEC, "topk": 2}))
+    assert_refused(lambda: load_model(str(path)), str(path), "did you mean 'top_k'?")
 
 
 # -------------------------------------------------------------------------------------- recordings

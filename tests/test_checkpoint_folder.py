@@ -15,7 +15,7 @@ from prism_plan.checkpoint_folder import checkpoint_name, model_name
 from prism_plan.errors import InputError
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.model import load_model
-from prism_plan.model_config import spec_from_config
+from prism_plan.sizes.meta import spec_from_config
 
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral",
@@ -113,7 +113,7 @@ def test_the_message_is_whole_for_paths_of_a_cache(
     folder = checkpoint(Path(hub) / "snapshots" / COMMIT)
     (folder / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
     message = refusal(folder)
-    assert "'NVFP4': the weights are quantised, by ModelOpt; expected bfloat16" in message
+    assert "'NVFP4': the weights are quantised, by ModelOpt; give the checkpoint (its" in message
     assert "…" not in message
 
 
@@ -156,13 +156,17 @@ def test_a_link_to_the_config_of_a_quantised_checkpoint(tmp_path: Path) -> None:
     assert "bits: 4" in refusal(tmp_path / "mine.json")
 
 
-def test_gguf_alone_is_refused(tmp_path: Path) -> None:
-    """config.json beside nothing but GGUF tells other sizes than are stored."""
+def test_weights_beside_the_config_are_read(tmp_path: Path) -> None:
+    """config.json stands for its folder where weights lie there, which must be whole."""
     folder = checkpoint(tmp_path / "model")
     (folder / "moe-Q4_K_M.gguf").touch()
-    assert refusal(folder).startswith(f"{folder}/moe-Q4_K_M.gguf: the weights are in GGUF")
+    for reference in (folder, folder / "config.json"):
+        assert refusal(reference).startswith(f"{folder}/moe-Q4_K_M.gguf: ")
     (folder / "model.safetensors").touch()
-    assert load_model(str(folder)).expert_bytes == EXPERT_BYTES
+    for reference in (folder, folder / "config.json"):
+        assert refusal(reference).startswith(
+            f"{folder}/model.safetensors: no header in its 0 bytes"
+        )
 
 
 #: Keys of config.json, and words of the message.
@@ -173,7 +177,7 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "MLX, with its copy": (
         {"quantization": {"bits": 4}, "quantization_config": {"bits": 4}},
-        "quantization: {'bits': 4}: the weights are quantised, as MLX",
+        "quantization_config: {'bits': 4}: the weights are quantised",
     ),
     "a text": ({"quantization": "q4f16_1"}, "quantization: 'q4f16_1'"),
     "empty": ({"quantization": {}}, "quantization: {}"),
@@ -181,8 +185,11 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
         {"compression_config": {"format": "pack-quantized"}},
         "compression_config: {'format': 'pack-quantized'}: the weights are quantised",
     ),
-    "no method": ({"quantization_config": {"load_in_8bit": True}}, "quantisation ''"),
-    "an empty method": ({"quantization_config": {}}, "quantisation ''"),
+    "no method": (
+        {"quantization_config": {"load_in_8bit": True}},
+        "quantization_config: {'load_in_8bit': True}: the weights are quantised",
+    ),
+    "an empty method": ({"quantization_config": {}}, "quantization_config: {}: the weights are"),
     "false": ({"quantization_config": False}, "quantization_config: False"),
     "fp8": ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype: 'float8_e4m3fn'"),
     "int8": ({"dtype": "int8"}, "dtype: 'int8'"),
@@ -197,11 +204,11 @@ def test_a_key_says_quantised(case: str, wrapper: str, tmp_path: Path) -> None:
     config = CONFIG | keys
     if wrapper:
         config = {"model_type": "some_vl", wrapper: config}
-        words = f"{wrapper}.{words}" if not words.startswith("quantisation") else words
+        words = f"{wrapper}.{words}"
     (tmp_path / "config.json").write_text(json.dumps(config))
     message = refusal(tmp_path / "config.json")
     assert words in message
-    assert BY_HAND in message or case == "false"
+    assert BY_HAND in message or "expected one of bfloat16, float16, float32" in message
 
 
 @pytest.mark.parametrize("key", ["quantization", "quantization_config", "compression_config"])

@@ -21,7 +21,7 @@ FLOORS = [
     {"text", "errors", "jit", "limits", "machine", "open_file"},
     {"faults", "files", "schema", "kernels", "__init__"},
     {
-        *("model", "model_config", "checkpoint_folder", "cluster", "cluster_file", "toml_table"),
+        *("model", "sizes", "checkpoint_folder", "cluster", "cluster_file", "toml_table"),
         *("assumed", "trace", "trace_counts", "parquet_input", "provenance"),
     },
     {"workload"},

@@ -137,7 +137,7 @@ def test_pair_text() -> None:
 )
 def test_layers_text(layers: tuple[int, ...], text: str) -> None:
     """A run of layers is told by its ends, anything else in full."""
-    assert changed(moe_layers=layers).layers_text() == text
+    assert changed(moe_layers=layers, num_decoder_layers=0).layers_text() == text
 
 
 def test_shape() -> None:

@@ -52,8 +52,8 @@ class CheckOptions(TableOptions):
 )
 @click.option(
     "--model",
-    metavar="PRESET|config.json",
-    help="Instead of --trace: a model's sizes, for memory and rules alone.",
+    metavar="MODEL",
+    help="Instead of --trace: a model's sizes, for memory and rules alone; as in profile.",
 )
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")

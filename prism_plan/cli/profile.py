@@ -89,9 +89,10 @@ _SAY_FORMAT = "for a recording say what it is with ``form``"
 )
 @click.option(
     "--model",
-    metavar="PRESET|config.json",
-    help="Model that was recorded: a preset (mixtral-8x7b, deepseek-v2-lite), or a Hugging Face "
-    "config.json. Default for esft: deepseek-v2-lite; for hf: the checkpoint's own.",
+    metavar="MODEL",
+    help="Model that was recorded: a preset (mixtral-8x7b, deepseek-v3, qwen3-30b-a3b, ...), a "
+    "checkpoint folder or hub id, a .gguf file, a config.json or a spec file. Default for esft: "
+    "deepseek-v2-lite; for hf: the checkpoint's own.",
 )
 @click.option(
     "--weights/--no-weights",

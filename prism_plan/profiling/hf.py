@@ -368,50 +368,13 @@ def checkpoint_spec(checkpoint: str, options: HfOptions) -> ModelSpec:
     Raises
     ------
     InputError
-        Missing, gated, damaged, without MoE layers, of an unknown family, or quantised in a form
-        whose sizes are not known.
+        Missing, gated, damaged, or without MoE layers.
     """
     require_transformers()
-    from transformers import AutoConfig
-
-    from prism_plan.checkpoint_folder import checkpoint_name
-    from prism_plan.model_config import BY_HAND, require_unquantised, spec_from_config
+    from prism_plan.sizes import load_model_spec
 
     _folder_has_config(checkpoint)
-    with _quiet(), _loading(checkpoint, "configuration"):
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=options.trust_remote_code)
-        try:
-            require_unquantised(_local_folder(checkpoint))
-            name = checkpoint_name(checkpoint)
-            return spec_from_config(config.to_dict(), source=checkpoint, name=name)
-        except InputError as error:
-            if error.remedy != BY_HAND:
-                raise
-            raise InputError(
-                error.found,
-                source=error.source,
-                place=error.place,
-                expected=error.expected,
-                remedy="give its sizes as a model spec in ``model``",
-            ) from error
-
-
-def _local_folder(checkpoint: str) -> Path:
-    """Where the files lie that tell of a checkpoint's quantisation: its folder, or its snapshot.
-
-    Of a hub id they are fetched into the hub's cache first, where the repository has any.
-    """
-    if os.path.isdir(checkpoint):
-        return Path(checkpoint)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    from prism_plan.checkpoint_folder import QUANTISATION_FILES
-
-    for name in QUANTISATION_FILES:
-        with contextlib.suppress(EntryNotFoundError):  # not in the repository; offline: the cache
-            hf_hub_download(checkpoint, name)
-    return Path(hf_hub_download(checkpoint, "config.json")).parent
+    return load_model_spec(checkpoint)
 
 
 def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Layers that a recording has and the model spec has not.
 
 Multi-token-prediction layers are numbered from the number of decoder layers on. Model sizes leave
-them out (see ``model_config.py``), and so do traces.
+them out (:mod:`prism_plan.sizes.stored`), and so do traces.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ MAX_MTP_LAYERS = 8
 
 
 def decoder_end(model: ModelSpec) -> int:
-    """The first decoder index after the model's MoE layers, as far as its spec tells."""
-    return model.moe_layers[-1] + 1
+    """The first decoder index after the model's layers, as far as its spec tells."""
+    return model.num_decoder_layers
 
 
 def mtp_layers(used: Iterable[int], model: ModelSpec) -> tuple[list[int], int | None]:

@@ -12,14 +12,11 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prism_plan.checkpoint_folder import checkpoint_name
 from prism_plan.errors import InputError
 from prism_plan.io.trace_writer import TraceWriter
 from prism_plan.model import ModelSpec, load_model
-from prism_plan.model_config import require_unquantised, spec_from_config
 from prism_plan.profiling.decoder_cache import (
     cache_argument,
     cache_of,
@@ -38,6 +35,7 @@ from prism_plan.profiling.expert_modules import (
 from prism_plan.profiling.forward_passes import ForwardPass, RowMaker
 from prism_plan.profiling.transformers_release import require_transformers
 from prism_plan.provenance import stamped
+from prism_plan.sizes.loaded import spec_of
 from prism_plan.trace import TokenBatch
 
 if TYPE_CHECKING:
@@ -396,27 +394,6 @@ def _end_tokens(model: PreTrainedModel) -> list[int]:
     # what generate feeds a sequence that ended for another reason, such as a stop string
     padding = getattr(config, "pad_token_id", None)
     return found if padding is None else [*found, int(padding)]
-
-
-def spec_of(model: PreTrainedModel, name: str = "") -> ModelSpec:
-    """The model spec of a loaded model, from its configuration.
-
-    Raises
-    ------
-    InputError
-        The model has no MoE layers, is of an unknown family, or was loaded from a folder whose
-        weights are quantised in a form that is not known.
-    """
-    config = model.config
-    loaded_from = str(getattr(config, "_name_or_path", "") or "")
-    origin = checkpoint_name(loaded_from) if loaded_from else ""
-    if loaded_from and os.path.isdir(loaded_from):
-        require_unquantised(Path(loaded_from))
-    return spec_from_config(
-        config.to_dict(),
-        source=origin or config.model_type,
-        name=name or origin or config.model_type,
-    )
 
 
 @contextlib.contextmanager

@@ -227,7 +227,9 @@ def _profile() -> Iterator[Case]:
     for folder in sorted((INPUTS / "configs").iterdir()):
         place = f"in/golden/configs/{folder.name}"
         counts = ("profile", f"{place}/counts.csv", "--format", "counts", "--model")
-        yield _case(f"profile/config/{folder.name}", *counts, f"{place}/config.json", *out)
+        # sizes of a bare config.json come from transformers
+        words = (*counts, f"{place}/config.json", *out)
+        yield _case(f"profile/config/{folder.name}", *words, needs_hf=True)
     tiny = "in/repo/traces/tiny-mixtral/config.json"
     counts = ("profile", "in/golden/configs/mixtral-8x7b/counts.csv", "--format", "counts")
     for preset in ("mixtral-8x7b", "deepseek-v2-lite", "mixtral"):

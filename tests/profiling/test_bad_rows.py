@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import prism_plan as pp
 from prism_plan.errors import InputError
-from prism_plan.io.trace_reader import read_trace
 from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.sglang import read_sglang
 from prism_plan.profiling.sources import Source

@@ -275,7 +275,7 @@ def spoilt(folder: Path, what: str) -> Path:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("cut", "cannot load the model"),
+        ("cut", "no header in its 5,000 bytes"),
         ("no weights", "cannot load the model"),
         ("no config", "has no config.json"),
         ("no tokenizer", "tokenizer"),

@@ -160,8 +160,7 @@ def ninth(tensors: dict[str, Any]) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a missing tensor": (
         lambda f: edit_tensors(f, lambda t: t.pop(EXPERT)),
-        rf"model\.safetensors: tensor {EXPERT} is missing; expected shape \[64, 144\], "
-        "down of layer 2 expert 3",
+        rf"model\.safetensors: tensor {EXPERT} is missing; expected the same tensors of all",
     ),
     "another shape": (
         lambda f: edit_tensors(f, flat),
@@ -169,10 +168,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "whole numbers": (
         lambda f: edit_tensors(f, whole),
-        rf"{EXPERT}: shape \[64, 144\] of int32",
+        "experts of layer 2 differ in size: 0 has 55,296 bytes, 3 has 73,728",
     ),
-    "a strange part": (lambda f: edit_tensors(f, strange), "no tensor of an expert"),
-    "an expert too many": (lambda f: edit_tensors(f, ninth), r"expected parts of experts 0\.\.7"),
+    "a strange part": (lambda f: edit_tensors(f, strange), r"tensor .*\.w4\.weight is missing"),
+    "an expert too many": (lambda f: edit_tensors(f, ninth), "8 and 9 experts in a layer"),
     "cut within a tensor": (
         lambda f: cut(f, 1_500_000),
         r"model\.safetensors: holds 1,500,000 bytes; expected 1,954,128, as its header says",

@@ -58,6 +58,24 @@ def indexed_files(folder: Path) -> dict[str, str]:
     return files
 
 
+def shards_without_index(folder: Path) -> list[str]:
+    """Name the safetensors files of a folder without an index, where it is sure that they are all.
+
+    These are numbered shards of which none is missing, or the only file, whatever its name.
+    """
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    except OSError:
+        return []
+    shards = [match for match in map(_SHARD.fullmatch, names) if match]
+    if not shards:
+        return names if len(names) == 1 else []
+    count = int(shards[0]["count"])
+    complete = [int(match["number"]) for match in shards] == list(range(1, len(shards) + 1))
+    same = {int(match["count"]) for match in shards} == {len(shards)}
+    return [match[0] for match in shards] if complete and same and count == len(shards) else []
+
+
 def _no_index(folder: Path) -> InputError:
     """Tell what a folder holds that has neither of the two files."""
     try:

@@ -1,0 +1,370 @@
+"""What a model's configuration tells and the sizes of its tensors do not.
+
+Read from the JSON of a ``config.json`` as it stands there, so that neither transformers nor PyTorch
+is needed. Families spell the same thing in different ways; the spellings stand below as data, after
+the ``attribute_map`` of the configurations of transformers 5.24 and the checkpoints on the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from prism_plan.checkpoint_folder import QUANTISATION_KEYS, quantisation_key
+from prism_plan.errors import InputError
+from prism_plan.limits import MAX_EXPERTS, MAX_LAYERS
+
+#: Keys under which multimodal configs hold their language model.
+NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
+
+LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
+EXPERTS = (
+    *("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
+    *("num_moe_experts", "ffn_config.moe_num_experts"),
+)
+TOP_K = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
+    *("top_k_experts", "experts_per_token", "ffn_config.moe_top_k", "n_activated_experts"),
+)
+HEADS = ("num_attention_heads", "n_heads", "n_head")
+KV_HEADS = ("num_key_value_heads", "num_attention_groups", "attn_config.kv_n_heads")
+HEAD_DIM = ("head_dim", "kv_channels")
+
+#: Bytes of one number, by the name in ``dtype`` (older configs: ``torch_dtype``).
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+#: No model has more of anything; a larger value is a slip.
+MAX_SIZE = 2**31 - 1
+#: Layers of these types attend to a window.
+_SLIDING = ("sliding_attention", "hybrid_sliding", "chunked_attention")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What sizes do not tell.
+
+    ``num_experts`` are the values that the configuration gives (some give several, of which the
+    tensors tell the right one). ``kv_numbers`` and ``attention_flops_by_layer`` are one number a
+    decoder layer, as if every layer had attention: which do, the tensors tell.
+    """
+
+    num_decoder_layers: int
+    num_experts: tuple[int, ...]
+    top_k: int
+    hidden_size: int
+    dtype_bytes: int
+    kv_numbers: tuple[int, ...]
+    attention_flops_by_layer: tuple[int, ...] | None
+    tied: bool = False
+    part_of_a_whole: bool = False
+    source: object = ""
+    top_k_place: str = field(default="", repr=False)
+
+    def top_k_of(self, num_experts: int) -> int:
+        """Give top-k, which must not be more than there are experts."""
+        if self.top_k > num_experts:
+            raise InputError(
+                f"{self.top_k}",
+                source=self.source,
+                place=self.top_k_place,
+                expected=f"at most the {num_experts} experts of a layer",
+            )
+        return self.top_k
+
+    def kv_bytes(self, caching: Mapping[int, int]) -> int:
+        """Bytes that a token adds to the cache; ``caching`` tells the caches of each layer."""
+        return self.dtype_bytes * sum(n * self.kv_numbers[layer] for layer, n in caching.items())
+
+    def attention_flops(self, caching: Mapping[int, int]) -> int | None:
+        """Operations of a token pair in the mean decoder layer; none where heads are not known."""
+        if self.attention_flops_by_layer is None:
+            return None
+        total = sum(n * self.attention_flops_by_layer[layer] for layer, n in caching.items())
+        return round(total / self.num_decoder_layers)
+
+
+def show(value: object) -> str:
+    """Write a value of a configuration for a message."""
+    if value is None:
+        return "null"
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)  # NaN or Infinity, as Python writes them into the file
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # Python does not print integers of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+class Config:
+    """A configuration's values, read key by key; every error names file, key and value."""
+
+    def __init__(self, values: Mapping[str, Any], source: object, place: str = "") -> None:
+        self.values = values
+        self.source = source
+        self._place = place
+
+    def place(self, key: str) -> str:
+        return f"{self._place}.{key}" if self._place else key
+
+    def refuse(self, key: str, value: object, expected: str, remedy: str = "") -> NoReturn:
+        raise InputError(
+            show(value), source=self.source, place=self.place(key), expected=expected, remedy=remedy
+        )
+
+    def find(self, spellings: Iterable[str]) -> list[str]:
+        """Which of the spellings are given, with a value other than null."""
+        return [key for key in spellings if self.get(key) is not None]
+
+    def get(self, key: str) -> Any:
+        """Read a value; a dot leads into an object."""
+        outer, _, inner = key.partition(".")
+        value = self.values.get(outer)
+        if not inner:
+            return value
+        return value.get(inner) if isinstance(value, Mapping) else None
+
+    def whole(self, *spellings: str, least: int = 1, most: int = MAX_SIZE) -> int:
+        """Read a whole number that must be there; the first spelling given counts."""
+        found = self.find(spellings)
+        if not found:
+            raise InputError(
+                f"key {spellings[0]!r} is missing",
+                source=self.source,
+                place=self._place,
+                expected="a config.json with every key that the sizes depend on",
+            )
+        return self.number(found[0], self.get(found[0]), least, most)
+
+    def number(self, key: str, value: object, least: int = 1, most: int = MAX_SIZE) -> int:
+        """Check that a value is a whole number within bounds."""
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            self.refuse(key, value, f"a whole number from {least} to {most}")
+        return value
+
+    def whole_or(self, default: int, *spellings: str, least: int = 1) -> int:
+        """Read a whole number that may be absent."""
+        return self.whole(*spellings, least=least) if self.find(spellings) else default
+
+    def flag(self, key: str) -> bool | None:
+        """Read true or false; absent and null are none."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            self.refuse(key, value, "true or false")
+        return value
+
+
+def levels(values: Any, source: object) -> list[Config]:
+    """Find the configuration of the language model: from the whole inwards to it.
+
+    Raises
+    ------
+    InputError
+        It is no JSON object, or holds two language models.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(show(values), source=source, expected="a JSON object, a config.json")
+    found = [Config(values, source)]
+    while True:
+        config = found[-1]
+        keys = [key for key in NESTED if config.values.get(key) is not None]
+        if not keys:
+            return found
+        if len(keys) > 1:
+            config.refuse(
+                keys[1],
+                config.values[keys[1]],
+                f"one language model, and there is {keys[0]} too",
+            )
+        inner = config.values[keys[0]]
+        if not isinstance(inner, Mapping):
+            config.refuse(keys[0], inner, "an object")
+        found.append(Config(inner, source, config.place(keys[0])))
+
+
+def quantised(chain: Iterable[Config]) -> tuple[Config, str] | None:
+    """Find a key that says that the weights are quantised, in the whole or its language model."""
+    for config in chain:
+        key = quantisation_key(config.values, tuple(QUANTISATION_KEYS))
+        if key:
+            return config, key
+    return None
+
+
+def read_facts(values: Any, *, source: object = "") -> Facts:
+    """Read the facts of a ``config.json``.
+
+    Raises
+    ------
+    InputError
+        A key that is needed is missing, or its value makes no sense: names key and value.
+    """
+    chain = levels(values, source)
+    config = chain[-1]
+    require_experts(chain[0])
+    if config.flag("is_encoder_decoder"):
+        config.refuse("is_encoder_decoder", True, "a model that decodes only")
+    layers = num_layers(config)
+    top_k_key, top_k = _top_k(config)
+    kv_numbers, flops = _attention(config, layers)
+    return Facts(
+        num_decoder_layers=layers,
+        num_experts=_num_experts(config),
+        top_k=top_k,
+        hidden_size=config.whole(*HIDDEN),
+        dtype_bytes=DTYPE_BYTES[dtype_name(chain)],
+        kv_numbers=kv_numbers,
+        attention_flops_by_layer=flops,
+        tied=bool(tied_embeddings(chain)),
+        part_of_a_whole=len(chain) > 1,
+        source=source,
+        top_k_place=config.place(top_k_key),
+    )
+
+
+def require_experts(config: Config) -> None:
+    """Refuse a model of which no key, at any depth (DBRX: ``ffn_config``), speaks of experts.
+
+    Raises
+    ------
+    InputError
+        It has no MoE layers.
+    """
+    family = config.values.get("model_type")
+    pending: list[Mapping[str, Any]] = [config.values]
+    while pending:
+        for key, value in pending.pop().items():
+            if value and ("expert" in str(key).lower() or "moe" in str(key).lower()):
+                return
+            if isinstance(value, Mapping):
+                pending.append(value)
+    if "moe" not in str(family).lower():
+        raise InputError(
+            f"{family!r} has no MoE layers" if family else "the model has no MoE layers",
+            source=config.source,
+            place="model_type" if family else "",
+            remedy="give the config.json of a Mixture-of-Experts model",
+        )
+
+
+def num_layers(config: Config) -> int:
+    """Count the decoder layers; Nemotron-H gives a list of their types alone."""
+    types = [
+        value
+        for key in ("layers_block_type", "hybrid_override_pattern")
+        if (value := config.get(key))
+    ]
+    if not config.find(LAYERS) and types and isinstance(types[0], list | str):
+        return config.number(LAYERS[0], len(types[0]), most=MAX_LAYERS)
+    return config.whole(*LAYERS, most=MAX_LAYERS)
+
+
+def _num_experts(config: Config) -> tuple[int, ...]:
+    counts = dict.fromkeys(
+        config.number(key, config.get(key), 0, MAX_EXPERTS) for key in config.find(EXPERTS)
+    )
+    return tuple(count for count in counts if count)
+
+
+def _top_k(config: Config) -> tuple[str, int]:
+    """Find top-k; a list of one a layer (Hunyuan) must hold one number throughout."""
+    key = (config.find(TOP_K) or [TOP_K[0]])[0]
+    value = config.get(key)
+    if isinstance(value, list) and value and all(one == value[0] for one in value):
+        value = value[0]
+    return key, config.whole(*TOP_K) if value is None else config.number(key, value)
+
+
+def dtype_name(chain: list[Config]) -> str:
+    """Tell the model's dtype; without one bfloat16, as engines then load it or float16."""
+    for config in reversed(chain):
+        for key in ("dtype", "torch_dtype"):
+            dtype = config.values.get(key)
+            if dtype is None:
+                continue
+            name = dtype.removeprefix("torch.") if isinstance(dtype, str) else ""
+            if name not in DTYPE_BYTES:
+                config.refuse(key, dtype, f"one of {', '.join(DTYPE_BYTES)}")
+            return name
+    return "bfloat16"
+
+
+def tied_embeddings(chain: list[Config]) -> bool | None:
+    """Whether the output head is tied to the embeddings; none where the family decides.
+
+    What the whole says counts before what its language model says, as in transformers 5.
+    """
+    flags = [config.flag("tie_word_embeddings") for config in chain]
+    return next((flag for flag in flags if flag is not None), None)
+
+
+# ------------------------------------------------------------------------------------ attention
+
+
+def _attention(config: Config, layers: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Count, for each layer, the numbers a token adds to its cache and the FLOPs of a token pair.
+
+    Multi-head latent attention caches the latent and the rotary key, which is what the serving
+    engines store; an indexer (sparse attention) caches one key more. A sliding window does not
+    lower the numbers: a token adds them while it is inside of every window.
+    """
+    heads = config.whole_or(0, *HEADS)
+    index = config.whole_or(0, "index_head_dim", "indexer_head_dim", least=0)
+    rank = config.values.get("kv_lora_rank")
+    if rank and config.flag("use_mla") is not False:
+        rope = config.whole("qk_rope_head_dim", least=0)
+        numbers = config.whole("kv_lora_rank") + rope + index
+        flops = None
+        if heads and config.find(["qk_nope_head_dim"]) and config.find(["v_head_dim"]):
+            width = config.whole("qk_nope_head_dim") + rope + config.whole("v_head_dim")
+            flops = (2 * heads * width,) * layers
+        return (numbers,) * layers, flops
+    # What single layers have of their own (Gemma 4, as transformers saves it).
+    own = config.values.get("per_layer_config")
+    own = own if isinstance(own, Mapping) else {}
+    shapes = []
+    for layer, kind in enumerate(_kinds(config, layers)):
+        values = own.get(str(layer), own.get(layer))
+        one = config
+        if isinstance(values, Mapping):
+            one = Config({**config.values, **values}, config.source, config.place("")[:-1])
+        shapes.append(_heads_of(one, kind))
+    numbers_by_layer = tuple(kv * (key + value) + index for _, kv, key, value in shapes)
+    return numbers_by_layer, tuple(2 * q * (key + value) for q, _, key, value in shapes)
+
+
+def _kinds(config: Config, layers: int) -> list[str]:
+    """Tell the type of attention of each layer, where the configuration says it; else empty."""
+    kinds = config.values.get("layer_types")
+    pattern = config.values.get("hybrid_layer_pattern")  # MiMo: 1 where a window slides
+    if isinstance(pattern, list) and not kinds:
+        kinds = ["sliding_attention" if one == 1 else "full_attention" for one in pattern]
+    if not isinstance(kinds, list) or len(kinds) < layers:
+        return [""] * layers
+    return [str(kind) for kind in kinds[:layers]]
+
+
+def _heads_of(config: Config, kind: str) -> tuple[int, int, int, int]:
+    """Tell the heads, key-value heads, and widths of a key and a value, of one type of layer."""
+    before = "swa_" if kind in _SLIDING else "global_" if kind == "full_attention" else ""
+    heads = config.whole(f"{before}num_attention_heads", *HEADS)
+    own = {"swa_": "swa_num_key_value_heads", "global_": "num_global_key_value_heads"}
+    spellings = (*([own[before]] if before else []), *KV_HEADS)
+    if any(key in config.values for key in KV_HEADS):
+        kv_heads = config.whole_or(heads, *spellings)  # null: as many as heads
+    else:
+        kv_heads = config.whole(*spellings)
+    if heads % kv_heads:
+        config.refuse(KV_HEADS[0], kv_heads, f"a divisor of the {heads} heads")
+    keys = [f"{before}{name}" for name in HEAD_DIM] if before else []
+    if config.find([*keys, *HEAD_DIM]):
+        key = config.whole(*keys, *HEAD_DIM)
+    else:
+        hidden = config.whole(*HIDDEN)
+        if hidden % heads:
+            config.refuse(HEADS[0], heads, f"a divisor of hidden_size = {hidden}, or head_dim")
+        key = hidden // heads
+    value = config.whole_or(key, *([f"{before}v_head_dim"] if before else []), "v_head_dim")
+    return heads, kv_heads, key, value
