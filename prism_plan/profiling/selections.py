@@ -5,10 +5,11 @@ Hooks on routers write such files, for example patches of vLLM with ``VLLM_LOG_M
     {"type": "meta", "model_id": "Qwen/Qwen1.5-MoE-A2.7B-Chat", "top_k": 4}
     {"type": "route", "req_id": "r1", "token_idx": 0, "layer": 0, "topk_ids": [7, 2, 40, 11]}
 
-Each line has four things, under one of several names (:data:`NAMES`): the request, a text or a
-whole number; the token, its position in the request; the decoder layer; and K logical expert ids.
-``phase`` ("prefill", "decode" or "unknown") and ``task`` may be there, all other keys (gate
-weights, dates) are passed over, and lines of ``"type": "meta"`` but for their ``top_k``.
+Each line has four things, under one of several names (``NAMES`` of
+:mod:`prism_plan.profiling.selection_lines`): the request, a text or a whole number; the token, its
+position in the request; the decoder layer; and K logical expert ids. ``phase`` ("prefill",
+"decode" or "unknown") and ``task`` may be there, all other keys (gate weights, dates) are passed
+over, and lines of ``"type": "meta"`` but for their ``top_k``.
 
 Every token has one line for each MoE layer, and a request's positions have no gap. Lines may
 come in any order in which tokens are complete before long, such as token by token, or layer by
@@ -20,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,33 +29,17 @@ from prism_plan.errors import InputError
 from prism_plan.limits import MAX_NAMES, MIB, require_at_most, require_name
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.bad_rows import BadRows
-from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice
+from prism_plan.profiling.layers import mtp_layers, mtp_notice
 from prism_plan.profiling.lines import json_lines
 from prism_plan.profiling.rows import RepeatedRows
+from prism_plan.profiling.selection_lines import Line, LineParser, example
 from prism_plan.profiling.sources import Source
-from prism_plan.profiling.tensors import (
-    CHECK_MODEL,
-    CUT_SHORT,
-    Notify,
-    files_of_tasks,
-    json_object,
-    task_of_line,
-)
-from prism_plan.trace import PHASES, UNKNOWN_PHASE, TokenBatch, Trace, trace_from_batches
+from prism_plan.profiling.tensors import CUT_SHORT, Notify, files_of_tasks
+from prism_plan.trace import PHASES, TokenBatch, Trace, trace_from_batches
 
-#: Names of the four things that a line has.
-NAMES = {
-    "request": ("request", "request_id", "req_id", "rid", "seq_id", "sequence_id"),
-    "token": ("position", "pos", "token", "token_idx", "token_index", "token_pos"),
-    "layer": ("layer", "layer_id", "layer_idx", "layer_index"),
-    "experts": ("experts", "expert_ids", "topk_ids", "topk_experts", "selected_experts"),
-}
-_NAME_SETS = {what: set(names) for what, names in NAMES.items()}
 #: Bytes of tokens that are not complete yet, 2 for each selection and some 500 beside them: a pass
 #: of 200,000 tokens layer by layer through a model of 48 layers, top-8.
 MAX_OPEN_BYTES, TOKEN_BYTES = 256 * MIB, 500
-#: Positions of a token, which are int32 in traces.
-MAX_POSITION = 2**31 - 1
 #: Tokens that are put together into arrays at a time.
 _CHUNK = 4096
 
@@ -89,7 +73,7 @@ def read_selections(
     bad.require_good()
     if not reader.batches:
         raise InputError(
-            "no selections in it", source=sources[0].path, expected=f"lines {_example(model)}"
+            "no selections in it", source=sources[0].path, expected=f"lines {example(model)}"
         )
     bad.tell(notify)
     repeated = reader.repeated
@@ -108,17 +92,6 @@ def read_selections(
         },
         name="selections",
     )
-
-
-class _Line(NamedTuple):
-    """A line that is one of the model, as far as it can be told alone."""
-
-    task: str
-    request: str | int
-    position: int
-    layer: int
-    experts: list[int]
-    phase: int
 
 
 @dataclass
@@ -182,6 +155,7 @@ class _Reader:
     gaps: int = 0
 
     def __post_init__(self) -> None:
+        self.lines = LineParser(self.model)
         self.repeated = RepeatedRows(self.model)
         self._position_of = {layer: at for at, layer in enumerate(self.model.moe_layers)}
         self._all_layers = (1 << self.model.num_layers) - 1
@@ -191,7 +165,7 @@ class _Reader:
         path = source.path
         if path.is_dir():
             raise InputError(
-                "is a folder", source=path, expected=f"a file of lines {_example(self.model)}"
+                "is a folder", source=path, expected=f"a file of lines {example(self.model)}"
             )
         requests: dict[tuple[str, str | int], int] = {}
         waiting: dict[tuple[int, int], _Token] = {}
@@ -202,7 +176,7 @@ class _Reader:
         for place, value in json_lines(path, self.bad):
             number = int(place.removeprefix("line "))
             try:
-                line = self._line(value, source, place)
+                line = self.lines.parse(value, source, place)
                 if line is None:
                     continue
                 if line.layer not in self._position_of:
@@ -229,105 +203,12 @@ class _Reader:
         if complete.rows or complete.parts:
             self._add(complete, names, path)
 
-    # ------------------------------------------------------------------------------- lines
-
-    def _line(self, value: Any, source: Source, place: str) -> _Line | None:
-        """What a line says, or nothing where it is one of a header."""
-        path = source.path
-        values = json_object(value, path, place)
-        if values.get("type") == "meta":
-            self._check_header(values, path, place)
-            return None
-        found = [self._value(values, what, path, place) for what in NAMES]
-        request, position, layer, experts = found
-        if isinstance(request, bool) or not isinstance(request, str | int):
-            raise _wrong(request, "request", "a text or a whole number", path, place)
-        for number, what, most in (
-            (position, "token", MAX_POSITION),
-            (layer, "layer", MAX_POSITION),
-        ):
-            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= most:
-                raise _wrong(number, what, f"a whole number of 0 to {most:,}", path, place)
-        if layer not in self._position_of and layer < decoder_end(self.model):
-            raise self._foreign_layer(layer, path, place)
-        phase = values.get("phase", PHASES[UNKNOWN_PHASE])
-        if phase not in PHASES:
-            raise _wrong(phase, "phase", ", ".join(PHASES), path, place)
-        return _Line(
-            task_of_line(values, source.task, path, place),
-            request,
-            position,
-            layer,
-            self._ids(experts, layer, path, place),
-            PHASES.index(phase),
-        )
-
-    def _value(self, values: Mapping[str, Any], what: str, path: Path, place: str) -> Any:
-        """The value under the one name of a thing."""
-        names = _NAME_SETS[what] & values.keys()
-        if len(names) != 1:
-            shown = ", ".join(map(repr, sorted(names)))
-            shown = shown or f"keys {', '.join(values)!s:.80}"
-            raise InputError(
-                shown,
-                source=path,
-                place=place,
-                expected=f"the {what} under one of {', '.join(NAMES[what])}",
-            )
-        return values[names.pop()]
-
-    def _ids(self, experts: Any, layer: int, path: Path, place: str) -> list[int]:
-        model = self.model
-        whole = isinstance(experts, list) and all(type(one) is int for one in experts)
-        if not whole or len(experts) != model.top_k:
-            raise _wrong(
-                experts, "experts", f"{model.top_k} ids, top-k of {model.name}", path, place
-            )
-        ids: list[int] = experts
-        if not all(0 <= one < model.num_experts for one in ids):
-            bad = next(one for one in ids if not 0 <= one < model.num_experts)
-            raise InputError(
-                f"expert {bad}",
-                source=path,
-                place=f"{place} layer {layer}",
-                expected=f"ids 0..{model.num_experts - 1} of {model.name}",
-                remedy=CHECK_MODEL,
-            )
-        if len(set(ids)) != len(ids):
-            raise InputError(
-                f"experts {ids} name one expert twice",
-                source=path,
-                place=f"{place} layer {layer}",
-                expected=f"{model.top_k} different experts",
-            )
-        return ids
-
-    def _check_header(self, values: Mapping[str, Any], path: Path, place: str) -> None:
-        top_k = values.get("top_k")
-        if isinstance(top_k, int) and top_k != self.model.top_k:
-            raise InputError(
-                f"top_k {top_k}",
-                source=path,
-                place=place,
-                expected=f"{self.model.top_k} of {self.model.name}",
-                remedy=CHECK_MODEL,
-            )
-
-    def _foreign_layer(self, layer: int, path: Path, place: str) -> InputError:
-        return InputError(
-            f"layer {layer}",
-            source=path,
-            place=place,
-            expected=f"a MoE layer of {self.model.name}, {self.model.layers_text()}",
-            remedy=CHECK_MODEL,
-        )
-
     # ------------------------------------------------------------------------------ tokens
 
-    def _new_token(self, line: _Line) -> _Token:
+    def _new_token(self, line: Line) -> _Token:
         return _Token(np.zeros((self.model.num_layers, self.model.top_k), np.uint16), line.phase)
 
-    def _put(self, token: _Token, line: _Line, path: Path, place: str) -> None:
+    def _put(self, token: _Token, line: Line, path: Path, place: str) -> None:
         """Put a line's layer to its token."""
         at = self._position_of[line.layer]
         if token.layers >> at & 1:
@@ -345,7 +226,7 @@ class _Reader:
     def _check_beyond(self, beyond: Mapping[int, int], path: Path) -> None:
         extra, stray = mtp_layers(beyond, self.model)
         if stray is not None:
-            raise self._foreign_layer(stray, path, f"line {beyond[stray]}")
+            raise self.lines.foreign_layer(stray, path, f"line {beyond[stray]}")
         self.left_out_layers.update(extra)
 
     def _refuse_incomplete(
@@ -435,10 +316,6 @@ class _Reader:
             yield f"{self.gaps:,} tokens are missing between others of their requests"
 
 
-def _wrong(value: Any, what: str, expected: str, path: Path, place: str) -> InputError:
-    return InputError(f"{value!r:.60}", source=path, place=f"{place} {what}", expected=expected)
-
-
 def _twice(request: str | int, position: int, path: Path, place: str) -> InputError:
     return InputError(
         f"request {request!r} token {position} for the second time",
@@ -457,8 +334,3 @@ def _too_many_open(most: int, path: Path, place: str) -> InputError:
         expected="the lines of a token close to each other",
         remedy="sort the file by request and token",
     )
-
-
-def _example(model: ModelSpec) -> str:
-    ids = list(range(min(model.top_k, 3)))
-    return f'{{"request": 0, "token": 0, "layer": {model.moe_layers[0]}, "experts": {ids}}}'

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.profiling import selections
-from prism_plan.profiling.selections import NAMES, read_selections
+from prism_plan.profiling.selection_lines import NAMES
+from prism_plan.profiling.selections import read_selections
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.vllm import read_vllm
 from tests.profiling.recordings import (
