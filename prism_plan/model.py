@@ -249,7 +249,7 @@ def _wrong(field: str, value: object, expected: str) -> None:
 
 def _whole(field: str, value: object, least: int, below: int = 2**53) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < below:
-        _wrong(field, value, f"a whole number of at least {least} and below {below}")
+        _wrong(field, value, f"a whole number from {least:,} to {below - 1:,}")
 
 
 def require_same_model(a: ModelShape, b: ModelShape, *, source: object, other: object) -> None:

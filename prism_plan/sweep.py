@@ -62,12 +62,12 @@ class Grid:
                 if value is None and key != "seed":
                     continue
                 if not least <= value <= most or (whole and value != int(value)):
-                    kind = "a whole number" if whole else "a number"
+                    kind, form = ("a whole number", ",") if whole else ("a number", "g")
                     raise InputError(
                         f"{value!r}",
                         parameter="grid",
                         place=key,
-                        expected=f"{kind} from {least:g} to {most:g}",
+                        expected=f"{kind} from {least:{form}} to {most:{form}}",
                     )
         for name in self.solver:
             if name != OFFLOAD:

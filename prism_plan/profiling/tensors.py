@@ -181,7 +181,7 @@ def whole_number(values: Mapping[str, Any], key: str, source: object, place: str
     Raises
     ------
     InputError
-        It is no whole number of at least 0.
+        It is no whole number that fits into an int32.
     """
     value = values.get(key)
     if value is None:
@@ -191,7 +191,7 @@ def whole_number(values: Mapping[str, Any], key: str, source: object, place: str
             shown(value),
             source=source,
             place=f"{place} {key!r}",
-            expected="a whole number of at least 0",
+            expected=f"a whole number from 0 to {2**31 - 1:,}",
         )
     return value
 

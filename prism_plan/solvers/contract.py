@@ -68,7 +68,7 @@ class Options:
             raise InputError(
                 f"{self.load_price}",
                 parameter="load_price",
-                expected=f"a number of at least 0 and at most {MOST_CALLS:g}",
+                expected=f"a number from 0 to {MOST_CALLS:g}",
             )
         if self.load_price > 0 and self.near is None:
             raise InputError(
