@@ -13,8 +13,8 @@ from unittest import mock
 
 import pytest
 
+from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.placement_file import write_placement
 from prism_plan.profiling.synthetic import synthetic_trace
 from tests.simulation_material import CLUSTER, SPEC, invoke, planned, small_cluster, small_trace
 

@@ -55,7 +55,7 @@ def command(
     from prism_plan.cli.console import deliver, load_trace, print_json, progress
     from prism_plan.cli.inputs import blaming, load_cluster, note_seen_requests, writable
     from prism_plan.comparison import compare
-    from prism_plan.placement_file import read_placement
+    from prism_plan.io.placement import read_placement
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.registry import SOLVER_NAMES, get_solver
 

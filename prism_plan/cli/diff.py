@@ -16,8 +16,8 @@ def command(a: str, b: str, table_format: str, as_json: bool) -> None:
     """Show what moves from placement A to placement B: experts and bytes, per server and layer."""
     from prism_plan.cli.console import print_json
     from prism_plan.cli.tables import counts, print_table, sizes, words
+    from prism_plan.io.placement import read_placement
     from prism_plan.moves import diff
-    from prism_plan.placement_file import read_placement
 
     result = diff(read_placement(a), read_placement(b), (a, b))
     if as_json:

@@ -51,7 +51,7 @@ def entropy(trace: str, output: str, options: FigureOptions) -> None:
 def placement_map(placement: str, output: str, options: FigureOptions) -> None:
     """Which server and GPU holds which expert."""
     from prism_plan import plotting
-    from prism_plan.placement_file import read_placement
+    from prism_plan.io.placement import read_placement
 
     plotting.save(plotting.placement_map(read_placement(placement), options=options), output)
 
@@ -62,7 +62,7 @@ def placement_map(placement: str, output: str, options: FigureOptions) -> None:
 def comparison(comparison: str, output: str, options: FigureOptions) -> None:
     """Bars of a comparison written by ``prism-plan compare -o R.json``."""
     from prism_plan import plotting
-    from prism_plan.comparison_file import read_comparison
+    from prism_plan.io.comparison import read_comparison
 
     values = read_comparison(comparison)
     title = f"{values['trace']} on {values['cluster']}"
@@ -74,7 +74,7 @@ def _draw_simulation(
 ) -> None:
     from prism_plan import plotting
     from prism_plan.errors import InputError
-    from prism_plan.simulation_file import read_simulation
+    from prism_plan.io.simulation import read_simulation
 
     report = read_simulation(path)
     try:
@@ -144,7 +144,7 @@ def sweep(
 
     from prism_plan import plotting
     from prism_plan.errors import InputError
-    from prism_plan.sweep_file import read_sweep
+    from prism_plan.io.sweep import read_sweep
 
     rows = read_sweep(table)
     name = Path(table).name

@@ -128,7 +128,7 @@ def simulation_options(given: dict[str, Any]) -> SimulationOptions:
     import math
 
     from prism_plan.errors import InputError
-    from prism_plan.simulate.calibration_file import read_calibration
+    from prism_plan.io.calibration import read_calibration
     from prism_plan.simulation import SimulationOptions
 
     half_life_s = given["half_life"]
@@ -180,9 +180,10 @@ def _simulate(given: dict[str, Any]) -> int:
         writable,
     )
     from prism_plan.errors import InputError
-    from prism_plan.placement_file import read_placement
+    from prism_plan.io.placement import read_placement
+    from prism_plan.placement import OFFLOAD
     from prism_plan.request_table import write_request_table
-    from prism_plan.simulation import OFFLOAD, dump_report, simulate_placements
+    from prism_plan.simulation import dump_report, simulate_placements
 
     paths = given["placements"]
     files = (given["trace"], given["cluster"], given["arrivals"], given["phases"],
@@ -292,8 +293,8 @@ def _require_two_files(output: str | None, per_request: str | None) -> None:
 
 
 def _requests(trace: Trace, cluster: Cluster, given: dict[str, Any]) -> Requests:
-    from prism_plan.simulate.arrivals_file import read_arrivals
-    from prism_plan.simulate.schedule_file import read_schedule
+    from prism_plan.io.arrivals import read_arrivals
+    from prism_plan.io.phases import read_schedule
     from prism_plan.simulate.workload import sample_requests
 
     arrivals, phases = given["arrivals"], given["phases"]
@@ -315,7 +316,8 @@ def _planned(
     trace: Trace, cluster: Cluster, names: list[str], given: dict[str, Any]
 ) -> list[tuple[str, Placement]]:
     from prism_plan.instance import Instance
-    from prism_plan.simulation import OFFLOAD, offload_placement
+    from prism_plan.placement import OFFLOAD
+    from prism_plan.simulation import offload_placement
     from prism_plan.solvers import Options, solve
 
     if not names and not given["offload"]:

@@ -13,9 +13,9 @@ def run_sweep(given: dict[str, Any]) -> int:
     from prism_plan.cli.inputs import blaming, load_cluster, writable
     from prism_plan.cli.simulate import note_simulated, simulation_options, solver_names
     from prism_plan.errors import InputError
-    from prism_plan.simulation import OFFLOAD
+    from prism_plan.io.sweep import OK, dump_sweep, sweep_kind
+    from prism_plan.placement import OFFLOAD
     from prism_plan.sweep import Grid, SweepOptions, parse_grid, sweep, varied
-    from prism_plan.sweep_file import OK, dump_sweep, sweep_kind
 
     for key, option in (
         ("placements", "placement files"),

@@ -22,7 +22,7 @@ def command(**given: Any) -> None:
     import math
 
     from prism_plan.errors import InputError
-    from prism_plan.placement_file import placement_to_json, read_placement
+    from prism_plan.io.placement import placement_to_json, read_placement
     from runtime_adapter.cli.options import address
     from runtime_adapter.links import Meeting
     from runtime_adapter.move import ask

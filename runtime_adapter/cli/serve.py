@@ -97,7 +97,8 @@ def command(**given: Any) -> None:
     from prism_plan.cli.simulate import simulation_options
     from prism_plan.errors import InputError
     from prism_plan.files import write_bytes
-    from prism_plan.placement_file import read_identified_placement
+    from prism_plan.io.placement import read_identified_placement
+    from prism_plan.io.requests import read_requests
     from prism_plan.profiling.hf import fingerprint
     from prism_plan.simulate.network import Network
     from runtime_adapter.bridge import Lanes
@@ -119,7 +120,6 @@ def command(**given: Any) -> None:
         moving,
         prepare,
         prepare_stream,
-        read_requests,
         require_covered,
         serve,
     )

@@ -16,6 +16,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError, PrismError
+from prism_plan.io.prompts import read_prompts
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.profiling.hf import (
     HfOptions,
@@ -23,7 +24,6 @@ from prism_plan.profiling.hf import (
     load_tokenizer,
     profile_checkpoint,
 )
-from prism_plan.profiling.prompts import read_prompts
 from prism_plan.trace import PHASES, Trace
 from tests.limits import HANG_S
 from tests.profiling.families import SMALL

@@ -16,7 +16,8 @@ pytest.importorskip("transformers")
 
 import runtime_adapter  # noqa: E402
 from prism_plan.errors import InputError  # noqa: E402
-from prism_plan.placement_file import placement_to_json  # noqa: E402
+from prism_plan.io.placement import placement_to_json  # noqa: E402
+from prism_plan.io.requests import read_requests  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
 from runtime_adapter.bridge import Lanes  # noqa: E402
 from runtime_adapter.compute import ExpertCompute  # noqa: E402
@@ -24,7 +25,7 @@ from runtime_adapter.links import Meeting  # noqa: E402
 from runtime_adapter.model import load_experts, load_model  # noqa: E402
 from runtime_adapter.move import ask  # noqa: E402
 from runtime_adapter.planes import Planes  # noqa: E402
-from runtime_adapter.serve import even_network, read_requests  # noqa: E402
+from runtime_adapter.serve import even_network  # noqa: E402
 from runtime_adapter.server import Server, ServerConfig  # noqa: E402
 from runtime_adapter.worker import in_parallel  # noqa: E402
 from tests.runtime.checkpoints import CPU, TRACES, committed, reference  # noqa: E402
