@@ -112,7 +112,7 @@ GPU = "[[server.gpu]]\nslots = 1\n"
             f"{SERVER}wieght = 1\n{GPU}",
             "c: server[0]: unknown key 'wieght', did you mean 'weight'",
         ),
-        (f"{SERVER}weight = nan\n{GPU}", "c: server[0].weight: nan; expected a number from 0 to"),
+        (f"{SERVER}weight = nan\n{GPU}", "c: server[0].weight: nan; expected a finite number"),
         (f"{SERVER}weight = 1e-13\n{GPU}", "c: server[0].weight: 1e-13; expected 0 or a number of"),
         (f"{SERVER}pin = [[1]]\n{GPU}", "c: server[0].pin[0]: 1 entries; expected at least 2"),
         (f"{SERVER}pin = [[1, true]]\n{GPU}", "c: server[0].pin[0][1]: True; expected a whole nu"),

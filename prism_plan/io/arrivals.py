@@ -14,7 +14,7 @@ from pydantic import Field
 
 from prism_plan.errors import InputError
 from prism_plan.files import lines_of, read_text
-from prism_plan.io.declared import Bounded, Declared, NotBlank, validated_line
+from prism_plan.io.declared import Declared, NotBlank, validated_line
 from prism_plan.limits import MAX_ARRIVALS, require_at_most
 from prism_plan.simulate.fixed_times import MOST_S, Arrival, FixedArrivals
 
@@ -25,9 +25,9 @@ class ArrivalLine(Declared):
     """One request: where and when."""
 
     server: NotBlank
-    at_s: Annotated[float, Bounded(ge=0, le=MOST_S)] = Field(description="Seconds from the start.")
+    at_s: Annotated[float, Field(ge=0, le=MOST_S)] = Field(description="Seconds from the start.")
     task: NotBlank | None = None
-    request: Annotated[int, Bounded(ge=0, lt=2**31)] | None = Field(
+    request: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
         default=None, description="Id of a request of the trace."
     )
 

@@ -22,7 +22,6 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 from prism_plan.files import parse_json, read_text
 from prism_plan.io.declared import (
     ABSENT,
-    Bounded,
     Declared,
     Listed,
     Version1,
@@ -41,8 +40,8 @@ def _ascending(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 #: Milliseconds, or kilobytes.
-Amount = Annotated[float, Bounded(ge=0, le=1e12)]
-Tokens = Annotated[int, Bounded(ge=1, lt=2**31)]
+Amount = Annotated[float, Field(ge=0, le=1e12)]
+Tokens = Annotated[int, Field(ge=1, lt=2**31)]
 Point = Annotated[tuple[Tokens, Amount], Strict(False)]
 CurvePart = Annotated[Listed[Point], Field(min_length=2), AfterValidator(_ascending)]
 
@@ -75,7 +74,7 @@ class CalibrationFile(Declared):
     format: Literal["prism-plan/calibration"]
     version: Version1
     call_overhead_ms: Amount = ABSENT
-    bandwidth_mbps: Annotated[float, Bounded(gt=0, le=1e12)] = ABSENT
+    bandwidth_mbps: Annotated[float, Field(gt=0, le=1e12)] = ABSENT
     rtt_ms: Amount = ABSENT
     burst_kb: Amount = ABSENT
     short_kb: Amount = ABSENT

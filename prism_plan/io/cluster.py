@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link, PairLink, Server
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import read_text
-from prism_plan.io.declared import ABSENT, Bounded, Listed, Name, Table, refused, shown, validated
+from prism_plan.io.declared import ABSENT, Listed, Name, Table, refused, shown, validated
 from prism_plan.io.toml import parse_toml
 from prism_plan.limits import MAX_GPUS, MAX_NAMES
 
@@ -45,19 +45,22 @@ def _each_once(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return pairs
 
 
-Amount = Annotated[float, Bounded(ge=0, le=1e12), AfterValidator(_not_tiny)]
-Rate = Annotated[float, Bounded(ge=LEAST, le=1e12)]
-Size = Annotated[float, Bounded(ge=LEAST, le=1e9)]
+Amount = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_not_tiny)]
+Rate = Annotated[float, Field(ge=LEAST, le=1e12)]
+Size = Annotated[float, Field(ge=LEAST, le=1e9)]
 #: Beyond 2**53 floats and Parquet would lose digits.
-Whole = Annotated[int, Bounded(ge=0, lt=2**53)]
-AtLeastOne = Annotated[int, Bounded(ge=1, lt=2**53)]
+Whole = Annotated[int, Field(ge=0, lt=2**53)]
+AtLeastOne = Annotated[int, Field(ge=1, lt=2**53)]
 #: Shares of a server's requests by task; they sum to one, or there are none.
 TaskShares = Annotated[
-    dict[Name, Annotated[float, Bounded(ge=0, le=1), AfterValidator(_not_tiny)]],
+    dict[Name, Annotated[float, Field(ge=0, le=1), AfterValidator(_not_tiny)]],
     Field(max_length=MAX_NAMES),
     AfterValidator(_sum_to_one),
 ]
-Pair = Annotated[tuple[Annotated[int, Bounded(ge=0)], Annotated[int, Bounded(ge=0)]], Strict(False)]
+Pair = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=2**63)], Annotated[int, Field(ge=0, lt=2**63)]],
+    Strict(False),
+]
 Pairs = Annotated[Listed[Pair], Field(max_length=MAX_NAMES), AfterValidator(_each_once)]
 
 
@@ -86,8 +89,8 @@ class GpuTable(Table):
     memory_gb: Size = ABSENT
     memory_gib: Size = ABSENT
     slots: Whole = ABSENT
-    memory_fraction: Annotated[float, Bounded(ge=LEAST, le=1)] = Gpu.memory_fraction
-    reserve_gb: Annotated[float, Bounded(ge=0, le=1e9), AfterValidator(_not_tiny)] = 0.0
+    memory_fraction: Annotated[float, Field(ge=LEAST, le=1)] = Gpu.memory_fraction
+    reserve_gb: Annotated[float, Field(ge=0, le=1e9), AfterValidator(_not_tiny)] = 0.0
     dense: bool = False
     load_blocks_compute: bool = False
     memory_bandwidth_gbs: Rate = Gpu.memory_bandwidth_gbs

@@ -12,12 +12,10 @@ from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
 from prism_plan.io.declared import (
     Amount,
-    Bounded,
     Count,
     Declared,
     Listed,
     NonEmpty,
-    Number,
     Positive,
     Share,
     Version1,
@@ -41,9 +39,8 @@ class RowPart(Declared):
         default=None, description="That made the placement. Older files lack it."
     )
     remote_share: Share | None
-    worst_server: str | None = Field(
-        description="The server with the largest remote share; null: none calls anything."
-    )
+    #: The server with the largest remote share; null: none calls anything.
+    worst_server: str | None
     worst_server_share: Share | None
     waiting_share: Share | None
     worst_waiting_server: str | None
@@ -52,22 +49,17 @@ class RowPart(Declared):
         Amount | None,
         Field(description="Mean number of remote servers of a (token, layer) step."),
     ]
-    destinations_method: NonEmpty | None = Field(
-        description="'exact', or in which share of the steps they were found greedily."
-    )
+    #: 'exact', or in which share of the steps they were found greedily.
+    destinations_method: NonEmpty | None
     remote_share_by_server: ByServer | None
     waiting_share_by_server: ByServer | None
-    planned_share: Share | None = Field(
-        description="Remote share on the requests that were planned on."
-    )
-    bound: Number | None = Field(
-        description="Lower bound on planned_share, where the plan has one."
-    )
+    #: Remote share on the requests that were planned on.
+    planned_share: Share | None
+    bound: float | None = Field(description="Lower bound on planned_share, where the plan has one.")
     termination: Literal["optimal", "heuristic", "time_limit"] | None
     runtime_s: Amount | None
-    violations: Count = Field(
-        description="How many constraints of the cluster the placement breaks."
-    )
+    #: How many constraints of the cluster the placement breaks.
+    violations: Count
     note: str = Field(description="Why there is no placement, or empty.")
 
 
@@ -79,7 +71,7 @@ class ComparisonFile(Declared):
     trace: str
     cluster: str
     kind: Literal["tokens", "counts"] = Field(description="Of the trace.")
-    holdout: Annotated[int | float, Bounded(gt=0, lt=1)] | None = Field(
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         description="Share of the requests that are scored and not planned on; null: all are both."
     )
     planned_requests: Count | None = Field(description="null: a counts-only trace.")

@@ -10,15 +10,15 @@ import dataclasses
 import itertools
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    FailFast,
     Field,
     GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     ValidationError,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -33,7 +33,9 @@ T = TypeVar("T")
 class Declared(BaseModel):
     """A part of a file: strict, immutable, of known keys."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True
+    )
 
     #: What an object of the file is called in messages.
     WORD: ClassVar[str] = "an object"
@@ -73,101 +75,14 @@ class Expected:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Bounded:
-    """A finite number within bounds, named as in JSON Schema's "greater or equal" and so on.
-
-    Of ``int``: a whole number. Of ``float``: any number, as a float. Of ``int | float``: any
-    number, as it stands in the file.
-    """
-
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        bounds: dict[str, Any] = {
-            key: bound for key, bound in dataclasses.asdict(self).items() if bound is not None
-        }
-        whole = core_schema.int_schema(strict=True, **({"gt": -(2**63), "lt": 2**63} | bounds))
-        real = core_schema.float_schema(strict=True, allow_inf_nan=False, **bounds)
-        schema: CoreSchema = core_schema.union_schema([whole, real], mode="left_to_right")
-        if source in (int, float):
-            schema = whole if source is int else real
-        what = "a whole number" if source is int else "a number"
-        if source is not int and self.le is None and self.lt is None:
-            what = "a finite number"
-        return core_schema.custom_error_schema(
-            schema,
-            custom_error_type="expected",
-            custom_error_message=self._text(what),
-        )
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        whole = schema["type"] == "custom-error" and schema["schema"]["type"] == "int"
-        bounds = {
-            "minimum": self.ge,
-            "exclusiveMinimum": self.gt,
-            "maximum": self.le,
-            "exclusiveMaximum": self.lt,
-        }
-        return {
-            "type": "integer" if whole else "number",
-            **{name: bound for name, bound in bounds.items() if bound is not None},
-        }
-
-    def _text(self, what: str) -> str:
-        given = {
-            key: f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
-            for key, bound in dataclasses.asdict(self).items()
-            if bound is not None and bound < 2**53
-        }
-        if given.keys() == {"ge", "le"}:
-            return f"{what} from {given['ge']} to {given['le']}"
-        words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
-        bounds = " and ".join(f"{words[key]} {bound}" for key, bound in given.items())
-        return f"{what} {bounds}".strip()
-
-
-@dataclasses.dataclass(frozen=True)
-class FirstError:
-    """A list whose first wrong entry ends the check (pydantic's FailFast has no hash)."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        return {**handler(source), "fail_fast": True}
-
-
-@dataclasses.dataclass(frozen=True)
-class Exactly:
-    """A literal that nothing equals but itself: neither ``true`` nor ``1.0`` is 1."""
-
-    value: int
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self._check, handler(source))
-
-    def _check(self, value: Any) -> Any:
-        if type(value) is not type(self.value) or value != self.value:
-            raise refused(shown(value), str(self.value))
-        return value
-
-
-Listed = Annotated[list[T], FirstError()]
-Version1 = Annotated[Literal[1], Exactly(1)]
-Count = Annotated[int, Bounded(ge=0)]
-Positive = Annotated[int, Bounded(ge=1)]
-#: Numbers as they stand in the file.
-Number = Annotated[int | float, Bounded()]
-Amount = Annotated[int | float, Bounded(ge=0)]
-Share = Annotated[int | float, Bounded(ge=0, le=1)]
+#: A list whose first wrong entry ends the check.
+Listed = Annotated[list[T], FailFast()]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
+Amount = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+Version1 = Annotated[int, Field(ge=1, le=1)]
 
 
 def refused(found: str, expected: str, *at: str | int) -> PydanticCustomError:
@@ -231,15 +146,22 @@ def validated_line(kind: type[M], text: str, number: int, source: object, exampl
 #: What was expected, by the type of pydantic's error.
 _EXPECTED = {
     "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_type": "a whole number",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
     "list_type": "a list",
     "literal_error": "{expected}",
     "string_pattern_mismatch": "text of the form {pattern}",
-    "string_too_long": "at most {max_length:,} characters",
+    "string_too_long": "at most {max_length} characters",
     "string_too_short": "a non-empty text",
     "string_type": "a text",
     "string_unicode": "text that UTF-8 can hold",
-    "too_long": "at most {max_length:,}",
-    "too_short": "at least {min_length:,}",
+    "too_long": "at most {max_length}",
+    "too_short": "at least {min_length}",
     "tuple_type": "a list",
 }
 #: Errors that are sorted by their place in the file; of more the first may not be told.
@@ -268,12 +190,15 @@ def _told(
         itertools.islice(errors, _MOST_ERRORS),
         key=lambda e: (e["loc"] not in (("format",), ("version",)), _rank(values, e["loc"], ranks)),
     )
-    context = error.get("ctx", {})
+    context = {
+        key: f"{value:,}" if type(value) is int else f"{value:g}" if type(value) is float else value
+        for key, value in error.get("ctx", {}).items()
+    }
     at = tuple(part for part in error["loc"] if part != "[key]")
     found, what = shown(error["input"]), error["type"]
     expected = _EXPECTED[what].format_map(context) if what in _EXPECTED else error["msg"]
     if what == "refused":
-        at += tuple(context[f"at{number}"] for number in range(len(context) - 2))
+        at += tuple(error["ctx"][f"at{number}"] for number in range(len(context) - 2))
         found, expected = context["found"], context["expected"]
     elif what == "missing" and isinstance(at[-1], int):
         at, expected = at[:-1], f"at least {at[-1] + 1}"
@@ -296,11 +221,10 @@ def _told(
         found = f"a text of {len(error['input']):,} characters"
     elif what in ("model_type", "dict_type"):
         expected = kind.WORD
-    elif what == "expected" and isinstance(error["input"], int) and abs(error["input"]) >= 2**63:
-        expected += ", and below 2**63"
     elif what == "list_type" and issubclass(_part_at(kind, at) or Declared, Table):
         expected = f"tables, each written as [[{_place(at)}]]"
     if at == ("version",):
+        expected = "1"
         remedy = "a newer file needs a newer prism-plan"
     elif at != ("format",) and not (at == () and what in ("missing", "model_type")):
         remedy = ""

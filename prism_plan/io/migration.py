@@ -8,20 +8,18 @@ import os
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text, write_bytes
 from prism_plan.io.declared import (
-    ABSENT,
     Amount,
-    Bounded,
     Count,
     Declared,
-    Exactly,
     Listed,
     NonEmpty,
     Version1,
+    refused,
     shown,
     validated,
 )
@@ -35,11 +33,17 @@ from prism_plan.placement import InputFile
 _COUNTS = ("loads", "drops", "extra_loads", "moved_bytes")
 
 
+def _only_true(temporary: bool) -> bool:
+    if not temporary:
+        raise refused("False", "true, or no such key")
+    return temporary
+
+
 class ServerPart(Declared):
     """A server, by its name and the number of its GPUs."""
 
     name: NonEmpty
-    gpus: Annotated[int, Bounded(ge=1, le=MAX_GPUS)] = Field(description="Number of GPUs.")
+    gpus: Annotated[int, Field(ge=1, le=MAX_GPUS)] = Field(description="Number of GPUs.")
 
 
 class LoadTimePart(Declared):
@@ -57,14 +61,10 @@ class StepPart(Declared):
     gpu: Count = Field(description="Which GPU of the server.")
     layer: Count = Field(description="Decoder index.")
     expert: Count
-    needs: Listed[Count] = Field(
-        description="Steps that must be complete before, ascending, counted from 0."
-    )
-    temporary: Annotated[Literal[True], Exactly(True)] = Field(
-        default=ABSENT,
-        description="A copy for the time of the move only, or a kept one that makes room for a "
-        "while.",
-    )
+    #: Steps that must be complete before, ascending, counted from 0.
+    needs: Listed[Count]
+    #: A copy for the time of the move only, or a kept one that makes room for a while.
+    temporary: Annotated[bool, AfterValidator(_only_true), WithJsonSchema({"const": True})] = False
 
 
 class MigrationFile(Declared):
@@ -89,10 +89,8 @@ class MigrationFile(Declared):
     extra_loads: Count = Field(description="Loads beyond those that the two placements differ by.")
     moved_bytes: Count = Field(description="Bytes of all loads.")
     load_s: LoadTimePart | None
-    steps: Listed[StepPart] = Field(
-        description="In an order that is safe; any other that respects the needs is safe too, "
-        "also side by side."
-    )
+    #: In an order that is safe; any other that respects the needs is safe too, also side by side.
+    steps: Listed[StepPart]
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -229,5 +227,5 @@ def _steps(
         if latest.get((gpu, pair)) == step.do:
             raise wrong("do", "loads and drops of an expert on a GPU by turns")
         latest[gpu, pair] = step.do
-        found.append(Step(step.do, gpu, pair, tuple(step.needs), bool(step.temporary)))
+        found.append(Step(step.do, gpu, pair, tuple(step.needs), step.temporary))
     return tuple(found)

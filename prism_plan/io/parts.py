@@ -11,7 +11,6 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field
 
 from prism_plan.io.declared import (
-    Bounded,
     Count,
     Declared,
     Expected,
@@ -39,10 +38,10 @@ class Shape(Declared):
         Listed[Count],
         Field(min_length=1, description="Decoder indices of the MoE layers, ascending."),
     ]
-    num_experts: Annotated[int, Bounded(ge=1, le=MAX_EXPERTS)]
+    num_experts: Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
     top_k: Positive
     expert_bytes: Annotated[
-        Positive | Annotated[Listed[Positive], Field(min_length=1)],
+        Positive | Annotated[list[Positive], Field(min_length=1)],
         Expected("a whole number of at least 1, or a list of them"),
         Field(description="Bytes of an expert, or one number for each MoE layer."),
     ]

@@ -21,7 +21,6 @@ from prism_plan.io.declared import (
     Declared,
     Listed,
     NonEmpty,
-    Number,
     Positive,
     Share,
     Version1,
@@ -70,7 +69,7 @@ class PlanPart(Declared):
     solver: NonEmpty
     objective: NonEmpty
     remote_share: Share | None
-    bound: Number | None
+    bound: float | None
     termination: Termination
     seed: Count
     runtime_s: Amount

@@ -9,11 +9,14 @@ from typing import Annotated
 from pydantic import Field
 
 from prism_plan.files import lines_of, read_text
-from prism_plan.io.declared import Bounded, Declared, Expected, NotBlank, validated_line
+from prism_plan.io.declared import Amount, Declared, Expected, NotBlank, Positive, validated_line
 from prism_plan.limits import require_at_most
 
 #: Requests are numbered over all servers, as the route ``spread`` needs it.
 MOST_REQUESTS = 1 << 20
+
+
+Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 
 
 class RequestLine(Declared):
@@ -21,13 +24,9 @@ class RequestLine(Declared):
 
     prompt: NotBlank
     task: str = ""
-    id: Annotated[str | Annotated[int, Bounded()] | None, Expected("a text or a whole number")] = (
-        Field(default=None, description="Of the answer; its line where it is left out.")
-    )
-    at_s: Annotated[float, Bounded(ge=0)] = Field(
-        default=0.0, description="Its arrival, in seconds from the start."
-    )
-    max_new_tokens: Annotated[int, Bounded(ge=1)] | None = None
+    id: Annotated[str | Whole | None, Expected("a text or a whole number")] = None
+    at_s: Amount = Field(default=0.0, description="Its arrival, in seconds from the start.")
+    max_new_tokens: Positive | None = None
 
 
 @dataclass(frozen=True)

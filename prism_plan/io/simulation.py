@@ -14,12 +14,10 @@ from prism_plan.files import parse_json, read_text
 from prism_plan.io.declared import (
     ABSENT,
     Amount,
-    Bounded,
     Count,
     Declared,
     Listed,
     NonEmpty,
-    Number,
     Open,
     Positive,
     Share,
@@ -28,7 +26,7 @@ from prism_plan.io.declared import (
     validated,
 )
 
-AboveZero = Annotated[int | float, Bounded(gt=0)]
+AboveZero = Annotated[float, Field(gt=0)]
 
 
 def _every_percent(quantiles: list[float]) -> list[float]:
@@ -78,8 +76,8 @@ class MigrationPart(Open):
     moved_experts: Count
     moved_bytes: Count
     decision: Literal["move", "stay", "busy"]
-    saving_s: Number | None
-    cost_s: Number | None
+    saving_s: float | None
+    cost_s: float | None
     finished_at_s: Amount | None
 
 
@@ -104,21 +102,18 @@ class PhasePart(Open):
 
     number: Positive
     at_s: Amount = Field(description="Arrival of its first request.")
-    everywhere_at_s: Amount = Field(
-        description="Arrival of its first request at the last server to reach it."
-    )
-    tasks: dict[str, dict[str, Share | None]] = Field(
-        description="Shares by task of the servers that changed."
-    )
+    #: Arrival of its first request at the last server to reach it.
+    everywhere_at_s: Amount
+    #: Shares by task of the servers that changed.
+    tasks: dict[str, dict[str, Share | None]]
     arrival_interval_s: AboveZero | None = Field(description="null: as before.")
 
 
 class RunPart(Open):
     """A placement as simulated. A run may have more keys than these."""
 
-    placement: NonEmpty = Field(
-        description="File name of the placement, or the name of a baseline."
-    )
+    #: File name of the placement, or the name of a baseline.
+    placement: NonEmpty
     solver: str
     partial: bool
     requests: Count
@@ -140,13 +135,11 @@ class RunPart(Open):
         "1 or more is unstable.",
     )
     servers: Listed[ServerPart]
-    migrations: Listed[MigrationPart] = Field(
-        description="Reviews of the placement in order of time."
-    )
+    #: Reviews of the placement in order of time.
+    migrations: Listed[MigrationPart]
     layer_latency_s: Listed[LayerPart] = Field(description="From 0 remote experts to top-k.")
-    latency_quantiles_s: Annotated[Listed[Amount], AfterValidator(_every_percent)] = Field(
-        description="0 %, 1 %, ..., 100 %; empty if nothing finished."
-    )
+    #: 0 %, 1 %, ..., 100 %; empty if nothing finished.
+    latency_quantiles_s: Annotated[Listed[Amount], AfterValidator(_every_percent)]
     timeline: TimelinePart
     phases: Listed[PhasePart] = Field(default=[], description="Only with a schedule of phases.")
     loads: Count

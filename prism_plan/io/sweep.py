@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import lines_of, read_text, write_bytes
-from prism_plan.io.declared import Bounded, Declared, NotBlank, shown, validated
+from prism_plan.io.declared import Declared, NotBlank, shown, validated
 from prism_plan.limits import MAX_CELL, MAX_COLUMNS, MAX_RUNS, require_at_most
 from prism_plan.open_file import OpenFile
 from prism_plan.parquet_input import batches, num_rows, open_parquet
@@ -37,13 +37,13 @@ def _plainly_whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, Bounded(ge=0), BeforeValidator(_plainly_whole)]
-AtLeastOne = Annotated[int, Bounded(ge=1), BeforeValidator(_plainly_whole)]
+Whole = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_plainly_whole)]
+AtLeastOne = Annotated[int, Field(ge=1, lt=2**63), BeforeValidator(_plainly_whole)]
 #: Conditions have the ranges of :class:`prism_plan.sweep.Grid`, which makes them; null: as in the
 #: cluster file.
-Condition = Annotated[float, Bounded(ge=1e-6, le=1e9)] | None
-Amount = Annotated[float, Bounded(ge=0, lt=2**63)] | None
-Share = Annotated[float, Bounded(ge=0, le=1)] | None
+Condition = Annotated[float, Field(ge=1e-6, le=1e9)] | None
+Amount = Annotated[float, Field(ge=0, lt=2**63)] | None
+Share = Annotated[float, Field(ge=0, le=1)] | None
 
 
 def _parts(annotation: Any) -> list[Any]:
@@ -57,7 +57,7 @@ class RunRow(Declared):
     servers: AtLeastOne
     bandwidth_mbps: Condition
     arrival_interval_s: Condition
-    memory_fraction: Annotated[float, Bounded(ge=1e-6, le=1)] | None
+    memory_fraction: Annotated[float, Field(ge=1e-6, le=1)] | None
     solver: NotBlank
     seed: Whole
     status: NotBlank

@@ -120,7 +120,7 @@ MUTATIONS: dict[str, tuple[list[Any], Any, str]] = {
     "server": (["steps", 1, "server"], "edge", "steps[1].server: 'edge'"),
     "gpu": (["steps", 1, "gpu"], 2, "steps[1].gpu: 2"),
     "whole float": (["steps", 1, "gpu"], 0.0, "whole number"),
-    "huge": (["steps", 1, "expert"], 2**63, "below 2**63"),
+    "huge": (["steps", 1, "expert"], 2**63, "less than 9,223,372,036,854,775,808"),
     "layer": (["steps", 1, "layer"], 1, "steps[1].layer: 1; expected a MoE layer of m, 3"),
     "expert": (["steps", 1, "expert"], 2, "steps[1].expert: 2; expected ids 0..1 of m"),
     "later": (["steps", 1, "needs"], [1], "steps[1].needs: [1]; expected earlier steps"),

@@ -133,9 +133,9 @@ GOOD = '{"server": "a", "at_s": 1}'
 @pytest.mark.parametrize(
     ("line", "place", "message"),
     [
-        ('{"server": "a", "at_s": -1}', "line 2: at_s", "-1; expected a number"),
-        ('{"server": "a", "at_s": 1e999}', "line 2: at_s", "inf; expected a number"),
-        ('{"server": "a", "at_s": 2e12}', "line 2: at_s", "expected a number"),
+        ('{"server": "a", "at_s": -1}', "line 2: at_s", "-1; expected at least 0"),
+        ('{"server": "a", "at_s": 1e999}', "line 2: at_s", "inf; expected a finite number"),
+        ('{"server": "a", "at_s": 2e12}', "line 2: at_s", "at most 1e.12"),
         (
             '{"server": "a", "at_s": NaN}',
             "line 2",
@@ -148,7 +148,7 @@ GOOD = '{"server": "a", "at_s": 1}'
         ('{"at_s": 1}', "line 2", "key 'server' is missing"),
         ('{"server": 3, "at_s": 1}', "line 2: server", "3; expected a text"),
         ('{"server": "a", "at_s": 1, "task": ""}', "line 2: task", "''; expected a non-empty text"),
-        ('{"server": "a", "at_s": 1, "request": -1}', "line 2: request", "a whole number"),
+        ('{"server": "a", "at_s": 1, "request": -1}', "line 2: request", "at least 0"),
         (
             '{"server": "a", "at_s": 1, "request": 1.5}',
             "line 2: request",
@@ -157,7 +157,7 @@ GOOD = '{"server": "a", "at_s": 1}'
         (
             '{"server": "a", "at_s": 1, "request": 2147483648}',
             "line 2: request",
-            "expected a whole number",
+            "expected less than 2,147",
         ),
         ('{"server": "a", "at_s": 1, "tusk": "b"}', "line 2", "did you mean 'task'"),
         ('{"server": "a", "server": "b", "at_s": 1}', "line 2", "stands twice"),

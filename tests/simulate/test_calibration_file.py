@@ -79,31 +79,31 @@ BAD: dict[str, tuple[Any, str]] = {
     "no times of any server": ({**HEAD, "servers": []}, "no times in it"),
     "zero bandwidth": (
         {**HEAD, "default": GPU, "bandwidth_mbps": 0},
-        "bandwidth_mbps: 0; expected a number above 0 and at most 1e+12",
+        "bandwidth_mbps: 0; expected more than 0",
     ),
     "negative round trip": (
         {**HEAD, "default": GPU, "rtt_ms": -0.1},
-        "rtt_ms: -0.1; expected a number from 0 to 1e+12",
+        "rtt_ms: -0.1; expected at least 0",
     ),
     "overhead NaN": (
         {**HEAD, "default": GPU, "call_overhead_ms": float("nan")},
-        "call_overhead_ms: nan; expected a number from 0 to 1e+12",
+        "call_overhead_ms: nan; expected a finite number",
     ),
     "overhead null": (
         {**HEAD, "default": GPU, "call_overhead_ms": None},
-        "call_overhead_ms: null; expected a number from 0 to 1e+12",
+        "call_overhead_ms: null; expected a number",
     ),
     "overhead text": (
         {**HEAD, "default": GPU, "call_overhead_ms": "0.2"},
-        "call_overhead_ms: '0.2'; expected a number from 0 to 1e+12",
+        "call_overhead_ms: '0.2'; expected a number",
     ),
     "round trip true": (
         {**HEAD, "default": GPU, "rtt_ms": True},
-        "rtt_ms: True; expected a number from 0 to 1e+12",
+        "rtt_ms: True; expected a number",
     ),
     "infinite bandwidth": (
         {**HEAD, "default": GPU, "bandwidth_mbps": float("inf")},
-        "bandwidth_mbps: inf; expected a number above 0",
+        "bandwidth_mbps: inf; expected a finite number",
     ),
     "a bandwidth beyond floating point": (
         {**HEAD, "default": GPU, "bandwidth_mbps": HUGE},
@@ -129,7 +129,7 @@ BAD: dict[str, tuple[Any, str]] = {
         "default.dense_ms[1]: 3 entries; expected at most 2",
     ),
     "a point that is a number": (dense([1, 2]), "default.dense_ms[0]: 1; expected a list"),
-    "zero tokens": (dense([[0, 2], [2, 3]]), "default.dense_ms[0][0]: 0; expected a whole number"),
+    "zero tokens": (dense([[0, 2], [2, 3]]), "default.dense_ms[0][0]: 0; expected at least 1"),
     "half a token": (dense([[1, 2], [1.5, 3]]), "default.dense_ms[1][0]: 1.5; expected a whole"),
     "true tokens": (dense([[True, 2], [2, 3]]), "default.dense_ms[0][0]: True; expected a whole"),
     "tokens beyond int32": (dense([[1, 2], [2**31, 3]]), "default.dense_ms[1][0]: 2147483648;"),
@@ -140,7 +140,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "tokens descend": (dense([[8, 2], [5, 3]]), "default.dense_ms[1]: 5 tokens after 8; expected"),
     "negative time": (
         dense([[1, 2], [5, -3]]),
-        "default.dense_ms[1][1]: -3; expected a number from 0 to 1e+12",
+        "default.dense_ms[1][1]: -3; expected at least 0",
     ),
     "NaN time": (dense([[1, float("nan")], [5, 3]]), "default.dense_ms[0][1]: nan; expected"),
     "a time beyond floating point": (dense([[1, 2], [5, HUGE]]), "default.dense_ms[1][1]: 1000"),
@@ -159,7 +159,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a GPU is a list": (server(gpus=[GPU, []]), "servers[0].gpus[1]: []; expected an object"),
     "a GPU has a bad time": (
         server(gpus=[{**GPU, "expert_ms": [[1, 1], [2, -1]]}]),
-        "servers[0].gpus[0].expert_ms[1][1]: -1; expected a number from 0 to 1e+12",
+        "servers[0].gpus[0].expert_ms[1][1]: -1; expected at least 0",
     ),
     "a server twice": (
         {**HEAD, "servers": [{"name": "a", "gpus": [GPU]}, {"name": "a", "gpus": [GPU]}]},

@@ -51,7 +51,7 @@ def test_read_schedule(tmp_path: Path) -> None:
         ("phase = 3", "phase", "3; expected tables"),
         ("[[phase]\n", "", "not TOML"),
         ("[[phase]]\n[[phase]]", "phase[0].requests", "only the last phase may leave it out"),
-        ("[[phase]]\nrequests = 0", "phase[0].requests", "0; expected a whole number"),
+        ("[[phase]]\nrequests = 0", "phase[0].requests", "0; expected at least 1"),
         ("[[phase]]\nrequests = 1.5", "phase[0].requests", "1.5; expected a whole number"),
         ("[[phase]]\nrequest = 1", "phase[0]", "did you mean 'requests'"),
         ("[[phases]]", "", "did you mean 'phase'"),
@@ -62,12 +62,12 @@ def test_read_schedule(tmp_path: Path) -> None:
         (
             "[[phase]]\ntasks = { a = { x = -1 } }",
             "phase[0].tasks.a.x",
-            "-1; expected a number",
+            "-1; expected at least 0",
         ),
         (
             "[[phase]]\narrival_interval_s = 0",
             "phase[0].arrival_interval_s",
-            "0; expected a number",
+            "0; expected at least 1e-12",
         ),
         ("[[phase]]\narrival_interval_s = nan", "phase[0].arrival_interval_s", "nan; expected"),
         ("[[phase]]\narrival_interval_s = inf", "phase[0].arrival_interval_s", "inf; expected"),
