@@ -227,7 +227,7 @@ def test_resume_of_another_run(prompts: Path, tmp_path: Path, change: str) -> No
 LINES: dict[str, tuple[str, str]] = {
     "not JSON": ('{"prompt": "a", "task": "t"}\nhello\n', "line 2: not JSON"),
     "a list": ("[1]\n", "line 1: [1]"),
-    "no task": ('{"prompt": "a"}\n', "line 1: prompt; expected the keys"),
+    "no task": ('{"prompt": "a"}\n', "line 1: key 'task' is missing"),
     "more keys": ('{"prompt": "a", "task": "t", "id": 1}\n', "line 1: prompt, task, id"),
     "empty prompt": ('\n{"prompt": " ", "task": "t"}\n', "line 2: prompt is ' '"),
     "a number": ('{"prompt": 5, "task": "t"}\n', "line 1: prompt is 5"),
