@@ -4,6 +4,7 @@
 # make test-long  run the checks that take minutes (scripted kills and the like)
 # make same BASE=REV  compare an older commit with the working tree, value by value (tests/golden)
 # make lint    style, formatting and types
+# make schemas write the JSON Schemas of prism_plan/schemas anew from the models in prism_plan/io
 # make bench   measure the speeds that tests/benchmarks/README.md promises
 # Only Python (3.11 or newer) and make are needed. PyTorch comes from the package index that pip is
 # set up for; on Linux that is a large build with CUDA unless the index offers the CPU build.
@@ -19,7 +20,7 @@ TEST_PROCESSES ?= 2
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
-.PHONY: demo demo-model test test-long same lint bench clean
+.PHONY: demo demo-model test test-long same lint schemas bench clean
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -61,6 +62,9 @@ lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+schemas: $(VENV)/installed
+	$(BIN)/python -m prism_plan.io.schemas
 
 bench: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m tests.benchmarks

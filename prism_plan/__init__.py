@@ -21,9 +21,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster, Gpu, Link, PairLink, Server
-    from prism_plan.cluster_file import parse_cluster, read_cluster
     from prism_plan.comparison import Comparison, compare
-    from prism_plan.comparison_file import read_comparison
     from prism_plan.errors import (
         Infeasible,
         InputError,
@@ -35,11 +33,17 @@ if TYPE_CHECKING:
     )
     from prism_plan.frames import comparison_frame, simulation_frame, sweep_frame
     from prism_plan.instance import Instance
+    from prism_plan.io.calibration import read_calibration
+    from prism_plan.io.cluster import parse_cluster, read_cluster
+    from prism_plan.io.comparison import read_comparison
+    from prism_plan.io.migration import read_migration, write_migration
+    from prism_plan.io.placement import placement_schema, read_placement, write_placement
+    from prism_plan.io.simulation import read_simulation
+    from prism_plan.io.sweep import read_sweep, write_sweep
     from prism_plan.io.trace_reader import read_trace
     from prism_plan.io.trace_writer import TraceWriter, write_trace
     from prism_plan.migration.order import migration_plan
     from prism_plan.migration.plan import MigrationPlan
-    from prism_plan.migration.plan_file import read_migration, write_migration
     from prism_plan.model import PRESETS, ModelShape, ModelSpec, load_model
     from prism_plan.moves import PlacementDiff, Step, diff
     from prism_plan.objective import (
@@ -52,11 +56,9 @@ if TYPE_CHECKING:
         violations,
     )
     from prism_plan.placement import InputFile, Placement, Plan
-    from prism_plan.placement_file import placement_schema, read_placement, write_placement
     from prism_plan.profiling.hf import HfOptions, profile_checkpoint
     from prism_plan.profiling.recorder import Recorder, record
     from prism_plan.simulate.calibration import Calibration
-    from prism_plan.simulate.calibration_file import read_calibration
     from prism_plan.simulate.requests import Prompts, Requests
     from prism_plan.simulate.workload import sample_requests
     from prism_plan.simulation import (
@@ -66,7 +68,6 @@ if TYPE_CHECKING:
         simulate_placements,
         write_simulation,
     )
-    from prism_plan.simulation_file import read_simulation
     from prism_plan.sizes import load_model_spec
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.entropy import entropy_counts, lemma1_bound
@@ -74,19 +75,18 @@ if TYPE_CHECKING:
     from prism_plan.solvers.registry import SOLVER_NAMES
     from prism_plan.solvers.run import solve
     from prism_plan.sweep import Grid, SweepOptions
-    from prism_plan.sweep_file import read_sweep, write_sweep
     from prism_plan.trace import TokenBatch, Trace, trace_from_batches
     from prism_plan.workload import Workload, activations, expected_workload
 
 _HOME = {
     "cluster": ("Cluster", "Gpu", "Link", "PairLink", "Server"),
-    "cluster_file": ("parse_cluster", "read_cluster"),
+    "io.cluster": ("parse_cluster", "read_cluster"),
     "comparison": ("Comparison", "compare"),
-    "comparison_file": ("read_comparison",),
+    "io.comparison": ("read_comparison",),
     "frames": ("comparison_frame", "simulation_frame", "sweep_frame"),
     "migration.order": ("migration_plan",),
     "migration.plan": ("MigrationPlan",),
-    "migration.plan_file": ("read_migration", "write_migration"),
+    "io.migration": ("read_migration", "write_migration"),
     "moves": ("PlacementDiff", "Step", "diff"),
     "errors": (
         "Infeasible",
@@ -112,9 +112,9 @@ _HOME = {
     "profiling.hf": ("HfOptions", "profile_checkpoint"),
     "profiling.recorder": ("Recorder", "record"),
     "placement": ("InputFile", "Placement", "Plan"),
-    "placement_file": ("placement_schema", "read_placement", "write_placement"),
+    "io.placement": ("placement_schema", "read_placement", "write_placement"),
     "simulate.calibration": ("Calibration",),
-    "simulate.calibration_file": ("read_calibration",),
+    "io.calibration": ("read_calibration",),
     "simulate.requests": ("Prompts", "Requests"),
     "simulate.workload": ("sample_requests",),
     "simulation": (
@@ -124,14 +124,14 @@ _HOME = {
         "simulate_placements",
         "write_simulation",
     ),
-    "simulation_file": ("read_simulation",),
+    "io.simulation": ("read_simulation",),
     "solvers.contract": ("Options",),
     "solvers.entropy": ("entropy_counts", "lemma1_bound"),
     "solvers.greedy": ("greedy_with_coverage",),
     "solvers.registry": ("SOLVER_NAMES",),
     "solvers.run": ("solve",),
     "sweep": ("Grid", "SweepOptions"),
-    "sweep_file": ("read_sweep", "write_sweep"),
+    "io.sweep": ("read_sweep", "write_sweep"),
     "trace": ("TokenBatch", "Trace", "trace_from_batches"),
     "io.trace_reader": ("read_trace",),
     "io.trace_writer": ("TraceWriter", "write_trace"),

@@ -13,29 +13,29 @@ import numpy as np
 from prism_plan.assumed import listed
 from prism_plan.cluster import Cluster
 from prism_plan.cluster_check import require_plannable
-from prism_plan.cluster_file import cluster_from_table
-from prism_plan.comparison_file import comparison_from_json
 from prism_plan.errors import Infeasible, InputError
 from prism_plan.files import decode, parse_json
 from prism_plan.instance import Instance
+from prism_plan.io.calibration import calibration_from_json
+from prism_plan.io.cluster import cluster_from_values
+from prism_plan.io.comparison import comparison_from_json
+from prism_plan.io.migration import migration_from_json
+from prism_plan.io.phases import schedule_from_values
+from prism_plan.io.placement import placement_from_json
+from prism_plan.io.simulation import simulation_from_json
+from prism_plan.io.sweep import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_open_file
+from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_open_trace
 from prism_plan.memory import GpuMemory, gpu_memory, too_little_left, unreserved
 from prism_plan.migration.plan import MigrationPlan
-from prism_plan.migration.plan_file import migration_from_json
 from prism_plan.model import ModelSpec, require_same_model
 from prism_plan.objective import score, violations
 from prism_plan.open_file import OpenFile
 from prism_plan.parquet_input import MAGIC
 from prism_plan.placement import InputFile, Placement
-from prism_plan.placement_file import placement_from_json
 from prism_plan.simulate.calibration import Calibration
-from prism_plan.simulate.calibration_file import calibration_from_json
 from prism_plan.simulate.schedule import Schedule
-from prism_plan.simulate.schedule_file import schedule_from_table
-from prism_plan.simulation_file import simulation_from_json
-from prism_plan.sweep_file import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_open_file
 from prism_plan.text import quantity, shown
-from prism_plan.toml_table import parse_toml
 from prism_plan.trace import Trace
 from prism_plan.workload import require_users
 
@@ -116,9 +116,9 @@ def check_file(
         text = decode(file.read(), path)
     if name.endswith(".toml"):
         table = parse_toml(text, path)
-        if "phase" in table.values and "server" not in table.values:
-            return _check_phases(path, schedule_from_table(table, source=path))
-        return _check_cluster(path, cluster_from_table(table, source=path), trace, model)
+        if "phase" in table and "server" not in table:
+            return _check_phases(path, schedule_from_values(table, source=path))
+        return _check_cluster(path, cluster_from_values(table, source=path), trace, model)
     if is_sweep_csv(text):
         return _check_sweep(path, sweep_from_csv(text, source=path))
     if not _LOOKS_LIKE_JSON.match(text):

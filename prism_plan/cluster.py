@@ -116,7 +116,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Cluster:
-    """All servers and links. Read from TOML by :func:`prism_plan.cluster_file.read_cluster`.
+    """All servers and links. Read from TOML by :func:`prism_plan.io.cluster.read_cluster`.
 
     Raises
     ------

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.sweep_file import COLUMNS
+from prism_plan.io.sweep import COLUMNS, RESULTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -224,8 +224,8 @@ def sweep_frame(rows: Sequence[Row]) -> pd.DataFrame:
     """
     kinds = {str: "string", float: "float64"}
     dtypes = {
-        name: kinds.get(column.kind) or ("Int64" if column.of_run else "int64")
-        for name, column in COLUMNS.items()
+        name: kinds.get(kind) or ("Int64" if name in RESULTS else "int64")
+        for name, kind in COLUMNS.items()
     }
     return _frame(rows, dtypes)
 

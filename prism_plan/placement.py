@@ -13,6 +13,8 @@ import numpy.typing as npt
 from prism_plan.model import ModelShape
 
 Termination = Literal["optimal", "heuristic", "time_limit"]
+#: The ``solver`` of the baseline in which servers do not help each other.
+OFFLOAD = "offload"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from prism_plan.migration.policy import Policy, PolicyName, review
 from prism_plan.migration.statistics import Counting, Cumulative, Window
 from prism_plan.model import ModelSpec
 from prism_plan.objective import violations
-from prism_plan.placement import InputFile, Placement, Plan
+from prism_plan.placement import OFFLOAD, InputFile, Placement, Plan
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.compiled import CHUNK, CompiledEngine
 from prism_plan.simulate.engine import Engine, Outcome
@@ -59,9 +59,6 @@ _EVENTS: Mapping[str, int] = {"compiled": CHUNK, "reference": 2000}
 MOST_S = 1e12
 #: More reviews than this are a mistyped period: they would take longer than what they review.
 MOST_REVIEWS = 100_000
-
-#: The name of the baseline in which servers do not help each other.
-OFFLOAD = "offload"
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from typing import Any
 from prism_plan.cluster import Cluster, with_figures
 from prism_plan.errors import InputError, LimitReached, PrismError, did_you_mean
 from prism_plan.instance import Instance
+from prism_plan.io.sweep import COLUMNS, OK
 from prism_plan.limits import MAX_REPLICAS, MAX_RUNS, MAX_SEED, require_whole
-from prism_plan.placement import Placement
+from prism_plan.placement import OFFLOAD, Placement
 from prism_plan.simulate.arrivals import MOST_REQUESTS
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.report import Run
 from prism_plan.simulate.workload import MOST_PROMPT_TOKENS, sample_requests
-from prism_plan.simulation import OFFLOAD, SimulationOptions, offload_placement, simulate_placements
+from prism_plan.simulation import SimulationOptions, offload_placement, simulate_placements
 from prism_plan.solvers import SOLVER_NAMES, Options, get_solver, solve
-from prism_plan.sweep_file import COLUMNS, OK
 from prism_plan.trace import Trace
 from prism_plan.workload import require_users
 
@@ -255,7 +255,7 @@ def sweep(
     progress: Callable[[int], None] = lambda done: None,
     names: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the sweep table (:data:`prism_plan.sweep_file.COLUMNS`), in the grid's order.
+    """Rows of the sweep table (:data:`prism_plan.io.sweep.COLUMNS`), in the grid's order.
 
     Placements are spread over ``jobs`` processes (-1: one a core) by joblib, so that
     ``joblib.parallel_config(backend="dask")`` or ``"ray"`` around the call takes the sweep beyond

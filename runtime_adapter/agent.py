@@ -18,8 +18,8 @@ from typing import Protocol
 import numpy as np
 
 from prism_plan.errors import InputError, PrismError
+from prism_plan.io.migration import migration_from_json
 from prism_plan.migration.plan import MigrationPlan
-from prism_plan.migration.plan_file import migration_from_json
 from prism_plan.moves import Step
 from prism_plan.placement import Placement
 from runtime_adapter.changes import News, StoreLost

@@ -122,7 +122,7 @@ def one_layer(dispatcher: Dispatcher, layer: int, experts: Any, width: int) -> N
 def calibration(
     measured: Measured, cluster: Cluster, model: ModelSpec, rtt_s: float
 ) -> dict[str, Any]:
-    """The values of a calibration file (see :mod:`prism_plan.simulate.calibration_file`)."""
+    """The values of a calibration file (see :mod:`prism_plan.io.calibration`)."""
     table = timing(cluster, model, max(TOKENS))
     first_gpu = np.cumsum([0] + [len(s.gpus) for s in cluster.servers[:-1]]).tolist()
     token_bytes = model.hidden_size * model.dtype_bytes

@@ -196,7 +196,7 @@ def calibrated(
 
 def around(measured: list[dict[str, Any]], first: int) -> Any:
     """The mean of two calibrations that follow each other, or of one where there are no more."""
-    from prism_plan.simulate.calibration_file import calibration_from_json
+    from prism_plan.io.calibration import calibration_from_json
     from runtime_adapter.calibrate import averaged
 
     return calibration_from_json(averaged(measured[first:][:2] or measured[-1:]))

@@ -24,15 +24,15 @@ import numpy.typing as npt
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, PrismError, SolverRefused
 from prism_plan.instance import Instance
+from prism_plan.io.migration import migration_to_json
+from prism_plan.io.placement import placement_from_json, write_placement
 from prism_plan.migration.cost import call_seconds, gpu_load_gbs
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
-from prism_plan.migration.plan_file import migration_to_json
 from prism_plan.migration.policy import Review, review
 from prism_plan.model import ModelSpec, require_same_model
 from prism_plan.objective import violations
 from prism_plan.placement import Placement, Plan
-from prism_plan.placement_file import placement_from_json, write_placement
 from prism_plan.simulation import SimulationOptions
 from runtime_adapter.agent import gpu_numbers
 from runtime_adapter.changes import BEAT, News, StoreLost

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import queue
 import threading
 import time
@@ -17,9 +16,8 @@ import torch
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, PrismError
-from prism_plan.files import lines_of, parse_json, read_text
 from prism_plan.instance import Instance
-from prism_plan.limits import require_at_most
+from prism_plan.io.requests import MOST_REQUESTS, Request, request_of
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
 from prism_plan.simulation import SimulationOptions, require_able
@@ -39,72 +37,10 @@ from runtime_adapter.wire import require_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Requests are numbered over all servers, as the route ``spread`` needs it.
-MOST_REQUESTS = 1 << 20
-KEYS = ("prompt", "task", "id", "at_s", "max_new_tokens")
 #: Bytes of one line of requests that come on standard input.
 MAX_LINE_BYTES = 1 << 24
 #: Tokens of the longest prompt on standard input, where nothing else is said.
 MAX_PROMPT_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Request:
-    """One line of a file of requests; ``at_s`` is when it arrives, since the run began."""
-
-    line: int
-    prompt: str
-    task: str = ""
-    id: str | int | None = None
-    at_s: float = 0.0
-    max_new_tokens: int | None = None
-
-
-def read_requests(path: str | os.PathLike[str]) -> list[Request]:
-    """Requests in the order of their arrival; a file may be empty.
-
-    Raises
-    ------
-    InputError
-        The file cannot be read, or a line is no JSON object with a ``prompt`` and, where given,
-        ``task``, ``id``, ``at_s`` and ``max_new_tokens``; names the line.
-    """
-    found = []
-    for number, text in enumerate(lines_of(read_text(path)), start=1):
-        if text.strip():
-            found.append(_request(text, path, number))
-            require_at_most(len(found), MOST_REQUESTS, "requests", source=path)
-    return sorted(found, key=lambda request: request.at_s)
-
-
-def _request(text: str, path: object, number: int) -> Request:
-    def refuse(found: str, expected: str) -> InputError:
-        return InputError(f"{found:.60}", source=path, place=f"line {number}", expected=expected)
-
-    try:
-        values = parse_json(text, "")
-    except InputError as error:
-        raise refuse(error.found, '{"prompt": ...}') from error
-    if not isinstance(values, dict) or "prompt" not in values or set(values) - set(KEYS):
-        shown = ", ".join(map(str, values)) if isinstance(values, dict) else repr(values)
-        raise refuse(shown, f"the key prompt, and of {', '.join(KEYS[1:])}")
-    request = Request(number, **values)
-    if not isinstance(request.prompt, str) or not request.prompt.strip():
-        raise refuse(f"prompt is {request.prompt!r}", "a non-empty text")
-    if not isinstance(request.task, str):
-        raise refuse(f"task is {request.task!r}", "a text")
-    if isinstance(request.id, bool) or not isinstance(request.id, str | int | None):
-        raise refuse(f"id is {request.id!r}", "a text or a whole number")
-    at_s, most = request.at_s, request.max_new_tokens
-    if not _is_number(at_s) or not 0 <= at_s < math.inf:
-        raise refuse(f"at_s is {at_s!r}", "seconds from the start")
-    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-        raise refuse(f"max_new_tokens is {most!r}", "a whole number above 0")
-    return request
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +136,7 @@ def prepare_stream(
                 raise InputError(
                     f"more than {MAX_LINE_BYTES:,} bytes", source=source, place=f"line {number}"
                 )
-            request = _request(line.decode("utf-8", "replace"), source, number)
+            request = request_of(line.decode("utf-8", "replace"), source, number)
             request = replace(request, at_s=max(request.at_s, now_s))
             yield _job(request, at, tokenizer, checkpoint, max_new_tokens, source)
         except InputError as error:

@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from prism_plan.errors import PrismError
 from prism_plan.faults import run_process
+from prism_plan.io.placement import placement_to_json
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
-from prism_plan.placement_file import placement_to_json
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routes import Route
 from runtime_adapter import PROGRAM

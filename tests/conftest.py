@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from prism_plan.cluster import Cluster
-from prism_plan.cluster_file import parse_cluster
+from prism_plan.io.cluster import parse_cluster
 from prism_plan.model import PRESETS
 from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.esft import read_esft

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_plan.sweep_file import COLUMNS, METADATA_KEY
+from prism_plan.io.sweep import COLUMNS, METADATA_KEY
 
 #: Rows of a Parquet file that are written at a time.
 _CHUNK = 1_000_000
@@ -154,10 +154,11 @@ def _write_long_task(path: Path) -> None:
 def _write_sweep(path: Path) -> None:
     rows = 3 * _CHUNK
     values: dict[str, Any] = {}
-    for name, column in COLUMNS.items():
-        kind = {int: pa.int64(), float: pa.float64(), str: pa.string()}[column.kind]
-        one = "ok" if column.kind is str else 1
-        values[name] = pa.array([one], kind).take(pa.array(np.zeros(rows, np.int32)))
+    for name, kind in COLUMNS.items():
+        one = "ok" if kind is str else 1
+        values[name] = pa.array(
+            [one], {int: pa.int64(), float: pa.float64(), str: pa.string()}[kind]
+        ).take(pa.array(np.zeros(rows, np.int32)))
     table = pa.table(values).replace_schema_metadata({METADATA_KEY: b'{"version": 1}'})
     pq.write_table(table, path, compression="zstd")
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from prism_plan.cli.main import run
 from prism_plan.cluster import Cluster
-from prism_plan.cluster_file import parse_cluster
 from prism_plan.instance import Instance
+from prism_plan.io.cluster import parse_cluster
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.profiling.synthetic import SyntheticSpread, synthetic_trace

@@ -27,15 +27,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from prism_plan.check import check_file
-from prism_plan.cluster_file import parse_cluster
 from prism_plan.errors import Infeasible, PrismError
 from prism_plan.files import sha256
 from prism_plan.instance import Instance
+from prism_plan.io.cluster import parse_cluster
+from prism_plan.io.placement import read_placement, write_placement
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec, load_model
 from prism_plan.placement import InputFile
-from prism_plan.placement_file import read_placement, write_placement
 from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source

@@ -109,7 +109,7 @@ def test_traceback_on_request(
 
 def test_the_place_of_a_librarys_exception() -> None:
     """Of an exception from a library, the library's line and ours that called it are named."""
-    from prism_plan.cluster_file import parse_cluster
+    from prism_plan.io.cluster import parse_cluster
 
     try:
         parse_cluster(None)  # type: ignore[arg-type]
@@ -187,10 +187,10 @@ main()
 """
 RUNTIME = """
 import sys
-import prism_plan.placement_file
+import prism_plan.io.placement
 def fire(*_, **__):
     assert False, "\\x1b[2J"
-prism_plan.placement_file.read_placement = fire
+prism_plan.io.placement.read_placement = fire
 sys.argv = ["runtime_adapter", "move", "--placement", "p.json"]
 from runtime_adapter.cli import main
 main()

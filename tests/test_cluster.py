@@ -19,8 +19,8 @@ from prism_plan.cluster import (
     gpu_slots,
     resident_bytes,
 )
-from prism_plan.cluster_file import parse_cluster, read_cluster
 from prism_plan.errors import Infeasible, InputError
+from prism_plan.io.cluster import parse_cluster, read_cluster
 from prism_plan.model import PRESETS, ModelSpec
 
 V2_LITE = PRESETS["deepseek-v2-lite"]

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.cluster_check import _smallest_model, require_placement, require_plannable
-from prism_plan.cluster_file import parse_cluster
 from prism_plan.errors import Infeasible, InputError, PrismError
 from prism_plan.feasibility import first_fit
 from prism_plan.instance import Instance
+from prism_plan.io.cluster import parse_cluster
+from prism_plan.io.placement import read_placement, write_placement
+from prism_plan.io.simulation import read_simulation
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.memory import gpu_memory, too_little_left, unreserved
 from prism_plan.model import ModelSpec
-from prism_plan.placement_file import read_placement, write_placement
 from prism_plan.profiling.synthetic import synthetic_trace
-from prism_plan.simulation_file import read_simulation
 from prism_plan.solvers import solve
 from prism_plan.trace import Trace
 from prism_plan.workload import require_users

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prism_plan.cluster_file import read_cluster
 from prism_plan.instance import Instance
+from prism_plan.io.cluster import read_cluster
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.model import load_model
 from prism_plan.solvers import solve

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from prism_plan.cluster import Cluster
-from prism_plan.cluster_file import parse_cluster
 from prism_plan.errors import Infeasible
 from prism_plan.instance import Instance
+from prism_plan.io.cluster import parse_cluster
 from prism_plan.objective import score, step_score
 from prism_plan.solvers import Options, solve
 from prism_plan.trace import Trace

@@ -19,21 +19,20 @@ RUNTIME = PACKAGE.parent / "runtime_adapter"
 #: are packages do not import each other.
 FLOORS = [
     {"text", "errors", "jit", "limits", "machine", "open_file"},
-    {"faults", "files", "schema", "kernels", "__init__"},
+    {"faults", "files", "kernels", "__init__"},
     {
-        *("model", "sizes", "checkpoint_folder", "cluster", "cluster_file", "toml_table"),
+        *("model", "sizes", "checkpoint_folder", "cluster"),
         *("assumed", "trace", "trace_counts", "parquet_input", "provenance"),
     },
     {"workload"},
     {"instance"},
-    {"placement", "placement_file", "objective", "feasibility", "memory", "moves"},
+    {"placement", "objective", "feasibility", "memory", "moves"},
     {"solvers", "simulate"},
     {"migration"},
-    {"io"},
-    {"profiling"},
+    {"io", "profiling"},  # prompts are read by the lines of recordings
     {
-        *("comparison", "comparison_file", "simulation", "simulation_file", "request_table"),
-        *("sweep", "sweep_file", "frames"),
+        *("comparison", "simulation", "request_table"),
+        *("sweep", "frames"),
     },
     {"check", "cluster_check"},
     {"plotting"},

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.cluster import Cluster
-from prism_plan.cluster_file import parse_cluster
 from prism_plan.errors import Infeasible, InputError
 from prism_plan.instance import Instance
+from prism_plan.io.cluster import parse_cluster
 from prism_plan.model import ModelShape, ModelSpec
 from prism_plan.trace import Trace
 from prism_plan.workload import Workload, activations, expected_workload

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
-from prism_plan.model import ModelShape
-from prism_plan.objective import violations
-from prism_plan.placement import InputFile, Placement, Plan
-from prism_plan.placement_file import (
+from prism_plan.io.placement import (
     dump_placement,
     placement_schema,
     placement_to_json,
     read_placement,
     write_placement,
 )
+from prism_plan.model import ModelShape
+from prism_plan.objective import violations
+from prism_plan.placement import InputFile, Placement, Plan
 
 GOLDEN = Path(__file__).parent / "golden" / "placement-v1.json"
 

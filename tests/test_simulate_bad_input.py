@@ -13,8 +13,8 @@ from unittest import mock
 
 import pytest
 
+from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.placement_file import write_placement
 from prism_plan.profiling.synthetic import synthetic_trace
 from tests.simulation_material import CLUSTER, SPEC, invoke, planned, small_cluster, small_trace
 
@@ -195,11 +195,11 @@ OTHER_FILES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str,
     ),
     "trace is no trace": (writing("t.parquet", "PAR1"), (), ("t.parquet",)),
     "no JSON": (writing("k.json", "{"), MEASURED, ("k.json",)),
-    "not a calibration": (writing("k.json", "{}"), MEASURED, ("k.json: format",)),
+    "not a calibration": (writing("k.json", "{}"), MEASURED, ("k.json: keys 'format'",)),
     "negative time": (
         calibration(default={"dense_ms": [[1, -1], [2, 1]], "expert_ms": CURVE}),
         MEASURED,
-        ("k.json: default.dense_ms[0]: -1",),
+        ("k.json: default.dense_ms[0][1]: -1",),
     ),
     "time of 400 digits": (calibration(rtt_ms=10**400), MEASURED, ("k.json: rtt_ms: 1000",)),
     "times of another server": (

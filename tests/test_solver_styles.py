@@ -14,9 +14,9 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from prism_plan import plotting
+from prism_plan.placement import OFFLOAD
 from prism_plan.plotting import OTHER_COLOURS, SOLVER_COLOURS, solver_styles
 from prism_plan.plotting.solver_styles import text_on, tint
-from prism_plan.simulation import OFFLOAD
 from prism_plan.solvers import SOLVER_NAMES
 from tests.simulation_reports import make_report, make_run, make_sweep
 

@@ -73,7 +73,7 @@ def command(given: CompareOptions) -> None:
         writable,
     )
     from prism_plan.comparison import compare
-    from prism_plan.placement_file import read_placement
+    from prism_plan.io.placement import read_placement
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.registry import SOLVER_NAMES
 

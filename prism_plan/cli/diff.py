@@ -28,8 +28,8 @@ def command(given: DiffOptions) -> None:
     """Show what moves from placement A to placement B: experts and bytes, per server and layer."""
     from prism_plan.cli.console import print_json
     from prism_plan.cli.tables import counts, print_table, sizes, words
+    from prism_plan.io.placement import read_placement
     from prism_plan.moves import diff
-    from prism_plan.placement_file import read_placement
 
     result = diff(read_placement(given.a), read_placement(given.b), (given.a, given.b))
     if given.as_json:

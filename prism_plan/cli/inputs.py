@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def load_cluster(path: str) -> tuple[Cluster, InputFile]:
     """Read a cluster file once, and tell what was read."""
-    from prism_plan.cluster_file import parse_cluster
     from prism_plan.files import printable, read_identified
+    from prism_plan.io.cluster import parse_cluster
     from prism_plan.placement import InputFile
 
     text, digest = read_identified(path)

@@ -64,7 +64,7 @@ def entropy(given: PlotOptions) -> None:
 def placement_map(given: PlotOptions) -> None:
     """Which server and GPU holds which expert."""
     from prism_plan import plotting
-    from prism_plan.placement_file import read_placement
+    from prism_plan.io.placement import read_placement
 
     given.draw(lambda options: plotting.placement_map(read_placement(given.file), options=options))
 
@@ -76,7 +76,7 @@ def placement_map(given: PlotOptions) -> None:
 def comparison(given: PlotOptions) -> None:
     """Bars of a comparison written by ``prism-plan compare -o R.json``."""
     from prism_plan import plotting
-    from prism_plan.comparison_file import read_comparison
+    from prism_plan.io.comparison import read_comparison
 
     def figure(options: FigureOptions) -> Any:
         values = read_comparison(given.file)
@@ -88,7 +88,7 @@ def comparison(given: PlotOptions) -> None:
 
 def _draw_simulation(given: PlotOptions, name: str, **how: Any) -> None:
     from prism_plan import plotting
-    from prism_plan.simulation_file import read_simulation
+    from prism_plan.io.simulation import read_simulation
 
     def figure(options: FigureOptions) -> Any:
         return getattr(plotting, name)(read_simulation(given.file), options=options, **how)
@@ -159,7 +159,7 @@ class SweepPlotOptions(PlotOptions):
 def sweep(given: SweepPlotOptions) -> None:
     """Mean latency over a sweep by bandwidth or another condition, one line a solver."""
     from prism_plan import plotting
-    from prism_plan.sweep_file import read_sweep
+    from prism_plan.io.sweep import read_sweep
 
     def figure(options: FigureOptions) -> Any:
         return plotting.sweep_figure(

@@ -102,7 +102,7 @@ class SimulateOptions(ReviewOptions, TableOptions):
         InputError
             A value is out of range, or the calibration cannot be read.
         """
-        from prism_plan.simulate.calibration_file import read_calibration
+        from prism_plan.io.calibration import read_calibration
 
         return self.simulation(
             route=self.route,
@@ -226,9 +226,10 @@ def _simulate(given: SimulateOptions) -> int:
         trace_file,
         writable,
     )
-    from prism_plan.placement_file import read_placement
+    from prism_plan.io.placement import read_placement
+    from prism_plan.placement import OFFLOAD
     from prism_plan.request_table import write_request_table
-    from prism_plan.simulation import OFFLOAD, dump_report, simulate_placements
+    from prism_plan.simulation import dump_report, simulate_placements
 
     files = (given.trace, given.cluster, given.arrivals, given.schedule, given.calibration,
              *given.placements)  # fmt: skip
@@ -315,8 +316,8 @@ def _as_text(path: str) -> str:
 
 
 def _requests(trace: Trace, cluster: Cluster, given: SimulateOptions) -> Requests:
-    from prism_plan.simulate.arrivals_file import read_arrivals
-    from prism_plan.simulate.schedule_file import read_schedule
+    from prism_plan.io.arrivals import read_arrivals
+    from prism_plan.io.phases import read_schedule
     from prism_plan.simulate.workload import sample_requests
 
     return sample_requests(
@@ -337,7 +338,8 @@ def _planned(
     trace: Trace, cluster: Cluster, names: list[str], given: SimulateOptions
 ) -> list[tuple[str, Placement]]:
     from prism_plan.instance import Instance
-    from prism_plan.simulation import OFFLOAD, offload_placement
+    from prism_plan.placement import OFFLOAD
+    from prism_plan.simulation import offload_placement
     from prism_plan.solvers import Options, solve
 
     if not names and not given.offload:

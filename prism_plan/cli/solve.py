@@ -84,9 +84,9 @@ def command(given: SolveOptions) -> None:
     from prism_plan.cli.console import deliver, load_trace, note
     from prism_plan.cli.inputs import about, blaming, load_cluster, trace_file, writable
     from prism_plan.instance import Instance
+    from prism_plan.io.placement import dump_placement, read_placement
     from prism_plan.memory import unreserved
     from prism_plan.model import require_same_model
-    from prism_plan.placement_file import dump_placement, read_placement
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.registry import get_solver
     from prism_plan.solvers.run import solve

@@ -45,7 +45,7 @@ _REVIEWS = {
 def simulation_cdf(report: Mapping[str, Any], *, options: FigureOptions = USUAL) -> Figure:
     """Share of requests that took at most so long, one line a run, with its mean marked.
 
-    ``report`` holds the values of a simulation report (see `prism_plan.simulation_file`). A line
+    ``report`` holds the values of a simulation report (see `prism_plan.io.simulation`). A line
     has the 101 quantiles in seconds as x and 0 to 1 as y; x is logarithmic where it spans much.
 
     Raises

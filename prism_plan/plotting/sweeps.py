@@ -51,7 +51,7 @@ def sweep_figure(
 ) -> Figure:
     """Mean latency by a condition ``x``, a line for each solver, a panel for each other condition.
 
-    ``rows`` are those of a sweep table (see `prism_plan.sweep_file`); those that failed or have no
+    ``rows`` are those of a sweep table (see `prism_plan.io.sweep`); those that failed or have no
     latency are left out, and the title says how many. A line is the mean over seeds, a band their
     least and most. Left to itself, x is the bandwidth, or the GPUs if one bandwidth was swept, or,
     where intervals or memory were swept too, the condition of the most values. ``panels`` is

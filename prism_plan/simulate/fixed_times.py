@@ -9,13 +9,47 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.simulate.arrivals_file import Arrival, FixedArrivals
 from prism_plan.simulate.demand import Demand
 from prism_plan.simulate.prompts import RequestList
 from prism_plan.trace import Trace
 
 #: In place of a code or an index: it is to be drawn.
 DRAW = -1
+#: Times beyond this, in seconds, are a mistake.
+MOST_S = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request: where and when; its task and its id in the trace where they are given.
+
+    Raises
+    ------
+    InputError
+        The time is negative, NaN, infinite or beyond :data:`MOST_S`.
+    """
+
+    server: str
+    at_s: float
+    task: str | None = None
+    request: int | None = None
+    line: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at_s <= MOST_S:  # NaN is neither
+            raise InputError(
+                f"{self.at_s}",
+                place=f"line {self.line}: at_s",
+                expected=f"seconds from the start, 0 to {MOST_S:g}",
+            )
+
+
+@dataclass(frozen=True)
+class FixedArrivals:
+    """Requests at fixed times, in any order; ``source`` is the file, for errors."""
+
+    arrivals: tuple[Arrival, ...]
+    source: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,10 +11,9 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_SEED, require_whole
 from prism_plan.simulate.arrivals import MOST_REQUESTS, arrivals_before, arrivals_by_number
-from prism_plan.simulate.arrivals_file import MOST_S, FixedArrivals
 from prism_plan.simulate.demand import Demand, demand
 from prism_plan.simulate.drawing import POOL, draw_prompts
-from prism_plan.simulate.fixed_times import DRAW, Arriving, look_up
+from prism_plan.simulate.fixed_times import DRAW, MOST_S, Arriving, FixedArrivals, look_up
 from prism_plan.simulate.prompts import RequestList, gather_prompts, list_requests
 from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.schedule import PhaseStart, Schedule

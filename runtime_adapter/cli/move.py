@@ -32,7 +32,7 @@ def command(given: MoveOptions) -> None:
     The run was started with --movable or --migrate. Waits until the move is done, refused or
     abandoned: exit code 0, 2 or 3, 5.
     """
-    from prism_plan.placement_file import placement_to_json, read_placement
+    from prism_plan.io.placement import placement_to_json, read_placement
     from runtime_adapter.cli.options import address
     from runtime_adapter.links import Meeting
     from runtime_adapter.move import ask

@@ -150,7 +150,8 @@ def command(given: ServeOptions) -> None:
 
     from prism_plan.cli.inputs import blaming, load_cluster, writable
     from prism_plan.files import write_bytes
-    from prism_plan.placement_file import read_identified_placement
+    from prism_plan.io.placement import read_identified_placement
+    from prism_plan.io.requests import read_requests
     from prism_plan.profiling.hf import fingerprint
     from prism_plan.simulate.network import Network
     from runtime_adapter.bridge import Lanes
@@ -172,7 +173,6 @@ def command(given: ServeOptions) -> None:
         moving,
         prepare,
         prepare_stream,
-        read_requests,
         require_covered,
         serve,
     )

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from prism_plan.cluster_file import parse_cluster
 from prism_plan.instance import Instance
+from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import TraceWriter, write_trace
 from prism_plan.model import PRESETS, ModelShape, ModelSpec

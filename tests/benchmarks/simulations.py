@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from prism_plan.cluster import Cluster, Gpu, Link, Server
-from prism_plan.cluster_file import parse_cluster
 from prism_plan.instance import Instance
+from prism_plan.io.cluster import parse_cluster
 from prism_plan.simulate.compiled import CompiledEngine
 from prism_plan.simulate.reference import ReferenceEngine
 from prism_plan.simulate.requests import Requests

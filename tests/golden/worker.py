@@ -22,7 +22,7 @@ import traceback
 LIBRARIES = (
     *("numpy", "pyarrow", "pyarrow.parquet", "pyarrow.compute", "pandas", "numba", "scipy"),
     *("scipy.optimize", "scipy.sparse", "highspy", "pulp", "networkx", "click", "rich"),
-    *("rich.console", "rich.table", "jsonschema", "joblib"),
+    *("rich.console", "rich.table", "pydantic", "joblib"),
 )
 #: No call takes longer, but one that hangs; in seconds.
 LONGEST_S = 1800

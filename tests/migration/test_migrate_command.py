@@ -11,10 +11,10 @@ from subprocess import CompletedProcess
 import pytest
 
 from prism_plan.files import sha256
+from prism_plan.io.migration import read_migration
+from prism_plan.io.placement import read_placement, write_placement
 from prism_plan.migration.plan import check_plan
-from prism_plan.migration.plan_file import read_migration
 from prism_plan.placement import Placement
-from prism_plan.placement_file import read_placement, write_placement
 from tests.migration.moves_by_hand import placed
 
 Run = Callable[..., CompletedProcess[str]]

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from prism_plan.check import check_file
 from prism_plan.errors import InputError
-from prism_plan.migration.order import migration_plan
-from prism_plan.migration.plan import LoadTime, MigrationPlan
-from prism_plan.migration.plan_file import (
+from prism_plan.io.migration import (
     dump_migration,
     migration_from_json,
-    migration_schema,
     migration_to_json,
     read_migration,
     write_migration,
 )
+from prism_plan.io.parts import shipped_schema
+from prism_plan.migration.order import migration_plan
+from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.model import ModelShape
 from prism_plan.moves import Step
 from prism_plan.placement import InputFile
@@ -70,7 +70,7 @@ def test_round_trip_is_exact(plan: MigrationPlan, tmp_path_factory: pytest.TempP
     for field in ("model", "servers", "gpus", "steps", "inputs", "load_s"):
         assert getattr(again, field) == getattr(plan, field)
     assert dump_migration(again) == path.read_bytes()
-    jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), migration_schema())
+    jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), shipped_schema("migration-1"))
     assert not check_file(path).problems
 
 
@@ -106,10 +106,10 @@ def test_the_file_reads_as_documented(values: dict[str, Any]) -> None:
 
 def test_shipped_schema_is_a_schema(values: dict[str, Any]) -> None:
     """The schema is valid itself and refuses a foreign key."""
-    jsonschema.Draft202012Validator.check_schema(migration_schema())
-    jsonschema.validate(values, migration_schema())
+    jsonschema.Draft202012Validator.check_schema(shipped_schema("migration-1"))
+    jsonschema.validate(values, shipped_schema("migration-1"))
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(values | {"more": 1}, migration_schema())
+        jsonschema.validate(values | {"more": 1}, shipped_schema("migration-1"))
 
 
 MUTATIONS: dict[str, tuple[list[Any], Any, str]] = {
@@ -120,7 +120,7 @@ MUTATIONS: dict[str, tuple[list[Any], Any, str]] = {
     "server": (["steps", 1, "server"], "edge", "steps[1].server: 'edge'"),
     "gpu": (["steps", 1, "gpu"], 2, "steps[1].gpu: 2"),
     "whole float": (["steps", 1, "gpu"], 0.0, "whole number"),
-    "huge": (["steps", 1, "expert"], 2**63, "below 2**63"),
+    "huge": (["steps", 1, "expert"], 2**63, "less than 9,223,372,036,854,775,808"),
     "layer": (["steps", 1, "layer"], 1, "steps[1].layer: 1; expected a MoE layer of m, 3"),
     "expert": (["steps", 1, "expert"], 2, "steps[1].expert: 2; expected ids 0..1 of m"),
     "later": (["steps", 1, "needs"], [1], "steps[1].needs: [1]; expected earlier steps"),
@@ -128,8 +128,8 @@ MUTATIONS: dict[str, tuple[list[Any], Any, str]] = {
     "text": (["steps", 1, "needs"], ["0"], "steps[1].needs[0]"),
     "true": (["steps", 1, "needs"], [False], "steps[1].needs[0]"),
     "temporary": (["steps", 1, "temporary"], False, "steps[1].temporary"),
-    "foreign": (["steps", 1, "colour"], 1, "'colour' was unexpected"),
-    "no step": (["steps", 1], 5, "steps[1]: 5; expected object"),
+    "foreign": (["steps", 1, "colour"], 1, "unknown key 'colour'"),
+    "no step": (["steps", 1], 5, "steps[1]: 5; expected an object"),
     "by turns": (["steps", 1], None, "steps[1].do: 'load'; expected loads and drops"),
     "count": (["loads"], 4, "loads: 4; expected 3, as the steps have it"),
     "bytes": (["moved_bytes"], 1, "moved_bytes: 1; expected 30"),
@@ -171,7 +171,7 @@ def test_the_quick_look_at_steps_agrees_with_the_schema(key: str, value: Any) ->
     values = migration_to_json(migration_plan(a, b))
     values["steps"][1][key] = value
     try:
-        jsonschema.validate(values, migration_schema())
+        jsonschema.validate(values, shipped_schema("migration-1"))
         allowed = True
     except jsonschema.ValidationError:
         allowed = False

@@ -16,6 +16,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError, PrismError
+from prism_plan.io.prompts import read_prompts
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.profiling.hf import (
     HfOptions,
@@ -23,7 +24,6 @@ from prism_plan.profiling.hf import (
     load_tokenizer,
     profile_checkpoint,
 )
-from prism_plan.profiling.prompts import read_prompts
 from prism_plan.trace import PHASES, Trace
 from tests.limits import HANG_S
 from tests.profiling.families import SMALL
@@ -227,7 +227,7 @@ def test_resume_of_another_run(prompts: Path, tmp_path: Path, change: str) -> No
 LINES: dict[str, tuple[str, str]] = {
     "not JSON": ('{"prompt": "a", "task": "t"}\nhello\n', "line 2: not JSON"),
     "a list": ("[1]\n", "line 1: [1]"),
-    "no task": ('{"prompt": "a"}\n', "line 1: prompt; expected the keys"),
+    "no task": ('{"prompt": "a"}\n', "line 1: key 'task' is missing"),
     "more keys": ('{"prompt": "a", "task": "t", "id": 1}\n', "line 1: prompt, task, id"),
     "empty prompt": ('\n{"prompt": " ", "task": "t"}\n', "line 2: prompt is ' '"),
     "a number": ('{"prompt": 5, "task": "t"}\n', "line 1: prompt is 5"),

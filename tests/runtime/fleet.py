@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
+from prism_plan.io.placement import placement_to_json
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement, Plan
-from prism_plan.placement_file import placement_to_json
 from runtime_adapter.agent import Agent
 from runtime_adapter.changes import Entry, News
 from runtime_adapter.counters import Counters

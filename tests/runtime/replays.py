@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
-from prism_plan.cluster_file import read_cluster
+from prism_plan.io.cluster import read_cluster
+from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement, Plan
-from prism_plan.placement_file import write_placement
 from prism_plan.profiling.synthetic import SyntheticSpread, synthetic_trace
 from prism_plan.trace import Trace
 from tests.limits import HANG_S

@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import psutil
 
+from prism_plan.io.placement import write_placement
 from prism_plan.placement import Placement
-from prism_plan.placement_file import write_placement
 from tests.runtime.checkpoints import TRACES
 from tests.runtime.replays import PATIENCE_S, environment, free_port
 

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from prism_plan.placement_file import placement_to_json  # noqa: E402
+from prism_plan.io.placement import placement_to_json  # noqa: E402
 from prism_plan.solvers import solve  # noqa: E402
 from runtime_adapter.links import Meeting  # noqa: E402
 from runtime_adapter.move import ask  # noqa: E402

@@ -19,8 +19,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.errors import PrismError  # noqa: E402
+from prism_plan.io.placement import write_placement  # noqa: E402
 from prism_plan.placement import Placement, Plan  # noqa: E402
-from prism_plan.placement_file import write_placement  # noqa: E402
 from prism_plan.solvers import Options, solve  # noqa: E402
 from runtime_adapter.cli.serve import command  # noqa: E402
 from tests.runtime.checkpoints import TRACES, committed, reference  # noqa: E402

@@ -217,7 +217,7 @@ def test_who_asks_a_scheduler_that_hangs(monkeypatch: pytest.MonkeyPatch) -> Non
     """The command `move` ends with the reason: nobody answers, and the beats stand still."""
     from dataclasses import replace
 
-    from prism_plan.placement_file import placement_to_json
+    from prism_plan.io.placement import placement_to_json
     from runtime_adapter.links import RuntimeFailure
 
     fleet = Fleet(START)

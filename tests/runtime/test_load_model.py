@@ -162,7 +162,7 @@ def test_sharded_and_stacked_checkpoints_run(tmp_path: Path) -> None:
 MEASURE = """
 import sys, torch
 torch.set_num_threads(1)
-from prism_plan.placement_file import read_placement
+from prism_plan.io.placement import read_placement
 from runtime_adapter.checkpoint import Checkpoint
 from runtime_adapter.model import load_experts, load_model
 from tests.limits import HANG_S  # noqa: E402
@@ -236,7 +236,7 @@ def placed(checkpoint: Checkpoint, slots: list[int], held: int) -> Placement:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_a_server(dtype: str, larger: Path, tmp_path: Path) -> None:
     """The peak of loading is dense part + slots + one tensor or expert, not the other experts."""
-    from prism_plan.placement_file import write_placement
+    from prism_plan.io.placement import write_placement
 
     checkpoint = Checkpoint(larger)
     everything = checkpoint.spec.num_pairs * checkpoint.spec.expert_bytes

@@ -14,8 +14,8 @@ pytest.importorskip("torch")
 
 from prism_plan.check import check_file
 from prism_plan.instance import Instance
+from prism_plan.io.placement import placement_to_json, read_placement
 from prism_plan.objective import score
-from prism_plan.placement_file import placement_to_json, read_placement
 from prism_plan.simulate.workload import sample_requests
 from runtime_adapter.links import Meeting, RuntimeFailure
 from runtime_adapter.move import ask

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from prism_plan.placement_file import read_placement
+from prism_plan.io.placement import read_placement
 from runtime_adapter.changes import Entry, News
 from runtime_adapter.counters import Counters
 from runtime_adapter.follow import Follower

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from prism_plan.placement_file import placement_to_json, read_placement
+from prism_plan.io.placement import placement_to_json, read_placement
 from prism_plan.solvers import solve
 from runtime_adapter.links import Meeting
 from runtime_adapter.move import ask

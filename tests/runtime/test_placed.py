@@ -14,9 +14,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from prism_plan.cluster_file import parse_cluster  # noqa: E402
 from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.instance import Instance  # noqa: E402
+from prism_plan.io.cluster import parse_cluster  # noqa: E402
 from prism_plan.io.trace_reader import read_trace  # noqa: E402
 from prism_plan.profiling.recorder import record  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402

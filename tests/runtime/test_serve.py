@@ -16,7 +16,8 @@ pytest.importorskip("transformers")
 
 import runtime_adapter  # noqa: E402
 from prism_plan.errors import InputError  # noqa: E402
-from prism_plan.placement_file import placement_to_json  # noqa: E402
+from prism_plan.io.placement import placement_to_json  # noqa: E402
+from prism_plan.io.requests import read_requests  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
 from runtime_adapter.bridge import Lanes  # noqa: E402
 from runtime_adapter.compute import ExpertCompute  # noqa: E402
@@ -24,7 +25,7 @@ from runtime_adapter.links import Meeting  # noqa: E402
 from runtime_adapter.model import load_experts, load_model  # noqa: E402
 from runtime_adapter.move import ask  # noqa: E402
 from runtime_adapter.planes import Planes  # noqa: E402
-from runtime_adapter.serve import even_network, read_requests  # noqa: E402
+from runtime_adapter.serve import even_network  # noqa: E402
 from runtime_adapter.server import Server, ServerConfig  # noqa: E402
 from runtime_adapter.worker import in_parallel  # noqa: E402
 from tests.runtime.checkpoints import CPU, TRACES, committed, reference  # noqa: E402
@@ -267,19 +268,19 @@ def test_requests_of_a_file(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", r"line 2: .*; expected \{\"prompt\": \.\.\.\}"),
-        ("[]", r"line 2: \[\]; expected the key prompt"),
-        ('{"task": "t"}', "line 2: task; expected the key prompt"),
-        ('{"prompt": "a", "max_tokens": 3}', "line 2: prompt, max_tokens; expected"),
-        ('{"prompt": " "}', "prompt is ' '; expected a non-empty text"),
-        ('{"prompt": 7}', "prompt is 7"),
-        ('{"prompt": "a", "task": null}', "task is None"),
-        ('{"prompt": "a", "id": 1.5}', "id is 1.5; expected a text or a whole number"),
-        ('{"prompt": "a", "id": true}', "id is True"),
-        ('{"prompt": "a", "at_s": -1}', "at_s is -1; expected seconds from the start"),
+        ("[]", r"line 2: \[\]; expected an object"),
+        ('{"task": "t"}', "line 2: key 'prompt' is missing"),
+        ('{"prompt": "a", "max_tokens": 3}', "did you mean 'max_new_tokens'"),
+        ('{"prompt": " "}', "prompt: ' '; expected a non-empty text"),
+        ('{"prompt": 7}', "prompt: 7"),
+        ('{"prompt": "a", "task": null}', "task: null"),
+        ('{"prompt": "a", "id": 1.5}', "id: 1.5; expected a text or a whole number"),
+        ('{"prompt": "a", "id": true}', "id: True"),
+        ('{"prompt": "a", "at_s": -1}', "at_s: -1; expected at least 0"),
         ('{"prompt": "a", "at_s": 1e999}', "line 2"),
-        ('{"prompt": "a", "at_s": "1"}', "at_s is '1'"),
-        ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens is 0; expected a whole number"),
-        ('{"prompt": "a", "max_new_tokens": true}', "max_new_tokens is True"),
+        ('{"prompt": "a", "at_s": "1"}', "at_s: '1'"),
+        ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens: 0; expected at least 1"),
+        ('{"prompt": "a", "max_new_tokens": true}', "max_new_tokens: True"),
     ],
 )
 def test_wrong_requests(line: str, message: str, tmp_path: Path) -> None:

@@ -11,13 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
+from prism_plan.io.arrivals import parse_arrivals, read_arrivals
 from prism_plan.simulate.arrivals import Intervals, arrivals_before, arrivals_by_number
-from prism_plan.simulate.arrivals_file import (
-    Arrival,
-    FixedArrivals,
-    parse_arrivals,
-    read_arrivals,
-)
+from prism_plan.simulate.fixed_times import Arrival, FixedArrivals
 from prism_plan.simulate.streams import Source, stream
 
 
@@ -137,28 +133,36 @@ GOOD = '{"server": "a", "at_s": 1}'
 @pytest.mark.parametrize(
     ("line", "place", "message"),
     [
-        ('{"server": "a", "at_s": -1}', "line 2: at_s", "-1; expected seconds"),
-        ('{"server": "a", "at_s": 1e999}', "line 2: at_s", "inf; expected seconds"),
-        ('{"server": "a", "at_s": 2e12}', "line 2: at_s", "expected seconds"),
+        ('{"server": "a", "at_s": -1}', "line 2: at_s", "-1; expected at least 0"),
+        ('{"server": "a", "at_s": 1e999}', "line 2: at_s", "inf; expected a finite number"),
+        ('{"server": "a", "at_s": 2e12}', "line 2: at_s", "at most 1e.12"),
         (
             '{"server": "a", "at_s": NaN}',
             "line 2",
             "NaN is not JSON, under key 'at_s'",
         ),
         ('{"server": "a", "at_s": Infinity}', "line 2", "Infinity is not JSON"),
-        ('{"server": "a", "at_s": "1"}', "line 2: at_s", "'1'; expected seconds"),
-        ('{"server": "a", "at_s": true}', "line 2: at_s", "True; expected seconds"),
-        ('{"server": "a"}', "line 2: at_s", "not given; expected seconds"),
-        ('{"at_s": 1}', "line 2: server", "not given; expected the name of a server"),
-        ('{"server": 3, "at_s": 1}', "line 2: server", "3; expected the name"),
-        ('{"server": "a", "at_s": 1, "task": ""}', "line 2: task", "''; expected the name"),
-        ('{"server": "a", "at_s": 1, "request": -1}', "line 2: request", "expected the id"),
-        ('{"server": "a", "at_s": 1, "request": 1.5}', "line 2: request", "expected the id"),
-        ('{"server": "a", "at_s": 1, "request": 2147483648}', "line 2: request", "the id"),
+        ('{"server": "a", "at_s": "1"}', "line 2: at_s", "'1'; expected a number"),
+        ('{"server": "a", "at_s": true}', "line 2: at_s", "True; expected a number"),
+        ('{"server": "a"}', "line 2", "key 'at_s' is missing"),
+        ('{"at_s": 1}', "line 2", "key 'server' is missing"),
+        ('{"server": 3, "at_s": 1}', "line 2: server", "3; expected a text"),
+        ('{"server": "a", "at_s": 1, "task": ""}', "line 2: task", "''; expected a non-empty text"),
+        ('{"server": "a", "at_s": 1, "request": -1}', "line 2: request", "at least 0"),
+        (
+            '{"server": "a", "at_s": 1, "request": 1.5}',
+            "line 2: request",
+            "expected a whole number",
+        ),
+        (
+            '{"server": "a", "at_s": 1, "request": 2147483648}',
+            "line 2: request",
+            "expected less than 2,147",
+        ),
         ('{"server": "a", "at_s": 1, "tusk": "b"}', "line 2", "did you mean 'task'"),
         ('{"server": "a", "server": "b", "at_s": 1}', "line 2", "stands twice"),
         ('{"server": "a", "at_s": 1', "line 2", "not JSON"),
-        ("[1]", "line 2", "expected one JSON object a line"),
+        ("[1]", "line 2", "expected an object"),
     ],
 )
 def test_bad_line(line: str, place: str, message: str) -> None:

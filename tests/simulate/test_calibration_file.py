@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from prism_plan.errors import InputError
+from prism_plan.io.calibration import calibration_from_json, read_calibration
 from prism_plan.simulate.calibration import Calibration, GpuCurves
-from prism_plan.simulate.calibration_file import calibration_from_json, read_calibration
 
 GPU = {"dense_ms": [[1, 80], [64, 100.5]], "expert_ms": [[1, 30], [64, 40], [65, 0]]}
 CURVES = GpuCurves(((1, 0.08), (64, 0.1005)), ((1, 0.03), (64, 0.04), (65, 0.0)))
@@ -64,46 +64,46 @@ def server(**changes: Any) -> dict[str, Any]:
 HUGE = 10**400
 
 BAD: dict[str, tuple[Any, str]] = {
-    "a list": ([], "format: []; expected 'prism-plan/calibration'"),
-    "nothing": (None, "format: None; expected 'prism-plan/calibration'"),
+    "a list": ([], "[]; expected an object"),
+    "nothing": (None, "null; expected an object"),
     "another format": ({"format": "prism-plan/trace"}, "format: 'prism-plan/trace'; expected"),
-    "no format": ({"version": 1}, "format: None; expected"),
-    "no version": ({"format": HEAD["format"]}, "version: None; expected 1"),
+    "no format": ({"version": 1}, "key 'format' is missing"),
+    "no version": ({"format": HEAD["format"]}, "key 'version' is missing"),
     "a newer version": ({**HEAD, "version": 2}, "version: 2; expected 1; a newer file"),
     "version true": ({**HEAD, "version": True}, "version: True; expected 1"),
     "unknown key": (
         {**HEAD, "default": GPU, "rtt_sm": 1},
-        "unknown key 'rtt_sm', did you mean 'rtt_ms'?; expected the keys format, version,",
+        "unknown key 'rtt_sm', did you mean 'rtt_ms'?; expected one of format, version,",
     ),
     "no times": (HEAD, "no times in it; expected default, or servers"),
     "no times of any server": ({**HEAD, "servers": []}, "no times in it"),
     "zero bandwidth": (
         {**HEAD, "default": GPU, "bandwidth_mbps": 0},
-        "bandwidth_mbps: 0; expected a number above 0",
+        "bandwidth_mbps: 0; expected more than 0",
     ),
     "negative round trip": (
         {**HEAD, "default": GPU, "rtt_ms": -0.1},
-        "rtt_ms: -0.1; expected a number of at least 0",
+        "rtt_ms: -0.1; expected at least 0",
     ),
     "overhead NaN": (
         {**HEAD, "default": GPU, "call_overhead_ms": float("nan")},
-        "call_overhead_ms: nan; expected a number of at least 0",
+        "call_overhead_ms: nan; expected a finite number",
     ),
     "overhead null": (
         {**HEAD, "default": GPU, "call_overhead_ms": None},
-        "call_overhead_ms: None; expected a number of at least 0",
+        "call_overhead_ms: null; expected a number",
     ),
     "overhead text": (
         {**HEAD, "default": GPU, "call_overhead_ms": "0.2"},
-        "call_overhead_ms: '0.2'; expected a number of at least 0",
+        "call_overhead_ms: '0.2'; expected a number",
     ),
     "round trip true": (
         {**HEAD, "default": GPU, "rtt_ms": True},
-        "rtt_ms: True; expected a number of at least 0",
+        "rtt_ms: True; expected a number",
     ),
     "infinite bandwidth": (
         {**HEAD, "default": GPU, "bandwidth_mbps": float("inf")},
-        "bandwidth_mbps: inf; expected a number above 0",
+        "bandwidth_mbps: inf; expected a finite number",
     ),
     "a bandwidth beyond floating point": (
         {**HEAD, "default": GPU, "bandwidth_mbps": HUGE},
@@ -111,7 +111,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "default is a list": (
         {**HEAD, "default": [GPU]},
-        "expected dense_ms and expert_ms",
+        "expected an object",
     ),
     "unknown curve": (
         {**HEAD, "default": {**GPU, "expert_s": []}},
@@ -119,20 +119,20 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "a curve is missing": (
         {**HEAD, "default": {"dense_ms": GPU["dense_ms"]}},
-        "default.expert_ms: None; expected a list",
+        "default: key 'expert_ms' is missing",
     ),
     "a curve is a number": (dense(3), "default.dense_ms: 3; expected a list"),
-    "one point": (dense([[1, 2]]), "default.dense_ms: 1 points; expected at least two"),
-    "no points": (dense([]), "default.dense_ms: 0 points; expected at least two"),
+    "one point": (dense([[1, 2]]), "default.dense_ms: 1 entries; expected at least 2"),
+    "no points": (dense([]), "default.dense_ms: 0 entries; expected at least 2"),
     "a point of three": (
         dense([[1, 2], [2, 3, 4]]),
-        "default.dense_ms[1]: [2, 3, 4]; expected [tokens, milliseconds]",
+        "default.dense_ms[1]: 3 entries; expected at most 2",
     ),
-    "a point that is a number": (dense([1, 2]), "default.dense_ms[0]: 1; expected [tokens,"),
-    "zero tokens": (dense([[0, 2], [2, 3]]), "default.dense_ms[0]: 0; expected a whole number"),
-    "half a token": (dense([[1, 2], [1.5, 3]]), "default.dense_ms[1]: 1.5; expected a whole"),
-    "true tokens": (dense([[True, 2], [2, 3]]), "default.dense_ms[0]: True; expected a whole"),
-    "tokens beyond int32": (dense([[1, 2], [2**31, 3]]), "default.dense_ms[1]: 2147483648;"),
+    "a point that is a number": (dense([1, 2]), "default.dense_ms[0]: 1; expected a list"),
+    "zero tokens": (dense([[0, 2], [2, 3]]), "default.dense_ms[0][0]: 0; expected at least 1"),
+    "half a token": (dense([[1, 2], [1.5, 3]]), "default.dense_ms[1][0]: 1.5; expected a whole"),
+    "true tokens": (dense([[True, 2], [2, 3]]), "default.dense_ms[0][0]: True; expected a whole"),
+    "tokens beyond int32": (dense([[1, 2], [2**31, 3]]), "default.dense_ms[1][0]: 2147483648;"),
     "tokens twice": (
         dense([[1, 2], [5, 3], [5, 4]]),
         "default.dense_ms[2]: 5 tokens after 5; expected more tokens",
@@ -140,23 +140,26 @@ BAD: dict[str, tuple[Any, str]] = {
     "tokens descend": (dense([[8, 2], [5, 3]]), "default.dense_ms[1]: 5 tokens after 8; expected"),
     "negative time": (
         dense([[1, 2], [5, -3]]),
-        "default.dense_ms[1]: -3; expected a number of at least 0",
+        "default.dense_ms[1][1]: -3; expected at least 0",
     ),
-    "NaN time": (dense([[1, float("nan")], [5, 3]]), "default.dense_ms[0]: nan; expected"),
-    "a time beyond floating point": (dense([[1, 2], [5, HUGE]]), "default.dense_ms[1]: 1000"),
+    "NaN time": (dense([[1, float("nan")], [5, 3]]), "default.dense_ms[0][1]: nan; expected"),
+    "a time beyond floating point": (dense([[1, 2], [5, HUGE]]), "default.dense_ms[1][1]: 1000"),
     "servers is an object": ({**HEAD, "servers": {}}, "servers: {}; expected a list"),
     "a server is a text": ({**HEAD, "servers": ["a"]}, "servers[0]: 'a'; expected an object"),
-    "a server has no name": ({**HEAD, "servers": [{"gpus": []}]}, "servers[0]: {'gpus': []}; exp"),
-    "a server has a number for a name": (server(name=3), "expected an object with a name"),
-    "a server has no GPUs": (server(gpus=None), "servers[0].gpus: None; expected a list"),
+    "a server has no name": (
+        {**HEAD, "servers": [{"gpus": []}]},
+        "servers[0]: key 'name'",
+    ),
+    "a server has a number for a name": (server(name=3), "servers[0].name: 3; expected a text"),
+    "a server has no GPUs": (server(gpus=None), "servers[0].gpus: null; expected a list"),
     "a server has an unknown key": (
         server(gpu=[GPU]),
-        "servers[0]: unknown key 'gpu', did you mean 'gpus'?; expected the keys name, gpus",
+        "servers[0]: unknown key 'gpu', did you mean 'gpus'?; expected one of name, gpus",
     ),
-    "a GPU is a list": (server(gpus=[GPU, []]), "servers[0].gpus[1]: []; expected dense_ms and"),
+    "a GPU is a list": (server(gpus=[GPU, []]), "servers[0].gpus[1]: []; expected an object"),
     "a GPU has a bad time": (
         server(gpus=[{**GPU, "expert_ms": [[1, 1], [2, -1]]}]),
-        "servers[0].gpus[0].expert_ms[1]: -1; expected a number of at least 0",
+        "servers[0].gpus[0].expert_ms[1][1]: -1; expected at least 0",
     ),
     "a server twice": (
         {**HEAD, "servers": [{"name": "a", "gpus": [GPU]}, {"name": "a", "gpus": [GPU]}]},

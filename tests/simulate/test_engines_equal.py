@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_plan.cluster_file import read_cluster
 from prism_plan.instance import Instance
+from prism_plan.io.cluster import read_cluster
 from prism_plan.moves import Step
 from prism_plan.simulate.compiled import CompiledEngine
 from prism_plan.simulate.engine import Engine

@@ -15,10 +15,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from prism_plan.instance import Instance
+from prism_plan.io.simulation import simulation_from_json
 from prism_plan.objective import score, step_score
 from prism_plan.placement import Placement
 from prism_plan.request_table import write_request_table
-from prism_plan.simulate.arrivals_file import Arrival, FixedArrivals
+from prism_plan.simulate.fixed_times import Arrival, FixedArrivals
 from prism_plan.simulate.report import TIMELINE_BINS, Run, _timeline, summary
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.schedule import Phase, Schedule
@@ -29,7 +30,6 @@ from prism_plan.simulation import (
     offload_placement,
     simulate_placements,
 )
-from prism_plan.simulation_file import simulation_from_json
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
 from prism_plan.workload import expected_workload
 from tests.simulate.builders import drawn_held

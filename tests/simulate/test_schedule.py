@@ -9,10 +9,10 @@ import pytest
 
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
+from prism_plan.io.phases import parse_schedule, read_schedule
 from prism_plan.model import ModelSpec
 from prism_plan.simulate.demand import demand
 from prism_plan.simulate.schedule import Phase, Schedule
-from prism_plan.simulate.schedule_file import parse_schedule, read_schedule
 from prism_plan.trace import Trace
 
 SHIFT = """
@@ -51,16 +51,24 @@ def test_read_schedule(tmp_path: Path) -> None:
         ("phase = 3", "phase", "3; expected tables"),
         ("[[phase]\n", "", "not TOML"),
         ("[[phase]]\n[[phase]]", "phase[0].requests", "only the last phase may leave it out"),
-        ("[[phase]]\nrequests = 0", "phase[0].requests", "0; expected a whole number"),
+        ("[[phase]]\nrequests = 0", "phase[0].requests", "0; expected at least 1"),
         ("[[phase]]\nrequests = 1.5", "phase[0].requests", "1.5; expected a whole number"),
         ("[[phase]]\nrequest = 1", "phase[0]", "did you mean 'requests'"),
         ("[[phases]]", "", "did you mean 'phase'"),
         ("[[phase]]\ntasks = 1", "phase[0].tasks", "expected a table"),
         ("[[phase]]\ntasks = { a = 1 }", "phase[0].tasks.a", "expected a table"),
-        ("[[phase]]\ntasks = { a = {} }", "phase[0].tasks.a", "no tasks"),
+        ("[[phase]]\ntasks = { a = {} }", "phase[0].tasks.a", "0 entries; expected at least 1"),
         ("[[phase]]\ntasks = { a = { x = 0.5 } }", "phase[0].tasks.a", "shares sum to 0.5"),
-        ("[[phase]]\ntasks = { a = { x = -1 } }", "phase[0].tasks.a.x", "-1; expected a number"),
-        ("[[phase]]\narrival_interval_s = 0", "phase[0].arrival_interval_s", "above 0"),
+        (
+            "[[phase]]\ntasks = { a = { x = -1 } }",
+            "phase[0].tasks.a.x",
+            "-1; expected at least 0",
+        ),
+        (
+            "[[phase]]\narrival_interval_s = 0",
+            "phase[0].arrival_interval_s",
+            "0; expected at least 1e-12",
+        ),
         ("[[phase]]\narrival_interval_s = nan", "phase[0].arrival_interval_s", "nan; expected"),
         ("[[phase]]\narrival_interval_s = inf", "phase[0].arrival_interval_s", "inf; expected"),
     ],

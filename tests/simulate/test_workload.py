@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.simulate.arrivals_file import Arrival, FixedArrivals
 from prism_plan.simulate.drawing import POOL
+from prism_plan.simulate.fixed_times import Arrival, FixedArrivals
 from prism_plan.simulate.prompts import gather_prompts, list_requests
 from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.schedule import Phase, Schedule

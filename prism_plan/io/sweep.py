@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
+
+from pydantic import BeforeValidator, Field
 
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import lines_of, read_text, write_bytes
+from prism_plan.io.declared import Declared, NotBlank, shown, validated
 from prism_plan.limits import MAX_CELL, MAX_COLUMNS, MAX_RUNS, require_at_most
 from prism_plan.open_file import OpenFile
 from prism_plan.parquet_input import batches, num_rows, open_parquet
+from prism_plan.placement import OFFLOAD
 
 VERSION = 1
 METADATA_KEY = b"prism_plan_sweep"
@@ -30,52 +32,59 @@ _ROUNDING = 1e-9
 _REMEDY = "make sweeps with prism-plan simulate --sweep"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the table.
-
-    ``kind`` is int, float or str. ``least`` and ``most`` bound its numbers. ``of_run`` tells a
-    result, null where the run failed; ``null`` whether it may be null anyway.
-    """
-
-    kind: type
-    least: float = 0.0
-    most: float = math.inf
-    of_run: bool = False
-    null: bool = False
+def _plainly_whole(value: Any) -> Any:
+    """Other tools write whole numbers as 300.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-#: Conditions have the ranges of :class:`prism_plan.sweep.Grid`, which makes them.
-_CONDITION = Column(float, least=1e-6, most=1e9, null=True)
-_TIME = Column(float, of_run=True, null=True)
-_SHARE = Column(float, most=1.0, of_run=True, null=True)
-_RESULT = Column(int, of_run=True)
-#: All columns in their order in a file. A null in a condition means: as in the cluster file.
-COLUMNS: Mapping[str, Column] = {
-    "gpus": Column(int, least=1),
-    "servers": Column(int, least=1),
-    "bandwidth_mbps": _CONDITION,
-    "arrival_interval_s": _CONDITION,
-    "memory_fraction": Column(float, least=1e-6, most=1.0, null=True),
-    "solver": Column(str),
-    "seed": Column(int),
-    "status": Column(str),
-    "requests": _RESULT,
-    "latency_mean_s": _TIME,
-    "latency_p50_s": _TIME,
-    "latency_p95_s": _TIME,
-    "latency_p99_s": _TIME,
-    "ttft_mean_s": _TIME,
-    "tpot_mean_s": _TIME,
-    "remote_share": _SHARE,
-    "waiting_share": _SHARE,
-    "destinations": _TIME,
-    "bytes_sent": _RESULT,
-    "utilisation": _TIME,
-    "events": _RESULT,
-    "solve_s": _TIME,
-    "runtime_s": _TIME,
+Whole = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_plainly_whole)]
+AtLeastOne = Annotated[int, Field(ge=1, lt=2**63), BeforeValidator(_plainly_whole)]
+#: Conditions have the ranges of :class:`prism_plan.sweep.Grid`, which makes them; null: as in the
+#: cluster file.
+Condition = Annotated[float, Field(ge=1e-6, le=1e9)] | None
+Amount = Annotated[float, Field(ge=0, lt=2**63)] | None
+Share = Annotated[float, Field(ge=0, le=1)] | None
+
+
+def _parts(annotation: Any) -> list[Any]:
+    return [annotation, *(part for inner in get_args(annotation) for part in _parts(inner))]
+
+
+class RunRow(Declared):
+    """A simulated run: conditions, ``status``, and results, which are null where it failed."""
+
+    gpus: AtLeastOne
+    servers: AtLeastOne
+    bandwidth_mbps: Condition
+    arrival_interval_s: Condition
+    memory_fraction: Annotated[float, Field(ge=1e-6, le=1)] | None
+    solver: NotBlank
+    seed: Whole
+    status: NotBlank
+    requests: Whole | None
+    latency_mean_s: Amount
+    latency_p50_s: Amount
+    latency_p95_s: Amount
+    latency_p99_s: Amount
+    ttft_mean_s: Amount
+    tpot_mean_s: Amount
+    remote_share: Share
+    waiting_share: Share
+    destinations: Amount
+    bytes_sent: Whole | None
+    utilisation: Amount
+    events: Whole | None
+    solve_s: Amount
+    runtime_s: Amount
+
+
+#: All columns in their order in a file, and whether they hold int, float or str.
+COLUMNS: Mapping[str, type] = {
+    name: next(kind for kind in (int, float, str) if kind in _parts(field.annotation))
+    for name, field in RunRow.model_fields.items()
 }
+#: Results, which come after the status.
+RESULTS = tuple(COLUMNS)[list(COLUMNS).index("status") + 1 :]
 
 
 def sweep_kind(path: str | os.PathLike[str]) -> str:
@@ -141,7 +150,7 @@ def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
     types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
     schema = pa.schema(
-        [(name, types[column.kind]) for name, column in COLUMNS.items()],
+        [(name, types[kind]) for name, kind in COLUMNS.items()],
         metadata={METADATA_KEY: json.dumps({"version": VERSION}).encode()},
     )
     stream = io.BytesIO()
@@ -191,23 +200,21 @@ def sweep_from_csv(text: str, source: object = "") -> list[dict[str, Any]]:
                     place=f"row {number}",
                     expected=f"{len(header)}, as in the header",
                 )
-            typed.append(
-                {name: _from_text(line[at[name]], column) for name, column in COLUMNS.items()}
-            )
+            typed.append({name: _from_text(line[at[name]], kind) for name, kind in COLUMNS.items()})
     except csv.Error as error:
         raise InputError(f"not CSV: {error}", source=source, remedy=_REMEDY) from error
     return _checked(typed, source, some=True)
 
 
-def _from_text(text: str, column: Column) -> Any:
+def _from_text(text: str, kind: type) -> Any:
     """The value that a cell spells; the text itself if it spells none."""
-    if column.kind is str:
+    if kind is str:
         return text
     if not text.strip():
         return None
-    for kind in (int, float):
+    for number in (int, float):
         try:
-            return kind(text)
+            return number(text)
         except ValueError:
             continue
     return text
@@ -322,17 +329,7 @@ def _checked(
         raise InputError("no rows", source=source, expected="a row for each run", remedy=_REMEDY)
     checked = []
     for number, row in enumerate(rows, 1):
-        failed = row["status"] != OK
-        values = {
-            name: _value(
-                row[name],
-                column,
-                column.null or (failed and column.of_run),
-                source,
-                f"row {number}, column {name}",
-            )
-            for name, column in COLUMNS.items()
-        }
+        values = dict(validated(RunRow, row, source=source, part=f"row {number}"))
         _check_row(values, source, number)
         checked.append(values)
     return checked
@@ -354,20 +351,17 @@ def _check_row(row: Mapping[str, Any], source: object, number: int) -> None:
     def require(holds: bool, name: str, expected: str) -> None:
         if not holds:
             raise InputError(
-                f"{row[name]!r:.60}",
-                source=source,
-                place=f"row {number}, column {name}",
-                expected=expected,
+                shown(row[name]), source=source, place=f"row {number}: {name}", expected=expected
             )
 
     known = _solvers()
     name = row["solver"].removesuffix("+paths")
     close = did_you_mean(name, known)
     require(name in known, "solver", f"one of {', '.join(known)}{close}")
-    if row["status"] != OK:
-        for column in COLUMNS:
-            if COLUMNS[column].of_run:
-                require(row[column] is None, column, "nothing, for the run failed")
+    for column in RESULTS if row["status"] != OK else ():
+        require(row[column] is None, column, "nothing, for the run failed")
+    for column in ("requests", "bytes_sent", "events") if row["status"] == OK else ():
+        require(row[column] is not None, column, "a whole number, for the run went well")
     for smaller, larger in _ORDERED:
         if row[smaller] is not None and row[larger] is not None:
             least, most = row[smaller], row[larger]
@@ -391,36 +385,6 @@ def _check_row(row: Mapping[str, Any], source: object, number: int) -> None:
 
 def _solvers() -> tuple[str, ...]:
     """The names that a sweep can have in its column of solvers."""
-    from prism_plan.simulation import OFFLOAD
     from prism_plan.solvers import SOLVER_NAMES
 
     return (*SOLVER_NAMES, OFFLOAD)
-
-
-def _value(value: Any, column: Column, null: bool, source: object, place: str) -> Any:
-    """A value of the kind of its column; other tools write whole numbers as 300.0."""
-    if value is None and null:
-        return None
-    if column.kind is str:
-        if isinstance(value, str) and value.strip():
-            return value
-        raise InputError(f"{value!r:.60}", source=source, place=place, expected="a text")
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    good = (
-        number
-        and abs(value) < 2**63
-        and column.least <= value <= column.most
-        and (column.kind is float or value == int(value))
-    )
-    if not good:
-        what = "a whole number" if column.kind is int else "a number"
-        bounds = f"of at least {column.least:g}"
-        if column.most != math.inf:
-            bounds = f"from {column.least:g} to {column.most:g}"
-        raise InputError(
-            f"{value!r:.60}",
-            source=source,
-            place=place,
-            expected=f"{what} {bounds}" + (", or null" if null else ""),
-        )
-    return column.kind(value)

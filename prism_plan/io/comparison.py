@@ -4,24 +4,81 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
-from prism_plan.schema import check_format, check_strictly, shipped_schema
+from prism_plan.io.declared import (
+    Amount,
+    Count,
+    Declared,
+    Listed,
+    NonEmpty,
+    Positive,
+    Share,
+    Version1,
+    validated,
+)
 
-FORMAT = "prism-plan/comparison"
-VERSION = 1
 #: Shares that must agree may differ by rounding.
 TOLERANCE = 1e-9
 
 _PLACED = ("remote_share_by_server", "termination", "runtime_s")
 _WAITING = ("destinations", "destinations_method", "waiting_share_by_server")
+#: A share for each server; null for one that calls nothing.
+ByServer = Annotated[dict[NonEmpty, Share | None], Field(min_length=1)]
 
 
-def comparison_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a comparison, as shipped."""
-    return shipped_schema("comparison-1")
+class RowPart(Declared):
+    """A placement and its scores; all but the name are null where there is none."""
+
+    name: Annotated[NonEmpty, Field(description="Of the solver, or of the placement's file.")]
+    solver: str | None = Field(
+        default=None, description="That made the placement. Older files lack it."
+    )
+    remote_share: Share | None
+    #: The server with the largest remote share; null: none calls anything.
+    worst_server: str | None
+    worst_server_share: Share | None
+    waiting_share: Share | None
+    worst_waiting_server: str | None
+    worst_waiting_share: Share | None
+    destinations: Annotated[
+        Amount | None,
+        Field(description="Mean number of remote servers of a (token, layer) step."),
+    ]
+    #: 'exact', or in which share of the steps they were found greedily.
+    destinations_method: NonEmpty | None
+    remote_share_by_server: ByServer | None
+    waiting_share_by_server: ByServer | None
+    #: Remote share on the requests that were planned on.
+    planned_share: Share | None
+    bound: float | None = Field(description="Lower bound on planned_share, where the plan has one.")
+    termination: Literal["optimal", "heuristic", "time_limit"] | None
+    runtime_s: Amount | None
+    #: How many constraints of the cluster the placement breaks.
+    violations: Count
+    note: str = Field(description="Why there is no placement, or empty.")
+
+
+class ComparisonFile(Declared):
+    """Solvers and existing placements scored side by side on the same requests."""
+
+    format: Literal["prism-plan/comparison"]
+    version: Version1
+    trace: str
+    cluster: str
+    kind: Literal["tokens", "counts"] = Field(description="Of the trace.")
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="Share of the requests that are scored and not planned on; null: all are both."
+    )
+    planned_requests: Count | None = Field(description="null: a counts-only trace.")
+    scored_requests: Count | None = Field(description="null: a counts-only trace.")
+    seed: Count
+    min_replicas: Positive
+    rows: Listed[RowPart]
 
 
 def read_comparison(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -39,8 +96,7 @@ def read_comparison(path: str | os.PathLike[str]) -> dict[str, Any]:
 def comparison_from_json(values: Any, source: object = "") -> dict[str, Any]:
     """The same from the values of the file; see :func:`read_comparison`."""
     remedy = "make comparisons with prism-plan compare -o"
-    check_format(values, FORMAT, VERSION, source=source, remedy=remedy)
-    check_strictly(values, comparison_schema(), source=source)
+    validated(ComparisonFile, values, source=source, remedy=remedy)
     rows = values["rows"]
     try:
         _check_requests(values)

@@ -5,33 +5,92 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, WithJsonSchema
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text, write_bytes
-from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_at_most
+from prism_plan.io.declared import (
+    Amount,
+    Count,
+    Declared,
+    Listed,
+    NonEmpty,
+    Version1,
+    refused,
+    shown,
+    validated,
+)
+from prism_plan.io.parts import FileIdentity, Shape, different_names, indented
+from prism_plan.limits import MAX_GPUS, MAX_NAMES
 from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.model import ModelShape
 from prism_plan.moves import Step
 from prism_plan.placement import InputFile
-from prism_plan.schema import (
-    check_format,
-    check_numbers,
-    check_schema,
-    different_names,
-    indented,
-    shipped_schema,
-)
 
-FORMAT = "prism-plan/migration"
-VERSION = 1
 _COUNTS = ("loads", "drops", "extra_loads", "moved_bytes")
 
 
-def migration_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a migration file, as shipped."""
-    return shipped_schema("migration-1")
+def _only_true(temporary: bool) -> bool:
+    if not temporary:
+        raise refused("False", "true, or no such key")
+    return temporary
+
+
+class ServerPart(Declared):
+    """A server, by its name and the number of its GPUs."""
+
+    name: NonEmpty
+    gpus: Annotated[int, Field(ge=1, le=MAX_GPUS)] = Field(description="Number of GPUs.")
+
+
+class LoadTimePart(Declared):
+    """Seconds of loading: one after the other, and with all GPUs side by side."""
+
+    sum: Amount
+    makespan: Amount
+
+
+class StepPart(Declared):
+    """An expert that a GPU loads or drops."""
+
+    do: Literal["load", "drop"]
+    server: NonEmpty = Field(description="Name of the server.")
+    gpu: Count = Field(description="Which GPU of the server.")
+    layer: Count = Field(description="Decoder index.")
+    expert: Count
+    #: Steps that must be complete before, ascending, counted from 0.
+    needs: Listed[Count]
+    #: A copy for the time of the move only, or a kept one that makes room for a while.
+    temporary: Annotated[bool, AfterValidator(_only_true), WithJsonSchema({"const": True})] = False
+
+
+class MigrationFile(Declared):
+    """In which order experts are loaded and dropped to get from one placement to another."""
+
+    format: Literal["prism-plan/migration"]
+    version: Version1
+    model: Shape
+    servers: Annotated[
+        Listed[ServerPart],
+        Field(min_length=1, max_length=MAX_NAMES),
+        AfterValidator(different_names),
+    ]
+    start: FileIdentity | None = Field(
+        alias="from", description="The placement at the start, if it is a file."
+    )
+    end: FileIdentity | None = Field(
+        alias="to", description="The placement at the end, if it is a file."
+    )
+    loads: Count = Field(description="Load steps, extra ones included.")
+    drops: Count = Field(description="Drop steps; each extra load has one.")
+    extra_loads: Count = Field(description="Loads beyond those that the two placements differ by.")
+    moved_bytes: Count = Field(description="Bytes of all loads.")
+    load_s: LoadTimePart | None
+    #: In an order that is safe; any other that respects the needs is safe too, also side by side.
+    steps: Listed[StepPart]
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -60,8 +119,8 @@ def migration_to_json(plan: MigrationPlan) -> dict[str, Any]:
     files = {key: {"name": file.name, "sha256": file.sha256} for key, file in plan.inputs.items()}
     time = plan.load_s
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": "prism-plan/migration",
+        "version": 1,
         "model": plan.model.to_json(),
         "servers": [
             {"name": name, "gpus": n} for name, n in zip(plan.servers, plan.gpus, strict=True)
@@ -113,29 +172,21 @@ def read_migration(path: str | os.PathLike[str]) -> MigrationPlan:
 def migration_from_json(values: Any, source: object = "") -> MigrationPlan:
     """The reverse of :func:`migration_to_json`; see :func:`read_migration`."""
     remedy = "make migrations with prism-plan migrate -o"
-    check_format(values, FORMAT, VERSION, source=source, remedy=remedy)
-    _check_schema(values, source)
+    file = validated(MigrationFile, values, source=source, remedy=remedy)
     model = ModelShape.from_json(values["model"], source=source)
-    names = [server["name"] for server in values["servers"]]
-    different_names(names, source)
-    require_at_most(len(names), MAX_NAMES, "servers", source=source, place="servers")
-    for index, server in enumerate(values["servers"]):
-        place = f"servers[{index}].gpus"
-        require_at_most(server["gpus"], MAX_GPUS, "GPUs", source=source, place=place)
-    gpus = tuple(server["gpus"] for server in values["servers"])
-    time = values["load_s"]
+    time, files = file.load_s, {"from": file.start, "to": file.end}
     plan = MigrationPlan(
         model=model,
-        servers=tuple(names),
-        gpus=gpus,
-        steps=_steps(values["steps"], model, names, gpus, source),
-        inputs={key: InputFile(**values[key]) for key in ("from", "to") if values[key] is not None},
-        load_s=None if time is None else LoadTime(float(time["sum"]), float(time["makespan"])),
+        servers=tuple(server.name for server in file.servers),
+        gpus=tuple(server.gpus for server in file.servers),
+        steps=_steps(file.steps, model, file.servers, source),
+        inputs={key: InputFile(one.name, one.sha256) for key, one in files.items() if one},
+        load_s=None if time is None else LoadTime(float(time.sum), float(time.makespan)),
     )
     for key in _COUNTS:
-        if values[key] != getattr(plan, key):
+        if getattr(file, key) != getattr(plan, key):
             raise InputError(
-                f"{values[key]:,}",
+                f"{getattr(file, key):,}",
                 source=source,
                 place=key,
                 expected=f"{getattr(plan, key):,}, as the steps have it",
@@ -143,80 +194,38 @@ def migration_from_json(values: Any, source: object = "") -> MigrationPlan:
     return plan
 
 
-def _check_schema(values: Mapping[str, Any], source: object) -> None:
-    """The schema, where most steps are seen to be right without its slow machinery."""
-    schema = migration_schema()
-    steps = values.get("steps")
-    if not isinstance(steps, list):
-        check_schema(values, schema, source=source)
-    check_schema({**values, "steps": []}, schema, source=source)
-    check_numbers({**values, "steps": []}, source=source, fraction=lambda at: at[:6] == "load_s")
-    for index, step in enumerate(steps or ()):
-        if not _plainly_right(step):
-            place = f"steps[{index}]"
-            check_schema(step, schema["properties"]["steps"]["items"], source=source, place=place)
-            check_numbers(step, source=source, fraction=lambda at: False, place=place)
-
-
-_KEYS = {"do", "server", "gpu", "layer", "expert", "needs"}
-
-
-def _plainly_right(step: Any) -> bool:
-    """Whether a step is what the schema says; no only means that the schema has to tell."""
-    return (
-        type(step) is dict
-        and step.keys() - {"temporary"} == _KEYS
-        and step.get("temporary", True) is True
-        and step["do"] in ("load", "drop")
-        and type(step["server"]) is str
-        and step["server"] != ""
-        and all(_is_count(step[key]) for key in ("gpu", "layer", "expert"))
-        and type(step["needs"]) is list
-        and all(map(_is_count, step["needs"]))
-    )
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
 def _steps(
-    steps: Sequence[Mapping[str, Any]],
-    model: ModelShape,
-    names: Sequence[str],
-    gpus: Sequence[int],
-    source: object,
+    steps: Sequence[StepPart], model: ModelShape, servers: Sequence[ServerPart], source: object
 ) -> tuple[Step, ...]:
-    first_gpu = dict(zip(names, itertools.accumulate(gpus, initial=0), strict=False))
-    number = dict(zip(names, gpus, strict=True))
+    number = {server.name: server.gpus for server in servers}
+    first_gpu = dict(zip(number, itertools.accumulate(number.values(), initial=0), strict=False))
     position = {layer: at for at, layer in enumerate(model.moe_layers)}
     latest: dict[tuple[int, int], str] = {}
     found = []
     for index, step in enumerate(steps):
 
-        def wrong(key: str, expected: str, step: Any = step, index: int = index) -> InputError:
+        def wrong(key: str, expected: str, step: StepPart = step, index: int = index) -> InputError:
             return InputError(
-                f"{step[key]!r:.60}",
+                shown(getattr(step, key)),
                 source=source,
                 place=f"steps[{index}].{key}",
                 expected=expected,
             )
 
-        server, needs = step["server"], step["needs"]
-        if server not in number:
+        if step.server not in number:
             raise wrong("server", "the name of one of the servers")
-        if step["gpu"] >= number[server]:
-            raise wrong("gpu", f"below {number[server]}, the GPUs of server {server!r}")
-        if step["layer"] not in position:
+        if step.gpu >= number[step.server]:
+            raise wrong("gpu", f"below {number[step.server]}, the GPUs of server {step.server!r}")
+        if step.layer not in position:
             raise wrong("layer", f"a MoE layer of {model.name}, {model.layers_text()}")
-        if step["expert"] >= model.num_experts:
+        if step.expert >= model.num_experts:
             raise wrong("expert", f"ids 0..{model.num_experts - 1} of {model.name}")
-        if any(a >= b for a, b in itertools.pairwise((*needs, index))):
+        if any(a >= b for a, b in itertools.pairwise((*step.needs, index))):
             raise wrong("needs", "earlier steps, ascending, each once")
-        gpu = first_gpu[server] + step["gpu"]
-        pair = position[step["layer"]] * model.num_experts + step["expert"]
-        if latest.get((gpu, pair)) == step["do"]:
+        gpu = first_gpu[step.server] + step.gpu
+        pair = position[step.layer] * model.num_experts + step.expert
+        if latest.get((gpu, pair)) == step.do:
             raise wrong("do", "loads and drops of an expert on a GPU by turns")
-        latest[gpu, pair] = step["do"]
-        found.append(Step(step["do"], gpu, pair, tuple(needs), step.get("temporary", False)))
+        latest[gpu, pair] = step.do
+        found.append(Step(step.do, gpu, pair, tuple(step.needs), step.temporary))
     return tuple(found)

@@ -1,0 +1,81 @@
+"""What several of our JSON formats have in common, and the schemas that are shipped."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
+
+from prism_plan.io.declared import (
+    Count,
+    Declared,
+    Expected,
+    Listed,
+    NonEmpty,
+    Positive,
+    refused,
+    shown,
+)
+from prism_plan.limits import MAX_EXPERTS, MAX_NAME_LENGTH
+
+
+class FileIdentity(Declared):
+    """A file that another one was made from."""
+
+    name: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Shape(Declared):
+    """The experts of a model; see :class:`prism_plan.model.ModelShape`."""
+
+    name: NonEmpty
+    moe_layers: Annotated[
+        Listed[Count],
+        Field(min_length=1, description="Decoder indices of the MoE layers, ascending."),
+    ]
+    num_experts: Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
+    top_k: Positive
+    expert_bytes: Annotated[
+        Positive | Annotated[list[Positive], Field(min_length=1)],
+        Expected("a whole number of at least 1, or a list of them"),
+        Field(description="Bytes of an expert, or one number for each MoE layer."),
+    ]
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def different_names(servers: Sequence[_Named]) -> Any:
+    """A validator that refuses servers of one name, and names that are too long."""
+    first: dict[str, int] = {}
+    for index, server in enumerate(servers):
+        if len(server.name) > MAX_NAME_LENGTH:
+            found = f"a name of {len(server.name):,} characters"
+            raise refused(found, f"at most {MAX_NAME_LENGTH:,}", index, "name")
+        if first.setdefault(server.name, index) != index:
+            found = f"name {shown(server.name)} is taken by servers[{first[server.name]}]"
+            raise refused(found, "different names", index, "name")
+    return servers
+
+
+def shipped_schema(name: str) -> dict[str, Any]:
+    """The JSON Schema (2020-12) ``schemas/<name>.json`` of the package."""
+    text = (files("prism_plan") / "schemas" / f"{name}.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+_NUMBERS = re.compile(r"\[\s+(\d+(?:,\s+\d+)*)\s+\]")
+
+
+def indented(values: Any) -> str:
+    """JSON text, indented by one, each list of whole numbers on one line."""
+    text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
+    return _NUMBERS.sub(lambda found: "[" + re.sub(r"\s+", "", found.group(1)) + "]", text)

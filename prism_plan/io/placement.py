@@ -1,0 +1,261 @@
+"""Placement files: JSON, format ``prism-plan/placement`` version 1 (DESIGN section 6)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import AfterValidator, ConfigDict, Field
+
+from prism_plan.errors import InputError
+from prism_plan.files import parse_json, printable, read_identified, read_text, write_bytes
+from prism_plan.io.declared import (
+    ABSENT,
+    Amount,
+    Count,
+    Declared,
+    Listed,
+    NonEmpty,
+    Positive,
+    Share,
+    Version1,
+    shown,
+    validated,
+)
+from prism_plan.io.parts import FileIdentity, Shape, different_names, indented, shipped_schema
+from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_places
+from prism_plan.model import ModelShape
+from prism_plan.placement import InputFile, Placement, Plan, Termination
+
+FORMAT = "prism-plan/placement"
+VERSION = 1
+
+
+class GpuPart(Declared):
+    """A GPU: what it can hold, as ``slots`` or ``bytes``, and what it holds."""
+
+    slots: Count = Field(
+        default=ABSENT, description="Experts that the GPU can hold (experts of one size)."
+    )
+    bytes: Count = Field(
+        default=ABSENT, description="Bytes that the GPU has for experts (experts of unequal size)."
+    )
+    experts: Annotated[
+        dict[
+            Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")],
+            Annotated[Listed[Count], Field(min_length=1)],
+        ],
+        Field(description="Expert ids by decoder layer index, ascending."),
+    ]
+
+
+class ServerPart(Declared):
+    """A server and its GPUs."""
+
+    name: NonEmpty
+    gpus: Annotated[Listed[GpuPart], Field(min_length=1, max_length=MAX_GPUS)]
+
+
+class PlanPart(Declared):
+    """How the placement came about. Further keys are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    solver: NonEmpty
+    objective: NonEmpty
+    remote_share: Share | None
+    bound: float | None
+    termination: Termination
+    seed: Count
+    runtime_s: Amount
+    min_replicas: Positive
+
+
+class PlacementFile(Declared):
+    """Which GPU of which server holds which expert of a Mixture-of-Experts model."""
+
+    format: Literal["prism-plan/placement"]
+    version: Version1
+    model: Shape
+    servers: Annotated[
+        Listed[ServerPart],
+        Field(min_length=1, max_length=MAX_NAMES),
+        AfterValidator(different_names),
+    ]
+    plan: PlanPart
+    inputs: Annotated[
+        dict[str, FileIdentity], Field(description="The files that it was planned from.")
+    ]
+
+
+PLAN_KEYS = tuple(PlanPart.model_fields)
+
+
+def placement_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a placement file, as shipped."""
+    return shipped_schema("placement-1")
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def placement_to_json(placement: Placement) -> dict[str, Any]:
+    """The file's values; keys and lists in a fixed order."""
+    unit = "slots" if placement.model.equal_expert_bytes else "bytes"
+    layers = placement.model.moe_layers
+    servers = []
+    index = 0
+    for name, capacities in zip(placement.servers, placement.gpu_capacity, strict=True):
+        gpus = []
+        for capacity in capacities:
+            held = placement.on_gpu[index]
+            experts = {
+                str(layer): np.flatnonzero(row).tolist()
+                for layer, row in zip(layers, held, strict=True)
+                if row.any()
+            }
+            gpus.append({unit: capacity, "experts": experts})
+            index += 1
+        servers.append({"name": name, "gpus": gpus})
+    plan = {key: getattr(placement.plan, key) for key in PLAN_KEYS} | dict(placement.plan.extra)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": placement.model.to_json(),
+        "servers": servers,
+        "plan": plan,
+        "inputs": {
+            key: {"name": file.name, "sha256": file.sha256}
+            for key, file in placement.inputs.items()
+        },
+    }
+
+
+def dump_placement(placement: Placement) -> bytes:
+    """The bytes of a placement file: indented, each list of experts on one line."""
+    return (indented(placement_to_json(placement)) + "\n").encode("utf-8")
+
+
+def write_placement(path: str | os.PathLike[str], placement: Placement) -> None:
+    """Write a placement whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    write_bytes(path, dump_placement(placement))
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def read_placement(path: str | os.PathLike[str]) -> Placement:
+    """Read a placement and check its form; whether it is feasible, `objective.violations` tells.
+
+    Raises
+    ------
+    InputError
+        Not JSON, not a placement, a newer version, a value that the schema does not allow, a
+        layer or expert that the model does not have; names the place and the value.
+    """
+    return placement_from_json(parse_json(read_text(path), path), source=path)
+
+
+def read_identified_placement(path: str | os.PathLike[str]) -> tuple[Placement, InputFile]:
+    """A placement, as :func:`read_placement`, and the identity of the bytes that it is of."""
+    text, digest = read_identified(path)
+    placement = placement_from_json(parse_json(text, path), source=path)
+    return placement, InputFile(printable(path), digest)
+
+
+def placement_from_json(values: Any, source: object = "") -> Placement:
+    """The reverse of :func:`placement_to_json`; see :func:`read_placement`."""
+    remedy = "make placements with prism-plan solve"
+    file = validated(PlacementFile, values, source=source, remedy=remedy)
+    model = ModelShape.from_json(values["model"], source=source)
+    num_gpus = sum(len(server.gpus) for server in file.servers)
+    require_places(
+        num_gpus, model.num_layers, model.num_experts, "GPUs", source=source, place="servers"
+    )
+    on_gpu = np.zeros((num_gpus, model.num_layers, model.num_experts), bool)
+    position = {str(layer): at for at, layer in enumerate(model.moe_layers)}
+    unit = "slots" if model.equal_expert_bytes else "bytes"
+    gpus = [
+        (gpu, f"servers[{n}].gpus[{g}]")
+        for n, server in enumerate(file.servers)
+        for g, gpu in enumerate(server.gpus)
+    ]
+    for held, (gpu, place) in zip(on_gpu, gpus, strict=True):
+        given = gpu.model_fields_set - {"experts"}
+        if given != {unit}:
+            raise InputError(
+                " and ".join(sorted(given)) or "neither 'slots' nor 'bytes'",
+                source=source,
+                place=place,
+                expected=f"{unit!r}, for the experts are "
+                + ("of one size" if unit == "slots" else "of unequal size"),
+            )
+        _hold(held, gpu.experts, model, position, source, f"{place}.experts")
+    extra = file.plan.model_extra or {}
+    _require_numbers(extra, source, "plan")
+    return Placement(
+        model=model,
+        servers=tuple(server.name for server in file.servers),
+        gpu_capacity=tuple(
+            tuple(getattr(gpu, unit) for gpu in server.gpus) for server in file.servers
+        ),
+        on_gpu=on_gpu,
+        plan=Plan(**{key: getattr(file.plan, key) for key in PLAN_KEYS}, extra=extra),
+        inputs={key: InputFile(one.name, one.sha256) for key, one in file.inputs.items()},
+    )
+
+
+def _require_numbers(values: Any, source: object, place: str) -> None:
+    """Refuse numbers under keys that we do not know that no file of ours could hold."""
+    inner: Any = enumerate(values) if isinstance(values, list) else ()
+    for key, value in values.items() if isinstance(values, Mapping) else inner:
+        at = f"{place}.{key}" if isinstance(key, str) else f"{place}[{key}]"
+        if (isinstance(value, int) and abs(value) >= 2**63) or value in (math.inf, -math.inf):
+            raise InputError(shown(value), source=source, place=at, expected="a finite number")
+        _require_numbers(value, source, at)
+
+
+def _hold(
+    held: npt.NDArray[np.bool_],
+    experts: Mapping[str, list[int]],
+    model: ModelShape,
+    position: Mapping[str, int],
+    source: object,
+    place: str,
+) -> None:
+    """Mark the ``experts`` of one GPU in ``held`` [L, E]; ``position`` is that of each layer."""
+    for layer, ids in experts.items():
+        if layer not in position:
+            raise InputError(
+                f"layer {layer}",
+                source=source,
+                place=place,
+                expected=f"a MoE layer of {model.name}, {model.layers_text()}",
+            )
+        if max(ids) >= model.num_experts:
+            raise InputError(
+                f"expert {max(ids)}",
+                source=source,
+                place=f"{place}.{layer}",
+                expected=f"ids 0..{model.num_experts - 1} of {model.name}",
+            )
+        if ids != sorted(set(ids)):
+            a, b = next((a, b) for a, b in itertools.pairwise(ids) if a >= b)
+            raise InputError(
+                f"expert {b} after {a}",
+                source=source,
+                place=f"{place}.{layer}",
+                expected="ascending ids, each once",
+            )
+        held[position[layer], ids] = True
