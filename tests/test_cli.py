@@ -184,7 +184,7 @@ def test_a_limit_without_a_placement(prism_plan: Run, tmp_path: Path) -> None:
     """The time limit ends a long ilp with exit code 4, one line, and no file."""
     sizes = tuple(90_000_000 + 1_234_567 * layer for layer in range(24))
     spec = dataclasses.replace(
-        SPEC, moe_layers=tuple(range(24)), num_experts=64, expert_bytes=sizes
+        SPEC, moe_layers=tuple(range(24)), num_decoder_layers=24, num_experts=64, expert_bytes=sizes
     )
     write_trace(tmp_path / "t.parquet", synthetic_trace(spec, ["x", "y"], requests=1))
     (tmp_path / "c.toml").write_text(re.sub(r"memory_gb = \S+", "memory_gb = 90", CLUSTER))
