@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_LAYERS, require_at_most
 from prism_plan.model import ModelSpec
-from prism_plan.sizes.config import MAX_SIZE, Facts, show
+from prism_plan.sizes.config import Facts
+from prism_plan.sizes.config_keys import MAX_SIZE, show
 from prism_plan.sizes.stored import BY_HAND, MAX_TENSORS, StoredTensor, spec_from_tensors
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")

@@ -165,6 +165,7 @@ def spec_from_tensors(
         kv_bytes_per_token=facts.kv_bytes(caching),
         num_decoder_layers=last,
         attention_flops=facts.attention_flops(caching),
+        state_bytes_per_request=facts.dtype_bytes * facts.state_numbers * len(states),
     )
 
 
