@@ -92,7 +92,7 @@ def require_unquantised(chain: list[Config]) -> None:
         config, key = found
         raise InputError(
             f"{show(config.values[key])}: the weights are quantised, as {QUANTISATION_KEYS[key]} "
-            "writes it, and not here",
+            "writes it, and no weights are here",
             source=config.source,
             place=config.place(key),
             remedy=CHECKPOINT_OR_BY_HAND,
