@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     )
     from prism_plan.frames import comparison_frame, simulation_frame, sweep_frame
     from prism_plan.instance import Instance
+    from prism_plan.io.trace_reader import read_trace
+    from prism_plan.io.trace_writer import TraceWriter, write_trace
     from prism_plan.migration.order import migration_plan
     from prism_plan.migration.plan import MigrationPlan
     from prism_plan.migration.plan_file import read_migration, write_migration
@@ -73,7 +75,6 @@ if TYPE_CHECKING:
     from prism_plan.sweep import Grid, SweepOptions
     from prism_plan.sweep_file import read_sweep, write_sweep
     from prism_plan.trace import TokenBatch, Trace, trace_from_batches
-    from prism_plan.trace_file import TraceWriter, read_trace, write_trace
     from prism_plan.workload import Workload, activations, expected_workload
 
 _HOME = {
@@ -130,7 +131,8 @@ _HOME = {
     "sweep": ("Grid", "SweepOptions"),
     "sweep_file": ("read_sweep", "write_sweep"),
     "trace": ("TokenBatch", "Trace", "trace_from_batches"),
-    "trace_file": ("TraceWriter", "read_trace", "write_trace"),
+    "io.trace_reader": ("read_trace",),
+    "io.trace_writer": ("TraceWriter", "write_trace"),
     "workload": ("Workload", "activations", "expected_workload"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

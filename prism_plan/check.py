@@ -18,6 +18,7 @@ from prism_plan.comparison_file import comparison_from_json
 from prism_plan.errors import Infeasible, InputError
 from prism_plan.files import decode, parse_json
 from prism_plan.instance import Instance
+from prism_plan.io.trace_reader import read_open_trace
 from prism_plan.memory import GpuMemory, gpu_memory, too_little_left, unreserved
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration.plan_file import migration_from_json
@@ -35,7 +36,6 @@ from prism_plan.simulation_file import simulation_from_json
 from prism_plan.sweep_file import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_open_file
 from prism_plan.toml_table import parse_toml
 from prism_plan.trace import Trace
-from prism_plan.trace_file import read_open_trace
 from prism_plan.workload import require_users
 
 #: Values of the key ``format`` of our JSON files.

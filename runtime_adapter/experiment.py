@@ -208,7 +208,7 @@ def planned(setting: Setting, folder: Path) -> tuple[Any, Any, list[tuple[str, A
     What the servers read is written to ``folder``.
     """
     import prism_plan as pp
-    from prism_plan.trace_file import write_trace
+    from prism_plan.io.trace_writer import write_trace
 
     cluster = pp.read_cluster(setting.cluster)
     planned_on, scored = pp.read_trace(setting.trace).split(0.5, 0)

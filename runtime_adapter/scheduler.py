@@ -91,8 +91,10 @@ def run_scheduler(config: SchedulerConfig) -> None:
         news.follow()
         threading.Thread(target=_beat, args=(beating,), daemon=True).start()
         Scheduler(config, news).run()
-    except RuntimeFailure:  # StoreLost as well
-        return  # the run is over
+    except RuntimeFailure:  # StoreLost as well: the run is over
+        # Not by returning: when the interpreter ends, a thread that comes back from a call of the
+        # store is ended inside C++, which aborts the process with a message of its own.
+        os._exit(0)
 
 
 def _beat(news: News) -> None:

@@ -90,11 +90,11 @@ def run_worker(config: WorkerConfig, ready: Any) -> None:
         worker.connect()
     except PrismError as error:
         ready.send(str(error))
-        return
+        os._exit(1)  # not by returning; see run_scheduler
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         ready.send(f"its worker failed: {text:.300}; please report it")
-        return
+        os._exit(1)
     threading.Thread(target=worker.show_life, daemon=True).start()
     ready.send("")
     while True:

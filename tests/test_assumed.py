@@ -13,10 +13,10 @@ import pytest
 from prism_plan.assumed import assumed_figures
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link, Server, with_figures
 from prism_plan.cluster_file import parse_cluster
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.placement_file import write_placement
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.sweep import varied
-from prism_plan.trace_file import write_trace
 from tests.simulation_material import CLUSTER, GIVEN, invoke, planned, small_cluster, small_trace
 
 Run = Callable[..., CompletedProcess[str]]

@@ -31,6 +31,8 @@ from prism_plan.cluster_file import parse_cluster
 from prism_plan.errors import Infeasible, PrismError
 from prism_plan.files import sha256
 from prism_plan.instance import Instance
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec, load_model
 from prism_plan.placement import InputFile
 from prism_plan.placement_file import read_placement, write_placement
@@ -39,7 +41,6 @@ from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
 from prism_plan.solvers import Options, solve
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
-from prism_plan.trace_file import read_trace, write_trace
 from tests.limits import HANG_S
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and modes of POSIX")

@@ -12,12 +12,13 @@ from prism_plan.check import check_file
 from prism_plan.cluster_file import parse_cluster
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.placement import InputFile
 from prism_plan.placement_file import placement_to_json, write_placement
 from prism_plan.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import solve
-from prism_plan.trace_file import read_trace, write_trace
 
 SPEC = ModelSpec(
     name="tiny",

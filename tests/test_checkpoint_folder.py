@@ -13,9 +13,9 @@ import pytest
 
 from prism_plan.checkpoint_folder import checkpoint_name, model_name
 from prism_plan.errors import InputError
+from prism_plan.io.trace_reader import read_trace
 from prism_plan.model import load_model
 from prism_plan.model_config import spec_from_config
-from prism_plan.trace_file import read_trace
 
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral",

@@ -13,11 +13,12 @@ import click
 import pytest
 
 from prism_plan.cli.main import COMMANDS, cli
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.placement_file import placement_schema, read_placement
 from prism_plan.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import SOLVER_NAMES
-from prism_plan.trace_file import read_trace, write_trace
 
 Run = Callable[..., CompletedProcess[str]]
 ROOT = Path(__file__).resolve().parent.parent

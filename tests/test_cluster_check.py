@@ -20,6 +20,7 @@ from prism_plan.cluster_file import parse_cluster
 from prism_plan.errors import Infeasible, InputError, PrismError
 from prism_plan.feasibility import first_fit
 from prism_plan.instance import Instance
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.memory import gpu_memory, too_little_left, unreserved
 from prism_plan.model import ModelSpec
 from prism_plan.placement_file import read_placement, write_placement
@@ -27,7 +28,6 @@ from prism_plan.profiling.synthetic import synthetic_trace
 from prism_plan.simulation_file import read_simulation
 from prism_plan.solvers import solve
 from prism_plan.trace import Trace
-from prism_plan.trace_file import write_trace
 from prism_plan.workload import require_users
 from tests.simulation_material import invoke
 

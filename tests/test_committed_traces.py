@@ -9,11 +9,11 @@ import pytest
 
 from prism_plan.cluster_file import read_cluster
 from prism_plan.instance import Instance
+from prism_plan.io.trace_reader import read_trace
 from prism_plan.model import load_model
 from prism_plan.solvers import solve
 from prism_plan.solvers.entropy import layer_entropy
 from prism_plan.trace import Trace
-from prism_plan.trace_file import read_trace
 
 TRACES = Path(__file__).resolve().parent.parent / "traces"
 NAMES = ("tiny-mixtral", "tiny-deepseek-v2")

@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 
 from prism_plan import plotting
 from prism_plan.errors import InputError
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.placement_file import write_placement
 from prism_plan.plotting import FigureOptions
 from prism_plan.profiling.synthetic import synthetic_trace
 from prism_plan.sweep_file import write_sweep
-from prism_plan.trace_file import write_trace
 from tests.simulation_reports import make_report, make_run, make_sweep
 from tests.test_plotting import (
     ROWS,

@@ -20,13 +20,14 @@ from prism_plan.cluster_file import parse_cluster
 from prism_plan.errors import InputError
 from prism_plan.files import decode, lines_of, parse_json, read_text
 from prism_plan.instance import Instance
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import PRESETS, ModelSpec
 from prism_plan.open_file import OpenFile
 from prism_plan.placement_file import placement_from_json, read_placement, write_placement
 from prism_plan.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import solve
 from prism_plan.toml_table import parse_toml
-from prism_plan.trace_file import read_trace, write_trace
 from tests.hostile import placement, write_bombs
 
 COMMAND = [sys.executable, "-m", "prism_plan"]
@@ -469,13 +470,13 @@ def test_rows_and_selections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path = tmp_path / "t.parquet"
     write_trace(path, synthetic_trace(SPEC, ["x"], requests=3))
     tokens = int(read_trace(path).tokens.sum())
-    monkeypatch.setattr("prism_plan.trace_file.MAX_TOKENS", tokens)
-    monkeypatch.setattr("prism_plan.trace_file.MAX_SELECTIONS", 4 * tokens)
+    monkeypatch.setattr("prism_plan.io.trace_reader.MAX_TOKENS", tokens)
+    monkeypatch.setattr("prism_plan.io.trace_reader.MAX_SELECTIONS", 4 * tokens)
     read_trace(path)
-    monkeypatch.setattr("prism_plan.trace_file.MAX_SELECTIONS", 4 * tokens - 1)
+    monkeypatch.setattr("prism_plan.io.trace_reader.MAX_SELECTIONS", 4 * tokens - 1)
     with pytest.raises(InputError, match=f"selections .{tokens} tokens × 2 layers × top-2"):
         read_trace(path)
-    monkeypatch.setattr("prism_plan.trace_file.MAX_TOKENS", tokens - 1)
+    monkeypatch.setattr("prism_plan.io.trace_reader.MAX_TOKENS", tokens - 1)
     with pytest.raises(InputError, match=f": {tokens} tokens; expected at most {tokens - 1}"):
         read_trace(path)
 
@@ -485,7 +486,7 @@ def test_small_batches_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "t.parquet"
     write_trace(path, synthetic_trace(SPEC, ["x", "y"], requests=5))
     whole = read_trace(path)
-    monkeypatch.setattr("prism_plan.trace_file.MAX_BATCH_SELECTIONS", 12)
+    monkeypatch.setattr("prism_plan.io.trace_reader.MAX_BATCH_SELECTIONS", 12)
     parts = read_trace(path)
     assert parts.batches is not None
     assert {len(batch) for batch in parts.batches()} <= {1, 2, 3}

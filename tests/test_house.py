@@ -22,13 +22,14 @@ FLOORS = [
     {"faults", "files", "schema", "kernels", "__init__"},
     {
         *("model", "model_config", "checkpoint_folder", "cluster", "cluster_file", "toml_table"),
-        *("assumed", "trace", "trace_counts", "trace_file", "parquet_input", "provenance"),
+        *("assumed", "trace", "trace_counts", "parquet_input", "provenance"),
     },
     {"workload"},
     {"instance"},
     {"placement", "placement_file", "objective", "feasibility", "memory", "moves"},
     {"solvers", "simulate"},
     {"migration"},
+    {"io"},
     {"profiling"},
     {
         *("comparison", "comparison_file", "simulation", "simulation_file", "request_table"),

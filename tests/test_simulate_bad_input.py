@@ -13,9 +13,9 @@ from unittest import mock
 
 import pytest
 
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.placement_file import write_placement
 from prism_plan.profiling.synthetic import synthetic_trace
-from prism_plan.trace_file import write_trace
 from tests.simulation_material import CLUSTER, SPEC, invoke, planned, small_cluster, small_trace
 
 Run = Callable[..., CompletedProcess[str]]

@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from prism_plan.check import check_file
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.placement_file import write_placement
 from prism_plan.simulation_file import read_simulation
 from prism_plan.sweep_file import read_sweep, sweep_from_csv
-from prism_plan.trace_file import read_trace, write_trace
 from tests.limits import HANG_S
 from tests.simulation_material import (
     GIVEN,

@@ -23,18 +23,12 @@ from hypothesis import strategies as st
 
 import prism_plan
 from prism_plan.errors import InputError, OutputError
+from prism_plan.io.trace_reader import read_header, read_trace
+from prism_plan.io.trace_schema import BATCH_ROWS, counts_schema, token_schema
+from prism_plan.io.trace_writer import TraceWriter, write_trace
 from prism_plan.model import PRESETS, ModelSpec
 from prism_plan.provenance import stamped
 from prism_plan.trace import PHASES, TokenBatch, Trace, trace_from_batches
-from prism_plan.trace_file import (
-    BATCH_ROWS,
-    TraceWriter,
-    counts_schema,
-    read_header,
-    read_trace,
-    token_schema,
-    write_trace,
-)
 
 TINY = ModelSpec(
     name="tiny",

@@ -71,7 +71,7 @@ def progress(total: int, unit: str) -> Iterator[Callable[..., None]]:
 
 def load_trace(path: str) -> Trace:
     """Read a trace; a bar shows the progress of a long one."""
-    from prism_plan.trace_file import read_trace
+    from prism_plan.io.trace_reader import read_trace
 
     with contextlib.ExitStack() as stack:
         bars: list[Callable[[str, int], None]] = []

@@ -91,10 +91,10 @@ def command(
 
     from prism_plan.cli.console import note
     from prism_plan.cli.inputs import writable
+    from prism_plan.io.trace_writer import write_trace
     from prism_plan.model import load_model
     from prism_plan.profiling.sources import parse_source
     from prism_plan.provenance import stamped
-    from prism_plan.trace_file import write_trace
 
     if output == "-":
         raise InputError("-", source="--output", expected="a file, for a trace is Parquet")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_plan.checkpoint_folder import checkpoint_name
 from prism_plan.errors import InputError
+from prism_plan.io.trace_writer import TraceWriter
 from prism_plan.model import ModelSpec, load_model
 from prism_plan.model_config import require_unquantised, spec_from_config
 from prism_plan.profiling.decoder_cache import (
@@ -38,7 +39,6 @@ from prism_plan.profiling.forward_passes import ForwardPass, RowMaker
 from prism_plan.profiling.transformers_release import require_transformers
 from prism_plan.provenance import stamped
 from prism_plan.trace import TokenBatch
-from prism_plan.trace_file import TraceWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

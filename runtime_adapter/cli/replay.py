@@ -49,9 +49,9 @@ def command(**given: Any) -> None:
     from prism_plan.cli.inputs import blaming, load_cluster, writable
     from prism_plan.cli.simulate import simulation_options
     from prism_plan.files import write_bytes
+    from prism_plan.io.trace_reader import read_trace
     from prism_plan.placement_file import read_identified_placement
     from prism_plan.simulate.workload import sample_requests
-    from prism_plan.trace_file import read_trace
     from runtime_adapter.replay import replay, replay_config
     from runtime_adapter.server import Server
 

@@ -19,13 +19,14 @@ import numpy as np
 
 from prism_plan.cluster_file import parse_cluster
 from prism_plan.instance import Instance
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import TraceWriter, write_trace
 from prism_plan.model import PRESETS, ModelShape, ModelSpec
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import Options, solve
 from prism_plan.trace import TokenBatch, Trace
-from prism_plan.trace_file import TraceWriter, read_trace, write_trace
 from tests.benchmarks.simulations import (
     ReferenceEngine,
     paper_cluster,

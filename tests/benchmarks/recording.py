@@ -29,9 +29,9 @@ def overhead(checkpoint: str) -> dict[str, Any]:
     """
     import torch
 
+    from prism_plan.io.trace_writer import TraceWriter
     from prism_plan.profiling.hf import HfOptions, load_model
     from prism_plan.profiling.recorder import Recorder, spec_of
-    from prism_plan.trace_file import TraceWriter
 
     torch.set_num_threads(1)
     model = load_model(str(ROOT / "traces" / checkpoint), HfOptions(dtype="float32", device="cpu"))

@@ -51,6 +51,7 @@ NO_DATA_NAMES = ("LICENSE", "Makefile", ".ci/run")
 #: Data that ``check`` is not for, by who reads it. What it gives is golden by other cases.
 OTHER_READERS = {
     "pyproject.toml": "pip",
+    ".pre-commit-config.yaml": "pre-commit",
     ".ci/*": "pip and the continuous integration",
     ".github/*": "the continuous integration",
     "prism_plan/**": "the package itself",

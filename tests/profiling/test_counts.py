@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import PRESETS, ModelSpec, load_model
 from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.sources import Source
 from prism_plan.trace import Trace
-from prism_plan.trace_file import read_trace, write_trace
 
 TINY = ModelSpec(
     name="tiny",

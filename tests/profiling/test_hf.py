@@ -16,6 +16,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError, PrismError
+from prism_plan.io.trace_reader import read_trace
 from prism_plan.profiling.hf import (
     HfOptions,
     Interrupted,
@@ -24,7 +25,6 @@ from prism_plan.profiling.hf import (
 )
 from prism_plan.profiling.prompts import read_prompts
 from prism_plan.trace import PHASES, Trace
-from prism_plan.trace_file import read_trace
 from tests.limits import HANG_S
 from tests.profiling.families import SMALL
 

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from prism_plan.errors import InputError
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.sglang import read_sglang
@@ -19,7 +21,6 @@ from prism_plan.profiling.sources import Source
 from prism_plan.profiling.tokens import sum_calls
 from prism_plan.profiling.trtllm import read_trtllm
 from prism_plan.trace import MAX_SUM, Trace
-from prism_plan.trace_file import read_trace, write_trace
 from tests.profiling.recordings import TINY, read, refusal, tiny
 
 TOO_LARGE = "a sum too large to count"

@@ -13,9 +13,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError  # noqa: E402
+from prism_plan.io.trace_reader import read_trace  # noqa: E402
 from prism_plan.profiling.decoder_cache import cache_argument  # noqa: E402
 from prism_plan.profiling.recorder import record, spec_of  # noqa: E402
-from prism_plan.trace_file import read_trace  # noqa: E402
 from tests.profiling.families import FAMILIES, VOCABULARY, tiny_model  # noqa: E402
 from tests.profiling.witness import DECODE, PREFILL, prompts, recorded  # noqa: E402
 

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import pytest
 
 from prism_plan.errors import InputError
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.trtllm import read_trtllm
-from prism_plan.trace_file import read_trace, write_trace
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 

@@ -13,11 +13,12 @@ import numpy.typing as npt
 import pytest
 
 from prism_plan.errors import InputError
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.vllm import read_vllm
 from prism_plan.trace import TokenBatch, Trace
-from prism_plan.trace_file import read_trace, write_trace
 
 PREFILL, DECODE, UNKNOWN = 0, 1, 2
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from prism_plan.io.trace_reader import read_trace
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.expert_modules import find_experts
 from prism_plan.profiling.recorder import record
 from prism_plan.trace import PHASES
-from prism_plan.trace_file import read_trace
 from tests.profiling.families import SIZES, VOCABULARY, family_model
 
 PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")

@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.cluster_file import read_cluster
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement, Plan
 from prism_plan.placement_file import write_placement
 from prism_plan.profiling.synthetic import SyntheticSpread, synthetic_trace
 from prism_plan.trace import Trace
-from prism_plan.trace_file import read_trace, write_trace
 from tests.limits import HANG_S
 
 #: Starting Python with PyTorch many times takes minutes on a machine that does other work.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +20,7 @@ from runtime_adapter.changes import Entry, News
 from runtime_adapter.counters import Counters
 from runtime_adapter.follow import Follower
 from runtime_adapter.table import HolderTable
+from tests.limits import HANG_S
 from tests.runtime.fleet import MODEL, FakeCompute, Fleet, drawn, placement
 
 CAPACITY = ((8,), (4, 4))
@@ -230,3 +234,48 @@ def test_the_worker_table_is_never_seen_half_changed() -> None:
     over.set()
     reader.join()
     assert not wrong
+
+
+SCHEDULED = """
+import multiprocessing, time
+import numpy as np
+from prism_plan.instance import Instance
+from runtime_adapter import scheduler
+from runtime_adapter.changes import StoreLost
+from runtime_adapter.links import Meeting
+from tests.runtime.fleet import MODEL
+from tests.runtime.test_migration_control import START
+
+def lose(self):
+    time.sleep(0.5)  # the other thread is at work
+    raise StoreLost
+
+def run(port):
+    scheduler.BEATS_S = 0.0  # its second thread is always in a call of the store
+    scheduler.Scheduler.run = lose
+    instance = Instance(MODEL, START.servers, np.zeros((2, 2, 6)), START.gpu_capacity)
+    meeting = Meeting(2, 0, port=port, join_s=60.0)
+    scheduler.run_scheduler(scheduler.SchedulerConfig(meeting, START, instance))
+
+if __name__ == "__main__":
+    from torch.distributed import TCPStore
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    process = multiprocessing.get_context("spawn").Process(target=run, args=(store.port,))
+    process.start()
+    process.join()
+    print(process.exitcode)
+"""
+
+
+def test_a_scheduler_without_a_store_ends_in_good_order(tmp_path: Path) -> None:
+    """Its other thread may be in a call of the store; the process must not abort at its end.
+
+    A process that is ended by returning unwinds such threads inside C++, which calls terminate.
+    """
+    script = tmp_path / "scheduled.py"
+    script.write_text(SCHEDULED)
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True, timeout=HANG_S,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert (result.stdout, result.stderr) == ("0\n", "")

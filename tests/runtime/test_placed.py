@@ -17,9 +17,9 @@ pytest.importorskip("transformers")
 from prism_plan.cluster_file import parse_cluster  # noqa: E402
 from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.instance import Instance  # noqa: E402
+from prism_plan.io.trace_reader import read_trace  # noqa: E402
 from prism_plan.profiling.recorder import record  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
-from prism_plan.trace_file import read_trace  # noqa: E402
 from runtime_adapter.model import load_model  # noqa: E402
 from runtime_adapter.placed import LocalDispatcher, weighted_sum  # noqa: E402
 from tests.runtime.checkpoints import (  # noqa: E402

@@ -84,6 +84,7 @@ def test_a_store_that_hangs_or_ends() -> None:
         put(asking, "known", 1)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # all its threads are stopped only then
         with pytest.raises(RuntimeFailure, match=r"does not answer within 0\.5 s"):
             ask_store(lambda: asking.check(["known"]), 0.5)
         os.kill(process.pid, signal.SIGKILL)
