@@ -21,7 +21,7 @@ from prism_plan.errors import InputError, PrismError, did_you_mean
 from prism_plan.model import require_same_model
 from prism_plan.placement import Placement
 from prism_plan.profiling.decoder_cache import cache_argument
-from prism_plan.profiling.recorder import EXPERTS
+from prism_plan.profiling.expert_modules import find_experts
 from runtime_adapter.checkpoint import Checkpoint
 from runtime_adapter.experts import ExpertStore
 from runtime_adapter.placed import Dispatcher, PlacedExperts
@@ -188,14 +188,10 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
 def _replace_experts(
     model: PreTrainedModel, checkpoint: Checkpoint, dispatcher: Dispatcher
 ) -> None:
-    found: list[int] = []
-    for name, _ in list(model.named_modules()):
-        match = EXPERTS.search(name)
-        if match:
-            placed = PlacedExperts(len(found), dispatcher)
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, placed)
-            found.append(int(match[1]))
+    found = find_experts(model)
+    for position, experts in enumerate(found.values()):
+        parent, _, last = experts.name.rpartition(".")
+        setattr(model.get_submodule(parent), last, PlacedExperts(position, dispatcher))
     if tuple(found) != checkpoint.spec.moe_layers:
         raise InputError(
             f"transformers has experts in layers {', '.join(map(str, found)) or '(none)'}",

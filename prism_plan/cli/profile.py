@@ -41,7 +41,7 @@ DEFAULT_MODEL = {
     metavar="MODEL",
     help="Model that was recorded: a preset (mixtral-8x7b, deepseek-v3, qwen3-30b-a3b, ...), a "
     "checkpoint folder or hub id, a .gguf file, a config.json or a spec file. Default for esft: "
-    "deepseek-v2-lite.",
+    "deepseek-v2-lite; for hf: the checkpoint's own.",
 )
 @click.option(
     "--weights/--no-weights",
@@ -110,13 +110,13 @@ def command(
             weights=bool(weights),
             trust_remote_code=trust_remote_code,
         )
-        if len(sources) != 1 or model is not None or tokens or prompts is None:
+        if len(sources) != 1 or tokens or prompts is None:
             raise InputError(
                 "profile --format hf",
-                expected="one checkpoint, and --prompts FILE.jsonl; no --model, no --tokens",
+                expected="one checkpoint, and --prompts FILE.jsonl; no --tokens",
                 remedy="for a recording say what it is with --format",
             )
-        _run_checkpoint(sources[0], prompts, output, options, resume)
+        _run_checkpoint(sources[0], prompts, output, options, model, resume)
         return
     if prompts is not None or resume or trust_remote_code:
         raise InputError(
@@ -177,15 +177,22 @@ def _read(
 
 
 def _run_checkpoint(
-    checkpoint: str, prompts: str, output: str, options: HfOptions, resume: bool
+    checkpoint: str,
+    prompts: str,
+    output: str,
+    options: HfOptions,
+    model: str | None,
+    resume: bool,
 ) -> None:
     import time
 
     from prism_plan.cli.console import note, progress
     from prism_plan.cli.inputs import writable
+    from prism_plan.model import load_model
     from prism_plan.profiling.hf import profile_checkpoint
 
-    writable(output, prompts, checkpoint)
+    writable(output, prompts, checkpoint, model)
+    spec = None if model is None else load_model(model)
     begin = time.perf_counter()
     recorded = 0
     with progress(1, "prompts") as update:
@@ -197,7 +204,14 @@ def _run_checkpoint(
             update(f"profiling, {rate:,.0f} tokens/s", done, total)
 
         profile_checkpoint(
-            checkpoint, prompts, output, options, resume=resume, progress=tell, notify=note
+            checkpoint,
+            prompts,
+            output,
+            options,
+            spec=spec,
+            resume=resume,
+            progress=tell,
+            notify=note,
         )
     rate = recorded / (time.perf_counter() - begin)
     note(f"{output}: {recorded:,} tokens recorded, {rate:,.0f} tokens/s with loading")

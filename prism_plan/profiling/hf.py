@@ -21,13 +21,13 @@ from prism_plan.io.trace_writer import TraceWriter
 from prism_plan.model import ModelSpec
 from prism_plan.open_file import OpenFile
 from prism_plan.profiling.prompts import Prompt, read_prompts
+from prism_plan.profiling.transformers_release import require_transformers
 from prism_plan.provenance import stamped
 from prism_plan.trace import TokenBatch, Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EXTRA = "pip install 'prism-plan[hf]'"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -74,6 +74,7 @@ def profile_checkpoint(
     output: str | os.PathLike[str],
     options: HfOptions | None = None,
     *,
+    spec: ModelSpec | None = None,
     resume: bool = False,
     progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
     notify: Callable[[str], None] = lambda message: None,
@@ -84,21 +85,22 @@ def profile_checkpoint(
     i of the trace is the i-th prompt. Rows are written as they come, so that memory does not grow
     with the number of prompts. Stopped by Ctrl-C the run leaves a valid trace of the batches that
     were done, whose provenance says ``partial``; with ``resume`` it goes on from there.
-    ``progress`` is told (prompts done, prompts, tokens recorded).
+    ``progress`` is told (prompts done, prompts, tokens recorded). ``spec`` gives the sizes where
+    they cannot be read from the checkpoint; its layers, experts and top-k must be the model's.
 
     Raises
     ------
     InputError
-        The checkpoint is missing or gated, has no MoE layers, or is of an unknown family; a line of
-        the prompts is wrong, or longer than the model's context; the trace to go on with is of
-        another run.
+        The checkpoint is missing or gated, has no MoE layers, cannot be recorded, or is not the
+        spec's; a line of the prompts is wrong, or longer than the model's context; the trace to go
+        on with is of another run.
     OutputError
         The trace cannot be written.
     Interrupted
         Stopped by Ctrl-C; tells what was kept.
     """
     with OpenFile(prompts) as file:
-        _profile(checkpoint, file, output, options or HfOptions(), resume, progress, notify)
+        _profile(checkpoint, file, output, options or HfOptions(), spec, resume, progress, notify)
 
 
 def _profile(
@@ -106,16 +108,18 @@ def _profile(
     prompts: OpenFile,
     output: str | os.PathLike[str],
     options: HfOptions,
+    spec: ModelSpec | None,
     resume: bool,
     progress: Callable[[int, int, int], None],
     notify: Callable[[str], None],
 ) -> None:
     """:func:`profile_checkpoint` of a file of prompts that is open."""
+    require_transformers()
     run = _Run(checkpoint, prompts, options)
     total = sum(1 for _ in read_prompts(prompts))
     earlier = _earlier(output, run) if resume else None
     done = 0 if earlier is None else int(earlier.provenance["prompts_done"])
-    spec = checkpoint_spec(checkpoint, options)
+    spec = checkpoint_spec(checkpoint, options) if spec is None else spec
     tokenizer = load_tokenizer(checkpoint, options)
     model = load_model(checkpoint, options)
     with _quiet():
@@ -137,8 +141,7 @@ def _profile(
         def hold(rows: TokenBatch, tasks: Sequence[str]) -> None:
             pending.append((rows, tuple(tasks)))
 
-        recorder = Recorder(model, spec, hold, weights=options.weights)
-        recorder.num_requests = done
+        recorder = Recorder(model, spec, hold, weights=options.weights, first_request=done)
         progress(done, total, 0)
         with recorder.attached():
             try:
@@ -291,7 +294,7 @@ def _check_lengths(
     options: HfOptions,
 ) -> None:
     """Refuse a prompt that does not fit the model's context, before anything is run."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     path = prompts.path
     for prompt in read_prompts(prompts):
         tokens = len(tokenizer(prompt.prompt)["input_ids"])
@@ -307,21 +310,6 @@ def _check_lengths(
                 expected=f"at most {longest:,}, the model's context",
                 remedy="shorten the prompt or lower --max-new-tokens",
             )
-
-
-def _import() -> None:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            f"{error.name or error} is not installed", source="--format hf", remedy=EXTRA
-        ) from error
-    if int(transformers.__version__.split(".")[0]) < 5:
-        raise InputError(
-            f"transformers {transformers.__version__}", expected="5 or newer", remedy=EXTRA
-        )
-    del torch
 
 
 @contextlib.contextmanager
@@ -355,7 +343,7 @@ def load_tokenizer(checkpoint: str, options: HfOptions) -> PreTrainedTokenizerBa
     InputError
         It cannot be loaded, or has neither a padding nor an end-of-sequence token.
     """
-    _import()
+    require_transformers()
     from transformers import AutoTokenizer
 
     _folder_has_config(checkpoint)
@@ -402,9 +390,9 @@ def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:
     InputError
         Missing, gated or damaged; the device cannot be used.
     """
-    _import()
+    require_transformers()
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     _folder_has_config(checkpoint)
     if options.device != "auto":
@@ -422,12 +410,33 @@ def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:
         if options.device == "auto" and torch.accelerator.is_available():
             where["device_map"] = "auto"  # over all accelerators, for models larger than one
         dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=dtype, trust_remote_code=options.trust_remote_code, **where
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=options.trust_remote_code)
+        model: PreTrainedModel = _auto_class(config).from_pretrained(
+            checkpoint,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=options.trust_remote_code,
+            **where,
         )
         if options.device != "auto":
             model = model.to(options.device)
     return model.eval()
+
+
+def _auto_class(config: Any) -> Any:
+    """Which of transformers' automatic classes makes a checkpoint's model.
+
+    Most multimodal models are no ``AutoModelForCausalLM``; they generate from text alone too.
+    """
+    import transformers
+
+    kind = type(config)
+    if (
+        kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def _folder_has_config(checkpoint: str) -> None:

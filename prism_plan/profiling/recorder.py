@@ -1,65 +1,61 @@
 """Recording which experts a running Hugging Face model calls.
 
-In transformers 5 every MoE family calls its experts module with the tokens' hidden states, the
-chosen experts and their gate weights (``hidden_states, top_k_index, top_k_weights``; gpt-oss names
-them ``router_indices, routing_weights``). Forward hooks read the last two; nothing of the model is
-changed, so its output is the same to the bit.
+Forward hooks on the experts modules read the ids and gate weights that they are called with
+(:mod:`prism_plan.profiling.expert_modules`); nothing of the model is changed, so its output is the
+same to the bit. A state in which rows could be wrong is refused, not guessed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
-import itertools
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.trace_writer import TraceWriter
-from prism_plan.model import ModelSpec
-from prism_plan.profiling.decoder_cache import cache_argument, cache_of
+from prism_plan.model import ModelSpec, load_model
+from prism_plan.profiling.decoder_cache import (
+    cache_argument,
+    cache_of,
+    cached_tokens,
+    require_grown,
+    returned_cache,
+)
+from prism_plan.profiling.expert_modules import (
+    ID_ARGUMENTS,
+    WEIGHT_ARGUMENTS,
+    ExpertsModule,
+    argument_reader,
+    decoder_of,
+    find_experts,
+)
+from prism_plan.profiling.forward_passes import ForwardPass, RowMaker
+from prism_plan.profiling.transformers_release import require_transformers
 from prism_plan.provenance import stamped
 from prism_plan.sizes.loaded import spec_of
-from prism_plan.trace import PHASES, TokenBatch
+from prism_plan.trace import TokenBatch
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
-EXPERTS = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.+\.)?experts$")
-PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")
-#: Recorded steps are kept on their device until they hold so many tokens, padding included.
+#: Recorded passes are kept on their device until they hold so many tokens, padding included.
 FLUSH_TOKENS = 4096
 
 Sink = Callable[[TokenBatch, Sequence[str]], None]
 
 
-@dataclass
-class _Step:
-    """One forward pass of B sequences of S new tokens, as the hooks saw it, still on its device.
-
-    ``mask`` bool [B, S] or ``None``; ``fed`` int64 [B], the token fed in a decode step;
-    ``experts`` and ``weights``: for each MoE layer [B·S, K]. ``tasks`` is set where the sequences
-    are new.
-    """
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """The pass that the decoder is in: ``shape`` [B, S], tokens ``past`` in ``cache`` before it."""
 
     shape: tuple[int, int]
-    tasks: tuple[str, ...] | None
-    mask: torch.Tensor | None
-    fed: torch.Tensor | None
-    experts: list[torch.Tensor]
-    weights: list[torch.Tensor] | None
-
-    @property
-    def decode(self) -> bool:
-        """One token for each sequence of the cache."""
-        return self.tasks is None and self.shape[1] == 1
+    past: int
+    cache: Any
+    mask: Any
+    ids: Any
 
 
 class Recorder:
@@ -71,7 +67,8 @@ class Recorder:
     attention mask says. A sequence that is fed an end-of-sequence or padding token in a decode step
     has ended: what ``generate`` feeds it from then on is not recorded, until it is fed more than
     one token again. Passes that do not go on where the last one ended are refused, for their rows
-    would be wrong: without a cache, with a cache that was cut, reordered or made elsewhere.
+    would be wrong: without a cache, with a cache that was cut, reordered or made elsewhere, or with
+    one that does not tell its length.
     """
 
     def __init__(
@@ -82,29 +79,26 @@ class Recorder:
         *,
         weights: bool,
         end_tokens: Sequence[int] | None = None,
+        first_request: int = 0,
     ) -> None:
         self.spec = spec
         self.tokens = 0
-        self.num_requests = 0
         self._model = model
         self._sink = sink
         self._weights = weights
         self._label: str | tuple[str, ...] = "unlabelled"
-        self._tasks: list[str] = []
-        self._ends = _end_tokens(model) if end_tokens is None else list(end_tokens)
-        self._steps: list[_Step] = []
+        self._rows = RowMaker(spec, _end_tokens(model) if end_tokens is None else end_tokens)
+        self._rows.num_requests = first_request
+        self._passes: list[ForwardPass] = []
         self._held = 0
-        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._step: tuple[tuple[int, int], bool, Any, Any] | None = None
+        self._selected: dict[int, tuple[Any, Any]] = {}
+        self._running: _Running | None = None
+        # what the whole model was called with, where the decoder is a part of it
+        self._outer: dict[str, Any] = {}
         # of the last pass: its tokens if they were new sequences, its cache, the tokens in that
         self._ids: Any = None
         self._cache: Any = None
         self._fed = -1
-        # of the sequences in the cache, as far as steps were flushed
-        self._requests = np.zeros(0, np.int64)
-        self._codes = np.zeros(0, np.int32)
-        self._lengths = np.zeros(0, np.int64)
-        self._alive = np.zeros(0, bool)
 
     def label(self, tasks: str | Sequence[str]) -> None:
         """Say which task the requests that begin from now on are of: one for all, or one each."""
@@ -121,64 +115,119 @@ class Recorder:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks on the decoder and on the experts modules, for the time of the block."""
-        modules = expert_modules(self._model)
-        if tuple(modules) != self.spec.moe_layers:
-            raise InputError(
-                f"experts modules in layers {', '.join(map(str, modules)) or '(none)'}",
-                source=self.spec.name,
-                expected=f"one in each MoE layer, {self.spec.layers_text()}",
-                remedy="a model with experts of its own code cannot be recorded",
-            )
-        decoder: Any = self._model.get_decoder()
+        """Hooks on the decoder and on the experts modules, for the time of the block.
+
+        Raises
+        ------
+        InputError
+            The model cannot be recorded, or its layers and experts are not those of the spec.
+        """
+        experts = find_experts(self._model)
+        self._require_spec(experts)
+        _require_uncompiled(self._model)
+        decoder = decoder_of(self._model)
         cache_argument(decoder)  # one that is not known is refused
-        handles = [
+        handles = []
+        if decoder is not self._model:
+            handles += [
+                self._model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+                self._model.register_forward_hook(self._after_model, always_call=True),
+            ]
+        handles += [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after),
         ]
-        for at, module in enumerate(modules.values()):
-            handles.append(module.register_forward_pre_hook(self._hook(at), with_kwargs=True))
+        for at, found in enumerate(experts.values()):
+            hook = self._experts_hook(at, found.module)
+            handles.append(found.module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, at: int) -> Callable[..., None]:
+    def _require_spec(self, experts: dict[int, ExpertsModule]) -> None:
+        if tuple(experts) != self.spec.moe_layers:
+            raise InputError(
+                f"the spec has MoE layers {self.spec.layers_text()}",
+                source=self.spec.name,
+                place="moe_layers",
+                expected=f"{_layers(tuple(experts))}, the layers of the model with experts modules",
+            )
+        for layer, found in experts.items():
+            if found.num_experts not in (None, self.spec.num_experts):
+                raise InputError(
+                    f"the spec has {self.spec.num_experts} experts in layer {layer}",
+                    source=self.spec.name,
+                    place="num_experts",
+                    expected=f"{found.num_experts}, those of the model's {found.name}",
+                )
+
+    def _experts_hook(self, at: int, module: Any) -> Callable[..., None]:
+        ids_of = argument_reader(module, ID_ARGUMENTS)
+        weights_of = argument_reader(module, WEIGHT_ARGUMENTS)
+
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rest = list(args[1:])
-            index = _argument(rest, kwargs, "top_k_index", "router_indices")
-            weights = _argument(rest, kwargs, "top_k_weights", "routing_weights")
-            self._seen[at] = (index, weights)
+            if self._running is None:
+                return  # called by itself, not within a pass of the decoder
+            ids, weights = ids_of(args, kwargs), weights_of(args, kwargs)
+            place = f"layer {self.spec.moe_layers[at]}"
+            if at in self._selected:
+                raise InputError(
+                    "its experts module is called twice in one pass",
+                    source=self.spec.name,
+                    place=place,
+                    expected="one call with all tokens",
+                )
+            tokens = self._running.shape[0] * self._running.shape[1]
+            top_k = int(ids.shape[-1])
+            if top_k != self.spec.top_k:
+                raise InputError(
+                    f"the spec has {self.spec.top_k} experts a token",
+                    source=self.spec.name,
+                    place="top_k",
+                    expected=f"{top_k}, as many as the model calls in {place}",
+                )
+            # in early releases some families give the weights of all experts, [T, E]
+            kept = [("ids", ids), ("gate weights", weights)][: 2 if self._weights else 1]
+            for what, tensor in kept:
+                if tensor is None or tensor.numel() != tokens * top_k:
+                    shape = "none" if tensor is None else list(tensor.shape)
+                    raise InputError(
+                        f"its experts module is called with {what} of shape {shape}",
+                        source=self.spec.name,
+                        place=place,
+                        expected=f"[{tokens}, {top_k}], all tokens of the pass",
+                    )
+            self._selected[at] = (ids, weights)
 
         return hook
 
+    def _before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._outer = _by_name(module, args, kwargs)
+
+    def _after_model(self, module: Any, args: Any, output: Any) -> None:
+        self._outer = {}
+
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._seen = {}
-        if len(args) > 1:  # seldom: by name is how models call their decoder
-            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        ids = args[0] if args else kwargs.get("input_ids")
-        inputs = ids if ids is not None else kwargs.get("inputs_embeds")
+        self._selected = {}
+        given = _by_name(module, args, kwargs)
+        ids, embedded = given.get("input_ids"), given.get("inputs_embeds")
+        inputs = ids if ids is not None else embedded
         if inputs is None:
             raise InputError("neither input_ids nor inputs_embeds", source="forward pass")
         shape = (int(inputs.shape[0]), int(inputs.shape[1]))
-        cache = cache_of(kwargs)
-        past = 0 if cache is None else int(cache.get_seq_length())
+        if ids is None:  # a multimodal model embeds its tokens itself
+            ids = self._outer.get("input_ids")
+            ids = ids if ids is not None and tuple(ids.shape) == shape else None
+        cache = cache_of(given)
+        past = cached_tokens(cache)
+        masks = (given.get("attention_mask"), self._outer.get("attention_mask"))
+        mask = _padding(masks, shape, past)
         if past == 0:
-            _require_start(kwargs.get("position_ids"))
+            _require_start(given.get("position_ids"), mask)
         self._follow(shape, past, cache, ids)
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            if getattr(mask, "ndim", 0) != 2:
-                raise InputError(
-                    "an attention mask that is not [sequences, tokens]",
-                    source="forward pass",
-                    remedy="give the two-dimensional mask, which tells padding, and generate "
-                    "without a static cache, which replaces it",
-                )
-            mask = mask[:, -shape[1] :].bool()
-        fed = ids[:, 0] if ids is not None and past > 0 and shape[1] == 1 else None
-        self._step = (shape, past == 0, mask, fed)
+        self._running = _Running(shape, past, cache, mask, ids)
 
     def _follow(self, shape: tuple[int, int], past: int, cache: Any, ids: Any) -> None:
         """Refuse passes that do not go on where the last one ended: their rows would be wrong."""
@@ -207,28 +256,32 @@ class Recorder:
         self._ids, self._cache, self._fed = None, cache, past + shape[1]
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
-        assert self._step is not None
-        shape, fresh, mask, fed = self._step
-        layers = self.spec.num_layers
-        if len(self._seen) != layers:
-            missing = next(at for at in range(layers) if at not in self._seen)
+        running, self._running = self._running, None
+        assert running is not None
+        selected, self._selected = self._selected, {}
+        layers = range(self.spec.num_layers)
+        missing = next((at for at in layers if at not in selected), None)
+        if missing is not None:
             raise InputError(
                 f"the experts module of layer {self.spec.moe_layers[missing]} was not called",
                 source=self.spec.name,
                 remedy="load the model without replacement kernels",
             )
-        seen, self._seen = self._seen, {}
-        self._steps.append(
-            _Step(
-                shape=shape,
-                tasks=self._labels(shape[0]) if fresh else None,
-                mask=mask,
-                fed=fed,
-                experts=[seen[at][0] for at in range(layers)],
-                weights=[seen[at][1] for at in range(layers)] if self._weights else None,
+        cache = running.cache if running.cache is not None else returned_cache(output)
+        require_grown(cache, running.past + running.shape[1])
+        self._cache = cache
+        one = running.past > 0 and running.shape[1] == 1 and running.ids is not None
+        self._passes.append(
+            ForwardPass(
+                shape=running.shape,
+                tasks=self._labels(running.shape[0]) if running.past == 0 else None,
+                mask=running.mask,
+                fed=running.ids[:, 0] if one else None,
+                experts=[selected[at][0] for at in layers],
+                weights=[selected[at][1] for at in layers] if self._weights else None,
             )
         )
-        self._held += shape[0] * shape[1]
+        self._held += running.shape[0] * running.shape[1]
         if self._held >= FLUSH_TOKENS:
             self.flush()
 
@@ -243,159 +296,95 @@ class Recorder:
             )
         return self._label
 
-    # ----------------------------------------------------------------------------------- writing
-
     def flush(self) -> None:
         """Hand everything recorded so far to the sink."""
-        steps, self._steps, self._held = self._steps, [], 0
-        # passes are many and small: those of one kind in a row are taken together
-        for kind, alike in itertools.groupby(steps, key=_kind):
-            group = list(alike)
-            if kind[0] == "new":
-                parts = [[_merged(group)]]
-            else:
-                parts = [group] if kind[0] == "decode" else [[step] for step in group]
-            for part in parts:
-                batch = self._batch(part)
-                if len(batch):
-                    self.tokens += len(batch)
-                    self._sink(batch, self._tasks)
-            if kind[0] == "new":  # only the last pass has its sequences in the cache
-                last = -group[-1].shape[0]
-                self._requests, self._codes = self._requests[last:], self._codes[last:]
-                self._lengths, self._alive = self._lengths[last:], self._alive[last:]
+        passes, self._passes, self._held = self._passes, [], 0
+        for batch in self._rows.rows(passes):
+            self.tokens += len(batch)
+            self._sink(batch, self._rows.tasks)
 
-    def _batch(self, steps: list[_Step]) -> TokenBatch:
-        """The tokens of one pass, or of decode steps in a row; rows step by step."""
-        first = steps[0]
-        sequences, length = first.shape
-        if first.tasks is not None:
-            self._begin(first.tasks)
-        elif not first.decode:
-            self._alive[:] = True  # another turn
-        if first.tasks is None and len(self._requests) != sequences:
-            raise InputError(
-                f"{sequences} sequences go on with a cache of {len(self._requests)}",
-                source="forward pass",
-                expected="the same sequences in the same order",
-            )
-        # real [steps, B, S]: neither padding nor fed after the sequence's end
-        real = np.ones((len(steps), sequences, length), bool)
-        for row, step in zip(real, steps, strict=True):
-            if step.mask is not None:
-                row[:] = step.mask.cpu().numpy()
-        if first.decode and first.fed is not None and self._ends:
-            fed = _stack([step.fed for step in steps if step.fed is not None])
-            ended = np.logical_or.accumulate(np.isin(fed, self._ends), axis=0)
-            real &= (self._alive & ~ended)[:, :, None]
-            self._alive &= ~ended[-1]
-        else:
-            real &= self._alive[None, :, None]
-        in_order = real.swapaxes(0, 1).reshape(sequences, -1)  # [B, steps · S]
-        position = self._lengths[:, None] + np.cumsum(in_order, axis=1) - 1
-        position = position.reshape(sequences, len(steps), length).swapaxes(0, 1)
-        self._lengths += in_order.sum(axis=1)
-        keep = real.ravel()
-        number = int(keep.sum())
-        shape = (len(steps) * sequences * length, self.spec.num_layers, self.spec.top_k)
-        weights = None
-        if first.weights is not None:
-            found = [_stack(step.weights or [], number=True) for step in steps]
-            weights = self._rows(found, shape)[keep].astype(np.float16)
-        experts = self._rows([_stack(step.experts) for step in steps], shape)[keep]
-        return TokenBatch(
-            request=np.tile(np.repeat(self._requests, length), len(steps))[keep].astype(np.int32),
-            position=position.ravel()[keep].astype(np.int32),
-            phase=np.full(number, DECODE if first.decode else PREFILL, np.int8),
-            task=np.tile(np.repeat(self._codes, length), len(steps))[keep],
-            experts=experts.astype(np.uint16),
-            weights=weights,
+
+def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names."""
+    if not args:  # by name is how models call their decoder
+        return kwargs
+    return inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+
+
+def _padding(masks: tuple[Any, Any], shape: tuple[int, int], past: int) -> Any:
+    """Which of a pass's tokens are real, bool [B, S]; None where all are.
+
+    ``masks`` are those that the decoder and the whole model were given: a multimodal model may
+    hand masks of attention on, made from the one that tells padding.
+    """
+    given = [mask for mask in masks if mask is not None]
+    flat = [mask for mask in given if getattr(mask, "ndim", 0) == 2]
+    if not given:
+        return None
+    if not flat:
+        raise InputError(
+            "an attention mask that is not [sequences, tokens]",
+            source="forward pass",
+            remedy="give the two-dimensional mask, which tells padding, and generate "
+            "without a static cache, which replaces it",
         )
-
-    def _rows(self, by_step: list[npt.NDArray[Any]], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """[steps][L, B·S, K] as [steps · B · S, L, K]."""
-        layers = self.spec.num_layers
-        stacked = np.stack([step.reshape(layers, -1, self.spec.top_k) for step in by_step])
-        return stacked.swapaxes(1, 2).reshape(shape)
-
-    def _begin(self, tasks: tuple[str, ...]) -> None:
-        for task in tasks:
-            if task not in self._tasks:
-                self._tasks.append(task)
-        self._codes = np.array([self._tasks.index(task) for task in tasks], np.int32)
-        self._requests = self.num_requests + np.arange(len(tasks))
-        self.num_requests += len(tasks)
-        self._lengths = np.zeros(len(tasks), np.int64)
-        self._alive = np.ones(len(tasks), bool)
+    mask = flat[0]
+    if tuple(mask.shape) != (shape[0], past + shape[1]):
+        raise InputError(
+            f"an attention mask of shape {list(mask.shape)}",
+            source="forward pass",
+            expected=f"{[shape[0], past + shape[1]]}, cached and new tokens",
+        )
+    return mask[:, -shape[1] :].bool()
 
 
-def _kind(step: _Step) -> tuple[str, tuple[int, int], bool, bool]:
-    name = "new" if step.tasks is not None else "decode" if step.decode else "prefill"
-    return name, step.shape, step.mask is None, step.fed is None
-
-
-def _merged(steps: list[_Step]) -> _Step:
-    """Passes over new sequences of one length as one pass over all of them."""
-    import torch
-
-    first = steps[0]
-    if len(steps) == 1:
-        return first
-    layers = range(len(first.experts))
-    masks = [step.mask for step in steps if step.mask is not None]
-    weights = None
-    if first.weights is not None:
-        weights = [torch.cat([(step.weights or [])[at] for step in steps]) for at in layers]
-    return _Step(
-        shape=(sum(step.shape[0] for step in steps), first.shape[1]),
-        tasks=tuple(task for step in steps for task in step.tasks or ()),
-        mask=torch.cat(masks) if masks else None,
-        fed=None,
-        experts=[torch.cat([step.experts[at] for step in steps]) for at in layers],
-        weights=weights,
-    )
-
-
-def _stack(tensors: list[torch.Tensor], *, number: bool = False) -> npt.NDArray[Any]:
-    """Tensors of one shape, on whatever devices, as one array; gate weights become float32."""
-    import torch
-
-    device = tensors[0].device
-    stacked = torch.stack([tensor.to(device) for tensor in tensors])
-    if number:
-        stacked = stacked.float()
-    elif device.type != "cpu":
-        stacked = stacked.to(torch.int32)  # half the way over the bus
-    array: npt.NDArray[Any] = stacked.detach().cpu().numpy()
-    return array
-
-
-def _require_start(positions: Any) -> None:
+def _require_start(positions: Any, mask: Any) -> None:
     """Refuse a pass without cached tokens that does not begin at the start of its sequences.
 
     It has a cache of a kind or name that is not known here; its tokens would become requests of
-    their own. A padded sequence's real tokens still begin at position 0.
+    their own. A padded sequence's real tokens still begin at position 0. Positions that start anew
+    within a row are sequences packed into it, which would become one request.
     """
-    if positions is not None and positions.numel() and int(positions.min()) > 0:
+    if positions is None or not positions.numel():
+        return
+    if int(positions.min()) > 0:
         raise InputError(
             f"tokens from position {int(positions.min())} on without a cache",
             source="forward pass",
             expected="a cache in past_key_values or cache, or sequences from their start",
             remedy="generate with use_cache=True, with a release of transformers that works",
         )
-
-
-def _argument(rest: list[Any], kwargs: dict[str, Any], *names: str) -> Any:
-    for name in names:
-        if name in kwargs:
-            return kwargs[name]
-    if not rest:
+    if positions.ndim != 2:
+        return
+    back = positions[:, 1:] < positions[:, :-1]
+    if mask is not None:
+        back = back & mask[:, :-1] & mask[:, 1:]
+    if bool(back.any()):
         raise InputError(
-            f"an experts module called without {' or '.join(names)}",
+            "positions start anew within a row",
             source="forward pass",
-            remedy="this model's code cannot be recorded",
+            expected="one sequence in each row of the batch",
+            remedy="pad sequences instead of packing them",
         )
-    return rest.pop(0)
+
+
+def _require_uncompiled(model: PreTrainedModel) -> None:
+    """Refuse compiled modules: hooks may be left out, and graphs write over what hooks kept."""
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod"):
+            raise InputError(
+                f"{name or 'the model'} is compiled",
+                source="record",
+                expected="a model that runs as written",
+                remedy="record before torch.compile",
+            )
+
+
+def _layers(layers: tuple[int, ...]) -> str:
+    """Layers for a message, ``"1..26"`` or ``"1, 3, 5"``."""
+    if len(layers) > 1 and layers[-1] - layers[0] + 1 == len(layers):
+        return f"{layers[0]}..{layers[-1]}"
+    return ", ".join(map(str, layers)) or "(none)"
 
 
 def _end_tokens(model: PreTrainedModel) -> list[int]:
@@ -407,16 +396,6 @@ def _end_tokens(model: PreTrainedModel) -> list[int]:
     return found if padding is None else [*found, int(padding)]
 
 
-def expert_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
-    """The modules that hold routed experts, by decoder layer, ascending."""
-    found = {}
-    for name, module in model.named_modules():
-        match = EXPERTS.search(name)
-        if match:
-            found[int(match.group(1))] = module
-    return dict(sorted(found.items()))
-
-
 @contextlib.contextmanager
 def record(
     model: PreTrainedModel,
@@ -425,6 +404,7 @@ def record(
     task: str = "unlabelled",
     weights: bool = False,
     name: str = "",
+    spec: ModelSpec | str | os.PathLike[str] | None = None,
     end_tokens: Sequence[int] | None = None,
 ) -> Iterator[Recorder]:
     """Record every forward pass and ``generate`` call of the block into a trace file.
@@ -437,18 +417,29 @@ def record(
 
     The file appears when the block ends well, and not at all when it fails. See :class:`Recorder`
     for what is a request, a decode step and padding. With beam search every beam is a request.
+    ``spec`` is the model spec where it cannot be made from the model: a :class:`ModelSpec`, a
+    preset, or the path of a JSON file. Its layers, experts and top-k are compared with the model's.
     ``end_tokens`` are those that end a sequence, if not the generation configuration's; give ``()``
     where ``generate`` is told to go on beyond them.
+
+    Recorded ids were compared with the routers' own, family by family, in transformers 5.24.0, and
+    as far as families were there in 5.0.0.
 
     Raises
     ------
     InputError
-        The model has no MoE layers or calls its experts in a way that cannot be recorded, or
-        nothing was recorded.
+        The model has no MoE layers, calls its experts in a way that cannot be recorded, or is not
+        the spec's; nothing was recorded; transformers is of a release that is not known.
     OutputError
         The file cannot be written.
     """
-    spec = spec_of(model, name)
+    require_transformers()
+    if spec is None:
+        find_experts(model)  # why a model cannot be recorded comes before why it has no sizes
+        spec = spec_of(model, name)
+    elif not isinstance(spec, ModelSpec):
+        spec = load_model(os.fspath(spec))
+    spec = dataclasses.replace(spec, name=name or spec.name)
     provenance = stamped({"source": "record", "checkpoint": spec.name})
     with TraceWriter(path, spec, weights=weights, provenance=provenance) as writer:
         recorder = Recorder(model, spec, writer.write, weights=weights, end_tokens=end_tokens)

@@ -340,3 +340,46 @@ def test_mistakes_on_the_command_line(
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "t.parquet").exists()
+
+
+def checkpoint_of(family: str, folder: Path) -> Path:
+    """A tiny checkpoint of any MoE family, with the tokenizer of the committed ones, and a spec."""
+    from tests.profiling.families import family_model
+    from tests.profiling.witness import spec_for
+
+    target = folder / family
+    shutil.copytree(
+        CHECKPOINTS[0], target, ignore=shutil.ignore_patterns("*.safetensors", "*config.json")
+    )
+    shutil.copy(CHECKPOINTS[0] / "tokenizer_config.json", target)
+    model = family_model(family)
+    model.resize_token_embeddings(len(load_tokenizer(str(CHECKPOINTS[0]), HfOptions())))
+    model.save_pretrained(target)
+    spec = spec_for(f"my {family}", model)
+    (folder / "sizes.json").write_text(json.dumps(spec.to_json()))
+    return target
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "qwen3_vl_moe"])
+def test_a_spec_by_hand(family: str, prompts: Path, tmp_path: Path) -> None:
+    """--model takes sizes as a file: any family, also the language model of a multimodal one."""
+    checkpoint, output = checkpoint_of(family, tmp_path), tmp_path / "t.parquet"
+    settings = ("--prompts", prompts, "--max-new-tokens", 3, "--model", tmp_path / "sizes.json")
+    result = run("profile", checkpoint, *settings, "-o", output)
+    assert result.returncode == 0, result.stderr
+    trace = read_trace(output)
+    assert trace.model.name == f"my {family}"
+    assert trace.model.expert_bytes == 1000
+    assert {phase for phase, _, _ in table(trace).values()} == {0, 1}
+
+
+def test_a_spec_of_another_model(prompts: Path, tmp_path: Path) -> None:
+    """The preset does not have the checkpoint's layers: both are named, and nothing is written."""
+    output = tmp_path / "t.parquet"
+    result = run(
+        *("profile", CHECKPOINTS[0], "--prompts", prompts, "--model", "mixtral-8x7b", "-o", output)
+    )
+    assert result.returncode == 2
+    assert "mixtral-8x7b: moe_layers: the spec has MoE layers 0..31; expected 0..3" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not output.exists()

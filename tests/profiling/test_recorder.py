@@ -16,12 +16,11 @@ from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.io.trace_reader import read_trace  # noqa: E402
 from prism_plan.profiling.decoder_cache import cache_argument  # noqa: E402
 from prism_plan.profiling.recorder import record, spec_of  # noqa: E402
-from prism_plan.trace import PHASES, Trace  # noqa: E402
 from tests.profiling.families import FAMILIES, VOCABULARY, tiny_model  # noqa: E402
+from tests.profiling.witness import DECODE, PREFILL, prompts, recorded  # noqa: E402
 
 #: What models call the cache that they are given: renamed in transformers 5.24.
 CACHE = cache_argument(transformers.MixtralForCausalLM)
-PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -35,32 +34,6 @@ def no_gradients() -> Iterator[None]:
     """Forward passes as in serving."""
     with torch.inference_mode():
         yield
-
-
-def prompts(batch: int, side: str = "left", seed: int = 0) -> tuple[Any, Any]:
-    """Random prompts of different lengths, padded on one side: ids and mask [B, S]."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [3 + (5 * row) % 7 for row in range(batch)]
-    longest = max(lengths)
-    ids = torch.zeros((batch, longest), dtype=torch.long)
-    mask = torch.zeros((batch, longest), dtype=torch.long)
-    for row, length in enumerate(lengths):
-        words = torch.randint(3, VOCABULARY, (length,), generator=generator)
-        at = slice(longest - length, None) if side == "left" else slice(0, length)
-        ids[row, at], mask[row, at] = words, 1
-    return ids, mask
-
-
-def rows(trace: Trace) -> dict[tuple[int, int], tuple[int, list[list[int]]]]:
-    """(request, position) → phase and the sorted experts of each layer."""
-    found = {}
-    assert trace.batches is not None
-    for batch in trace.batches():
-        for r, p, phase, experts in zip(
-            batch.request, batch.position, batch.phase, batch.experts, strict=True
-        ):
-            found[int(r), int(p)] = (int(phase), np.sort(experts, axis=1).tolist())
-    return found
 
 
 class Routers:
@@ -107,30 +80,7 @@ def test_prefill_equals_the_routers(model: Any, tmp_path: Path, batch: int, side
         real = np.flatnonzero(mask[row].numpy())
         for position, column in enumerate(real):
             wanted[row, position] = (PREFILL, layers[row, column].tolist())
-    assert rows(read_trace(tmp_path / "t.parquet")) == wanted
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-def test_generation_equals_the_routers(model: Any, tmp_path: Path, batch: int) -> None:
-    """Prefill and every decode step of `generate`, left-padded: the routers' top-k again."""
-    ids, mask = prompts(batch)
-    witness = Routers(model)
-    with record(model, tmp_path / "t.parquet", task="x"):
-        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
-    witness.remove()
-    top_k = spec_of(model).top_k
-    wanted = {}
-    lengths = mask.sum(dim=1).tolist()
-    first = np.stack(witness.passes[0], axis=1).reshape(batch, ids.shape[1], -1, top_k)
-    for row in range(batch):
-        for position in range(lengths[row]):
-            column = ids.shape[1] - lengths[row] + position
-            wanted[row, position] = (PREFILL, first[row, column].tolist())
-        for step, seen in enumerate(witness.passes[1:]):
-            experts = np.stack(seen, axis=1)[row].tolist()
-            wanted[row, lengths[row] + step] = (DECODE, experts)
-    assert len(witness.passes) == 5
-    assert rows(read_trace(tmp_path / "t.parquet")) == wanted
+    assert recorded(tmp_path / "t.parquet") == wanted
 
 
 def test_cache_equals_teacher_forcing(model: Any, tmp_path: Path) -> None:
@@ -147,8 +97,8 @@ def test_cache_equals_teacher_forcing(model: Any, tmp_path: Path) -> None:
         for row in range(len(ids)):
             whole = output[row, ids.shape[1] - int(mask[row].sum()) : -1][None]
             model(input_ids=whole, use_cache=False)
-    cached = rows(read_trace(tmp_path / "cache.parquet"))
-    forced = rows(read_trace(tmp_path / "forced.parquet"))
+    cached = recorded(tmp_path / "cache.parquet")
+    forced = recorded(tmp_path / "forced.parquet")
     assert {key: experts for key, (_, experts) in cached.items()} == {
         key: experts for key, (_, experts) in forced.items()
     }
@@ -226,7 +176,7 @@ def test_ended_sequences_are_not_fed_on(tmp_path: Path) -> None:
         )
         fed[row] = int(mask[row].sum()) + end
     assert fed[0] < int(mask[0].sum()) + 7
-    found = rows(read_trace(tmp_path / "batch.parquet"))
+    found = recorded(tmp_path / "batch.parquet")
     assert {row: sum(1 for r, _ in found if r == row) for row in range(len(ids))} == fed
 
 
@@ -336,7 +286,7 @@ def test_positional_cache(tmp_path: Path) -> None:
     with record(model, tmp_path / "t.parquet"):
         cache = model.model(ids, use_cache=True)[CACHE]
         model.model(ids[:, :1], None, None, cache)
-    found = rows(read_trace(tmp_path / "t.parquet"))
+    found = recorded(tmp_path / "t.parquet")
     assert sorted(found) == [(0, position) for position in range(ids.shape[1] + 1)]
     assert found[0, ids.shape[1]][0] == DECODE
 
@@ -349,7 +299,7 @@ def test_another_turn(tmp_path: Path) -> None:
         for token in (8, 2, 9):  # the last two are fed after the end
             model(input_ids=torch.tensor([[token]]), **{CACHE: cache})
         model(input_ids=torch.tensor([[10, 11]]), **{CACHE: cache})
-    phases = [phase for _, (phase, _) in sorted(rows(read_trace(tmp_path / "t.parquet")).items())]
+    phases = [phase for _, (phase, _) in sorted(recorded(tmp_path / "t.parquet").items())]
     assert phases == [PREFILL] * 3 + [DECODE] + [PREFILL] * 2
 
 

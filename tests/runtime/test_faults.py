@@ -40,13 +40,13 @@ def selected(prompt: str) -> Any:
     found: list[Any] = []
     network = reference(MODEL, torch.float32)
     spec = committed(MODEL).spec
-    from prism_plan.profiling.recorder import EXPERTS
+    from prism_plan.profiling.expert_modules import find_experts
 
     hooks = [
-        module.register_forward_hook(lambda m, args, out, at=at: found.append((at, args[1])))
-        for at, (_, module) in enumerate(
-            (name, m) for name, m in network.named_modules() if EXPERTS.search(name)
+        experts.module.register_forward_hook(
+            lambda m, args, out, at=at: found.append((at, args[1]))
         )
+        for at, experts in enumerate(find_experts(network).values())
     ]
     alone.cache_clear()
     alone(MODEL, prompt, 8)

@@ -1,0 +1,32 @@
+"""Which releases of transformers are understood."""
+
+from __future__ import annotations
+
+from prism_plan.errors import InputError
+
+EXTRA = "pip install 'prism-plan[hf]'"
+#: In 4 experts modules are not called with ids; of 6 nothing is known.
+MAJOR = 5
+
+
+def require_transformers() -> None:
+    """Refuse a missing transformers, and releases that are not understood.
+
+    Raises
+    ------
+    InputError
+        Names what is installed and what is expected.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            f"{error.name or error} is not installed", source="transformers", remedy=EXTRA
+        ) from error
+    version = transformers.__version__
+    if int(version.split(".")[0]) != MAJOR:
+        raise InputError(
+            version, source="transformers", expected=f"a release {MAJOR}.x", remedy=EXTRA
+        )
+    del torch
