@@ -166,7 +166,7 @@ def _check_cluster(
         str(path),
         "cluster",
         f"{quantity(cluster.num_servers, 'server')}, {quantity(gpus, 'GPU')}",
-        notes=(*notes, *_notes_on_memory(memory)),
+        notes=(*notes, *_notes_on_memory(memory), *_notes_on_states(spec)),
         warnings=_warnings(path, cluster, spec, memory, found),
         memory=memory,
     )
@@ -179,6 +179,15 @@ def _notes_on_memory(memory: Sequence[GpuMemory]) -> tuple[str, ...]:
     return (
         f"slots are given for {listed(given)}: the KV cache, like all but experts, is not "
         "subtracted there",
+    )
+
+
+def _notes_on_states(model: ModelSpec | None) -> tuple[str, ...]:
+    if model is None or not model.state_bytes_per_request:
+        return ()
+    return (
+        f"layers of {model.name} without keys and values keep a state of "
+        f"{model.state_bytes_per_request:,} bytes a request, which is not reserved",
     )
 
 

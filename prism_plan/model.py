@@ -128,8 +128,9 @@ class ModelShape:
         values = {key: getattr(self, key) for key in JSON_ORDER if hasattr(self, key)}
         if values.get("num_decoder_layers") == self.moe_layers[-1] + 1:
             del values["num_decoder_layers"]
-        if values.get("attention_flops", 0) is None:
-            del values["attention_flops"]
+        for key, unset in (("attention_flops", None), ("state_bytes_per_request", 0)):
+            if values.get(key, 1) == unset:
+                del values[key]
         values["moe_layers"] = list(self.moe_layers)
         if isinstance(self.expert_bytes, tuple):
             values["expert_bytes"] = list(self.expert_bytes)
@@ -192,9 +193,10 @@ JSON_ORDER = (
     "kv_bytes_per_token",
     "num_decoder_layers",
     "attention_flops",
+    "state_bytes_per_request",
 )
 #: Keys that files written before they came do not have.
-_OPTIONAL = ("num_decoder_layers", "attention_flops")
+_OPTIONAL = ("num_decoder_layers", "attention_flops", "state_bytes_per_request")
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,8 @@ class ModelSpec(ModelShape):
     attention_flops
         Operations of attention for a pair of tokens, in the mean decoder layer; ``None`` where they
         are not known.
+    state_bytes_per_request
+        Bytes that layers without keys and values (linear attention, Mamba) keep of a request.
 
     The other parameters, and the errors raised, are those of :class:`ModelShape`.
     """
@@ -228,12 +232,13 @@ class ModelSpec(ModelShape):
     kv_bytes_per_token: int
     num_decoder_layers: int = 0
     attention_flops: int | None = None
+    state_bytes_per_request: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("hidden_size", "dtype_bytes"):
             _whole(field, getattr(self, field), 1)
-        for field in ("dense_bytes", "kv_bytes_per_token"):
+        for field in ("dense_bytes", "kv_bytes_per_token", "state_bytes_per_request"):
             _whole(field, getattr(self, field), 0)
         needed = self.moe_layers[-1] + 1
         if self.num_decoder_layers == 0 and self.num_decoder_layers is not False:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,16 @@ def test_unknown_format_names_the_known_ones(tmp_path: Path) -> None:
     path.write_text('{"format": "prism-plan/calibratoin"}')
     with pytest.raises(InputError, match=r"calibratoin'; expected one of .*prism-plan/calibration"):
         check_file(path)
+
+
+def test_states_of_layers_without_keys_are_named(files: dict[str, Path]) -> None:
+    """What linear attention keeps of a request is not reserved, which a note says."""
+    model = dataclasses.replace(SPEC, state_bytes_per_request=39_518_208)
+    report = check_file(files["c.toml"], model=("m.json", model))
+    (note,) = [note for note in report.notes if "a state of" in note]
+    assert (
+        "layers of tiny without keys and values keep a state of 39,518,208 bytes a request" in note
+    )
+    assert not [
+        note for note in check_file(files["c.toml"], model=("m", SPEC)).notes if "state" in note
+    ]

@@ -371,10 +371,15 @@ def checkpoint_spec(checkpoint: str, options: HfOptions) -> ModelSpec:
         Missing, gated, damaged, or without MoE layers.
     """
     require_transformers()
-    from prism_plan.sizes import load_model_spec
+    from prism_plan.sizes import spec_of_folder
+    from prism_plan.sizes.hub import spec_from_hub
 
     _folder_has_config(checkpoint)
-    return load_model_spec(checkpoint)
+    return (
+        spec_of_folder(Path(checkpoint))
+        if os.path.exists(checkpoint)
+        else spec_from_hub(checkpoint)
+    )
 
 
 def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:

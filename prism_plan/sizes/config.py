@@ -1,43 +1,36 @@
 """What a model's configuration tells and the sizes of its tensors do not.
 
 Read from the JSON of a ``config.json`` as it stands there, so that neither transformers nor PyTorch
-is needed. Families spell the same thing in different ways; the spellings stand below as data, after
-the ``attribute_map`` of the configurations of transformers 5.24 and the checkpoints on the Hub.
+is needed.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from prism_plan.checkpoint_folder import QUANTISATION_KEYS, quantisation_key
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_EXPERTS, MAX_LAYERS
+from prism_plan.sizes.config_keys import (
+    EXPERTS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    TOP_K,
+    Config,
+    show,
+)
+from prism_plan.sizes.states import state_numbers
 
 #: Keys under which multimodal configs hold their language model.
 NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
 
-LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
-HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
-EXPERTS = (
-    *("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
-    *("num_moe_experts", "ffn_config.moe_num_experts"),
-)
-TOP_K = (
-    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
-    *("top_k_experts", "experts_per_token", "ffn_config.moe_top_k", "n_activated_experts"),
-)
-HEADS = ("num_attention_heads", "n_heads", "n_head")
-KV_HEADS = ("num_key_value_heads", "num_attention_groups", "attn_config.kv_n_heads")
-HEAD_DIM = ("head_dim", "kv_channels")
-
 #: Bytes of one number, by the name in ``dtype`` (older configs: ``torch_dtype``).
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-#: No model has more of anything; a larger value is a slip.
-MAX_SIZE = 2**31 - 1
 #: Layers of these types attend to a window.
 _SLIDING = ("sliding_attention", "hybrid_sliding", "chunked_attention")
 
@@ -48,7 +41,8 @@ class Facts:
 
     ``num_experts`` are the values that the configuration gives (some give several, of which the
     tensors tell the right one). ``kv_numbers`` and ``attention_flops_by_layer`` are one number a
-    decoder layer, as if every layer had attention: which do, the tensors tell.
+    decoder layer, as if every layer had attention: which do, the tensors tell. ``state_numbers``
+    are those of one of the others (:mod:`prism_plan.sizes.states`).
     """
 
     num_decoder_layers: int
@@ -58,6 +52,7 @@ class Facts:
     dtype_bytes: int
     kv_numbers: tuple[int, ...]
     attention_flops_by_layer: tuple[int, ...] | None
+    state_numbers: int = 0
     tied: bool = False
     part_of_a_whole: bool = False
     source: object = ""
@@ -84,76 +79,6 @@ class Facts:
             return None
         total = sum(n * self.attention_flops_by_layer[layer] for layer, n in caching.items())
         return round(total / self.num_decoder_layers)
-
-
-def show(value: object) -> str:
-    """Write a value of a configuration for a message."""
-    if value is None:
-        return "null"
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(value)  # NaN or Infinity, as Python writes them into the file
-    try:
-        return f"{value!r:.60}"
-    except ValueError:  # Python does not print integers of more than 4300 digits
-        return "a number of thousands of digits"
-
-
-class Config:
-    """A configuration's values, read key by key; every error names file, key and value."""
-
-    def __init__(self, values: Mapping[str, Any], source: object, place: str = "") -> None:
-        self.values = values
-        self.source = source
-        self._place = place
-
-    def place(self, key: str) -> str:
-        return f"{self._place}.{key}" if self._place else key
-
-    def refuse(self, key: str, value: object, expected: str, remedy: str = "") -> NoReturn:
-        raise InputError(
-            show(value), source=self.source, place=self.place(key), expected=expected, remedy=remedy
-        )
-
-    def find(self, spellings: Iterable[str]) -> list[str]:
-        """Which of the spellings are given, with a value other than null."""
-        return [key for key in spellings if self.get(key) is not None]
-
-    def get(self, key: str) -> Any:
-        """Read a value; a dot leads into an object."""
-        outer, _, inner = key.partition(".")
-        value = self.values.get(outer)
-        if not inner:
-            return value
-        return value.get(inner) if isinstance(value, Mapping) else None
-
-    def whole(self, *spellings: str, least: int = 1, most: int = MAX_SIZE) -> int:
-        """Read a whole number that must be there; the first spelling given counts."""
-        found = self.find(spellings)
-        if not found:
-            raise InputError(
-                f"key {spellings[0]!r} is missing",
-                source=self.source,
-                place=self._place,
-                expected="a config.json with every key that the sizes depend on",
-            )
-        return self.number(found[0], self.get(found[0]), least, most)
-
-    def number(self, key: str, value: object, least: int = 1, most: int = MAX_SIZE) -> int:
-        """Check that a value is a whole number within bounds."""
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            self.refuse(key, value, f"a whole number from {least} to {most}")
-        return value
-
-    def whole_or(self, default: int, *spellings: str, least: int = 1) -> int:
-        """Read a whole number that may be absent."""
-        return self.whole(*spellings, least=least) if self.find(spellings) else default
-
-    def flag(self, key: str) -> bool | None:
-        """Read true or false; absent and null are none."""
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, bool):
-            self.refuse(key, value, "true or false")
-        return value
 
 
 def levels(values: Any, source: object) -> list[Config]:
@@ -217,6 +142,7 @@ def read_facts(values: Any, *, source: object = "") -> Facts:
         dtype_bytes=DTYPE_BYTES[dtype_name(chain)],
         kv_numbers=kv_numbers,
         attention_flops_by_layer=flops,
+        state_numbers=state_numbers(config),
         tied=bool(tied_embeddings(chain)),
         part_of_a_whole=len(chain) > 1,
         source=source,

@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_LAYERS, require_at_most
+from prism_plan.limits import MAX_LAYERS, MIB, require_at_most
 from prism_plan.model import ModelSpec
-from prism_plan.sizes.config import MAX_SIZE, Facts, show
-from prism_plan.sizes.stored import BY_HAND, MAX_TENSORS, StoredTensor, spec_from_tensors
+from prism_plan.sizes.config import Facts
+from prism_plan.sizes.config_keys import MAX_SIZE, show
+from prism_plan.sizes.stored import BY_HAND, StoredTensor, spec_from_tensors
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 #: Characters of a key, of a tensor's name, and of a text that is kept.
 _MAX_TEXT = 65_536
-#: Keys of a file, and values of one array of texts (the largest vocabularies have 260,000).
-_MAX_KEYS, _MAX_TEXTS = 65_536, 2**22
+#: Keys of a file, texts of one array (the largest vocabularies have 260,000), and tensors.
+_MAX_KEYS, _MAX_TEXTS, _MAX_TENSORS = 65_536, 2**21, 2**18
+#: Bytes of a header; those of large vocabularies take some 15 MB.
+_MAX_HEADER = 64 * MIB
 #: Values of an array of numbers that is kept: one a layer. Longer ones are skipped.
 _MAX_KEPT = MAX_LAYERS
 #: ``struct`` formats of the value types that are numbers.
@@ -65,7 +68,7 @@ def spec_from_gguf(path: str | os.PathLike[str]) -> ModelSpec:
         own, found = _read(part)
         keys = own | keys if number else own
         tensors += found
-        require_at_most(len(tensors), MAX_TENSORS, "tensors", source=part)
+        require_at_most(len(tensors), _MAX_TENSORS, "tensors", source=part)
     match = _PART.fullmatch(path.name)
     name = match["stem"] if match else path.stem
     return spec_from_tensors(tensors, _facts(keys, tensors, path), name=name, source=path)
@@ -123,12 +126,13 @@ def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], list[StoredTens
     if magic != b"GGUF" or version not in (2, 3):
         raise _Cut(f"begins with {magic!r}, version {version}")
     count, num_keys = _number(file, "Q"), _number(file, "Q")
-    require_at_most(count, min(MAX_TENSORS, size), "tensors", source=path)
+    require_at_most(count, min(_MAX_TENSORS, size), "tensors", source=path)
     require_at_most(num_keys, _MAX_KEYS, "keys", source=path)
     keys = {}
     for _ in range(num_keys):
         name = _text(file)
         keys[name] = _value(file, _number(file, "I"), size)
+        require_at_most(file.tell(), _MAX_HEADER, "bytes of header", source=path)
     infos = []
     for _ in range(count):
         name = _text(file)
@@ -276,7 +280,7 @@ def _facts(keys: Mapping[str, Any], tensors: list[StoredTensor], path: Path) -> 
 
     if not found("expert_count"):
         raise InputError(
-            f"{architecture!r} has no MoE layers",
+            f"the architecture {architecture!r} has no MoE layers",
             source=path,
             remedy="give a Mixture-of-Experts model",
         )

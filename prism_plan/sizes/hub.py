@@ -14,6 +14,8 @@ from prism_plan.model import ModelSpec
 from prism_plan.sizes.config import read_facts
 from prism_plan.sizes.stored import StoredTensor, spec_from_tensors
 
+_NOT_THERE = "no such folder, and no checkpoint of that name can be had from the hub"
+
 
 def spec_from_hub(repository: str) -> ModelSpec:
     """Read ``config.json`` and the safetensors headers of ``ORG/NAME``, some MB.
@@ -72,8 +74,7 @@ def _loading(repository: str, hub: Any) -> Iterator[None]:
         remedy = "ask for access on its page and log in with: hf auth login"
         raise InputError(found, source=repository, remedy=remedy) from error
     except hub.errors.RepositoryNotFoundError as error:
-        found = "neither a file here nor a repository on the hub"
-        raise InputError(found, source=repository, remedy=remedy) from error
+        raise InputError(_NOT_THERE, source=repository, remedy=remedy) from error
     except Exception as error:
-        found = f"not a file here, and the hub cannot be read: {' '.join(str(error).split()):.100}"
+        found = f"{_NOT_THERE} ({' '.join(str(error).split()):.100})"
         raise InputError(found, source=repository, remedy=remedy) from error

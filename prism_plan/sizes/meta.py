@@ -17,18 +17,14 @@ from prism_plan.errors import InputError, did_you_mean
 from prism_plan.limits import require_at_most
 from prism_plan.model import ModelSpec
 from prism_plan.sizes.config import (
-    HEAD_DIM,
-    KV_HEADS,
-    LAYERS,
-    Config,
     dtype_name,
     levels,
     num_layers,
     quantised,
     require_experts,
-    show,
     tied_embeddings,
 )
+from prism_plan.sizes.config_keys import HEAD_DIM, KV_HEADS, LAYERS, Config, show
 from prism_plan.sizes.loaded import facts_of, tensors_of
 from prism_plan.sizes.stored import BY_HAND, spec_from_tensors
 
@@ -96,7 +92,7 @@ def require_unquantised(chain: list[Config]) -> None:
         config, key = found
         raise InputError(
             f"{show(config.values[key])}: the weights are quantised, as {QUANTISATION_KEYS[key]} "
-            "writes it, and not here",
+            "writes it, and no weights are here",
             source=config.source,
             place=config.place(key),
             remedy=CHECKPOINT_OR_BY_HAND,

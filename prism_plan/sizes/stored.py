@@ -19,8 +19,8 @@ from prism_plan.model import ModelSpec
 from prism_plan.sizes.config import Facts
 
 BY_HAND = "write the sizes by hand as a model spec (JSON) and give that file"
-#: More tensors than any checkpoint has (Kimi-K2 in NVFP4: 300,000).
-MAX_TENSORS = 2**22
+#: More tensors than any checkpoint has (Kimi-K2 in NVFP4: 300,000), some 300 bytes each.
+MAX_TENSORS = 2**21
 
 
 class StoredTensor(NamedTuple):
@@ -165,6 +165,7 @@ def spec_from_tensors(
         kv_bytes_per_token=facts.kv_bytes(caching),
         num_decoder_layers=last,
         attention_flops=facts.attention_flops(caching),
+        state_bytes_per_request=facts.dtype_bytes * facts.state_numbers * len(states),
     )
 
 

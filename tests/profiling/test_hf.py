@@ -280,7 +280,7 @@ def spoilt(folder: Path, what: str) -> Path:
         ("no config", "has no config.json"),
         ("no tokenizer", "tokenizer"),
         ("dense", "has no MoE layers"),
-        ("config cut", "cannot load"),
+        ("config cut", "not JSON"),
     ],
 )
 def test_wrong_checkpoints(tmp_path: Path, prompts: Path, what: str, words: str) -> None:

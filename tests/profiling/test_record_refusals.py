@@ -59,7 +59,10 @@ def refusal(model: Any, path: Path, run: Callable[[], Any], spec: Any = None) ->
     ("change", "words"),
     [
         ({"moe_layers": (1, 2, 3)}, "moe_layers: the spec has MoE layers 1..3; expected 0..3"),
-        ({"moe_layers": (0, 1, 2, 3, 4)}, "the spec has MoE layers 0..4; expected 0..3"),
+        (
+            {"moe_layers": (0, 1, 2, 3, 4), "num_decoder_layers": 5},
+            "the spec has MoE layers 0..4; expected 0..3",
+        ),
         ({"num_experts": 9}, "num_experts: the spec has 9 experts in layer 0; expected 8"),
         ({"top_k": 3}, "top_k: the spec has 3 experts a token; expected 2"),
     ],

@@ -60,6 +60,10 @@ MORE: dict[str, dict[str, Any]] = {
         }
         for key in ("kimi_linear", "bailing_hybrid")
     },
+    **{
+        key: {"moe_intermediate_size": [24, 24]}
+        for key in ("ernie4_5_vl_moe_text", "ernie4_5_vl_moe")
+    },
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -109,7 +113,7 @@ def tiny_config(family: str) -> Any:
 
     kind = transformers.CONFIG_MAPPING[family]
     inner = {
-        name: tiny_of(part, family)
+        name: tiny_of(part, part.model_type)
         for name, part in getattr(kind, "sub_configs", {}).items()
         if isinstance(part, type) and part is not transformers.AutoConfig
     }

@@ -254,3 +254,29 @@ def test_spellings() -> None:
         read_facts(hunyuan | {"moe_topk": [2, 3]})
     with pytest.raises(InputError, match="key 'num_key_value_heads' is missing"):
         read_facts(without(MIXTRAL, "num_key_value_heads"))
+
+
+@pytest.mark.parametrize(
+    ("more", "numbers"),
+    [
+        (
+            {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+            | {"linear_value_head_dim": 16, "linear_conv_kernel_dim": 4},
+            4 * 8 * 16 + (2 * 2 * 8 + 4 * 16) * 3,
+        ),
+        ({"linear_attn_config": {"num_heads": 4, "head_dim": 8}}, 4 * 8 * 8 + 3 * 4 * 8 * 3),
+        (
+            {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 16, "n_groups": 2},
+            4 * 8 * 16 + (4 * 8 + 2 * 2 * 16) * 3,
+        ),
+        ({"mamba_d_state": 16, "mamba_expand": 2, "mamba_d_conv": 3}, 2 * 64 * (16 + 2)),
+        ({"conv_L_cache": 3}, 64 * 2),
+        ({}, 0),
+    ],
+    ids=["delta rule", "Kimi", "Mamba 2", "Mamba", "convolution", "none"],
+)
+def test_states_of_layers_without_keys(more: dict[str, Any], numbers: int) -> None:
+    """Recurrent state and the inputs that a convolution still needs, written out."""
+    base = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "num_experts": 4}
+    base |= {"num_experts_per_tok": 1, "num_key_value_heads": 1}
+    assert read_facts(base | more).state_numbers == numbers

@@ -1,0 +1,101 @@
+"""Keys of a ``config.json``, read one by one.
+
+Families spell the same thing in different ways; the spellings stand here as data, after the
+``attribute_map`` of the configurations of transformers 5.24 and the checkpoints on the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from prism_plan.errors import InputError
+
+LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
+EXPERTS = (
+    *("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
+    *("num_moe_experts", "ffn_config.moe_num_experts"),
+)
+TOP_K = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
+    *("top_k_experts", "experts_per_token", "ffn_config.moe_top_k", "n_activated_experts"),
+)
+HEADS = ("num_attention_heads", "n_heads", "n_head")
+KV_HEADS = ("num_key_value_heads", "num_attention_groups", "attn_config.kv_n_heads")
+HEAD_DIM = ("head_dim", "kv_channels")
+
+#: No model has more of anything; a larger value is a slip.
+MAX_SIZE = 2**31 - 1
+
+
+def show(value: object) -> str:
+    """Write a value of a configuration for a message."""
+    if value is None:
+        return "null"
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)  # NaN or Infinity, as Python writes them into the file
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # Python does not print integers of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+class Config:
+    """A configuration's values, read key by key; every error names file, key and value."""
+
+    def __init__(self, values: Mapping[str, Any], source: object, place: str = "") -> None:
+        self.values = values
+        self.source = source
+        self._place = place
+
+    def place(self, key: str) -> str:
+        return f"{self._place}.{key}" if self._place else key
+
+    def refuse(self, key: str, value: object, expected: str, remedy: str = "") -> NoReturn:
+        raise InputError(
+            show(value), source=self.source, place=self.place(key), expected=expected, remedy=remedy
+        )
+
+    def find(self, spellings: Iterable[str]) -> list[str]:
+        """Which of the spellings are given, with a value other than null."""
+        return [key for key in spellings if self.get(key) is not None]
+
+    def get(self, key: str) -> Any:
+        """Read a value; a dot leads into an object."""
+        outer, _, inner = key.partition(".")
+        value = self.values.get(outer)
+        if not inner:
+            return value
+        return value.get(inner) if isinstance(value, Mapping) else None
+
+    def whole(self, *spellings: str, least: int = 1, most: int = MAX_SIZE) -> int:
+        """Read a whole number that must be there; the first spelling given counts."""
+        found = self.find(spellings)
+        if not found:
+            raise InputError(
+                f"key {spellings[0]!r} is missing",
+                source=self.source,
+                place=self._place,
+                expected="a config.json with every key that the sizes depend on",
+            )
+        return self.number(found[0], self.get(found[0]), least, most)
+
+    def number(self, key: str, value: object, least: int = 1, most: int = MAX_SIZE) -> int:
+        """Check that a value is a whole number within bounds."""
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            self.refuse(key, value, f"a whole number from {least} to {most}")
+        return value
+
+    def whole_or(self, default: int, *spellings: str, least: int = 1) -> int:
+        """Read a whole number that may be absent."""
+        return self.whole(*spellings, least=least) if self.find(spellings) else default
+
+    def flag(self, key: str) -> bool | None:
+        """Read true or false; absent and null are none."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            self.refuse(key, value, "true or false")
+        return value
