@@ -14,6 +14,7 @@ from prism_plan.files import parse_json, read_text
 from prism_plan.io.declared import (
     ABSENT,
     Amount,
+    Checked,
     Count,
     Declared,
     Listed,
@@ -188,7 +189,7 @@ class SimulationFile(Declared):
     trace: TracePart
     cluster: ClusterPart
     notes: Listed[str]
-    runs: Listed[RunPart]
+    runs: Checked[RunPart]
 
 
 def read_simulation(path: str | os.PathLike[str]) -> dict[str, Any]:
