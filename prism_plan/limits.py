@@ -29,8 +29,6 @@ MAX_LINE_OF_NUMBERS = 16 * MIB
 MAX_VALUE_BYTES = 512 * MIB
 #: Levels of lists and tables inside each other: parsers, checks and messages recurse.
 MAX_NESTING = 64
-#: Values below one JSON Schema check, which takes some microseconds for each.
-MAX_CHECKED_VALUES = 1_000_000
 
 # -------------------------------------------------------------------------------- names and lists
 

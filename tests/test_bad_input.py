@@ -728,28 +728,18 @@ def _experts_of(values: Any) -> Any:
 
 
 PLACEMENT_SPOILS: dict[str, tuple[Callable[[Any], object], str]] = {
-    "format": (lambda v: v.update(format="x"), "format"),
-    "version": (lambda v: v.update(version=2), "version"),
-    "version true": (lambda v: v.update(version=True), "version"),
     "no model": (lambda v: v.pop("model"), "model"),
     "unknown key": (lambda v: v.update(extra=1), "extra"),
     "no servers": (lambda v: v.update(servers=[]), "servers"),
-    "server name twice": (lambda v: v["servers"][1].update(name="s0"), "servers[1].name"),
     "server without name": (lambda v: v["servers"][0].pop("name"), "servers[0]"),
     "unknown layer": (lambda v: _experts_of(v).update({"4": [0]}), "layer 4"),
     "layer of 5000 digits": (lambda v: _experts_of(v).update({"1" * 5000: [0]}), "layer"),
     "layer with a line break": (lambda v: _experts_of(v).update({"1\n": [0]}), "experts"),
     "layer in words": (lambda v: _experts_of(v).update(one=[0]), "experts"),
-    "expert": (lambda v: _experts_of(v).update({"1": [4]}), "expert 4"),
-    "unsorted": (lambda v: _experts_of(v).update({"1": [1, 0]}), "ascending"),
-    "expert twice": (lambda v: _experts_of(v).update({"1": [1, 1]}), "ascending"),
-    "float id": (lambda v: _experts_of(v).update({"1": [1.0]}), "experts.1[0]"),
-    "negative slots": (lambda v: v["servers"][0]["gpus"][0].update(slots=-1), "slots"),
     "bytes for slots": (
         lambda v: v["servers"][0]["gpus"][0].update(bytes=v["servers"][0]["gpus"][0].pop("slots")),
         "slots",
     ),
-    "share above one": (lambda v: v["plan"].update(remote_share=1.1), "remote_share"),
     "digest": (lambda v: v["inputs"]["trace"].update(sha256="x"), "sha256"),
 }
 

@@ -516,8 +516,10 @@ def test_two_tasks_in_the_order_of_rows(tmp_path: Path) -> None:
 def test_errors_of_a_large_file_are_told_quickly() -> None:
     """A list ends at its first wrong entry; of other errors the first in the file is told."""
     values = placement(1, 2, 1)
-    values["servers"][0]["gpus"][0]["experts"]["0"] = [0, -1] * 500_000
-    with pytest.raises(InputError, match=r"servers\[0\]\.gpus\[0\]\.experts\.0\[1\]: -1; expected"):
+    values["servers"][0]["gpus"][0]["experts"]["0"] = [0, "x"] * 500_000
+    with pytest.raises(
+        InputError, match=r"servers\[0\]\.gpus\[0\]\.experts\.0\[1\]: 'x'; expected"
+    ):
         placement_from_json(values)
     with pytest.raises(InputError, match="unknown key 'k0'"):
         placement_from_json(placement(1, 2, 1) | {f"k{number}": 1 for number in range(300_000)})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from prism_plan.errors import InputError
 from prism_plan.io.placement import (
     dump_placement,
-    placement_schema,
     placement_to_json,
     read_placement,
     write_placement,
@@ -90,17 +88,6 @@ def test_golden_version_1() -> None:
     assert violations(placement, min_replicas=1) == []
 
 
-def test_shipped_schema_is_a_schema_and_accepts_what_is_written() -> None:
-    """The schema is valid itself, allows the golden file, and refuses a foreign key."""
-    schema = placement_schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    values = json.loads(GOLDEN.read_text())
-    jsonschema.validate(values, schema)
-    values["server"] = []
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(values, schema)
-
-
 def test_the_file_reads_as_documented() -> None:
     """Keys are those of DESIGN section 6, in its order; expert lists are sorted, on one line."""
     values = json.loads(GOLDEN.read_text())
@@ -123,9 +110,6 @@ MUTATIONS = {
     "expert": (["servers", 0, "gpus", 0, "experts", "1"], [3, 64], "expert 64; expected ids 0..63"),
     "order": (["servers", 0, "gpus", 0, "experts", "1"], [5, 3], "expert 3 after 5"),
     "twice": (["servers", 0, "gpus", 0, "experts", "1"], [5, 5], "each once"),
-    "fraction": (["servers", 0, "gpus", 0, "slots"], 1.5, "slots"),
-    "whole float": (["servers", 0, "gpus", 0, "slots"], 70.0, "whole number"),
-    "negative": (["servers", 0, "gpus", 0, "slots"], -1, "slots"),
     "name taken": (["servers", 1, "name"], "edge-0", "taken by servers"),
     "share": (["plan", "remote_share"], 1.5, "remote_share"),
     "word": (["plan", "termination"], "perfect", "termination"),

@@ -12,9 +12,9 @@ from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
 from prism_plan.io.declared import (
     Amount,
+    Checked,
     Count,
     Declared,
-    Listed,
     NonEmpty,
     Positive,
     Share,
@@ -78,7 +78,7 @@ class ComparisonFile(Declared):
     scored_requests: Count | None = Field(description="null: a counts-only trace.")
     seed: Count
     min_replicas: Positive
-    rows: Listed[RowPart]
+    rows: Checked[RowPart]
 
 
 def read_comparison(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -75,8 +77,15 @@ class Expected:
         )
 
 
+def _as_it_stands(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    handler(value)
+    return value
+
+
 #: A list whose first wrong entry ends the check.
 Listed = Annotated[list[T], FailFast()]
+#: A list whose entries are checked, and kept as they stand in the file: models take more memory.
+Checked = Annotated[list[Annotated[T, WrapValidator(_as_it_stands)]], FailFast()]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Amount = Annotated[float, Field(ge=0)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema
@@ -14,6 +14,7 @@ from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text, write_bytes
 from prism_plan.io.declared import (
     Amount,
+    Checked,
     Count,
     Declared,
     Listed,
@@ -90,7 +91,7 @@ class MigrationFile(Declared):
     moved_bytes: Count = Field(description="Bytes of all loads.")
     load_s: LoadTimePart | None
     #: In an order that is safe; any other that respects the needs is safe too, also side by side.
-    steps: Listed[StepPart]
+    steps: Checked[StepPart]
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -179,7 +180,7 @@ def migration_from_json(values: Any, source: object = "") -> MigrationPlan:
         model=model,
         servers=tuple(server.name for server in file.servers),
         gpus=tuple(server.gpus for server in file.servers),
-        steps=_steps(file.steps, model, file.servers, source),
+        steps=_steps(values["steps"], model, file.servers, source),
         inputs={key: InputFile(one.name, one.sha256) for key, one in files.items() if one},
         load_s=None if time is None else LoadTime(float(time.sum), float(time.makespan)),
     )
@@ -195,7 +196,10 @@ def migration_from_json(values: Any, source: object = "") -> MigrationPlan:
 
 
 def _steps(
-    steps: Sequence[StepPart], model: ModelShape, servers: Sequence[ServerPart], source: object
+    steps: Sequence[Mapping[str, Any]],
+    model: ModelShape,
+    servers: Sequence[ServerPart],
+    source: object,
 ) -> tuple[Step, ...]:
     number = {server.name: server.gpus for server in servers}
     first_gpu = dict(zip(number, itertools.accumulate(number.values(), initial=0), strict=False))
@@ -203,29 +207,30 @@ def _steps(
     latest: dict[tuple[int, int], str] = {}
     found = []
     for index, step in enumerate(steps):
+        server, needs = step["server"], step["needs"]
 
-        def wrong(key: str, expected: str, step: StepPart = step, index: int = index) -> InputError:
+        def wrong(key: str, expected: str, step: Any = step, index: int = index) -> InputError:
             return InputError(
-                shown(getattr(step, key)),
+                shown(step[key]),
                 source=source,
                 place=f"steps[{index}].{key}",
                 expected=expected,
             )
 
-        if step.server not in number:
+        if server not in number:
             raise wrong("server", "the name of one of the servers")
-        if step.gpu >= number[step.server]:
-            raise wrong("gpu", f"below {number[step.server]}, the GPUs of server {step.server!r}")
-        if step.layer not in position:
+        if step["gpu"] >= number[server]:
+            raise wrong("gpu", f"below {number[server]}, the GPUs of server {server!r}")
+        if step["layer"] not in position:
             raise wrong("layer", f"a MoE layer of {model.name}, {model.layers_text()}")
-        if step.expert >= model.num_experts:
+        if step["expert"] >= model.num_experts:
             raise wrong("expert", f"ids 0..{model.num_experts - 1} of {model.name}")
-        if any(a >= b for a, b in itertools.pairwise((*step.needs, index))):
+        if any(a >= b for a, b in itertools.pairwise((*needs, index))):
             raise wrong("needs", "earlier steps, ascending, each once")
-        gpu = first_gpu[step.server] + step.gpu
-        pair = position[step.layer] * model.num_experts + step.expert
-        if latest.get((gpu, pair)) == step.do:
+        gpu = first_gpu[server] + step["gpu"]
+        pair = position[step["layer"]] * model.num_experts + step["expert"]
+        if latest.get((gpu, pair)) == step["do"]:
             raise wrong("do", "loads and drops of an expert on a GPU by turns")
-        latest[gpu, pair] = step.do
-        found.append(Step(step.do, gpu, pair, tuple(step.needs), step.temporary))
+        latest[gpu, pair] = step["do"]
+        found.append(Step(step["do"], gpu, pair, tuple(needs), step.get("temporary", False)))
     return tuple(found)

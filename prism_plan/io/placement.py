@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -10,7 +9,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+)
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, printable, read_identified, read_text, write_bytes
@@ -36,6 +42,20 @@ FORMAT = "prism-plan/placement"
 VERSION = 1
 
 
+def _whole_numbers(ids: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """Ids as they are, of which there are millions; if they are no list of them, pydantic tells."""
+    return ids if type(ids) is list and set(map(type, ids)) == {int} else handler(ids)
+
+
+LayerId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
+#: Their bounds are checked with those of the model.
+ExpertIds = Annotated[
+    Listed[Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]],
+    Field(min_length=1),
+    WrapValidator(_whole_numbers),
+]
+
+
 class GpuPart(Declared):
     """A GPU: what it can hold, as ``slots`` or ``bytes``, and what it holds."""
 
@@ -45,13 +65,9 @@ class GpuPart(Declared):
     bytes: Count = Field(
         default=ABSENT, description="Bytes that the GPU has for experts (experts of unequal size)."
     )
-    experts: Annotated[
-        dict[
-            Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")],
-            Annotated[Listed[Count], Field(min_length=1)],
-        ],
-        Field(description="Expert ids by decoder layer index, ascending."),
-    ]
+    experts: dict[LayerId, ExpertIds] = Field(
+        description="Expert ids by decoder layer index, ascending."
+    )
 
 
 class ServerPart(Declared):
@@ -243,19 +259,22 @@ def _hold(
                 place=place,
                 expected=f"a MoE layer of {model.name}, {model.layers_text()}",
             )
-        if max(ids) >= model.num_experts:
+        least, most = min(ids), max(ids)
+        if least < 0 or most >= model.num_experts:
             raise InputError(
-                f"expert {max(ids)}",
+                f"expert {least if least < 0 else most}",
                 source=source,
                 place=f"{place}.{layer}",
                 expected=f"ids 0..{model.num_experts - 1} of {model.name}",
             )
-        if ids != sorted(set(ids)):
-            a, b = next((a, b) for a, b in itertools.pairwise(ids) if a >= b)
+        given = np.array(ids)
+        wrong = np.flatnonzero(given[1:] <= given[:-1])
+        if len(wrong):
+            a, b = given[wrong[0]], given[wrong[0] + 1]
             raise InputError(
                 f"expert {b} after {a}",
                 source=source,
                 place=f"{place}.{layer}",
                 expected="ascending ids, each once",
             )
-        held[position[layer], ids] = True
+        held[position[layer], given] = True

@@ -7,13 +7,14 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, read_text
 from prism_plan.io.declared import (
     ABSENT,
     Amount,
+    Checked,
     Count,
     Declared,
     Listed,
@@ -22,17 +23,10 @@ from prism_plan.io.declared import (
     Positive,
     Share,
     Version1,
-    refused,
     validated,
 )
 
 AboveZero = Annotated[float, Field(gt=0)]
-
-
-def _every_percent(quantiles: list[float]) -> list[float]:
-    if len(quantiles) not in (0, 101):
-        raise refused(f"{len(quantiles)} numbers", "101, or none")
-    return quantiles
 
 
 class TimesPart(Open):
@@ -129,17 +123,14 @@ class RunPart(Open):
     remote_calls: Count
     messages: Count
     bytes_sent: Count
-    busiest: Amount | None = Field(
-        default=None,
-        description="Share of the busiest place, GPU or link that the arrivals ask for; "
-        "1 or more is unstable.",
-    )
+    #: Share of the busiest place, GPU or link that the arrivals ask for; 1 or more is unstable.
+    busiest: Amount | None = None
     servers: Listed[ServerPart]
     #: Reviews of the placement in order of time.
     migrations: Listed[MigrationPart]
     layer_latency_s: Listed[LayerPart] = Field(description="From 0 remote experts to top-k.")
     #: 0 %, 1 %, ..., 100 %; empty if nothing finished.
-    latency_quantiles_s: Annotated[Listed[Amount], AfterValidator(_every_percent)]
+    latency_quantiles_s: Listed[Amount]
     timeline: TimelinePart
     phases: Listed[PhasePart] = Field(default=[], description="Only with a schedule of phases.")
     loads: Count
@@ -188,7 +179,7 @@ class SimulationFile(Declared):
     trace: TracePart
     cluster: ClusterPart
     notes: Listed[str]
-    runs: Listed[RunPart]
+    runs: Checked[RunPart]
 
 
 def read_simulation(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -214,65 +205,34 @@ def simulation_from_json(values: Any, source: object = "") -> dict[str, Any]:
 
 def _check_run(run: Mapping[str, Any], source: object, place: str) -> None:
     """What a schema cannot say: which values belong together."""
-    if run["finished"] > run["requests"]:
-        raise InputError(
-            f"{run['finished']}",
-            source=source,
-            place=f"{place}.finished",
-            expected=f"at most the {run['requests']} requests",
-        )
+
+    def require(holds: bool, at: str, found: object, expected: str) -> None:
+        if not holds:
+            raise InputError(f"{found}", source=source, place=f"{place}.{at}", expected=expected)
+
+    finished, requests = run["finished"], run["requests"]
+    require(finished <= requests, "finished", finished, f"at most the {requests} requests")
     quantiles = run["latency_quantiles_s"]
-    if bool(quantiles) != (run["finished"] > 0):
-        raise InputError(
-            f"{len(quantiles)} numbers with {run['finished']} requests finished",
-            source=source,
-            place=f"{place}.latency_quantiles_s",
-            expected="numbers exactly if a request finished",
-        )
-    for below, above in itertools.pairwise(quantiles):
-        if above < below:
-            raise InputError(
-                f"{above} after {below}",
-                source=source,
-                place=f"{place}.latency_quantiles_s",
-                expected="ascending numbers",
-            )
+    found = f"{len(quantiles)} numbers"
+    require(len(quantiles) in (0, 101), "latency_quantiles_s", found, "101, or none")
+    found = f"{len(quantiles)} numbers with {finished} requests finished"
+    expected = "numbers exactly if a request finished"
+    require(bool(quantiles) == (finished > 0), "latency_quantiles_s", found, expected)
+    for a, b in itertools.pairwise(quantiles):
+        require(a <= b, "latency_quantiles_s", f"{b} after {a}", "ascending numbers")
     for key, value in run["latency_s"].items():
-        if value is None and quantiles:
-            raise InputError(
-                "null",
-                source=source,
-                place=f"{place}.latency_s.{key}",
-                expected="a number, for requests finished",
-            )
-    timeline = run["timeline"]
-    if len(timeline["arrivals"]) != len(timeline["mean_latency_s"]):
-        raise InputError(
-            f"{len(timeline['mean_latency_s'])} bins",
-            source=source,
-            place=f"{place}.timeline.mean_latency_s",
-            expected=f"{len(timeline['arrivals'])}, as in arrivals",
-        )
+        known = value is not None or not quantiles
+        require(known, f"latency_s.{key}", "null", "a number, for requests finished")
+    bins, means = (len(run["timeline"][key]) for key in ("arrivals", "mean_latency_s"))
+    found, expected = f"{means} bins", f"{bins}, as in arrivals"
+    require(bins == means, "timeline.mean_latency_s", found, expected)
     for number, phase in enumerate(run.get("phases", ())):
-        if phase["everywhere_at_s"] < phase["at_s"]:
-            raise InputError(
-                f"{phase['everywhere_at_s']}",
-                source=source,
-                place=f"{place}.phases[{number}].everywhere_at_s",
-                expected=f"at least at_s, {phase['at_s']}",
-            )
+        begin, everywhere = phase["at_s"], phase["everywhere_at_s"]
+        at, expected = f"phases[{number}].everywhere_at_s", f"at least at_s, {begin}"
+        require(everywhere >= begin, at, everywhere, expected)
     for number, layer in enumerate(run["layer_latency_s"]):
-        if layer["remote_experts"] != number:
-            raise InputError(
-                f"{layer['remote_experts']}",
-                source=source,
-                place=f"{place}.layer_latency_s[{number}].remote_experts",
-                expected=f"{number}, one entry for each number from 0",
-            )
-        if layer["steps"] and layer["mean"] is None:
-            raise InputError(
-                f"null with {layer['steps']} steps",
-                source=source,
-                place=f"{place}.layer_latency_s[{number}].mean",
-                expected="a number",
-            )
+        at, remote = f"layer_latency_s[{number}]", layer["remote_experts"]
+        expected = f"{number}, one entry for each number from 0"
+        require(remote == number, f"{at}.remote_experts", remote, expected)
+        known = layer["mean"] is not None or not layer["steps"]
+        require(known, f"{at}.mean", f"null with {layer['steps']} steps", "a number")

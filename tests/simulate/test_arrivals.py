@@ -142,8 +142,6 @@ GOOD = '{"server": "a", "at_s": 1}'
             "NaN is not JSON, under key 'at_s'",
         ),
         ('{"server": "a", "at_s": Infinity}', "line 2", "Infinity is not JSON"),
-        ('{"server": "a", "at_s": "1"}', "line 2: at_s", "'1'; expected a number"),
-        ('{"server": "a", "at_s": true}', "line 2: at_s", "True; expected a number"),
         ('{"server": "a"}', "line 2", "key 'at_s' is missing"),
         ('{"at_s": 1}', "line 2", "key 'server' is missing"),
         ('{"server": 3, "at_s": 1}', "line 2: server", "3; expected a text"),

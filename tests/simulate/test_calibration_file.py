@@ -64,13 +64,9 @@ def server(**changes: Any) -> dict[str, Any]:
 HUGE = 10**400
 
 BAD: dict[str, tuple[Any, str]] = {
-    "a list": ([], "[]; expected an object"),
     "nothing": (None, "null; expected an object"),
-    "another format": ({"format": "prism-plan/trace"}, "format: 'prism-plan/trace'; expected"),
     "no format": ({"version": 1}, "key 'format' is missing"),
-    "no version": ({"format": HEAD["format"]}, "key 'version' is missing"),
     "a newer version": ({**HEAD, "version": 2}, "version: 2; expected 1; a newer file"),
-    "version true": ({**HEAD, "version": True}, "version: True; expected 1"),
     "unknown key": (
         {**HEAD, "default": GPU, "rtt_sm": 1},
         "unknown key 'rtt_sm', did you mean 'rtt_ms'?; expected one of format, version,",
@@ -85,34 +81,6 @@ BAD: dict[str, tuple[Any, str]] = {
         {**HEAD, "default": GPU, "rtt_ms": -0.1},
         "rtt_ms: -0.1; expected at least 0",
     ),
-    "overhead NaN": (
-        {**HEAD, "default": GPU, "call_overhead_ms": float("nan")},
-        "call_overhead_ms: nan; expected a finite number",
-    ),
-    "overhead null": (
-        {**HEAD, "default": GPU, "call_overhead_ms": None},
-        "call_overhead_ms: null; expected a number",
-    ),
-    "overhead text": (
-        {**HEAD, "default": GPU, "call_overhead_ms": "0.2"},
-        "call_overhead_ms: '0.2'; expected a number",
-    ),
-    "round trip true": (
-        {**HEAD, "default": GPU, "rtt_ms": True},
-        "rtt_ms: True; expected a number",
-    ),
-    "infinite bandwidth": (
-        {**HEAD, "default": GPU, "bandwidth_mbps": float("inf")},
-        "bandwidth_mbps: inf; expected a finite number",
-    ),
-    "a bandwidth beyond floating point": (
-        {**HEAD, "default": GPU, "bandwidth_mbps": HUGE},
-        "bandwidth_mbps: 1000000000",
-    ),
-    "default is a list": (
-        {**HEAD, "default": [GPU]},
-        "expected an object",
-    ),
     "unknown curve": (
         {**HEAD, "default": {**GPU, "expert_s": []}},
         "default: unknown key 'expert_s', did you mean 'expert_ms'?",
@@ -121,17 +89,12 @@ BAD: dict[str, tuple[Any, str]] = {
         {**HEAD, "default": {"dense_ms": GPU["dense_ms"]}},
         "default: key 'expert_ms' is missing",
     ),
-    "a curve is a number": (dense(3), "default.dense_ms: 3; expected a list"),
     "one point": (dense([[1, 2]]), "default.dense_ms: 1 entries; expected at least 2"),
-    "no points": (dense([]), "default.dense_ms: 0 entries; expected at least 2"),
     "a point of three": (
         dense([[1, 2], [2, 3, 4]]),
         "default.dense_ms[1]: 3 entries; expected at most 2",
     ),
-    "a point that is a number": (dense([1, 2]), "default.dense_ms[0]: 1; expected a list"),
     "zero tokens": (dense([[0, 2], [2, 3]]), "default.dense_ms[0][0]: 0; expected at least 1"),
-    "half a token": (dense([[1, 2], [1.5, 3]]), "default.dense_ms[1][0]: 1.5; expected a whole"),
-    "true tokens": (dense([[True, 2], [2, 3]]), "default.dense_ms[0][0]: True; expected a whole"),
     "tokens beyond int32": (dense([[1, 2], [2**31, 3]]), "default.dense_ms[1][0]: 2147483648;"),
     "tokens twice": (
         dense([[1, 2], [5, 3], [5, 4]]),
@@ -142,21 +105,10 @@ BAD: dict[str, tuple[Any, str]] = {
         dense([[1, 2], [5, -3]]),
         "default.dense_ms[1][1]: -3; expected at least 0",
     ),
-    "NaN time": (dense([[1, float("nan")], [5, 3]]), "default.dense_ms[0][1]: nan; expected"),
-    "a time beyond floating point": (dense([[1, 2], [5, HUGE]]), "default.dense_ms[1][1]: 1000"),
-    "servers is an object": ({**HEAD, "servers": {}}, "servers: {}; expected a list"),
-    "a server is a text": ({**HEAD, "servers": ["a"]}, "servers[0]: 'a'; expected an object"),
-    "a server has no name": (
-        {**HEAD, "servers": [{"gpus": []}]},
-        "servers[0]: key 'name'",
-    ),
-    "a server has a number for a name": (server(name=3), "servers[0].name: 3; expected a text"),
-    "a server has no GPUs": (server(gpus=None), "servers[0].gpus: null; expected a list"),
     "a server has an unknown key": (
         server(gpu=[GPU]),
         "servers[0]: unknown key 'gpu', did you mean 'gpus'?; expected one of name, gpus",
     ),
-    "a GPU is a list": (server(gpus=[GPU, []]), "servers[0].gpus[1]: []; expected an object"),
     "a GPU has a bad time": (
         server(gpus=[{**GPU, "expert_ms": [[1, 1], [2, -1]]}]),
         "servers[0].gpus[0].expert_ms[1][1]: -1; expected at least 0",

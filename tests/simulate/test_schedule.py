@@ -52,10 +52,8 @@ def test_read_schedule(tmp_path: Path) -> None:
         ("[[phase]\n", "", "not TOML"),
         ("[[phase]]\n[[phase]]", "phase[0].requests", "only the last phase may leave it out"),
         ("[[phase]]\nrequests = 0", "phase[0].requests", "0; expected at least 1"),
-        ("[[phase]]\nrequests = 1.5", "phase[0].requests", "1.5; expected a whole number"),
         ("[[phase]]\nrequest = 1", "phase[0]", "did you mean 'requests'"),
         ("[[phases]]", "", "did you mean 'phase'"),
-        ("[[phase]]\ntasks = 1", "phase[0].tasks", "expected a table"),
         ("[[phase]]\ntasks = { a = 1 }", "phase[0].tasks.a", "expected a table"),
         ("[[phase]]\ntasks = { a = {} }", "phase[0].tasks.a", "0 entries; expected at least 1"),
         ("[[phase]]\ntasks = { a = { x = 0.5 } }", "phase[0].tasks.a", "shares sum to 0.5"),
@@ -69,8 +67,6 @@ def test_read_schedule(tmp_path: Path) -> None:
             "phase[0].arrival_interval_s",
             "0; expected at least 1e-12",
         ),
-        ("[[phase]]\narrival_interval_s = nan", "phase[0].arrival_interval_s", "nan; expected"),
-        ("[[phase]]\narrival_interval_s = inf", "phase[0].arrival_interval_s", "inf; expected"),
     ],
 )
 def test_bad_file(text: str, place: str, message: str) -> None:
