@@ -110,7 +110,10 @@ def _smallest_model(cluster: Cluster) -> ModelSpec:
                 named.add(layer)
                 experts = max(experts, expert + 1)
     return dataclasses.replace(
-        _ONE_EXPERT, moe_layers=tuple(sorted(named or layers)), num_experts=experts
+        _ONE_EXPERT,
+        moe_layers=tuple(sorted(named or layers)),
+        num_experts=experts,
+        num_decoder_layers=0,  # as many as that needs
     )
 
 

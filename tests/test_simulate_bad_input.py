@@ -89,7 +89,7 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 
 def another_model(work: Path) -> None:
     """A trace of a model with one more layer."""
-    spec = dataclasses.replace(SPEC, moe_layers=(1, 2, 3, 4))
+    spec = dataclasses.replace(SPEC, moe_layers=(1, 2, 3, 4), num_decoder_layers=5)
     write_trace(work / "t.parquet", synthetic_trace(spec, ["x", "y", "z"], requests=2))
 
 

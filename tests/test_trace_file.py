@@ -457,7 +457,7 @@ def test_wrong_rows(tmp_path: Path, changes: dict[str, Any], message: str) -> No
         ({"format": "prism-plan/placement"}, "format: 'prism-plan/placement'"),
         ({"kind": "words"}, "kind: 'words'"),
         ({"provenance": []}, "provenance: []"),
-        ({"model": {}}, "model: key 'name' is missing"),
+        ({"model": {}}, "model: keys 'name', 'moe_layers', 'num_experts'"),
     ],
 )
 def test_wrong_header(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

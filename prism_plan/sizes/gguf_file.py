@@ -162,7 +162,7 @@ def _tensor(
             source=path,
             place=name,
             expected="a type that the installed gguf package knows",
-            remedy=f"pip install --upgrade gguf, or {BY_HAND}",
+            remedy=f"pip install -U gguf, or {BY_HAND}",
         )
     label, block, block_bytes = sizes[kind]
     numbers = math.prod(shape)

@@ -203,7 +203,7 @@ def test_two_sole_copies_on_full_gpus_cannot_change_places() -> None:
     assert "every GPU is full and every expert has one copy" in text
     assert "layer 3 expert 0 on server 's0' gpu[0]" in text
     assert "layer 3 expert 1 on server 's1' gpu[0]" in text
-    assert "short by 1 slots" in text
+    assert "short by 1 slot" in text
     assert caught.value.exit_code == 3
 
 

@@ -183,7 +183,7 @@ def test_only_sampled_tokens_are_kept() -> None:
 
 def test_memory_is_that_of_the_sample() -> None:
     """Sampling three of 100 requests never holds a fifth of the trace's tokens."""
-    model = dataclasses.replace(MODEL, moe_layers=tuple(range(32)))
+    model = dataclasses.replace(MODEL, moe_layers=tuple(range(32)), num_decoder_layers=32)
     rows = 1_000
     position = np.arange(rows, dtype=np.int32)
 
