@@ -57,10 +57,7 @@ TaskShares = Annotated[
     Field(max_length=MAX_NAMES),
     AfterValidator(_sum_to_one),
 ]
-Pair = Annotated[
-    tuple[Annotated[int, Field(ge=0, lt=2**63)], Annotated[int, Field(ge=0, lt=2**63)]],
-    Strict(False),
-]
+Pair = Annotated[tuple[Whole, Whole], Strict(False)]
 Pairs = Annotated[Listed[Pair], Field(max_length=MAX_NAMES), AfterValidator(_each_once)]
 
 
