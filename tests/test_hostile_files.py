@@ -514,12 +514,15 @@ def test_two_tasks_in_the_order_of_rows(tmp_path: Path) -> None:
 
 
 def test_errors_of_a_large_file_are_told_quickly() -> None:
-    """A list ends at its first wrong entry; of other errors the first in the file is told."""
+    """Lists and maps end at their first wrong entry, and an object has few keys."""
     values = placement(1, 2, 1)
     values["servers"][0]["gpus"][0]["experts"]["0"] = [0, "x"] * 500_000
     with pytest.raises(
         InputError, match=r"servers\[0\]\.gpus\[0\]\.experts\.0\[1\]: 'x'; expected"
     ):
         placement_from_json(values)
-    with pytest.raises(InputError, match="unknown key 'k0'"):
+    with pytest.raises(InputError, match="300,006 keys; expected at most 1,000"):
         placement_from_json(placement(1, 2, 1) | {f"k{number}": 1 for number in range(300_000)})
+    values["servers"][0]["gpus"][0]["experts"] = {f"{number}": [] for number in range(300_000)}
+    with pytest.raises(InputError, match=r"gpus\[0\]\.experts\.0: 0 entries; expected at least 1"):
+        placement_from_json(values)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link, PairLink, Server
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import read_text
-from prism_plan.io.declared import ABSENT, Listed, Name, Table, refused, shown, validated
+from prism_plan.io.declared import ABSENT, Keyed, Listed, Name, Table, refused, shown, validated
 from prism_plan.io.toml import parse_toml
 from prism_plan.limits import MAX_GPUS, MAX_NAMES
 
@@ -53,14 +53,11 @@ Whole = Annotated[int, Field(ge=0, lt=2**53)]
 AtLeastOne = Annotated[int, Field(ge=1, lt=2**53)]
 #: Shares of a server's requests by task; they sum to one, or there are none.
 TaskShares = Annotated[
-    dict[Name, Annotated[float, Field(ge=0, le=1), AfterValidator(_not_tiny)]],
+    Keyed[Name, Annotated[float, Field(ge=0, le=1), AfterValidator(_not_tiny)]],
     Field(max_length=MAX_NAMES),
     AfterValidator(_sum_to_one),
 ]
-Pair = Annotated[
-    tuple[Annotated[int, Field(ge=0, lt=2**63)], Annotated[int, Field(ge=0, lt=2**63)]],
-    Strict(False),
-]
+Pair = Annotated[tuple[Whole, Whole], Strict(False)]
 Pairs = Annotated[Listed[Pair], Field(max_length=MAX_NAMES), AfterValidator(_each_once)]
 
 

@@ -15,6 +15,7 @@ from prism_plan.io.declared import (
     Checked,
     Count,
     Declared,
+    Keyed,
     NonEmpty,
     Positive,
     Share,
@@ -28,7 +29,7 @@ TOLERANCE = 1e-9
 _PLACED = ("remote_share_by_server", "termination", "runtime_s")
 _WAITING = ("destinations", "destinations_method", "waiting_share_by_server")
 #: A share for each server; null for one that calls nothing.
-ByServer = Annotated[dict[NonEmpty, Share | None], Field(min_length=1)]
+ByServer = Annotated[Keyed[NonEmpty, Share | None], Field(min_length=1)]
 
 
 class RowPart(Declared):

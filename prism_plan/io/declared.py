@@ -16,19 +16,20 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    FailFast,
     Field,
     GetCoreSchemaHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import parse_json
-from prism_plan.limits import MAX_NAME_LENGTH
+from prism_plan.limits import MAX_COLUMNS, MAX_NAME_LENGTH
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -41,6 +42,14 @@ class Declared(BaseModel):
 
     #: What an object of the file is called in messages.
     WORD: ClassVar[str] = "an object"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, values: Any) -> Any:
+        """Each unknown key would be an error that takes memory."""
+        if isinstance(values, dict) and len(values) > MAX_COLUMNS:
+            raise refused(f"{len(values):,} keys", f"at most {MAX_COLUMNS:,}")
+        return values
 
 
 class Open(Declared):
@@ -82,10 +91,18 @@ def _as_it_stands(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     return value
 
 
-#: A list whose first wrong entry ends the check.
-Listed = Annotated[list[T], FailFast()]
+@dataclasses.dataclass(frozen=True)
+class FirstError:
+    """The first wrong entry ends the check (pydantic's FailFast, which has no hash)."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return {**handler(source), "fail_fast": True}
+
+
+Listed = Annotated[list[T], FirstError()]
+Keyed = Annotated[dict[K, T], FirstError()]
 #: A list whose entries are checked, and kept as they stand in the file: models take more memory.
-Checked = Annotated[list[Annotated[T, WrapValidator(_as_it_stands)]], FailFast()]
+Checked = Annotated[list[Annotated[T, WrapValidator(_as_it_stands)]], FirstError()]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Amount = Annotated[float, Field(ge=0)]

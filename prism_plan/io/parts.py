@@ -41,7 +41,7 @@ class Shape(Declared):
     num_experts: Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
     top_k: Positive
     expert_bytes: Annotated[
-        Positive | Annotated[list[Positive], Field(min_length=1)],
+        Positive | Annotated[Listed[Positive], Field(min_length=1)],
         Expected("a whole number of at least 1, or a list of them"),
         Field(description="Bytes of an expert, or one number for each MoE layer."),
     ]

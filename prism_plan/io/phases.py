@@ -22,7 +22,7 @@ from pydantic import Field
 
 from prism_plan.files import read_text
 from prism_plan.io.cluster import AtLeastOne, Rate, TaskShares
-from prism_plan.io.declared import ABSENT, Listed, Table, validated
+from prism_plan.io.declared import ABSENT, Keyed, Listed, Table, validated
 from prism_plan.io.toml import parse_toml
 from prism_plan.limits import MAX_NAMES
 from prism_plan.simulate.schedule import Phase, Schedule
@@ -33,7 +33,7 @@ class PhaseTable(Table):
 
     requests: AtLeastOne = ABSENT
     tasks: Annotated[
-        dict[str, Annotated[TaskShares, Field(min_length=1)]], Field(max_length=MAX_NAMES)
+        Keyed[str, Annotated[TaskShares, Field(min_length=1)]], Field(max_length=MAX_NAMES)
     ] = Field(default={})
     arrival_interval_s: Rate = ABSENT
 

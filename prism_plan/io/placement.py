@@ -25,6 +25,7 @@ from prism_plan.io.declared import (
     Amount,
     Count,
     Declared,
+    Keyed,
     Listed,
     NonEmpty,
     Positive,
@@ -65,7 +66,7 @@ class GpuPart(Declared):
     bytes: Count = Field(
         default=ABSENT, description="Bytes that the GPU has for experts (experts of unequal size)."
     )
-    experts: dict[LayerId, ExpertIds] = Field(
+    experts: Keyed[LayerId, ExpertIds] = Field(
         description="Expert ids by decoder layer index, ascending."
     )
 
@@ -105,7 +106,7 @@ class PlacementFile(Declared):
     ]
     plan: PlanPart
     inputs: Annotated[
-        dict[str, FileIdentity], Field(description="The files that it was planned from.")
+        Keyed[str, FileIdentity], Field(description="The files that it was planned from.")
     ]
 
 

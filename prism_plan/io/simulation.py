@@ -17,6 +17,7 @@ from prism_plan.io.declared import (
     Checked,
     Count,
     Declared,
+    Keyed,
     Listed,
     NonEmpty,
     Open,
@@ -99,7 +100,7 @@ class PhasePart(Open):
     #: Arrival of its first request at the last server to reach it.
     everywhere_at_s: Amount
     #: Shares by task of the servers that changed.
-    tasks: dict[str, dict[str, Share | None]]
+    tasks: Keyed[str, Keyed[str, Share | None]]
     arrival_interval_s: AboveZero | None = Field(description="null: as before.")
 
 
