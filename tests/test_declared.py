@@ -115,7 +115,7 @@ GPU = "[[server.gpu]]\nslots = 1\n"
         (f"{SERVER}weight = nan\n{GPU}", "c: server[0].weight: nan; expected a finite number"),
         (f"{SERVER}weight = 1e-13\n{GPU}", "c: server[0].weight: 1e-13; expected 0 or a number of"),
         (f"{SERVER}pin = [[1]]\n{GPU}", "c: server[0].pin[0]: 1 entries; expected at least 2"),
-        (f"{SERVER}pin = [[1, true]]\n{GPU}", "c: server[0].pin[0][1]: True; expected a whole nu"),
+        (f"{SERVER}pin = [[1, true]]\n{GPU}", "c: server[0].pin[0][1]: true; expected a whole nu"),
         (f"link = 0\n{SERVER}{GPU}", "c: link: 0; expected a table"),
         (f'name = " "\n{SERVER}{GPU}', "c: name: ' '; expected a non-empty text"),
         (f"{SERVER}weight = 0.5.5\n{GPU}", "c: not TOML"),

@@ -188,7 +188,7 @@ def _read(sources: list[Source], spec: ModelSpec, given: ProfileOptions) -> Trac
 
         return read_vllm(sources, spec, skip_bad=skip_bad, notify=note)
     if given.form in ("trtllm", "imatrix") and skip_bad:
-        from prism_plan.profiling.bad_rows import no_rows
+        from prism_plan.io.bad_rows import no_rows
 
         raise no_rows(sources[0].path)
     if given.form == "imatrix":

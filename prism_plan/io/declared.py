@@ -28,6 +28,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import parse_json
 from prism_plan.limits import MAX_COLUMNS, MAX_NAME_LENGTH
+from prism_plan.text import shown as spelled
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -199,7 +200,7 @@ _SHORT.maxdict = _SHORT.maxlist = 3
 
 def shown(value: object) -> str:
     """A value for a message, shortened."""
-    return "null" if value is None else _SHORT.repr(value)
+    return spelled(value) if value is None or isinstance(value, bool) else _SHORT.repr(value)
 
 
 def _told(

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.io.bad_rows import BadRows
+from prism_plan.io.packed import read_packed_text
 from prism_plan.limits import (
     MAX_COLUMNS,
     MAX_NAMES,
@@ -25,8 +27,6 @@ from prism_plan.limits import (
 )
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.added import AddedCounts
-from prism_plan.profiling.bad_rows import BadRows
-from prism_plan.profiling.packed import read_packed_text
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.tokens import require_every_layer, tell_if_uneven, tokens_of_calls
 from prism_plan.trace import Trace

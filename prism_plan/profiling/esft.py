@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.files import lines_of
+from prism_plan.io.bad_rows import BadRows
+from prism_plan.io.packed import read_packed_text
 from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.bad_rows import BadRows
-from prism_plan.profiling.packed import read_packed_text
 from prism_plan.profiling.sources import Source, distinct
 from prism_plan.trace import (
     UNKNOWN_PHASE,

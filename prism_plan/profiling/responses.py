@@ -13,11 +13,11 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json
+from prism_plan.io.bad_rows import BadRows
+from prism_plan.io.lines import json_lines, text_lines
+from prism_plan.io.packed import read_packed_text
 from prism_plan.open_file import OpenFile
-from prism_plan.profiling.bad_rows import BadRows
 from prism_plan.profiling.event_stream import is_event, streamed
-from prism_plan.profiling.lines import json_lines, text_lines
-from prism_plan.profiling.packed import read_packed_text
 
 
 def responses(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:

@@ -52,8 +52,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.io.bad_rows import no_rows
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.bad_rows import no_rows
 from prism_plan.profiling.layers import mtp_notice
 from prism_plan.profiling.rows import RepeatedRows
 from prism_plan.profiling.sglang_dump import mode_of

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.io.bad_rows import BadRows
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.bad_rows import BadRows
 from prism_plan.profiling.layers import MAX_MTP_LAYERS, decoder_end
 from prism_plan.profiling.requests import Requests
 from prism_plan.profiling.responses import responses

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
 from prism_plan.files import read_text
+from prism_plan.io import packed
+from prism_plan.io.lines import text_lines
 from prism_plan.io.prompts import read_prompts
 from prism_plan.limits import MIB
-from prism_plan.profiling import packed
 from prism_plan.profiling.counts import read_counts
-from prism_plan.profiling.lines import text_lines
 from prism_plan.profiling.sglang import read_sglang
 from prism_plan.profiling.sources import Source
 from tests.profiling.recordings import TINY, read, refusal

@@ -9,9 +9,9 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.files import parse_json, refuse_other_encodings
+from prism_plan.io.bad_rows import BadRows
+from prism_plan.io.packed import unpacked
 from prism_plan.open_file import OpenFile
-from prism_plan.profiling.bad_rows import BadRows
-from prism_plan.profiling.packed import unpacked
 
 
 def _refuse(error: InputError) -> None:
