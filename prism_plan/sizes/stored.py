@@ -202,7 +202,7 @@ def _language_model(
             f"{name} has no MoE layers",
             source=source,
             expected="tensors of routed experts",
-            remedy="give a Mixture-of-Experts model",
+            remedy="give a Mixture-of-Experts model, or a model spec if its experts are elsewhere",
         )
     if len(with_experts) > 1:
         raise InputError(

@@ -51,7 +51,7 @@ def test_lines_become_jobs_in_their_order(checkpoint: Checkpoint) -> None:
         (b"{", "standard input: line 1"),
         (b"\xff\xfe", "standard input: line 1"),
         (b'{"prompt": "a", "at_s": 1e999}', "line 1"),
-        (b'{"task": "t"}', "expected the key prompt"),
+        (b'{"task": "t"}', "key 'prompt' is missing"),
         (b'{"prompt": "' + b"a " * 2000 + b'"}', "the model's context"),
         (b'{"prompt": "' + b"a" * (MAX_LINE_BYTES + 10) + b'"}', "more than 16,777,216 bytes"),
     ],
