@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from prism_plan.io.trace_writer import TraceWriter, write_trace
     from prism_plan.migration.order import migration_plan
     from prism_plan.migration.plan import MigrationPlan
-    from prism_plan.model import PRESETS, ModelShape, ModelSpec, load_model
+    from prism_plan.model import PRESETS, ModelShape, ModelSpec
     from prism_plan.moves import PlacementDiff, Step, diff
     from prism_plan.objective import (
         RemoteScore,
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
         simulate_placements,
         write_simulation,
     )
-    from prism_plan.sizes import load_model_spec
+    from prism_plan.sizes import load_model, load_model_spec
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.entropy import entropy_counts, lemma1_bound
     from prism_plan.solvers.greedy import greedy_with_coverage
@@ -98,8 +98,8 @@ _HOME = {
         "WrongModel",
     ),
     "instance": ("Instance",),
-    "model": ("PRESETS", "ModelShape", "ModelSpec", "load_model"),
-    "sizes": ("load_model_spec",),
+    "model": ("PRESETS", "ModelShape", "ModelSpec"),
+    "sizes": ("load_model", "load_model_spec"),
     "objective": (
         "RemoteScore",
         "StepScore",

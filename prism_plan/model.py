@@ -9,9 +9,9 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from prism_plan.errors import InputError, WrongModel, did_you_mean
+from prism_plan.errors import InputError, WrongModel
 from prism_plan.limits import (
     MAX_EXPERTS,
     MAX_LAYERS,
@@ -136,49 +136,6 @@ class ModelShape:
             values["expert_bytes"] = list(self.expert_bytes)
         return values
 
-    @classmethod
-    def from_json(cls, values: Any, source: object = "", place: str = "model") -> Self:
-        """The reverse of :meth:`to_json`.
-
-        Raises
-        ------
-        InputError
-            Keys are missing (all are named), one is unknown, or has a value of the wrong kind.
-        """
-        if not isinstance(values, Mapping):
-            raise InputError(shown(values), source=source, place=place, expected="an object")
-        fields = {field.name for field in dataclasses.fields(cls)}
-        known = [key for key in JSON_ORDER if key in fields]
-        for key in values:
-            if key not in fields:
-                raise InputError(
-                    f"unknown key {key!r}{did_you_mean(str(key), known)}",
-                    source=source,
-                    place=place,
-                    expected=f"the keys {', '.join(known)}",
-                )
-        missing = [repr(key) for key in known if key not in values and key not in _OPTIONAL]
-        if missing:
-            raise InputError(
-                f"{'key' if len(missing) == 1 else 'keys'} {', '.join(missing)} "
-                f"{'is' if len(missing) == 1 else 'are'} missing",
-                source=source,
-                place=place,
-            )
-        kinds = dict(values)
-        for key in ("moe_layers", "expert_bytes"):
-            if isinstance(kinds[key], list):
-                kinds[key] = tuple(kinds[key])
-        try:
-            return cls(**kinds)
-        except InputError as error:
-            raise InputError(
-                error.found,
-                source=source,
-                place=f"{place}.{error.place}",
-                expected=error.expected,
-            ) from error
-
 
 #: The order of keys in our files.
 JSON_ORDER = (
@@ -195,8 +152,6 @@ JSON_ORDER = (
     "attention_flops",
     "state_bytes_per_request",
 )
-#: Keys that files written before they came do not have.
-_OPTIONAL = ("num_decoder_layers", "attention_flops", "state_bytes_per_request")
 
 
 @dataclass(frozen=True)
@@ -312,16 +267,10 @@ def _preset_files() -> dict[str, Traversable]:
 @functools.cache
 def _preset(name: str) -> ModelSpec:
     file = _preset_files()[name]
-    values = json.loads(file.read_text(encoding="utf-8"))
-    return ModelSpec.from_json(values["model"], source=file)
+    spec = json.loads(file.read_text(encoding="utf-8"))["model"].items()
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in spec}
+    return ModelSpec(**values)
 
 
 #: Sizes of common models by name; the files hold the commands that made them.
 PRESETS: Mapping[str, ModelSpec] = _Presets()
-
-
-def load_model(reference: str) -> ModelSpec:
-    """The older name of :func:`prism_plan.sizes.load_model_spec`."""
-    from prism_plan.sizes import load_model_spec
-
-    return load_model_spec(reference)

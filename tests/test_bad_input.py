@@ -32,13 +32,15 @@ from prism_plan.files import sha256
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.placement import read_placement, write_placement
+from prism_plan.io.specs import spec_from_json
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.model import ModelSpec, load_model
+from prism_plan.model import ModelSpec
 from prism_plan.placement import InputFile
 from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
+from prism_plan.sizes import load_model
 from prism_plan.solvers import Options, solve
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
 from tests.limits import HANG_S
@@ -1102,7 +1104,7 @@ def test_wrong_counts(tmp_path: Path, what: str) -> None:
     data, word = CSV_SPOILS[what]
     path = tmp_path / "counts.csv"
     path.write_bytes(data.encode() if isinstance(data, str) else data)
-    spec = ModelSpec.from_json(SPEC)
+    spec = spec_from_json(SPEC)
     assert_refused(lambda: read_counts([Source(path)], spec), str(path), word)
 
 
@@ -1110,7 +1112,7 @@ def test_counts_with_byte_order_mark(tmp_path: Path) -> None:
     """The mark that spreadsheets put before UTF-8 is no part of the first column's name."""
     path = tmp_path / "counts.csv"
     path.write_bytes(b"\xef\xbb\xbf" + COUNTS.encode())
-    assert read_counts([Source(path)], ModelSpec.from_json(SPEC)).tasks == ("a", "b")
+    assert read_counts([Source(path)], spec_from_json(SPEC)).tasks == ("a", "b")
 
 
 def test_counts_without_a_layer_though_tokens_are_given(tmp_path: Path) -> None:
@@ -1118,7 +1120,7 @@ def test_counts_without_a_layer_though_tokens_are_given(tmp_path: Path) -> None:
     path = tmp_path / "counts.csv"
     kept = [line for line in COUNTS.splitlines() if not line.startswith("a,2,")]
     path.write_text("\n".join(kept) + "\n")
-    spec = ModelSpec.from_json(SPEC)
+    spec = spec_from_json(SPEC)
     assert_refused(lambda: read_counts([Source(path)], spec, tokens={"a": 10}), "layer 2")
 
 
@@ -1150,14 +1152,14 @@ def test_wrong_esft_layer(tmp_path: Path, what: str) -> None:
     _esft_folder(tmp_path / "law")
     path = tmp_path / "law" / "expert_weights_2.txt"
     path.write_bytes(data.encode() if isinstance(data, str) else data)
-    spec = ModelSpec.from_json(SPEC)
+    spec = spec_from_json(SPEC)
     assert_refused(lambda: read_esft([Source(tmp_path / "law")], spec), str(path), word)
 
 
 def test_message_of_a_wrong_id_is_plain(tmp_path: Path) -> None:
     """A word where an id should be is quoted without the words of Python's int()."""
     _esft_folder(tmp_path / "law", ESFT_LAYER.replace("2\t3", "x\t3"))
-    spec = ModelSpec.from_json(SPEC)
+    spec = spec_from_json(SPEC)
     error = assert_refused(lambda: read_esft([Source(tmp_path / "law")], spec), "'x'")
     assert "int()" not in str(error)
 
@@ -1177,7 +1179,7 @@ def test_wrong_esft_folder(tmp_path: Path, spoil: Callable[[Path], object], word
     """A folder without exactly one file a MoE layer is refused."""
     _esft_folder(tmp_path / "law")
     spoil(tmp_path / "law")
-    spec = ModelSpec.from_json(SPEC)
+    spec = spec_from_json(SPEC)
     assert_refused(lambda: read_esft([Source(tmp_path / "law")], spec), str(tmp_path), word)
 
 

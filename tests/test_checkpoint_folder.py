@@ -14,7 +14,7 @@ import pytest
 from prism_plan.checkpoint_folder import checkpoint_name, model_name
 from prism_plan.errors import InputError
 from prism_plan.io.trace_reader import read_trace
-from prism_plan.model import load_model
+from prism_plan.sizes import load_model
 from prism_plan.sizes.meta import spec_from_config
 
 CONFIG: dict[str, Any] = {

@@ -11,7 +11,7 @@ import pytest
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import read_cluster
 from prism_plan.io.trace_reader import read_trace
-from prism_plan.model import load_model
+from prism_plan.sizes import load_model
 from prism_plan.solvers import solve
 from prism_plan.solvers.entropy import layer_entropy
 from prism_plan.trace import Trace

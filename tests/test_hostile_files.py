@@ -20,6 +20,7 @@ from prism_plan.files import decode, lines_of, parse_json, read_text
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.placement import placement_from_json, write_placement
+from prism_plan.io.specs import spec_from_json
 from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
@@ -406,16 +407,16 @@ def test_largest_toml() -> None:
 def test_model_bounds() -> None:
     """DeepSeek-V3's 58 layers of 256 experts are far within the bounds; 2^22 experts are most."""
     values = PRESETS["deepseek-v2-lite"].to_json()
-    assert ModelSpec.from_json({**values, "moe_layers": list(range(61)), "num_experts": 256})
+    assert spec_from_json({**values, "moe_layers": list(range(61)), "num_experts": 256})
     full = {**values, "moe_layers": list(range(64)), "num_experts": 65_536}
-    assert ModelSpec.from_json(full).num_pairs == limits.MAX_PAIRS
+    assert spec_from_json(full).num_pairs == limits.MAX_PAIRS
     for broken, words in (
         ({**full, "moe_layers": list(range(65))}, "4,259,840 experts in all"),
         ({**values, "moe_layers": list(range(10_001))}, "10,001 layers"),
         ({**values, "name": "x" * 1001}, "at most 1,000 characters"),
     ):
         with pytest.raises(InputError, match=words):
-            ModelSpec.from_json(broken)
+            spec_from_json(broken)
 
 
 def test_places_of_a_placement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ FLOORS = [
     {"text", "errors", "jit", "limits", "machine", "open_file"},
     {"faults", "files", "kernels", "__init__"},
     {
-        *("model", "sizes", "checkpoint_folder", "cluster"),
+        *("model", "checkpoint_folder", "cluster"),
         *("assumed", "trace", "trace_counts", "parquet_input", "provenance"),
     },
     {"workload"},
@@ -30,6 +30,7 @@ FLOORS = [
     {"solvers", "simulate"},
     {"migration"},
     {"io"},
+    {"sizes"},
     {"profiling"},
     {
         *("comparison", "simulation", "request_table"),

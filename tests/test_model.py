@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError, WrongModel
-from prism_plan.model import PRESETS, ModelShape, ModelSpec, load_model, require_same_model
+from prism_plan.io.declared import validated
+from prism_plan.io.specs import Shape, spec_from_json, spec_of
+from prism_plan.model import PRESETS, ModelShape, ModelSpec, require_same_model
+from prism_plan.sizes import load_model
 
 SPEC = ModelSpec(
     name="tiny",
@@ -189,9 +192,10 @@ def test_wrong_fields(field: str, value: object) -> None:
 @settings(max_examples=40, deadline=None)
 def test_json_round_trip(model: ModelSpec) -> None:
     """Spec and shape come back from JSON text as they were."""
-    assert ModelSpec.from_json(json.loads(json.dumps(model.to_json()))) == model
+    assert spec_from_json(json.loads(json.dumps(model.to_json()))) == model
     shape = model.shape()
-    assert ModelShape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
+    part = Shape.model_validate(json.loads(json.dumps(shape.to_json())))
+    assert spec_of(ModelShape, part, "f") == shape
 
 
 def test_json_keys() -> None:
@@ -210,15 +214,15 @@ def test_json_missing_unknown_wrong() -> None:
         values = SPEC.to_json()
         del values[key]
         with pytest.raises(InputError, match=f"f: model: key '{key}' is missing"):
-            ModelSpec.from_json(values, source="f")
+            spec_from_json(values, "f", place="model")
     with pytest.raises(InputError, match="unknown key 'topk', did you mean 'top_k'"):
-        ModelSpec.from_json({**SPEC.to_json(), "topk": 1})
+        spec_from_json({**SPEC.to_json(), "topk": 1})
     with pytest.raises(InputError, match="unknown key 'hidden_size'"):
-        ModelShape.from_json(SPEC.to_json())
+        validated(Shape, SPEC.to_json())
     with pytest.raises(InputError, match=r"f: model\.top_k: 9; expected at most num_experts"):
-        ModelSpec.from_json({**SPEC.to_json(), "top_k": 9}, source="f")
+        spec_from_json({**SPEC.to_json(), "top_k": 9}, "f", place="model")
     with pytest.raises(InputError, match="expected an object"):
-        ModelSpec.from_json([1, 2])
+        spec_from_json([1, 2])
 
 
 # --------------------------------------------------------------------------------- comparison

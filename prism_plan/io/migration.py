@@ -24,7 +24,8 @@ from prism_plan.io.declared import (
     shown,
     validated,
 )
-from prism_plan.io.parts import FileIdentity, Shape, different_names, indented
+from prism_plan.io.parts import FileIdentity, different_names, indented
+from prism_plan.io.specs import Shape, spec_of
 from prism_plan.limits import MAX_GPUS, MAX_NAMES
 from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.model import ModelShape
@@ -174,7 +175,7 @@ def migration_from_json(values: Any, source: object = "") -> MigrationPlan:
     """The reverse of :func:`migration_to_json`; see :func:`read_migration`."""
     remedy = "make migrations with prism-plan migrate -o"
     file = validated(MigrationFile, values, source=source, remedy=remedy)
-    model = ModelShape.from_json(values["model"], source=source)
+    model = spec_of(ModelShape, file.model, source)
     time, files = file.load_s, {"from": file.start, "to": file.end}
     plan = MigrationPlan(
         model=model,

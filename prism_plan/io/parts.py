@@ -11,16 +11,11 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field
 
 from prism_plan.io.declared import (
-    Count,
     Declared,
-    Expected,
-    Listed,
-    NonEmpty,
-    Positive,
     refused,
     shown,
 )
-from prism_plan.limits import MAX_EXPERTS, MAX_NAME_LENGTH
+from prism_plan.limits import MAX_NAME_LENGTH
 
 
 class FileIdentity(Declared):
@@ -28,23 +23,6 @@ class FileIdentity(Declared):
 
     name: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class Shape(Declared):
-    """The experts of a model; see :class:`prism_plan.model.ModelShape`."""
-
-    name: NonEmpty
-    moe_layers: Annotated[
-        Listed[Count],
-        Field(min_length=1, description="Decoder indices of the MoE layers, ascending."),
-    ]
-    num_experts: Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
-    top_k: Positive
-    expert_bytes: Annotated[
-        Positive | Annotated[Listed[Positive], Field(min_length=1)],
-        Expected("a whole number of at least 1, or a list of them"),
-        Field(description="Bytes of an expert, or one number for each MoE layer."),
-    ]
 
 
 class _Named(Protocol):

@@ -34,7 +34,8 @@ from prism_plan.io.declared import (
     shown,
     validated,
 )
-from prism_plan.io.parts import FileIdentity, Shape, different_names, indented, shipped_schema
+from prism_plan.io.parts import FileIdentity, different_names, indented, shipped_schema
+from prism_plan.io.specs import Shape, spec_of
 from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_places
 from prism_plan.model import ModelShape
 from prism_plan.placement import InputFile, Placement, Plan, Termination
@@ -195,7 +196,7 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
     """The reverse of :func:`placement_to_json`; see :func:`read_placement`."""
     remedy = "make placements with prism-plan solve"
     file = validated(PlacementFile, values, source=source, remedy=remedy)
-    model = ModelShape.from_json(values["model"], source=source)
+    model = spec_of(ModelShape, file.model, source)
     num_gpus = sum(len(server.gpus) for server in file.servers)
     require_places(
         num_gpus, model.num_layers, model.num_experts, "GPUs", source=source, place="servers"

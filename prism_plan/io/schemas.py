@@ -24,6 +24,7 @@ from prism_plan.io.placement import PlacementFile
 from prism_plan.io.prompts import PromptLine
 from prism_plan.io.requests import RequestLine
 from prism_plan.io.simulation import SimulationFile
+from prism_plan.io.specs import Spec
 
 FOLDER = Path(prism_plan.__file__).parent / "schemas"
 #: Of a file, or of one line of a file of JSON Lines.
@@ -33,6 +34,7 @@ MODELS: dict[str, type[Declared]] = {
     "cluster-1": ClusterFile,
     "comparison-1": ComparisonFile,
     "migration-1": MigrationFile,
+    "model-spec-1": Spec,
     "phases-1": PhasesFile,
     "placement-1": PlacementFile,
     "prompts-1": PromptLine,

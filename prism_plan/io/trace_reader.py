@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.files import printable
+from prism_plan.io.specs import spec_from_json
 from prism_plan.io.trace_columns import Words, numbers, require_no_nulls
 from prism_plan.io.trace_schema import (
     BATCH_ROWS,
@@ -120,7 +121,7 @@ def read_open_trace(file: OpenFile, progress: Callable[[int, int], None] | None 
     """
     found = TraceFile(file)
     header = found.header
-    model = ModelSpec.from_json(header.get("model"), source=file.path)
+    model = spec_from_json(header.get("model"), file.path, place="model")
     provenance = header.get("provenance")
     if not isinstance(provenance, Mapping):
         raise InputError(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
 from prism_plan.io.trace_writer import TraceWriter
-from prism_plan.model import ModelSpec, load_model
+from prism_plan.model import ModelSpec
 from prism_plan.profiling.decoder_cache import (
     cache_argument,
     cache_of,
@@ -35,6 +35,7 @@ from prism_plan.profiling.expert_modules import (
 from prism_plan.profiling.forward_passes import ForwardPass, RowMaker
 from prism_plan.profiling.transformers_release import require_transformers
 from prism_plan.provenance import stamped
+from prism_plan.sizes import load_model_spec
 from prism_plan.sizes.loaded import spec_of
 from prism_plan.trace import TokenBatch
 
@@ -438,7 +439,7 @@ def record(
         find_experts(model)  # why a model cannot be recorded comes before why it has no sizes
         spec = spec_of(model, name)
     elif not isinstance(spec, ModelSpec):
-        spec = load_model(os.fspath(spec))
+        spec = load_model_spec(os.fspath(spec))
     spec = dataclasses.replace(spec, name=name or spec.name)
     provenance = stamped({"source": "record", "checkpoint": spec.name})
     with TraceWriter(path, spec, weights=weights, provenance=provenance) as writer:

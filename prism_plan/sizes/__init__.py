@@ -9,6 +9,7 @@ from typing import Any
 from prism_plan.checkpoint_folder import cached_repository, model_name, quantisation_beside
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.files import parse_json, read_text
+from prism_plan.io.specs import spec_from_json
 from prism_plan.model import PRESETS, ModelSpec
 from prism_plan.sizes.config import read_facts
 from prism_plan.sizes.stored import spec_from_tensors
@@ -55,6 +56,10 @@ def load_model_spec(reference: str | os.PathLike[str]) -> ModelSpec:
     )
 
 
+#: The older name.
+load_model = load_model_spec
+
+
 def spec_from_gguf(path: Path) -> ModelSpec:
     """Read the sizes of a GGUF file; see :func:`prism_plan.sizes.gguf_file.spec_from_gguf`."""
     from prism_plan.sizes.gguf_file import spec_from_gguf
@@ -77,7 +82,7 @@ def spec_from_file(path: Path) -> ModelSpec:
     """
     values = parse_json(read_text(path), path, non_finite=True)
     if is_spec(values):
-        return ModelSpec.from_json(values, source=path)
+        return spec_from_json(values, path)
     whole = path.name == "config.json"
     if whole and _weights(path.parent):
         return spec_of_folder(path.parent)

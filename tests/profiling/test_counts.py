@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from prism_plan.errors import InputError
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.model import PRESETS, ModelSpec, load_model
+from prism_plan.model import PRESETS, ModelSpec
 from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.sources import Source
+from prism_plan.sizes import load_model
 from prism_plan.trace import Trace
 
 TINY = ModelSpec(

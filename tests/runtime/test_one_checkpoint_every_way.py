@@ -14,9 +14,10 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec, load_model
+from prism_plan.model import ModelSpec
 from prism_plan.profiling.hf import HfOptions, checkpoint_spec
 from prism_plan.profiling.recorder import spec_of
+from prism_plan.sizes import load_model
 from runtime_adapter.checkpoint import Checkpoint
 from tests.runtime.checkpoints import TRACES
 
