@@ -109,19 +109,22 @@ def test_reviews_move_what_the_requests_call(tmp_path: Path) -> None:
     assert sum(counted["calls"] for counted in stats) == called(material, 100)
     migrations = stats[0]["migrations"]
     moves = [m for m in migrations if m["decision"] == "move"]
-    assert moves
-    assert all(m["finished_at_s"] >= m["at_s"] for m in moves)
+    # only the last one may still have been under way at the end of the run
+    finished = [m for m in moves if m["finished_at_s"] is not None]
+    assert len(finished) >= max(len(moves) - 1, 1)
+    assert all(m["finished_at_s"] >= m["at_s"] for m in finished)
     assert all(m["saving_s"] > m["cost_s"] > 0 for m in moves)
     assert moves[0]["moved_bytes"] == 1_000_000 * moves[0]["moved_experts"] > 0
     files = sorted((tmp_path / "out").iterdir())
-    assert len(files) == len(moves)
+    assert len(files) == len(finished)
     instance = Instance.build(material.trace, material.cluster)
     for path in files:
         assert not check_file(path).problems
         assert str(path.relative_to(tmp_path)) in said
     last = read_placement(tmp_path / "out" / f"placement-{len(files)}.json")
     assert last.plan.solver == "partial"
-    assert [s["gpus"] for s in stats] == [experts_of(last, name) for name in run.names]
+    if finished == moves:
+        assert [s["gpus"] for s in stats] == [experts_of(last, name) for name in run.names]
     assert score(last, instance).share < score(start, instance).share
     # each server told its calls at each review
     told = sum(server["calls"] for m in migrations for server in m["servers"])

@@ -96,8 +96,11 @@ def test_reviews_of_a_checkpoint_that_serves(tmp_path: Path) -> None:
             assert answers[request["id"]]["tokens"] == alone("deepseek-v2", request["prompt"])
     reviews = run.stats(start.servers[0])["migrations"]
     moves = [review for review in reviews if review["decision"] == "move"]
-    assert moves
-    last = read_placement(tmp_path / "out" / f"placement-{len(moves)}.json")
+    # only the last one may still have been under way at the end of the run
+    finished = [move for move in moves if move["finished_at_s"] is not None]
+    assert len(finished) >= max(len(moves) - 1, 1)
+    last = read_placement(tmp_path / "out" / f"placement-{len(finished)}.json")
     assert (last.on_gpu != start.on_gpu).any()
-    for name in start.servers:
-        assert run.stats(name)["gpus"] == experts_of(last, name)
+    if finished == moves:
+        for name in start.servers:
+            assert run.stats(name)["gpus"] == experts_of(last, name)
