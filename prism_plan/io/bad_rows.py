@@ -106,6 +106,7 @@ def no_rows(path: Path) -> InputError:
     return InputError(
         "sums, which have no rows that could be left out",
         source=path,
-        expected="with bad rows to be left out: responses, selections, tables or expert scores",
-        remedy="record again what cannot be read",
+        parameter="skip_bad",
+        expected="responses, selections, tables or expert scores",
+        remedy="leave ``skip_bad`` out, and record again what cannot be read",
     )

@@ -117,7 +117,7 @@ def _from_json(path: Path) -> Mapping[str, Any]:
             else "",
         )
     try:
-        array = np.array(values[COUNTS])
+        array = np.array("true or false" if _holds_flags(values[COUNTS]) else values[COUNTS])
     except (ValueError, OverflowError):
         array = np.array("ragged")
     if array.dtype.kind not in "iu":
@@ -128,6 +128,13 @@ def _from_json(path: Path) -> Mapping[str, Any]:
             expected="counts [layers][experts] or [passes][layers][experts] below 2^63",
         )
     return {**values, COUNTS: array}
+
+
+def _holds_flags(values: Any) -> bool:
+    """Whether true or false stands somewhere in lists; NumPy takes them for numbers."""
+    if isinstance(values, list):
+        return any(map(_holds_flags, values))
+    return isinstance(values, bool)
 
 
 def _from_npz(path: Path) -> Mapping[str, Any]:

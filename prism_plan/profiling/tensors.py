@@ -43,6 +43,16 @@ def files_of_tasks(sources: Sequence[Source]) -> dict[str, list[Path]]:
     """
     if not sources:
         raise InputError("no sources", expected="at least one recording")
+    given: set[Path] = set()
+    for source in sources:
+        if source.path.resolve() in given:
+            raise InputError(
+                "given twice",
+                source=source.path,
+                expected="each recording once, or its requests count twice",
+                remedy="leave one of the two out",
+            )
+        given.add(source.path.resolve())
     labels = {source.task for source in sources}
     unnamed = [default_task(source.path) for source in sources if source.task is None]
     distinct([*unnamed, *(label for label in labels if label is not None)])

@@ -93,6 +93,14 @@ def _read_folder(folder: Path, model: ModelSpec) -> tuple[npt.NDArray[np.int64],
             ranks[int(match.group(1))] = path
     if not ranks:
         raise InputError("no rank*.safetensors in it", source=folder)
+    for rank in range(max(ranks)):
+        if rank not in ranks:
+            raise InputError(
+                f"rank{rank}.safetensors is missing",
+                source=folder,
+                expected=f"the files of ranks 0..{max(ranks)}, whose calls are added up",
+                remedy="copy the folder again",
+            )
     counts = np.zeros((model.num_layers, model.num_experts), np.int64)
     beyond: dict[int, tuple[Path, str]] = {}
     for _, path in sorted(ranks.items()):

@@ -51,8 +51,8 @@ def load_model_spec(reference: str | os.PathLike[str]) -> ModelSpec:
         return spec_from_hub(text)
     raise InputError(
         f"{text!r} is neither a preset nor a file{did_you_mean(text, PRESETS)}",
-        expected="a preset such as mixtral-8x7b, a checkpoint folder or hub id, a .gguf file, a "
-        "config.json or a spec file",
+        expected="a checkpoint folder or hub id, a .gguf file, a config.json, a spec file or a "
+        f"preset ({', '.join(PRESETS)})",
     )
 
 

@@ -37,7 +37,8 @@ def spec_from_hub(repository: str) -> ModelSpec:
             source=repository,
             remedy="pip install 'prism-plan[hf]', or give a checkpoint folder",
         ) from error
-    cached = huggingface_hub.try_to_load_from_cache(repository, "config.json")
+    with _loading(repository, huggingface_hub):  # refuses what cannot be a name
+        cached = huggingface_hub.try_to_load_from_cache(repository, "config.json")
     if isinstance(cached, str):
         folder = Path(cached).parent
         if any(folder.glob("*.safetensors")):

@@ -59,7 +59,8 @@ def tensors_of_folder(folder: Path) -> Iterator[StoredTensor]:
                 expected=f"it there, as {INDEX} says",
                 remedy="copy or download the checkpoint again",
             )
-        yield headers[file][name]
+    for header in headers.values():  # what is stored counts, also where the index leaves it out
+        yield from header.values()
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:

@@ -63,6 +63,15 @@ _OTHER_PARTS = re.compile(
     r"(?:^|\.)(?:mtp|nextn|eagle|vision|visual|image|video|audio|speech|talker|token2wav|code2wav|"
     r"sam_model|projector|multi_modal|mm_)"
 )
+#: What routes tokens to the experts of a layer.
+_ROUTER = re.compile(
+    r"(?:^|\.)(?:mlp|block_sparse_moe|moe|feed_forward)\.(?:gate|router)\.(?:wg\.)?weight$"
+    r"|^ffn_gate_inp\.weight$"
+)
+#: What the name of a projection ends with where it is stored in several tensors.
+_SUFFIX = re.compile(r"_(?:blocks|scales|bias|packed|scale|qweight|qzeros|scale_inv)$")
+_AGAIN = "copy or download the checkpoint again"
+
 #: The output head, wherever it stands.
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_layer|output|head)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|token_embd|tok_embeddings|wte|embed)\.")
@@ -125,10 +134,21 @@ def spec_from_tensors(
             one_by_one[layer][int(one["expert"] or one["gguf"])].append(tensor)
         else:
             stacked[layer].append(tensor)
+    _require_layers({layer for layer, _, _ in main}, last, source)
     num_experts = _num_experts(one_by_one, stacked, facts, source, name)
+    routed = one_by_one.keys() | stacked.keys()
+    for layer, rest, tensor in main:
+        if layer < last and layer not in routed and _ROUTER.search(rest):
+            raise InputError(
+                f"layer {layer} has a router and no experts",
+                source=source,
+                place=tensor.name,
+                remedy=_AGAIN,
+            )
     sizes = {}
     for layer, by_expert in one_by_one.items():
         sizes[layer] = _equal_size(by_expert, layer, num_experts, source)
+    _require_same_parts(one_by_one, stacked, source)
     for layer, stack in stacked.items():
         for tensor in stack:
             if not tensor.shape or tensor.shape[0] % num_experts:
@@ -169,6 +189,57 @@ def spec_from_tensors(
     )
 
 
+def _require_layers(found: set[int], last: int, source: object) -> None:
+    """Refuse a checkpoint in which a decoder layer has no tensors."""
+    missing = next((layer for layer in range(last) if layer not in found), None)
+    if missing is not None:
+        raise InputError(
+            f"layer {missing} has no tensors",
+            source=source,
+            expected=f"the {last:,} decoder layers of the configuration",
+            remedy=_AGAIN,
+        )
+
+
+def _require_same_parts(
+    one_by_one: dict[int, dict[int, list[StoredTensor]]],
+    stacked: dict[int, list[StoredTensor]],
+    source: object,
+) -> None:
+    """Refuse experts that have a projection in some layers and not in others.
+
+    The tensors of a projection may differ, for some layers may be quantised in another way.
+    """
+    parts: dict[int, set[str]] = defaultdict(set)
+    for layer, by_expert in one_by_one.items():
+        for found in by_expert.values():
+            parts[layer] |= {_part(tensor.name) for tensor in found}
+    for layer, stack in stacked.items():
+        parts[layer] |= {_part(tensor.name) for tensor in stack}
+    every = set[str]().union(*parts.values())
+    for layer, own in sorted(parts.items()):
+        # a layer may hold gate and up in one tensor, others in two
+        if own != every and not any("gate_up" in part for part in every):
+            raise InputError(
+                f"the experts of layer {layer} have no {', '.join(sorted(every - own))}",
+                source=source,
+                expected="the same projections in all layers",
+                remedy=_AGAIN,
+            )
+
+
+def _part(name: str) -> str:
+    """The projection of an expert that a tensor is of."""
+    rest = _LAYER.search(name)
+    words = (rest["rest"] if rest else name).split(".")
+    if words[0].startswith("ffn_"):
+        return words[0]
+    at = next((i for i, word in enumerate(words) if word in ("experts", "switch_mlp")), None)
+    below = words[-2:-1] if at is None else words[at + 1 :]
+    below = [word for word in below if not word.removeprefix("expert_").isdigit()]
+    return _SUFFIX.sub("", below[0]) if below else ""
+
+
 _Main = list[tuple[int, str, StoredTensor]]
 
 
@@ -179,12 +250,18 @@ def _language_model(
 
     Layers with routed experts tell the language model from others in the checkpoint.
     """
+    names: set[str] = set()
     stems: dict[str, _Main] = defaultdict(list)
     outside: list[StoredTensor] = []
     with_experts: dict[str, int] = defaultdict(int)
     for number, tensor in enumerate(tensors):
         if number >= MAX_TENSORS:
             require_at_most(number + 1, MAX_TENSORS, "tensors", source=source)
+        if tensor.name in names:
+            raise InputError(
+                "stands twice", source=source, place=tensor.name, expected="each tensor once"
+            )
+        names.add(tensor.name)
         if _OTHER_PARTS.search(tensor.name) and not _LAYER.search(tensor.name):
             continue
         match = _LAYER.search(tensor.name)
@@ -243,6 +320,8 @@ def _num_experts(
     stated = facts.num_experts
     if not counts and stated:
         counts = set(stated[:1])  # DBRX stacks experts in matrices
+    if len(counts) > 1 and one_by_one and max(counts) in stated:
+        counts = {max(counts)}  # the expert that is missing is named further on
     if len(counts) != 1:
         found = " and ".join(map(str, sorted(counts))) or "an unknown number of"
         raise InputError(
@@ -268,7 +347,7 @@ def _equal_size(
     by_expert: dict[int, list[StoredTensor]], layer: int, num_experts: int, source: object
 ) -> int:
     """Give the size of an expert of a layer whose experts are stored one by one."""
-    remedy = "copy or download the checkpoint again"
+    remedy = _AGAIN
     missing = next((expert for expert in range(num_experts) if expert not in by_expert), None)
     if missing is not None:
         raise InputError(
@@ -290,7 +369,9 @@ def _equal_size(
     )  # fmt: skip
     absent = sorted(other.keys() - one.keys())
     if absent and not one.keys() - other.keys():
-        name = other[absent[0]].replace(f"experts.{large}.", f"experts.{small}.")
+        name = re.sub(
+            rf"(experts\.(?:expert_)?|ffn_\w+\.){large}\.", rf"\g<1>{small}.", other[absent[0]]
+        )
         raise InputError(
             f"tensor {name} is missing",
             source=source,

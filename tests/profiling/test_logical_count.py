@@ -89,6 +89,7 @@ def test_dense_rows_must_be_empty(tmp_path: Path) -> None:
         ([[5.5] * 8] * 2, "no array of whole numbers (float64 [2, 8])"),
         ([[5] * 8, [5] * 7], "no array of whole numbers"),
         ([[True] * 8] * 2, "no array of whole numbers"),
+        ([[5] * 7 + [True]] * 2, "no array of whole numbers"),
         ([[10**30] * 8] * 2, "no array of whole numbers"),
         ([[2**63] * 8] * 2, "a sum too large to count"),
         ([5] * 8, "int64 [8]; expected whole numbers [S, L, E] or [L, E]"),

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prism_plan.errors import InputError
 from prism_plan.profiling import selections
 from prism_plan.profiling.selection_lines import NAMES
 from prism_plan.profiling.selections import read_selections
@@ -239,3 +240,15 @@ def test_skipping_bad_lines(tmp_path: Path) -> None:
     assert "line 1 layer 0: all" not in refusal(read_selections, path)
     with pytest.raises(Exception, match=r"no row is good \(52 bad\), the first one: expert 8"):
         read_selections([Source(path, "law")], TINY, skip_bad=True)
+
+
+def test_a_recording_given_twice(tmp_path: Path) -> None:
+    """Its requests would count twice, under whatever labels; a link is the same file."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n")
+    link = tmp_path / "b.jsonl"
+    link.symlink_to(path)
+    for reader in (read_selections, read_vllm):
+        for sources in ([Source(path, "a"), Source(path, "a")], [Source(path), Source(link, "b")]):
+            with pytest.raises(InputError, match="given twice"):
+                reader(sources, TINY)

@@ -78,6 +78,13 @@ def test_failures_are_one_line(case: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize("name", ["nosuch/", "a b/c", "m/-x", "a/b..", "a/" + "x" * 100])
+def test_names_that_no_repository_has(name: str) -> None:
+    """A path that does not exist may look like a hub id; it is refused in one line."""
+    with pytest.raises(InputError, match="no such folder, and no checkpoint of that name"):
+        load_model_spec(name)
+
+
 def test_offline() -> None:
     """Without a network and without the checkpoint in the cache there is a line, no traceback."""
     with pytest.raises(InputError, match="acme/moe-a: no such folder, and no checkpoint"):

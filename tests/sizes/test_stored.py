@@ -148,6 +148,14 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"model.layers.1.self_attention.experts.up": ((4, 2, 2), 20)},
         "attention is routed to experts too",
     ),
+    "a router without experts": (
+        {"model.layers.0.mlp.gate.weight": ((4, 2), 8)},
+        "layer 0 has a router and no experts",
+    ),
+    "one layer with a projection more": (
+        {f"model.layers.2.mlp.experts.{e}.down.weight": ((10,), 10) for e in range(4)},
+        "the experts of layer 1 have no down; expected the same projections in all layers",
+    ),
     "two language models": (
         {"draft.layers.1.mlp.experts.up": ((4, 2, 2), 20)},
         "expected one language model",
@@ -161,6 +169,32 @@ def test_tensors_that_make_no_model_are_refused(case: str) -> None:
     more, words = BROKEN[case]
     with pytest.raises(InputError, match=words):
         spec(SMALL | more)
+
+
+def test_what_is_missing_is_named() -> None:
+    """A layer without tensors, an expert that one layer lacks, a tensor that stands twice."""
+    with pytest.raises(InputError, match="layer 3 has no tensors; expected the 4 decoder layers"):
+        spec(SMALL, num_hidden_layers=4)
+    for gone in ("model.layers.2.mlp.experts.3", "model.layers.1.mlp.experts.0"):
+        layer, expert = gone.split(".")[2], gone.split(".")[5]
+        with pytest.raises(InputError, match=f"expert {expert} of layer {layer} is missing"):
+            spec({name: one for name, one in SMALL.items() if not name.startswith(gone)})
+    facts = read_facts(CONFIG, source="config.json")
+    stored = [StoredTensor(name, "U8", *one) for name, one in SMALL.items()]
+    with pytest.raises(InputError, match=r"lm_head\.weight: stands twice"):
+        spec_from_tensors([*stored, stored[-1]], facts, name="x", source="file")
+
+
+def test_tensors_that_an_index_leaves_out_count(tmp_path: Path) -> None:
+    """What lies in a shard is loaded, whether or not the index names it."""
+    dense, experts, config = made("AWQ")
+    whole = load_model_spec(save(tmp_path / "one" / "tiny", dense | experts, config))
+    folder = save(tmp_path / "tiny", dense | experts, config)
+    shard = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / shard)
+    index = {"weight_map": dict.fromkeys(sorted(dense | experts)[1:], shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_model_spec(folder) == whole
 
 
 def test_other_numbers_than_the_configuration_says() -> None:
