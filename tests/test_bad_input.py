@@ -1055,7 +1055,7 @@ def test_model_spec_without_many_keys(tmp_path: Path) -> None:
     """All missing keys are named at once, and an unknown one with the key that was meant."""
     path = tmp_path / "spec.json"
     path.write_text(json.dumps({"moe_layers": [1], "name": "x"}))
-    words = "keys 'num_experts', 'top_k', 'hidden_size', 'dtype_bytes', 'expert_bytes', 'dense"
+    words = "keys 'num_experts', 'top_k', 'expert_bytes', 'hidden_size', 'dtype_bytes', 'dense"
     assert_refused(lambda: load_model(str(path)), str(path), words)
     path.write_text(json.dumps({**SPEC, "topk": 2}))
     assert_refused(lambda: load_model(str(path)), str(path), "did you mean 'top_k'?")
