@@ -69,6 +69,8 @@ def not_over_an_input(
     """
     target = os.path.realpath(output)
     for path in inputs:
+        if not os.fspath(path):
+            continue  # no name of a file, as its reader will say; not the current folder
         source = os.path.realpath(path)
         inside = os.path.isdir(source) and target.startswith(source + os.sep)
         if os.path.isfile(target) and (source == target or inside):

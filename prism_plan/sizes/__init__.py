@@ -37,7 +37,7 @@ def load_model_spec(reference: str | os.PathLike[str]) -> ModelSpec:
         return PRESETS[text]
     path = Path(text)
     try:
-        folder, found = path.is_dir(), path.exists()
+        folder, found = bool(text) and path.is_dir(), bool(text) and path.exists()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(reason, source=text, remedy="give a readable file") from error
