@@ -26,9 +26,9 @@ from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement, Plan
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.timing import Timing, timing
-from runtime_adapter.dispatch import Dispatcher
-from runtime_adapter.outbox import LONG_BYTES
-from runtime_adapter.wire import HEADER_BYTES
+from runtime_adapter.moe.dispatch import Dispatcher
+from runtime_adapter.transport.messages import HEADER_BYTES
+from runtime_adapter.transport.send_queue import LONG_BYTES
 
 #: Tokens of the steps that are measured.
 TOKENS = (1, 2, 8, 32, 128, 512)

@@ -21,14 +21,14 @@ from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.routes import Route
 from prism_plan.simulate.scenario import Scenario
 from prism_plan.simulation import SimulationOptions, require_able
-from runtime_adapter.agent import TimedLoader
-from runtime_adapter.clock import GpuClock, sharp_timers, wait_until
-from runtime_adapter.compute import TimedCompute
-from runtime_adapter.dispatch import Dispatcher
-from runtime_adapter.links import Meeting
-from runtime_adapter.rules import rules_of
-from runtime_adapter.scheduler import SchedulerConfig
+from runtime_adapter.control.migration_executor import TimedLoader
+from runtime_adapter.control.rules import rules_of
+from runtime_adapter.control.scheduler import SchedulerConfig
+from runtime_adapter.moe.compute import TimedCompute
+from runtime_adapter.moe.dispatch import Dispatcher
+from runtime_adapter.moe.emulated_gpu import GpuClock, sharp_timers, wait_until
 from runtime_adapter.server import Movable, Server, ServerConfig
+from runtime_adapter.transport.rendezvous import Meeting
 
 
 @dataclass

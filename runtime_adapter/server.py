@@ -26,14 +26,36 @@ from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routes import Route
 from runtime_adapter import PROGRAM
-from runtime_adapter.agent import Loader
-from runtime_adapter.changes import BEAT, News
-from runtime_adapter.compute import Compute
-from runtime_adapter.counters import Counters
-from runtime_adapter.dispatch import Dispatcher
-from runtime_adapter.follow import Follower
-from runtime_adapter.lines import Line, PlaneLine
-from runtime_adapter.links import (
+from runtime_adapter.control.event_log import BEAT, News
+from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife
+from runtime_adapter.control.log_follower import Follower
+from runtime_adapter.control.migration_executor import Loader
+from runtime_adapter.control.scheduler import SchedulerConfig, run_scheduler
+from runtime_adapter.expert_worker import WorkerConfig, run_worker
+from runtime_adapter.moe.compute import Compute
+from runtime_adapter.moe.counters import Counters
+from runtime_adapter.moe.dispatch import Dispatcher
+from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.moe.routing import Router
+from runtime_adapter.transport.connection import Line, PlaneLine
+from runtime_adapter.transport.messages import (
+    ALIVE,
+    HEADER_BYTES,
+    OVER,
+    SIGNS_LANE,
+    Header,
+    Room,
+    put_header,
+)
+from runtime_adapter.transport.nccl_channel import (
+    Plane,
+    Planes,
+    card_name,
+    check_cards,
+    make_planes,
+)
+from runtime_adapter.transport.parallel import in_parallel, in_time
+from runtime_adapter.transport.rendezvous import (
     ABORTED,
     FOREVER,
     MAX_START_S,
@@ -51,15 +73,7 @@ from runtime_adapter.links import (
     put,
     send,
 )
-from runtime_adapter.outbox import Outbox, hold_back_little
-from runtime_adapter.parallel import in_parallel, in_time
-from runtime_adapter.planes import Plane, Planes, card_name, check_cards, make_planes
-from runtime_adapter.routing import Router
-from runtime_adapter.scheduler import SchedulerConfig, run_scheduler
-from runtime_adapter.signs import BEAT_GRACE_S, SignsOfLife
-from runtime_adapter.table import HolderTable
-from runtime_adapter.wire import ALIVE, HEADER_BYTES, OVER, SIGNS_LANE, Header, Room, put_header
-from runtime_adapter.worker import WorkerConfig, run_worker
+from runtime_adapter.transport.send_queue import Outbox, hold_back_little
 
 #: A server that says that it has steps of more tokens is none of ours.
 MAX_TOKENS = 1 << 24

@@ -1,6 +1,6 @@
 """Table and plot of the recorded experiment on shaped lines.
 
-    python -m runtime_adapter.experiment --trace T.parquet --cluster studies/shaped-v2lite.toml
+    python -m studies.testbed.experiment --trace T.parquet --cluster studies/shaped-v2lite.toml
         --seeds 0,1,2 --requests 6 -o studies/shaped.json     # as root; 45 min of a quiet machine
     python -m studies.shaped            # prints the table, writes studies/shaped.png
 

@@ -25,15 +25,15 @@ import torch
 from prism_plan.files import write_bytes
 from prism_plan.model import PRESETS
 from prism_plan.placement import Placement, Plan
-from runtime_adapter.compute import Batch
-from runtime_adapter.dispatch import Dispatcher
-from runtime_adapter.experiment import provenance
-from runtime_adapter.experts import Change
-from runtime_adapter.links import FOREVER, Meeting, group, receive, send
-from runtime_adapter.parallel import in_parallel
-from runtime_adapter.serve import even_network
+from runtime_adapter.driver import even_network
+from runtime_adapter.moe.compute import Batch
+from runtime_adapter.moe.dispatch import Dispatcher
 from runtime_adapter.server import Server, ServerConfig
-from runtime_adapter.wire import HEADER_BYTES, call_bytes
+from runtime_adapter.transport.messages import HEADER_BYTES, call_bytes
+from runtime_adapter.transport.parallel import in_parallel
+from runtime_adapter.transport.rendezvous import FOREVER, Meeting, group, receive, send
+from runtime_adapter.weights.expert_store import Change
+from studies.testbed.experiment import provenance
 
 MODEL = PRESETS["deepseek-v2-lite"]
 STATES = torch.bfloat16

@@ -43,8 +43,8 @@ FLOORS = [
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
-#: The command line of the runtime, those of its testbed and of its experiment.
-RUNTIME_COMMANDS = ("cli", "experiment.py", "testbed.py", "testbed_command.py")
+#: The command line of the runtime.
+RUNTIME_COMMANDS = ("cli",)
 RUNTIME_MODULES = sorted(RUNTIME.rglob("*.py"))
 
 

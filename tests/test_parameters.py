@@ -19,12 +19,12 @@ from prism_plan.cli.command_options import option_names
 from prism_plan.cli.main import cli
 from prism_plan.errors import InputError, LimitReached, SolverRefused
 from prism_plan.simulation import SimulationOptions
-from runtime_adapter import testbed_command
 from runtime_adapter.cli import cli as runtime_cli
+from studies.testbed import command as testbed_command
 
 ROOT = Path(prism_plan.__file__).parent.parent
 #: The command lines themselves, which may speak of options.
-COMMAND_LINES = ("cli", "experiment.py", "testbed_command.py")
+COMMAND_LINES = ("cli",)
 LIBRARY = [
     path
     for package in ("prism_plan", "runtime_adapter")

@@ -41,8 +41,8 @@ def command(given: CalibrateOptions) -> None:
     from prism_plan.simulate.network import Network
     from prism_plan.simulate.timing import timing
     from runtime_adapter.calibrate import TOKENS, calibration, calibration_placement, measure
-    from runtime_adapter.clock import GpuClock, sharp_timers
-    from runtime_adapter.compute import TimedCompute
+    from runtime_adapter.moe.compute import TimedCompute
+    from runtime_adapter.moe.emulated_gpu import GpuClock, sharp_timers
     from runtime_adapter.server import Server, ServerConfig
 
     torch.set_num_threads(1)

@@ -34,8 +34,8 @@ def command(given: MoveOptions) -> None:
     """
     from prism_plan.io.placement import placement_to_json, read_placement
     from runtime_adapter.cli.options import address
-    from runtime_adapter.links import Meeting
-    from runtime_adapter.move import ask
+    from runtime_adapter.control.move_request import ask
+    from runtime_adapter.transport.rendezvous import Meeting
 
     require_seconds(given.join_s, "join_s")
     placement = read_placement(given.placement)

@@ -19,7 +19,7 @@ from runtime_adapter import PROGRAM
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
-    from runtime_adapter.links import Meeting
+    from runtime_adapter.transport.rendezvous import Meeting
 
 
 def note(message: str) -> None:
@@ -152,8 +152,8 @@ class MeetingOptions(CommandOptions):
         InputError
             The server is not one of them, or an option is out of range.
         """
-        from runtime_adapter.interfaces import require_interface
-        from runtime_adapter.links import Meeting
+        from runtime_adapter.transport.interfaces import require_interface
+        from runtime_adapter.transport.rendezvous import Meeting
 
         if self.server not in names:
             raise InputError(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from prism_plan.simulate.routes import Route
-    from runtime_adapter.serve import Job
+    from runtime_adapter.driver import Job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,18 +154,7 @@ def command(given: ServeOptions) -> None:
     from prism_plan.io.requests import read_requests
     from prism_plan.profiling.hf import fingerprint
     from prism_plan.simulate.network import Network
-    from runtime_adapter.bridge import Lanes
-    from runtime_adapter.checkpoint import Checkpoint
-    from runtime_adapter.compute import ExpertCompute
-    from runtime_adapter.links import RuntimeFailure
-    from runtime_adapter.model import (
-        load_experts,
-        load_model,
-        require_placed_model,
-        server_devices,
-    )
-    from runtime_adapter.planes import Planes, prepare_nccl, require_device
-    from runtime_adapter.serve import (
+    from runtime_adapter.driver import (
         MAX_PROMPT_TOKENS,
         context_tokens,
         even_network,
@@ -176,7 +165,18 @@ def command(given: ServeOptions) -> None:
         require_covered,
         serve,
     )
+    from runtime_adapter.moe.compute import ExpertCompute
+    from runtime_adapter.moe.placed_model import (
+        load_experts,
+        load_model,
+        require_placed_model,
+        server_devices,
+    )
+    from runtime_adapter.moe.thread_dispatcher import Lanes
     from runtime_adapter.server import Server, ServerConfig
+    from runtime_adapter.transport.nccl_channel import Planes, prepare_nccl, require_device
+    from runtime_adapter.transport.rendezvous import RuntimeFailure
+    from runtime_adapter.weights.checkpoint import Checkpoint
 
     files = [given.placement, given.cluster, None if given.streamed else given.requests]
     for output in (given.output, given.stats):

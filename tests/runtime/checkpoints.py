@@ -11,9 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from runtime_adapter.checkpoint import Checkpoint  # noqa: E402
-from runtime_adapter.experts import ExpertStore  # noqa: E402
-from runtime_adapter.families import FAMILIES  # noqa: E402
+from runtime_adapter.weights.checkpoint import Checkpoint  # noqa: E402
+from runtime_adapter.weights.expert_store import ExpertStore  # noqa: E402
+from runtime_adapter.weights.families import FAMILIES  # noqa: E402
 from tests.profiling.families import tiny_model  # noqa: E402
 
 torch.set_num_threads(1)

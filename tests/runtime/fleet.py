@@ -19,14 +19,14 @@ from prism_plan.instance import Instance
 from prism_plan.io.placement import placement_to_json
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement, Plan
-from runtime_adapter.agent import Agent
-from runtime_adapter.changes import Entry, News
-from runtime_adapter.counters import Counters
-from runtime_adapter.experts import Change
-from runtime_adapter.follow import Follower
-from runtime_adapter.links import Meeting, listen
-from runtime_adapter.scheduler import Scheduler, SchedulerConfig
-from runtime_adapter.table import HolderTable
+from runtime_adapter.control.event_log import Entry, News
+from runtime_adapter.control.log_follower import Follower
+from runtime_adapter.control.migration_executor import Agent
+from runtime_adapter.control.scheduler import Scheduler, SchedulerConfig
+from runtime_adapter.moe.counters import Counters
+from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.transport.rendezvous import Meeting, listen
+from runtime_adapter.weights.expert_store import Change
 from tests.limits import HANG_S
 from tests.runtime.replays import RESOLVER, free_port
 

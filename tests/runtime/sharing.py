@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from runtime_adapter.experts import Change, ExpertStore, NotHeld
+from runtime_adapter.weights.expert_store import Change, ExpertStore, NotHeld
 
 
 def child(store: ExpertStore, pipe: Any) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from runtime_adapter.checkpoint import Checkpoint
-from runtime_adapter.experts import ExpertStore
-from runtime_adapter.model import load_experts
-from runtime_adapter.placed import weighted_sum
+from runtime_adapter.moe.placed_experts import weighted_sum
+from runtime_adapter.moe.placed_model import load_experts
+from runtime_adapter.weights.checkpoint import Checkpoint
+from runtime_adapter.weights.expert_store import ExpertStore
 
 
 class SplitDispatcher:
@@ -28,7 +28,7 @@ class SplitDispatcher:
         self.calls = 0
 
     def run(self, layer_position: int, hidden: Any, experts: Any, weights: Any) -> Any:
-        """See `runtime_adapter.placed.Dispatcher`."""
+        """See `runtime_adapter.moe.placed_experts.Dispatcher`."""
         servers = [(self.home + step) % len(self.stores) for step in range(len(self.stores))]
         number = self.stores[0].shape.spec.num_experts
         by_server: dict[int, list[tuple[int, int, Any]]] = {}

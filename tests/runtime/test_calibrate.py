@@ -21,8 +21,8 @@ from runtime_adapter.calibrate import (
     calibration,
     calibration_placement,
 )
-from runtime_adapter.outbox import LONG_BYTES
-from runtime_adapter.wire import HEADER_BYTES
+from runtime_adapter.transport.messages import HEADER_BYTES
+from runtime_adapter.transport.send_queue import LONG_BYTES
 
 MODEL = PRESETS["deepseek-v2-lite"]
 

@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 
 from prism_plan.io.placement import placement_to_json  # noqa: E402
 from prism_plan.solvers import solve  # noqa: E402
-from runtime_adapter.links import Meeting  # noqa: E402
-from runtime_adapter.move import ask  # noqa: E402
+from runtime_adapter.control.move_request import ask  # noqa: E402
+from runtime_adapter.transport.rendezvous import Meeting  # noqa: E402
 from tests.runtime.checkpoints import TINY, TRACES, reference  # noqa: E402
 from tests.runtime.replays import PATIENCE_S, experts_of  # noqa: E402
 from tests.runtime.servers import Servers  # noqa: E402

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from runtime_adapter.experiment import Processors
 from studies.shaped import by_round_trip, errors, ranking, table
+from studies.testbed.experiment import Processors
 
 
 def test_only_while_requests_are_served() -> None:

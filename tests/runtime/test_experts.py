@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError  # noqa: E402
-from runtime_adapter.checkpoint import Checkpoint, ExpertShape  # noqa: E402
-from runtime_adapter.experts import Change, ExpertStore, NotHeld  # noqa: E402
-from runtime_adapter.families import FAMILIES  # noqa: E402
+from runtime_adapter.weights.checkpoint import Checkpoint, ExpertShape  # noqa: E402
+from runtime_adapter.weights.expert_store import Change, ExpertStore, NotHeld  # noqa: E402
+from runtime_adapter.weights.families import FAMILIES  # noqa: E402
 from tests.limits import HANG_S  # noqa: E402
 from tests.runtime.checkpoints import (  # noqa: E402
     CPU,

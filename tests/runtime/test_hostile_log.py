@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("torch")
 
 from prism_plan.errors import InputError
-from runtime_adapter import scheduler as scheduling
-from runtime_adapter.entries import KINDS, Bounds, read_entry
-from runtime_adapter.move import ask
-from runtime_adapter.scheduler import _Asking
+from runtime_adapter.control import scheduler as scheduling
+from runtime_adapter.control.log_entries import KINDS, Bounds, read_entry
+from runtime_adapter.control.move_request import ask
+from runtime_adapter.control.scheduler import _Asking
 from tests.runtime.fleet import MODEL, Fleet, placement
 from tests.runtime.test_migration_control import START, two
 
@@ -218,7 +218,7 @@ def test_who_asks_a_scheduler_that_hangs(monkeypatch: pytest.MonkeyPatch) -> Non
     from dataclasses import replace
 
     from prism_plan.io.placement import placement_to_json
-    from runtime_adapter.links import RuntimeFailure
+    from runtime_adapter.transport.rendezvous import RuntimeFailure
 
     fleet = Fleet(START)
     fleet._host.set("movable", "true")

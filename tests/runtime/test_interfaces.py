@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("torch")
 
 from prism_plan.errors import InputError
-from runtime_adapter import interfaces
 from runtime_adapter.cli.options import MeetingOptions
-from runtime_adapter.interfaces import require_interface
+from runtime_adapter.transport import interfaces
+from runtime_adapter.transport.interfaces import require_interface
 from tests.runtime.replays import (
     PATIENCE_S,
     Material,
@@ -69,7 +69,8 @@ def test_one_that_carries_nothing(
 
 def test_the_system_is_asked_rightly() -> None:
     """In a network namespace of its own the loopback interface is down, and so told."""
-    code = "from runtime_adapter.interfaces import require_interface; require_interface('lo')"
+    module = "runtime_adapter.transport.interfaces"
+    code = f"from {module} import require_interface; require_interface('lo')"
     words = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", code]
     try:
         subprocess.run([*words[:4], "true"], check=True, capture_output=True, timeout=PATIENCE_S)

@@ -21,8 +21,8 @@ pytest.importorskip("transformers")
 from prism_plan.errors import PrismError  # noqa: E402
 from prism_plan.io.placement import placement_to_json, write_placement  # noqa: E402
 from prism_plan.placement import Placement  # noqa: E402
-from runtime_adapter.links import Meeting, join_store  # noqa: E402
-from runtime_adapter.move import ask  # noqa: E402
+from runtime_adapter.control.move_request import ask  # noqa: E402
+from runtime_adapter.transport.rendezvous import Meeting, join_store  # noqa: E402
 from tests.runtime.replays import PATIENCE_S, environment  # noqa: E402
 from tests.runtime.servers import Servers, family, gone  # noqa: E402
 from tests.runtime.test_faults import MODEL, NAMES, OWN, replicated  # noqa: E402

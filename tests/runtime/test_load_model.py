@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from prism_plan.errors import InputError, WrongModel  # noqa: E402
 from prism_plan.placement import Placement, Plan  # noqa: E402
-from runtime_adapter.checkpoint import Checkpoint  # noqa: E402
-from runtime_adapter.families import FAMILIES  # noqa: E402
-from runtime_adapter.model import (  # noqa: E402
+from runtime_adapter.moe.placed_experts import LocalDispatcher  # noqa: E402
+from runtime_adapter.moe.placed_model import (  # noqa: E402
     load_experts,
     load_model,
     require_placed_model,
     server_devices,
     server_index,
 )
-from runtime_adapter.placed import LocalDispatcher  # noqa: E402
+from runtime_adapter.weights.checkpoint import Checkpoint  # noqa: E402
+from runtime_adapter.weights.families import FAMILIES  # noqa: E402
 from tests.limits import HANG_S  # noqa: E402
 from tests.runtime.checkpoints import CPU, TINY, TRACES, committed, filled, saved  # noqa: E402
 
@@ -163,10 +163,10 @@ MEASURE = """
 import sys, torch
 torch.set_num_threads(1)
 from prism_plan.io.placement import read_placement
-from runtime_adapter.checkpoint import Checkpoint
-from runtime_adapter.model import load_experts, load_model
+from runtime_adapter.weights.checkpoint import Checkpoint
+from runtime_adapter.moe.placed_model import load_experts, load_model
 from tests.limits import HANG_S  # noqa: E402
-from runtime_adapter.placed import LocalDispatcher
+from runtime_adapter.moe.placed_experts import LocalDispatcher
 
 def memory(key):
     for line in open("/proc/self/status"):

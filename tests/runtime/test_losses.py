@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from runtime_adapter.serve import load_tokenizer  # noqa: E402
+from runtime_adapter.driver import load_tokenizer  # noqa: E402
 from tests.runtime.checkpoints import committed  # noqa: E402
 from tests.runtime.servers import Servers, gone  # noqa: E402
 from tests.runtime.test_faults import MODEL, OWN, replicated, start  # noqa: E402

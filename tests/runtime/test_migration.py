@@ -17,8 +17,8 @@ from prism_plan.instance import Instance
 from prism_plan.io.placement import placement_to_json, read_placement
 from prism_plan.objective import score
 from prism_plan.simulate.workload import sample_requests
-from runtime_adapter.links import Meeting, RuntimeFailure
-from runtime_adapter.move import ask
+from runtime_adapter.control.move_request import ask
+from runtime_adapter.transport.rendezvous import Meeting, RuntimeFailure
 from tests.runtime.replays import (
     PATIENCE_S,
     SPEC,

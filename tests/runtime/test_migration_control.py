@@ -16,10 +16,10 @@ import pytest
 pytest.importorskip("torch")
 
 from prism_plan.io.placement import read_placement
-from runtime_adapter.changes import Entry, News
-from runtime_adapter.counters import Counters
-from runtime_adapter.follow import Follower
-from runtime_adapter.table import HolderTable
+from runtime_adapter.control.event_log import Entry, News
+from runtime_adapter.control.log_follower import Follower
+from runtime_adapter.moe.counters import Counters
+from runtime_adapter.moe.expert_map import HolderTable
 from tests.limits import HANG_S
 from tests.runtime.fleet import MODEL, FakeCompute, Fleet, drawn, placement
 
@@ -240,9 +240,9 @@ SCHEDULED = """
 import multiprocessing, time
 import numpy as np
 from prism_plan.instance import Instance
-from runtime_adapter import scheduler
-from runtime_adapter.changes import StoreLost
-from runtime_adapter.links import Meeting
+from runtime_adapter.control import scheduler
+from runtime_adapter.control.event_log import StoreLost
+from runtime_adapter.transport.rendezvous import Meeting
 from tests.runtime.fleet import MODEL
 from tests.runtime.test_migration_control import START
 

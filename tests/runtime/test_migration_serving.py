@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 
 from prism_plan.io.placement import placement_to_json, read_placement
 from prism_plan.solvers import solve
-from runtime_adapter.links import Meeting
-from runtime_adapter.move import ask
+from runtime_adapter.control.move_request import ask
+from runtime_adapter.transport.rendezvous import Meeting
 from tests.runtime.checkpoints import TRACES
 from tests.runtime.replays import PATIENCE_S, experts_of
 from tests.runtime.servers import Servers

@@ -18,7 +18,7 @@ from prism_plan.model import ModelSpec
 from prism_plan.profiling.hf import HfOptions, checkpoint_spec
 from prism_plan.profiling.recorder import spec_of
 from prism_plan.sizes import load_model
-from runtime_adapter.checkpoint import Checkpoint
+from runtime_adapter.weights.checkpoint import Checkpoint
 from tests.runtime.checkpoints import TRACES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

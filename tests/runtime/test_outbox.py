@@ -11,8 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from runtime_adapter import outbox  # noqa: E402
-from runtime_adapter.outbox import UNSENT_BYTES, Outbox, hold_back_little  # noqa: E402
+from runtime_adapter.transport import send_queue as outbox  # noqa: E402
+from runtime_adapter.transport.send_queue import UNSENT_BYTES, Outbox, hold_back_little  # noqa: E402
 
 SECOND = datetime.timedelta(seconds=1)
 

@@ -17,9 +17,9 @@ torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
 
 from prism_plan.errors import InputError  # noqa: E402
-from runtime_adapter import planes  # noqa: E402
-from runtime_adapter.links import Meeting  # noqa: E402
-from runtime_adapter.planes import (  # noqa: E402
+from runtime_adapter.expert_worker import in_parallel  # noqa: E402
+from runtime_adapter.transport import nccl_channel as planes  # noqa: E402
+from runtime_adapter.transport.nccl_channel import (  # noqa: E402
     NcclPlane,
     PlaneBroken,
     Planes,
@@ -28,7 +28,7 @@ from runtime_adapter.planes import (  # noqa: E402
     prepare_nccl,
     require_device,
 )
-from runtime_adapter.worker import in_parallel  # noqa: E402
+from runtime_adapter.transport.rendezvous import Meeting  # noqa: E402
 
 CPU = torch.device("cpu")
 

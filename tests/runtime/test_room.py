@@ -12,14 +12,13 @@ torch = pytest.importorskip("torch")
 
 from prism_plan.model import ModelShape  # noqa: E402
 from prism_plan.placement import Placement, Plan  # noqa: E402
-from runtime_adapter.counters import Counters  # noqa: E402
-from runtime_adapter.dispatch import Dispatcher  # noqa: E402
-from runtime_adapter.lines import Line  # noqa: E402
-from runtime_adapter.outbox import Outbox  # noqa: E402
-from runtime_adapter.routing import Router, read_calls  # noqa: E402
-from runtime_adapter.serve import even_network  # noqa: E402
-from runtime_adapter.table import HolderTable  # noqa: E402
-from runtime_adapter.wire import (  # noqa: E402
+from runtime_adapter.driver import even_network  # noqa: E402
+from runtime_adapter.moe.counters import Counters  # noqa: E402
+from runtime_adapter.moe.dispatch import Dispatcher  # noqa: E402
+from runtime_adapter.moe.expert_map import HolderTable  # noqa: E402
+from runtime_adapter.moe.routing import Router, read_calls  # noqa: E402
+from runtime_adapter.transport.connection import Line  # noqa: E402
+from runtime_adapter.transport.messages import (  # noqa: E402
     ANSWER,
     HEADER_BYTES,
     MISSING,
@@ -29,6 +28,7 @@ from runtime_adapter.wire import (  # noqa: E402
     WireError,
     id_bits,
 )
+from runtime_adapter.transport.send_queue import Outbox  # noqa: E402
 
 MODEL = ModelShape("tiny", (1,), 8, 4, 1)
 SECOND = datetime.timedelta(seconds=1)
@@ -165,8 +165,8 @@ def test_a_line_asks_for_the_room(tokens: int, calls: int) -> None:
 def test_a_prompt_that_is_too_long_fails_alone() -> None:
     """`serve` refuses it at home; the requests before and after are answered."""
     pytest.importorskip("transformers")
-    from runtime_adapter.bridge import Lanes
-    from runtime_adapter.serve import Job, Request, load_tokenizer, serve
+    from runtime_adapter.driver import Job, Request, load_tokenizer, serve
+    from runtime_adapter.moe.thread_dispatcher import Lanes
     from tests.runtime.checkpoints import committed, reference
 
     class One:

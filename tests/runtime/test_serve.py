@@ -19,15 +19,15 @@ from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.io.placement import placement_to_json  # noqa: E402
 from prism_plan.io.requests import read_requests  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
-from runtime_adapter.bridge import Lanes  # noqa: E402
-from runtime_adapter.compute import ExpertCompute  # noqa: E402
-from runtime_adapter.links import Meeting  # noqa: E402
-from runtime_adapter.model import load_experts, load_model  # noqa: E402
-from runtime_adapter.move import ask  # noqa: E402
-from runtime_adapter.planes import Planes  # noqa: E402
-from runtime_adapter.serve import even_network  # noqa: E402
+from runtime_adapter.control.move_request import ask  # noqa: E402
+from runtime_adapter.driver import even_network  # noqa: E402
+from runtime_adapter.expert_worker import in_parallel  # noqa: E402
+from runtime_adapter.moe.compute import ExpertCompute  # noqa: E402
+from runtime_adapter.moe.placed_model import load_experts, load_model  # noqa: E402
+from runtime_adapter.moe.thread_dispatcher import Lanes  # noqa: E402
 from runtime_adapter.server import Server, ServerConfig  # noqa: E402
-from runtime_adapter.worker import in_parallel  # noqa: E402
+from runtime_adapter.transport.nccl_channel import Planes  # noqa: E402
+from runtime_adapter.transport.rendezvous import Meeting  # noqa: E402
 from tests.runtime.checkpoints import CPU, TRACES, committed, reference  # noqa: E402
 from tests.runtime.replays import PATIENCE_S, experts_of, free_port  # noqa: E402
 from tests.runtime.servers import Servers  # noqa: E402

@@ -10,14 +10,14 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from runtime_adapter.checkpoint import Checkpoint
-from runtime_adapter.serve import (
+from runtime_adapter.driver import (
     MAX_LINE_BYTES,
     MOST_REQUESTS,
     Job,
     load_tokenizer,
     prepare_stream,
 )
+from runtime_adapter.weights.checkpoint import Checkpoint
 from tests.runtime.checkpoints import TRACES
 
 

@@ -14,7 +14,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from runtime_adapter.links import (
+from runtime_adapter.control.liveness import MAX_GAP_S, SignsOfLife
+from runtime_adapter.transport.parallel import in_time
+from runtime_adapter.transport.rendezvous import (
     Meeting,
     RuntimeFailure,
     ask_store,
@@ -23,8 +25,6 @@ from runtime_adapter.links import (
     join_store,
     put,
 )
-from runtime_adapter.parallel import in_time
-from runtime_adapter.signs import MAX_GAP_S, SignsOfLife
 from tests.runtime.replays import free_port
 
 #: A wait that does not end by itself fails a test after so long.
@@ -100,7 +100,7 @@ def test_a_store_that_hangs_or_ends() -> None:
 
 def test_a_listener_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What listens at the store's address but is no store is waited for no longer than to join."""
-    monkeypatch.setattr("runtime_adapter.links.STORE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("runtime_adapter.transport.rendezvous.STORE_TIMEOUT_S", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from prism_plan.errors import InputError
-from runtime_adapter import netns, testbed_command
-from runtime_adapter.shaping import Shape
-from runtime_adapter.testbed import Testbed, TestbedUnavailable
+from studies.testbed import command as testbed_command
+from studies.testbed import namespaces as netns
+from studies.testbed.shaping import Shape
+from studies.testbed.testbed import Testbed, TestbedUnavailable
 from tests.limits import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +126,7 @@ def alive(pid: int) -> bool:
 
 def command(*words: str) -> list[str]:
     """The testbed's command line."""
-    return [sys.executable, "-m", "runtime_adapter.testbed", *words]
+    return [sys.executable, "-m", "studies.testbed", *words]
 
 
 def call(*words: str) -> subprocess.CompletedProcess[str]:
@@ -484,7 +485,7 @@ def test_the_lines_carry_what_is_counted(tmp_path: Path) -> None:
     """
     pytest.importorskip("torch")
     import prism_plan as pp
-    from runtime_adapter.experiment import launch, measured_of
+    from studies.testbed.experiment import launch, measured_of
     from tests.runtime.replays import SPEC, Material, cluster_text, striped
 
     spec = dataclasses.replace(SPEC, hidden_size=4096)

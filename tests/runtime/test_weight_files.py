@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError
-from runtime_adapter.checkpoint import Checkpoint
+from runtime_adapter.weights.checkpoint import Checkpoint
 from tests.runtime.checkpoints import TRACES, saved
 
 INDEX = "model.safetensors.index.json"

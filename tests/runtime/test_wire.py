@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from runtime_adapter.routing import pack_calls, read_calls, tally
-from runtime_adapter.wire import (
+from runtime_adapter.moe.routing import pack_calls, read_calls, tally
+from runtime_adapter.transport.messages import (
     ANSWER,
     CALL,
     HEADER_BYTES,

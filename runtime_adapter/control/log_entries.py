@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from prism_plan.errors import InputError
 from prism_plan.placement import Placement
-from runtime_adapter.links import read_json
+from runtime_adapter.transport.rendezvous import read_json
 
 #: Longer names and texts are none of ours.
 MAX_TEXT = 4000
@@ -87,7 +87,7 @@ def _experts(value: Any, bounds: Bounds) -> bool:
     )
 
 
-#: Kind: its fields; see :mod:`~runtime_adapter.changes` for what they mean.
+#: Kind: its fields; see :mod:`~runtime_adapter.control.event_log` for what they mean.
 KINDS: dict[str, dict[str, Check]] = {
     "plan": {"plan": _count},
     "load": {"plan": _count, "experts": _experts},

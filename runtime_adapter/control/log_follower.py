@@ -17,12 +17,12 @@ import numpy as np
 
 from prism_plan.errors import InputError
 from prism_plan.placement import Placement
-from runtime_adapter.changes import News, StoreLost
-from runtime_adapter.compute import Compute
-from runtime_adapter.counters import Counters
-from runtime_adapter.entries import Bounds, Entry
-from runtime_adapter.experts import Change
-from runtime_adapter.table import HolderTable
+from runtime_adapter.control.event_log import News, StoreLost
+from runtime_adapter.control.log_entries import Bounds, Entry
+from runtime_adapter.moe.compute import Compute
+from runtime_adapter.moe.counters import Counters
+from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.weights.expert_store import Change
 
 #: Between two looks at layers that are under way, while drops wait for them.
 LOOK_S = 0.005

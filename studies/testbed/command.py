@@ -18,7 +18,7 @@ import click
 from prism_plan.cli.boundary import run_command
 from prism_plan.errors import OutputError
 from prism_plan.faults import say
-from runtime_adapter.testbed import Testbed, check_command
+from studies.testbed.testbed import Testbed, check_command
 
 #: What begins each line on standard error.
 PROGRAM = "testbed"

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from prism_plan.errors import InputError, PrismError
 from prism_plan.files import parse_json
-from runtime_adapter.parallel import in_time
+from runtime_adapter.transport.parallel import in_time
 
 #: Where a server that cannot join says why, so that the others do not wait for it.
 ABORTED = "aborted"

@@ -21,18 +21,18 @@ from prism_plan.io.requests import MOST_REQUESTS, Request, request_of
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
 from prism_plan.simulation import SimulationOptions, require_able
-from runtime_adapter.bridge import Lanes
-from runtime_adapter.checkpoint import Checkpoint
-from runtime_adapter.clock import wait_until
-from runtime_adapter.dispatch import Dispatcher
-from runtime_adapter.experts import ExpertStore
-from runtime_adapter.links import Meeting
-from runtime_adapter.loader import CheckpointLoader
-from runtime_adapter.peers import PeerLoader
-from runtime_adapter.rules import rules_of
-from runtime_adapter.scheduler import SchedulerConfig
+from runtime_adapter.control.rules import rules_of
+from runtime_adapter.control.scheduler import SchedulerConfig
+from runtime_adapter.moe.dispatch import Dispatcher
+from runtime_adapter.moe.emulated_gpu import wait_until
+from runtime_adapter.moe.thread_dispatcher import Lanes
 from runtime_adapter.server import Movable, Server
-from runtime_adapter.wire import require_tokens
+from runtime_adapter.transport.messages import require_tokens
+from runtime_adapter.transport.rendezvous import Meeting
+from runtime_adapter.weights.checkpoint import Checkpoint
+from runtime_adapter.weights.expert_store import ExpertStore
+from runtime_adapter.weights.loader import CheckpointLoader
+from runtime_adapter.weights.peers import PeerLoader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

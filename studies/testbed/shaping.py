@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from prism_plan.errors import InputError
-from runtime_adapter import netns
+from studies.testbed import namespaces as netns
 
 
 @dataclass(frozen=True)

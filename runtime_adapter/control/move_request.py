@@ -8,9 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from runtime_adapter.changes import BEAT, News, StoreLost
-from runtime_adapter.links import Meeting, RuntimeFailure, ask_store, get, get_number
-from runtime_adapter.signs import BEAT_GRACE_S, SignsOfLife
+from runtime_adapter.control.event_log import BEAT, News, StoreLost
+from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife
+from runtime_adapter.transport.rendezvous import Meeting, RuntimeFailure, ask_store, get, get_number
 
 #: Between two looks at whether the scheduler lives.
 LOOK_S = 1.0

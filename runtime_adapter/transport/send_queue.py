@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from runtime_adapter.links import send
+from runtime_adapter.transport.rendezvous import send
 
 #: Messages from this size on wait for each other.
 LONG_BYTES = 128 * 1024

@@ -1,9 +1,10 @@
 """A checkpoint folder: which tensor is dense, and which belongs to which expert.
 
-Reads what transformers saves for the families of :mod:`runtime_adapter.families`: safetensors, in
-one file or in shards with an index, experts one by one or stacked by layer. Opening a checkpoint
-reads the headers only and checks that every expert is there in its shape; weights are read when
-they are asked for. Pickled weights (``.bin``) are refused: unpickling runs any code in them.
+Reads what transformers saves for the families of :mod:`runtime_adapter.weights.families`:
+safetensors, in one file or in shards with an index, experts one by one or stacked by layer.
+Opening a checkpoint reads the headers only and checks that every expert is there in its shape;
+weights are read when they are asked for. Pickled weights (``.bin``) are refused: unpickling runs
+any code in them.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from prism_plan.model import ModelSpec
 from prism_plan.sizes.config import read_facts
 from prism_plan.sizes.stored import StoredTensor, spec_from_tensors
 from prism_plan.sizes.weight_files import INDEX, SINGLE, indexed_files
-from runtime_adapter.families import ALL_EXPERTS, ONE_EXPERT, PARTS, Family, family_of
-from runtime_adapter.tensor_file import TensorFile
+from runtime_adapter.weights.families import ALL_EXPERTS, ONE_EXPERT, PARTS, Family, family_of
+from runtime_adapter.weights.tensor_file import TensorFile
 
 #: Parts that lie one after the other in each expert's slice of a tensor of all experts.
 PACKED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}

@@ -2,8 +2,8 @@
 
 The model is made without weights; its dense weights are read one by one, and its experts modules
 are replaced, so that routed experts take memory only in the slots of an
-:class:`~runtime_adapter.experts.ExpertStore`. Beyond dense weights and slots loading needs room for
-one tensor or one expert at a time.
+:class:`~runtime_adapter.weights.expert_store.ExpertStore`. Beyond dense weights and slots loading
+needs room for one tensor or one expert at a time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from prism_plan.model import require_same_model
 from prism_plan.placement import Placement
 from prism_plan.profiling.decoder_cache import cache_argument
 from prism_plan.profiling.expert_modules import find_experts
-from runtime_adapter.checkpoint import Checkpoint
-from runtime_adapter.experts import ExpertStore
-from runtime_adapter.placed import Dispatcher, PlacedExperts
+from runtime_adapter.moe.placed_experts import Dispatcher, PlacedExperts
+from runtime_adapter.weights.checkpoint import Checkpoint
+from runtime_adapter.weights.expert_store import ExpertStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,14 +15,13 @@ import torch
 
 from prism_plan.errors import PrismError
 from prism_plan.model import ModelShape
-from runtime_adapter.clock import wait_until
-from runtime_adapter.compute import Batch, Compute
-from runtime_adapter.counters import Counters
-from runtime_adapter.lines import Line
-from runtime_adapter.links import RuntimeFailure, ServerLost
-from runtime_adapter.placed import sum_dtype
-from runtime_adapter.routing import Router, pack_calls, take_calls, tally
-from runtime_adapter.wire import (
+from runtime_adapter.moe.compute import Batch, Compute
+from runtime_adapter.moe.counters import Counters
+from runtime_adapter.moe.emulated_gpu import wait_until
+from runtime_adapter.moe.placed_experts import sum_dtype
+from runtime_adapter.moe.routing import Router, pack_calls, take_calls, tally
+from runtime_adapter.transport.connection import Line
+from runtime_adapter.transport.messages import (
     ANSWER,
     CALL,
     MISSING,
@@ -32,6 +31,7 @@ from runtime_adapter.wire import (
     refuse_weights,
     require_tokens,
 )
+from runtime_adapter.transport.rendezvous import RuntimeFailure, ServerLost
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -22,13 +22,13 @@ from prism_plan.io.migration import migration_from_json
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.moves import Step
 from prism_plan.placement import Placement
-from runtime_adapter.changes import News, StoreLost
-from runtime_adapter.clock import GpuClock, wait_until
-from runtime_adapter.compute import TimedCompute
-from runtime_adapter.entries import Bounds, Entry
-from runtime_adapter.experts import Change
-from runtime_adapter.links import Meeting
-from runtime_adapter.table import HolderTable
+from runtime_adapter.control.event_log import News, StoreLost
+from runtime_adapter.control.log_entries import Bounds, Entry
+from runtime_adapter.moe.compute import TimedCompute
+from runtime_adapter.moe.emulated_gpu import GpuClock, wait_until
+from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.transport.rendezvous import Meeting
+from runtime_adapter.weights.expert_store import Change
 
 #: Between two looks at what is waited for, while something is.
 LOOK_S = 0.1

@@ -33,7 +33,7 @@ class Dispatcher(Protocol):
 
 
 class Computes(Protocol):
-    """What an :class:`~runtime_adapter.experts.ExpertStore` can do with one expert."""
+    """What an :class:`~runtime_adapter.weights.expert_store.ExpertStore` can do with one expert."""
 
     def compute(self, layer_position: int, expert: int, x: torch.Tensor) -> torch.Tensor:
         """The expert's output for x [t, H], [t, H]."""

@@ -10,7 +10,7 @@ The bridge has a namespace of its own, so nothing is added to the host's network
 firewall nor its addresses play a part. There is no way out of these namespaces. Addresses of
 neighbours are entered by hand and IPv6 is off, so that counters see the servers' traffic only.
 
-As a command: ``python -m runtime_adapter.testbed --servers 3 --mbps 500 -- COMMAND...``.
+As a command: ``python -m studies.testbed --servers 3 --mbps 500 -- COMMAND...``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from types import TracebackType
 from typing import Any
 
 from prism_plan.errors import InputError, PrismError
-from runtime_adapter import netns
-from runtime_adapter.netns import TestbedUnavailable
-from runtime_adapter.shaping import Shape, Traffic, interface_traffic, line_traffic
+from studies.testbed import namespaces as netns
+from studies.testbed.namespaces import TestbedUnavailable
+from studies.testbed.shaping import Shape, Traffic, interface_traffic, line_traffic
 
 __all__ = ["INTERFACE", "Shape", "Testbed", "TestbedUnavailable", "Traffic"]
 
@@ -323,11 +323,3 @@ def _free_network() -> ipaddress.IPv4Network:
 def _mac(n: int) -> str:
     """The Ethernet address of a server: one of those that are left to local use."""
     return f"02:70:72:69:00:{n:02x}"
-
-
-if __name__ == "__main__":
-    import sys
-
-    from runtime_adapter.testbed_command import main
-
-    sys.exit(main())

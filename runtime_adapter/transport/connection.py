@@ -15,10 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime_adapter.links import receive, send
-from runtime_adapter.outbox import LONG_BYTES, Outbox
-from runtime_adapter.planes import Plane
-from runtime_adapter.wire import ANSWER, HEADER_BYTES, Header, Room, get_header, put_header
+from runtime_adapter.transport.messages import (
+    ANSWER,
+    HEADER_BYTES,
+    Header,
+    Room,
+    get_header,
+    put_header,
+)
+from runtime_adapter.transport.nccl_channel import Plane
+from runtime_adapter.transport.rendezvous import receive, send
+from runtime_adapter.transport.send_queue import LONG_BYTES, Outbox
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
@@ -50,7 +57,7 @@ class Buffer:
 
 
 class Line:
-    """A call is one message and its answer another; see :mod:`runtime_adapter.wire`.
+    """A call is one message and its answer another; see :mod:`runtime_adapter.transport.messages`.
 
     For each call :meth:`words`, :meth:`send`, :meth:`answer` and then, if it is an answer indeed,
     :meth:`sums`; after a failure :meth:`forget`. ``outbox`` is that of all lanes of the front,
@@ -132,7 +139,9 @@ class Line:
 
 
 class PlaneLine(Line):
-    """Messages carry all but the states, which go over a plane; see :mod:`runtime_adapter.planes`.
+    """Messages carry all but the states, which go over a plane.
+
+    See :mod:`runtime_adapter.transport.nccl_channel`.
 
     A call's states always go, and an answer's where it has any.
     """

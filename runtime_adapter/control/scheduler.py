@@ -34,13 +34,13 @@ from prism_plan.model import ModelSpec, require_same_model
 from prism_plan.objective import violations
 from prism_plan.placement import Placement, Plan
 from prism_plan.simulation import SimulationOptions
-from runtime_adapter.agent import gpu_numbers
-from runtime_adapter.changes import BEAT, News, StoreLost
-from runtime_adapter.entries import Bounds, Entry
-from runtime_adapter.links import MAX_START_S, Meeting, RuntimeFailure
-from runtime_adapter.rules import cluster_among, rules_among
-from runtime_adapter.signs import BEAT_GRACE_S, SignsOfLife
-from runtime_adapter.table import HolderTable
+from runtime_adapter.control.event_log import BEAT, News, StoreLost
+from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife
+from runtime_adapter.control.log_entries import Bounds, Entry
+from runtime_adapter.control.migration_executor import gpu_numbers
+from runtime_adapter.control.rules import cluster_among, rules_among
+from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.transport.rendezvous import MAX_START_S, Meeting, RuntimeFailure
 
 #: Between two looks at clocks and signs of life.
 LOOK_S = 0.05

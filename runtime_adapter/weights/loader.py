@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime_adapter.checkpoint import Checkpoint
-from runtime_adapter.experts import Change, ExpertStore
-from runtime_adapter.links import Meeting
-from runtime_adapter.table import HolderTable
+from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.transport.rendezvous import Meeting
+from runtime_adapter.weights.checkpoint import Checkpoint
+from runtime_adapter.weights.expert_store import Change, ExpertStore
 
 
 class CheckpointLoader:

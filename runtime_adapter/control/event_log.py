@@ -25,7 +25,7 @@ note        text                                      the scheduler: for the fir
 
 A server announces in one entry what it has done since its last one. GPUs are counted over all
 servers in order, slots within their GPU. What is no such entry is skipped: see
-:mod:`~runtime_adapter.entries`.
+:mod:`~runtime_adapter.control.log_entries`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from typing import Any
 import torch.distributed as dist
 
 from prism_plan.errors import InputError
-from runtime_adapter.entries import Bounds, Entry, read_entry
-from runtime_adapter.links import Meeting, RuntimeFailure, join_store, read_json
+from runtime_adapter.control.log_entries import Bounds, Entry, read_entry
+from runtime_adapter.transport.rendezvous import Meeting, RuntimeFailure, join_store, read_json
 
 #: A reader waits for the next entry so long; the longest that a socket's poll knows.
 _FOREVER = datetime.timedelta(days=20)

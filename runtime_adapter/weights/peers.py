@@ -19,12 +19,8 @@ from typing import Any
 import torch
 
 from prism_plan.placement import Placement
-from runtime_adapter.experts import Change, ExpertStore
-from runtime_adapter.links import FOREVER, Meeting, RuntimeFailure, group, receive, send
-from runtime_adapter.loader import CheckpointLoader
-from runtime_adapter.parallel import in_parallel
-from runtime_adapter.table import HolderTable
-from runtime_adapter.wire import (
+from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.transport.messages import (
     ANSWER,
     HEADER_BYTES,
     MISSING,
@@ -34,6 +30,17 @@ from runtime_adapter.wire import (
     get_header,
     put_header,
 )
+from runtime_adapter.transport.parallel import in_parallel
+from runtime_adapter.transport.rendezvous import (
+    FOREVER,
+    Meeting,
+    RuntimeFailure,
+    group,
+    receive,
+    send,
+)
+from runtime_adapter.weights.expert_store import Change, ExpertStore
+from runtime_adapter.weights.loader import CheckpointLoader
 
 #: Before the name of a pair of servers in the store.
 PAIRS = "weights"

@@ -31,7 +31,14 @@ import torch
 import torch.distributed as dist
 
 from prism_plan.errors import InputError
-from runtime_adapter.links import Meeting, RuntimeFailure, get, group, put, store_of_pair
+from runtime_adapter.transport.rendezvous import (
+    Meeting,
+    RuntimeFailure,
+    get,
+    group,
+    put,
+    store_of_pair,
+)
 
 Backend = Literal["nccl", "split"]
 

@@ -2,7 +2,7 @@
 
 ::
 
-    python -m runtime_adapter.experiment --trace T.parquet --cluster C.toml -o results.json
+    python -m studies.testbed.experiment --trace T.parquet --cluster C.toml -o results.json
 
 For each round trip every placement is replayed under every seed, planned on one half of the
 requests and replayed with the other. Before and after the runs of a seed the machinery is
@@ -136,7 +136,7 @@ def run_all(
     PrismError
         A server failed.
     """
-    from runtime_adapter.testbed import Testbed
+    from studies.testbed.testbed import Testbed
 
     cluster, scored, placements = planned(setting, folder)
     names = tuple(server.name for server in cluster.servers)
@@ -439,4 +439,4 @@ def command(**given: Any) -> None:
 if __name__ == "__main__":
     from runtime_adapter.cli import run_and_leave
 
-    run_and_leave(command, "python -m runtime_adapter.experiment")
+    run_and_leave(command, "python -m studies.testbed.experiment")

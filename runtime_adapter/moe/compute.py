@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 
 from prism_plan.simulate.timing import Timing
-from runtime_adapter.clock import GpuClock, gpu_work, wait_until
-from runtime_adapter.experts import Change, ExpertStore
-from runtime_adapter.placed import weighted_sum
-from runtime_adapter.table import HolderTable
+from runtime_adapter.moe.emulated_gpu import GpuClock, gpu_work, wait_until
+from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.moe.placed_experts import weighted_sum
+from runtime_adapter.weights.expert_store import Change, ExpertStore
 
 Ints = npt.NDArray[np.int64]
 

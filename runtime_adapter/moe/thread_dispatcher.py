@@ -9,14 +9,14 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from runtime_adapter.dispatch import Dispatcher
+from runtime_adapter.moe.dispatch import Dispatcher
 
 
 class Lanes:
     """The dispatcher of a model whose requests run in several threads at once.
 
-    A model has one :class:`~runtime_adapter.placed.Dispatcher`; each request has a lane of its own,
-    since a lane has at most one call under way to each server.
+    A model has one :class:`~runtime_adapter.moe.placed_experts.Dispatcher`; each request has a
+    lane of its own, since a lane has at most one call under way to each server.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Lanes:
         experts: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """See :class:`runtime_adapter.placed.Dispatcher`; raises as the lane's ``run``."""
+        """See :class:`~runtime_adapter.moe.placed_experts.Dispatcher`; raises as the lane's."""
         lane: Dispatcher = self._thread.lane
         return lane.run(
             layer_position,

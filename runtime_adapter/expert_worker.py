@@ -20,17 +20,13 @@ import torch
 from prism_plan.errors import PrismError
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
-from runtime_adapter.agent import Agent, Loader
-from runtime_adapter.changes import News
-from runtime_adapter.clock import sharp_timers, wait_until
-from runtime_adapter.compute import Batch, Compute
-from runtime_adapter.links import FOREVER, Meeting, group, join_store, receive, send
-from runtime_adapter.outbox import LONG_BYTES, Outbox, hold_back_little
-from runtime_adapter.parallel import in_parallel
-from runtime_adapter.planes import Plane, PlaneBroken, Planes, make_planes
-from runtime_adapter.routing import read_calls, warm_up_answers
-from runtime_adapter.table import HolderTable
-from runtime_adapter.wire import (
+from runtime_adapter.control.event_log import News
+from runtime_adapter.control.migration_executor import Agent, Loader
+from runtime_adapter.moe.compute import Batch, Compute
+from runtime_adapter.moe.emulated_gpu import sharp_timers, wait_until
+from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.moe.routing import read_calls, warm_up_answers
+from runtime_adapter.transport.messages import (
     ANSWER,
     CALL,
     FAILED,
@@ -45,6 +41,10 @@ from runtime_adapter.wire import (
     id_bits,
     put_header,
 )
+from runtime_adapter.transport.nccl_channel import Plane, PlaneBroken, Planes, make_planes
+from runtime_adapter.transport.parallel import in_parallel
+from runtime_adapter.transport.rendezvous import FOREVER, Meeting, group, join_store, receive, send
+from runtime_adapter.transport.send_queue import LONG_BYTES, Outbox, hold_back_little
 
 #: Seconds between two signs of life.
 BEAT_S = 0.5

@@ -17,7 +17,7 @@ from prism_plan.model import ModelShape
 from prism_plan.simulate.choosing import COVER, NEAREST, cover, mix
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routes import ROUTES, Route
-from runtime_adapter.table import HolderTable
+from runtime_adapter.moe.expert_map import HolderTable
 
 
 class ExpertsLost(PrismError):
@@ -106,8 +106,9 @@ def pack_calls(  # pragma: no cover - compiled
 ) -> Any:
     """Fill ``rows`` [tokens] and ``words`` [calls] of what goes to a server.
 
-    ``weights`` are float32 as uint32 [T, K]; words are as :mod:`runtime_adapter.wire` has them, and
-    weights are rounded, not shortened. Returns whether all weights can be sent.
+    ``weights`` are float32 as uint32 [T, K]; words are as
+    :mod:`runtime_adapter.transport.messages` has them, and weights are rounded, not shortened.
+    Returns whether all weights can be sent.
     """
     low = (np.int64(1) << bits) - 1
     half = np.int64(1) << (bits - 1)

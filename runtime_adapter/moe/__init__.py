@@ -1,0 +1,1 @@
+"""A Mixture-of-Experts layer across servers: routing, dispatch, computing, adding up."""

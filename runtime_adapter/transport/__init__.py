@@ -1,0 +1,1 @@
+"""Messages between servers: rendezvous, connections, the bytes on the wire, the send queue."""
