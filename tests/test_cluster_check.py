@@ -25,6 +25,7 @@ from prism_plan.io.simulation import read_simulation
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.memory import gpu_memory, too_little_left, unreserved
 from prism_plan.model import ModelSpec
+from prism_plan.objective import violations
 from prism_plan.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import solve
 from prism_plan.trace import Trace
@@ -351,7 +352,7 @@ def test_first_fit_proves(seed: int) -> None:
         layer_caps=(int(rng.integers(1, 4)), None),
     )
     if first_fit(instance):
-        solve(instance, "ilp")
+        assert violations(solve(instance, "ilp"), instance=instance) == []
 
 
 def test_what_only_packing_forbids() -> None:

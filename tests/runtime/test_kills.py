@@ -95,8 +95,11 @@ def shared_memory(processes: list[psutil.Process]) -> list[str]:
     ]
 
 
-def trial(folder: Path, target: str, number: signal.Signals, moment: str) -> None:
-    """Hit one kind of process at one moment, and see what becomes of all others."""
+def trial(folder: Path, target: str, number: signal.Signals, moment: str) -> set[int]:
+    """Hit one kind of process at one moment, and see what becomes of all others.
+
+    Returns the exit codes of the healthy servers.
+    """
     write_placement(folder / MOVE, turned())
     options = (*OWN, "--timeout", "3", "--movable")
     with Servers(folder, replicated(), f"tiny-{MODEL}", *options) as run:
@@ -155,6 +158,7 @@ def trial(folder: Path, target: str, number: signal.Signals, moment: str) -> Non
         lines_of_client = (folder / "client.err").read_text().splitlines()
         assert all(line.startswith("prism-runtime: ") for line in lines_of_client)
     assert shared_memory(everything) == []
+    return set(codes.values())
 
 
 def ended(process: subprocess.Popen[bytes] | None) -> bool:
@@ -185,4 +189,4 @@ def processes_of(
 @pytest.mark.parametrize("target", TARGETS)
 def test_whatever_is_hit(target: str, number: signal.Signals, moment: str, tmp_path: Path) -> None:
     """No hang, no healthy process dies, right tokens, one-line messages, no shared memory left."""
-    trial(tmp_path, target, number, moment)
+    assert trial(tmp_path, target, number, moment) <= {0, 5}

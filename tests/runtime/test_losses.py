@@ -67,4 +67,4 @@ def test_a_long_prompt_after_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_worker_that_dies_in_a_move(tmp_path: Path) -> None:
     """The representative of the 48 trials of test_kills.py: no hang, no healthy process dies."""
-    trial(tmp_path, "worker of edge-1", signal.SIGKILL, "moving")
+    assert trial(tmp_path, "worker of edge-1", signal.SIGKILL, "moving") <= {0, 5}

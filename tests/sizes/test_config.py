@@ -42,10 +42,6 @@ def refusal(values: Any) -> str:
     return message
 
 
-def expect(values: Any, words: str) -> None:
-    assert words in refusal(values)
-
-
 # --------------------------------------------------------------------------------- what is computed
 
 
@@ -75,7 +71,7 @@ def test_the_language_model_of_a_multimodal_config(key: str) -> None:
     found = spec_from_config(outer | outside | {key: inner}, name="x")
     assert found == spec_from_config(inner | outside, name="x")
     broken = outer | {key: {"model_type": "t", "text_config": inner | {"vocab_size": -1}}}
-    expect(broken, f"{key}.text_config.vocab_size: -1")
+    assert f"{key}.text_config.vocab_size: -1" in refusal(broken)
 
 
 def test_the_class_name_tells_the_family() -> None:
@@ -84,9 +80,11 @@ def test_the_class_name_tells_the_family() -> None:
     whole = spec_from_config(OLMOE, name="x")
     assert spec_from_config(without(OLMOE, "model_type") | named, name="x") == whole
     assert spec_from_config(OLMOE | named | {"model_type": "kimi"}, name="x") == whole
-    expect(without(OLMOE, "model_type"), "key 'model_type' is missing")
-    expect(OLMOE | {"model_type": "olmoee"}, "did you mean 'olmoe'?")
-    expect(OLMOE | {"model_type": "olmoee", "architectures": ["os.system"]}, "no language model")
+    assert "key 'model_type' is missing" in refusal(without(OLMOE, "model_type"))
+    assert "did you mean 'olmoe'?" in refusal(OLMOE | {"model_type": "olmoee"})
+    assert "no language model" in refusal(
+        OLMOE | {"model_type": "olmoee", "architectures": ["os.system"]}
+    )
 
 
 @pytest.mark.parametrize("word", ["Infinity", "-Infinity", "NaN"])
@@ -122,7 +120,9 @@ def test_a_missing_size_is_named(key: str) -> None:
 
 def test_all_missing_sizes_are_named_at_once() -> None:
     """One line tells them all."""
-    expect(without(V2_LITE, "vocab_size", "v_head_dim"), "missing: vocab_size, v_head_dim")
+    assert "missing: vocab_size, v_head_dim" in refusal(
+        without(V2_LITE, "vocab_size", "v_head_dim")
+    )
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, 32.0, "32", True, {}, 2**31, 10**5000], ids=type)
@@ -157,7 +157,7 @@ def test_a_nonsense_size_is_named(key: str, value: Any) -> None:
 )
 def test_a_wrong_value_is_named(values: Any, words: str) -> None:
     """Values that contradict others, or have the wrong kind, are refused by key."""
-    expect(values, words)
+    assert words in refusal(values)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,10 @@ def test_a_wrong_value_is_named(values: Any, words: str) -> None:
 )
 def test_a_dense_model_is_refused(values: dict[str, Any]) -> None:
     """A model without MoE layers is refused in those words, and no MoE model is."""
-    expect(values, "has no MoE layers")
-    expect({"model_type": "x", "ffn_config": {"moe_num_experts": 16}}, "num_hidden_layers")
+    assert "has no MoE layers" in refusal(values)
+    assert "num_hidden_layers" in refusal(
+        {"model_type": "x", "ffn_config": {"moe_num_experts": 16}}
+    )
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config", "quantization"])
