@@ -9,6 +9,7 @@ functions here: messages of errors, tables, progress bars, titles and labels of 
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 
@@ -40,10 +41,13 @@ def printable(text: object) -> str:
 
 
 def shown(value: object, most: int = 60) -> str:
-    """The beginning of a value of a JSON file: true, false and null as such files spell them."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return repr(value)[:most]
+    """The beginning of a value of a JSON file: true, null, NaN and the like as it spells them."""
+    if value is None or isinstance(value, bool | float):
+        return json.dumps(value)
+    try:
+        return repr(value)[:most]
+    except ValueError:  # Python does not print integers of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def quantity(number: int, noun: str) -> str:

@@ -190,7 +190,7 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
         "quantization_config: {'load_in_8bit': True}: the weights are quantised",
     ),
     "an empty method": ({"quantization_config": {}}, "quantization_config: {}: the weights are"),
-    "false": ({"quantization_config": False}, "quantization_config: False"),
+    "false": ({"quantization_config": False}, "quantization_config: false"),
     "fp8": ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype: 'float8_e4m3fn'"),
     "int8": ({"dtype": "int8"}, "dtype: 'int8'"),
 }

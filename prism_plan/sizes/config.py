@@ -22,9 +22,9 @@ from prism_plan.sizes.config_keys import (
     LAYERS,
     TOP_K,
     Config,
-    show,
 )
 from prism_plan.sizes.states import state_numbers
+from prism_plan.text import shown
 
 #: Keys under which multimodal configs hold their language model.
 NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
@@ -90,7 +90,7 @@ def levels(values: Any, source: object) -> list[Config]:
         It is no JSON object, or holds two language models.
     """
     if not isinstance(values, Mapping):
-        raise InputError(show(values), source=source, expected="a JSON object, a config.json")
+        raise InputError(shown(values), source=source, expected="a JSON object, a config.json")
     found = [Config(values, source)]
     while True:
         config = found[-1]

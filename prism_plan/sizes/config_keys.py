@@ -6,12 +6,11 @@ Families spell the same thing in different ways; the spellings stand here as dat
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from prism_plan.errors import InputError
+from prism_plan.text import shown
 
 LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
@@ -31,18 +30,6 @@ HEAD_DIM = ("head_dim", "kv_channels")
 MAX_SIZE = 2**31 - 1
 
 
-def show(value: object) -> str:
-    """Write a value of a configuration for a message."""
-    if value is None:
-        return "null"
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(value)  # NaN or Infinity, as Python writes them into the file
-    try:
-        return f"{value!r:.60}"
-    except ValueError:  # Python does not print integers of more than 4300 digits
-        return "a number of thousands of digits"
-
-
 class Config:
     """A configuration's values, read key by key; every error names file, key and value."""
 
@@ -56,7 +43,11 @@ class Config:
 
     def refuse(self, key: str, value: object, expected: str, remedy: str = "") -> NoReturn:
         raise InputError(
-            show(value), source=self.source, place=self.place(key), expected=expected, remedy=remedy
+            shown(value),
+            source=self.source,
+            place=self.place(key),
+            expected=expected,
+            remedy=remedy,
         )
 
     def find(self, spellings: Iterable[str]) -> list[str]:

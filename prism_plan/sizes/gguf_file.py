@@ -21,8 +21,9 @@ from prism_plan.errors import InputError
 from prism_plan.limits import MAX_LAYERS, MIB, require_at_most
 from prism_plan.model import ModelSpec
 from prism_plan.sizes.config import Facts
-from prism_plan.sizes.config_keys import MAX_SIZE, show
+from prism_plan.sizes.config_keys import MAX_SIZE
 from prism_plan.sizes.stored import BY_HAND, StoredTensor, spec_from_tensors
+from prism_plan.text import shown
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 #: Characters of a key, of a tensor's name, and of a text that is kept.
@@ -143,7 +144,7 @@ def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], list[StoredTens
         infos.append((name, shape, _number(file, "I"), _number(file, "Q")))
     alignment = keys.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= MAX_SIZE:
-        raise _Cut(f"general.alignment is {show(alignment)}")
+        raise _Cut(f"general.alignment is {shown(alignment)}")
     start = -(-file.tell() // alignment) * alignment
     tensors = [_tensor(*info, start, path) for info in infos]
     end = max((tensor.begin + tensor.num_bytes for tensor in tensors), default=0)
@@ -258,7 +259,7 @@ def _facts(keys: Mapping[str, Any], tensors: list[StoredTensor], path: Path) -> 
             return default
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise InputError(
-                show(value),
+                shown(value),
                 source=path,
                 place=f"{architecture}.{key}",
                 expected=f"a whole number from {least} to {most}",
@@ -274,7 +275,7 @@ def _facts(keys: Mapping[str, Any], tensors: list[StoredTensor], path: Path) -> 
             isinstance(one, int) and 0 <= one <= MAX_SIZE for one in value
         ):
             raise InputError(
-                show(value), source=path, place=f"{architecture}.{key}", expected="one a layer"
+                shown(value), source=path, place=f"{architecture}.{key}", expected="one a layer"
             )
         return value[:blocks]
 

@@ -24,9 +24,10 @@ from prism_plan.sizes.config import (
     require_experts,
     tied_embeddings,
 )
-from prism_plan.sizes.config_keys import HEAD_DIM, KV_HEADS, LAYERS, Config, show
+from prism_plan.sizes.config_keys import HEAD_DIM, KV_HEADS, LAYERS, Config
 from prism_plan.sizes.loaded import facts_of, tensors_of
 from prism_plan.sizes.stored import BY_HAND, spec_from_tensors
+from prism_plan.text import shown
 
 CHECKPOINT_OR_BY_HAND = f"give the checkpoint (its folder or hub id), or {BY_HAND}"
 #: Layers that are built; each takes milliseconds and some 100 kB.
@@ -91,7 +92,7 @@ def require_unquantised(chain: list[Config]) -> None:
     if found is not None:
         config, key = found
         raise InputError(
-            f"{show(config.values[key])}: the weights are quantised, as {QUANTISATION_KEYS[key]} "
+            f"{shown(config.values[key])}: the weights are quantised, as {QUANTISATION_KEYS[key]} "
             "writes it, and no weights are here",
             source=config.source,
             place=config.place(key),
