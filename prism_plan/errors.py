@@ -9,7 +9,7 @@
     ├── OutputError            2   a result cannot be written where it was asked for
     ├── Infeasible             3   no placement can exist: which constraint, by how much
     └── LimitReached           4   a limit ended the search before a placement was found
-    any other exception       70   an internal error, see :mod:`prism_plan.faults`
+    any other exception       70   an internal error, see :mod:`prism_plan.cli.internal_errors`
 
 The message of each is one printable line. The command line prints it and leaves with the exit code;
 nothing else in the package prints or exits.

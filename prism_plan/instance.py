@@ -14,8 +14,8 @@ from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_REPLICAS, require_places, require_whole
 from prism_plan.model import ModelShape, ModelSpec
+from prism_plan.token_rates import Workload, activations, expected_workload, require_users
 from prism_plan.trace import Trace
-from prism_plan.workload import Workload, activations, expected_workload, require_users
 
 #: Activations are zero or within these bounds, so that sums and ratios of them are numbers too.
 LEAST_CALLS, MOST_CALLS = 1e-100, 1e100
@@ -171,8 +171,8 @@ class Instance:
         Raises
         ------
         InputError
-            Nobody asks for an expert (:func:`prism_plan.workload.require_users`); see
-            :func:`prism_plan.workload.expected_workload` and :meth:`of_cluster`.
+            Nobody asks for an expert (:func:`prism_plan.token_rates.require_users`); see
+            :func:`prism_plan.token_rates.expected_workload` and :meth:`of_cluster`.
         Infeasible
             A GPU is too small for what must reside on it.
         """

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from prism_plan.instance import Instance
 from prism_plan.model import ModelShape, require_same_model
 from prism_plan.placement import Placement
+from prism_plan.token_rates import Workload
 from prism_plan.trace import Trace
-from prism_plan.workload import Workload
 
 #: Up to so many candidate servers the smallest cover of a step is found by enumeration.
 EXACT_COVER_SERVERS = 16

@@ -16,11 +16,11 @@ import torch
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, PrismError
+from prism_plan.evaluate.simulation import SimulationOptions, require_able
 from prism_plan.instance import Instance
 from prism_plan.io.requests import MOST_REQUESTS, Request, request_of
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
-from prism_plan.simulation import SimulationOptions, require_able
 from runtime_adapter.control.rules import rules_of
 from runtime_adapter.control.scheduler import SchedulerConfig
 from runtime_adapter.moe.dispatch import Dispatcher

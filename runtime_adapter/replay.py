@@ -14,13 +14,13 @@ import torch
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import PrismError
+from prism_plan.evaluate.simulation import SimulationOptions, require_able
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.requests import Requests
-from prism_plan.simulate.routes import Route
+from prism_plan.simulate.routing_policies import Route
 from prism_plan.simulate.scenario import Scenario
-from prism_plan.simulation import SimulationOptions, require_able
 from runtime_adapter.control.migration_executor import TimedLoader
 from runtime_adapter.control.rules import rules_of
 from runtime_adapter.control.scheduler import SchedulerConfig

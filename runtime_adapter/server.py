@@ -18,13 +18,13 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from prism_plan.cli.internal_errors import run_process
 from prism_plan.errors import PrismError
-from prism_plan.faults import run_process
 from prism_plan.io.placement import placement_to_json
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
-from prism_plan.simulate.routes import Route
+from prism_plan.simulate.routing_policies import Route
 from runtime_adapter import PROGRAM
 from runtime_adapter.control.event_log import BEAT, News
 from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife

@@ -18,11 +18,11 @@ from statistics import mean
 from typing import Any
 
 import prism_plan as pp
+from prism_plan.evaluate.sweep import sweep
 from prism_plan.io.phases import read_schedule
-from prism_plan.machine import commit
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
-from prism_plan.sweep import sweep
+from studies.machine import commit
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -16,14 +16,14 @@ import numpy as np
 
 from prism_plan.cli.main import run
 from prism_plan.cluster import Cluster
+from prism_plan.evaluate.simulation import SimulationOptions, simulate_placements
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement
-from prism_plan.profiling.synthetic import SyntheticSpread, synthetic_trace
+from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 from prism_plan.simulate.requests import Requests
-from prism_plan.simulate.workload import sample_requests
-from prism_plan.simulation import SimulationOptions, simulate_placements
+from prism_plan.simulate.sampling import sample_requests
 from prism_plan.solvers import solve
 from prism_plan.trace import Trace
 

@@ -10,13 +10,13 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from prism_plan.assumed import assumed_figures
+from prism_plan.check.assumed_figures import assumed_figures
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link, Server, with_figures
+from prism_plan.evaluate.sweep import varied
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.simulate.calibration import Calibration
-from prism_plan.sweep import varied
 from tests.simulation_material import CLUSTER, GIVEN, invoke, planned, small_cluster, small_trace
 
 Run = Callable[..., CompletedProcess[str]]

@@ -15,9 +15,9 @@ import click
 import pytest
 
 from prism_plan.cli.boundary import run_command
+from prism_plan.cli.internal_errors import TRACEBACK_VARIABLE, raised_at
 from prism_plan.cli.main import run
 from prism_plan.errors import Infeasible, InputError
-from prism_plan.faults import TRACEBACK_VARIABLE, raised_at
 
 FAULT = re.compile(
     r"\S+: internal error: (?P<what>.*) \[(?P<at>.*), prism-plan \S+\]; please report this line "
@@ -177,10 +177,10 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 PLANNER = """
 import sys
-import prism_plan.check
+import prism_plan.check.report
 def fire(*_, **__):
     assert False, "\\x1b[2J"
-prism_plan.check.check_file = fire
+prism_plan.check.report.check_file = fire
 sys.argv = ["prism-plan", "check", "p.json"]
 from prism_plan.cli import main
 main()
@@ -213,7 +213,7 @@ def test_a_fault_ends_either_program_with_70(code: str, program: str) -> None:
 
 CHILD = """
 import multiprocessing
-from prism_plan.faults import run_process
+from prism_plan.cli.internal_errors import run_process
 if __name__ == "__main__":
     for function, argument in ((divmod, (1, 0)), (exec, (
         "from prism_plan.errors import LimitReached; raise LimitReached('\\x1b[2J')",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prism_plan.check import check_file
+from prism_plan.check.report import check_file
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
@@ -18,7 +18,7 @@ from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.placement import InputFile
-from prism_plan.profiling.synthetic import synthetic_trace
+from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import solve
 
 SPEC = ModelSpec(

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from prism_plan.checkpoint_folder import checkpoint_name, model_name
 from prism_plan.errors import InputError
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.sizes import load_model
+from prism_plan.sizes.checkpoint_folder import checkpoint_name, model_name
 from prism_plan.sizes.meta import spec_from_config
 
 CONFIG: dict[str, Any] = {

@@ -17,7 +17,7 @@ from prism_plan.io.placement import placement_schema, read_placement
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.synthetic import synthetic_trace
+from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import SOLVER_NAMES
 
 Run = Callable[..., CompletedProcess[str]]

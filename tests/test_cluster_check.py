@@ -14,8 +14,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from prism_plan.check.cluster import _smallest_model, require_placement, require_plannable
+from prism_plan.check.gpu_memory import gpu_memory, too_little_left, unreserved
 from prism_plan.cluster import Cluster, Gpu, Server
-from prism_plan.cluster_check import _smallest_model, require_placement, require_plannable
 from prism_plan.errors import Infeasible, InputError, PrismError
 from prism_plan.feasibility import first_fit
 from prism_plan.instance import Instance
@@ -23,13 +24,12 @@ from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.placement import read_placement, write_placement
 from prism_plan.io.simulation import read_simulation
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.memory import gpu_memory, too_little_left, unreserved
 from prism_plan.model import ModelSpec
 from prism_plan.objective import violations
-from prism_plan.profiling.synthetic import synthetic_trace
+from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import solve
+from prism_plan.token_rates import require_users
 from prism_plan.trace import Trace
-from prism_plan.workload import require_users
 from tests.simulation_material import invoke
 
 Run = Callable[..., CompletedProcess[str]]

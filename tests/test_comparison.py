@@ -7,15 +7,15 @@ from collections.abc import Callable
 import pytest
 
 from prism_plan.cluster import Cluster
-from prism_plan.comparison import compare
 from prism_plan.errors import InputError, SolverRefused
+from prism_plan.evaluate.comparison import compare
 from prism_plan.instance import Instance
 from prism_plan.model import ModelSpec
 from prism_plan.objective import score, step_score
-from prism_plan.profiling.synthetic import synthetic_trace
+from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
+from prism_plan.token_rates import expected_workload
 from prism_plan.trace import Trace
-from prism_plan.workload import expected_workload
 
 SPEC = ModelSpec(
     name="tiny",

@@ -13,8 +13,8 @@ from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.objective import score, step_score
 from prism_plan.solvers import Options, solve
+from prism_plan.token_rates import expected_workload
 from prism_plan.trace import Trace
-from prism_plan.workload import expected_workload
 
 pytestmark = pytest.mark.traces
 

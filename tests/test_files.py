@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError, OutputError
-from prism_plan.files import atomic_path, check_writable, parse_json, read_text, sha256, write_bytes
+from prism_plan.io.files import (
+    atomic_path,
+    check_writable,
+    parse_json,
+    read_text,
+    sha256,
+    write_bytes,
+)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 import prism_plan as pp
-from prism_plan.comparison import Row
 from prism_plan.errors import InputError
+from prism_plan.evaluate.comparison import Row
 from prism_plan.io.sweep import COLUMNS
 from tests.simulation_material import simulated, small_cluster, small_trace
 from tests.simulation_reports import failed, make_report, make_run, make_sweep

@@ -16,17 +16,17 @@ import pytest
 
 from prism_plan import limits
 from prism_plan.errors import InputError
-from prism_plan.files import decode, lines_of, parse_json, read_text
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
+from prism_plan.io.files import decode, lines_of, parse_json, read_text
+from prism_plan.io.open_file import OpenFile
 from prism_plan.io.placement import placement_from_json, write_placement
 from prism_plan.io.specs import spec_from_json
 from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import PRESETS, ModelSpec
-from prism_plan.open_file import OpenFile
-from prism_plan.profiling.synthetic import synthetic_trace
+from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import solve
 from tests.hostile import placement, write_bombs
 
@@ -306,10 +306,10 @@ def test_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines are told one by one with their numbers; one beyond the bound is refused by number."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"abc\n\nabcdefgh\nlast")
-    monkeypatch.setattr("prism_plan.open_file.MAX_LINE_BYTES", 9)
+    monkeypatch.setattr("prism_plan.io.open_file.MAX_LINE_BYTES", 9)
     with OpenFile(path) as file:
         assert list(file.lines()) == [(1, b"abc\n"), (2, b"\n"), (3, b"abcdefgh\n"), (4, b"last")]
-    monkeypatch.setattr("prism_plan.open_file.MAX_LINE_BYTES", 8)
+    monkeypatch.setattr("prism_plan.io.open_file.MAX_LINE_BYTES", 8)
     with OpenFile(path) as file, pytest.raises(InputError, match="line 3: a line too long"):
         list(file.lines())
 
@@ -322,7 +322,7 @@ def test_lines_of() -> None:
 
 def test_wide_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Text whose characters take 2 or 4 bytes in memory may be half or a quarter as long."""
-    monkeypatch.setattr("prism_plan.files.MAX_TEXT_BYTES", 16)
+    monkeypatch.setattr("prism_plan.io.files.MAX_TEXT_BYTES", 16)
     assert decode(b"x" * 16, "f") == "x" * 16
     for data, most in ((("é" + "x" * 9).encode(), 16), (("ж" + "x" * 9).encode(), 8)):
         if most == 16:
@@ -460,7 +460,7 @@ def test_row_group_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A row group that decompresses to more than the bound is refused by number."""
     path = tmp_path / "t.parquet"
     write_trace(path, synthetic_trace(SPEC, ["x"], requests=3))
-    monkeypatch.setattr("prism_plan.parquet_input.MAX_ROW_GROUP_BYTES", 100)
+    monkeypatch.setattr("prism_plan.io.parquet_input.MAX_ROW_GROUP_BYTES", 100)
     with pytest.raises(InputError, match=r"row group 0: .* bytes decompressed; .*at most 100"):
         read_trace(path)
 

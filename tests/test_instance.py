@@ -16,8 +16,8 @@ from prism_plan.errors import Infeasible, InputError
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.model import ModelShape, ModelSpec
+from prism_plan.token_rates import Workload, activations, expected_workload
 from prism_plan.trace import Trace
-from prism_plan.workload import Workload, activations, expected_workload
 
 SPEC = ModelSpec(
     name="tiny",

@@ -7,8 +7,8 @@ import pytest
 
 from prism_plan.errors import WrongModel
 from prism_plan.model import ModelShape
-from prism_plan.moves import diff
 from prism_plan.placement import Placement, Plan
+from prism_plan.placement_diff import diff
 
 MODEL = ModelShape("m", (1, 3), 3, 1, (10, 100))
 

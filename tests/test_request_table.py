@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prism_plan.errors import OutputError
-from prism_plan.request_table import write_request_table
+from prism_plan.evaluate.request_table import write_request_table
 from tests.simulation_material import simulated, small_cluster, small_trace
 
 TYPES = {

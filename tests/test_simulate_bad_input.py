@@ -15,7 +15,7 @@ import pytest
 
 from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.profiling.synthetic import synthetic_trace
+from tests.profiling.synthetic import synthetic_trace
 from tests.simulation_material import CLUSTER, SPEC, invoke, planned, small_cluster, small_trace
 
 Run = Callable[..., CompletedProcess[str]]
@@ -423,7 +423,10 @@ def test_through_the_installed_command(prism_plan: Run, work: Path, what: str) -
 
 @pytest.mark.parametrize(
     "where",
-    ["prism_plan.simulate.workload.sample_requests", "prism_plan.simulation._Runner._advance"],
+    [
+        "prism_plan.simulate.sampling.sample_requests",
+        "prism_plan.evaluate.simulation._Runner._advance",
+    ],
 )
 def test_ctrl_c_before_anything_is_simulated(work: Path, where: str) -> None:
     """While requests are sampled, or before the first event: code 130, and nothing is written."""

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from prism_plan.check import check_file
+from prism_plan.check.report import check_file
 from prism_plan.io.placement import write_placement
 from prism_plan.io.simulation import read_simulation
 from prism_plan.io.sweep import read_sweep, sweep_from_csv

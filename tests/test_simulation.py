@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prism_plan import simulation
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, SolverRefused, WrongModel
-from prism_plan.instance import Instance
-from prism_plan.placement import Placement
-from prism_plan.profiling.synthetic import synthetic_trace
-from prism_plan.simulate.reference import ReferenceEngine
-from prism_plan.simulate.requests import Requests
-from prism_plan.simulate.schedule import Phase, Schedule
-from prism_plan.simulation import (
+from prism_plan.evaluate import simulation
+from prism_plan.evaluate.simulation import (
     Simulation,
     SimulationOptions,
     dump_report,
     offload_placement,
     simulate_placements,
 )
+from prism_plan.instance import Instance
+from prism_plan.placement import Placement
+from tests.profiling.synthetic import synthetic_trace
+from prism_plan.simulate.phase_schedule import Phase, Schedule
+from prism_plan.simulate.reference_engine import ReferenceEngine
+from prism_plan.simulate.requests import Requests
 from prism_plan.trace import Trace
 from tests.simulation_material import (
     SPEC,

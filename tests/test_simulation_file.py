@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from prism_plan.check import check_file
+from prism_plan.check.report import check_file
 from prism_plan.errors import InputError
 from prism_plan.io.parts import shipped_schema
 from prism_plan.io.simulation import read_simulation, simulation_from_json

@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prism_plan import simulation
 from prism_plan.cluster import Cluster, PairLink
 from prism_plan.errors import InputError
-from prism_plan.instance import Instance
-from prism_plan.io.cluster import parse_cluster
-from prism_plan.io.sweep import COLUMNS, dump_sweep, read_sweep, sweep_from_csv, write_sweep
-from prism_plan.simulate.calibration import Calibration, GpuCurves
-from prism_plan.simulate.workload import sample_requests
-from prism_plan.simulation import (
+from prism_plan.evaluate import simulation
+from prism_plan.evaluate.simulation import (
     OFFLOAD,
     SimulationOptions,
     offload_placement,
     simulate_placements,
 )
+from prism_plan.evaluate.sweep import Grid, SweepOptions, parse_grid, sweep, varied
+from prism_plan.instance import Instance
+from prism_plan.io.cluster import parse_cluster
+from prism_plan.io.sweep import COLUMNS, dump_sweep, read_sweep, sweep_from_csv, write_sweep
+from prism_plan.simulate.calibration import Calibration, GpuCurves
+from prism_plan.simulate.sampling import sample_requests
 from prism_plan.solvers import Options, solve
-from prism_plan.sweep import Grid, SweepOptions, parse_grid, sweep, varied
 from prism_plan.trace import Trace
 from tests.simulation_material import counts_of, small_cluster, small_trace
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prism_plan.check import check_file
+from prism_plan.check.report import check_file
 from prism_plan.errors import InputError
 from prism_plan.io.sweep import (
     COLUMNS,

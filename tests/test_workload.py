@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.simulate.workload import sample_requests
+from prism_plan.simulate.sampling import sample_requests
+from prism_plan.token_rates import activations, expected_workload, require_users
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
-from prism_plan.workload import activations, expected_workload, require_users
 
 MODEL = ModelSpec(
     name="tiny",

@@ -11,7 +11,8 @@
     interrupted                                          130
 
 The first ones are those of :mod:`prism_plan.errors`; any exception that is none of them is a fault
-(:mod:`prism_plan.faults`). Where a message names a parameter of the command, its option is told.
+(:mod:`prism_plan.cli.internal_errors`). Where a message names a parameter of the command, its
+option is told.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from types import FrameType
 import click
 
 from prism_plan.cli.command_options import option_names, running
+from prism_plan.cli.internal_errors import one_line_each, raised_at, report_fault, say
 from prism_plan.errors import LimitReached, OutputError, PrismError
-from prism_plan.faults import one_line_each, raised_at, report_fault, say
 from prism_plan.jit import before_first_compilation
 
 INTERRUPTED_EXIT_CODE = 130

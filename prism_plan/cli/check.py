@@ -70,7 +70,7 @@ def command(given: CheckOptions) -> int:
     Exit code 2 if a file is malformed or asks for what makes no sense, 3 if a well-formed
     placement breaks a constraint or no placement can satisfy a cluster.
     """
-    from prism_plan.check import check_file
+    from prism_plan.check.report import check_file
     from prism_plan.cli.console import load_trace, note, print_json, print_line
     from prism_plan.cli.inputs import load_cluster, load_spec
 

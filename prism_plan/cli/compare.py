@@ -12,7 +12,7 @@ from prism_plan.cli.solve import BACKENDS
 from prism_plan.cli.tables import format_option
 
 if TYPE_CHECKING:
-    from prism_plan.comparison import Comparison
+    from prism_plan.evaluate.comparison import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def command(given: CompareOptions) -> None:
         solver_names,
         writable,
     )
-    from prism_plan.comparison import compare
+    from prism_plan.evaluate.comparison import compare
     from prism_plan.io.placement import read_placement
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.registry import SOLVER_NAMES

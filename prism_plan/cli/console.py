@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.faults import say
-from prism_plan.files import write_bytes
+from prism_plan.cli.internal_errors import say
+from prism_plan.io.files import write_bytes
 from prism_plan.text import printable, printable_json
 
 if TYPE_CHECKING:

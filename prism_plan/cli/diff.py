@@ -29,7 +29,7 @@ def command(given: DiffOptions) -> None:
     from prism_plan.cli.console import print_json
     from prism_plan.cli.tables import counts, print_table, sizes, words
     from prism_plan.io.placement import read_placement
-    from prism_plan.moves import diff
+    from prism_plan.placement_diff import diff
 
     result = diff(read_placement(given.a), read_placement(given.b), (given.a, given.b))
     if given.as_json:

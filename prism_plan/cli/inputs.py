@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def load_cluster(path: str) -> tuple[Cluster, InputFile]:
     """Read a cluster file once, and tell what was read."""
-    from prism_plan.files import printable, read_identified
     from prism_plan.io.cluster import parse_cluster
+    from prism_plan.io.files import printable, read_identified
     from prism_plan.placement import InputFile
 
     text, digest = read_identified(path)
@@ -107,7 +107,7 @@ def trace_file(trace: Trace) -> InputFile:
 
 def writable(output: str | None, *inputs: str | None) -> None:
     """Fail before long work where the output cannot be written, or is one of the inputs."""
-    from prism_plan.files import check_writable, not_over_an_input
+    from prism_plan.io.files import check_writable, not_over_an_input
 
     if output == "":
         raise InputError("empty", parameter="output", expected="the name of a file")
@@ -119,9 +119,9 @@ def writable(output: str | None, *inputs: str | None) -> None:
 def note_assumed(path: str, cluster: Cluster, **uses: bool) -> None:
     """Name the figures that a command uses and the cluster file does not give.
 
-    ``uses`` as in :func:`prism_plan.assumed.assumed_figures`.
+    ``uses`` as in :func:`prism_plan.check.assumed_figures.assumed_figures`.
     """
-    from prism_plan.assumed import assumed_figures
+    from prism_plan.check.assumed_figures import assumed_figures
     from prism_plan.cli.console import note
 
     text = assumed_figures(cluster, **uses)

@@ -98,7 +98,7 @@ def _require_target(after: Placement, cluster: Cluster, path: str, cluster_path:
     """Refuse a target that the cluster cannot hold, or that leaves an expert out."""
     import numpy as np
 
-    from prism_plan.check import against_cluster
+    from prism_plan.check.report import against_cluster
 
     for problem in against_cluster(after, cluster)[:1]:
         raise InputError(problem, source=path, remedy=f"plan it for {cluster_path}")

@@ -16,10 +16,10 @@ from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
+    from prism_plan.evaluate.simulation import EngineName, SimulationOptions
     from prism_plan.placement import Placement
     from prism_plan.simulate.requests import Requests
-    from prism_plan.simulate.routes import Route
-    from prism_plan.simulation import EngineName, SimulationOptions
+    from prism_plan.simulate.routing_policies import Route
     from prism_plan.trace import Trace
 
 
@@ -226,10 +226,10 @@ def _simulate(given: SimulateOptions) -> int:
         trace_file,
         writable,
     )
+    from prism_plan.evaluate.request_table import write_request_table
+    from prism_plan.evaluate.simulation import dump_report, simulate_placements
     from prism_plan.io.placement import read_placement
     from prism_plan.placement import OFFLOAD
-    from prism_plan.request_table import write_request_table
-    from prism_plan.simulation import dump_report, simulate_placements
 
     files = (given.trace, given.cluster, given.arrivals, given.schedule, given.calibration,
              *given.placements)  # fmt: skip
@@ -318,7 +318,7 @@ def _as_text(path: str) -> str:
 def _requests(trace: Trace, cluster: Cluster, given: SimulateOptions) -> Requests:
     from prism_plan.io.arrivals import read_arrivals
     from prism_plan.io.phases import read_schedule
-    from prism_plan.simulate.workload import sample_requests
+    from prism_plan.simulate.sampling import sample_requests
 
     return sample_requests(
         trace,
@@ -337,9 +337,9 @@ def _requests(trace: Trace, cluster: Cluster, given: SimulateOptions) -> Request
 def _planned(
     trace: Trace, cluster: Cluster, names: list[str], given: SimulateOptions
 ) -> list[tuple[str, Placement]]:
+    from prism_plan.evaluate.simulation import offload_placement
     from prism_plan.instance import Instance
     from prism_plan.placement import OFFLOAD
-    from prism_plan.simulation import offload_placement
     from prism_plan.solvers import Options, solve
 
     if not names and not given.offload:

@@ -81,11 +81,11 @@ class SolveOptions(TableOptions):
 @options_as(SolveOptions)
 def command(given: SolveOptions) -> None:
     """Plan which GPU holds which expert, for the tasks and servers of a cluster file."""
+    from prism_plan.check.gpu_memory import unreserved
     from prism_plan.cli.console import deliver, load_trace, note
     from prism_plan.cli.inputs import about, blaming, load_cluster, trace_file, writable
     from prism_plan.instance import Instance
     from prism_plan.io.placement import dump_placement, read_placement
-    from prism_plan.memory import unreserved
     from prism_plan.model import require_same_model
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.registry import get_solver

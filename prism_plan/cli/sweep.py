@@ -20,9 +20,9 @@ def run_sweep(given: SimulateOptions) -> int:
     from prism_plan.cli.inputs import blaming, load_cluster, solver_names, writable
     from prism_plan.cli.simulate import note_simulated
     from prism_plan.errors import InputError
+    from prism_plan.evaluate.sweep import Grid, SweepOptions, parse_grid, sweep, varied
     from prism_plan.io.sweep import OK, dump_sweep, sweep_kind
     from prism_plan.placement import OFFLOAD
-    from prism_plan.sweep import Grid, SweepOptions, parse_grid, sweep, varied
 
     output = given.output
     if output is None:

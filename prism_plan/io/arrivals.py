@@ -13,10 +13,10 @@ from typing import Annotated
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.files import lines_of, read_text
 from prism_plan.io.declared import Declared, NotBlank, validated_line
+from prism_plan.io.files import lines_of, read_text
 from prism_plan.limits import MAX_ARRIVALS, require_at_most
-from prism_plan.simulate.fixed_times import MOST_S, Arrival, FixedArrivals
+from prism_plan.simulate.arrival_trace import MOST_S, Arrival, FixedArrivals
 
 EXAMPLE = '{"server": …, "at_s": …}'
 

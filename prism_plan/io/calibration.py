@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, Strict, model_validator
 
-from prism_plan.files import parse_json, read_text
 from prism_plan.io.declared import (
     ABSENT,
     Declared,
@@ -29,6 +28,7 @@ from prism_plan.io.declared import (
     shown,
     validated,
 )
+from prism_plan.io.files import parse_json, read_text
 from prism_plan.simulate.calibration import LINK_KEYS, Calibration, GpuCurves
 
 

@@ -12,8 +12,8 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link, PairLink, Server
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.files import read_text
 from prism_plan.io.declared import ABSENT, Keyed, Listed, Name, Table, refused, shown, validated
+from prism_plan.io.files import read_text
 from prism_plan.io.toml import parse_toml
 from prism_plan.limits import MAX_GPUS, MAX_NAMES
 

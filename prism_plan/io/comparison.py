@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.files import parse_json, read_text
 from prism_plan.io.declared import (
     Amount,
     Checked,
@@ -22,6 +21,7 @@ from prism_plan.io.declared import (
     Version1,
     validated,
 )
+from prism_plan.io.files import parse_json, read_text
 
 #: Shares that must agree may differ by rounding.
 TOLERANCE = 1e-9

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from prism_plan.errors import InputError
-from prism_plan.files import parse_json, refuse_other_encodings
 from prism_plan.io.bad_rows import BadRows
+from prism_plan.io.files import parse_json, refuse_other_encodings
+from prism_plan.io.open_file import OpenFile
 from prism_plan.io.packed import unpacked
-from prism_plan.open_file import OpenFile
 
 
 def _refuse(error: InputError) -> None:

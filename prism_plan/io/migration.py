@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from prism_plan.errors import InputError
-from prism_plan.files import parse_json, read_text, write_bytes
 from prism_plan.io.declared import (
     Amount,
     Checked,
@@ -24,13 +23,14 @@ from prism_plan.io.declared import (
     shown,
     validated,
 )
+from prism_plan.io.files import parse_json, read_text, write_bytes
 from prism_plan.io.parts import FileIdentity, different_names, indented
 from prism_plan.io.specs import Shape, spec_of
 from prism_plan.limits import MAX_GPUS, MAX_NAMES
 from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.model import ModelShape
-from prism_plan.moves import Step
 from prism_plan.placement import InputFile
+from prism_plan.placement_diff import Step
 
 _COUNTS = ("loads", "drops", "extra_loads", "moved_bytes")
 

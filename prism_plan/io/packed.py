@@ -13,9 +13,9 @@ import zlib
 from typing import IO, TYPE_CHECKING
 
 from prism_plan.errors import InputError
-from prism_plan.files import decode
+from prism_plan.io.files import decode
+from prism_plan.io.open_file import OpenFile
 from prism_plan.limits import MAX_TEXT_BYTES, MIB
-from prism_plan.open_file import OpenFile
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -45,7 +45,7 @@ def unpacked(file: OpenFile) -> IO[bytes]:
 
 
 def read_packed_text(source: str | os.PathLike[str] | OpenFile) -> str:
-    """A UTF-8 text file, packed or not; see :func:`prism_plan.files.read_text`.
+    """A UTF-8 text file, packed or not; see :func:`prism_plan.io.files.read_text`.
 
     A file that is open already stays open.
 

@@ -1,4 +1,4 @@
-"""Phase schedules: TOML in, a validated :class:`~prism_plan.simulate.schedule.Schedule` out.
+"""Phase schedules: TOML in, a validated :class:`~prism_plan.simulate.phase_schedule.Schedule` out.
 
 ::
 
@@ -20,12 +20,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from prism_plan.files import read_text
 from prism_plan.io.cluster import AtLeastOne, Rate, TaskShares
 from prism_plan.io.declared import ABSENT, Keyed, Listed, Table, validated
+from prism_plan.io.files import read_text
 from prism_plan.io.toml import parse_toml
 from prism_plan.limits import MAX_NAMES
-from prism_plan.simulate.schedule import Phase, Schedule
+from prism_plan.simulate.phase_schedule import Phase, Schedule
 
 
 class PhaseTable(Table):

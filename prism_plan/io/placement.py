@@ -19,7 +19,6 @@ from pydantic import (
 )
 
 from prism_plan.errors import InputError
-from prism_plan.files import parse_json, printable, read_identified, read_text, write_bytes
 from prism_plan.io.declared import (
     ABSENT,
     Amount,
@@ -34,6 +33,7 @@ from prism_plan.io.declared import (
     shown,
     validated,
 )
+from prism_plan.io.files import parse_json, printable, read_identified, read_text, write_bytes
 from prism_plan.io.parts import FileIdentity, different_names, indented, shipped_schema
 from prism_plan.io.specs import Shape, spec_of
 from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_places

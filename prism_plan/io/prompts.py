@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from prism_plan.errors import InputError
 from prism_plan.io.declared import Declared, NotBlank, validated_line
 from prism_plan.io.lines import text_lines
-from prism_plan.open_file import OpenFile
+from prism_plan.io.open_file import OpenFile
 
 EXAMPLE = '{"prompt": ..., "task": ...}'
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from prism_plan.files import lines_of, read_text
 from prism_plan.io.declared import Amount, Declared, Expected, NotBlank, Positive, validated_line
+from prism_plan.io.files import lines_of, read_text
 from prism_plan.limits import require_at_most
 
 #: Requests are numbered over all servers, as the route ``spread`` needs it.

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.files import parse_json, read_text
 from prism_plan.io.declared import (
     ABSENT,
     Amount,
@@ -26,6 +25,7 @@ from prism_plan.io.declared import (
     Version1,
     validated,
 )
+from prism_plan.io.files import parse_json, read_text
 
 AboveZero = Annotated[float, Field(gt=0)]
 

@@ -14,11 +14,11 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, Field
 
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.files import lines_of, read_text, write_bytes
 from prism_plan.io.declared import Declared, NotBlank, shown, validated
+from prism_plan.io.files import lines_of, read_text, write_bytes
+from prism_plan.io.open_file import OpenFile
+from prism_plan.io.parquet_input import batches, num_rows, open_parquet
 from prism_plan.limits import MAX_CELL, MAX_COLUMNS, MAX_RUNS, require_at_most
-from prism_plan.open_file import OpenFile
-from prism_plan.parquet_input import batches, num_rows, open_parquet
 from prism_plan.placement import OFFLOAD
 
 VERSION = 1
@@ -39,8 +39,8 @@ def _plainly_whole(value: Any) -> Any:
 
 Whole = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_plainly_whole)]
 AtLeastOne = Annotated[int, Field(ge=1, lt=2**63), BeforeValidator(_plainly_whole)]
-#: Conditions have the ranges of :class:`prism_plan.sweep.Grid`, which makes them; null: as in the
-#: cluster file.
+#: Conditions have the ranges of :class:`prism_plan.evaluate.sweep.Grid`, which makes them; null: as
+#: in the cluster file.
 Condition = Annotated[float, Field(ge=1e-6, le=1e9)] | None
 Amount = Annotated[float, Field(ge=0, lt=2**63)] | None
 Share = Annotated[float, Field(ge=0, le=1)] | None

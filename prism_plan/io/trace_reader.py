@@ -10,9 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.files import printable
+from prism_plan.io.files import printable
+from prism_plan.io.open_file import OpenFile
+from prism_plan.io.parquet_input import batches, key_value_metadata, num_rows, open_parquet
 from prism_plan.io.specs import spec_from_json
 from prism_plan.io.trace_columns import Words, numbers, require_no_nulls
+from prism_plan.io.trace_counts import CallTable, check_sums
 from prism_plan.io.trace_schema import (
     BATCH_ROWS,
     REMEDY,
@@ -30,10 +33,7 @@ from prism_plan.limits import (
     require_task_pairs,
 )
 from prism_plan.model import ModelSpec
-from prism_plan.open_file import OpenFile
-from prism_plan.parquet_input import batches, key_value_metadata, num_rows, open_parquet
 from prism_plan.trace import PHASES, TokenBatch, Totals, Trace, bad_selection, check_experts
-from prism_plan.trace_counts import CallTable, check_sums
 
 
 class TraceFile:

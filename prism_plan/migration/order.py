@@ -27,8 +27,8 @@ from prism_plan.migration.plan import (
     MigrationPlan,
     endpoints,
 )
-from prism_plan.moves import Step
 from prism_plan.placement import Placement
+from prism_plan.placement_diff import Step
 
 #: A move of a sole copy that others wait for: (GPU that wants it, GPU that holds it, pair).
 Move = tuple[int, int, int]
@@ -43,7 +43,7 @@ def migration_plan(
     priority: npt.ArrayLike | None = None,
     names: tuple[str, str] = NAMES,
 ) -> MigrationPlan:
-    """The steps that lead from ``a`` to ``b``, see :class:`~prism_plan.moves.Step`.
+    """The steps that lead from ``a`` to ``b``, see :class:`~prism_plan.placement_diff.Step`.
 
     Servers are matched by name and come in the order of ``b``. ``gpu_capacity`` is as in
     :class:`~prism_plan.instance.Instance`, by default that of ``b``. ``forbidden`` bool [N, L, E]

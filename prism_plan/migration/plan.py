@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelShape, require_same_model
-from prism_plan.moves import Step
 from prism_plan.placement import InputFile, Placement
+from prism_plan.placement_diff import Step
 
 Bools = npt.NDArray[np.bool_]
 Capacity = Sequence[Sequence[int]]

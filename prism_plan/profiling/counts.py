@@ -18,6 +18,7 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.packed import read_packed_text
+from prism_plan.io.trace_counts import CallTable, check_sums
 from prism_plan.limits import (
     MAX_COLUMNS,
     MAX_NAMES,
@@ -30,7 +31,6 @@ from prism_plan.profiling.added import AddedCounts
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.tokens import require_every_layer, tell_if_uneven, tokens_of_calls
 from prism_plan.trace import Trace
-from prism_plan.trace_counts import CallTable, check_sums
 
 COLUMNS = ("task", "layer", "expert", "count")
 #: Other names of columns.

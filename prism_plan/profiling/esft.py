@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.files import lines_of
 from prism_plan.io.bad_rows import BadRows
+from prism_plan.io.files import lines_of
 from prism_plan.io.packed import read_packed_text
 from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.model import ModelSpec

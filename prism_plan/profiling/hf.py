@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError, LimitReached, PrismError
+from prism_plan.io.open_file import OpenFile
 from prism_plan.io.prompts import Prompt, read_prompts
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import TraceWriter
 from prism_plan.limits import require_whole
 from prism_plan.model import ModelSpec
-from prism_plan.open_file import OpenFile
 from prism_plan.profiling.transformers_release import require_transformers
 from prism_plan.provenance import stamped
 from prism_plan.trace import TokenBatch, Trace

@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.io.open_file import OpenFile
 from prism_plan.limits import require_at_most
 from prism_plan.model import ModelSpec
-from prism_plan.open_file import OpenFile
 from prism_plan.profiling.added import AddedCounts
 from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice
 from prism_plan.profiling.sources import Source

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.io.open_file import OpenFile
 from prism_plan.limits import MIB
 from prism_plan.model import ModelSpec
-from prism_plan.open_file import OpenFile
 from prism_plan.profiling.layers import mtp_layers
 from prism_plan.profiling.tensors import CHECK_MODEL, CUT_SHORT, whole_number
 

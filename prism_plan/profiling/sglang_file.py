@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 
 from prism_plan.errors import InputError
-from prism_plan.files import parse_json, refuse_other_encodings
+from prism_plan.io.files import parse_json, refuse_other_encodings
 from prism_plan.io.lines import text_lines
+from prism_plan.io.open_file import OpenFile
 from prism_plan.io.packed import is_packed, read_packed_text, unpacked_head
-from prism_plan.open_file import OpenFile
 from prism_plan.profiling.event_stream import is_event
 from prism_plan.profiling.sglang_dump import KINDS, load
 from prism_plan.profiling.tensors import CUT_SHORT, parse_npy

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.moves import Step
+from prism_plan.placement_diff import Step
 from prism_plan.simulate.events import Log
 
 Floats = npt.NDArray[np.float64]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.simulate.schedule import PhaseStart
+from prism_plan.simulate.phase_schedule import PhaseStart
 
 
 @dataclass(frozen=True, eq=False)

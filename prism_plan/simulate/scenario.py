@@ -14,7 +14,7 @@ from prism_plan.placement import Placement
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.requests import Requests
-from prism_plan.simulate.routes import ROUTES, Route
+from prism_plan.simulate.routing_policies import ROUTES, Route
 from prism_plan.simulate.timing import Timing, timing
 
 Ints = npt.NDArray[np.int32]

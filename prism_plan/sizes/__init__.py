@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prism_plan.checkpoint_folder import cached_repository, model_name, quantisation_beside
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.files import parse_json, read_text
+from prism_plan.io.files import parse_json, read_text
 from prism_plan.io.specs import spec_from_json
 from prism_plan.model import PRESETS, ModelSpec
+from prism_plan.sizes.checkpoint_folder import cached_repository, model_name, quantisation_beside
 from prism_plan.sizes.config import read_facts
 from prism_plan.sizes.stored import spec_from_tensors
 
@@ -72,7 +72,7 @@ def spec_from_file(path: Path) -> ModelSpec:
 
     A file named ``config.json`` beside weights stands for its folder. Without weights its model is
     called after the folder or, in the hub's cache, after the repository
-    (:func:`~prism_plan.checkpoint_folder.model_name`), as it is when the checkpoint itself is run.
+    (:func:`~prism_plan.sizes.checkpoint_folder.model_name`), as it is when the checkpoint is run.
     Of other files ``_name_or_path`` in it names the model, else the file.
 
     Raises

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prism_plan.checkpoint_folder import QUANTISATION_KEYS, quantisation_key
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_EXPERTS, MAX_LAYERS
+from prism_plan.sizes.checkpoint_folder import QUANTISATION_KEYS, quantisation_key
 from prism_plan.sizes.config_keys import (
     EXPERTS,
     HEAD_DIM,

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prism_plan.checkpoint_folder import checkpoint_name
 from prism_plan.errors import InputError
-from prism_plan.files import parse_json, read_text
+from prism_plan.io.files import parse_json, read_text
 from prism_plan.model import ModelSpec
+from prism_plan.sizes.checkpoint_folder import checkpoint_name
 from prism_plan.sizes.config import read_facts
 from prism_plan.sizes.stored import StoredTensor, spec_from_tensors
 

@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from prism_plan.checkpoint_folder import checkpoint_name
 from prism_plan.model import ModelSpec
+from prism_plan.sizes.checkpoint_folder import checkpoint_name
 from prism_plan.sizes.config import Facts, read_facts
 from prism_plan.sizes.stored import StoredTensor, spec_from_tensors
 

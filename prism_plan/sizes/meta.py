@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from prism_plan.checkpoint_folder import QUANTISATION_KEYS
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.limits import require_at_most
 from prism_plan.model import ModelSpec
+from prism_plan.sizes.checkpoint_folder import QUANTISATION_KEYS
 from prism_plan.sizes.config import (
     dtype_name,
     levels,

@@ -37,7 +37,7 @@ def command(given: CalibrateOptions) -> None:
 
     from prism_plan.cli.inputs import blaming, load_cluster, load_spec, writable
     from prism_plan.errors import InputError
-    from prism_plan.files import write_bytes
+    from prism_plan.io.files import write_bytes
     from prism_plan.simulate.network import Network
     from prism_plan.simulate.timing import timing
     from runtime_adapter.calibrate import TOKENS, calibration, calibration_placement, measure

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prism_plan.cli.command_options import CommandOptions
+from prism_plan.cli.internal_errors import say
 from prism_plan.cli.review_options import ReviewOptions, review_options
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.faults import say
 from runtime_adapter import PROGRAM
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ def note(message: str) -> None:
 def note_assumed(path: str, cluster: Cluster, **uses: bool) -> None:
     """Name the figures that a command uses and the cluster file does not give.
 
-    ``uses`` as in :func:`prism_plan.assumed.assumed_figures`.
+    ``uses`` as in :func:`prism_plan.check.assumed_figures.assumed_figures`.
     """
-    from prism_plan.assumed import assumed_figures
+    from prism_plan.check.assumed_figures import assumed_figures
 
     text = assumed_figures(cluster, **uses)
     if text:

@@ -20,7 +20,7 @@ from runtime_adapter.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from prism_plan.simulate.routes import Route
+    from prism_plan.simulate.routing_policies import Route
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,10 @@ def command(given: ReplayOptions) -> None:
     import torch
 
     from prism_plan.cli.inputs import blaming, load_cluster, writable
-    from prism_plan.files import write_bytes
+    from prism_plan.io.files import write_bytes
     from prism_plan.io.placement import read_identified_placement
     from prism_plan.io.trace_reader import read_trace
-    from prism_plan.simulate.workload import sample_requests
+    from prism_plan.simulate.sampling import sample_requests
     from runtime_adapter.replay import replay, replay_config
     from runtime_adapter.server import Server
 

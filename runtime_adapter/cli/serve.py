@@ -24,7 +24,7 @@ from runtime_adapter.cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from prism_plan.simulate.routes import Route
+    from prism_plan.simulate.routing_policies import Route
     from runtime_adapter.driver import Job
 
 
@@ -149,7 +149,7 @@ def command(given: ServeOptions) -> None:
     import torch
 
     from prism_plan.cli.inputs import blaming, load_cluster, writable
-    from prism_plan.files import write_bytes
+    from prism_plan.io.files import write_bytes
     from prism_plan.io.placement import read_identified_placement
     from prism_plan.io.requests import read_requests
     from prism_plan.profiling.hf import fingerprint

@@ -20,8 +20,8 @@ import numpy as np
 from prism_plan.errors import InputError, PrismError
 from prism_plan.io.migration import migration_from_json
 from prism_plan.migration.plan import MigrationPlan
-from prism_plan.moves import Step
 from prism_plan.placement import Placement
+from prism_plan.placement_diff import Step
 from runtime_adapter.control.event_log import News, StoreLost
 from runtime_adapter.control.log_entries import Bounds, Entry
 from runtime_adapter.moe.compute import TimedCompute

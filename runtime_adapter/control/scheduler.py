@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, PrismError, SolverRefused
+from prism_plan.evaluate.simulation import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.io.migration import migration_to_json
 from prism_plan.io.placement import placement_from_json, write_placement
@@ -33,7 +34,6 @@ from prism_plan.migration.policy import Review, review
 from prism_plan.model import ModelSpec, require_same_model
 from prism_plan.objective import violations
 from prism_plan.placement import Placement, Plan
-from prism_plan.simulation import SimulationOptions
 from runtime_adapter.control.event_log import BEAT, News, StoreLost
 from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife
 from runtime_adapter.control.log_entries import Bounds, Entry

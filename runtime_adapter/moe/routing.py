@@ -14,9 +14,9 @@ import numpy.typing as npt
 from prism_plan.errors import PrismError
 from prism_plan.jit import jit
 from prism_plan.model import ModelShape
-from prism_plan.simulate.choosing import COVER, NEAREST, cover, mix
+from prism_plan.simulate.compiled.routing_kernels import COVER, NEAREST, cover, mix
 from prism_plan.simulate.network import Network
-from prism_plan.simulate.routes import ROUTES, Route
+from prism_plan.simulate.routing_policies import ROUTES, Route
 from runtime_adapter.moe.expert_map import HolderTable
 
 

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from prism_plan.checkpoint_folder import (
+from prism_plan.errors import InputError
+from prism_plan.io.files import parse_json, read_text
+from prism_plan.model import ModelSpec
+from prism_plan.sizes.checkpoint_folder import (
     Quantisation,
     model_name,
     quantisation_beside,
     quantisation_key,
 )
-from prism_plan.errors import InputError
-from prism_plan.files import parse_json, read_text
-from prism_plan.model import ModelSpec
 from prism_plan.sizes.config import read_facts
 from prism_plan.sizes.stored import StoredTensor, spec_from_tensors
 from prism_plan.sizes.weight_files import INDEX, SINGLE, indexed_files
@@ -77,7 +77,8 @@ class Checkpoint:
     folder : Path
     spec : ModelSpec
         Called after the folder, or after the repository in the hub's cache
-        (:func:`~prism_plan.checkpoint_folder.model_name`); sizes are those of the stored weights.
+        (:func:`~prism_plan.sizes.checkpoint_folder.model_name`); sizes are those of the stored
+        weights.
     config : Mapping
         The values of ``config.json``.
     experts : ExpertShape

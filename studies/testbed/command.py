@@ -16,8 +16,8 @@ from typing import IO, Any
 import click
 
 from prism_plan.cli.boundary import run_command
+from prism_plan.cli.internal_errors import say
 from prism_plan.errors import OutputError
-from prism_plan.faults import say
 from studies.testbed.testbed import Testbed, check_command
 
 #: What begins each line on standard error.

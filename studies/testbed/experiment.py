@@ -29,7 +29,7 @@ from typing import Any
 import click
 
 from prism_plan.errors import InputError, PrismError
-from prism_plan.machine import commit, processor
+from studies.machine import commit, processor
 
 SOLVERS = ("uniform", "redundance", "smartmoe", "eplb", "layer-partition", "prism", "exact")
 #: A sample of the processors is saturated from this share of busy time on.
@@ -247,7 +247,7 @@ def recorded(path: str) -> dict[str, Any]:
     InputError
         The file cannot be read or holds something else.
     """
-    from prism_plan.files import parse_json, read_text
+    from prism_plan.io.files import parse_json, read_text
 
     values = parse_json(read_text(path), path)
     keys = {"provenance", "setting", "calibrations", "rows"}
@@ -403,7 +403,7 @@ def _numbers(kind: type) -> Any:
 def command(**given: Any) -> None:
     """Replay placements on shaped links, and compare with what the simulator predicts."""
     from prism_plan.cli.inputs import writable
-    from prism_plan.files import write_bytes
+    from prism_plan.io.files import write_bytes
     from runtime_adapter.cli.options import note
 
     writable(given["output"], given["trace"], given["cluster"])

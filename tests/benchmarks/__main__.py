@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from prism_plan.machine import commit, processor
+from studies.machine import commit, processor
 from tests.benchmarks import recording
 from tests.benchmarks.cases import CASES, Case, folder
 

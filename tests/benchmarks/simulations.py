@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from prism_plan.cluster import Cluster, Gpu, Link, Server
+from prism_plan.evaluate.simulation import offload_placement
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.simulate.compiled import CompiledEngine
-from prism_plan.simulate.reference import ReferenceEngine
+from prism_plan.simulate.compiled.engine import CompiledEngine
+from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.requests import Requests
+from prism_plan.simulate.sampling import sample_requests
 from prism_plan.simulate.scenario import Scenario
-from prism_plan.simulate.workload import sample_requests
-from prism_plan.simulation import offload_placement
 from prism_plan.solvers import solve
 from prism_plan.trace import Trace
 

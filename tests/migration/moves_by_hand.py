@@ -9,8 +9,8 @@ import numpy as np
 
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.model import ModelShape
-from prism_plan.moves import Step
 from prism_plan.placement import Placement, Plan
+from prism_plan.placement_diff import Step
 
 
 def placed(

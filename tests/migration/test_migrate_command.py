@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from prism_plan.files import sha256
+from prism_plan.io.files import sha256
 from prism_plan.io.migration import read_migration
 from prism_plan.io.placement import read_placement, write_placement
 from prism_plan.migration.plan import check_plan

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from prism_plan.errors import Infeasible, InputError, WrongModel
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.plan import LoadTime, MigrationPlan, check_plan
-from prism_plan.moves import Step
 from prism_plan.placement import Placement
+from prism_plan.placement_diff import Step
 from tests.migration.moves_by_hand import (
     can_move,
     capacities,

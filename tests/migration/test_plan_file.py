@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_plan.check import check_file
+from prism_plan.check.report import check_file
 from prism_plan.errors import InputError
 from prism_plan.io.migration import (
     dump_migration,
@@ -25,8 +25,8 @@ from prism_plan.io.parts import shipped_schema
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.model import ModelShape
-from prism_plan.moves import Step
 from prism_plan.placement import InputFile
+from prism_plan.placement_diff import Step
 from tests.migration.moves_by_hand import placed
 
 

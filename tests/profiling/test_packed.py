@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
-from prism_plan.files import read_text
 from prism_plan.io import packed
+from prism_plan.io.files import read_text
 from prism_plan.io.lines import text_lines
 from prism_plan.io.prompts import read_prompts
 from prism_plan.limits import MIB

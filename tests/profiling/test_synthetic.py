@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prism_plan.model import PRESETS, ModelSpec
-from prism_plan.profiling.synthetic import SyntheticSpread, synthetic_trace
+from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 from prism_plan.trace import PHASES, TokenBatch, Trace
 
 TINY = ModelSpec(

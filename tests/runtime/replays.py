@@ -23,7 +23,7 @@ from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement, Plan
-from prism_plan.profiling.synthetic import SyntheticSpread, synthetic_trace
+from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 from prism_plan.trace import Trace
 from tests.limits import HANG_S
 

@@ -12,11 +12,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-from prism_plan.check import check_file
+from prism_plan.check.report import check_file
 from prism_plan.instance import Instance
 from prism_plan.io.placement import placement_to_json, read_placement
 from prism_plan.objective import score
-from prism_plan.simulate.workload import sample_requests
+from prism_plan.simulate.sampling import sample_requests
 from runtime_adapter.control.move_request import ask
 from runtime_adapter.transport.rendezvous import Meeting, RuntimeFailure
 from tests.runtime.replays import (

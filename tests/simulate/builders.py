@@ -14,12 +14,12 @@ from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement, Plan
 from prism_plan.simulate import events
 from prism_plan.simulate.calibration import Calibration, GpuCurves
-from prism_plan.simulate.compiled import CompiledEngine
+from prism_plan.simulate.compiled.engine import CompiledEngine
 from prism_plan.simulate.engine import Engine, Outcome
 from prism_plan.simulate.events import Event
-from prism_plan.simulate.reference import ReferenceEngine
+from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.requests import Prompts, Requests
-from prism_plan.simulate.routes import ROUTES
+from prism_plan.simulate.routing_policies import ROUTES
 from prism_plan.simulate.scenario import Scenario
 
 ENGINES: list[Any] = [ReferenceEngine, CompiledEngine]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import simpy
 
 from prism_plan.simulate.network import BYTES_PER_CALL
-from prism_plan.simulate.routes import cover, nearest, spread
+from prism_plan.simulate.routing_policies import cover, nearest, spread
 from prism_plan.simulate.scenario import Scenario
 
 Process = Generator[Any, Any, None]

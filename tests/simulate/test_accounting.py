@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from prism_plan.objective import remote_score, step_score
 from prism_plan.simulate import events
-from prism_plan.simulate.routes import mix
+from prism_plan.simulate.routing_policies import mix
 from prism_plan.simulate.scenario import Scenario
+from prism_plan.token_rates import Workload
 from prism_plan.trace import TokenBatch, trace_from_batches
-from prism_plan.workload import Workload
 from tests.simulate.builders import ENGINES, drawn_scenario, finished
 
 SEEDS = st.integers(0, 2**32 - 1)

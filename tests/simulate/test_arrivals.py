@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
 from prism_plan.io.arrivals import parse_arrivals, read_arrivals
-from prism_plan.simulate.arrivals import Intervals, arrivals_before, arrivals_by_number
-from prism_plan.simulate.fixed_times import Arrival, FixedArrivals
-from prism_plan.simulate.streams import Source, stream
+from prism_plan.simulate.arrival_trace import Arrival, FixedArrivals
+from prism_plan.simulate.poisson_arrivals import Intervals, arrivals_before, arrivals_by_number
+from prism_plan.simulate.random_streams import Source, stream
 
 
 def every(seconds: float) -> Intervals:
@@ -106,7 +106,7 @@ def test_short_duration() -> None:
 @pytest.mark.parametrize("burst", [1, 1_000_000])
 def test_too_many(burst: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A duration of more requests than fit in memory is refused instead of filling it."""
-    monkeypatch.setattr("prism_plan.simulate.arrivals.MOST_REQUESTS", 1_000)
+    monkeypatch.setattr("prism_plan.simulate.poisson_arrivals.MOST_REQUESTS", 1_000)
     with pytest.raises(InputError, match="more than 1,000 requests") as caught:
         arrivals_before(generator(), every(1e-9), 1e9, burst)
     assert caught.value.parameter == "duration_s"

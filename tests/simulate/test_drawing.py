@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.simulate.drawing import (
+from prism_plan.simulate.synthetic_prompts import (
     UNIT,
     draw_prompts,
     draw_tokens,
@@ -138,7 +138,7 @@ def test_pairs_in_random_order() -> None:
 
 def test_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn in many small blocks, tokens still have K different experts and the marginals."""
-    monkeypatch.setattr("prism_plan.simulate.drawing.BLOCK", 50)
+    monkeypatch.setattr("prism_plan.simulate.synthetic_prompts.BLOCK", 50)
     units = inclusion_units(np.array([8, 4, 2, 2]), 2)[None, :]
     drawn = draw_tokens(np.random.default_rng(3), units, 2, 4_001)[:, 0]
     assert (drawn[:, 0] != drawn[:, 1]).all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prism_plan.cluster import Cluster
-from prism_plan.moves import Step
+from prism_plan.placement_diff import Step
 from tests.simulate.builders import (
     ENGINES,
     EXPERT_BYTES,

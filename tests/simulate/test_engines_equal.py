@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import read_cluster
-from prism_plan.moves import Step
-from prism_plan.simulate.compiled import CompiledEngine
+from prism_plan.placement_diff import Step
+from prism_plan.simulate.compiled.engine import CompiledEngine
 from prism_plan.simulate.engine import Engine
-from prism_plan.simulate.reference import ReferenceEngine
-from prism_plan.simulate.routes import ROUTES, Route
+from prism_plan.simulate.reference_engine import ReferenceEngine
+from prism_plan.simulate.routing_policies import ROUTES, Route
+from prism_plan.simulate.sampling import sample_requests
 from prism_plan.simulate.scenario import Scenario
-from prism_plan.simulate.workload import sample_requests
 from prism_plan.solvers import solve
 from prism_plan.trace import Trace
 from tests.conftest import ROOT

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.cluster import Cluster
-from prism_plan.simulate.compiled import CompiledEngine
+from prism_plan.simulate.compiled.engine import CompiledEngine
 from prism_plan.simulate.events import KINDS, Log
 from prism_plan.simulate.network import BYTES_PER_CALL
-from prism_plan.simulate.reference import ReferenceEngine
+from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.scenario import Scenario
 from tests.simulate.builders import (
     BYTES_PER_S,

@@ -11,7 +11,7 @@ import pytest
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
-from prism_plan.simulate.reference import ReferenceEngine
+from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.scenario import Scenario
 from tests.simulate.builders import (
     ENGINES,

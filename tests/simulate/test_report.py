@@ -14,24 +14,24 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from prism_plan.instance import Instance
-from prism_plan.io.simulation import simulation_from_json
-from prism_plan.objective import score, step_score
-from prism_plan.placement import Placement
-from prism_plan.request_table import write_request_table
-from prism_plan.simulate.fixed_times import Arrival, FixedArrivals
-from prism_plan.simulate.report import TIMELINE_BINS, Run, _timeline, summary
-from prism_plan.simulate.requests import Requests
-from prism_plan.simulate.schedule import Phase, Schedule
-from prism_plan.simulate.workload import sample_requests
-from prism_plan.simulation import (
+from prism_plan.evaluate.request_table import write_request_table
+from prism_plan.evaluate.simulation import (
     SimulationOptions,
     dump_report,
     offload_placement,
     simulate_placements,
 )
+from prism_plan.instance import Instance
+from prism_plan.io.simulation import simulation_from_json
+from prism_plan.objective import score, step_score
+from prism_plan.placement import Placement
+from prism_plan.simulate.arrival_trace import Arrival, FixedArrivals
+from prism_plan.simulate.phase_schedule import Phase, Schedule
+from prism_plan.simulate.report import TIMELINE_BINS, Run, _timeline, summary
+from prism_plan.simulate.requests import Requests
+from prism_plan.simulate.sampling import sample_requests
+from prism_plan.token_rates import expected_workload
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
-from prism_plan.workload import expected_workload
 from tests.simulate.builders import drawn_held
 from tests.simulation_material import (
     SPEC,

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_plan.simulate import choosing, routes
-from prism_plan.simulate.routes import mix, nearest, spread
+from prism_plan.simulate import routing_policies as routes
+from prism_plan.simulate.compiled import routing_kernels as choosing
+from prism_plan.simulate.routing_policies import mix, nearest, spread
 
 
 def compiled_cover(holders: Sequence[Sequence[int]], sent: Sequence[int]) -> list[int]:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.simulate.drawing import POOL
-from prism_plan.simulate.fixed_times import Arrival, FixedArrivals
-from prism_plan.simulate.prompts import gather_prompts, list_requests
+from prism_plan.simulate.arrival_trace import Arrival, FixedArrivals
+from prism_plan.simulate.phase_schedule import Phase, Schedule
+from prism_plan.simulate.recorded_prompts import gather_prompts, list_requests
 from prism_plan.simulate.requests import Prompts, Requests
-from prism_plan.simulate.schedule import Phase, Schedule
-from prism_plan.simulate.workload import sample_requests
+from prism_plan.simulate.sampling import sample_requests
+from prism_plan.simulate.synthetic_prompts import POOL
 from prism_plan.trace import PHASES, TokenBatch, Trace, concatenate, trace_from_batches
 
 MODEL = ModelSpec(

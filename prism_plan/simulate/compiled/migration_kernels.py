@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from prism_plan.jit import jit
+from prism_plan.simulate.compiled.engine_state import (
+    ERROR,
+    LOADED_BYTES,
+    LOADS,
+    OPEN_STEPS,
+    Fixed,
+    State,
+)
+from prism_plan.simulate.compiled.heap import push
 from prism_plan.simulate.events import LOADED
-from prism_plan.simulate.heap import push
-from prism_plan.simulate.tables import ERROR, LOADED_BYTES, LOADS, OPEN_STEPS, Fixed, State
 
 Array = Any
 

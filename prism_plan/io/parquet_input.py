@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
+from prism_plan.io.open_file import OpenFile
 from prism_plan.limits import (
     MAX_COLUMNS,
     MAX_FOOTER_BYTES,
     MAX_ROW_GROUP_BYTES,
     require_at_most,
 )
-from prism_plan.open_file import OpenFile
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.moves import Step
+from prism_plan.placement_diff import Step
 from prism_plan.simulate import events
 from prism_plan.simulate.engine import Ints, Outcome
 from prism_plan.simulate.events import Event, Log
 from prism_plan.simulate.network import BYTES_PER_CALL
-from prism_plan.simulate.routes import cover, nearest, spread
+from prism_plan.simulate.routing_policies import cover, nearest, spread
 from prism_plan.simulate.scenario import Scenario
 
 

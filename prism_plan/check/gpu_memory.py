@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from prism_plan.assumed import listed, shortened
+from prism_plan.check.assumed_figures import listed, shortened
 from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots, resident
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement
+from prism_plan.token_rates import shares_by_task
 from prism_plan.trace import Trace
-from prism_plan.workload import shares_by_task
 
 
 @dataclass(frozen=True)

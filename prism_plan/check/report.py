@@ -10,34 +10,34 @@ from typing import Any
 
 import numpy as np
 
-from prism_plan.assumed import listed
+from prism_plan.check.assumed_figures import listed
+from prism_plan.check.cluster import require_plannable
+from prism_plan.check.gpu_memory import GpuMemory, gpu_memory, too_little_left, unreserved
 from prism_plan.cluster import Cluster
-from prism_plan.cluster_check import require_plannable
 from prism_plan.errors import Infeasible, InputError
-from prism_plan.files import decode, parse_json
 from prism_plan.instance import Instance
 from prism_plan.io.calibration import calibration_from_json
 from prism_plan.io.cluster import cluster_from_values
 from prism_plan.io.comparison import comparison_from_json
+from prism_plan.io.files import decode, parse_json
 from prism_plan.io.migration import migration_from_json
+from prism_plan.io.open_file import OpenFile
+from prism_plan.io.parquet_input import MAGIC
 from prism_plan.io.phases import schedule_from_values
 from prism_plan.io.placement import placement_from_json
 from prism_plan.io.simulation import simulation_from_json
 from prism_plan.io.sweep import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_open_file
 from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_open_trace
-from prism_plan.memory import GpuMemory, gpu_memory, too_little_left, unreserved
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.model import ModelSpec, require_same_model
 from prism_plan.objective import score, violations
-from prism_plan.open_file import OpenFile
-from prism_plan.parquet_input import MAGIC
 from prism_plan.placement import InputFile, Placement
 from prism_plan.simulate.calibration import Calibration
-from prism_plan.simulate.schedule import Schedule
+from prism_plan.simulate.phase_schedule import Schedule
 from prism_plan.text import quantity, shown
+from prism_plan.token_rates import require_users
 from prism_plan.trace import Trace
-from prism_plan.workload import require_users
 
 #: Values of the key ``format`` of our JSON files.
 FORMATS = tuple(

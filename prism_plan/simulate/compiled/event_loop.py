@@ -1,8 +1,8 @@
 """The compiled event loop. Plain arithmetic on the arrays of `tables`; no randomness, no objects.
 
-It does what :mod:`prism_plan.simulate.reference` does, in the same order, so that both give the
-same events and the same numbers to the last bit. What an event sets off for its request is a chain
-of actions: part done → go on → admit the next.
+It does what :mod:`prism_plan.simulate.reference_engine` does, in the same order, so that both give
+the same events and the same numbers to the last bit. What an event sets off for its request is a
+chain of actions: part done → go on → admit the next.
 """
 
 from __future__ import annotations
@@ -10,23 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from prism_plan.jit import jit
-from prism_plan.simulate.choosing import COVER, NEAREST, cover, mix
-from prism_plan.simulate.events import (
-    ARRIVAL,
-    ARRIVED,
-    COMPUTED,
-    DENSE,
-    FREED,
-    LOADED,
-    LOCAL,
-    RETURNED,
-    SEND,
-)  # fmt: skip
-from prism_plan.simulate.heap import KIND_SHIFT, drop_first, push
-from prism_plan.simulate.moving import begin_steps, hold, step_over
-from prism_plan.simulate.network import BYTES_PER_CALL
-from prism_plan.simulate.offloading import offloaded
-from prism_plan.simulate.tables import (
+from prism_plan.simulate.compiled.engine_state import (
     FINISHED,
     FREE,
     HEAP,
@@ -38,7 +22,23 @@ from prism_plan.simulate.tables import (
     Links,
     State,
 )  # fmt: skip
-from prism_plan.simulate.transfers import ask, free_ports
+from prism_plan.simulate.compiled.heap import KIND_SHIFT, drop_first, push
+from prism_plan.simulate.compiled.migration_kernels import begin_steps, hold, step_over
+from prism_plan.simulate.compiled.offload_kernels import offloaded
+from prism_plan.simulate.compiled.routing_kernels import COVER, NEAREST, cover, mix
+from prism_plan.simulate.compiled.transfer_kernels import ask, free_ports
+from prism_plan.simulate.events import (
+    ARRIVAL,
+    ARRIVED,
+    COMPUTED,
+    DENSE,
+    FREED,
+    LOADED,
+    LOCAL,
+    RETURNED,
+    SEND,
+)  # fmt: skip
+from prism_plan.simulate.network import BYTES_PER_CALL
 
 #: What :func:`run` says at its end.
 ALL, MOST, HEAP_FULL, MESSAGES_FULL, LOG_FULL, UNCOVERED = 0, 1, 2, 3, 4, 5

@@ -12,18 +12,18 @@ from typing import Any
 
 from prism_plan.cluster import Cluster, with_figures
 from prism_plan.errors import InputError, LimitReached, PrismError, did_you_mean
+from prism_plan.evaluate.simulation import SimulationOptions, offload_placement, simulate_placements
 from prism_plan.instance import Instance
 from prism_plan.io.sweep import COLUMNS, OK
 from prism_plan.limits import MAX_REPLICAS, MAX_RUNS, MAX_SEED, require_whole
 from prism_plan.placement import OFFLOAD, Placement
-from prism_plan.simulate.arrivals import MOST_REQUESTS
 from prism_plan.simulate.calibration import Calibration
+from prism_plan.simulate.poisson_arrivals import MOST_REQUESTS
 from prism_plan.simulate.report import Run
-from prism_plan.simulate.workload import MOST_PROMPT_TOKENS, sample_requests
-from prism_plan.simulation import SimulationOptions, offload_placement, simulate_placements
+from prism_plan.simulate.sampling import MOST_PROMPT_TOKENS, sample_requests
 from prism_plan.solvers import SOLVER_NAMES, Options, get_solver, solve
+from prism_plan.token_rates import require_users
 from prism_plan.trace import Trace
-from prism_plan.workload import require_users
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.simulate.demand import Demand
-from prism_plan.simulate.prompts import RequestList
+from prism_plan.simulate.arrival_rates import Demand
+from prism_plan.simulate.recorded_prompts import RequestList
 from prism_plan.trace import Trace
 
 #: In place of a code or an index: it is to be drawn.

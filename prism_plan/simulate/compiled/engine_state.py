@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prism_plan.simulate.events import RANK
-from prism_plan.simulate.routes import ROUTES
+from prism_plan.simulate.routing_policies import ROUTES
 from prism_plan.simulate.scenario import Scenario
 
 Array = Any

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from prism_plan.jit import jit
-from prism_plan.simulate.tables import LOADED_BYTES, LOADS, Fixed, State
+from prism_plan.simulate.compiled.engine_state import LOADED_BYTES, LOADS, Fixed, State
 
 Array = Any
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, SolverRefused, did_you_mean
-from prism_plan.files import printable, write_bytes
 from prism_plan.instance import Instance
+from prism_plan.io.files import printable, write_bytes
 from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.policy import Policy, PolicyName, review
@@ -28,13 +28,13 @@ from prism_plan.model import ModelSpec
 from prism_plan.objective import violations
 from prism_plan.placement import OFFLOAD, InputFile, Placement, Plan
 from prism_plan.simulate.calibration import Calibration
-from prism_plan.simulate.compiled import CHUNK, CompiledEngine
+from prism_plan.simulate.compiled.engine import CHUNK, CompiledEngine
 from prism_plan.simulate.engine import Engine, Outcome
 from prism_plan.simulate.network import Network
-from prism_plan.simulate.reference import ReferenceEngine
+from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.report import Migration, Run, notes
 from prism_plan.simulate.requests import Requests
-from prism_plan.simulate.routes import Route
+from prism_plan.simulate.routing_policies import Route
 from prism_plan.simulate.scenario import Scenario
 from prism_plan.simulate.timing import timing
 from prism_plan.solvers.contract import Options, Rule
@@ -209,8 +209,8 @@ class Simulation:
         InputError
             An unknown level.
         """
-        from prism_plan.frames import require_request_level, simulation_frame
-        from prism_plan.request_table import request_table
+        from prism_plan.evaluate.frames import require_request_level, simulation_frame
+        from prism_plan.evaluate.request_table import request_table
 
         if require_request_level(level):
             return request_table(self).to_pandas()
@@ -273,7 +273,7 @@ def simulate_placements(
     placements
         Pairs of a name and a placement.
     requests
-        Of :func:`prism_plan.simulate.workload.sample_requests`.
+        Of :func:`prism_plan.simulate.sampling.sample_requests`.
     trace
         Gives the model; ``requests`` were sampled from it.
     cluster

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.simulate.schedule import Phase, Schedule
+from prism_plan.simulate.phase_schedule import Phase, Schedule
+from prism_plan.token_rates import shares_by_task
 from prism_plan.trace import Trace
-from prism_plan.workload import shares_by_task
 
 
 @dataclass(frozen=True, eq=False)

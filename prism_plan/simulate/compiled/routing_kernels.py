@@ -16,7 +16,7 @@ COVER, NEAREST = 0, 1
 
 @jit
 def mix(request: Any, pair: Any) -> Any:  # pragma: no cover - compiled
-    """See :func:`prism_plan.simulate.routes.mix`."""
+    """See :func:`prism_plan.simulate.routing_policies.mix`."""
     x = np.uint64(request) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(pair) + np.uint64(1)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

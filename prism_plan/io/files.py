@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from prism_plan.errors import InputError, OutputError
+from prism_plan.io.open_file import OpenFile
 from prism_plan.limits import MAX_NESTING, MAX_TEXT_BYTES, MAX_VALUE_BYTES
-from prism_plan.open_file import OpenFile
 
 
 def _reason(error: OSError) -> str:

@@ -13,8 +13,8 @@ from prism_plan.model import require_same_model
 from prism_plan.objective import RemoteScore, StepScore, score, step_score, violations, worst
 from prism_plan.placement import Placement
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
+from prism_plan.token_rates import expected_workload
 from prism_plan.trace import Trace
-from prism_plan.workload import expected_workload
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +114,7 @@ class Comparison:
 
         Columns and errors are those of :func:`prism_plan.comparison_frame`.
         """
-        from prism_plan.frames import comparison_frame
+        from prism_plan.evaluate.frames import comparison_frame
 
         return comparison_frame(self.to_json(), level)
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prism_plan.files import atomic_path
+from prism_plan.io.files import atomic_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from prism_plan.simulation import Simulation
+    from prism_plan.evaluate.simulation import Simulation
 
 
 def request_table(simulation: Simulation) -> pa.Table:

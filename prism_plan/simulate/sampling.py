@@ -10,14 +10,14 @@ import numpy.typing as npt
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_SEED, require_whole
-from prism_plan.simulate.arrivals import MOST_REQUESTS, arrivals_before, arrivals_by_number
-from prism_plan.simulate.demand import Demand, demand
-from prism_plan.simulate.drawing import POOL, draw_prompts
-from prism_plan.simulate.fixed_times import DRAW, MOST_S, Arriving, FixedArrivals, look_up
-from prism_plan.simulate.prompts import RequestList, gather_prompts, list_requests
+from prism_plan.simulate.arrival_rates import Demand, demand
+from prism_plan.simulate.arrival_trace import DRAW, MOST_S, Arriving, FixedArrivals, look_up
+from prism_plan.simulate.phase_schedule import PhaseStart, Schedule
+from prism_plan.simulate.poisson_arrivals import MOST_REQUESTS, arrivals_before, arrivals_by_number
+from prism_plan.simulate.random_streams import Source, stream
+from prism_plan.simulate.recorded_prompts import RequestList, gather_prompts, list_requests
 from prism_plan.simulate.requests import Prompts, Requests
-from prism_plan.simulate.schedule import PhaseStart, Schedule
-from prism_plan.simulate.streams import Source, stream
+from prism_plan.simulate.synthetic_prompts import POOL, draw_prompts
 from prism_plan.trace import Trace
 
 __all__ = ["Prompts", "Requests", "sample_requests"]
@@ -49,7 +49,7 @@ def sample_requests(
     ----------
     trace : Trace
         A prompt is one of its requests, uniformly from those of the task, with replacement. Of a
-        counts-only trace, prompts are drawn: see :mod:`prism_plan.simulate.drawing`.
+        counts-only trace, prompts are drawn: see :mod:`prism_plan.simulate.synthetic_prompts`.
     cluster : Cluster
         Servers with ``tasks`` have users: Poisson arrivals of mean ``arrival_interval_s``.
     requests_per_server : int

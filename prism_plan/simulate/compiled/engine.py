@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.moves import Step
-from prism_plan.simulate import loop, tables
+from prism_plan.placement_diff import Step
+from prism_plan.simulate.compiled import engine_state as tables
+from prism_plan.simulate.compiled import event_loop as loop
+from prism_plan.simulate.compiled.heap import push
+from prism_plan.simulate.compiled.migration_kernels import begin_steps
 from prism_plan.simulate.engine import Ints, Outcome
 from prism_plan.simulate.events import ARRIVAL, RANK, Event, Log
-from prism_plan.simulate.heap import push
-from prism_plan.simulate.moving import begin_steps
 from prism_plan.simulate.scenario import Scenario
 
 #: Route `cover` tries every set of a token's missing experts; 2^K of them.

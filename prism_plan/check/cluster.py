@@ -12,8 +12,8 @@ from prism_plan.limits import MAX_EXPERTS
 from prism_plan.model import ModelSpec
 from prism_plan.solvers.contract import Options
 from prism_plan.solvers.registry import get_solver
+from prism_plan.token_rates import require_users
 from prism_plan.trace import Trace
-from prism_plan.workload import require_users
 
 #: Seconds for the proof that experts of unequal size do, or do not, pack onto the GPUs.
 PACKING_LIMIT_S = 60.0

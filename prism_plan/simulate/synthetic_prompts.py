@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
+from prism_plan.simulate.random_streams import Source, stream
 from prism_plan.simulate.requests import Prompts
-from prism_plan.simulate.streams import Source, stream
 from prism_plan.trace import Trace
 
 #: Parts of the gap between teeth: the error of a probability is below 1e-9.

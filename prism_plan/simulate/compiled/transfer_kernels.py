@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from prism_plan.jit import jit
+from prism_plan.simulate.compiled.engine_state import QUEUED, Links
+from prism_plan.simulate.compiled.heap import push
 from prism_plan.simulate.events import ARRIVED, FREED, RETURNED
-from prism_plan.simulate.heap import push
-from prism_plan.simulate.tables import QUEUED, Links
 
 Array = Any
 

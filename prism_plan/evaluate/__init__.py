@@ -1,0 +1,1 @@
+"""Placements evaluated: compared, simulated, swept over conditions; tables of results."""
