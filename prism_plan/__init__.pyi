@@ -31,7 +31,7 @@ from .errors import (
     PrismError as PrismError,
 )
 from .errors import (
-    SolverRefused as SolverRefused,
+    UnsupportedFeature as UnsupportedFeature,
 )
 from .errors import (
     WrongModel as WrongModel,

@@ -5,7 +5,7 @@
     PrismError                 exit code
     ├── InputError             2   a file or a parameter is wrong
     │   └── WrongModel         2   two files speak of different models
-    ├── SolverRefused          2   the solver has no rule for what was asked
+    ├── UnsupportedFeature          2   the solver has no rule for what was asked
     ├── OutputError            2   a result cannot be written where it was asked for
     ├── Infeasible             3   no placement can exist: which constraint, by how much
     └── LimitReached           4   a limit ended the search before a placement was found
@@ -109,7 +109,7 @@ class WrongModel(InputError):
     """Two files speak of different models."""
 
 
-class SolverRefused(PrismError):
+class UnsupportedFeature(PrismError):
     """The solver has no rule for what was asked; the message names solvers that have one."""
 
 

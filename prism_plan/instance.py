@@ -18,7 +18,7 @@ from prism_plan.token_rates import Workload, activations, expected_workload, req
 from prism_plan.trace import Trace
 
 #: Activations are zero or within these bounds, so that sums and ratios of them are numbers too.
-LEAST_CALLS, MOST_CALLS = 1e-100, 1e100
+MIN_CALLS, MAX_CALLS = 1e-100, 1e100
 
 Pairs = Sequence[tuple[int, int, int]]
 
@@ -86,14 +86,14 @@ class Instance:
         shape = (self.num_servers, self.model.num_layers, self.model.num_experts)
         if given.shape != shape:
             raise InputError(f"shape {given.shape}", place="activations", expected=f"{shape}")
-        bad = ~((given == 0) | ((given >= LEAST_CALLS) & (given <= MOST_CALLS)))
+        bad = ~((given == 0) | ((given >= MIN_CALLS) & (given <= MAX_CALLS)))
         if bad.any():
             n, layer, expert = (int(i) for i in np.argwhere(bad)[0])
             raise InputError(
                 f"{given[n, layer, expert]}",
                 place=f"activations of server {self.servers[n]!r} "
                 + self.model.pair_text(layer * self.model.num_experts + expert),
-                expected=f"0, or a number from {LEAST_CALLS:g} to {MOST_CALLS:g}",
+                expected=f"0, or a number from {MIN_CALLS:g} to {MAX_CALLS:g}",
             )
         given = given + 0.0  # turns -0.0 into 0.0
         given.setflags(write=False)

@@ -18,7 +18,7 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, PrismError
 from prism_plan.evaluate.simulation import SimulationOptions, require_able
 from prism_plan.instance import Instance
-from prism_plan.io.requests import MOST_REQUESTS, Request, request_of
+from prism_plan.io.requests import MAX_REQUESTS, Request, request_of
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
 from runtime_adapter.control.rules import rules_of
@@ -73,7 +73,7 @@ def prepare(
         A prompt has no tokens, or is longer than the model's context; names the line.
     """
     return [
-        _job(request, server * MOST_REQUESTS + at, tokenizer, checkpoint, max_new_tokens, source)
+        _job(request, server * MAX_REQUESTS + at, tokenizer, checkpoint, max_new_tokens, source)
         for at, request in enumerate(requests)
     ]
 
@@ -125,7 +125,7 @@ def prepare_stream(
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
         now_s = max(time.monotonic() - begin_s, 0.0)
-        at = server * MOST_REQUESTS + (number - 1) % MOST_REQUESTS
+        at = server * MAX_REQUESTS + (number - 1) % MAX_REQUESTS
         if not line.strip():
             continue
         request = Request(number, "", at_s=now_s)
@@ -314,7 +314,7 @@ def moving(
     ------
     InputError
         The placement breaks a rule of the cluster.
-    SolverRefused
+    UnsupportedFeature
         The migration policy has no rule for what the cluster asks.
     """
     spec = checkpoint.spec

@@ -21,11 +21,11 @@ from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement
-from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.solvers import solve
 from prism_plan.trace import Trace
+from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 
 SPEC = ModelSpec(
     name="tiny",

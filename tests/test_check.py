@@ -18,8 +18,8 @@ from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.placement import InputFile
-from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import solve
+from tests.profiling.synthetic import synthetic_trace
 
 SPEC = ModelSpec(
     name="tiny",

@@ -17,8 +17,8 @@ from prism_plan.io.placement import placement_schema, read_placement
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
-from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import SOLVER_NAMES
+from tests.profiling.synthetic import synthetic_trace
 
 Run = Callable[..., CompletedProcess[str]]
 ROOT = Path(__file__).resolve().parent.parent

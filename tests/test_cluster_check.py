@@ -26,10 +26,10 @@ from prism_plan.io.simulation import read_simulation
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.objective import violations
-from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import solve
 from prism_plan.token_rates import require_users
 from prism_plan.trace import Trace
+from tests.profiling.synthetic import synthetic_trace
 from tests.simulation_material import invoke
 
 Run = Callable[..., CompletedProcess[str]]

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import pytest
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import InputError, SolverRefused
+from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.evaluate.comparison import compare
 from prism_plan.instance import Instance
 from prism_plan.model import ModelSpec
 from prism_plan.objective import score, step_score
-from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
 from prism_plan.token_rates import expected_workload
 from prism_plan.trace import Trace
+from tests.profiling.synthetic import synthetic_trace
 
 SPEC = ModelSpec(
     name="tiny",
@@ -95,7 +95,7 @@ def test_refusals_are_notes(trace: Trace, cluster: Cluster) -> None:
     assert all(row.note == "" for row in result.rows)
     wide = compare(trace, cluster, solvers=["prism", "exact"], min_replicas=1)
     assert [row.note for row in wide.rows] == ["", ""]
-    with pytest.raises(SolverRefused):
+    with pytest.raises(UnsupportedFeature):
         compare(trace, cluster, solvers=["prism"], min_replicas=2)
 
 

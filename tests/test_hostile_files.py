@@ -26,9 +26,9 @@ from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import PRESETS, ModelSpec
-from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import solve
 from tests.hostile import placement, write_bombs
+from tests.profiling.synthetic import synthetic_trace
 
 COMMAND = [sys.executable, "-m", "prism_plan"]
 #: Only a real hang takes so long, on however busy a machine.

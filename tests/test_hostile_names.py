@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from prism_plan.io.trace_writer import write_trace
-from tests.profiling.synthetic import synthetic_trace
 from prism_plan.text import is_printable
+from tests.profiling.synthetic import synthetic_trace
 from tests.test_cli import SPEC
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]

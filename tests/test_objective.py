@@ -17,10 +17,10 @@ from prism_plan.kernels import smallest_cover
 from prism_plan.model import ModelShape, ModelSpec
 from prism_plan.objective import remote_score, score, step_score, violations, worst
 from prism_plan.placement import Placement, Plan
-from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import solve
 from prism_plan.token_rates import Workload, expected_workload
 from prism_plan.trace import Trace
+from tests.profiling.synthetic import synthetic_trace
 
 SPEC = ModelSpec(
     name="tiny",

@@ -17,7 +17,7 @@ import prism_plan
 from prism_plan.cli.boundary import run_command
 from prism_plan.cli.command_options import option_names
 from prism_plan.cli.main import cli
-from prism_plan.errors import InputError, LimitReached, SolverRefused
+from prism_plan.errors import InputError, LimitReached, UnsupportedFeature
 from prism_plan.evaluate.simulation import SimulationOptions
 from runtime_adapter.cli import cli as runtime_cli
 from studies.testbed import command as testbed_command
@@ -121,7 +121,7 @@ def test_a_python_caller_reads_the_names_of_python() -> None:
 
 def test_names_outlast_processes_and_files() -> None:
     """An error that comes from a worker process, or is told to be of a file, keeps its names."""
-    error = SolverRefused("use ``seed`` 1")
+    error = UnsupportedFeature("use ``seed`` 1")
     assert pickle.loads(pickle.dumps(error)).line({"seed": "--seed"}) == "use --seed 1"
     wrong = InputError("2", remedy="lower ``seed``").within("a.toml")
     assert str(wrong) == "a.toml: 2; lower seed"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import Infeasible, InputError, SolverRefused, WrongModel
+from prism_plan.errors import Infeasible, InputError, UnsupportedFeature, WrongModel
 from prism_plan.evaluate import simulation
 from prism_plan.evaluate.simulation import (
     Simulation,
@@ -24,11 +24,11 @@ from prism_plan.evaluate.simulation import (
 )
 from prism_plan.instance import Instance
 from prism_plan.placement import Placement
-from tests.profiling.synthetic import synthetic_trace
 from prism_plan.simulate.phase_schedule import Phase, Schedule
 from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.requests import Requests
 from prism_plan.trace import Trace
+from tests.profiling.synthetic import synthetic_trace
 from tests.simulation_material import (
     SPEC,
     planned,
@@ -557,7 +557,7 @@ def test_policies_that_lack_a_rule() -> None:
     """What the first review would refuse is refused before the run, by the option's name."""
     trace, cluster = small_trace(), small_cluster(('name = "a"', 'name = "a"\nlayer_cap = 7'))
     plans, requests = planned(trace, cluster, "exact"), sampled(trace, cluster, 2)
-    with pytest.raises(SolverRefused, match=r"^migrate_solver: 'prism' .*layer caps; .*exact"):
+    with pytest.raises(UnsupportedFeature, match=r"^migrate_solver: 'prism' .*layer caps; .*exact"):
         simulate_placements(plans, requests, trace, cluster, SimulationOptions(migrate="prism"))
     for options in (
         SimulationOptions(migrate="prism", migrate_solver="exact"),
@@ -577,7 +577,9 @@ def test_experts_of_unequal_size_have_no_partial_move() -> None:
         ("slots = 3", "memory_gb = 0.5"),
     )
     plans, requests = planned(trace, cluster, "ilp"), sampled(trace, cluster, 2)
-    with pytest.raises(SolverRefused, match=r"^migrate: 'partial' has no rule for .*unequal size"):
+    with pytest.raises(
+        UnsupportedFeature, match=r"^migrate: 'partial' has no rule for .*unequal size"
+    ):
         simulate_placements(plans, requests, trace, cluster, SimulationOptions(migrate="partial"))
     options = SimulationOptions(migrate="prism", migrate_solver="ilp", migrate_every_s=0.01)
     assert simulate_placements(plans, requests, trace, cluster, options).runs[0].migrations

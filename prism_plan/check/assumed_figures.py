@@ -9,9 +9,9 @@ from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link
 #: Figures that say how fast a GPU computes; the other one says how fast it loads experts.
 COMPUTE_FIGURES = tuple(key for key in GPU_FIGURES if key != "load_gbs")
 #: Names that are written out before "and n more".
-MOST_NAMES = 3
+MAX_NAMES = 3
 #: Longer names are cut.
-MOST_LETTERS = 40
+MAX_LETTERS = 40
 
 
 def assumed_figures(
@@ -78,11 +78,11 @@ def _links_used(cluster: Cluster) -> list[str]:
 
 def shortened(name: str) -> str:
     """A name of bounded length for a message."""
-    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…"
+    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…"
 
 
 def listed(names: Sequence[str] | Iterable[str]) -> str:
-    """Names for a message: the first :data:`MOST_NAMES`, and how many more there are."""
+    """Names for a message: the first :data:`MAX_NAMES`, and how many more there are."""
     shown = [shortened(name) for name in names]
-    more = len(shown) - MOST_NAMES
-    return ", ".join(shown[:MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(shown) - MAX_NAMES
+    return ", ".join(shown[:MAX_NAMES]) + (f" and {more:,} more" if more > 0 else "")

@@ -18,7 +18,7 @@ from prism_plan.trace import Trace
 #: Seconds for the proof that experts of unequal size do, or do not, pack onto the GPUs.
 PACKING_LIMIT_S = 60.0
 #: Without a model, rules are followed up to so many (server, layer, expert) triples.
-MOST_TRIPLES = 10_000_000
+MAX_TRIPLES = 10_000_000
 
 
 def require_plannable(
@@ -47,7 +47,7 @@ def require_plannable(
     if model is not None:
         return require_placement(Instance.of_cluster(cluster, model))
     smallest = _smallest_model(cluster)
-    if cluster.num_servers * smallest.num_pairs > MOST_TRIPLES:
+    if cluster.num_servers * smallest.num_pairs > MAX_TRIPLES:
         return ("pin and forbid not followed: that needs a trace or a model",)
     try:
         return require_placement(Instance.of_cluster(cluster, smallest))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import InputError, SolverRefused
+from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.instance import Instance
 from prism_plan.model import require_same_model
 from prism_plan.objective import RemoteScore, StepScore, score, step_score, violations, worst
@@ -158,7 +158,7 @@ def compare(
         progress(name)
         try:
             placement = solve(instance, name, options)
-        except SolverRefused as error:
+        except UnsupportedFeature as error:
             if solvers is not None and len(solvers) == 1:
                 raise
             rows.append(Row(name, note=str(error)))

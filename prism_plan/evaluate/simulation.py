@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import Infeasible, InputError, SolverRefused, did_you_mean
+from prism_plan.errors import Infeasible, InputError, UnsupportedFeature, did_you_mean
 from prism_plan.instance import Instance
 from prism_plan.io.files import printable, write_bytes
 from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
@@ -39,7 +39,7 @@ from prism_plan.simulate.scenario import Scenario
 from prism_plan.simulate.timing import timing
 from prism_plan.solvers.contract import Options, Rule
 from prism_plan.solvers.packing import pack_on_gpus
-from prism_plan.solvers.registry import get_solver, solvers_that_know
+from prism_plan.solvers.registry import get_solver, solvers_supporting
 from prism_plan.solvers.run import rules_asked
 from prism_plan.trace import Trace
 
@@ -56,9 +56,9 @@ ENGINES: Mapping[str, Callable[[Scenario], Engine]] = {
 _EVENTS: Mapping[str, int] = {"compiled": CHUNK, "reference": 2000}
 
 #: Longer times are mistyped, and products of them no numbers any more.
-MOST_S = 1e12
+MAX_S = 1e12
 #: More reviews than this are a mistyped period: they would take longer than what they review.
-MOST_REVIEWS = 100_000
+MAX_REVIEWS = 100_000
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class SimulationOptions:
     def __post_init__(self) -> None:
         for name in ("migrate_every_s", "horizon_s", "time_limit_s"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= MOST_S:
+            if value is not None and not 0 < value <= MAX_S:
                 raise InputError(
-                    f"{value}", parameter=name, expected=f"seconds above 0, at most {MOST_S:g}"
+                    f"{value}", parameter=name, expected=f"seconds above 0, at most {MAX_S:g}"
                 )
         if self.half_life_s is not None and not self.half_life_s > 0:
             raise InputError(
@@ -294,7 +294,7 @@ def simulate_placements(
         A placement is of another model than the trace.
     Infeasible
         A GPU is too small for what must reside on it.
-    SolverRefused
+    UnsupportedFeature
         The migration policy has no rule for what the cluster asks.
     """
     options = options or SimulationOptions()
@@ -399,17 +399,17 @@ def require_able(rules: Instance, options: SimulationOptions) -> None:
     """Refuse at once what the first review would refuse after so much work."""
     if options.migrate == "partial":
         if not rules.in_slots:
-            raise SolverRefused(
+            raise UnsupportedFeature(
                 f"``migrate``: 'partial' has no rule for {Rule.UNEQUAL_BYTES}; 'prism' has"
             )
         return
     asked = rules_asked(rules, Options(seed=options.seed))
     lacking = asked - get_solver(options.migrate_solver).knows
     if lacking:
-        raise SolverRefused(
+        raise UnsupportedFeature(
             f"``migrate_solver``: {options.migrate_solver!r} has no rule for "
             f"{' and '.join(sorted(lacking))}; solvers that have: "
-            f"{', '.join(solvers_that_know(asked)) or 'none'}"
+            f"{', '.join(solvers_supporting(asked)) or 'none'}"
         )
 
 
@@ -417,11 +417,11 @@ def _require_few_reviews(options: SimulationOptions, requests: Requests) -> None
     if options.migrate == "never" or not len(requests):
         return
     reviews = float(requests.arrival_s[-1]) / options.migrate_every_s
-    if reviews > MOST_REVIEWS:
+    if reviews > MAX_REVIEWS:
         raise InputError(
             f"{options.migrate_every_s:g} s: {reviews:,.0f} reviews before the last request",
             parameter="migrate_every_s",
-            expected=f"at most {MOST_REVIEWS:,}",
+            expected=f"at most {MAX_REVIEWS:,}",
             remedy="review less often",
         )
 

@@ -18,9 +18,9 @@ from prism_plan.io.sweep import COLUMNS, OK
 from prism_plan.limits import MAX_REPLICAS, MAX_RUNS, MAX_SEED, require_whole
 from prism_plan.placement import OFFLOAD, Placement
 from prism_plan.simulate.calibration import Calibration
-from prism_plan.simulate.poisson_arrivals import MOST_REQUESTS
+from prism_plan.simulate.poisson_arrivals import MAX_REQUESTS
 from prism_plan.simulate.report import Run
-from prism_plan.simulate.sampling import MOST_PROMPT_TOKENS, sample_requests
+from prism_plan.simulate.sampling import MAX_PROMPT_TOKENS, sample_requests
 from prism_plan.solvers import SOLVER_NAMES, Options, get_solver, solve
 from prism_plan.token_rates import require_users
 from prism_plan.trace import Trace
@@ -169,10 +169,10 @@ class SweepOptions:
     simulation: SimulationOptions = dataclasses.field(default_factory=SimulationOptions)
 
     def __post_init__(self) -> None:
-        require_whole(self.requests_per_server, 1, MOST_REQUESTS, "requests_per_server")
-        require_whole(self.burst, 1, MOST_REQUESTS, "burst")
-        require_whole(self.decode_tokens, 0, MOST_PROMPT_TOKENS, "decode_tokens")
-        require_whole(self.prompt_tokens, 0, MOST_PROMPT_TOKENS, "prompt_tokens")
+        require_whole(self.requests_per_server, 1, MAX_REQUESTS, "requests_per_server")
+        require_whole(self.burst, 1, MAX_REQUESTS, "burst")
+        require_whole(self.decode_tokens, 0, MAX_PROMPT_TOKENS, "decode_tokens")
+        require_whole(self.prompt_tokens, 0, MAX_PROMPT_TOKENS, "prompt_tokens")
         require_whole(self.min_replicas, 1, MAX_REPLICAS, "min_replicas")
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise InputError(

@@ -16,7 +16,7 @@ from prism_plan.errors import InputError
 from prism_plan.io.declared import Declared, NotBlank, validated_line
 from prism_plan.io.files import lines_of, read_text
 from prism_plan.limits import MAX_ARRIVALS, require_at_most
-from prism_plan.simulate.arrival_trace import MOST_S, Arrival, FixedArrivals
+from prism_plan.simulate.arrival_trace import MAX_S, Arrival, FixedArrivals
 
 EXAMPLE = '{"server": …, "at_s": …}'
 
@@ -25,7 +25,7 @@ class ArrivalLine(Declared):
     """One request: where and when."""
 
     server: NotBlank
-    at_s: Annotated[float, Field(ge=0, le=MOST_S)] = Field(description="Seconds from the start.")
+    at_s: Annotated[float, Field(ge=0, le=MAX_S)] = Field(description="Seconds from the start.")
     task: NotBlank | None = None
     request: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
         default=None, description="Id of a request of the trace."

@@ -192,7 +192,7 @@ _EXPECTED = {
     "tuple_type": "a list",
 }
 #: Errors that are sorted by their place in the file; of more the first may not be told.
-_MOST_ERRORS = 1_000
+_MAX_ERRORS = 1_000
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 _SHORT.maxdict = _SHORT.maxlist = 3
@@ -214,7 +214,7 @@ def _told(
     """The first of the errors as ours; that a file is of another format or version comes first."""
     ranks: dict[int, dict[Any, int]] = {}
     error = min(
-        itertools.islice(errors, _MOST_ERRORS),
+        itertools.islice(errors, _MAX_ERRORS),
         key=lambda e: (e["loc"] not in (("format",), ("version",)), _rank(values, e["loc"], ranks)),
     )
     context = {

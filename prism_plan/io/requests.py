@@ -13,7 +13,7 @@ from prism_plan.io.files import lines_of, read_text
 from prism_plan.limits import require_at_most
 
 #: Requests are numbered over all servers, as the route ``spread`` needs it.
-MOST_REQUESTS = 1 << 20
+MAX_REQUESTS = 1 << 20
 
 
 Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
@@ -54,7 +54,7 @@ def read_requests(path: str | os.PathLike[str]) -> list[Request]:
     for number, text in enumerate(lines_of(read_text(path)), start=1):
         if text.strip():
             found.append(request_of(text, path, number))
-            require_at_most(len(found), MOST_REQUESTS, "requests", source=path)
+            require_at_most(len(found), MAX_REQUESTS, "requests", source=path)
     return sorted(found, key=lambda request: request.at_s)
 
 

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.errors import InputError, SolverRefused, did_you_mean
-from prism_plan.instance import LEAST_CALLS, Instance
+from prism_plan.errors import InputError, UnsupportedFeature, did_you_mean
+from prism_plan.instance import MIN_CALLS, Instance
 from prism_plan.migration.cost import MigrationCost, communication_s, migration_s
 from prism_plan.objective import remote_score, violations
 from prism_plan.placement import Placement, Plan
@@ -20,7 +20,7 @@ from prism_plan.solvers.certificate import worth_bound
 from prism_plan.solvers.contract import Options, Rule
 from prism_plan.solvers.exact import TOLERANCE, solve_flow
 from prism_plan.solvers.packing import pack_on_gpus
-from prism_plan.solvers.registry import SOLVER_NAMES, solvers_that_know
+from prism_plan.solvers.registry import SOLVER_NAMES, solvers_supporting
 from prism_plan.solvers.run import solve
 
 Floats = npt.NDArray[np.float64]
@@ -129,10 +129,10 @@ def review(
     ------
     InputError
         Rates that are no rates, or a standing placement that breaks a constraint of the instance.
-    SolverRefused
+    UnsupportedFeature
         The policy or its solver has no rule for what the instance asks.
     """
-    faint = (rates > 0) & (rates < LEAST_CALLS)  # what a window has left of old calls
+    faint = (rates > 0) & (rates < MIN_CALLS)  # what a window has left of old calls
     weighing = _Weighing(
         policy,
         current,
@@ -242,8 +242,8 @@ def _partial(weighing: _Weighing) -> Review:
     that of a load by itself down to nothing; of unequal GPUs some load on the fastest alone.
     """
     if not weighing.instance.in_slots:
-        able = solvers_that_know(frozenset({Rule.UNEQUAL_BYTES}))
-        raise SolverRefused(
+        able = solvers_supporting(frozenset({Rule.UNEQUAL_BYTES}))
+        raise UnsupportedFeature(
             f"migration policy 'partial' has no rule for {Rule.UNEQUAL_BYTES}; use policy 'prism' "
             f"with a solver that has: {', '.join(able)}"
         )
@@ -275,7 +275,7 @@ def _moves(weighing: _Weighing) -> Iterator[Placement]:
         yield _flow(weighing, instance, fastest_s * scale)
         if not equal:
             yield _flow(weighing, _slower_gpus_kept(weighing), fastest_s * scale)
-    with contextlib.suppress(SolverRefused):  # then policy `prism` could not move at all
+    with contextlib.suppress(UnsupportedFeature):  # then policy `prism` could not move at all
         yield _solver_candidate(weighing)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _COLOUR = "#444444"
 #: Beyond so many phases a name has no room: they are only marked.
-_MOST_NAMES = 40
+_MAX_NAMES = 40
 
 
 def mark_phases(panels: Sequence[Axes], phases: Sequence[Phase], end_s: float, most: int) -> Any:
@@ -57,7 +57,7 @@ def mark_phases(panels: Sequence[Axes], phases: Sequence[Phase], end_s: float, m
                     at_s, everywhere_at_s, color=_COLOUR, alpha=0.12, linewidth=0, zorder=0
                 )
             axes.axvline(at_s, color=_COLOUR, linestyle=(0, (5, 3)), linewidth=1.1, zorder=1.5)
-    if len(begins) <= _MOST_NAMES:
+    if len(begins) <= _MAX_NAMES:
         ends = [at_s for at_s, _ in begins[1:]] + [end_s]
         for begin, until_s in zip(begins, ends, strict=True):
             here = int(most * (until_s - begin[0]) / end_s) if begin[0] < end_s else 0

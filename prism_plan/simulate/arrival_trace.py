@@ -16,7 +16,7 @@ from prism_plan.trace import Trace
 #: In place of a code or an index: it is to be drawn.
 DRAW = -1
 #: Times beyond this, in seconds, are a mistake.
-MOST_S = 1e12
+MAX_S = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Arrival:
     Raises
     ------
     InputError
-        The time is negative, NaN, infinite or beyond :data:`MOST_S`.
+        The time is negative, NaN, infinite or beyond :data:`MAX_S`.
     """
 
     server: str
@@ -36,11 +36,11 @@ class Arrival:
     line: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.at_s <= MOST_S:  # NaN is neither
+        if not 0 <= self.at_s <= MAX_S:  # NaN is neither
             raise InputError(
                 f"{self.at_s}",
                 place=f"line {self.line}: at_s",
-                expected=f"seconds from the start, 0 to {MOST_S:g}",
+                expected=f"seconds from the start, 0 to {MAX_S:g}",
             )
 
 

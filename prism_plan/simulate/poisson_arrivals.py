@@ -10,7 +10,7 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 
 #: More requests of one server than this are a mistyped number: they would not fit in memory.
-MOST_REQUESTS = 10_000_000
+MAX_REQUESTS = 10_000_000
 
 #: Mean seconds between requests, [n], for requests of the numbers [n].
 Intervals = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]
@@ -36,7 +36,7 @@ def arrivals_before(
     Raises
     ------
     InputError
-        More than :data:`MOST_REQUESTS` would arrive.
+        More than :data:`MAX_REQUESTS` would arrive.
     """
     start = rng.bit_generator.state
     bursts = 64
@@ -44,9 +44,9 @@ def arrivals_before(
         rng.bit_generator.state = start  # anew, so that the times are those of any longer run
         times = _times(rng, interval_s, bursts, burst)
         before = int(np.searchsorted(times, duration_s))
-        if before * burst > MOST_REQUESTS:
+        if before * burst > MAX_REQUESTS:
             raise InputError(
-                f"more than {MOST_REQUESTS:,} requests of one server in {duration_s:g} s",
+                f"more than {MAX_REQUESTS:,} requests of one server in {duration_s:g} s",
                 parameter="duration_s",
                 remedy="simulate a shorter time, or give a larger arrival_interval_s",
             )

@@ -11,9 +11,9 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_SEED, require_whole
 from prism_plan.simulate.arrival_rates import Demand, demand
-from prism_plan.simulate.arrival_trace import DRAW, MOST_S, Arriving, FixedArrivals, look_up
+from prism_plan.simulate.arrival_trace import DRAW, MAX_S, Arriving, FixedArrivals, look_up
 from prism_plan.simulate.phase_schedule import PhaseStart, Schedule
-from prism_plan.simulate.poisson_arrivals import MOST_REQUESTS, arrivals_before, arrivals_by_number
+from prism_plan.simulate.poisson_arrivals import MAX_REQUESTS, arrivals_before, arrivals_by_number
 from prism_plan.simulate.random_streams import Source, stream
 from prism_plan.simulate.recorded_prompts import RequestList, gather_prompts, list_requests
 from prism_plan.simulate.requests import Prompts, Requests
@@ -23,7 +23,7 @@ from prism_plan.trace import Trace
 __all__ = ["Prompts", "Requests", "sample_requests"]
 
 #: Longer prompts than this are a mistake: of drawn ones, memory would be full of them.
-MOST_PROMPT_TOKENS = 2**17
+MAX_PROMPT_TOKENS = 2**17
 
 
 def sample_requests(
@@ -82,10 +82,10 @@ def sample_requests(
         prompt's phases are, or no request results.
     """
     _check_options(duration_s, burst, schedule, arrivals)
-    require_whole(requests_per_server, 1, MOST_REQUESTS, "requests_per_server")
-    require_whole(burst, 1, MOST_REQUESTS, "burst")
-    require_whole(decode_tokens, 0, MOST_PROMPT_TOKENS, "decode_tokens")
-    require_whole(prompt_tokens, 0, MOST_PROMPT_TOKENS, "prompt_tokens")
+    require_whole(requests_per_server, 1, MAX_REQUESTS, "requests_per_server")
+    require_whole(burst, 1, MAX_REQUESTS, "burst")
+    require_whole(decode_tokens, 0, MAX_PROMPT_TOKENS, "decode_tokens")
+    require_whole(prompt_tokens, 0, MAX_PROMPT_TOKENS, "prompt_tokens")
     require_whole(seed, 0, MAX_SEED, "seed")
     if trace.kind == "counts" and prompt_tokens + decode_tokens == 0:
         raise InputError("0, and 0 decode tokens", parameter="prompt_tokens", expected="a token")
@@ -212,9 +212,9 @@ def _check_options(
     arrivals: FixedArrivals | None,
 ) -> None:
     """Options that contradict each other, and the one that is no whole number."""
-    if duration_s is not None and not 0 < duration_s <= MOST_S:  # NaN is neither
+    if duration_s is not None and not 0 < duration_s <= MAX_S:  # NaN is neither
         raise InputError(
-            f"{duration_s}", parameter="duration_s", expected=f"seconds above 0, at most {MOST_S:g}"
+            f"{duration_s}", parameter="duration_s", expected=f"seconds above 0, at most {MAX_S:g}"
         )
     if arrivals is None:
         return

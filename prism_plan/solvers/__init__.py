@@ -1,7 +1,7 @@
 """Solvers under one contract, by the names that the command line gives them."""
 
 from prism_plan.solvers.contract import Answer, Options, Rule, Solver
-from prism_plan.solvers.registry import SOLVER_NAMES, get_solver, solvers_that_know
+from prism_plan.solvers.registry import SOLVER_NAMES, get_solver, solvers_supporting
 from prism_plan.solvers.run import solve
 
 __all__ = [
@@ -12,5 +12,5 @@ __all__ = [
     "Solver",
     "get_solver",
     "solve",
-    "solvers_that_know",
+    "solvers_supporting",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.instance import MOST_CALLS, Instance
+from prism_plan.instance import MAX_CALLS, Instance
 from prism_plan.limits import MAX_SEED, require_whole
 from prism_plan.placement import Placement, Termination
 
@@ -64,11 +64,11 @@ class Options:
             )
         if self.backend not in ("highs", "cbc"):
             raise InputError(f"{self.backend!r}", parameter="backend", expected="highs or cbc")
-        if not 0 <= self.load_price <= MOST_CALLS:
+        if not 0 <= self.load_price <= MAX_CALLS:
             raise InputError(
                 f"{self.load_price}",
                 parameter="load_price",
-                expected=f"a number from 0 to {MOST_CALLS:g}",
+                expected=f"a number from 0 to {MAX_CALLS:g}",
             )
         if self.load_price > 0 and self.near is None:
             raise InputError(

@@ -39,6 +39,6 @@ def get_solver(name: str) -> Solver:
     return solver
 
 
-def solvers_that_know(rules: frozenset[Rule]) -> list[str]:
+def solvers_supporting(rules: frozenset[Rule]) -> list[str]:
     """Names of the solvers that have a rule for all of them."""
     return [name for name in SOLVER_NAMES if rules <= get_solver(name).knows]

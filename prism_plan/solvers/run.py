@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 
-from prism_plan.errors import SolverRefused
+from prism_plan.errors import UnsupportedFeature
 from prism_plan.feasibility import require_feasible
 from prism_plan.instance import Instance
 from prism_plan.model import require_same_model
@@ -14,7 +14,7 @@ from prism_plan.objective import remote_score, violations
 from prism_plan.placement import InputFile, Placement, Plan
 from prism_plan.solvers.contract import Answer, Options, Rule
 from prism_plan.solvers.packing import pack_on_gpus, standing_local
-from prism_plan.solvers.registry import get_solver, solvers_that_know
+from prism_plan.solvers.registry import get_solver, solvers_supporting
 
 
 def solve(
@@ -32,7 +32,7 @@ def solve(
     ------
     InputError
         No such solver; ``options.near`` is of another model.
-    SolverRefused
+    UnsupportedFeature
         The solver has no rule for what the instance asks.
     Infeasible
         No placement satisfies the instance.
@@ -47,9 +47,9 @@ def solve(
         )
     asked = rules_asked(instance, options)
     if not asked <= chosen.knows:
-        able = solvers_that_know(asked) or ["none"]
+        able = solvers_supporting(asked) or ["none"]
         lacking = " and ".join(sorted(asked - chosen.knows))
-        raise SolverRefused(
+        raise UnsupportedFeature(
             f"solver {solver!r} has no rule for {lacking}; solvers that have: {', '.join(able)}"
         )
     require_feasible(instance)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import Infeasible, InputError, PrismError, SolverRefused
+from prism_plan.errors import Infeasible, InputError, PrismError, UnsupportedFeature
 from prism_plan.evaluate.simulation import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.io.migration import migration_to_json
@@ -411,7 +411,7 @@ class Scheduler:
                 current, found.target, gpu_capacity=rules.gpu_capacity,
                 forbidden=rules.mask(rules.forbidden), priority=rates,
             )  # fmt: skip
-        except (Infeasible, InputError, SolverRefused) as error:
+        except (Infeasible, InputError, UnsupportedFeature) as error:
             self._note(f"a move was not made: {error}", once=True)
             return
         event |= {

@@ -37,7 +37,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 #: A call that finds its expert moved is sent again so often before the request fails.
-MOST_RETRIES = 50
+MAX_RETRIES = 50
 
 
 @dataclass(eq=False, slots=True)
@@ -138,7 +138,7 @@ class Dispatcher:
             if failed.any():
                 retries += 1
                 self.counters.count(retries=1)
-                if retries > MOST_RETRIES:
+                if retries > MAX_RETRIES:
                     raise RuntimeFailure(
                         f"layer {self.model.moe_layers[layer]}: holders of an expert keep saying "
                         "that they do not have it"

@@ -35,7 +35,7 @@ SOLVERS = ("uniform", "redundance", "smartmoe", "eplb", "layer-partition", "pris
 #: A sample of the processors is saturated from this share of busy time on.
 SATURATED = 0.97
 #: Runs with more saturated samples than this share are void.
-MOST_SATURATED = 0.1
+MAX_SATURATED = 0.1
 #: A void run is repeated so often.
 TRIES = 3
 PORT = 29400
@@ -326,7 +326,7 @@ def replay_one(
         frames = [bed.line(n) - lines[n] for n in range(len(names))]
         measured, window = measured_of(names, folder)
         processors.only(*window)  # servers that start keep them busy, and serve nobody
-        void = processors.saturated > MOST_SATURATED
+        void = processors.saturated > MAX_SATURATED
         if not void or attempts == TRIES:
             break
         time.sleep(2)

@@ -37,7 +37,7 @@ __all__ = ["INTERFACE", "Shape", "Testbed", "TestbedUnavailable", "Traffic"]
 
 #: The name of a server's interface, inside its namespace.
 INTERFACE = "prism0"
-MOST_SERVERS = 200
+MAX_SERVERS = 200
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 #: Settings below /proc/sys/net in a server's namespace. The congestion control is Linux's default,
@@ -90,8 +90,8 @@ class Testbed:
         burst_kb: float = 64.0,
         queue_kb: float = 16_000.0,
     ) -> None:
-        if not 1 <= servers <= MOST_SERVERS:
-            raise InputError(f"{servers}", parameter="servers", expected=f"1 to {MOST_SERVERS}")
+        if not 1 <= servers <= MAX_SERVERS:
+            raise InputError(f"{servers}", parameter="servers", expected=f"1 to {MAX_SERVERS}")
         if not 0 <= rtt_ms <= 60_000:
             raise InputError(f"{rtt_ms:g}", parameter="rtt_ms", expected="0 to 60000")
         self.shape = Shape(mbps, burst_kb, queue_kb)

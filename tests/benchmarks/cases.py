@@ -24,7 +24,6 @@ from prism_plan.io.trace_writer import TraceWriter, write_trace
 from prism_plan.model import PRESETS, ModelShape, ModelSpec
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
-from tests.profiling.synthetic import synthetic_trace
 from prism_plan.solvers import Options, solve
 from prism_plan.trace import TokenBatch, Trace
 from tests.benchmarks.simulations import (
@@ -35,6 +34,7 @@ from tests.benchmarks.simulations import (
     simulated_by_simpy,
     twins,
 )
+from tests.profiling.synthetic import synthetic_trace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ESFT_TASKS = ("intent", "law", "summary", "translation")

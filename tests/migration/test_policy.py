@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prism_plan.errors import InputError, SolverRefused
-from prism_plan.instance import LEAST_CALLS, Instance
+from prism_plan.errors import InputError, UnsupportedFeature
+from prism_plan.instance import MIN_CALLS, Instance
 from prism_plan.migration.cost import communication_s, migration_s
 from prism_plan.migration.policy import Policy, Review, review
 from prism_plan.migration.statistics import Counting, Cumulative, Window
@@ -519,7 +519,7 @@ def test_faded_rates_are_planned_with(kind: Any) -> None:
     rates[:, 0] = 0.0
     arguments = (instance, np.ones(4), np.full(6, 1e-6))
     clean = review(Policy(kind, 100.0), standing, rates, *arguments)
-    rates[:, 0] = LEAST_CALLS / 1e10
+    rates[:, 0] = MIN_CALLS / 1e10
     faded = review(Policy(kind, 100.0), standing, rates, *arguments)
     assert clean.target is not None
     assert faded.target is not None
@@ -549,7 +549,7 @@ def test_prism_refuses_what_its_solver_has_no_rule_for() -> None:
     """The refusal names solvers that know; with such a solver the policy works."""
     instance, standing = medium(np.random.default_rng(2), rules=True)
     arguments = (standing, instance.activations, instance, np.ones(4), np.full(6, 1e-6))
-    with pytest.raises(SolverRefused, match=r"solver 'prism' has no rule for .*exact"):
+    with pytest.raises(UnsupportedFeature, match=r"solver 'prism' has no rule for .*exact"):
         review(Policy("prism", 100.0), *arguments)
     found = review(Policy("prism", 100.0, solver="exact"), *arguments)
     assert found.target is not None
@@ -581,7 +581,9 @@ def test_experts_of_unequal_size() -> None:
     on_gpu = np.zeros((2, 2, 2), bool)
     on_gpu[0, :, 1] = on_gpu[1, :, 0] = True
     arguments = (placed(instance, on_gpu), rates, instance, np.ones(2), np.full(2, 1.0))
-    with pytest.raises(SolverRefused, match=r"unequal size.*'prism' with a solver that has: ilp"):
+    with pytest.raises(
+        UnsupportedFeature, match=r"unequal size.*'prism' with a solver that has: ilp"
+    ):
         review(Policy("partial", 10.0), *arguments)
     found = review(Policy("prism", 10.0, solver="ilp"), *arguments)
     assert (found.moved_experts, found.moved_bytes) == (4, 2020)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from prism_plan.model import PRESETS, ModelSpec
-from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 from prism_plan.trace import PHASES, TokenBatch, Trace
+from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 
 TINY = ModelSpec(
     name="tiny",

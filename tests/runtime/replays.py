@@ -23,9 +23,9 @@ from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement, Plan
-from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 from prism_plan.trace import Trace
 from tests.limits import HANG_S
+from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 
 #: Starting Python with PyTorch many times takes minutes on a machine that does other work.
 PATIENCE_S = HANG_S

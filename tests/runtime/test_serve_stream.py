@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from runtime_adapter.driver import (
     MAX_LINE_BYTES,
-    MOST_REQUESTS,
+    MAX_REQUESTS,
     Job,
     load_tokenizer,
     prepare_stream,
@@ -42,7 +42,7 @@ def test_lines_become_jobs_in_their_order(checkpoint: Checkpoint) -> None:
     assert (first.request.id, first.error, first.new_tokens) == ("x", None, 8)
     assert first.request.at_s >= 5.0
     assert (second.request.line, second.request.at_s, second.new_tokens) == (3, 900, 3)
-    assert (first.number, second.number) == (2 * MOST_REQUESTS, 2 * MOST_REQUESTS + 2)
+    assert (first.number, second.number) == (2 * MAX_REQUESTS, 2 * MAX_REQUESTS + 2)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_short_duration() -> None:
 @pytest.mark.parametrize("burst", [1, 1_000_000])
 def test_too_many(burst: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A duration of more requests than fit in memory is refused instead of filling it."""
-    monkeypatch.setattr("prism_plan.simulate.poisson_arrivals.MOST_REQUESTS", 1_000)
+    monkeypatch.setattr("prism_plan.simulate.poisson_arrivals.MAX_REQUESTS", 1_000)
     with pytest.raises(InputError, match="more than 1,000 requests") as caught:
         arrivals_before(generator(), every(1e-9), 1e9, burst)
     assert caught.value.parameter == "duration_s"

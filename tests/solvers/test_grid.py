@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from prism_plan.errors import Infeasible, SolverRefused
+from prism_plan.errors import Infeasible, UnsupportedFeature
 from prism_plan.instance import Instance
 from prism_plan.model import ModelShape
 from prism_plan.objective import remote_score, violations
-from prism_plan.solvers import SOLVER_NAMES, Options, Rule, get_solver, solve, solvers_that_know
+from prism_plan.solvers import SOLVER_NAMES, Options, Rule, get_solver, solve, solvers_supporting
 from prism_plan.solvers.brute_force import SOLVER as BRUTE_FORCE
 from tests.solvers.instances import random_instance
 
@@ -203,7 +203,7 @@ def test_unequal_sizes_are_refused(solver: str) -> None:
     """Solvers that count slots refuse experts of unequal size and name the one that does not."""
     model = ModelShape("mixed", (0, 1), 2, 1, (100, 50))
     instance = Instance(model, ("a",), np.ones((1, 2, 2)), ((400,),))
-    with pytest.raises(SolverRefused, match=r"unequal size; solvers that have: ilp"):
+    with pytest.raises(UnsupportedFeature, match=r"unequal size; solvers that have: ilp"):
         solve(instance, solver)
 
 
@@ -220,7 +220,7 @@ def test_heuristics_refuse_what_they_have_no_rule_for(solver: str) -> None:
         (instance, Options(near=old)),
     ]
     for changed, options in asked:
-        with pytest.raises(SolverRefused, match="solvers that have: ilp, exact"):
+        with pytest.raises(UnsupportedFeature, match="solvers that have: ilp, exact"):
             solve(changed, solver, options)
 
 
@@ -228,7 +228,7 @@ def test_knowledge_is_declared() -> None:
     """The exact flow knows all rules but unequal sizes; the ILP knows all."""
     assert get_solver("ilp").knows == frozenset(Rule)
     assert get_solver("exact").knows == frozenset(Rule) - {Rule.UNEQUAL_BYTES}
-    assert solvers_that_know(frozenset({Rule.UNEQUAL_BYTES})) == ["ilp"]
+    assert solvers_supporting(frozenset({Rule.UNEQUAL_BYTES})) == ["ilp"]
 
 
 @pytest.mark.parametrize("solver", SOLVER_NAMES)

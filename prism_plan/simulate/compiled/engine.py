@@ -19,7 +19,7 @@ from prism_plan.simulate.events import ARRIVAL, RANK, Event, Log
 from prism_plan.simulate.scenario import Scenario
 
 #: Route `cover` tries every set of a token's missing experts; 2^K of them.
-MOST_TOP_K = 16
+MAX_TOP_K = 16
 #: Between two looks at the clock and at Ctrl-C.
 CHUNK = 200_000
 
@@ -32,15 +32,15 @@ class CompiledEngine:
     Raises
     ------
     InputError
-        Route ``cover`` with more than :data:`MOST_TOP_K` experts a token.
+        Route ``cover`` with more than :data:`MAX_TOP_K` experts a token.
     """
 
     def __init__(self, scenario: Scenario, *, log: bool = False) -> None:
-        if scenario.route == "cover" and scenario.model.top_k > MOST_TOP_K:
+        if scenario.route == "cover" and scenario.model.top_k > MAX_TOP_K:
             raise InputError(
                 f"top_k {scenario.model.top_k}",
                 parameter="route",
-                expected=f"at most {MOST_TOP_K} for route cover",
+                expected=f"at most {MAX_TOP_K} for route cover",
                 remedy="use nearest or spread",
             )
         self.s = scenario
