@@ -25,10 +25,10 @@ from runtime_adapter.control.rules import rules_of
 from runtime_adapter.control.scheduler import SchedulerConfig
 from runtime_adapter.moe.dispatch import Dispatcher
 from runtime_adapter.moe.emulated_gpu import wait_until
-from runtime_adapter.moe.thread_dispatcher import Lanes
-from runtime_adapter.server import Movable, Server
+from runtime_adapter.moe.thread_dispatcher import ThreadLocalDispatcher
+from runtime_adapter.server import MigrationConfig, Server
 from runtime_adapter.transport.messages import require_tokens
-from runtime_adapter.transport.rendezvous import Meeting
+from runtime_adapter.transport.rendezvous import Rendezvous
 from runtime_adapter.weights.checkpoint import Checkpoint
 from runtime_adapter.weights.expert_store import ExpertStore
 from runtime_adapter.weights.loader import CheckpointLoader
@@ -189,7 +189,7 @@ def serve(
     server: Server,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    lanes: Lanes,
+    lanes: ThreadLocalDispatcher,
     jobs: Iterable[Job],
     begin_s: float,
     done: Callable[[Answer], None] = lambda answer: None,
@@ -295,7 +295,7 @@ def even_network(servers: int, token_bytes: int) -> Network:
 
 
 def moving(
-    meeting: Meeting,
+    rendezvous: Rendezvous,
     placement: Placement,
     store: ExpertStore,
     checkpoint: Checkpoint,
@@ -304,7 +304,7 @@ def moving(
     placements_dir: str | None,
     *,
     from_peers: bool = False,
-) -> Movable:
+) -> MigrationConfig:
     """What lets the experts of a server move: by reviews if there is a cluster, or when told.
 
     Servers keep the slots that they started with, whatever the cluster has room for. Experts come
@@ -333,9 +333,9 @@ def moving(
         if options.migrate != "never":
             require_able(rules, options)
     loader = CheckpointLoader(checkpoint.folder, store)
-    return Movable(
+    return MigrationConfig(
         PeerLoader(loader, placement) if from_peers else loader,
-        SchedulerConfig(meeting, placement, rules, spec, cluster, options, placements_dir),
+        SchedulerConfig(rendezvous, placement, rules, spec, cluster, options, placements_dir),
     )
 
 

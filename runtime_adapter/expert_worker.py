@@ -20,11 +20,11 @@ import torch
 from prism_plan.errors import PrismError
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
-from runtime_adapter.control.event_log import News
-from runtime_adapter.control.migration_executor import Agent, Loader
+from runtime_adapter.control.event_log import EventLog
+from runtime_adapter.control.migration_executor import Loader, MigrationExecutor
 from runtime_adapter.moe.compute import Batch, Compute
 from runtime_adapter.moe.emulated_gpu import sharp_timers, wait_until
-from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.moe.routing import read_calls, warm_up_answers
 from runtime_adapter.transport.messages import (
     ANSWER,
@@ -35,19 +35,31 @@ from runtime_adapter.transport.messages import (
     OVER,
     SIGNS_LANE,
     Header,
-    Room,
+    MessageBuffer,
     WireError,
     get_header,
     id_bits,
     put_header,
 )
-from runtime_adapter.transport.nccl_channel import Plane, PlaneBroken, Planes, make_planes
+from runtime_adapter.transport.nccl_channel import (
+    DataChannel,
+    DataChannelBroken,
+    DataChannels,
+    make_channels,
+)
 from runtime_adapter.transport.parallel import in_parallel
-from runtime_adapter.transport.rendezvous import FOREVER, Meeting, group, join_store, receive, send
-from runtime_adapter.transport.send_queue import LONG_BYTES, Outbox, hold_back_little
+from runtime_adapter.transport.rendezvous import (
+    FOREVER,
+    Rendezvous,
+    group,
+    join_store,
+    receive,
+    send,
+)
+from runtime_adapter.transport.send_queue import LONG_BYTES, SendQueue, limit_unsent_bytes
 
 #: Seconds between two signs of life.
-BEAT_S = 0.5
+HEARTBEAT_INTERVAL_S = 0.5
 #: Views of calls of up to so many tokens are kept.
 KEPT_TOKENS = 4
 
@@ -59,12 +71,12 @@ class WorkerConfig:
     ``loader`` moves experts, where they move at all. ``states`` is the dtype of hidden states on
     the wire (``torch.uint8`` where nothing is computed), ``width`` their numbers a token,
     ``most_tokens`` the most of any server's step; ``threads`` of the CPU
-    that a call may take. Shared with the front of this server are ``over`` [N], which fronts have
-    no more calls, and ``signs`` [N], signs of life of the other fronts and, at this server's own
+    that a call may take. Shared with the driver of this server are ``over`` [N], which drivers have
+    no more calls, and ``signs`` [N], signs of life of the other drivers and, at this server's own
     place, of this worker.
     """
 
-    meeting: Meeting
+    rendezvous: Rendezvous
     placement: Placement
     model: ModelShape
     compute: Compute
@@ -77,13 +89,13 @@ class WorkerConfig:
     over: Any
     signs: Any
     loader: Loader | None = None
-    planes: Planes | None = None
+    channels: DataChannels | None = None
 
 
 def run_worker(config: WorkerConfig, ready: Any) -> None:
     """Serve until the process is ended. ``ready`` (a pipe) is sent "" or what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front ends it
-    threading.Thread(target=_end_with_the_front, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends it
+    threading.Thread(target=_end_with_the_driver, daemon=True).start()
     torch.set_num_threads(config.threads)
     try:
         worker = Worker(config)
@@ -99,95 +111,98 @@ def run_worker(config: WorkerConfig, ready: Any) -> None:
     ready.send("")
     while True:
         worker.beat()
-        time.sleep(BEAT_S)
+        time.sleep(HEARTBEAT_INTERVAL_S)
 
 
-def _end_with_the_front() -> None:
-    """A front that was killed takes its worker along, also one that is still starting."""
-    front = multiprocessing.parent_process()
-    while front is not None and os.getppid() == front.pid:
-        time.sleep(BEAT_S)
+def _end_with_the_driver() -> None:
+    """A driver that was killed takes its worker along, also one that is still starting."""
+    driver = multiprocessing.parent_process()
+    while driver is not None and os.getppid() == driver.pid:
+        time.sleep(HEARTBEAT_INTERVAL_S)
     os._exit(1)
 
 
 class Worker:
-    """Threads that each answer one lane of one front."""
+    """Threads that each answer one lane of one driver."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
-        self.me = config.meeting.me
-        self.table = HolderTable(config.placement)
+        self.rank = config.rendezvous.rank
+        self.table = ExpertMap(config.placement)
         if hasattr(config.compute, "table"):
             config.compute.table = self.table
-        self.store = join_store(config.meeting, host_it=False)
-        self._outbox = Outbox(datetime.timedelta(seconds=config.meeting.timeout_s))
+        self.store = join_store(config.rendezvous, host_it=False)
+        self._send_queue = SendQueue(datetime.timedelta(seconds=config.rendezvous.timeout_s))
         self._beats = 0
 
     def connect(self) -> None:
-        """Meet every other front and begin to answer it."""
+        """Meet every other driver and begin to answer it."""
         warm_up_answers()
-        fronts = [n for n in range(self.config.meeting.servers) if n != self.me]
-        groups = in_parallel([partial(group, self.config.meeting, n, self.me, 1) for n in fronts])
-        planes = {}
-        if self.config.planes is not None:
-            pairs = [(n, self.me) for n in fronts]
-            planes = make_planes(
-                self.config.planes, self.config.meeting, pairs, self.config.lanes, 1
+        drivers = [n for n in range(self.config.rendezvous.world_size) if n != self.rank]
+        groups = in_parallel(
+            [partial(group, self.config.rendezvous, n, self.rank, 1) for n in drivers]
+        )
+        channels = {}
+        if self.config.channels is not None:
+            pairs = [(n, self.rank) for n in drivers]
+            channels = make_channels(
+                self.config.channels, self.config.rendezvous, pairs, self.config.lanes, 1
             )
-        hold_back_little()
-        for front, made in zip(fronts, groups, strict=True):
+        limit_unsent_bytes()
+        for driver, made in zip(drivers, groups, strict=True):
             for lane in range(self.config.lanes):
-                plane = planes.get((front, self.me, lane))
+                channel = channels.get((driver, self.rank, lane))
                 thread = threading.Thread(
-                    target=self._answer_all, args=(front, made, lane, plane), daemon=True
+                    target=self._answer_all, args=(driver, made, lane, channel), daemon=True
                 )
                 thread.start()
-            threading.Thread(target=self._hear_signs, args=(front, made), daemon=True).start()
+            threading.Thread(target=self._hear_signs, args=(driver, made), daemon=True).start()
         if self.config.loader is not None:
-            self.config.loader.connect(self.config.meeting, self.table)
-            Agent(
-                self.me, self.config.placement, self.config.loader, self.table,
-                News(self.config.meeting, f"worker {self.me}"), self.config.meeting.timeout_s,
+            self.config.loader.connect(self.config.rendezvous, self.table)
+            MigrationExecutor(
+                self.rank, self.config.placement, self.config.loader, self.table,
+                EventLog(self.config.rendezvous, f"worker {self.rank}"),
+                self.config.rendezvous.timeout_s,
             ).start()  # fmt: skip
 
     def beat(self) -> None:
         """Tell the others that this server is alive."""
         self._beats += 1
         try:
-            self.store.set(f"beat/{self.me}", str(self._beats))
+            self.store.set(f"beat/{self.rank}", str(self._beats))
         except RuntimeError:
             return  # the store's host is gone; calls are answered all the same
 
     def show_life(self) -> None:
-        """Tell this server's front that the worker lives, whatever becomes of the store."""
+        """Tell this server's driver that the worker lives, whatever becomes of the store."""
         while True:
-            self.config.signs[self.me] += 1
-            time.sleep(BEAT_S)
+            self.config.signs[self.rank] += 1
+            time.sleep(HEARTBEAT_INTERVAL_S)
 
-    def _hear_signs(self, front: int, made: Any) -> None:
-        """Note the signs of life of another front until it is gone."""
+    def _hear_signs(self, driver: int, made: Any) -> None:
+        """Note the signs of life of another driver until it is gone."""
         room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         with contextlib.suppress(RuntimeError):
             while True:
                 receive(made, room, 0, SIGNS_LANE).wait(FOREVER)
-                self.config.signs[front] += 1
-        self.config.over[front] = True
+                self.config.signs[driver] += 1
+        self.config.over[driver] = True
 
-    def _answer_all(self, front: int, made: Any, lane: int, plane: Plane | None) -> None:
+    def _answer_all(self, driver: int, made: Any, lane: int, channel: DataChannel | None) -> None:
         sharp_timers()
-        if plane is None:
-            desk = Desk(self.config, self.table, self.me)
+        if channel is None:
+            desk = CallHandler(self.config, self.table, self.rank)
         else:
-            desk = PlaneDesk(self.config, self.table, self.me, plane)
+            desk = NcclCallHandler(self.config, self.table, self.rank, channel)
         try:
-            with contextlib.suppress(RuntimeError):  # that front is gone
+            with contextlib.suppress(RuntimeError):  # that driver is gone
                 self._answer_calls(desk, made, lane)
         finally:
-            self.config.over[front] = True
+            self.config.over[driver] = True
             desk.close()
 
-    def _answer_calls(self, desk: Desk, made: Any, lane: int) -> None:
-        """Until the front has no more; RuntimeError if it is gone."""
+    def _answer_calls(self, desk: CallHandler, made: Any, lane: int) -> None:
+        """Until the driver has no more; RuntimeError if it is gone."""
         rtt_s = self.config.rtt_s
         sending: Any = None  # gloo needs what it has not sent yet
         while True:
@@ -200,32 +215,32 @@ class Worker:
                 if header.kind == OVER:
                     return
                 reply = desk.answer(header)
-            except PlaneBroken:
+            except DataChannelBroken:
                 raise
             except Exception as error:
                 logging.getLogger(__name__).error("prism-runtime: %s", error)
                 reply = desk.brief(Header(FAILED))
-            # the front calls again only after all of it has come, so nobody waits for it here
+            # the driver calls again only after all of it has come, so nobody waits for it here
             if len(reply) < LONG_BYTES:
                 sending = send(made, reply, 0, lane)
             else:
-                sending = self._outbox.put(made, reply, 0, lane)
+                sending = self._send_queue.put(made, reply, 0, lane)
 
 
-class Desk:
-    """Where one lane of one front is answered: its call and the answer, and views of both."""
+class CallHandler:
+    """Where one lane of one driver is answered: its call and the answer, and views of both."""
 
-    def __init__(self, config: WorkerConfig, table: HolderTable, me: int) -> None:
+    def __init__(self, config: WorkerConfig, table: ExpertMap, rank: int) -> None:
         model, token_bytes = config.model, self._token_bytes(config)
         calls = config.most_tokens * model.top_k
         self.config = config
-        self._limits = Room(config.most_tokens, model.top_k)
+        self._limits = MessageBuffer(config.most_tokens, model.top_k)
         self.room = torch.empty(self._limits.call_bytes(token_bytes), dtype=torch.uint8)
         self.raw = self.room.numpy()
         self._reply = torch.empty(self._limits.answer_bytes(token_bytes), dtype=torch.uint8)
         self._reply_raw = self._reply.numpy()
         self._words = self.raw[HEADER_BYTES : HEADER_BYTES + 4 * calls].view(np.uint32)
-        self._held = table.gpu_of[me]
+        self._held = table.gpu_of[rank]
         self._bits = id_bits(model.num_experts)
         # compiled code fills these; a batch is of their beginning
         self._experts, self._token = np.empty(calls, np.int64), np.empty(calls, np.int64)
@@ -289,41 +304,43 @@ class Desk:
         """They are in the reply."""
 
     def close(self) -> None:
-        """The front is gone, or has no more calls."""
+        """The driver is gone, or has no more calls."""
 
 
-class PlaneDesk(Desk):
-    """A desk to which the states come over a plane, and leave over it; see planes.py.
+class NcclCallHandler(CallHandler):
+    """A desk to which the states come over a channel, and leave over it; see channels.py.
 
-    Raises PlaneBroken where the front is gone or silent.
+    Raises DataChannelBroken where the driver is gone or silent.
     """
 
-    def __init__(self, config: WorkerConfig, table: HolderTable, me: int, plane: Plane) -> None:
-        super().__init__(config, table, me)
-        assert config.planes is not None
-        self._plane = plane
+    def __init__(
+        self, config: WorkerConfig, table: ExpertMap, rank: int, channel: DataChannel
+    ) -> None:
+        super().__init__(config, table, rank)
+        assert config.channels is not None
+        self._channel = channel
         shape = (config.most_tokens, config.width)
-        self._hidden = torch.empty(shape, dtype=config.states, device=config.planes.device)
+        self._hidden = torch.empty(shape, dtype=config.states, device=config.channels.device)
         self._sums = torch.empty_like(self._hidden)
 
     def _token_bytes(self, config: WorkerConfig) -> int:
         return 0
 
     def answer(self, header: Header) -> torch.Tensor:
-        """What the call is answered with; its states are taken from the plane in any case."""
+        """What the call is answered with; its states are taken from the channel in any case."""
         try:
             return super().answer(header)
         except WireError:
-            self._plane.close()  # states of who knows what size are on their way
+            self._channel.close()  # states of who knows what size are on their way
             raise
 
     def _seen(self, tokens: int, calls: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden = self._hidden[:tokens]
-        self._plane.receive(hidden)
+        self._channel.receive(hidden)
         return hidden, self._reply[:HEADER_BYTES], self._sums[:tokens]
 
     def close(self) -> None:
-        self._plane.close()
+        self._channel.close()
 
     def _send(self, sums: torch.Tensor) -> None:
-        self._queued = self._plane.send(sums)
+        self._queued = self._channel.send(sums)

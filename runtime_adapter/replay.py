@@ -27,8 +27,8 @@ from runtime_adapter.control.scheduler import SchedulerConfig
 from runtime_adapter.moe.compute import TimedCompute
 from runtime_adapter.moe.dispatch import Dispatcher
 from runtime_adapter.moe.emulated_gpu import GpuClock, sharp_timers, wait_until
-from runtime_adapter.server import Movable, Server, ServerConfig
-from runtime_adapter.transport.rendezvous import Meeting
+from runtime_adapter.server import MigrationConfig, Server, ServerConfig
+from runtime_adapter.transport.rendezvous import Rendezvous
 
 
 @dataclass
@@ -56,7 +56,7 @@ def replay_config(
     requests: Requests,
     cluster: Cluster,
     model: ModelSpec,
-    meeting: Meeting,
+    rendezvous: Rendezvous,
     facts: dict[str, Any],
     *,
     route: Route = "cover",
@@ -74,13 +74,13 @@ def replay_config(
         As :meth:`prism_plan.simulate.scenario.Scenario.build`.
     """
     scenario = Scenario.build(placement, requests, cluster, model, route=route)
-    me = meeting.me
-    first, end = int(scenario.gpu_start[me]), int(scenario.gpu_start[me + 1])
+    rank = rendezvous.rank
+    first, end = int(scenario.gpu_start[rank]), int(scenario.gpu_start[rank + 1])
     compute = TimedCompute(
         scenario.timing, GpuClock(end - first), model.num_experts, first,
-        int(scenario.dense_gpu[me]), me,
+        int(scenario.dense_gpu[rank]), rank,
     )  # fmt: skip
-    prompts, own = requests.prompts, requests.prompt[requests.home == me]
+    prompts, own = requests.prompts, requests.prompt[requests.home == rank]
     most = max(int(prompts.prefill_tokens[own].max(initial=1)), 1)
     lanes = list(scenario.concurrency)
     movable = None
@@ -88,16 +88,16 @@ def replay_config(
         rules = rules_of(placement, cluster, model)
         if options.migrate != "never":
             require_able(rules, options)
-        gpus = cluster.servers[me].gpus
+        gpus = cluster.servers[rank].gpus
         loader = TimedLoader(
-            compute, _load_seconds(cluster, model, me), [gpu.load_blocks_compute for gpu in gpus]
+            compute, _load_seconds(cluster, model, rank), [gpu.load_blocks_compute for gpu in gpus]
         )
-        movable = Movable(
+        movable = MigrationConfig(
             loader,
-            SchedulerConfig(meeting, placement, rules, model, cluster, options, placements_dir),
+            SchedulerConfig(rendezvous, placement, rules, model, cluster, options, placements_dir),
         )
     return ServerConfig(
-        meeting=meeting,
+        rendezvous=rendezvous,
         placement=placement,
         model=model.shape(),
         network=Network.of(cluster, model),
@@ -107,7 +107,7 @@ def replay_config(
         width=model.hidden_size * model.dtype_bytes,
         most_tokens=most,
         route=route,
-        lanes=lanes[me],
+        lanes=lanes[rank],
         rtt_s=rtt_s,
         movable=movable,
     )
@@ -128,7 +128,7 @@ def replay(
     done: Callable[[Timings], None] = lambda timings: None,
 ) -> list[Timings]:
     """Serve this server's requests at their times; ``begin_s`` is when time zero is."""
-    own = np.flatnonzero(requests.home == server.me)
+    own = np.flatnonzero(requests.home == server.rank)
     waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     results: dict[int, Timings] = {}
 

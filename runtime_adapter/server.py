@@ -1,4 +1,4 @@
-"""One server of a run: its front (this process), its worker, its links to the others."""
+"""One server of a run: its driver (this process), its worker, its links to the others."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routing_policies import Route
 from runtime_adapter import PROGRAM
-from runtime_adapter.control.event_log import BEAT, News
+from runtime_adapter.control.event_log import BEAT, EventLog
 from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife
-from runtime_adapter.control.log_follower import Follower
+from runtime_adapter.control.log_follower import LogFollower
 from runtime_adapter.control.migration_executor import Loader
 from runtime_adapter.control.scheduler import SchedulerConfig, run_scheduler
 from runtime_adapter.expert_worker import WorkerConfig, run_worker
 from runtime_adapter.moe.compute import Compute
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.dispatch import Dispatcher
-from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.moe.routing import Router
-from runtime_adapter.transport.connection import Line, PlaneLine
+from runtime_adapter.transport.connection import Connection, NcclConnection
 from runtime_adapter.transport.messages import (
     ALIVE,
     HEADER_BYTES,
     OVER,
     SIGNS_LANE,
     Header,
-    Room,
+    MessageBuffer,
     put_header,
 )
 from runtime_adapter.transport.nccl_channel import (
-    Plane,
-    Planes,
+    DataChannel,
+    DataChannels,
     card_name,
     check_cards,
-    make_planes,
+    make_channels,
 )
 from runtime_adapter.transport.parallel import in_parallel, in_time
 from runtime_adapter.transport.rendezvous import (
@@ -60,8 +60,8 @@ from runtime_adapter.transport.rendezvous import (
     FOREVER,
     MAX_START_S,
     STORE_TIMEOUT_S,
-    Meeting,
     NameTaken,
+    Rendezvous,
     RuntimeFailure,
     ServerLost,
     ask_store,
@@ -73,14 +73,14 @@ from runtime_adapter.transport.rendezvous import (
     put,
     send,
 )
-from runtime_adapter.transport.send_queue import Outbox, hold_back_little
+from runtime_adapter.transport.send_queue import SendQueue, limit_unsent_bytes
 
 #: A server that says that it has steps of more tokens is none of ours.
 MAX_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
-class Movable:
+class MigrationConfig:
     """That experts may move: what brings them to this server, and who decides on the first."""
 
     loader: Loader
@@ -94,10 +94,10 @@ class ServerConfig:
     ``facts`` must be equal on all servers (placement digest, route, ...); ``states`` and ``width``
     as in WorkerConfig; ``most_tokens`` of this server's own steps; ``lanes`` requests at once;
     ``threads`` of the CPU that the worker may take for a call;
-    ``movable`` where experts may move; ``planes`` as in WorkerConfig.
+    ``movable`` where experts may move; ``channels`` as in WorkerConfig.
     """
 
-    meeting: Meeting
+    rendezvous: Rendezvous
     placement: Placement
     model: ModelShape
     network: Network
@@ -110,8 +110,8 @@ class ServerConfig:
     lanes: int = 1
     rtt_s: float = 0.0
     threads: int = 1
-    movable: Movable | None = None
-    planes: Planes | None = None
+    movable: MigrationConfig | None = None
+    channels: DataChannels | None = None
 
 
 class Server:
@@ -130,10 +130,10 @@ class Server:
 
     def __init__(self, config: ServerConfig, report: Callable[[str], None]) -> None:
         self.config = config
-        self.me = config.meeting.me
-        self.name = config.placement.servers[self.me]
+        self.rank = config.rendezvous.rank
+        self.name = config.placement.servers[self.rank]
         self.report = report
-        self.table = HolderTable(config.placement)
+        self.table = ExpertMap(config.placement)
         if hasattr(config.compute, "table"):
             config.compute.table = self.table
         self.counters = Counters(config.model.num_layers, config.model.num_experts)
@@ -141,17 +141,17 @@ class Server:
         self.store: dist.TCPStore | None = None
         self._worker: Any = None
         self._scheduler: Any = None
-        self._follower: Follower | None = None
+        self._follower: LogFollower | None = None
         self._groups: dict[int, Any] = {}
-        self._planes: dict[tuple[int, int, int], Plane] = {}
-        servers = config.meeting.servers
+        self._channels: dict[tuple[int, int, int], DataChannel] = {}
+        servers = config.rendezvous.world_size
         spawning = multiprocessing.get_context("spawn")
         self._over: Any = spawning.Array(ctypes.c_bool, servers, lock=False)
         self._signs: Any = spawning.Array(ctypes.c_int64, servers, lock=False)
         self._ended = threading.Event()
         self._lost = threading.Lock()
         self._reported: set[int] = set()
-        self._silent: set[int] = set()  # fronts that hang, their workers answering
+        self._silent: set[int] = set()  # drivers that hang, their workers answering
         self._worker_lives = True
         self._finishing = False
         self._begun = False  # all servers have agreed on a start
@@ -177,7 +177,7 @@ class Server:
             said = json.dumps(f"server {self.name!r} does not join: {reason}")
             # the first reason is the reason
             ask_store(partial(self.store.compare_set, ABORTED, "", said))
-            if self.me == 0:
+            if self.rank == 0:
                 time.sleep(0.2)  # the others read it from the store that this server hosts
 
     def __exit__(
@@ -189,21 +189,21 @@ class Server:
         self.close()
 
     def _start(self) -> None:
-        config, meeting = self.config, self.config.meeting
-        others = [m for m in range(meeting.servers) if m != self.me]
-        self.store = join_store(meeting, host_it=self.me == 0)
+        config, rendezvous = self.config, self.config.rendezvous
+        others = [m for m in range(rendezvous.world_size) if m != self.rank]
+        self.store = join_store(rendezvous, host_it=self.rank == 0)
         store = self.store
-        check_run(store, meeting, config.facts, self.name)
-        if self.me == 0:
-            put(store, "timeout", meeting.timeout_s)
+        check_run(store, rendezvous, config.facts, self.name)
+        if self.rank == 0:
+            put(store, "timeout", rendezvous.timeout_s)
             put(store, "movable", config.movable is not None)
-        if config.planes is not None and config.planes.backend == "nccl":
-            check_cards(store, meeting, card_name(config.planes.device), self.table.servers)
+        if config.channels is not None and config.channels.backend == "nccl":
+            check_cards(store, rendezvous, card_name(config.channels.device), self.table.servers)
         most = self._agree_on_tokens(store)
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         worker = WorkerConfig(
-            meeting=meeting,
+            rendezvous=rendezvous,
             placement=config.placement,
             model=config.model,
             compute=config.compute,
@@ -216,37 +216,39 @@ class Server:
             over=self._over,
             signs=self._signs,
             loader=config.movable.loader if config.movable else None,
-            planes=config.planes,
+            channels=config.channels,
         )
         self._worker = context.Process(
             target=run_process, args=(PROGRAM, run_worker, worker, theirs), daemon=True
         )
         self._worker.start()
         theirs.close()
-        if config.movable is not None and self.me == 0:
+        if config.movable is not None and self.rank == 0:
             self._scheduler = context.Process(
                 target=run_process,
                 args=(PROGRAM, run_scheduler, config.movable.scheduler),
                 daemon=True,
             )
             self._scheduler.start()
-        groups = in_parallel([partial(group, meeting, self.me, m, 0) for m in others])
-        if config.planes is not None:
-            pairs = [(self.me, m) for m in others]
-            job = partial(make_planes, config.planes, meeting, pairs, config.lanes, 0)
+        groups = in_parallel([partial(group, rendezvous, self.rank, m, 0) for m in others])
+        if config.channels is not None:
+            pairs = [(self.rank, m) for m in others]
+            job = partial(make_channels, config.channels, rendezvous, pairs, config.lanes, 0)
             number = max(len(pairs) * config.lanes, 1)  # one after the other
             try:
-                self._planes = in_time(job, 2 * number * meeting.join_s + STORE_TIMEOUT_S)
+                self._channels = in_time(
+                    job, 2 * number * rendezvous.rendezvous_timeout_s + STORE_TIMEOUT_S
+                )
             except TimeoutError as error:
                 raise RuntimeFailure(
-                    f"``transport`` {config.planes.backend}: the other servers' workers do "
+                    f"``transport`` {config.channels.backend}: the other servers' workers do "
                     "not answer"
                 ) from error
         try:
-            if not ours.poll(meeting.join_s):
+            if not ours.poll(rendezvous.rendezvous_timeout_s):
                 raise RuntimeFailure(
-                    f"its worker did not meet those of all other servers within {meeting.join_s:g} "
-                    "s; see whether one of them hangs"
+                    "its worker did not meet those of all other servers within "
+                    f"{rendezvous.rendezvous_timeout_s:g} s; see whether one of them hangs"
                 )
             wrong = ours.recv()
         except EOFError:
@@ -254,62 +256,72 @@ class Server:
         if wrong:
             raise RuntimeFailure(wrong)
         self._groups = dict(zip(others, groups, strict=True))
-        hold_back_little()
-        timeout = datetime.timedelta(seconds=meeting.timeout_s)
-        outbox = Outbox(timeout)
+        limit_unsent_bytes()
+        timeout = datetime.timedelta(seconds=rendezvous.timeout_s)
+        send_queue = SendQueue(timeout)
         rooms = {m: self._room_of(store, m) for m in others}
         self.lanes = [
             Dispatcher(
                 config.model,
-                Router(self.table, self.me, config.model, config.network, config.route),
-                {m: self._line(m, lane, timeout, outbox, rooms[m]) for m in others},
+                Router(self.table, self.rank, config.model, config.network, config.route),
+                {m: self._line(m, lane, timeout, send_queue, rooms[m]) for m in others},
                 config.compute,
                 self.counters,
-                timeout_s=meeting.timeout_s,
+                timeout_s=rendezvous.timeout_s,
                 rtt_s=config.rtt_s,
                 on_lost=self._on_lost,
             )
             for lane in range(config.lanes)
         ]
         if config.movable is not None:
-            self._follower = Follower(
-                self.me, config.placement, self.table, config.compute, self.counters, self.lanes,
-                News(meeting, f"front {self.me}"), self.report,
+            self._follower = LogFollower(
+                self.rank, config.placement, self.table, config.compute, self.counters, self.lanes,
+                EventLog(rendezvous, f"driver {self.rank}"), self.report,
             )  # fmt: skip
             self._follower.start()
         threading.Thread(target=self._watch, args=(others,), daemon=True).start()
 
     def _agree_on_tokens(self, store: dist.TCPStore) -> int:
         """The most tokens of any server's step, for which this server's worker gets memory."""
-        meeting = self.config.meeting
-        put(store, f"tokens/{self.me}", self.config.most_tokens)
+        rendezvous = self.config.rendezvous
+        put(store, f"tokens/{self.rank}", self.config.most_tokens)
         most = max(
             int(
                 get_number(
-                    store, f"tokens/{n}", meeting.join_s, MAX_TOKENS, f"server {name!r}", whole=True
+                    store,
+                    f"tokens/{n}",
+                    rendezvous.rendezvous_timeout_s,
+                    MAX_TOKENS,
+                    f"server {name!r}",
+                    whole=True,
                 )
             )
             for n, name in enumerate(self.table.servers)
         )
-        put(store, f"room/{self.me}", most)
+        put(store, f"room/{self.rank}", most)
         return most
 
-    def _room_of(self, store: dist.TCPStore, m: int) -> Room:
+    def _room_of(self, store: dist.TCPStore, m: int) -> MessageBuffer:
         """What another server's worker has memory for, as it says."""
         name = self.table.servers[m]
         tokens = get_number(
-            store, f"room/{m}", self.config.meeting.join_s, MAX_TOKENS, f"server {name!r}",
-            whole=True,
+            store, f"room/{m}", self.config.rendezvous.rendezvous_timeout_s, MAX_TOKENS,
+            f"server {name!r}", whole=True,
         )  # fmt: skip
-        return Room(int(tokens), self.config.model.top_k)
+        return MessageBuffer(int(tokens), self.config.model.top_k)
 
     def _line(
-        self, m: int, lane: int, timeout: datetime.timedelta, outbox: Outbox, room: Room
-    ) -> Line:
-        made, plane = self._groups[m], self._planes.get((self.me, m, lane))
-        if plane is None:
-            return Line(made, lane, timeout, outbox, room)
-        return PlaneLine(made, lane, timeout, outbox, room, plane)
+        self,
+        m: int,
+        lane: int,
+        timeout: datetime.timedelta,
+        send_queue: SendQueue,
+        room: MessageBuffer,
+    ) -> Connection:
+        made, channel = self._groups[m], self._channels.get((self.rank, m, lane))
+        if channel is None:
+            return Connection(made, lane, timeout, send_queue, room)
+        return NcclConnection(made, lane, timeout, send_queue, room, channel)
 
     # -------------------------------------------------------------------------------------- health
 
@@ -323,7 +335,7 @@ class Server:
     def _watch(self, others: list[int]) -> None:
         """Notice processes that give no sign of life, whether or not they are called.
 
-        Here without the store, which may be lost or hang itself: signs of other fronts come over
+        Here without the store, which may be lost or hang itself: signs of other drivers come over
         the links. Those that only the store tells of are looked for in threads of their own.
         """
         signs = SignsOfLife()
@@ -335,19 +347,19 @@ class Server:
             self._watch_worker(signs)
             if self._worker_lives:  # it is who hears of the others
                 for n in others:
-                    self._watch_front(signs, n)
+                    self._watch_driver(signs, n)
             if signs.silent_s("store", self._store_looks) > self._patience_s:
                 self._store_hangs()
 
     @property
     def _period_s(self) -> float:
         """Between two looks, and two signs of life."""
-        return min(self.config.meeting.timeout_s / 4, 1.0)
+        return min(self.config.rendezvous.timeout_s / 4, 1.0)
 
     @property
     def _patience_s(self) -> float:
-        """For fronts: of a server that hangs as a whole, others are to be told of the worker."""
-        return self.config.meeting.timeout_s + BEAT_GRACE_S
+        """For drivers: of a server that hangs as a whole, others are to be told of the worker."""
+        return self.config.rendezvous.timeout_s + BEAT_GRACE_S
 
     def _limit_s(self, sign: object, timeout_s: float, *, begun: bool = False) -> float:
         """How long a process may be silent; one that has not begun yet as long as it may join.
@@ -355,10 +367,14 @@ class Server:
         All servers are known to have ``begun`` when they have agreed on a start, also one that
         hangs before its first sign.
         """
-        return timeout_s if sign or begun else max(timeout_s, self.config.meeting.join_s)
+        return (
+            timeout_s
+            if sign or begun
+            else max(timeout_s, self.config.rendezvous.rendezvous_timeout_s)
+        )
 
     def _show_life(self, m: int) -> None:
-        """Tell another server over its link that this front lives, until one of the two ends."""
+        """Tell another server over its link that this driver lives, until one of the two ends."""
         message = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
         put_header(message.numpy(), Header(ALIVE))
         with contextlib.suppress(RuntimeError):
@@ -366,7 +382,7 @@ class Server:
                 send(self._groups[m], message, 1, SIGNS_LANE).wait(FOREVER)
                 self._ended.wait(self._period_s)
 
-    def _watch_front(self, signs: SignsOfLife, n: int) -> None:
+    def _watch_driver(self, signs: SignsOfLife, n: int) -> None:
         sign, begun = self._signs[n], self._begun
         if (
             signs.silent_s((n, begun), sign) <= self._limit_s(sign, self._patience_s, begun=begun)
@@ -386,13 +402,13 @@ class Server:
 
         A store that hangs holds this thread up, and so ``_store_looks``.
         """
-        timeout_s = self.config.meeting.timeout_s
+        timeout_s = self.config.rendezvous.timeout_s
         signs = SignsOfLife()
         try:
-            store = join_store(self.config.meeting, host_it=False)
+            store = join_store(self.config.rendezvous, host_it=False)
             while not self._ended.wait(self._period_s):
                 self._store_looks += 1
-                store.set(f"front/{self.me}", str(self._store_looks))
+                store.set(f"driver/{self.rank}", str(self._store_looks))
                 for n in others:
                     sign, begun = _sign(store, f"beat/{n}"), self._begun
                     silent_s = signs.silent_s((n, begun), sign)
@@ -414,7 +430,7 @@ class Server:
             self._worker_lives = False
             self._worker = None
             self.report("its worker has ended: the others take this server for lost")
-        elif signs.silent_s(self.me, self._signs[self.me]) > self._patience_s:
+        elif signs.silent_s(self.rank, self._signs[self.rank]) > self._patience_s:
             self._worker_lives = False
             self.report(
                 f"its worker gives no sign of life for {self._patience_s:g} s: the others take "
@@ -433,9 +449,9 @@ class Server:
     def _hear_of_scheduler(self, signs: SignsOfLife, sign: bytes) -> None:
         """One that hangs may go on later; until then nobody waits for what it moves."""
         answers = signs.silent_s(BEAT, sign) <= self._limit_s(sign, self._patience_s)
-        if self.me == 0 and self._scheduler is None:
+        if self.rank == 0 and self._scheduler is None:
             return  # it has ended, which was told
-        if self._scheduler_answers and not answers and self.me == 0:
+        if self._scheduler_answers and not answers and self.rank == 0:
             self.report(
                 f"the scheduler gives no sign of life for {self._patience_s:g} s: no migrations "
                 "until it does"
@@ -446,17 +462,17 @@ class Server:
         if self.table.lost(n):
             return
         self.table.lose(n)
-        reason = f"no sign of life for {self.config.meeting.timeout_s:g} s"
+        reason = f"no sign of life for {self.config.rendezvous.timeout_s:g} s"
         self._on_lost(ServerLost(n, self.table.servers[n], reason))
 
     def _store_lost(self) -> None:
-        if self.me == 0 or self._ended.is_set():
+        if self.rank == 0 or self._ended.is_set():
             return
         host = self.table.servers[0]
         self._store_answers = False
         if self._finishing and self._over[0]:
             return  # it has left in good order, for it and this server need nobody any more
-        self.report(f"the store on {host!r} is lost: no migrations and no news of other servers")
+        self.report(f"the store on {host!r} is lost: no migrations and no log of other servers")
         if not self.table.lost(0):
             self.table.lose(0)
             self._on_lost(ServerLost(0, host, "it hosts the store, which is gone"))
@@ -468,7 +484,7 @@ class Server:
         self._store_answers = False
         self.report(
             f"the store on {self.table.servers[0]!r} does not answer for {self._patience_s:g} s: "
-            "no migrations and no news of other servers"
+            "no migrations and no log of other servers"
         )
 
     # ---------------------------------------------------------------------------------------- time
@@ -482,31 +498,38 @@ class Server:
             Not all come within the time to join.
         """
         assert self.store is not None
-        put(self.store, f"{name}/{self.me}", 1)
+        put(self.store, f"{name}/{self.rank}", 1)
         for n, server in enumerate(self.table.servers):
-            get(self.store, f"{name}/{n}", self.config.meeting.join_s, f"server {server!r}")
+            get(
+                self.store,
+                f"{name}/{n}",
+                self.config.rendezvous.rendezvous_timeout_s,
+                f"server {server!r}",
+            )
 
     def agree_on_start(self, delay_s: float = 0.5) -> float:
         """A time of ``time.monotonic`` at which all servers of this machine begin."""
         assert self.store is not None
         self.together("ready")
-        if self.me == 0:
+        if self.rank == 0:
             put(self.store, "start", time.time() + delay_s)
         most_s = time.time() + MAX_START_S
-        at = get_number(self.store, "start", self.config.meeting.join_s, most_s, whole=False)
+        at = get_number(
+            self.store, "start", self.config.rendezvous.rendezvous_timeout_s, most_s, whole=False
+        )
         self._begun = True
         return time.monotonic() + (at - time.time())
 
     def finish(self) -> None:
         """Tell that this server has no more requests, and answer others until they have none.
 
-        Of another server it waits as long as its front gives signs of life; of a migration as long
+        Of another server it waits as long as its driver gives signs of life; of a migration as long
         as the scheduler does, which abandons one that comes to nothing.
         """
         assert self.store is not None
         self._finishing = True
         with contextlib.suppress(RuntimeFailure):  # who watches the store tells of its end
-            finished = partial(self.store.set, f"finished/{self.me}", "1")
+            finished = partial(self.store.set, f"finished/{self.rank}", "1")
             ask_store(finished, self._patience_s)
         # workers are told over the links, which are there when the store is not
         message = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
@@ -520,8 +543,8 @@ class Server:
                 time.sleep(0.02)
         while self.migrating:
             time.sleep(0.05)
-        if self.me == 0:
-            time.sleep(0.5)  # the others read the last news from the store that is here
+        if self.rank == 0:
+            time.sleep(0.5)  # the others read the last log from the store that is here
         self._ended.set()
 
     def _waits_for(self, n: int) -> bool:
@@ -545,7 +568,7 @@ class Server:
         """What this server's GPUs hold now, as a placement file has it."""
         shape = self.config.placement.on_gpu.shape
         stands = self.config.placement.replace(on_gpu=self.table.on_gpu().reshape(shape))
-        gpus = placement_to_json(stands)["servers"][self.me]["gpus"]
+        gpus = placement_to_json(stands)["servers"][self.rank]["gpus"]
         return [gpu["experts"] for gpu in gpus]
 
     def migrations(self) -> list[dict[str, Any]]:
@@ -553,7 +576,7 @@ class Server:
         if self._scheduler is None or self.store is None or not self.store.check(["migrations"]):
             return []
         try:
-            found = get(self.store, "migrations", self.config.meeting.join_s)
+            found = get(self.store, "migrations", self.config.rendezvous.rendezvous_timeout_s)
         except RuntimeFailure as error:
             self.report(f"what the reviews decided is not known: {error}")
             return []
@@ -565,8 +588,8 @@ class Server:
     def close(self) -> None:
         """End the worker and the scheduler."""
         self._ended.set()
-        for plane in self._planes.values():
-            plane.close()
+        for channel in self._channels.values():
+            channel.close()
         for process in (self._scheduler, self._worker):
             if process is not None and process.is_alive():
                 process.terminate()

@@ -31,7 +31,7 @@ from runtime_adapter.moe.dispatch import Dispatcher
 from runtime_adapter.server import Server, ServerConfig
 from runtime_adapter.transport.messages import HEADER_BYTES, call_bytes
 from runtime_adapter.transport.parallel import in_parallel
-from runtime_adapter.transport.rendezvous import FOREVER, Meeting, group, receive, send
+from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous, group, receive, send
 from runtime_adapter.weights.expert_store import Change
 from studies.testbed.experiment import provenance
 
@@ -58,10 +58,10 @@ class NoCompute:
         """Nothing moves."""
 
 
-def echo(meeting: Meeting, sizes: list[tuple[int, int]], times: int) -> None:
+def echo(rendezvous: Rendezvous, sizes: list[tuple[int, int]], times: int) -> None:
     """Receive and send back so many bytes, in the order in which they are measured."""
     torch.set_num_threads(1)
-    made = group(meeting, RAW_FRONT, RAW_ECHO, 1)
+    made = group(rendezvous, RAW_FRONT, RAW_ECHO, 1)
     for out, back in sizes:
         room, answer = (torch.zeros(n, dtype=torch.uint8) for n in (out, back))
         for _ in range(times):
@@ -69,7 +69,7 @@ def echo(meeting: Meeting, sizes: list[tuple[int, int]], times: int) -> None:
             send(made, answer, 0, 0).wait(FOREVER)
 
 
-def server(port: int, me: int, most_tokens: int) -> Server:
+def server(port: int, rank: int, most_tokens: int) -> Server:
     """One of three servers; the second one holds all experts of the first layer."""
     shape = (MODEL.num_layers, MODEL.num_experts)
     held = np.zeros((3, *shape), bool)
@@ -77,7 +77,7 @@ def server(port: int, me: int, most_tokens: int) -> Server:
     capacity = ((MODEL.num_pairs,),) * 3
     placement = Placement(MODEL.shape(), ("a", "b", "c"), capacity, held, Plan("hand"))
     config = ServerConfig(
-        meeting=Meeting(3, me, port=port),
+        rendezvous=Rendezvous(3, rank, port=port),
         placement=placement,
         model=MODEL.shape(),
         network=even_network(3, TOKEN_BYTES),
@@ -126,13 +126,13 @@ def main() -> None:
         for t in [*given.tokens, 1]
     ]
     most = max(*given.tokens, BUSY_TOKENS)
-    both = [server(port, me, most) for me in (0, 1)]
-    meeting = both[0].config.meeting
+    both = [server(port, rank, most) for rank in (0, 1)]
+    rendezvous = both[0].config.rendezvous
     context = multiprocessing.get_context("spawn")
     go, stop = context.Event(), context.Event()
     times = given.repeats + warm
     others = [
-        context.Process(target=echo, args=(meeting, sizes, times), daemon=True),
+        context.Process(target=echo, args=(rendezvous, sizes, times), daemon=True),
         context.Process(target=bother, args=(port, most, go, stop)),
     ]
     for one in others:
@@ -140,7 +140,7 @@ def main() -> None:
     rows = []
     try:
         in_parallel([one.__enter__ for one in both])
-        made = group(meeting, RAW_FRONT, RAW_ECHO, 0)
+        made = group(rendezvous, RAW_FRONT, RAW_ECHO, 0)
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; quantiles 0.1 and 0.5")
         print(
             f"{'tokens':>6} {'bytes':>9} {'raw ms':>15} {'call ms':>15} {'ratio':>12} {'MB/s':>11}"

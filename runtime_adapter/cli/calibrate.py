@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import click
 
 from prism_plan.cli.command_options import options_as
-from runtime_adapter.cli.options import MeetingOptions, meeting_options, note, note_assumed
+from runtime_adapter.cli.options import MeetingOptions, note, note_assumed, rendezvous_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class CalibrateOptions(MeetingOptions):
 @click.command("calibrate")
 @click.option("--model", required=True, metavar="PRESET|config.json")
 @click.option("--cluster", required=True, metavar="C.toml")
-@meeting_options
+@rendezvous_options
 @click.option("-o", "--output", metavar="F.json", help="Of the first server: the calibration.")
 @options_as(CalibrateOptions)
 def command(given: CalibrateOptions) -> None:
@@ -48,10 +48,10 @@ def command(given: CalibrateOptions) -> None:
     torch.set_num_threads(1)
     cluster, cluster_file = load_cluster(given.cluster)
     model = load_spec(given.model)
-    meeting = given.meeting(tuple(server.name for server in cluster.servers))
-    if meeting.servers < 2:
+    rendezvous = given.rendezvous(tuple(server.name for server in cluster.servers))
+    if rendezvous.world_size < 2:
         raise InputError("1 server", source=given.cluster, expected="two servers or more")
-    if meeting.me == 0 and given.output is None:
+    if rendezvous.rank == 0 and given.output is None:
         raise InputError("no file to write", parameter="output", expected="-o F.json")
     if 2 * model.top_k > model.num_experts:
         raise InputError(
@@ -61,18 +61,23 @@ def command(given: CalibrateOptions) -> None:
         )
     writable(given.output, given.cluster)
     placement = calibration_placement(cluster, model)
-    first = sum(len(server.gpus) for server in cluster.servers[: meeting.me])
-    own = cluster.servers[meeting.me]
+    first = sum(len(server.gpus) for server in cluster.servers[: rendezvous.rank])
+    own = cluster.servers[rendezvous.rank]
     with blaming(given.cluster):
         times = timing(cluster, model, max(TOKENS))
         network = Network.of(cluster, model)
     note_assumed(given.cluster, cluster, compute=True)
     compute = TimedCompute(
-        times, GpuClock(len(own.gpus)), model.num_experts, first, first + own.dense_gpu, meeting.me
+        times,
+        GpuClock(len(own.gpus)),
+        model.num_experts,
+        first,
+        first + own.dense_gpu,
+        rendezvous.rank,
     )
     width = model.hidden_size * model.dtype_bytes
     config = ServerConfig(
-        meeting=meeting,
+        rendezvous=rendezvous,
         placement=placement,
         model=model.shape(),
         network=network,
@@ -85,7 +90,7 @@ def command(given: CalibrateOptions) -> None:
     )
     with Server(config, note) as server:
         server.agree_on_start()
-        if meeting.me == 0:
+        if rendezvous.rank == 0:
             sharp_timers()
             found = measure(server.lanes[0], dataclasses.replace(model), width)
             values = calibration(found, cluster, model, config.rtt_s)

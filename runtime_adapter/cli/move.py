@@ -16,14 +16,19 @@ class MoveOptions(CommandOptions):
 
     store: str
     placement: str
-    join_s: float
+    rendezvous_timeout_s: float
 
 
 @click.command("move")
 @store_option
 @click.option("--placement", required=True, metavar="NEW.json", help="Where to.")
 @click.option(
-    "--join", "join_s", default=10.0, show_default=True, metavar="S", help="For the store."
+    "--join",
+    "rendezvous_timeout_s",
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="For the store.",
 )
 @options_as(MoveOptions)
 def command(given: MoveOptions) -> None:
@@ -35,13 +40,13 @@ def command(given: MoveOptions) -> None:
     from prism_plan.io.placement import placement_to_json, read_placement
     from runtime_adapter.cli.options import address
     from runtime_adapter.control.move_request import ask
-    from runtime_adapter.transport.rendezvous import Meeting
+    from runtime_adapter.transport.rendezvous import Rendezvous
 
-    require_seconds(given.join_s, "join_s")
+    require_seconds(given.rendezvous_timeout_s, "rendezvous_timeout_s")
     placement = read_placement(given.placement)
     host, port = address(given.store)
     code, text = ask(
-        Meeting(1, -1, host=host, port=port, join_s=given.join_s),
+        Rendezvous(1, -1, host=host, port=port, rendezvous_timeout_s=given.rendezvous_timeout_s),
         placement_to_json(placement),
         note,
     )

@@ -19,7 +19,7 @@ from runtime_adapter import PROGRAM
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
-    from runtime_adapter.transport.rendezvous import Meeting
+    from runtime_adapter.transport.rendezvous import Rendezvous
 
 
 def note(message: str) -> None:
@@ -57,7 +57,7 @@ store_option = click.option(
 )
 
 #: Options of every command that meets other servers.
-meeting_options = _options(
+rendezvous_options = _options(
     click.option("--server", required=True, metavar="NAME", help="This server's name."),
     store_option,
     click.option("--interface", default="lo", show_default=True, help="Interface of the links."),
@@ -71,7 +71,7 @@ meeting_options = _options(
     ),
     click.option(
         "--join",
-        "join_s",
+        "rendezvous_timeout_s",
         default=60.0,
         show_default=True,
         metavar="S",
@@ -135,17 +135,17 @@ def address(text: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class MeetingOptions(CommandOptions):
-    """What :func:`meeting_options` adds."""
+    """What :func:`rendezvous_options` adds."""
 
     server: str
     store: str
     interface: str
     timeout_s: float
-    join_s: float
+    rendezvous_timeout_s: float
     rtt_ms: float
 
-    def meeting(self, names: tuple[str, ...]) -> Meeting:
-        """The meeting of servers of these names.
+    def rendezvous(self, names: tuple[str, ...]) -> Rendezvous:
+        """The rendezvous of servers of these names.
 
         Raises
         ------
@@ -153,7 +153,7 @@ class MeetingOptions(CommandOptions):
             The server is not one of them, or an option is out of range.
         """
         from runtime_adapter.transport.interfaces import require_interface
-        from runtime_adapter.transport.rendezvous import Meeting
+        from runtime_adapter.transport.rendezvous import Rendezvous
 
         if self.server not in names:
             raise InputError(
@@ -163,18 +163,18 @@ class MeetingOptions(CommandOptions):
             )
         host, port = address(self.store)
         require_seconds(self.timeout_s, "timeout_s")
-        require_seconds(self.join_s, "join_s")
+        require_seconds(self.rendezvous_timeout_s, "rendezvous_timeout_s")
         if not 0 <= self.rtt_ms < 60_000:
             raise InputError(f"{self.rtt_ms}", parameter="rtt_ms", expected="0 to 60000")
         require_interface(self.interface, ipv4=":" not in host)
-        return Meeting(
-            servers=len(names),
-            me=names.index(self.server),
+        return Rendezvous(
+            world_size=len(names),
+            rank=names.index(self.server),
             host=host,
             port=port,
             interface=self.interface,
             timeout_s=self.timeout_s,
-            join_s=self.join_s,
+            rendezvous_timeout_s=self.rendezvous_timeout_s,
         )
 
 

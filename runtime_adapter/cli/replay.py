@@ -13,10 +13,10 @@ from runtime_adapter.cli.options import (
     MeetingOptions,
     MigrationOptions,
     jsonl,
-    meeting_options,
     migration_options,
     note,
     note_assumed,
+    rendezvous_options,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class ReplayOptions(MeetingOptions, MigrationOptions):
 @click.option("--placement", required=True, metavar="P.json")
 @click.option("--trace", required=True, metavar="T.parquet", help="Recorded routing.")
 @click.option("--cluster", required=True, metavar="C.toml", help="Arrivals, and times of work.")
-@meeting_options
+@rendezvous_options
 @click.option(
     "--requests",
     "requests_per_server",
@@ -86,7 +86,7 @@ def command(given: ReplayOptions) -> None:
     for output in (given.output, given.stats):
         writable(output, given.placement, given.trace, given.cluster)
     placement, placement_file = read_identified_placement(given.placement)
-    meeting = given.meeting(placement.servers)
+    rendezvous = given.rendezvous(placement.servers)
     trace = read_trace(given.trace)
     cluster, cluster_file = load_cluster(given.cluster)
     with blaming(given.cluster):
@@ -110,7 +110,7 @@ def command(given: ReplayOptions) -> None:
             requests,
             cluster,
             trace.model,
-            meeting,
+            rendezvous,
             facts,
             route=given.route,
             rtt_s=given.rtt_ms * 1e-3,

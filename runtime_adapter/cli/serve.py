@@ -15,10 +15,10 @@ from runtime_adapter.cli.options import (
     MeetingOptions,
     MigrationOptions,
     jsonl,
-    meeting_options,
     migration_options,
     note,
     note_assumed,
+    rendezvous_options,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ServeOptions(MeetingOptions, MigrationOptions):
     metavar="R.jsonl",
     help="Of this server; may be empty. -: standard input, served as they come.",
 )
-@meeting_options
+@rendezvous_options
 @click.option(
     "--max-prompt-tokens",
     type=int,
@@ -172,9 +172,9 @@ def command(given: ServeOptions) -> None:
         require_placed_model,
         server_devices,
     )
-    from runtime_adapter.moe.thread_dispatcher import Lanes
+    from runtime_adapter.moe.thread_dispatcher import ThreadLocalDispatcher
     from runtime_adapter.server import Server, ServerConfig
-    from runtime_adapter.transport.nccl_channel import Planes, prepare_nccl, require_device
+    from runtime_adapter.transport.nccl_channel import DataChannels, prepare_nccl, require_device
     from runtime_adapter.transport.rendezvous import RuntimeFailure
     from runtime_adapter.weights.checkpoint import Checkpoint
 
@@ -183,7 +183,7 @@ def command(given: ServeOptions) -> None:
         writable(output, *files)
     torch.set_num_threads(given.threads)
     placement, placement_file = read_identified_placement(given.placement)
-    meeting = given.meeting(placement.servers)
+    rendezvous = given.rendezvous(placement.servers)
     requests = [] if given.streamed else read_requests(given.requests)
     checkpoint = Checkpoint(given.checkpoint)
     require_placed_model(placement, checkpoint, source=given.placement)
@@ -205,14 +205,14 @@ def command(given: ServeOptions) -> None:
             network = Network.of(cluster, spec)
     if given.transport == "nccl":
         prepare_nccl(given.interface)  # before anything uses a card
-    devices = server_devices(len(placement.gpu_capacity[meeting.me]), given.device)
-    planes = None
+    devices = server_devices(len(placement.gpu_capacity[rendezvous.rank]), given.device)
+    channels = None
     if given.transport != "gloo":
-        planes = Planes(given.transport, devices[0])
-        require_device(planes)
+        channels = DataChannels(given.transport, devices[0])
+        require_device(channels)
     tokenizer = load_tokenizer(checkpoint)
     jobs = prepare(
-        requests, tokenizer, checkpoint, meeting.me, given.max_new_tokens, given.requests
+        requests, tokenizer, checkpoint, rendezvous.rank, given.max_new_tokens, given.requests
     )
     longest = max([len(job.ids) for job in jobs], default=1)
     if given.streamed:
@@ -221,16 +221,16 @@ def command(given: ServeOptions) -> None:
         if given.max_prompt_tokens is not None:
             longest = given.max_prompt_tokens
             require_whole(longest, 1, context, "max_prompt_tokens")
-    lanes = Lanes()
+    lanes = ThreadLocalDispatcher()
     with blaming(given.placement):
-        store = load_experts(checkpoint, placement, meeting.me, devices, dtype)
+        store = load_experts(checkpoint, placement, rendezvous.rank, devices, dtype)
     model = load_model(checkpoint, lanes, dtype, devices[0])
     movable = None
     if given.moves:
         options = given.simulation(route=given.route, seed=given.seed)
         with blaming(given.placement):
             movable = moving(
-                meeting,
+                rendezvous,
                 placement,
                 store,
                 checkpoint,
@@ -240,7 +240,7 @@ def command(given: ServeOptions) -> None:
                 from_peers=given.weights == "peer",
             )
     config = ServerConfig(
-        meeting=meeting,
+        rendezvous=rendezvous,
         placement=placement,
         model=placement.model,
         network=network,
@@ -270,7 +270,7 @@ def command(given: ServeOptions) -> None:
         rtt_s=given.rtt_ms * 1e-3,
         threads=given.threads,
         movable=movable,
-        planes=planes,
+        channels=channels,
     )
     if given.cluster is not None and cluster is not None:
         reviewed = given.migrate != "never"
@@ -281,7 +281,7 @@ def command(given: ServeOptions) -> None:
         coming: Iterable[Job] = jobs
         if given.streamed:
             coming = prepare_stream(
-                sys.stdin.buffer, tokenizer, checkpoint, meeting.me, given.max_new_tokens,
+                sys.stdin.buffer, tokenizer, checkpoint, rendezvous.rank, given.max_new_tokens,
                 begin_s,
             )  # fmt: skip
         answers = serve(

@@ -1,6 +1,6 @@
 """The log of a run: who loads and drops what, in one order that all servers see.
 
-An entry is JSON under the key ``news/i`` of the store. A writer puts it at the first place that is
+An entry is JSON under the key ``log/i`` of the store. A writer puts it at the first place that is
 free, so the log has no gaps and whoever reads an entry has read all that it was written in
 knowledge of: who reads that an expert is dropped has read where it was loaded before.
 
@@ -10,14 +10,14 @@ what        more                                      written by
 plan        plan (its steps are at ``plan/<plan>``)   the scheduler
 load        plan, experts [step, gpu, pair, slot]     the GPUs' server: they serve from now on
 drop        plan, experts [step, gpu, pair, 0]        the GPUs' server: they are no longer called
-seen        server, plan, steps                       a front: no call counts on what they drop
+seen        server, plan, steps                       a driver: no call counts on what they drop
 dropped     plan, steps                               the GPUs' server: the slots are free
 failed      plan, step, server, reason                the GPU's server: the step cannot be done
 stop        plan, reason                              the scheduler: begin no further step
 halted      plan, server                              a server: no step is under way any more
 over        plan, done, text                          the scheduler
 review      review                                    the scheduler
-calls       review, server                            a front: its calls are in the store
+calls       review, server                            a driver: its calls are in the store
 move        move (the placement is at ``move/<id>``)  the command ``move``
 moved       move, code, text                          the scheduler: how it ended
 note        text                                      the scheduler: for the first server's log
@@ -42,7 +42,7 @@ import torch.distributed as dist
 
 from prism_plan.errors import InputError
 from runtime_adapter.control.log_entries import Bounds, Entry, read_entry
-from runtime_adapter.transport.rendezvous import Meeting, RuntimeFailure, join_store, read_json
+from runtime_adapter.transport.rendezvous import Rendezvous, RuntimeFailure, join_store, read_json
 
 #: A reader waits for the next entry so long; the longest that a socket's poll knows.
 _FOREVER = datetime.timedelta(days=20)
@@ -59,7 +59,7 @@ class StoreLost(RuntimeFailure):
         super().__init__("the store of the run is gone")
 
 
-class News:
+class EventLog:
     """One reader and writer of the log; ``by`` is its name in the entries.
 
     Raises
@@ -68,11 +68,11 @@ class News:
         There is no store.
     """
 
-    def __init__(self, meeting: Meeting, by: str) -> None:
+    def __init__(self, rendezvous: Rendezvous, by: str) -> None:
         self.by = by
-        self._reading = join_store(meeting, host_it=False)
+        self._reading = join_store(rendezvous, host_it=False)
         # a client that waits for a key is locked meanwhile
-        self._telling = join_store(meeting, host_it=False)
+        self._telling = join_store(rendezvous, host_it=False)
         self._lock = threading.Lock()
         self._tail = 0
         self._queue: queue.SimpleQueue[Entry | tuple[int, bytes] | None] = queue.SimpleQueue()
@@ -104,7 +104,7 @@ class News:
         with self._lock:
             at = self._tail
             try:
-                while self._telling.compare_set(f"news/{at}", "", text) != text.encode():
+                while self._telling.compare_set(f"log/{at}", "", text) != text.encode():
                     at += 1
             except RuntimeError as error:
                 raise StoreLost from error
@@ -121,7 +121,7 @@ class News:
         self._reading.set_timeout(_FOREVER)
         while True:
             try:
-                raw = self._reading.get(f"news/{number}")
+                raw = self._reading.get(f"log/{number}")
             except RuntimeError:
                 self._queue.put(None)
                 return

@@ -117,7 +117,7 @@ def read_entry(number: int, raw: bytes, bounds: Bounds | None = None) -> Entry:
         No server of the run writes such an entry.
     """
     source = f"entry {number} of the run's log"
-    values = read_json(raw, f"news/{number}")
+    values = read_json(raw, f"log/{number}")
     if not isinstance(values, dict):
         raise InputError(f"{values!r:.60}", source=source, expected="an object")
     what = values.pop("what", None)

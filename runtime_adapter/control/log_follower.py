@@ -1,7 +1,7 @@
-"""What a front does with the news of a run: its routes change, it confirms, it reports its calls.
+"""What a driver does with the log of a run: its routes change, it confirms, it reports its calls.
 
 A drop is confirmed when no run of its layer is under way any more that began before it was known:
-then no call of this front, at home or elsewhere, counts on the expert. So the slot can be used
+then no call of this driver, at home or elsewhere, counts on the expert. So the slot can be used
 again, and no call comes too late. A step of a long prompt holds up the drops of the layer that it
 is in, and no others.
 """
@@ -17,15 +17,15 @@ import numpy as np
 
 from prism_plan.errors import InputError
 from prism_plan.placement import Placement
-from runtime_adapter.control.event_log import News, StoreLost
+from runtime_adapter.control.event_log import EventLog, StoreLost
 from runtime_adapter.control.log_entries import Bounds, Entry
 from runtime_adapter.moe.compute import Compute
 from runtime_adapter.moe.counters import Counters
-from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change
 
 #: Between two looks at layers that are under way, while drops wait for them.
-LOOK_S = 0.005
+POLL_INTERVAL_S = 0.005
 
 
 class Lane(Protocol):
@@ -39,7 +39,7 @@ class Lane(Protocol):
 
 
 class Dropping(NamedTuple):
-    """A drop that this front knows of; ``inside`` are lanes that may count on the expert still.
+    """A drop that this driver knows of; ``inside`` are lanes that may count on the expert still.
 
     Each with its ``passes`` at the time.
     """
@@ -55,28 +55,28 @@ class Dropping(NamedTuple):
         return all(lane.passes != passes for lane, passes in self.inside)
 
 
-class Follower:
-    """Applies the log to a front's table and computing, in a thread of its own.
+class LogFollower:
+    """Applies the log to a driver's table and computing, in a thread of its own.
 
-    ``lanes`` run the layers of this front; ``report`` is told what a reader of this server's log
+    ``lanes`` run the layers of this driver; ``report`` is told what a reader of this server's log
     has to know.
     """
 
     def __init__(
-        self, me: int, placement: Placement, table: HolderTable, compute: Compute,
-        counters: Counters, lanes: Sequence[Lane], news: News, report: Callable[[str], None],
+        self, rank: int, placement: Placement, table: ExpertMap, compute: Compute,
+        counters: Counters, lanes: Sequence[Lane], log: EventLog, report: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.me = me
-        self.name = placement.servers[me]
+        self.rank = rank
+        self.name = placement.servers[rank]
         self._bounds = Bounds.of(placement)
         self.num_experts = placement.model.num_experts
         self.table = table
         self.compute = compute
         self.counters = counters
         self.lanes = lanes
-        self.news = news
+        self.log = log
         self.report = report
-        self.own_gpus = placement.gpus_of(me).tolist()
+        self.own_gpus = placement.gpus_of(rank).tolist()
         self.migrating = False
         self._dropped: list[Dropping] = []
         self._failed: set[int] = set()
@@ -85,17 +85,17 @@ class Follower:
 
     def start(self) -> None:
         """Begin to follow."""
-        self.news.expect(self._bounds, self.report)
-        self.news.follow()
+        self.log.expect(self._bounds, self.report)
+        self.log.follow()
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         try:
             while True:
-                entry = self.news.next(LOOK_S if self._dropped else None)
+                entry = self.log.next(POLL_INTERVAL_S if self._dropped else None)
                 if entry is not None:
                     self._hear_or_skip(entry)
-                if self._dropped and self.news.caught_up():
+                if self._dropped and self.log.caught_up():
                     self._confirm()
         except StoreLost:
             self.migrating = False
@@ -108,7 +108,7 @@ class Follower:
             raise
         except Exception as error:
             where = f"entry {entry.number} of the run's log: {entry.what}"
-            self.news.skip(InputError(" ".join(str(error).split()), source=where))
+            self.log.skip(InputError(" ".join(str(error).split()), source=where))
 
     def hear(self, entry: Entry) -> None:
         """Act on one entry."""
@@ -133,7 +133,7 @@ class Follower:
             if entry["server"] == self.name and entry["plan"] not in self._failed:
                 self._failed.add(entry["plan"])
                 self.report(entry["reason"])
-        elif entry.what == "note" and self.me == 0:
+        elif entry.what == "note" and self.rank == 0:
             self.report(entry["text"])
 
     def _apply_own(self, kind: Literal["load", "drop"], gpu: int, pair: int, slot: int) -> None:
@@ -163,14 +163,14 @@ class Follower:
             settled.setdefault(drop.plan, []).append(drop.step)
         self._dropped = left
         for plan, steps in settled.items():
-            self.news.tell("seen", server=self.me, plan=plan, steps=steps)
+            self.log.tell("seen", server=self.rank, plan=plan, steps=steps)
 
     def _tell_calls(self, review: int) -> None:
-        key = f"calls/{self.me}/{review}"
+        key = f"calls/{self.rank}/{review}"
         called = self.counters.take_called().astype(np.int64)
-        self.news.put_bytes(key, zlib.compress(called.tobytes(), 1))
+        self.log.put_bytes(key, zlib.compress(called.tobytes(), 1))
         now = self.counters.to_json()
         times = {name: now[name] - before for name, before in self._reported.items()}
         self._reported = {name: now[name] for name in times}
-        self.news.put(f"times/{self.me}/{review}", times)
-        self.news.tell("calls", review=review, server=self.me)
+        self.log.put(f"times/{self.rank}/{review}", times)
+        self.log.tell("calls", review=review, server=self.rank)

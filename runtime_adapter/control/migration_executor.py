@@ -1,7 +1,7 @@
 """A server's own part of a migration: it loads and drops what the plan says of its GPUs.
 
 Runs in the worker process. A load is announced when it is complete; a drop when it begins, and the
-slot is free once every front has said that none of its calls counts on the expert any more. Each
+slot is free once every driver has said that none of its calls counts on the expert any more. Each
 step waits for those that the plan says it needs, so a plan that stops anywhere leaves every expert
 covered.
 """
@@ -22,21 +22,21 @@ from prism_plan.io.migration import migration_from_json
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.placement import Placement
 from prism_plan.placement_diff import Step
-from runtime_adapter.control.event_log import News, StoreLost
+from runtime_adapter.control.event_log import EventLog, StoreLost
 from runtime_adapter.control.log_entries import Bounds, Entry
 from runtime_adapter.moe.compute import TimedCompute
 from runtime_adapter.moe.emulated_gpu import GpuClock, wait_until
-from runtime_adapter.moe.expert_map import HolderTable
-from runtime_adapter.transport.rendezvous import Meeting
+from runtime_adapter.moe.expert_map import ExpertMap
+from runtime_adapter.transport.rendezvous import Rendezvous
 from runtime_adapter.weights.expert_store import Change
 
 #: Between two looks at what is waited for, while something is.
-LOOK_S = 0.1
+POLL_INTERVAL_S = 0.1
 #: Between two looks at what can be begun or told, so that one entry tells of several steps: all
 #: servers read all entries, and with many short ones a large move takes two to three times as long.
-PACE_S = 0.01
-#: A front that says nothing may still have a call under way; it is then told that nothing is here.
-GRACE_S = 0.05
+BATCH_INTERVAL_S = 0.01
+#: A driver that says nothing may still have a call under way; it is then told that nothing is here.
+DRAIN_S = 0.05
 #: Characters of the reason why a step cannot be done, as it is told to others.
 MAX_REASON = 380
 
@@ -44,7 +44,7 @@ MAX_REASON = 380
 class Loader(Protocol):
     """Brings experts to a server's GPUs, counted from 0, and takes them away."""
 
-    def connect(self, meeting: Meeting, table: HolderTable) -> None:
+    def connect(self, rendezvous: Rendezvous, table: ExpertMap) -> None:
         """Called once before all, in the worker, whose ``table`` says who holds what.
 
         Raises
@@ -81,7 +81,7 @@ class TimedLoader:
         self.blocks = blocks
         self._free_s = [0.0] * len(load_s)
 
-    def connect(self, meeting: Meeting, table: HolderTable) -> None:
+    def connect(self, rendezvous: Rendezvous, table: ExpertMap) -> None:
         """It needs nobody."""
 
     def load(self, pair: int, gpu: int) -> Change:
@@ -157,7 +157,7 @@ class _Work:
 
 @dataclass(eq=False)
 class _Drop:
-    """A drop that was announced, and the fronts that have not confirmed it."""
+    """A drop that was announced, and the drivers that have not confirmed it."""
 
     work: _Work
     step: int
@@ -165,28 +165,28 @@ class _Drop:
     waiting: set[int]
 
 
-class Agent:
+class MigrationExecutor:
     """Follows the log and does this server's steps.
 
     ``table`` is that by which this server's worker answers calls; it loses an expert only when
-    nobody calls it any more. A front that does not confirm a drop within ``timeout_s`` (it is
+    nobody calls it any more. A driver that does not confirm a drop within ``timeout_s`` (it is
     lost, or hangs) is waited for no longer, but this server's own is.
     """
 
     def __init__(
-        self, me: int, placement: Placement, loader: Loader, table: HolderTable, news: News,
+        self, rank: int, placement: Placement, loader: Loader, table: ExpertMap, log: EventLog,
         timeout_s: float,
     ) -> None:  # fmt: skip
-        self.me = me
+        self.rank = rank
         self.placement = placement
         self.servers = placement.servers
         counts = [len(gpus) for gpus in placement.gpu_capacity]
         self.first_gpu = tuple(int(n) for n in np.cumsum([0, *counts[:-1]]))
-        self.own_gpus = range(self.first_gpu[me], self.first_gpu[me] + counts[me])
+        self.own_gpus = range(self.first_gpu[rank], self.first_gpu[rank] + counts[rank])
         self.loader = loader
         self.table = table
-        self.news = news
-        news.expect(Bounds.of(placement))  # the front of this server tells of what is skipped
+        self.log = log
+        log.expect(Bounds.of(placement))  # the driver of this server tells of what is skipped
         self.timeout_s = timeout_s
         self._work: _Work | None = None
         self._lock = threading.Lock()  # of what is under way
@@ -197,7 +197,7 @@ class Agent:
 
     def start(self) -> None:
         """Begin, in threads of this process."""
-        self.news.follow()
+        self.log.follow()
         for gpu in self.own_gpus:
             self._channels[gpu] = queue.SimpleQueue()
             threading.Thread(target=self._load_all, args=(gpu,), daemon=True).start()
@@ -207,21 +207,21 @@ class Agent:
         try:
             while True:
                 busy = bool(self._drops) or (self._work is not None and self._work.stopped)
-                entry = self.news.next(LOOK_S if busy else None)
+                entry = self.log.next(POLL_INTERVAL_S if busy else None)
                 while entry is not None:
                     self._hear(entry)
-                    entry = None if self.news.caught_up() else self.news.next(0)
+                    entry = None if self.log.caught_up() else self.log.next(0)
                 self._tell_loaded()
                 self._free_dropped()
                 self._begin_ready()
                 self._halt_when_idle()
                 if self._work is not None:
-                    time.sleep(PACE_S)
+                    time.sleep(BATCH_INTERVAL_S)
         except StoreLost:
             if self._work is not None:  # no step can be announced; what is here stays
                 self._work.stopped = True
 
-    # ---------------------------------------------------------------------------------------- news
+    # ---------------------------------------------------------------------------------------- log
 
     def _hear(self, entry: Entry) -> None:
         work = self._work
@@ -254,7 +254,7 @@ class Agent:
     def _take(self, number: int) -> None:
         try:
             source = f"the run's store: plan/{number}"
-            plan = migration_from_json(self.news.get(f"plan/{number}"), source)
+            plan = migration_from_json(self.log.get(f"plan/{number}"), source)
             require_plan_of(self.placement, plan)
         except PrismError as error:
             if isinstance(error, StoreLost):
@@ -270,7 +270,7 @@ class Agent:
         """Tell that a step cannot be done."""
         logging.getLogger(__name__).debug("step", exc_info=error)
         reason = " ".join(str(error).split())[:MAX_REASON]
-        self.news.tell("failed", plan=plan, step=step, server=self.servers[self.me], reason=reason)
+        self.log.tell("failed", plan=plan, step=step, server=self.servers[self.rank], reason=reason)
 
     # --------------------------------------------------------------------------------------- steps
 
@@ -293,9 +293,9 @@ class Agent:
                 drops.append([i, work.gpu[i], work.steps[i].pair, 0])
         if drops:
             for i, *_ in drops:
-                fronts = set(range(len(self.servers)))
-                self._drops[work.plan, i] = _Drop(work, i, time.monotonic(), fronts)
-            self.news.tell("drop", plan=work.plan, experts=drops)
+                drivers = set(range(len(self.servers)))
+                self._drops[work.plan, i] = _Drop(work, i, time.monotonic(), drivers)
+            self.log.tell("drop", plan=work.plan, experts=drops)
 
     def _load_all(self, gpu: int) -> None:
         """One load at a time, for a GPU has one channel."""
@@ -307,7 +307,7 @@ class Agent:
                         work.under_way.discard(i)
             except StoreLost:
                 return
-            self.news.wake()
+            self.log.wake()
 
     def _load(self, work: _Work, i: int, gpu: int) -> bool:
         pair = work.steps[i].pair
@@ -326,7 +326,7 @@ class Agent:
             loaded, self._loaded = self._loaded, []
         for work in dict.fromkeys(work for work, _ in loaded):  # there is never but one
             experts = [expert for of, expert in loaded if of is work]
-            self.news.tell("load", plan=work.plan, experts=experts)
+            self.log.tell("load", plan=work.plan, experts=experts)
             with self._lock:
                 work.under_way.difference_update(step for step, *_ in experts)
 
@@ -336,12 +336,12 @@ class Agent:
         for key, drop in list(self._drops.items()):
             waited_for = drop.waiting - self._silent
             if waited_for and now - drop.since_s > self.timeout_s:
-                self._silent |= waited_for - {self.me}
-                waited_for &= {self.me}
+                self._silent |= waited_for - {self.rank}
+                waited_for &= {self.rank}
             if waited_for:
                 continue
             if self._silent:
-                time.sleep(GRACE_S)
+                time.sleep(DRAIN_S)
             del self._drops[key]
             work, i = drop.work, drop.step
             gpu, pair = work.gpu[i], work.steps[i].pair
@@ -349,7 +349,7 @@ class Agent:
             self.loader.drop(pair, gpu - self.own_gpus[0])
             freed.setdefault(work, []).append(i)
         for work, steps in freed.items():
-            self.news.tell("dropped", plan=work.plan, steps=steps)
+            self.log.tell("dropped", plan=work.plan, steps=steps)
             with self._lock:
                 work.under_way.difference_update(steps)
 
@@ -360,5 +360,5 @@ class Agent:
         with self._lock:
             idle = not work.under_way
         if idle:
-            self.news.tell("halted", plan=work.plan, server=self.me)
+            self.log.tell("halted", plan=work.plan, server=self.rank)
             self._work = None

@@ -8,18 +8,24 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from runtime_adapter.control.event_log import BEAT, News, StoreLost
+from runtime_adapter.control.event_log import BEAT, EventLog, StoreLost
 from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife
-from runtime_adapter.transport.rendezvous import Meeting, RuntimeFailure, ask_store, get, get_number
+from runtime_adapter.transport.rendezvous import (
+    Rendezvous,
+    RuntimeFailure,
+    ask_store,
+    get,
+    get_number,
+)
 
 #: Between two looks at whether the scheduler lives.
-LOOK_S = 1.0
+POLL_INTERVAL_S = 1.0
 #: A scheduler that has given no sign of life yet may still be starting.
 START_S = 120.0
 
 
 def ask(
-    meeting: Meeting, placement: Any, report: Callable[[str], None] = lambda text: None
+    rendezvous: Rendezvous, placement: Any, report: Callable[[str], None] = lambda text: None
 ) -> tuple[int, str]:
     """Ask for a placement (its JSON), wait until that is over: exit code and what happened.
 
@@ -32,28 +38,30 @@ def ask(
         hangs or is gone.
     """
     name = uuid.uuid4().hex
-    news = News(meeting, f"move {name}")
-    news.expect(None, report)
+    log = EventLog(rendezvous, f"move {name}")
+    log.expect(None, report)
     try:
-        if get(news.store, "movable", meeting.join_s) is not True:
+        if get(log.store, "movable", rendezvous.rendezvous_timeout_s) is not True:
             raise RuntimeFailure(
-                f"``store`` {meeting.host}:{meeting.port}: a run that moves no experts; start its "
-                "servers with `movable`"
+                f"``store`` {rendezvous.host}:{rendezvous.port}: a run that moves no experts; "
+                "start its servers with `movable`"
             )
-        timeout_s = get_number(news.store, "timeout", meeting.join_s, 1e9, whole=False)
-        ask_store(partial(news.put, f"move/{name}", placement))
-        news.follow()
-        ask_store(partial(news.tell, "move", move=name))
+        timeout_s = get_number(
+            log.store, "timeout", rendezvous.rendezvous_timeout_s, 1e9, whole=False
+        )
+        ask_store(partial(log.put, f"move/{name}", placement))
+        log.follow()
+        ask_store(partial(log.tell, "move", move=name))
         signs = SignsOfLife()
         looked_s = time.monotonic()
         while True:
-            entry = news.next(LOOK_S)
+            entry = log.next(POLL_INTERVAL_S)
             if entry is not None and entry.what == "moved" and entry["move"] == name:
                 return int(entry["code"]), str(entry["text"])
-            if time.monotonic() < looked_s + LOOK_S:
+            if time.monotonic() < looked_s + POLL_INTERVAL_S:
                 continue
             looked_s = time.monotonic()
-            sign, there = ask_store(partial(_look, news), timeout_s + BEAT_GRACE_S)
+            sign, there = ask_store(partial(_look, log), timeout_s + BEAT_GRACE_S)
             limit_s = timeout_s + BEAT_GRACE_S if sign else START_S
             if not there:
                 raise RuntimeFailure(
@@ -68,7 +76,7 @@ def ask(
         raise RuntimeFailure("the run ended before the move did") from error
 
 
-def _look(news: News) -> tuple[bytes, bool]:
+def _look(log: EventLog) -> tuple[bytes, bool]:
     """The scheduler's last sign of life, and whether there is one as far as its server knows."""
-    beat = news.get_bytes(BEAT) if news.there(BEAT) else b""
-    return beat, news.get("movable") is True
+    beat = log.get_bytes(BEAT) if log.there(BEAT) else b""
+    return beat, log.get("movable") is True

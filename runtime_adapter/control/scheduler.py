@@ -34,16 +34,16 @@ from prism_plan.migration.policy import Review, review
 from prism_plan.model import ModelSpec, require_same_model
 from prism_plan.objective import violations
 from prism_plan.placement import Placement, Plan
-from runtime_adapter.control.event_log import BEAT, News, StoreLost
+from runtime_adapter.control.event_log import BEAT, EventLog, StoreLost
 from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife
 from runtime_adapter.control.log_entries import Bounds, Entry
 from runtime_adapter.control.migration_executor import gpu_numbers
 from runtime_adapter.control.rules import cluster_among, rules_among
-from runtime_adapter.moe.expert_map import HolderTable
-from runtime_adapter.transport.rendezvous import MAX_START_S, Meeting, RuntimeFailure
+from runtime_adapter.moe.expert_map import ExpertMap
+from runtime_adapter.transport.rendezvous import MAX_START_S, Rendezvous, RuntimeFailure
 
 #: Between two looks at clocks and signs of life.
-LOOK_S = 0.05
+POLL_INTERVAL_S = 0.05
 BEATS_S = 0.25
 #: A move of which no step is done for so long is abandoned: the longest that one load may take.
 STALL_S = 900.0
@@ -66,7 +66,7 @@ class SchedulerConfig:
     written to ``placements_dir``, where one is given.
     """
 
-    meeting: Meeting
+    rendezvous: Rendezvous
     placement: Placement
     instance: Instance
     model: ModelSpec | None = None
@@ -77,7 +77,7 @@ class SchedulerConfig:
 
 def run_scheduler(config: SchedulerConfig) -> None:
     """Schedule until the process is ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends it
     parent = os.getppid()
 
     def leave_with_parent() -> None:
@@ -87,28 +87,31 @@ def run_scheduler(config: SchedulerConfig) -> None:
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     try:
-        news, beating = News(config.meeting, "scheduler"), News(config.meeting, "scheduler")
-        news.follow()
+        log, beating = (
+            EventLog(config.rendezvous, "scheduler"),
+            EventLog(config.rendezvous, "scheduler"),
+        )
+        log.follow()
         threading.Thread(target=_beat, args=(beating,), daemon=True).start()
-        Scheduler(config, news).run()
+        Scheduler(config, log).run()
     except RuntimeFailure:  # StoreLost as well: the run is over
         # Not by returning: when the interpreter ends, a thread that comes back from a call of the
         # store is ended inside C++, which aborts the process with a message of its own.
         os._exit(0)
 
 
-def _beat(news: News) -> None:
+def _beat(log: EventLog) -> None:
     """Signs of life for who waits for a move, also while a solver runs."""
     beats = 0
     with contextlib.suppress(StoreLost):
         while True:
             beats += 1
-            news.put(BEAT, beats)
+            log.put(BEAT, beats)
             time.sleep(BEATS_S)
 
 
 @dataclass(eq=False)
-class _Move:
+class _ActiveMigration:
     """A migration that is under way; ``left`` are its steps that are not done yet."""
 
     number: int
@@ -125,7 +128,7 @@ class _Move:
 
 
 @dataclass(eq=False)
-class _Asking:
+class _PendingReview:
     """A review that waits for the servers' calls."""
 
     number: int
@@ -139,13 +142,13 @@ class Scheduler:
     """One run's scheduler. ``now`` is a clock in seconds; time zero of the run is its start."""
 
     def __init__(
-        self, config: SchedulerConfig, news: News, now: Callable[[], float] = time.time
+        self, config: SchedulerConfig, log: EventLog, now: Callable[[], float] = time.time
     ) -> None:
         self.config = config
-        self.news = news
-        news.expect(Bounds.of(config.placement))  # the fronts tell of what is skipped
+        self.log = log
+        log.expect(Bounds.of(config.placement))  # the drivers tell of what is skipped
         self.now = now
-        self.table = HolderTable(config.placement)
+        self.table = ExpertMap(config.placement)
         self.standing = config.placement  # how it came about; what is held is in the table
         self.alive = list(range(len(config.placement.servers)))
         counts = [len(gpus) for gpus in config.placement.gpu_capacity]
@@ -157,14 +160,14 @@ class Scheduler:
         self._reviews = 0
         self._reviewed_s = 0.0
         self._start_s: float | None = None
-        self._asking: _Asking | None = None
-        self._move: _Move | None = None
+        self._asking: _PendingReview | None = None
+        self._move: _ActiveMigration | None = None
         self._moves = 0
         self._files = 0
         self._asked: list[str] = []
         self._noted: set[str] = set()
         self._signs = SignsOfLife(now)
-        #: Servers whose experts answer, but whose front, which confirms drops, is silent.
+        #: Servers whose experts answer, but whose driver, which confirms drops, is silent.
         self._hung: set[int] = set()
         self._looked_s = 0.0
         self._over = False
@@ -174,14 +177,14 @@ class Scheduler:
     def run(self) -> None:
         """Schedule until the store is gone."""
         while True:
-            self.turn(LOOK_S)
+            self.turn(POLL_INTERVAL_S)
 
     def turn(self, patience_s: float) -> None:
         """Hear what there is to hear, and do what is due."""
-        entry = self.news.next(patience_s)
+        entry = self.log.next(patience_s)
         while entry is not None:
             self._hear(entry)
-            entry = None if self.news.caught_up() else self.news.next(0)
+            entry = None if self.log.caught_up() else self.log.next(0)
         self._look_after_servers()
         if self._asking is not None:
             self._review_when_told()
@@ -200,9 +203,9 @@ class Scheduler:
             self._asked.append(entry["move"])
         elif entry.what == "calls":
             self._take_calls(entry)
-        elif entry.what == "plan" and entry["plan"] > self._moves:  # fronts would wait for its end
+        elif entry.what == "plan" and entry["plan"] > self._moves:  # drivers would wait for its end
             text = "a migration that the scheduler has not planned"
-            self.news.tell("over", plan=entry["plan"], done=False, text=text)
+            self.log.tell("over", plan=entry["plan"], done=False, text=text)
         if move is None or entry.values.get("plan") != move.number:
             return
         if entry.what == "load":
@@ -218,7 +221,7 @@ class Scheduler:
         if once and text in self._noted:
             return
         self._noted.add(text)
-        self.news.tell("note", text=text)
+        self.log.tell("note", text=text)
 
     # ------------------------------------------------------------------------------------- servers
 
@@ -228,16 +231,16 @@ class Scheduler:
             return
         self._looked_s = now
         if self._start_s is None:
-            if not self.news.there("start"):
+            if not self.log.there("start"):
                 return
             self._start_s = self._reviewed_s = self._read_start()
-        self._over = self.news.there(*(f"finished/{n}" for n in self.alive))
-        timeout_s = self.config.meeting.timeout_s
+        self._over = self.log.there(*(f"finished/{n}" for n in self.alive))
+        timeout_s = self.config.rendezvous.timeout_s
         for n in list(self.alive):
             if self._silent_s(f"beat/{n}") > timeout_s:
                 self._lose(n)
-            elif self.news.there(f"front/{n}") and (
-                self._silent_s(f"front/{n}") > timeout_s + BEAT_GRACE_S
+            elif self.log.there(f"driver/{n}") and (
+                self._silent_s(f"driver/{n}") > timeout_s + BEAT_GRACE_S
             ):
                 self._hung.add(n)
                 self._stop(self._hangs(n))
@@ -252,13 +255,13 @@ class Scheduler:
 
     def _silent_s(self, key: str) -> float:
         """For how long a process of a server that is there has given no sign of life."""
-        there = self.news.there(key)
-        return self._signs.silent_s(key, self.news.get_bytes(key) if there else b"")
+        there = self.log.there(key)
+        return self._signs.silent_s(key, self.log.get_bytes(key) if there else b"")
 
     def _read_start(self) -> float:
         """When the run began, by this machine's clock."""
         try:
-            start_s = self.news.get("start")
+            start_s = self.log.get("start")
             if type(start_s) in (int, float) and abs(start_s - self.now()) < MAX_START_S:
                 return float(start_s)
         except InputError:
@@ -300,8 +303,8 @@ class Scheduler:
         if now < self._start_s + (self._reviews + 1) * every_s:
             return
         self._reviews = int((now - self._start_s) / every_s)  # none twice, after a long solve
-        self._asking = _Asking(self._reviews, now - self._start_s, now)
-        self.news.tell("review", review=self._reviews)
+        self._asking = _PendingReview(self._reviews, now - self._start_s, now)
+        self.log.tell("review", review=self._reviews)
 
     def _take_calls(self, entry: Entry) -> None:
         asking, server = self._asking, entry["server"]
@@ -324,7 +327,7 @@ class Scheduler:
         source = f"the run's store: {key}"
         try:
             unpacked = zlib.decompressobj()
-            raw = unpacked.decompress(self.news.get_bytes(key), size)
+            raw = unpacked.decompress(self.log.get_bytes(key), size)
         except zlib.error as error:
             raise InputError(str(error), source=source) from error
         if len(raw) != size:
@@ -336,7 +339,7 @@ class Scheduler:
 
     def _read_times(self, key: str) -> dict[str, int]:
         """Microseconds of a server's work and waiting since the last review."""
-        found = self.news.get(key)
+        found = self.log.get(key)
         names = ("compute_us", "waiting_us")
         if not isinstance(found, dict) or any(
             type(found.get(name)) is not int or not 0 <= found[name] < MAX_CALLS for name in names
@@ -351,7 +354,7 @@ class Scheduler:
         assert asking is not None
         now = self.now()
         lacking = [n for n in self.alive if n not in asking.calls]
-        if lacking and now - asking.since_s < self.config.meeting.timeout_s:
+        if lacking and now - asking.since_s < self.config.rendezvous.timeout_s:
             return
         self._asking = None
         calls = np.zeros(self.config.instance.activations.shape, np.int64)
@@ -423,14 +426,14 @@ class Scheduler:
         self._begin(plan, found.target, event=event)
 
     def _write_events(self) -> None:
-        self.news.put("migrations", self.events)
+        self.log.put("migrations", self.events)
 
     # --------------------------------------------------------------------------------------- moves
 
     def _move_as_asked(self, name: str) -> None:
         try:
             rules = self._rules
-            target = self._asked_target(placement_from_json(self.news.get(f"move/{name}")), rules)
+            target = self._asked_target(placement_from_json(self.log.get(f"move/{name}")), rules)
             plan = migration_plan(
                 self._stands(rules), target, gpu_capacity=rules.gpu_capacity,
                 forbidden=rules.mask(rules.forbidden), priority=self._rates[self.alive],
@@ -474,27 +477,27 @@ class Scheduler:
         return target.replace(gpu_capacity=rules.gpu_capacity)
 
     def _answer(self, name: str, code: int, text: str) -> None:
-        self.news.tell("moved", move=name, code=code, text=text)
+        self.log.tell("moved", move=name, code=code, text=text)
 
     def _begin(
         self, plan: MigrationPlan, target: Placement, *, asked_by: str | None = None,
         event: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._moves += 1
-        self._move = _Move(
+        self._move = _ActiveMigration(
             self._moves, target, set(range(len(plan.steps))), plan.loads, plan.moved_bytes,
             self.now(), asked_by, event,
         )  # fmt: skip
         assert gpu_numbers(plan.servers, plan.gpus, self.table.servers, self.first_gpu)
-        self.news.put(f"plan/{self._moves}", migration_to_json(plan))
-        self.news.tell("plan", plan=self._moves)
+        self.log.put(f"plan/{self._moves}", migration_to_json(plan))
+        self.log.tell("plan", plan=self._moves)
 
     def _stop(self, reason: str) -> None:
         move = self._move
         if move is None or move.stopped_s is not None:
             return
         move.stopped_s, move.reason = self.now(), reason
-        self.news.tell("stop", plan=move.number, reason=reason)
+        self.log.tell("stop", plan=move.number, reason=reason)
 
     def _end_move(self) -> None:
         """Done when every step is; stopped when no server is at a step any more."""
@@ -502,7 +505,7 @@ class Scheduler:
         if move is None or (move.left and move.stopped_s is None):
             return
         if move.left and move.stopped_s is not None:
-            patience_s = 2 * self.config.meeting.timeout_s
+            patience_s = 2 * self.config.rendezvous.timeout_s
             waiting = set(self.alive) - move.halted
             if waiting and now - move.stopped_s < patience_s:
                 return
@@ -522,7 +525,7 @@ class Scheduler:
                 f"{move.reason}"
             )
         written = self._write()
-        self.news.tell("over", plan=move.number, done=done, text=text)
+        self.log.tell("over", plan=move.number, done=done, text=text)
         self._note(text + (f"; {written}" if written else ""))
         if move.event is not None:
             if done and self._start_s is not None:

@@ -10,7 +10,7 @@ import torch
 
 from prism_plan.simulate.timing import Timing
 from runtime_adapter.moe.emulated_gpu import GpuClock, gpu_work, wait_until
-from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.moe.placed_experts import weighted_sum
 from runtime_adapter.weights.expert_store import Change, ExpertStore
 
@@ -58,30 +58,30 @@ class TimedCompute:
 
     def __init__(
         self, timing: Timing, clock: GpuClock, num_experts: int, first_gpu: int, dense_gpu: int,
-        me: int,
+        rank: int,
     ) -> None:  # fmt: skip
         self.timing = timing
         self.clock = clock
         self.num_experts = num_experts
         self.first_gpu = first_gpu
         self.dense_gpu = dense_gpu
-        self.me = me
-        self._table: HolderTable | None = None
+        self.rank = rank
+        self._table: ExpertMap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For the worker process, which has a table of its own."""
         return {**vars(self), "_table": None}
 
     @property
-    def table(self) -> HolderTable | None:
+    def table(self) -> ExpertMap | None:
         """Where the experts were at the start."""
         return self._table
 
     @table.setter
-    def table(self, table: HolderTable) -> None:
+    def table(self, table: ExpertMap) -> None:
         self._table = table
-        self._held = table.held_by(self.me)
-        self._gpu_of = table.gpu_of[self.me].copy()
+        self._held = table.held_by(self.rank)
+        self._gpu_of = table.gpu_of[self.rank].copy()
         self._work_s(0, np.zeros(0, np.int64))  # the first request is not to wait for a compiler
 
     def apply(self, change: Change) -> None:

@@ -1,4 +1,4 @@
-"""The front's side of a layer: split a step's calls, send, compute the local ones, add up."""
+"""The driver's side of a layer: split a step's calls, send, compute the local ones, add up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.emulated_gpu import wait_until
 from runtime_adapter.moe.placed_experts import sum_dtype
 from runtime_adapter.moe.routing import Router, pack_calls, take_calls, tally
-from runtime_adapter.transport.connection import Line
+from runtime_adapter.transport.connection import Connection
 from runtime_adapter.transport.messages import (
     ANSWER,
     CALL,
@@ -41,7 +41,7 @@ MAX_RETRIES = 50
 
 
 @dataclass(eq=False, slots=True)
-class _Under:
+class _PendingCall:
     """A call that is under way; ``rows`` of its tokens, None where they are all of the step's."""
 
     server: int
@@ -53,10 +53,10 @@ class _Under:
 
 
 class Dispatcher:
-    """Runs the experts of a layer for one lane of one front.
+    """Runs the experts of a layer for one lane of one driver.
 
     ``lines``, all of one kind, lead to the other servers' workers; each has one call under way, so
-    a front that serves several requests at once has a dispatcher for each. ``rtt_s`` is added to
+    a driver that serves several requests at once has a dispatcher for each. ``rtt_s`` is added to
     every call, half on each way, where the network does not do it. ``on_lost`` is told of a server
     that does not answer within ``timeout_s``; its calls then go to other holders.
     """
@@ -65,7 +65,7 @@ class Dispatcher:
         self,
         model: ModelShape,
         router: Router,
-        lines: Mapping[int, Line],
+        lines: Mapping[int, Connection],
         compute: Compute,
         counters: Counters,
         *,
@@ -87,7 +87,7 @@ class Dispatcher:
         self.layer = 0
         self._bits = id_bits(model.num_experts)
         self._sent = np.zeros((len(router.table.servers), 2), np.int64)
-        self._carried = next(iter(lines.values())).carried if lines else Line.carried
+        self._carried = next(iter(lines.values())).carried if lines else Connection.carried
         rooms = [line.room.tokens for line in lines.values()]
         #: The longest step that may go to other servers, in tokens.
         self.max_tokens = min(rooms, default=sys.maxsize)
@@ -143,7 +143,7 @@ class Dispatcher:
                         f"layer {self.model.moe_layers[layer]}: holders of an expert keep saying "
                         "that they do not have it"
                     )
-                time.sleep(0.02)  # the news of a move is on its way
+                time.sleep(0.02)  # the log of a move is on its way
         return sums.to(hidden.dtype)
 
     def _round(
@@ -151,9 +151,9 @@ class Dispatcher:
         first: bool = False,
     ) -> tuple[torch.Tensor, npt.NDArray[np.bool_] | None]:  # fmt: skip
         """Send all calls once; returns what came back, and which calls [T, K] did not."""
-        me = self.router.me
+        rank = self.router.rank
         place = self.router.place(layer, experts, self.request)
-        remote, waiting, destinations = tally(place, me, self._sent)
+        remote, waiting, destinations = tally(place, rank, self._sent)
         under = self._send_all(layer, hidden, experts, weights, place) if remote else []
         sent_s = time.perf_counter()
         counted = {
@@ -205,16 +205,16 @@ class Dispatcher:
         """The calls that this server computes for itself."""
         token, ids = np.empty(calls, np.int64), np.empty(calls, np.int64)
         kept = np.empty(calls, np.float32)
-        take_calls(place, self.router.me, experts, weights, token, ids, kept)
+        take_calls(place, self.router.rank, experts, weights, token, ids, kept)
         return Batch(layer, hidden, token, ids, kept)
 
     def _send_all(
         self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats,
         place: npt.NDArray[np.int32],
-    ) -> list[_Under]:  # fmt: skip
+    ) -> list[_PendingCall]:  # fmt: skip
         states = self._carried(hidden)
         bits_of_weights = weights.view(np.uint32)
-        under: list[_Under] = []
+        under: list[_PendingCall] = []
         step_tokens, token_bytes = len(hidden), hidden.shape[1] * hidden.element_size()
         for server, (tokens, calls) in enumerate(self._sent.tolist()):
             if not tokens:
@@ -237,10 +237,10 @@ class Dispatcher:
                 went = False
                 self._lose(server, error)
             payload = call_bytes(tokens, calls, token_bytes)
-            under.append(_Under(server, tokens, rows, payload, tokens * token_bytes, went))
+            under.append(_PendingCall(server, tokens, rows, payload, tokens * token_bytes, went))
         return under
 
-    def _await(self, call: _Under) -> bool:
+    def _await(self, call: _PendingCall) -> bool:
         """Wait for an answer; False if there is none, or the expert is not there."""
         if not call.went:
             return False
@@ -258,14 +258,14 @@ class Dispatcher:
             raise RuntimeFailure(f"server {name!r} could not compute a call; see its messages")
         return True
 
-    def _await_all(self, under: list[_Under]) -> None:
+    def _await_all(self, under: list[_PendingCall]) -> None:
         """Let no answer of a step that failed be there when the next one asks."""
         for call in under:
             with contextlib.suppress(PrismError):
                 self._await(call)
 
     def _add(
-        self, call: _Under, sums: torch.Tensor | None, hidden: torch.Tensor, more: bool
+        self, call: _PendingCall, sums: torch.Tensor | None, hidden: torch.Tensor, more: bool
     ) -> torch.Tensor:
         """The sums with an answer added; ``more`` says that other answers may follow."""
         found = self.lines[call.server].sums(hidden.dtype, hidden.shape[1])

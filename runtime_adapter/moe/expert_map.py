@@ -11,7 +11,7 @@ import numpy.typing as npt
 from prism_plan.placement import Placement
 
 
-class HolderTable:
+class ExpertMap:
     """Servers that hold each pair; changed by loads, drops and losses, read by the router.
 
     ``gpu_of`` int32 [N, J] is the first GPU of a server that holds a pair, -1 if none does;

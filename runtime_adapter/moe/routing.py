@@ -17,7 +17,7 @@ from prism_plan.model import ModelShape
 from prism_plan.simulate.compiled.routing_kernels import COVER, NEAREST, cover, mix
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routing_policies import ROUTES, Route
-from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.moe.expert_map import ExpertMap
 
 
 class ExpertsLost(PrismError):
@@ -72,7 +72,7 @@ def _route(  # pragma: no cover - compiled
 
 
 @jit
-def tally(place: Any, me: int, sent: Any) -> Any:  # pragma: no cover - compiled
+def tally(place: Any, rank: int, sent: Any) -> Any:  # pragma: no cover - compiled
     """Count what a step sends, from ``place`` [T, K]; ``sent`` [N, 2] gets each server's part.
 
     A server's part is its tokens and its calls. Returns the remote calls, the tokens with one, and
@@ -85,7 +85,7 @@ def tally(place: Any, me: int, sent: Any) -> Any:  # pragma: no cover - compiled
         before = remote
         for k in range(top_k):
             m = place[t, k]
-            if m == me:
+            if m == rank:
                 continue
             remote += 1
             sent[m, 1] += 1
@@ -172,11 +172,11 @@ class Router:
     """Routes the steps of one server; keeps what it has sent over each link."""
 
     def __init__(
-        self, table: HolderTable, me: int, model: ModelShape, network: Network, route: Route
+        self, table: ExpertMap, rank: int, model: ModelShape, network: Network, route: Route
     ) -> None:
         servers = len(table.servers)
         self.table = table
-        self.me = me
+        self.rank = rank
         self.model = model
         self.route = ROUTES.index(route)
         cost = network.call_cost_s()
@@ -202,7 +202,7 @@ class Router:
         place = np.empty(experts.shape, np.int32)
         table = self.table
         lost = _route(
-            experts, layer * self.model.num_experts, self.me, request, self.route, table.gpu_of,
+            experts, layer * self.model.num_experts, self.rank, request, self.route, table.gpu_of,
             table.holder, table.copies, self.sent, self.link_rank, self._mask, self._goals,
             self._few, self._best, place,
         )  # fmt: skip
@@ -220,9 +220,9 @@ class Router:
         no_weights, ids = np.zeros(none.shape, np.float32), np.zeros(0, np.int64)
         words = np.zeros(0, np.uint32)
         place = self.place(0, none, 0)
-        tally(place, self.me, np.zeros((len(self.sent), 2), np.int64))
-        pack_calls(place, self.me, none, no_weights.view(np.uint32), 1, ids, words)
-        take_calls(place, self.me, none, no_weights, ids, ids, no_weights[:, 0].copy())
+        tally(place, self.rank, np.zeros((len(self.sent), 2), np.int64))
+        pack_calls(place, self.rank, none, no_weights.view(np.uint32), 1, ids, words)
+        take_calls(place, self.rank, none, no_weights, ids, ids, no_weights[:, 0].copy())
 
 
 def warm_up_answers() -> None:

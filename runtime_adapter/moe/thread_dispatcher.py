@@ -12,7 +12,7 @@ import torch
 from runtime_adapter.moe.dispatch import Dispatcher
 
 
-class Lanes:
+class ThreadLocalDispatcher:
     """The dispatcher of a model whose requests run in several threads at once.
 
     A model has one :class:`~runtime_adapter.moe.placed_experts.Dispatcher`; each request has a

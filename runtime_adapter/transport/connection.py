@@ -1,6 +1,7 @@
-"""One lane of a front to one other server's worker: a call, and its answer.
+"""One lane of a driver to one other server's worker: a call, and its answer.
 
-By gloo alone (:class:`Line`), or with the states on a plane of their own (:class:`PlaneLine`).
+By gloo alone (:class:`Connection`), or with the states on a channel of their own
+(:class:`NcclConnection`).
 
 A line raises RuntimeError, as torch.distributed does, where the other side is gone or silent.
 """
@@ -19,13 +20,13 @@ from runtime_adapter.transport.messages import (
     ANSWER,
     HEADER_BYTES,
     Header,
-    Room,
+    MessageBuffer,
     get_header,
     put_header,
 )
-from runtime_adapter.transport.nccl_channel import Plane
+from runtime_adapter.transport.nccl_channel import DataChannel
 from runtime_adapter.transport.rendezvous import receive, send
-from runtime_adapter.transport.send_queue import LONG_BYTES, Outbox
+from runtime_adapter.transport.send_queue import LONG_BYTES, SendQueue
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
@@ -56,22 +57,27 @@ class Buffer:
         return self._states
 
 
-class Line:
+class Connection:
     """A call is one message and its answer another; see :mod:`runtime_adapter.transport.messages`.
 
     For each call :meth:`words`, :meth:`send`, :meth:`answer` and then, if it is an answer indeed,
-    :meth:`sums`; after a failure :meth:`forget`. ``outbox`` is that of all lanes of the front,
+    :meth:`sums`; after a failure :meth:`forget`. ``send_queue`` is that of all lanes of the driver,
     ``room`` what the other side has memory for.
     """
 
     def __init__(
-        self, group: Any, lane: int, timeout: datetime.timedelta, outbox: Outbox, room: Room
+        self,
+        group: Any,
+        lane: int,
+        timeout: datetime.timedelta,
+        send_queue: SendQueue,
+        room: MessageBuffer,
     ) -> None:
         self._group = group
         self.room = room
         self._lane = lane
         self._timeout = timeout
-        self._outbox = outbox
+        self._send_queue = send_queue
         self._message, self._answer = Buffer(), Buffer()
         self._left: threading.Event | None = None
 
@@ -107,12 +113,12 @@ class Line:
             np.take(states, rows, axis=0, out=into, mode="clip")
         self._left = None
         if len(raw) - HEADER_BYTES < LONG_BYTES:
-            # first, since to be ready to receive is news to the other side as well
+            # first, since to be ready to receive is log to the other side as well
             self._sending = send(self._group, message, 1, self._lane)
             self._receiving = receive(self._group, answer, 1, self._lane)
         else:
             self._receiving = receive(self._group, answer, 1, self._lane)
-            self._left = self._outbox.put(self._group, message, 1, self._lane)
+            self._left = self._send_queue.put(self._group, message, 1, self._lane)
 
     def answer(self) -> Header:
         """Wait for the answer of the call.
@@ -138,8 +144,8 @@ class Line:
         self._message, self._answer = Buffer(), Buffer()
 
 
-class PlaneLine(Line):
-    """Messages carry all but the states, which go over a plane.
+class NcclConnection(Connection):
+    """Messages carry all but the states, which go over a channel.
 
     See :mod:`runtime_adapter.transport.nccl_channel`.
 
@@ -147,11 +153,11 @@ class PlaneLine(Line):
     """
 
     def __init__(
-        self, group: Any, lane: int, timeout: datetime.timedelta, outbox: Outbox, room: Room,
-        plane: Plane,
+        self, group: Any, lane: int, timeout: datetime.timedelta, send_queue: SendQueue,
+        room: MessageBuffer, channel: DataChannel,
     ) -> None:  # fmt: skip
-        super().__init__(group, lane, timeout, outbox, room)
-        self.plane = plane
+        super().__init__(group, lane, timeout, send_queue, room)
+        self.channel = channel
 
     @staticmethod
     def carried(hidden: torch.Tensor) -> Any:
@@ -167,7 +173,7 @@ class PlaneLine(Line):
         if rows is not None:
             states = states[torch.from_numpy(rows).to(states.device)]
         self._states = states
-        self._queued = self.plane.send(states)
+        self._queued = self.channel.send(states)
         put_header(self._message.array, header)
         self._sending = send(self._group, self._message.tensor, 1, self._lane)
         self._receiving = receive(self._group, self._answer.tensor, 1, self._lane)
@@ -177,7 +183,7 @@ class PlaneLine(Line):
         header = super().answer()
         if header.kind == ANSWER and header.tokens == len(self._states):
             self._sums = torch.empty_like(self._states)
-            self.plane.receive(self._sums)
+            self.channel.receive(self._sums)
         return header
 
     def sums(self, dtype: torch.dtype, width: int) -> torch.Tensor:
@@ -187,4 +193,4 @@ class PlaneLine(Line):
     def forget(self) -> None:
         """The call has failed, and its states may still be queued."""
         super().forget()
-        self.plane.close()
+        self.channel.close()

@@ -34,9 +34,9 @@ _HEADER = struct.Struct("=8i")
 MAGIC = 0x5052_4D31
 
 #: What a header says: a call, its answer, an expert is not here (any more), the server failed, a
-#: front has no more calls, a worker asks for an expert's weights (see peers.py), a front lives.
+#: driver has no more calls, a worker asks for an expert's weights (see peers.py), a driver lives.
 CALL, ANSWER, MISSING, FAILED, OVER, WEIGHTS, ALIVE = 1, 2, 3, 4, 5, 6, 7
-#: Signs of life of a front have a lane of their own; those of requests are below.
+#: Signs of life of a driver have a lane of their own; those of requests are below.
 SIGNS_LANE = 1 << 12
 
 
@@ -83,7 +83,7 @@ def call_bytes(tokens: int, calls: int, token_bytes: int) -> int:
 
 
 @dataclass(frozen=True)
-class Room:
+class MessageBuffer:
     """What the worker of a server has memory for: calls of up to so many tokens, top-k each.
 
     gloo ends the process that receives more than it has memory for, so whoever sends asks this

@@ -3,16 +3,16 @@
 NCCL has no tags, wants to know what comes before it comes, and what it waits for occupies a card.
 So headers and words go by gloo as ever, and states over a second group::
 
-    front                                         worker
-    states                       -- plane -->     (queued before they are announced)
+    driver                                         worker
+    states                       -- channel -->     (queued before they are announced)
     header | words               -- gloo -->      takes the header, then asks for the states
-    (queued, as well)            <-- plane --     partial sums
+    (queued, as well)            <-- channel --     partial sums
     takes it, asks for the sums  <-- gloo --      header
 
-A side asks the plane only for what the other has queued already, and a queue waits only for what
+A side asks the channel only for what the other has queued already, and a queue waits only for what
 was queued before: over all servers these waits go back in time, so they form no circle. Every lane
-of every pair (front of n, worker of m) has a group of its own, for NCCL keeps the order of a group;
-all are made in one order, two sides at a time. A group that breaks breaks its lane only.
+of every pair (driver of n, worker of m) has a group of its own, for NCCL keeps the order of a
+group; all are made in one order, two sides at a time. A group that breaks breaks its lane only.
 
 ``split`` runs the same over gloo on CPUs: to try it, and to test it where there is no card.
 """
@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from prism_plan.errors import InputError
 from runtime_adapter.transport.rendezvous import (
-    Meeting,
+    Rendezvous,
     RuntimeFailure,
     get,
     group,
@@ -45,23 +45,23 @@ Backend = Literal["nccl", "split"]
 #: Before the name of a group of states in the store.
 STATES = "states"
 #: Between two looks at whether a card has received.
-LOOK_S = 20e-6
+POLL_INTERVAL_S = 20e-6
 
 
-class PlaneBroken(RuntimeError):
-    """The other side of a plane is gone or silent; nothing more goes over it."""
+class DataChannelBroken(RuntimeError):
+    """The other side of a channel is gone or silent; nothing more goes over it."""
 
 
 @dataclass(frozen=True)
-class Planes:
+class DataChannels:
     """How a server's states travel, and the device on which they leave and arrive."""
 
     backend: Backend
     device: torch.device
 
 
-class Plane:
-    """One lane of one front to one worker, seen from one side of it."""
+class DataChannel:
+    """One lane of one driver to one worker, seen from one side of it."""
 
     def __init__(self, made: Any, other: int, timeout_s: float) -> None:
         self._group = made
@@ -73,7 +73,7 @@ class Plane:
 
         Raises
         ------
-        PlaneBroken
+        DataChannelBroken
             It cannot be sent any more.
         """
         with self._closed_if_it_fails():
@@ -84,7 +84,7 @@ class Plane:
 
         Raises
         ------
-        PlaneBroken
+        DataChannelBroken
             It is not taken in time.
         """
         with self._closed_if_it_fails():
@@ -95,7 +95,7 @@ class Plane:
 
         Raises
         ------
-        PlaneBroken
+        DataChannelBroken
             It does not come in time.
         """
         with self._closed_if_it_fails():
@@ -110,7 +110,7 @@ class Plane:
             yield
         except RuntimeError as error:
             self.close()  # whatever is queued on a card would wait for ever
-            raise PlaneBroken(str(error)) from error
+            raise DataChannelBroken(str(error)) from error
 
     def close(self) -> None:
         """Give up what is queued."""
@@ -118,7 +118,7 @@ class Plane:
             self._group.abort()
 
 
-class NcclPlane(Plane):
+class NcclDataChannel(DataChannel):
     """By NCCL, on the current stream of the states' card."""
 
     def _finish(self, work: Any) -> None:
@@ -127,16 +127,20 @@ class NcclPlane(Plane):
         while not work.is_completed():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"timed out after {self.timeout_s:g} s")
-            time.sleep(LOOK_S)
+            time.sleep(POLL_INTERVAL_S)
         work.wait()
 
 
-def make_planes(
-    planes: Planes, meeting: Meeting, pairs: Iterable[tuple[int, int]], lanes: int, rank: int
-) -> dict[tuple[int, int, int], Plane]:
-    """The planes of a front (``rank`` 0) or worker (1), by (front, worker, lane).
+def make_channels(
+    channels: DataChannels,
+    rendezvous: Rendezvous,
+    pairs: Iterable[tuple[int, int]],
+    lanes: int,
+    rank: int,
+) -> dict[tuple[int, int, int], DataChannel]:
+    """The channels of a driver (``rank`` 0) or worker (1), by (driver, worker, lane).
 
-    ``pairs`` are those (front, worker) in which it is that side. Both sides of a pair call this,
+    ``pairs`` are those (driver, worker) in which it is that side. Both sides of a pair call this,
     all of them at the same time.
 
     Raises
@@ -146,47 +150,51 @@ def make_planes(
     """
     made = {}
     # one order for all: then the least that is not made yet is the next of both of its sides
-    for front, worker in sorted(pairs):
+    for driver, worker in sorted(pairs):
         for lane in range(lanes):
-            made[front, worker, lane] = _make(planes, meeting, front, worker, lane, rank)
+            made[driver, worker, lane] = _make(channels, rendezvous, driver, worker, lane, rank)
     return made
 
 
-def _make(planes: Planes, meeting: Meeting, front: int, worker: int, lane: int, rank: int) -> Plane:
+def _make(
+    channels: DataChannels, rendezvous: Rendezvous, driver: int, worker: int, lane: int, rank: int
+) -> DataChannel:
     kind = f"{STATES}/{lane}"
-    if planes.backend == "split":
-        plane = Plane(group(meeting, front, worker, rank, kind), 1 - rank, meeting.join_s)
+    if channels.backend == "split":
+        channel = DataChannel(
+            group(rendezvous, driver, worker, rank, kind), 1 - rank, rendezvous.rendezvous_timeout_s
+        )
     else:
-        store = store_of_pair(meeting, front, worker, kind)
+        store = store_of_pair(rendezvous, driver, worker, kind)
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = datetime.timedelta(seconds=meeting.join_s)
-        with torch.cuda.device(planes.device):
+        options._timeout = datetime.timedelta(seconds=rendezvous.rendezvous_timeout_s)
+        with torch.cuda.device(channels.device):
             made = dist.ProcessGroupNCCL(store, rank, 2, options)
-        plane = NcclPlane(made, 1 - rank, meeting.join_s)
+        channel = NcclDataChannel(made, 1 - rank, rendezvous.rendezvous_timeout_s)
     # NCCL connects with the first message each way
-    first = torch.zeros(1, 1, device=planes.device)
+    first = torch.zeros(1, 1, device=channels.device)
     try:
         if rank == 0:
-            going = plane.send(first)
-            plane.receive(torch.empty_like(first))
+            going = channel.send(first)
+            channel.receive(torch.empty_like(first))
         else:
-            plane.receive(first)
-            going = plane.send(first)
-        plane.wait(going)
-    except PlaneBroken as error:
-        other = worker if rank == 0 else front
+            channel.receive(first)
+            going = channel.send(first)
+        channel.wait(going)
+    except DataChannelBroken as error:
+        other = worker if rank == 0 else driver
         raise RuntimeFailure(
-            f"``transport`` {planes.backend}: no states from server {other} within "
-            f"{meeting.join_s:g} s: {str(error).splitlines()[0]:.120}"
+            f"``transport`` {channels.backend}: no states from server {other} within "
+            f"{rendezvous.rendezvous_timeout_s:g} s: {str(error).splitlines()[0]:.120}"
         ) from error
-    plane.timeout_s = meeting.timeout_s
-    return plane
+    channel.timeout_s = rendezvous.timeout_s
+    return channel
 
 
 # --------------------------------------------------------------------------------------- conditions
 
 
-def require_device(planes: Planes) -> None:
+def require_device(channels: DataChannels) -> None:
     """Refuse a transport that cannot work with this server's device.
 
     Raises
@@ -194,21 +202,21 @@ def require_device(planes: Planes) -> None:
     InputError
         NCCL without a card, or in a torch that is built without it; ``split`` with a card.
     """
-    kind = planes.device.type
-    if planes.backend == "split" and kind != "cpu":
+    kind = channels.device.type
+    if channels.backend == "split" and kind != "cpu":
         raise InputError(
             f"split runs over gloo, between CPUs (``device`` is {kind})",
             parameter="transport",
             remedy="use ``device`` cpu, or ``transport`` nccl or gloo",
         )
-    if planes.backend == "nccl" and kind != "cuda":
+    if channels.backend == "nccl" and kind != "cuda":
         raise InputError(
             "nccl carries states between CUDA cards, and this server has none "
             f"(``device`` is {kind})",
             parameter="transport",
             remedy="give every server a card, or use ``transport`` gloo",
         )
-    if planes.backend == "nccl" and not dist.is_nccl_available():
+    if channels.backend == "nccl" and not dist.is_nccl_available():
         raise InputError(
             "this torch is built without NCCL",
             parameter="transport",
@@ -234,7 +242,9 @@ def card_name(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def check_cards(store: dist.Store, meeting: Meeting, card: str, names: tuple[str, ...]) -> None:
+def check_cards(
+    store: dist.Store, rendezvous: Rendezvous, card: str, names: tuple[str, ...]
+) -> None:
     """Two servers of a run on one card cannot reach each other by NCCL.
 
     Raises
@@ -242,12 +252,12 @@ def check_cards(store: dist.Store, meeting: Meeting, card: str, names: tuple[str
     InputError
         Another server has this server's card; both say so.
     """
-    put(store, f"card/{meeting.me}", card)
+    put(store, f"card/{rendezvous.rank}", card)
     for n, name in enumerate(names):
-        found = get(store, f"card/{n}", meeting.join_s, f"server {name!r}")
-        if n != meeting.me and found == card:
+        found = get(store, f"card/{n}", rendezvous.rendezvous_timeout_s, f"server {name!r}")
+        if n != rendezvous.rank and found == card:
             raise InputError(
-                f"server {names[meeting.me]!r} has the card of server {name!r}",
+                f"server {names[rendezvous.rank]!r} has the card of server {name!r}",
                 parameter="transport",
                 place="nccl",
                 expected="a card of its own for every server",

@@ -1,6 +1,6 @@
 """Point-to-point links between servers, each with a process group of its own.
 
-Every ordered pair (n, m) has one two-rank group, in which the front of n is rank 0 and the worker
+Every ordered pair (n, m) has one two-rank group, in which the driver of n is rank 0 and the worker
 of m is rank 1: a group that breaks, for a server was killed or did not answer, breaks nothing
 else. The groups find each other through one TCPStore; its socket is bound to the named address
 before the store is made, for by itself it would listen everywhere.
@@ -26,7 +26,7 @@ from runtime_adapter.transport.parallel import in_time
 
 #: Where a server that cannot join says why, so that the others do not wait for it.
 ABORTED = "aborted"
-#: An idle worker waits for the next call without end; its front ends it.
+#: An idle worker waits for the next call without end; its driver ends it.
 FOREVER = datetime.timedelta(days=3650)
 #: A store that answers nothing for so long hangs, or its machine cannot be reached: a client of
 #: torch's TCPStore waits for an answer without end.
@@ -56,87 +56,91 @@ class ServerLost(RuntimeFailure):
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where the servers of a run find each other.
 
     ``host`` and ``port`` are of the store, which the first server hosts; ``interface`` is the
     network interface that links use; ``timeout_s`` after which a server that does not answer is
-    lost; ``join_s`` within which all have to be there.
+    lost; ``rendezvous_timeout_s`` within which all have to be there.
     """
 
-    servers: int
-    me: int
+    world_size: int
+    rank: int
     host: str = "127.0.0.1"
     port: int = 29400
     interface: str = "lo"
     timeout_s: float = 10.0
-    join_s: float = 60.0
+    rendezvous_timeout_s: float = 60.0
 
 
-def listen(meeting: Meeting) -> socket.socket:
-    """The store's socket, bound to the meeting's address alone.
+def listen(rendezvous: Rendezvous) -> socket.socket:
+    """The store's socket, bound to the rendezvous's address alone.
 
     Raises
     ------
     RuntimeFailure
         The port is in use, or the address is not one of this machine.
     """
-    family = socket.AF_INET6 if ":" in meeting.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in rendezvous.host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind((meeting.host, meeting.port))
-        bound.listen(4 * meeting.servers + 16)
+        bound.bind((rendezvous.host, rendezvous.port))
+        bound.listen(4 * rendezvous.world_size + 16)
     except OSError as error:
         bound.close()
         reason = (error.strerror or str(error)).lower()
         raise RuntimeFailure(
-            f"``store`` {meeting.host}:{meeting.port}: {reason}; choose another port, or the "
+            f"``store`` {rendezvous.host}:{rendezvous.port}: {reason}; choose another port, or the "
             "address of the interface that the servers share"
         ) from error
     return bound
 
 
-def join_store(meeting: Meeting, *, host_it: bool) -> dist.TCPStore:
-    """The store of a run; the first server's front hosts it.
+def join_store(rendezvous: Rendezvous, *, host_it: bool) -> dist.TCPStore:
+    """The store of a run; the first server's driver hosts it.
 
     Raises
     ------
     RuntimeFailure
-        The port is in use, or nobody hosts the store within ``join_s``.
+        The port is in use, or nobody hosts the store within ``rendezvous_timeout_s``.
     """
     try:
         # a listener that says nothing would be waited for without end
-        return in_time(partial(_join_store, meeting, host_it), meeting.join_s + STORE_TIMEOUT_S)
+        return in_time(
+            partial(_join_store, rendezvous, host_it),
+            rendezvous.rendezvous_timeout_s + STORE_TIMEOUT_S,
+        )
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:  # and so TimeoutError
         first = str(error).splitlines()[0]
         raise RuntimeFailure(
-            f"``store`` {meeting.host}:{meeting.port}: no store within {meeting.join_s:g} s "
-            f"({first:.120}); start the first server, or check the address"
+            f"``store`` {rendezvous.host}:{rendezvous.port}: no store within "
+            f"{rendezvous.rendezvous_timeout_s:g} s ({first:.120}); start the first server, or "
+            "check the address"
         ) from error
 
 
-def _join_store(meeting: Meeting, host_it: bool) -> dist.TCPStore:
-    timeout = datetime.timedelta(seconds=meeting.join_s)
+def _join_store(rendezvous: Rendezvous, host_it: bool) -> dist.TCPStore:
+    timeout = datetime.timedelta(seconds=rendezvous.rendezvous_timeout_s)
     if host_it:
-        descriptor = listen(meeting).detach()
+        descriptor = listen(rendezvous).detach()
         return dist.TCPStore(
-            meeting.host, meeting.port, None, True, timeout=timeout,
+            rendezvous.host, rendezvous.port, None, True, timeout=timeout,
             wait_for_workers=False, master_listen_fd=descriptor,
         )  # fmt: skip
-    _await_listener(meeting)
+    _await_listener(rendezvous)
     return dist.TCPStore(
-        meeting.host, meeting.port, None, False, timeout=timeout, wait_for_workers=False
+        rendezvous.host, rendezvous.port, None, False, timeout=timeout, wait_for_workers=False
     )
 
 
-def _await_listener(meeting: Meeting) -> None:
+def _await_listener(rendezvous: Rendezvous) -> None:
     """Until somebody listens at the store's address: TCPStore's own retries overrun their time."""
-    deadline = time.monotonic() + meeting.join_s
+    deadline = time.monotonic() + rendezvous.rendezvous_timeout_s
     while True:
         left_s = deadline - time.monotonic()
         try:
-            socket.create_connection((meeting.host, meeting.port), max(left_s, 0.01)).close()
+            socket.create_connection((rendezvous.host, rendezvous.port), max(left_s, 0.01)).close()
         except OSError:
             if time.monotonic() + 0.1 > deadline:
                 raise
@@ -233,7 +237,7 @@ def get_number(
     return float(found)
 
 
-def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: str) -> None:
+def check_run(store: dist.Store, rendezvous: Rendezvous, facts: dict[str, Any], name: str) -> None:
     """All servers of a run must agree on its facts: the first one's count.
 
     Raises
@@ -244,13 +248,13 @@ def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: 
     RuntimeFailure
         The store is gone or hangs, or holds something else than facts.
     """
-    if ask_store(partial(store.add, f"joined/{meeting.me}", 1)) != 1:
+    if ask_store(partial(store.add, f"joined/{rendezvous.rank}", 1)) != 1:
         raise NameTaken(
             f"server {name!r} is there already", parameter="server", remedy="start each server once"
         )
-    if meeting.me == 0:
+    if rendezvous.rank == 0:
         put(store, "facts", facts)
-    wanted = get(store, "facts", meeting.join_s)
+    wanted = get(store, "facts", rendezvous.rendezvous_timeout_s)
     if not isinstance(wanted, dict):
         raise RuntimeFailure(
             f"the run's store: facts: {wanted!r:.60}; expected an object; something that is no "
@@ -266,7 +270,7 @@ def check_run(store: dist.Store, meeting: Meeting, facts: dict[str, Any], name: 
             )
 
 
-def store_of_pair(meeting: Meeting, front: int, worker: int, kind: str) -> dist.Store:
+def store_of_pair(rendezvous: Rendezvous, driver: int, worker: int, kind: str) -> dist.Store:
     """Where the two sides of a pair find each other.
 
     Over a connection of its own, since one that waits for a pair's other side does nothing for the
@@ -277,40 +281,41 @@ def store_of_pair(meeting: Meeting, front: int, worker: int, kind: str) -> dist.
     RuntimeFailure
         There is no store.
     """
-    return dist.PrefixStore(f"{kind}/{front}/{worker}", join_store(meeting, host_it=False))
+    return dist.PrefixStore(f"{kind}/{driver}/{worker}", join_store(rendezvous, host_it=False))
 
 
 def group(
-    meeting: Meeting, front: int, worker: int, rank: int, kind: str = "pair"
+    rendezvous: Rendezvous, driver: int, worker: int, rank: int, kind: str = "pair"
 ) -> dist.ProcessGroupGloo:
-    """One side of the pair (front of one server, worker of another), or of one of another kind.
+    """One side of the pair (driver of one server, worker of another), or of one of another kind.
 
     Raises
     ------
     RuntimeFailure
-        The interface does not exist, or the other side is not there within ``join_s``.
+        The interface does not exist, or the other side is not there within
+        ``rendezvous_timeout_s``.
     """
     options = dist.ProcessGroupGloo._Options()
     try:
-        device = dist.ProcessGroupGloo.create_device(interface=meeting.interface)
+        device = dist.ProcessGroupGloo.create_device(interface=rendezvous.interface)
     except RuntimeError as error:
         raise RuntimeFailure(
-            f"``interface`` {meeting.interface}: {str(error).splitlines()[0]:.120}"
+            f"``interface`` {rendezvous.interface}: {str(error).splitlines()[0]:.120}"
         ) from error
     options._devices = [device]
     options._threads = 1
-    options._timeout = datetime.timedelta(seconds=meeting.join_s)
-    store = store_of_pair(meeting, front, worker, kind)
+    options._timeout = datetime.timedelta(seconds=rendezvous.rendezvous_timeout_s)
+    store = store_of_pair(rendezvous, driver, worker, kind)
     try:
         # gloo's own limit does not hold where the store hangs
         made = in_time(
             partial(dist.ProcessGroupGloo, store, rank, 2, options),
-            2 * meeting.join_s + STORE_TIMEOUT_S,
+            2 * rendezvous.rendezvous_timeout_s + STORE_TIMEOUT_S,
         )
     except (RuntimeError, TimeoutError) as error:
-        other = worker if rank == 0 else front
+        other = worker if rank == 0 else driver
         raise RuntimeFailure(
-            f"server {other} is not there within {meeting.join_s:g} s: "
+            f"server {other} is not there within {rendezvous.rendezvous_timeout_s:g} s: "
             f"{str(error).splitlines()[0]:.120}"
         ) from error
     return made

@@ -26,7 +26,7 @@ UNSENT_BYTES = 32 * 1024
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 
 
-class Outbox:
+class SendQueue:
     """Sends in a thread of its own; one for all lanes of a process."""
 
     def __init__(self, timeout: datetime.timedelta) -> None:
@@ -57,7 +57,7 @@ class Outbox:
             left.set()
 
 
-def hold_back_little() -> None:
+def limit_unsent_bytes() -> None:
     """Let "sent" mean that a message has left: the kernel takes no more than UNSENT_BYTES ahead.
 
     For all TCP connections that this process has by now. gloo has no setting for it. Where the

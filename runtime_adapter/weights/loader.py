@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime_adapter.moe.expert_map import HolderTable
-from runtime_adapter.transport.rendezvous import Meeting
+from runtime_adapter.moe.expert_map import ExpertMap
+from runtime_adapter.transport.rendezvous import Rendezvous
 from runtime_adapter.weights.checkpoint import Checkpoint
 from runtime_adapter.weights.expert_store import Change, ExpertStore
 
@@ -22,7 +22,7 @@ class CheckpointLoader:
         self.store = store
         self._checkpoint: Checkpoint | None = None
 
-    def connect(self, meeting: Meeting, table: HolderTable) -> None:
+    def connect(self, rendezvous: Rendezvous, table: ExpertMap) -> None:
         """It needs nobody."""
 
     def load(self, pair: int, gpu: int) -> Change:

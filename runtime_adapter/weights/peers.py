@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from prism_plan.placement import Placement
-from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.transport.messages import (
     ANSWER,
     HEADER_BYTES,
@@ -33,7 +33,7 @@ from runtime_adapter.transport.messages import (
 from runtime_adapter.transport.parallel import in_parallel
 from runtime_adapter.transport.rendezvous import (
     FOREVER,
-    Meeting,
+    Rendezvous,
     RuntimeFailure,
     group,
     receive,
@@ -58,7 +58,7 @@ class PeerLoader:
         self.gpus = [len(gpus) for gpus in placement.gpu_capacity]
         self._groups: dict[int, Any] = {}
 
-    def connect(self, meeting: Meeting, table: HolderTable) -> None:
+    def connect(self, rendezvous: Rendezvous, table: ExpertMap) -> None:
         """Meet the other workers, and answer them from now on.
 
         Raises
@@ -66,16 +66,16 @@ class PeerLoader:
         RuntimeFailure
             One of them is not there in time.
         """
-        me, self._table = meeting.me, table
-        self._me = me
-        self._timeout = datetime.timedelta(seconds=meeting.timeout_s)
-        others = [n for n in range(meeting.servers) if n != me]
-        jobs = [partial(group, meeting, me, n, 0, PAIRS) for n in others]
-        jobs += [partial(group, meeting, n, me, 1, PAIRS) for n in others]
+        rank, self._table = rendezvous.rank, table
+        self._me = rank
+        self._timeout = datetime.timedelta(seconds=rendezvous.timeout_s)
+        others = [n for n in range(rendezvous.world_size) if n != rank]
+        jobs = [partial(group, rendezvous, rank, n, 0, PAIRS) for n in others]
+        jobs += [partial(group, rendezvous, n, rank, 1, PAIRS) for n in others]
         made = in_parallel(jobs)
         self._groups = dict(zip(others, made[: len(others)], strict=True))
         # one at a time of each GPU, as it has one channel
-        rooms = range(self.gpus[me])
+        rooms = range(self.gpus[rank])
         self._rooms = [torch.empty(HEADER_BYTES + self._bytes, dtype=torch.uint8) for _ in rooms]
         for n, answering in zip(others, made[len(others) :], strict=True):
             for gpu in range(self.gpus[n]):

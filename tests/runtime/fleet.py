@@ -19,13 +19,13 @@ from prism_plan.instance import Instance
 from prism_plan.io.placement import placement_to_json
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement, Plan
-from runtime_adapter.control.event_log import Entry, News
-from runtime_adapter.control.log_follower import Follower
-from runtime_adapter.control.migration_executor import Agent
+from runtime_adapter.control.event_log import Entry, EventLog
+from runtime_adapter.control.log_follower import LogFollower
+from runtime_adapter.control.migration_executor import MigrationExecutor
 from runtime_adapter.control.scheduler import Scheduler, SchedulerConfig
 from runtime_adapter.moe.counters import Counters
-from runtime_adapter.moe.expert_map import HolderTable
-from runtime_adapter.transport.rendezvous import Meeting, listen
+from runtime_adapter.moe.expert_map import ExpertMap
+from runtime_adapter.transport.rendezvous import Rendezvous, listen
 from runtime_adapter.weights.expert_store import Change
 from tests.limits import HANG_S
 from tests.runtime.replays import RESOLVER, free_port
@@ -135,8 +135,8 @@ class FakeServer:
     """One server's part of the control."""
 
     loader: FakeLoader
-    worker_table: HolderTable
-    front_table: HolderTable
+    worker_table: ExpertMap
+    driver_table: ExpertMap
     compute: FakeCompute
     lane: FakeLane
     said: list[str] = field(default_factory=list)
@@ -144,7 +144,7 @@ class FakeServer:
 
 
 class Fleet:
-    """All servers of a placement; ``silent`` ones have no front that follows the log."""
+    """All servers of a placement; ``silent`` ones have no driver that follows the log."""
 
     def __init__(
         self, start: Placement, *, silent: Sequence[int] = (), timeout_s: float = 5.0,
@@ -152,11 +152,13 @@ class Fleet:
     ) -> None:  # fmt: skip
         self.start = start
         servers = len(start.servers)
-        self.meeting = Meeting(servers, 0, port=free_port(), timeout_s=timeout_s, join_s=PATIENCE_S)
+        self.rendezvous = Rendezvous(
+            servers, 0, port=free_port(), timeout_s=timeout_s, rendezvous_timeout_s=PATIENCE_S
+        )
         self._host = dist.TCPStore(
-            self.meeting.host, self.meeting.port, None, True, wait_for_workers=False,
+            self.rendezvous.host, self.rendezvous.port, None, True, wait_for_workers=False,
             timeout=datetime.timedelta(seconds=PATIENCE_S),
-            master_listen_fd=listen(self.meeting).detach(),
+            master_listen_fd=listen(self.rendezvous).detach(),
         )  # fmt: skip
         self.servers = []
         for n in range(servers):
@@ -165,35 +167,35 @@ class Fleet:
                 FakeLoader(
                     start.on_gpu[gpus].reshape(len(gpus), -1), start.gpu_capacity[n]
                 ),
-                HolderTable(start), HolderTable(start), FakeCompute(), FakeLane(),
+                ExpertMap(start), ExpertMap(start), FakeCompute(), FakeLane(),
             )  # fmt: skip
             self.servers.append(server)
-            Agent(
-                n, start, server.loader, server.worker_table, self.news(f"worker {n}"), timeout_s
+            MigrationExecutor(
+                n, start, server.loader, server.worker_table, self.log(f"worker {n}"), timeout_s
             ).start()
             if n not in silent:
-                Follower(
-                    n, start, server.front_table, server.compute, Counters(2, 6), [server.lane],
-                    self.news(f"front {n}"), server.said.append,
+                LogFollower(
+                    n, start, server.driver_table, server.compute, Counters(2, 6), [server.lane],
+                    self.log(f"driver {n}"), server.said.append,
                 ).start()  # fmt: skip
         instance = Instance(
             MODEL, start.servers, np.zeros((servers, 2, 6)), start.gpu_capacity,
             min_replicas=min_replicas,
         )  # fmt: skip
-        config = SchedulerConfig(self.meeting, start, instance, placements_dir=folder)
-        own = self.news("scheduler")
+        config = SchedulerConfig(self.rendezvous, start, instance, placements_dir=folder)
+        own = self.log("scheduler")
         own.follow()
         self.scheduler = Scheduler(config, own)
-        self.asking = self.news("move")
-        self.reading = self.news("reader")
+        self.asking = self.log("move")
+        self.reading = self.log("reader")
         self.reading.follow()
         self.entries: list[Entry] = []
         self._host.set("start", str(time.time()))
         self._beat = 0
 
-    def news(self, by: str) -> News:
+    def log(self, by: str) -> EventLog:
         """A client of the log."""
-        return News(self.meeting, by)
+        return EventLog(self.rendezvous, by)
 
     def ask(self, target: Placement, name: str = "1") -> None:
         """Ask for a placement, as the command does."""
@@ -238,7 +240,7 @@ class Fleet:
 
     def least_copies(self) -> int:
         """Over the whole log, the least number of servers that any expert was called on."""
-        table = HolderTable(self.start)
+        table = ExpertMap(self.start)
         least = int(table.copies.min())
         for entry in self.what("load", "drop"):
             for _, gpu, pair, _ in entry["experts"]:

@@ -194,7 +194,7 @@ class Replays:
         return {name: process.wait(timeout=PATIENCE_S) for name, process in self.processes.items()}
 
     def kill(self, name: str) -> None:
-        """A server's front is gone at once; what it started has to notice by itself."""
+        """A server's driver is gone at once; what it started has to notice by itself."""
         self.processes[name].kill()
 
     def move(self, placement: str, *options: str) -> subprocess.Popen[str]:

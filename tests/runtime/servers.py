@@ -115,7 +115,7 @@ class Servers:
         return {name: self.processes[name].wait(timeout=PATIENCE_S) for name in chosen}
 
     def send(self, name: str, number: signal.Signals, *, worker: bool = True) -> None:
-        """Send a signal to a server's front, and to its worker as well."""
+        """Send a signal to a server's driver, and to its worker as well."""
         pids = [self.processes[name].pid]
         if worker:
             pids += [one.pid for one in family(pids[0])]

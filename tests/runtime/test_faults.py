@@ -179,7 +179,7 @@ def test_experts_of_a_lost_server(how: str, transport: str, tmp_path: Path) -> N
         assert said[1] == "prism-runtime: 1 of 4 requests failed; see their errors"
 
 
-def test_a_front_that_hangs_alone(tmp_path: Path) -> None:
+def test_a_driver_that_hangs_alone(tmp_path: Path) -> None:
     """Its worker goes on answering: the others get all tokens, say what hangs, and end well."""
     lives, dies, placement = fates()
     with Servers(tmp_path, placement, f"tiny-{MODEL}", *OWN, "--timeout", "3") as run:
@@ -201,7 +201,7 @@ def test_a_front_that_hangs_alone(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_is_killed_alone(tmp_path: Path) -> None:
-    """Its front says so and ends with its own requests; to the others the server is lost."""
+    """Its driver says so and ends with its own requests; to the others the server is lost."""
     prompts = [line["prompt"] for line in lines()["ascii-word"][:2]]
     with Servers(tmp_path, replicated(), f"tiny-{MODEL}", *OWN, "--timeout", "3") as run:
         start(run, prompts[0])
@@ -220,7 +220,7 @@ def test_a_worker_that_is_killed_alone(tmp_path: Path) -> None:
 
 
 def test_two_copies_outlive_the_first_server(tmp_path: Path) -> None:
-    """The front that hosts the store is killed: its worker goes too, and all requests go on.
+    """The driver that hosts the store is killed: its worker goes too, and all requests go on.
 
     Every expert is on two servers, so both others still answer all of theirs, the right tokens,
     although one is done long before the other.

@@ -15,7 +15,7 @@ from prism_plan.errors import InputError
 from runtime_adapter.control import scheduler as scheduling
 from runtime_adapter.control.log_entries import KINDS, Bounds, read_entry
 from runtime_adapter.control.move_request import ask
-from runtime_adapter.control.scheduler import _Asking
+from runtime_adapter.control.scheduler import _PendingReview
 from tests.runtime.fleet import MODEL, Fleet, placement
 from tests.runtime.test_migration_control import START, two
 
@@ -64,13 +64,13 @@ STRANGE = [
 def write(fleet: Fleet, raw: bytes) -> None:
     """Put bytes at the first free place of the log."""
     at = 0
-    while fleet._host.check([f"news/{at}"]):
+    while fleet._host.check([f"log/{at}"]):
         at += 1
-    fleet._host.set(f"news/{at}", raw)
+    fleet._host.set(f"log/{at}", raw)
 
 
 def test_strange_entries_end_no_moves() -> None:
-    """Before, between and after moves: all are skipped, and each front tells of one in one line."""
+    """Before, between and after moves: all are skipped, each driver tells of one in one line."""
     fleet = Fleet(START)
     for raw in STRANGE:
         write(fleet, raw)
@@ -88,7 +88,7 @@ def test_strange_entries_end_no_moves() -> None:
         said = [line for line in server.said if "is skipped" in line]
         assert len(said) == 1
         assert said[0].isprintable()
-        assert said[0].startswith("the run's store: news/")
+        assert said[0].startswith("the run's store: log/")
 
 
 @pytest.mark.parametrize("raw", STRANGE)
@@ -117,7 +117,7 @@ def test_all_kinds_that_are_written_are_known() -> None:
 def test_a_plan_that_cannot_be_read(raw: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The move is abandoned with the reason, all stays where it is, and the next one works."""
     fleet = Fleet(START, timeout_s=0.5)
-    put = fleet.scheduler.news.put
+    put = fleet.scheduler.log.put
 
     def spoilt(key: str, values: Any) -> None:
         if key != "plan/1":
@@ -125,7 +125,7 @@ def test_a_plan_that_cannot_be_read(raw: bytes | None, monkeypatch: pytest.Monke
         elif raw is not None:
             fleet._host.set(key, raw)
 
-    monkeypatch.setattr(fleet.scheduler.news, "put", spoilt)
+    monkeypatch.setattr(fleet.scheduler.log, "put", spoilt)
     fleet.ask(TARGET)
     code, text = fleet.moved()
     assert code == 5
@@ -154,7 +154,7 @@ def test_calls_that_cannot_be_read(raw: bytes | None, monkeypatch: pytest.Monkey
     """They count as none, however large they would be, and the review goes on."""
     fleet = Fleet(START)
     scheduler = fleet.scheduler
-    asking = _Asking(1, 0.0, scheduler.now())
+    asking = _PendingReview(1, 0.0, scheduler.now())
     scheduler._asking = asking
     monkeypatch.setattr(scheduler, "_decide", lambda event: None)
     if raw is not None:
@@ -169,8 +169,8 @@ def test_calls_that_cannot_be_read(raw: bytes | None, monkeypatch: pytest.Monkey
 # ------------------------------------------------------------------------- signs of life in a move
 
 
-def test_a_worker_that_dies_after_its_front_has_finished() -> None:
-    """That the front has written ``finished`` is no sign of the worker's life: the move ends."""
+def test_a_worker_that_dies_after_its_driver_has_finished() -> None:
+    """That the driver has written ``finished`` is no sign of the worker's life: the move ends."""
     rows = np.ones((3, MODEL.num_pairs), bool)
     rows[0, :4] = rows[1, 4:8] = rows[2, 8:] = False
     start = placement(rows, ((12,), (12,), (12,)))
@@ -185,10 +185,10 @@ def test_a_worker_that_dies_after_its_front_has_finished() -> None:
     assert (code, text.endswith("server 's2' is lost")) == (5, True)
 
 
-def test_a_front_that_hangs_while_its_own_experts_are_dropped() -> None:
+def test_a_driver_that_hangs_while_its_own_experts_are_dropped() -> None:
     """Its worker would wait for it without end: the move is abandoned, later ones are refused."""
     fleet = Fleet(START, silent=[0], timeout_s=0.5)
-    fleet._host.set("front/0", "1")
+    fleet._host.set("driver/0", "1")
     fleet.ask(TARGET)
     code, text = fleet.moved()
     assert code == 5
@@ -227,8 +227,8 @@ def test_who_asks_a_scheduler_that_hangs(monkeypatch: pytest.MonkeyPatch) -> Non
     said: list[str] = []
     write(fleet, b"no JSON")
     with pytest.raises(RuntimeFailure, match=r"scheduler of the run gives no sign of life for 2"):
-        ask(replace(fleet.meeting, me=-1), placement_to_json(TARGET), said.append)
+        ask(replace(fleet.rendezvous, rank=-1), placement_to_json(TARGET), said.append)
     assert len(said) == 1
     fleet._host.set("movable", "false")
     with pytest.raises(RuntimeFailure, match="a run that moves no experts"):
-        ask(replace(fleet.meeting, me=-1), placement_to_json(TARGET))
+        ask(replace(fleet.rendezvous, rank=-1), placement_to_json(TARGET))

@@ -22,16 +22,16 @@ from prism_plan.errors import PrismError  # noqa: E402
 from prism_plan.io.placement import placement_to_json, write_placement  # noqa: E402
 from prism_plan.placement import Placement  # noqa: E402
 from runtime_adapter.control.move_request import ask  # noqa: E402
-from runtime_adapter.transport.rendezvous import Meeting, join_store  # noqa: E402
+from runtime_adapter.transport.rendezvous import Rendezvous, join_store  # noqa: E402
 from tests.runtime.replays import PATIENCE_S, environment  # noqa: E402
 from tests.runtime.servers import Servers, family, gone  # noqa: E402
 from tests.runtime.test_faults import MODEL, NAMES, OWN, replicated  # noqa: E402
 from tests.runtime.test_serve import alone, lines  # noqa: E402
 
-#: What is hit: a server's front, its worker, both, for the first server (whose front hosts the
+#: What is hit: a server's driver, its worker, both, for the first server (whose driver hosts the
 #: store) and for another one; the scheduler; a client that asks for a move.
 TARGETS = (
-    "front of edge-0", "worker of edge-0", "all of edge-0", "front of edge-1", "worker of edge-1",
+    "driver of edge-0", "worker of edge-0", "all of edge-0", "driver of edge-1", "worker of edge-1",
     "all of edge-1", "scheduler", "client",
 )  # fmt: skip
 #: When: requests are answered; experts move; a server has finished and waits for the others.
@@ -54,9 +54,9 @@ def requests() -> dict[str, list[dict[str, Any]]]:
     return {"edge-0": asked, "edge-1": asked, "edge-2": asked[:1]}
 
 
-def spawned(front: int) -> list[psutil.Process]:
+def spawned(driver: int) -> list[psutil.Process]:
     """A server's worker and, of the first server, the scheduler."""
-    found = [one for one in family(front) if "spawn_main" in " ".join(one.cmdline())]
+    found = [one for one in family(driver) if "spawn_main" in " ".join(one.cmdline())]
     return sorted(found, key=lambda one: one.create_time())
 
 
@@ -75,11 +75,11 @@ def client(run: Servers) -> subprocess.Popen[bytes]:
 def move_without_end(run: Servers) -> None:
     """Ask for one placement and the other by turns, until the run is no more."""
     targets = [placement_to_json(one) for one in (turned(), replicated())]
-    meeting = Meeting(1, -1, port=run.port, join_s=PATIENCE_S)
+    rendezvous = Rendezvous(1, -1, port=run.port, rendezvous_timeout_s=PATIENCE_S)
 
     def move() -> None:
         with contextlib.suppress(PrismError):
-            while ask(meeting, targets[0])[0] == 0:
+            while ask(rendezvous, targets[0])[0] == 0:
                 targets.reverse()
 
     threading.Thread(target=move, daemon=True).start()
@@ -108,10 +108,12 @@ def trial(folder: Path, target: str, number: signal.Signals, moment: str) -> set
         run.until(lambda: all(run.answers(name) for name in NAMES))
         everything = [
             one
-            for front in run.processes.values()
-            for one in [psutil.Process(front.pid), *family(front.pid)]
+            for driver in run.processes.values()
+            for one in [psutil.Process(driver.pid), *family(driver.pid)]
         ]
-        store = join_store(Meeting(1, -1, port=run.port, join_s=PATIENCE_S), host_it=False)
+        store = join_store(
+            Rendezvous(1, -1, port=run.port, rendezvous_timeout_s=PATIENCE_S), host_it=False
+        )
         asking = client(run) if target == "client" else None
         if asking is not None:
             everything.append(psutil.Process(asking.pid))
@@ -119,7 +121,7 @@ def trial(folder: Path, target: str, number: signal.Signals, moment: str) -> set
             move_without_end(run)
         if asking is not None or moment == "moving":
             # nobody has moved before, so these are the first entries of the log
-            entry = "news/0" if moment == "serving" else "news/2"
+            entry = "log/0" if moment == "serving" else "log/2"
             run.until(lambda: store.check([entry]) or ended(asking))
         if moment == "ending":
             run.until(lambda: store.check(["finished/2"]))
@@ -128,11 +130,11 @@ def trial(folder: Path, target: str, number: signal.Signals, moment: str) -> set
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.send_signal(number)
         healthy = {
-            name: front
-            for name, front in run.processes.items()
-            if front.pid not in [one.pid for one in hit]
+            name: driver
+            for name, driver in run.processes.items()
+            if driver.pid not in [one.pid for one in hit]
         }
-        codes = {name: front.wait(timeout=END_S) for name, front in healthy.items()}
+        codes = {name: driver.wait(timeout=END_S) for name, driver in healthy.items()}
         if asking is not None and number != signal.SIGKILL and not ended(asking):
             asking.kill()
         if asking is not None:
@@ -175,12 +177,12 @@ def processes_of(
     if target == "scheduler":
         return spawned(run.processes["edge-0"].pid)[1:]
     kind, _, name = target.rpartition(" of ")
-    front = run.processes[name].pid
-    if kind == "front":
-        return [psutil.Process(front)]
+    driver = run.processes[name].pid
+    if kind == "driver":
+        return [psutil.Process(driver)]
     if kind == "worker":
-        return spawned(front)[:1]
-    return [psutil.Process(front), *family(front)]
+        return spawned(driver)[:1]
+    return [psutil.Process(driver), *family(driver)]
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ from prism_plan.io.placement import placement_to_json, read_placement
 from prism_plan.objective import score
 from prism_plan.simulate.sampling import sample_requests
 from runtime_adapter.control.move_request import ask
-from runtime_adapter.transport.rendezvous import Meeting, RuntimeFailure
+from runtime_adapter.transport.rendezvous import Rendezvous, RuntimeFailure
 from tests.runtime.replays import (
     PATIENCE_S,
     SPEC,
@@ -34,8 +34,8 @@ from tests.runtime.replays import (
 def asked(run: Replays, placement: Any) -> tuple[int, str]:
     """Ask a run for a placement, as the command does."""
     host, _, port = run.store.rpartition(":")
-    meeting = Meeting(1, -1, host=host, port=int(port), join_s=PATIENCE_S)
-    return ask(meeting, placement_to_json(placement))
+    rendezvous = Rendezvous(1, -1, host=host, port=int(port), rendezvous_timeout_s=PATIENCE_S)
+    return ask(rendezvous, placement_to_json(placement))
 
 
 def called(material: Material, requests: int) -> int:

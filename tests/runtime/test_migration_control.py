@@ -1,4 +1,4 @@
-"""The log, agents, fronts and the scheduler of a migration, without processes or requests."""
+"""The log, agents, drivers and the scheduler of a migration, without processes or requests."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 pytest.importorskip("torch")
 
 from prism_plan.io.placement import read_placement
-from runtime_adapter.control.event_log import Entry, News
-from runtime_adapter.control.log_follower import Follower
+from runtime_adapter.control.event_log import Entry, EventLog
+from runtime_adapter.control.log_follower import LogFollower
 from runtime_adapter.moe.counters import Counters
-from runtime_adapter.moe.expert_map import HolderTable
+from runtime_adapter.moe.expert_map import ExpertMap
 from tests.limits import HANG_S
 from tests.runtime.fleet import MODEL, FakeCompute, Fleet, drawn, placement
 
@@ -41,12 +41,12 @@ START = two(list(range(8)), [8, 9], [10, 11])
 def test_all_readers_see_all_entries_in_one_order() -> None:
     """Writers that race lose no entry and each keep their order; all readers see the same."""
     fleet = Fleet(START)
-    writers = [fleet.news(f"writer {w}") for w in range(3)]
-    late = fleet.news("late")
+    writers = [fleet.log(f"writer {w}") for w in range(3)]
+    late = fleet.log("late")
 
-    def write(w: int, news: News) -> None:
+    def write(w: int, log: EventLog) -> None:
         for i in range(40):
-            news.tell("test", writer=w, i=i)
+            log.tell("test", writer=w, i=i)
 
     threads = [threading.Thread(target=write, args=pair) for pair in enumerate(writers)]
     for thread in threads:
@@ -64,7 +64,7 @@ def test_all_readers_see_all_entries_in_one_order() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_move_leads_to_its_target(seed: int) -> None:
-    """Loaders, workers' and fronts' tables end at the target; on the way nothing is uncovered.
+    """Loaders, workers' and drivers' tables end at the target; on the way nothing is uncovered.
 
     No GPU ever holds more than its slots, and loads one expert at a time.
     """
@@ -79,7 +79,7 @@ def test_a_move_leads_to_its_target(seed: int) -> None:
     assert fleet.least_copies() >= 1
     for n, server in enumerate(fleet.servers):
         assert (server.worker_table.held_by(n) == wanted[start.gpus_of(n)]).all()
-        assert (server.front_table.on_gpu() == wanted).all()
+        assert (server.driver_table.on_gpu() == wanted).all()
         assert max(server.loader.most_loading) <= 1
     drops = [step for e in fleet.what("drop") for step, *_ in e["experts"]]
     freed = [step for e in fleet.what("dropped") for step in e["steps"]]
@@ -87,7 +87,7 @@ def test_a_move_leads_to_its_target(seed: int) -> None:
 
 
 def test_a_slot_is_not_freed_while_a_layer_may_use_it() -> None:
-    """A front inside of a layer does not confirm its drops: the expert stays until it is out."""
+    """A driver inside of a layer does not confirm its drops: the expert stays until it is out."""
     target = two(list(range(7)), [7, 8, 9], [10, 11])
     fleet = Fleet(START)
     lane = fleet.servers[1].lane
@@ -99,14 +99,14 @@ def test_a_slot_is_not_freed_while_a_layer_may_use_it() -> None:
     fleet.until(lambda: time.monotonic() > end)
     assert fleet.servers[0].loader.held[0, 7]
     assert fleet.servers[0].worker_table.gpu_of[0, 7] == 0  # the worker still answers
-    assert fleet.servers[1].front_table.gpu_of[0, 7] == -1  # though nobody calls any more
+    assert fleet.servers[1].driver_table.gpu_of[0, 7] == -1  # though nobody calls any more
     lane.passes = 2
     assert fleet.moved()[0] == 0
     assert not fleet.servers[0].loader.held[0, 7]
 
 
 def test_other_layers_hold_up_no_drop() -> None:
-    """A front that is in another layer, for however long, confirms; and so when it goes on."""
+    """A driver that is in another layer, for however long, confirms; and so when it goes on."""
     fleet = Fleet(START)
     lane = fleet.servers[1].lane
     lane.layer, lane.passes = 0, 1
@@ -116,8 +116,8 @@ def test_other_layers_hold_up_no_drop() -> None:
     assert lane.passes == 1
 
 
-def test_a_front_that_hangs_is_not_waited_for() -> None:
-    """Another server's front that confirms nothing delays a drop by the timeout, and no longer."""
+def test_a_driver_that_hangs_is_not_waited_for() -> None:
+    """Another server's driver that confirms nothing delays a drop by the timeout, and no longer."""
     fleet = Fleet(START, silent=[1], timeout_s=1.0)
     fleet.ask(two(list(range(7)), [7, 8, 9], [10, 11]))
     assert fleet.moved()[0] == 0
@@ -156,8 +156,8 @@ def test_a_server_that_can_load_nothing_says_so_once_a_move() -> None:
     """Loads that had begun fail as well; its log names the reason once, and not those of others."""
     said: list[str] = []
     nobody: Any = None  # it is not followed here
-    table = HolderTable(START)
-    follower = Follower(0, START, table, FakeCompute(), Counters(2, 6), [], nobody, said.append)
+    table = ExpertMap(START)
+    follower = LogFollower(0, START, table, FakeCompute(), Counters(2, 6), [], nobody, said.append)
     for number, (server, plan) in enumerate([("s0", 1), ("s0", 1), ("s1", 1), ("s0", 2)]):
         values = {"server": server, "plan": plan, "step": number, "reason": f"{server}: no folder"}
         follower.hear(Entry(number, "failed", values))
@@ -218,7 +218,7 @@ def test_what_cannot_be_moved_to_is_refused(target: Any, code: int, words: str) 
 
 def test_the_worker_table_is_never_seen_half_changed() -> None:
     """A reader that looks at any moment finds a holder of an expert that always has one."""
-    table = HolderTable(placement(np.ones((3, 12), bool), ((12,), (12, 12))))
+    table = ExpertMap(placement(np.ones((3, 12), bool), ((12,), (12, 12))))
     wrong, over = [], threading.Event()
 
     def look() -> None:
@@ -242,7 +242,7 @@ import numpy as np
 from prism_plan.instance import Instance
 from runtime_adapter.control import scheduler
 from runtime_adapter.control.event_log import StoreLost
-from runtime_adapter.transport.rendezvous import Meeting
+from runtime_adapter.transport.rendezvous import Rendezvous
 from tests.runtime.fleet import MODEL
 from tests.runtime.test_migration_control import START
 
@@ -254,8 +254,8 @@ def run(port):
     scheduler.BEATS_S = 0.0  # its second thread is always in a call of the store
     scheduler.Scheduler.run = lose
     instance = Instance(MODEL, START.servers, np.zeros((2, 2, 6)), START.gpu_capacity)
-    meeting = Meeting(2, 0, port=port, join_s=60.0)
-    scheduler.run_scheduler(scheduler.SchedulerConfig(meeting, START, instance))
+    rendezvous = Rendezvous(2, 0, port=port, rendezvous_timeout_s=60.0)
+    scheduler.run_scheduler(scheduler.SchedulerConfig(rendezvous, START, instance))
 
 if __name__ == "__main__":
     from torch.distributed import TCPStore

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from prism_plan.io.placement import placement_to_json, read_placement
 from prism_plan.solvers import solve
 from runtime_adapter.control.move_request import ask
-from runtime_adapter.transport.rendezvous import Meeting
+from runtime_adapter.transport.rendezvous import Rendezvous
 from tests.runtime.checkpoints import TRACES
 from tests.runtime.replays import PATIENCE_S, experts_of
 from tests.runtime.servers import Servers
@@ -46,7 +46,8 @@ def test_weights_come_from_peers(tmp_path: Path) -> None:
         for path in copy.glob("*.safetensors"):
             path.unlink()
         code, text = ask(
-            Meeting(1, -1, port=run.port, join_s=PATIENCE_S), placement_to_json(target)
+            Rendezvous(1, -1, port=run.port, rendezvous_timeout_s=PATIENCE_S),
+            placement_to_json(target),
         )
         assert code == 0, text
         for name in start.servers:

@@ -11,13 +11,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from runtime_adapter.transport import send_queue as outbox  # noqa: E402
-from runtime_adapter.transport.send_queue import UNSENT_BYTES, Outbox, hold_back_little  # noqa: E402
+from runtime_adapter.transport import send_queue as send_queue  # noqa: E402
+from runtime_adapter.transport.send_queue import UNSENT_BYTES, SendQueue, limit_unsent_bytes  # noqa: E402
 
 SECOND = datetime.timedelta(seconds=1)
 
 
-class Line:
+class Connection:
     """Stands for a pair's group: sends are noted, and end when a test says so."""
 
     def __init__(self, *, broken: bool = False) -> None:
@@ -38,18 +38,18 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was handed to the transport, in order."""
     found: list[Any] = []
 
-    def send(group: Line, message: Any, to: int, lane: int) -> Line:
+    def send(group: Connection, message: Any, to: int, lane: int) -> Connection:
         found.append((group, message, to, lane))
         return group
 
-    monkeypatch.setattr(outbox, "send", send)
+    monkeypatch.setattr(send_queue, "send", send)
     return found
 
 
 def test_one_after_the_other(sent: list[Any]) -> None:
     """The second message is not begun before the first has left; then it is, as it was handed."""
-    lines = [Line(), Line()]
-    box = Outbox(10 * SECOND)
+    lines = [Connection(), Connection()]
+    box = SendQueue(10 * SECOND)
     left = [box.put(line, f"message {n}", n, 7 + n) for n, line in enumerate(lines)]
     assert lines[0].begun.wait(5)
     assert not lines[1].begun.wait(0.05)
@@ -65,11 +65,11 @@ def test_one_after_the_other(sent: list[Any]) -> None:
 @pytest.mark.parametrize("broken", [True, False])
 def test_a_server_that_hangs_holds_others_up_for_the_timeout(sent: list[Any], broken: bool) -> None:
     """A send that fails, or never ends, counts as left; what waits behind it goes."""
-    bad, good = Line(broken=broken), Line()
+    bad, good = Connection(broken=broken), Connection()
     good.may_end.set()
     if broken:
         bad.may_end.set()
-    box = Outbox(0.2 * SECOND)
+    box = SendQueue(0.2 * SECOND)
     left = [box.put(bad, "a", 1, 0), box.put(good, "b", 1, 0)]
     assert all(one.wait(5) for one in left)
     assert [message for _, message, _, _ in sent] == ["a", "b"]
@@ -82,7 +82,7 @@ def test_the_kernel_keeps_little_back() -> None:
         socket.create_connection(server.getsockname()) as one,
         server.accept()[0] as other,
     ):
-        hold_back_little()
+        limit_unsent_bytes()
         option = socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", 25)
         assert [end.getsockopt(*option) for end in (one, other)] == [UNSENT_BYTES] * 2
         one.sendall(b"still open")

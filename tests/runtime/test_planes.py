@@ -18,17 +18,17 @@ import torch.distributed as dist  # noqa: E402
 
 from prism_plan.errors import InputError  # noqa: E402
 from runtime_adapter.expert_worker import in_parallel  # noqa: E402
-from runtime_adapter.transport import nccl_channel as planes  # noqa: E402
+from runtime_adapter.transport import nccl_channel as channels  # noqa: E402
 from runtime_adapter.transport.nccl_channel import (  # noqa: E402
-    NcclPlane,
-    PlaneBroken,
-    Planes,
+    DataChannelBroken,
+    DataChannels,
+    NcclDataChannel,
     check_cards,
-    make_planes,
+    make_channels,
     prepare_nccl,
     require_device,
 )
-from runtime_adapter.transport.rendezvous import Meeting  # noqa: E402
+from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -80,7 +80,7 @@ class Group:
 def test_a_card_is_asked_until_it_has_received() -> None:
     """Nothing is read before the card has it; then the stream is told, which raises errors."""
     group = Group(looks=5)
-    NcclPlane(group, 1, 10.0).receive(torch.empty(2, 3))
+    NcclDataChannel(group, 1, 10.0).receive(torch.empty(2, 3))
     assert group.asked == [("recv", 1)]
     assert group.work.looks == -1
     assert group.work.waited
@@ -95,12 +95,12 @@ def test_a_card_is_asked_until_it_has_received() -> None:
 def test_what_does_not_come_is_given_up(looks: float, error: str, message: str, ask: str) -> None:
     """Silence and an error are one thing: the group is aborted, so that no card waits for ever."""
     group = Group(looks, error)
-    plane = NcclPlane(group, 0, 0.05)
-    with pytest.raises(PlaneBroken, match=message):
+    channel = NcclDataChannel(group, 0, 0.05)
+    with pytest.raises(DataChannelBroken, match=message):
         if ask == "receive":
-            plane.receive(torch.empty(1, 1))
+            channel.receive(torch.empty(1, 1))
         else:
-            plane.wait(plane.send(torch.ones(3, 2).T))
+            channel.wait(channel.send(torch.ones(3, 2).T))
     assert group.aborted
 
 
@@ -117,17 +117,17 @@ def test_states_go_both_ways_by_gloo() -> None:
 
     def side(rank: int) -> Callable[[], None]:
         def run() -> None:
-            meeting = Meeting(2, rank, port=port, timeout_s=5.0)
-            made = make_planes(Planes("split", CPU), meeting, [(0, 1)], 2, rank)
+            rendezvous = Rendezvous(2, rank, port=port, timeout_s=5.0)
+            made = make_channels(DataChannels("split", CPU), rendezvous, [(0, 1)], 2, rank)
             assert sorted(made) == [(0, 1, 0), (0, 1, 1)]
-            plane = made[0, 1, 1]
+            channel = made[0, 1, 1]
             if rank == 0:
-                going = plane.send(states)
-                plane.receive(found[1])
-                plane.wait(going)
+                going = channel.send(states)
+                channel.receive(found[1])
+                channel.wait(going)
             else:
-                plane.receive(found[0])
-                plane.wait(plane.send(found[0][:2] * 2))
+                channel.receive(found[0])
+                channel.wait(channel.send(found[0][:2] * 2))
 
         return run
 
@@ -146,29 +146,31 @@ def test_all_meet_whatever_order_they_are_asked_in(servers: int, lanes: int, see
     """
     rng = np.random.default_rng(seed)
     lists: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
-    kept = planes._make
+    kept = channels._make
     try:
-        planes._make = lambda how, meeting, front, worker, lane, rank: None  # type: ignore
-        for me in range(servers):
-            others = rng.permutation([n for n in range(servers) if n != me]).tolist()
+        channels._make = lambda how, rendezvous, driver, worker, lane, rank: None  # type: ignore
+        for server in range(servers):
+            others = rng.permutation([n for n in range(servers) if n != server]).tolist()
             for rank, side, pairs in (
-                (0, "front", [(me, n) for n in others]),
-                (1, "worker", [(n, me) for n in others]),
+                (0, "driver", [(server, n) for n in others]),
+                (1, "worker", [(n, server) for n in others]),
             ):
-                made = make_planes(Planes("split", CPU), Meeting(servers, me), pairs, lanes, rank)
-                lists[side, me] = list(made)
+                made = make_channels(
+                    DataChannels("split", CPU), Rendezvous(servers, server), pairs, lanes, rank
+                )
+                lists[side, server] = list(made)
     finally:
-        planes._make = kept
+        channels._make = kept
     met = 0
     while any(lists.values()):
         ready = {
             todo[0] for (side, _), todo in lists.items()
-            if todo and side == "front" and lists["worker", todo[0][1]][:1] == todo[:1]
+            if todo and side == "driver" and lists["worker", todo[0][1]][:1] == todo[:1]
         }  # fmt: skip
         assert ready
-        for front, worker, lane in ready:
-            assert lists["front", front].pop(0) == (front, worker, lane)
-            assert lists["worker", worker].pop(0) == (front, worker, lane)
+        for driver, worker, lane in ready:
+            assert lists["driver", driver].pop(0) == (driver, worker, lane)
+            assert lists["worker", worker].pop(0) == (driver, worker, lane)
             met += 1
     assert met == servers * (servers - 1) * lanes
 
@@ -178,21 +180,21 @@ def test_a_card_is_of_one_server(cards: str) -> None:
     """Servers that share a card are told so, each of the other; those that do not are not."""
     store, names = dist.HashStore(), ("x", "y", "z")
 
-    def check(me: int) -> Callable[[], str]:
+    def check(rank: int) -> Callable[[], str]:
         def run() -> str:
             try:
-                check_cards(store, Meeting(3, me), f"card {cards[me]}", names)
+                check_cards(store, Rendezvous(3, rank), f"card {cards[rank]}", names)
             except InputError as error:
                 return str(error)
             return ""
 
         return run
 
-    said = in_parallel([check(me) for me in range(3)])
-    for me, other in itertools.permutations(range(3), 2):
-        if cards[me] == cards[other]:
-            assert f"server {names[me]!r} has the card of server" in said[me]
-            assert "use transport gloo" in said[me]
+    said = in_parallel([check(rank) for rank in range(3)])
+    for rank, other in itertools.permutations(range(3), 2):
+        if cards[rank] == cards[other]:
+            assert f"server {names[rank]!r} has the card of server" in said[rank]
+            assert "use transport gloo" in said[rank]
     assert [bool(text) for text in said] == [cards.count(card) > 1 for card in cards]
 
 
@@ -200,15 +202,15 @@ def test_what_a_transport_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL a card and a torch that has it, split the CPU; each in one line, with what to do."""
     card = torch.device("cuda", 0)
     with pytest.raises(InputError, match=r"between CUDA cards.*\(device is cpu\).*gloo"):
-        require_device(Planes("nccl", CPU))
+        require_device(DataChannels("nccl", CPU))
     with pytest.raises(InputError, match=r"between CPUs \(device is cuda\); use device cpu"):
-        require_device(Planes("split", card))
+        require_device(DataChannels("split", card))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with pytest.raises(InputError, match=r"without NCCL; install a CUDA build of torch"):
-        require_device(Planes("nccl", card))
+        require_device(DataChannels("nccl", card))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
-    require_device(Planes("nccl", card))
-    require_device(Planes("split", CPU))
+    require_device(DataChannels("nccl", card))
+    require_device(DataChannels("split", CPU))
 
 
 def test_what_nccl_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

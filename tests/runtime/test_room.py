@@ -15,34 +15,36 @@ from prism_plan.placement import Placement, Plan  # noqa: E402
 from runtime_adapter.driver import even_network  # noqa: E402
 from runtime_adapter.moe.counters import Counters  # noqa: E402
 from runtime_adapter.moe.dispatch import Dispatcher  # noqa: E402
-from runtime_adapter.moe.expert_map import HolderTable  # noqa: E402
+from runtime_adapter.moe.expert_map import ExpertMap  # noqa: E402
 from runtime_adapter.moe.routing import Router, read_calls  # noqa: E402
-from runtime_adapter.transport.connection import Line  # noqa: E402
+from runtime_adapter.transport.connection import Connection  # noqa: E402
 from runtime_adapter.transport.messages import (  # noqa: E402
     ANSWER,
     HEADER_BYTES,
     MISSING,
     Header,
-    Room,
+    MessageBuffer,
     StepTooLong,
     WireError,
     id_bits,
 )
-from runtime_adapter.transport.send_queue import Outbox  # noqa: E402
+from runtime_adapter.transport.send_queue import SendQueue  # noqa: E402
 
 MODEL = ModelShape("tiny", (1,), 8, 4, 1)
 SECOND = datetime.timedelta(seconds=1)
 TOKENS, WIDTH = 6, 4
 
 
-class Other(Line):
+class Other(Connection):
     """A server whose expert e multiplies by e + 1; ``dead`` ones take no call.
 
     ``missing`` are experts that it does not have at the first call for them.
     """
 
-    def __init__(self, room: Room, *, dead: bool = False, missing: tuple[int, ...] = ()) -> None:
-        super().__init__(None, 0, SECOND, Outbox(SECOND), room)
+    def __init__(
+        self, room: MessageBuffer, *, dead: bool = False, missing: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(None, 0, SECOND, SendQueue(SECOND), room)
         self.dead = dead
         self.missing = set(missing)
         self.calls: list[Header] = []
@@ -96,7 +98,7 @@ def dispatcher(*others: Other) -> Dispatcher:
     held = np.ones((3, 1, 8), bool)
     held[0] = False
     placement = Placement(MODEL, ("s0", "s1", "s2"), ((8,), (8,), (8,)), held, Plan("hand"))
-    router = Router(HolderTable(placement), 0, MODEL, even_network(3, 4 * WIDTH), "spread")
+    router = Router(ExpertMap(placement), 0, MODEL, even_network(3, 4 * WIDTH), "spread")
     lines = dict(enumerate(others, start=1))
     return Dispatcher(MODEL, router, lines, Nothing(), Counters(1, 8))
 
@@ -129,7 +131,7 @@ def test_retries_fit_the_room(others: dict[str, Any]) -> None:
 
     Servers have room for just the step; what comes is the same.
     """
-    room = Room(TOKENS, 4)
+    room = MessageBuffer(TOKENS, 4)
     lines = [
         Other(room, dead=dead, missing=missing)
         for dead, missing in zip(others["dead"], others["missing"], strict=True)
@@ -143,7 +145,7 @@ def test_retries_fit_the_room(others: dict[str, Any]) -> None:
 
 def test_a_step_that_is_too_long_reaches_nobody() -> None:
     """The message names request, tokens and bound; the next step goes as ever."""
-    lines = [Other(Room(TOKENS, 4)), Other(Room(TOKENS + 2, 4))]
+    lines = [Other(MessageBuffer(TOKENS, 4)), Other(MessageBuffer(TOKENS + 2, 4))]
     lane = dispatcher(*lines)
     lane.request = 17
     with pytest.raises(StepTooLong) as error:
@@ -159,14 +161,14 @@ def test_a_step_that_is_too_long_reaches_nobody() -> None:
 def test_a_line_asks_for_the_room(tokens: int, calls: int) -> None:
     """Whatever it is given, a line writes no message that the other side cannot take."""
     with pytest.raises(WireError, match=f"a call of {tokens} tokens and {calls} experts"):
-        Other(Room(TOKENS, 4)).words(tokens, calls, 4 * WIDTH)
+        Other(MessageBuffer(TOKENS, 4)).words(tokens, calls, 4 * WIDTH)
 
 
 def test_a_prompt_that_is_too_long_fails_alone() -> None:
     """`serve` refuses it at home; the requests before and after are answered."""
     pytest.importorskip("transformers")
     from runtime_adapter.driver import Job, Request, load_tokenizer, serve
-    from runtime_adapter.moe.thread_dispatcher import Lanes
+    from runtime_adapter.moe.thread_dispatcher import ThreadLocalDispatcher
     from tests.runtime.checkpoints import committed, reference
 
     class One:
@@ -175,13 +177,15 @@ def test_a_prompt_that_is_too_long_fails_alone() -> None:
         name = "s0"
 
         def __init__(self) -> None:
-            self.lanes = [dispatcher(Other(Room(TOKENS, 4)), Other(Room(TOKENS, 4)))]
+            self.lanes = [
+                dispatcher(Other(MessageBuffer(TOKENS, 4)), Other(MessageBuffer(TOKENS, 4)))
+            ]
 
     jobs = [Job(Request(n, "", id=n), n, list(range(3, 3 + n)), 2) for n in (2, 7, 6)]
     model = reference("deepseek-v2", torch.float32)
     tokenizer = load_tokenizer(committed("deepseek-v2"))
     one: Any = One()
-    answers = serve(one, model, tokenizer, Lanes(), jobs, 0.0)
+    answers = serve(one, model, tokenizer, ThreadLocalDispatcher(), jobs, 0.0)
     assert [answer.error is None for answer in answers] == [True, False, True]
     assert "request 7: a step of 7 tokens; expected at most 6" in str(answers[1].error)
     assert answers[1].tokens == []

@@ -24,10 +24,10 @@ from runtime_adapter.driver import even_network  # noqa: E402
 from runtime_adapter.expert_worker import in_parallel  # noqa: E402
 from runtime_adapter.moe.compute import ExpertCompute  # noqa: E402
 from runtime_adapter.moe.placed_model import load_experts, load_model  # noqa: E402
-from runtime_adapter.moe.thread_dispatcher import Lanes  # noqa: E402
+from runtime_adapter.moe.thread_dispatcher import ThreadLocalDispatcher  # noqa: E402
 from runtime_adapter.server import Server, ServerConfig  # noqa: E402
-from runtime_adapter.transport.nccl_channel import Planes  # noqa: E402
-from runtime_adapter.transport.rendezvous import Meeting  # noqa: E402
+from runtime_adapter.transport.nccl_channel import DataChannels  # noqa: E402
+from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
 from tests.runtime.checkpoints import CPU, TRACES, committed, reference  # noqa: E402
 from tests.runtime.replays import PATIENCE_S, experts_of, free_port  # noqa: E402
 from tests.runtime.servers import Servers  # noqa: E402
@@ -115,7 +115,7 @@ def test_tokens_are_those_of_one_process(
     own = ["--concurrency", "2", "--dtype", "float32", "--max-new-tokens", str(NEW_TOKENS)]
     own += ["--movable", "--placements-dir", "out"]
     with Servers(tmp_path, placements[0], f"tiny-{model}", *own, *options) as run:
-        meeting = Meeting(1, -1, port=run.port, join_s=PATIENCE_S)
+        rendezvous = Rendezvous(1, -1, port=run.port, rendezvous_timeout_s=PATIENCE_S)
         for name in names:
             torchrun = (*TORCHRUN, str(free_port())) if servers == 2 else ()
             run.start(name, None if name in asked else [], launcher=torchrun)
@@ -125,7 +125,7 @@ def test_tokens_are_those_of_one_process(
             run.until(lambda: all(len(run.answers(name)) > 2 for name in asked))
             before = {name: len(run.answers(name)) for name in asked}
             for placement in placements[1:]:
-                code, text = ask(meeting, placement_to_json(placement))
+                code, text = ask(rendezvous, placement_to_json(placement))
                 assert code == 0, text
             run.until(lambda: all(len(run.answers(name)) > before[name] for name in asked))
         finally:
@@ -167,9 +167,9 @@ def test_tokens_are_those_of_one_process(
         assert run.stats(names[-1])["requests"] == 0
 
 
-@pytest.mark.parametrize("planes", [None, Planes("split", CPU)], ids=["gloo", "split"])
+@pytest.mark.parametrize("channels", [None, DataChannels("split", CPU)], ids=["gloo", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_over_the_links(dtype: Any, planes: Planes | None) -> None:
+def test_logits_over_the_links(dtype: Any, channels: DataChannels | None) -> None:
     """Two servers with their workers: logits of each are the whole model's, within tolerance.
 
     Gate weights travel with 18 bits of mantissa, partial sums in the model's dtype, whether they
@@ -180,12 +180,12 @@ def test_logits_over_the_links(dtype: Any, planes: Planes | None) -> None:
     placement = solve(instance(model, 2), "exact")
     port, spec = free_port(), checkpoint.spec
 
-    def server(me: int) -> Server:
+    def server(rank: int) -> Server:
         store = load_experts(
-            checkpoint, placement, me, [CPU] * len(placement.gpu_capacity[me]), dtype
+            checkpoint, placement, rank, [CPU] * len(placement.gpu_capacity[rank]), dtype
         )
         config = ServerConfig(
-            meeting=Meeting(2, me, port=port),
+            rendezvous=Rendezvous(2, rank, port=port),
             placement=placement,
             model=placement.model,
             network=even_network(2, spec.hidden_size * dtype.itemsize),
@@ -194,7 +194,7 @@ def test_logits_over_the_links(dtype: Any, planes: Planes | None) -> None:
             states=dtype,
             width=spec.hidden_size,
             most_tokens=512,
-            planes=planes,
+            channels=channels,
         )
         return Server(config, lambda text: None)
 
@@ -203,7 +203,7 @@ def test_logits_over_the_links(dtype: Any, planes: Planes | None) -> None:
     try:
         in_parallel([one.__enter__ for one in servers])
         for one in servers:
-            lanes = Lanes()
+            lanes = ThreadLocalDispatcher()
             mine = load_model(checkpoint, lanes, dtype)
             with torch.no_grad(), lanes.using(one.lanes[0], 1):
                 difference = (mine(prompts()).logits - whole(prompts()).logits).float().abs()

@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 from runtime_adapter.control.liveness import MAX_GAP_S, SignsOfLife
 from runtime_adapter.transport.parallel import in_time
 from runtime_adapter.transport.rendezvous import (
-    Meeting,
+    Rendezvous,
     RuntimeFailure,
     ask_store,
     get,
@@ -66,7 +66,7 @@ def test_a_job_with_a_limit() -> None:
 
 def host(port: int, ready: Any) -> None:
     """A process that hosts a store."""
-    store = join_store(Meeting(1, 0, port=port, join_s=LIMIT_S), host_it=True)
+    store = join_store(Rendezvous(1, 0, port=port, rendezvous_timeout_s=LIMIT_S), host_it=True)
     ready.send(store.num_keys() >= 0)
     time.sleep(1000)
 
@@ -75,12 +75,12 @@ def test_a_store_that_hangs_or_ends() -> None:
     """Whoever asks a store whose process is stopped, or killed, is told within the limit."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    meeting = Meeting(1, 1, port=free_port(), join_s=LIMIT_S)
-    process = context.Process(target=host, args=(meeting.port, theirs), daemon=True)
+    rendezvous = Rendezvous(1, 1, port=free_port(), rendezvous_timeout_s=LIMIT_S)
+    process = context.Process(target=host, args=(rendezvous.port, theirs), daemon=True)
     process.start()
     try:
         assert ours.recv()
-        asking, other = (join_store(meeting, host_it=False) for _ in range(2))
+        asking, other = (join_store(rendezvous, host_it=False) for _ in range(2))
         put(asking, "known", 1)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
@@ -104,15 +104,15 @@ def test_a_listener_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        meeting = Meeting(2, 1, port=silent.getsockname()[1], join_s=0.5)
+        rendezvous = Rendezvous(2, 1, port=silent.getsockname()[1], rendezvous_timeout_s=0.5)
         with pytest.raises(RuntimeFailure, match=r"no store within 0\.5 s"):
-            join_store(meeting, host_it=False)
+            join_store(rendezvous, host_it=False)
 
 
 def test_keys_of_the_store_that_no_server_has_written() -> None:
     """What is no JSON, or of another form, is one line that names the key."""
-    meeting = Meeting(1, 0, port=free_port(), join_s=5.0)
-    store = join_store(meeting, host_it=True)
+    rendezvous = Rendezvous(1, 0, port=free_port(), rendezvous_timeout_s=5.0)
+    store = join_store(rendezvous, host_it=True)
     for raw in (b"\xff\xfe", b"{", b"[" * 5000, b"NaN", b'{"a": 1, "a": 2}'):
         store.set("facts", raw)
         with pytest.raises(RuntimeFailure, match="the run's store: facts") as error:

@@ -73,7 +73,7 @@ def test_calls_of_a_step(seed: int, tokens: int, experts: int, servers: int) -> 
     The compiled packing, counting and reading equal numpy's, written out.
     """
     rng = np.random.default_rng(seed)
-    top_k, me = min(6, experts), 0
+    top_k, rank = min(6, experts), 0
     rows = np.array([rng.permutation(experts)[:top_k] for _ in range(tokens)])
     scale = np.float32(rng.choice([1e-30, 1.0, 16.0]))
     weights = rng.random((tokens, top_k), np.float32) * scale
@@ -81,9 +81,9 @@ def test_calls_of_a_step(seed: int, tokens: int, experts: int, servers: int) -> 
     place = rng.integers(0, servers, rows.shape).astype(np.int32)
     bits = id_bits(experts)
     sent = np.ones((servers, 2), np.int64)
-    away = place != me
-    counted = tally(place, me, sent)
-    goes = [np.unique(row[row != me]) for row in place]
+    away = place != rank
+    counted = tally(place, rank, sent)
+    goes = [np.unique(row[row != rank]) for row in place]
     assert counted == (away.sum(), away.any(axis=1).sum(), sum(map(len, goes)))
     for server in range(1, servers):
         calls = place == server
@@ -111,7 +111,7 @@ def test_calls_of_a_step(seed: int, tokens: int, experts: int, servers: int) -> 
         assert np.array_equal(ids, found)
         assert np.array_equal(same.view(np.float32), kept)
         assert np.array_equal(names, at)
-    assert sent[me].tolist() == [0, 0]
+    assert sent[rank].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("weight", [-0.5, np.nan, -np.inf])
