@@ -46,11 +46,11 @@ def command(given: MigrateOptions) -> None:
 
     from prism_plan.cli.console import deliver, note
     from prism_plan.cli.inputs import blaming, load_cluster, note_assumed, writable
-    from prism_plan.instance import rule_triples
     from prism_plan.io.migration import dump_migration
     from prism_plan.io.placement import read_identified_placement
     from prism_plan.migration.cost import gpu_load_gbs
     from prism_plan.migration.order import migration_plan
+    from prism_plan.rules import rule_triples
     from prism_plan.text import quantity
 
     names = (given.a, given.b)
