@@ -98,9 +98,6 @@ from .objective import (
     StepScore as StepScore,
 )
 from .objective import (
-    Violation as Violation,
-)
-from .objective import (
     remote_score as remote_score,
 )
 from .objective import (
@@ -109,12 +106,11 @@ from .objective import (
 from .objective import (
     step_score as step_score,
 )
-from .objective import (
-    violations as violations,
-)
 from .placement import InputFile as InputFile
 from .placement import Placement as Placement
 from .placement import Plan as Plan
+from .placement_check import Violation as Violation
+from .placement_check import violations as violations
 from .placement_diff import PlacementDiff as PlacementDiff
 from .placement_diff import Step as Step
 from .placement_diff import diff as diff

@@ -47,7 +47,7 @@ class InputFile:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Which GPU holds which (layer, expert). It may be infeasible; `objective.violations` tells.
+    """Which GPU holds which (layer, expert); `placement_check.violations` says if it is feasible.
 
     ``gpu_capacity`` is as in :class:`~prism_plan.instance.Instance`; ``on_gpu`` is bool
     [G, L, E] over the GPUs of all servers in order, copied and made read-only.

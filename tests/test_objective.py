@@ -1,4 +1,4 @@
-"""Remote share, waiting share, destinations and violations against plain definitions."""
+"""Remote share, waiting share and destinations against plain definitions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from prism_plan.errors import WrongModel
 from prism_plan.instance import Instance
 from prism_plan.kernels import smallest_cover
 from prism_plan.model import ModelShape, ModelSpec
-from prism_plan.objective import remote_score, score, step_score, violations, worst
+from prism_plan.objective import remote_score, score, step_score, worst
 from prism_plan.placement import Placement, Plan
-from prism_plan.solvers import solve
 from prism_plan.token_rates import Workload, expected_workload
 from prism_plan.trace import Trace
 from tests.profiling.synthetic import synthetic_trace
@@ -200,69 +199,11 @@ def test_shares_of_servers_without_calls() -> None:
     assert remote_score(np.zeros((1, 1, 2)), np.zeros((1, 1, 2), bool)).share == 0.0
 
 
-def placed(held: np.ndarray, slots: tuple[tuple[int, ...], ...]) -> Placement:
-    model = ModelShape("m", (3, 4), held.shape[2], 1, 7)
-    names = tuple(f"s{n}" for n in range(len(slots)))
-    return Placement(model, names, slots, held, Plan("hand"))
-
-
-def test_violations_are_named() -> None:
-    """Each broken constraint is found once, with place and amount."""
-    held = np.zeros((3, 2, 2), bool)
-    held[0] = [[True, True], [True, False]]
-    held[2] = [[True, False], [True, False]]
-    placement = placed(held, ((2,), (4, 4)))
-    found = violations(placement)
-    assert [(v.constraint, v.where, v.amount) for v in found] == [
-        ("coverage", "layer 4 expert 1", 1),
-        ("capacity", "server 's0' gpu[0]", 1),
-    ]
-    instance = Instance(
-        placement.model,
-        placement.servers,
-        np.ones((2, 2, 2)),
-        ((2,), (4, 1)),
-        min_replicas=2,
-        pinned=((1, 1, 1),),
-        forbidden=((0, 0, 1),),
-        layer_caps=(1, None),
-    )
-    found = violations(placement, instance=instance)
-    assert [(v.constraint, v.amount) for v in found] == [
-        ("min_replicas", 1),
-        ("coverage", 2),
-        ("capacity", 1),
-        ("capacity", 1),
-        ("capacity", 1),
-        ("pin", 1),
-        ("forbid", 1),
-        ("layer_cap", 1),
-    ]
-    assert "server 's0' layer 3 holds 2 experts, layer_cap is 1" in found[-1].message
-
-
-def test_other_servers_are_a_violation() -> None:
-    """A placement for other servers, or other GPUs, says so instead of being scored."""
-    placement = placed(np.ones((2, 2, 2), bool), ((4,), (4,)))
-    model, f = placement.model, np.ones((2, 2, 2))
-    other = Instance(model, ("x", "y"), f, ((4,), (4,)))
-    assert [v.constraint for v in violations(placement, instance=other)] == ["servers"]
-    gpus = Instance(model, placement.servers, f, ((2, 2), (4,)))
-    assert [v.constraint for v in violations(placement, instance=gpus)] == ["gpus"]
-
-
 def test_another_model_is_refused() -> None:
     """A placement is never scored on another model's problem."""
-    placement = placed(np.ones((1, 2, 2), bool), ((4,),))
+    held = np.ones((1, 2, 2), bool)
+    placement = Placement(ModelShape("m", (3, 4), 2, 1, 7), ("s0",), ((4,),), held, Plan("hand"))
     model = ModelShape("other", (3, 4), 2, 1, 7)
     instance = Instance(model, ("s0",), np.ones((1, 2, 2)), ((4,),))
     with pytest.raises(WrongModel, match="name is 'm'; expected 'other'"):
         score(placement, instance)
-
-
-def test_no_violations_of_a_solver() -> None:
-    """What a solver returns breaks nothing, also as seen by the placement alone."""
-    model = ModelShape("m", (0, 1), 4, 2, 7)
-    f = np.random.default_rng(0).random((2, 2, 4))
-    instance = Instance(model, ("a", "b"), f, ((5,), (3, 3)))
-    assert violations(solve(instance, "prism"), instance=instance) == []

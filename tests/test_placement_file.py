@@ -18,8 +18,8 @@ from prism_plan.io.placement import (
     write_placement,
 )
 from prism_plan.model import ModelShape
-from prism_plan.objective import violations
 from prism_plan.placement import InputFile, Placement, Plan
+from prism_plan.placement_check import violations
 
 GOLDEN = Path(__file__).parent / "golden" / "placement-v1.json"
 

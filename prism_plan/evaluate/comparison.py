@@ -10,8 +10,9 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.instance import Instance
 from prism_plan.model import require_same_model
-from prism_plan.objective import RemoteScore, StepScore, score, step_score, violations, worst
+from prism_plan.objective import RemoteScore, StepScore, score, step_score, worst
 from prism_plan.placement import Placement
+from prism_plan.placement_check import violations
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
 from prism_plan.token_rates import expected_workload
 from prism_plan.trace import Trace

@@ -25,8 +25,8 @@ from prism_plan.migration.order import migration_plan
 from prism_plan.migration.policy import Policy, PolicyName, review
 from prism_plan.migration.statistics import Counting, Cumulative, Window
 from prism_plan.model import ModelSpec
-from prism_plan.objective import violations
 from prism_plan.placement import OFFLOAD, InputFile, Placement, Plan
+from prism_plan.placement_check import violations
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.compiled.engine import CHUNK, CompiledEngine
 from prism_plan.simulate.engine import Engine, Outcome

@@ -174,7 +174,7 @@ def write_placement(path: str | os.PathLike[str], placement: Placement) -> None:
 
 
 def read_placement(path: str | os.PathLike[str]) -> Placement:
-    """Read a placement and check its form; whether it is feasible, `objective.violations` tells.
+    """Read a placement and check its form; `placement_check.violations` checks whether it fits.
 
     Raises
     ------

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from prism_plan.errors import InputError, UnsupportedFeature, did_you_mean
 from prism_plan.instance import MIN_CALLS, Instance
 from prism_plan.migration.cost import MigrationCost, communication_s, migration_s
-from prism_plan.objective import remote_score, violations
+from prism_plan.objective import remote_score
 from prism_plan.placement import Placement, Plan
+from prism_plan.placement_check import violations
 from prism_plan.solvers.certificate import worth_bound
 from prism_plan.solvers.contract import Options, Rule
 from prism_plan.solvers.exact import TOLERANCE, solve_flow

@@ -10,8 +10,9 @@ from prism_plan.errors import UnsupportedFeature
 from prism_plan.feasibility import require_feasible
 from prism_plan.instance import Instance
 from prism_plan.model import require_same_model
-from prism_plan.objective import remote_score, violations
+from prism_plan.objective import remote_score
 from prism_plan.placement import InputFile, Placement, Plan
+from prism_plan.placement_check import violations
 from prism_plan.solvers.contract import Answer, Options, Rule
 from prism_plan.solvers.packing import pack_on_gpus, standing_local
 from prism_plan.solvers.registry import get_solver, solvers_supporting

@@ -32,8 +32,8 @@ from prism_plan.migration.order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration.policy import Review, review
 from prism_plan.model import ModelSpec, require_same_model
-from prism_plan.objective import violations
 from prism_plan.placement import Placement, Plan
+from prism_plan.placement_check import violations
 from runtime_adapter.control.event_log import BEAT, EventLog, StoreLost
 from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife
 from runtime_adapter.control.log_entries import Bounds, Entry

@@ -17,8 +17,8 @@ from prism_plan.migration.cost import communication_s, migration_s
 from prism_plan.migration.policy import Policy, Review, review
 from prism_plan.migration.statistics import Counting, Cumulative, Window
 from prism_plan.model import ModelShape
-from prism_plan.objective import violations
 from prism_plan.placement import Placement, Plan, server_of_gpu
+from prism_plan.placement_check import violations
 from prism_plan.solvers import solve
 from tests.solvers.instances import random_instance
 

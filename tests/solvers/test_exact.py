@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 
 from prism_plan.instance import Instance
 from prism_plan.model import ModelShape
-from prism_plan.objective import violations
+from prism_plan.placement_check import violations
 from prism_plan.solvers import Options, solve
 from prism_plan.solvers.certificate import Prices, worth_bound
 from prism_plan.solvers.exact import solve_flow

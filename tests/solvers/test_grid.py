@@ -10,7 +10,8 @@ import pytest
 from prism_plan.errors import Infeasible, UnsupportedFeature
 from prism_plan.instance import Instance
 from prism_plan.model import ModelShape
-from prism_plan.objective import remote_score, violations
+from prism_plan.objective import remote_score
+from prism_plan.placement_check import violations
 from prism_plan.solvers import SOLVER_NAMES, Options, Rule, get_solver, solve, solvers_supporting
 from prism_plan.solvers.brute_force import SOLVER as BRUTE_FORCE
 from tests.solvers.instances import random_instance
