@@ -108,7 +108,7 @@ from .objective import (
 )
 from .placement import InputFile as InputFile
 from .placement import Placement as Placement
-from .placement import Plan as Plan
+from .placement import SolveReport as SolveReport
 from .placement_check import Violation as Violation
 from .placement_check import violations as violations
 from .placement_diff import PlacementDiff as PlacementDiff
@@ -131,13 +131,13 @@ from .solvers.greedy import greedy_with_coverage as greedy_with_coverage
 from .solvers.registry import SOLVER_NAMES as SOLVER_NAMES
 from .solvers.run import solve as solve
 from .token_rates import (
-    Workload as Workload,
+    TokenRates as TokenRates,
 )
 from .token_rates import (
     activations as activations,
 )
 from .token_rates import (
-    expected_workload as expected_workload,
+    expected_token_rates as expected_token_rates,
 )
 from .trace import (
     TokenBatch as TokenBatch,

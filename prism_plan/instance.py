@@ -16,7 +16,7 @@ from prism_plan.errors import InputError
 from prism_plan.limits import MAX_REPLICAS, require_places, require_whole
 from prism_plan.model import ModelShape, ModelSpec
 from prism_plan.rules import rule_triples
-from prism_plan.token_rates import Workload, activations, expected_workload, require_users
+from prism_plan.token_rates import TokenRates, activations, expected_token_rates, require_users
 from prism_plan.trace import Trace
 
 #: Activations are zero or within these bounds, so that sums and ratios of them are numbers too.
@@ -164,7 +164,7 @@ class Instance:
         cluster: Cluster,
         *,
         min_replicas: int = 1,
-        load: Workload | None = None,
+        load: TokenRates | None = None,
     ) -> Instance:
         """The problem of serving a trace's tasks on a cluster.
 
@@ -174,7 +174,7 @@ class Instance:
         ------
         InputError
             Nobody asks for an expert (:func:`prism_plan.token_rates.require_users`); see
-            :func:`prism_plan.token_rates.expected_workload` and :meth:`of_cluster`.
+            :func:`prism_plan.token_rates.expected_token_rates` and :meth:`of_cluster`.
         Infeasible
             A GPU is too small for what must reside on it.
         """
@@ -182,7 +182,7 @@ class Instance:
         require_places(cluster.num_servers, model.num_layers, model.num_experts, "servers")
         if load is None:
             require_users(cluster, counts_only=trace.kind == "counts")
-            load = expected_workload(trace, cluster)
+            load = expected_token_rates(trace, cluster)
         calls = activations(trace, load)
         if not calls.any():
             raise InputError(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from prism_plan.instance import Instance
 from prism_plan.model import require_same_model
 from prism_plan.placement import Placement
-from prism_plan.token_rates import Workload
+from prism_plan.token_rates import TokenRates
 from prism_plan.trace import Trace
 
 #: Up to so many candidate servers the smallest cover of a step is found by enumeration.
@@ -119,7 +119,7 @@ def score(placement: Placement, instance: Instance) -> RemoteScore:
     return remote_score(instance.activations, placement.local)
 
 
-def step_score(local: npt.NDArray[np.bool_], trace: Trace, load: Workload) -> StepScore:
+def step_score(local: npt.NDArray[np.bool_], trace: Trace, load: TokenRates) -> StepScore:
     """Waiting and destinations of locality [N, L, E] over every token of a trace.
 
     A token of task t counts at server n with weight rate[n, t] / tokens[t].

@@ -134,7 +134,7 @@ def test_arguments_are_told_as_they_were_given() -> None:
     context = COMMANDS["solve"].make_context("solve", ["t.parquet", "--cluster=c", "-o", "p.json"])
     names = option_names(context)
     assert names["trace"] == "t.parquet"
-    assert (names["near"], names["output"]) == ("--from", "--output")
+    assert (names["reference"], names["output"]) == ("--from", "--output")
 
 
 TINY = ("--cluster", str(ROOT / "traces/tiny-cluster.toml"))

@@ -6,7 +6,7 @@ import numpy as np
 
 from prism_plan.instance import Instance
 from prism_plan.model import ModelShape
-from prism_plan.placement import Placement, Plan
+from prism_plan.placement import Placement, SolveReport
 from prism_plan.placement_check import violations
 from prism_plan.solvers import solve
 
@@ -14,7 +14,7 @@ from prism_plan.solvers import solve
 def placed(held: np.ndarray, slots: tuple[tuple[int, ...], ...]) -> Placement:
     model = ModelShape("m", (3, 4), held.shape[2], 1, 7)
     names = tuple(f"s{n}" for n in range(len(slots)))
-    return Placement(model, names, slots, held, Plan("hand"))
+    return Placement(model, names, slots, held, SolveReport("hand"))
 
 
 def test_violations_are_named() -> None:

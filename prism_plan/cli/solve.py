@@ -27,7 +27,7 @@ class SolveOptions(TableOptions):
     min_replicas: int
     time_limit_s: float | None
     backend: Literal["highs", "cbc"]
-    near: str | None
+    reference: str | None
     load_price: float
     seed: int
     output: str
@@ -60,7 +60,7 @@ class SolveOptions(TableOptions):
 @click.option("--backend", type=BACKENDS, default="highs", show_default=True, help="Of ilp.")
 @click.option(
     "--from",
-    "near",
+    "reference",
     metavar="OLD.json",
     help="Plan near this placement (ilp, exact): of equally good plans the one that loads least.",
 )
@@ -95,18 +95,20 @@ def command(given: SolveOptions) -> None:
         get_solver(given.solver)
     if given.solver != "ilp":
         given.refuse("backend", found=f"has no effect on solver {given.solver!r}, only on ilp")
-    writable(given.output, given.trace, given.cluster, given.near)
+    writable(given.output, given.trace, given.cluster, given.reference)
     options = Options(
         seed=given.seed,
         time_limit_s=given.time_limit_s,
         backend=given.backend,
-        near=None if given.near is None else read_placement(given.near),
+        reference=None if given.reference is None else read_placement(given.reference),
         load_price=given.load_price,
     )
     cluster, cluster_input = load_cluster(given.cluster)
     trace = load_trace(given.trace)
-    if options.near is not None:
-        require_same_model(options.near.model, trace.model, source=given.near, other=given.trace)
+    if options.reference is not None:
+        require_same_model(
+            options.reference.model, trace.model, source=given.reference, other=given.trace
+        )
     inputs = {"trace": trace_file(trace), "cluster": cluster_input}
     with blaming(given.cluster):
         instance = Instance.build(trace, cluster, min_replicas=given.min_replicas)

@@ -38,7 +38,7 @@ from prism_plan.io.parts import FileIdentity, different_names, indented, shipped
 from prism_plan.io.specs import Shape, spec_of
 from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_places
 from prism_plan.model import ModelShape
-from prism_plan.placement import InputFile, Placement, Plan, Termination
+from prism_plan.placement import InputFile, Placement, SolveReport, Termination
 
 FORMAT = "prism-plan/placement"
 VERSION = 1
@@ -229,7 +229,7 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
             tuple(getattr(gpu, unit) for gpu in server.gpus) for server in file.servers
         ),
         on_gpu=on_gpu,
-        plan=Plan(**{key: getattr(file.plan, key) for key in PLAN_KEYS}, extra=extra),
+        plan=SolveReport(**{key: getattr(file.plan, key) for key in PLAN_KEYS}, extra=extra),
         inputs={key: InputFile(one.name, one.sha256) for key, one in file.inputs.items()},
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.model import ModelShape
-from prism_plan.placement import Placement, Plan
+from prism_plan.placement import Placement, SolveReport
 from prism_plan.placement_diff import Step
 
 
@@ -38,7 +38,7 @@ def placed(
     ends = list(itertools.accumulate(gpus))
     capacity = tuple(tuple(slots[end - n : end]) for n, end in zip(gpus, ends, strict=True))
     shape = (len(slots), model.num_layers, model.num_experts)
-    return Placement(model, tuple(names), capacity, on_gpu.reshape(shape), Plan("hand"))
+    return Placement(model, tuple(names), capacity, on_gpu.reshape(shape), SolveReport("hand"))
 
 
 def flat(placement: Placement) -> np.ndarray:
