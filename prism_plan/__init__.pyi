@@ -88,6 +88,7 @@ from .io.trace_writer import TraceWriter as TraceWriter
 from .io.trace_writer import write_trace as write_trace
 from .migration.order import migration_plan as migration_plan
 from .migration.plan import MigrationPlan as MigrationPlan
+from .migration_step import MigrationStep as MigrationStep
 from .model import PRESETS as PRESETS
 from .model import ModelShape as ModelShape
 from .model import ModelSpec as ModelSpec
@@ -112,7 +113,6 @@ from .placement import SolveReport as SolveReport
 from .placement_check import Violation as Violation
 from .placement_check import violations as violations
 from .placement_diff import PlacementDiff as PlacementDiff
-from .placement_diff import Step as Step
 from .placement_diff import diff as diff
 from .profiling.hf import HfOptions as HfOptions
 from .profiling.hf import profile_checkpoint as profile_checkpoint

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from prism_plan.capacity import gpu_capacity
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_REPLICAS, require_places, require_whole
+from prism_plan.limits import MAX_REPLICAS, require_integer, require_places
 from prism_plan.model import ModelShape, ModelSpec
 from prism_plan.rules import rule_triples
 from prism_plan.token_rates import TokenRates, activations, expected_token_rates, require_users
@@ -108,8 +108,8 @@ class Instance:
             )
         for n, gpus in enumerate(self.gpu_capacity):
             for capacity in (*gpus, caps[n] or 0):
-                _whole(capacity, f"server {self.servers[n]!r}", 0)
-        require_whole(self.min_replicas, 1, MAX_REPLICAS, "min_replicas")
+                require_integer(capacity, 0, place=f"server {self.servers[n]!r}")
+        require_integer(self.min_replicas, 1, MAX_REPLICAS, "min_replicas")
         for triple in (*self.pinned, *self.forbidden):
             if any(not 0 <= i < size for i, size in zip(triple, shape, strict=True)):
                 raise InputError(f"{triple}", place="rules", expected=f"indices below {shape}")
@@ -224,11 +224,4 @@ class Instance:
             pinned=tuple(rule_triples(cluster, model, "pin")),
             forbidden=tuple(rule_triples(cluster, model, "forbid")),
             layer_caps=tuple(server.layer_cap for server in cluster.servers),
-        )
-
-
-def _whole(value: object, place: str, least: int) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise InputError(
-            f"{value!r:.60}", place=place, expected=f"a whole number of at least {least}"
         )

@@ -57,7 +57,7 @@ def named_parameters(path: Path) -> set[str]:
         if isinstance(node, ast.keyword) and node.arg == "parameter":
             inside = [n for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
             found |= {str(n.value) for n in inside if isinstance(n.value, str) and n.value}
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require_whole":
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require_integer":
             found |= {a.value for a in node.args[3:] if isinstance(a, ast.Constant)}
     return found
 

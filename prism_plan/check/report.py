@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from prism_plan.check.assumed_figures import listed
 from prism_plan.check.cluster import require_plannable
 from prism_plan.check.gpu_memory import GpuMemory, gpu_memory, too_little_left, unreserved
 from prism_plan.cluster import Cluster
@@ -36,7 +35,7 @@ from prism_plan.placement import InputFile, Placement
 from prism_plan.placement_check import violations
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.phase_schedule import Schedule
-from prism_plan.text import quantity, shown
+from prism_plan.text import listed, quantity, shown
 from prism_plan.token_rates import require_users
 from prism_plan.trace import Trace
 

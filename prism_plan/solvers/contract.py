@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.instance import MAX_CALLS, Instance
-from prism_plan.limits import MAX_SEED, require_whole
+from prism_plan.limits import MAX_SEED, require_integer
 from prism_plan.placement import Placement, Termination
 
 
@@ -57,7 +57,7 @@ class Options:
     load_price: float = 0.0
 
     def __post_init__(self) -> None:
-        require_whole(self.seed, 0, MAX_SEED, "seed")
+        require_integer(self.seed, 0, MAX_SEED, "seed")
         if self.time_limit_s is not None and not 0 < self.time_limit_s < float("inf"):
             raise InputError(
                 f"{self.time_limit_s}", parameter="time_limit_s", expected="seconds above 0"
