@@ -43,7 +43,7 @@ def migration_plan(
     priority: npt.ArrayLike | None = None,
     names: tuple[str, str] = NAMES,
 ) -> MigrationPlan:
-    """The :class:`~prism_plan.migration_step.MigrationStep`\ s that lead from ``a`` to ``b``.
+    """The migration steps that lead from ``a`` to ``b``.
 
     Servers are matched by name and come in the order of ``b``. ``gpu_capacity`` is as in
     :class:`~prism_plan.instance.Instance`, by default that of ``b``. ``forbidden`` bool [N, L, E]
