@@ -1,4 +1,4 @@
-"""The servers, their GPUs, their links and their users."""
+"""A cluster: its servers with their GPUs and users, and the links between them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from prism_plan.errors import InputError
 
-#: Figures of a GPU and of links for which a default stands in where a cluster file gives none.
+#: Fields of a GPU and of links that have a default where a cluster file does not give them.
 GPU_FIGURES = ("memory_bandwidth_gbs", "tflops", "launch_overhead_us", "load_gbs")
 LINK_FIGURES = ("bandwidth_mbps", "rtt_ms", "call_overhead_ms")
 
@@ -18,9 +18,9 @@ LINK_FIGURES = ("bandwidth_mbps", "rtt_ms", "call_overhead_ms")
 class Gpu:
     """One GPU of a server.
 
-    Memory is given by ``memory_bytes``, or the number of experts it holds by ``slots``. Bandwidth
-    is in GB/s (1e9 bytes), compute in TFLOP/s, launch overhead in microseconds. Loads of experts
-    take time on a channel of their own; with ``load_blocks_compute`` they occupy the GPU too.
+    ``memory_bytes`` is the size of its memory, or ``slots`` the number of experts it holds.
+    Bandwidth is in GB/s (1e9 bytes), compute in TFLOP/s, launch overhead in microseconds. Experts
+    are loaded beside other work; with ``load_blocks_compute`` a load occupies the GPU too.
     ``assumed`` names those of :data:`GPU_FIGURES` that a cluster file did not give (the defaults
     are those of an A100 of 40 GB); two GPUs that differ in nothing else are equal.
     """
@@ -39,7 +39,7 @@ class Gpu:
 
     @property
     def usable_bytes(self) -> int:
-        """Memory that may be used, before anything is placed."""
+        """Bytes that may be used, for the dense part, the KV cache, the reserve and experts."""
         if self.memory_bytes is None:
             raise ValueError("a GPU described by slots has no memory size")
         return round(self.memory_bytes * self.memory_fraction)
@@ -47,9 +47,9 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Link:
-    """Network figures: what any server has, unless it or a pair says otherwise.
+    """Network figures between any two servers, unless a server or a pair has its own.
 
-    Messages below ``short_kb`` wait for no more than so much of longer ones (0: for all of them).
+    Messages below ``short_kb`` wait for at most ``short_kb`` of longer ones (0: for all of them).
     ``assumed`` names those of :data:`LINK_FIGURES` that a cluster file did not give; links that
     differ in nothing else are equal.
     """
@@ -66,7 +66,7 @@ _Figures = TypeVar("_Figures", Gpu, Link)
 
 
 def with_figures(part: _Figures, **figures: Any) -> _Figures:
-    """A copy of a GPU or of links with these figures, which count as given from then on."""
+    """A copy of a GPU or of links with these figures, which are then not assumed any more."""
     return dataclasses.replace(part, assumed=part.assumed.difference(figures), **figures)
 
 
@@ -82,11 +82,11 @@ class PairLink:
 
 @dataclass(frozen=True)
 class Server:
-    """One edge site.
+    """One edge site with its GPUs, its users and its rules.
 
-    ``tasks`` are shares of its requests by task of the trace and sum to one; empty means it has
-    no users of its own. ``weight`` replaces its token rate. ``pin`` and ``forbid`` hold
-    (decoder layer, expert) pairs; ``layer_cap`` bounds the experts of any one layer.
+    ``tasks`` are shares of its requests by task of the trace and sum to one; empty without users.
+    ``weight`` replaces its token rate. ``pin`` and ``forbid`` are (decoder layer, expert) pairs
+    that it must, or must not, hold; ``layer_cap`` is the most experts of any one layer.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Server:
 
     @property
     def has_users(self) -> bool:
-        """Whether any of its own users ask for anything."""
+        """Whether requests arrive at it."""
         return any(share > 0 for share in self.tasks.values())
 
     @property
@@ -115,7 +115,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Cluster:
-    """All servers and links. Read from TOML by :func:`prism_plan.io.cluster.read_cluster`.
+    """All servers and links; :func:`prism_plan.io.cluster.read_cluster` reads them from TOML.
 
     Raises
     ------

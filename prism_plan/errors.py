@@ -4,14 +4,14 @@
 
     PrismError                 exit code
     ├── InputError             2   a file or a parameter is wrong
-    │   └── WrongModel         2   two files speak of different models
-    ├── UnsupportedFeature          2   the solver has no rule for what was asked
-    ├── OutputError            2   a result cannot be written where it was asked for
+    │   └── WrongModel         2   two files are of different models
+    ├── UnsupportedFeature     2   the solver does not support what is required
+    ├── OutputError            2   a result cannot be written to its destination
     ├── Infeasible             3   no placement can exist: which constraint, by how much
     └── LimitReached           4   a limit ended the search before a placement was found
     any other exception       70   an internal error, see :mod:`prism_plan.cli.internal_errors`
 
-The message of each is one printable line. The command line prints it and leaves with the exit code;
+The message of each is one printable line. The command line prints it and exits with the exit code;
 nothing else in the package prints or exits.
 
 Messages name parameters as Python knows them, between double backquotes::
@@ -44,18 +44,18 @@ class PrismError(Exception):
     message: str
 
     #: Longer messages are cut in the middle: a value of a broken file can be of any length.
-    MOST = 380
+    MAX_LENGTH = 380
 
     def __init__(self, message: str) -> None:
         self.message = message
         super().__init__(self.line({}))
 
     def line(self, names: Mapping[str, str]) -> str:
-        """The message in one printable line, with the ``names`` that a user gives parameters by."""
+        """The message in one printable line, with parameters called by their ``names``, if any."""
         text = _PARAMETER.sub(lambda found: names.get(found[1], found[1]), self.message)
         line = printable(" ".join(text.split()))
-        if len(line) > self.MOST:
-            line = f"{line[: self.MOST // 2]} … {line[-self.MOST // 2 + 3 :]}"
+        if len(line) > self.MAX_LENGTH:
+            line = f"{line[: self.MAX_LENGTH // 2]} … {line[-self.MAX_LENGTH // 2 + 3 :]}"
         return line
 
 
@@ -92,29 +92,23 @@ class InputError(PrismError):
         super().__init__(text)
 
     def within(self, source: object = "", *, parameter: str = "") -> InputError:
-        """The same error, told to be of a file or parameter if it names neither yet."""
+        """The same error with a file or parameter as its origin, if it has none yet."""
         if self.source or self.parameter:
             return self
-        return type(self)(
-            self.found,
-            source=source,
-            parameter=parameter,
-            place=self.place,
-            expected=self.expected,
-            remedy=self.remedy,
-        )
+        parts = {key: getattr(self, key) for key in ("place", "expected", "remedy")}
+        return type(self)(self.found, source=source, parameter=parameter, **parts)
 
 
 class WrongModel(InputError):
-    """Two files speak of different models."""
+    """Two files are of different models."""
 
 
 class UnsupportedFeature(PrismError):
-    """The solver has no rule for what was asked; the message names solvers that have one."""
+    """The solver does not support what is required; the message names solvers that do."""
 
 
 class OutputError(PrismError):
-    """A result cannot be written where it was asked for."""
+    """A result cannot be written to its destination."""
 
 
 class Infeasible(PrismError):
@@ -150,16 +144,11 @@ class Infeasible(PrismError):
         super().__init__(text)
 
     def within(self, source: object) -> Infeasible:
-        """The same error, told to come from the file ``source`` (if it named no file yet)."""
+        """The same error with a file as its origin, if it has none yet."""
         if self.source:
             return self
-        return Infeasible(
-            self.constraint,
-            shortfall=self.shortfall,
-            unit=self.unit,
-            remedy=self.remedy,
-            source=source,
-        )
+        parts = {key: getattr(self, key) for key in ("shortfall", "unit", "remedy")}
+        return Infeasible(self.constraint, source=source, **parts)
 
 
 class LimitReached(PrismError):

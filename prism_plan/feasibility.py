@@ -105,11 +105,7 @@ def explain_infeasible(instance: Instance) -> None:
     open_ = ~(pinned | instance.mask(instance.forbidden))
     need = np.maximum(instance.min_replicas - pinned.sum(axis=0), 0).ravel()
     slots = instance.slots - pinned.sum(axis=(1, 2))
-    caps = np.full((servers, layers), experts, np.int64)
-    for n, cap in enumerate(instance.layer_caps):
-        if cap is not None:
-            caps[n] = np.minimum(cap, experts)
-    caps -= pinned.sum(axis=2)
+    caps = np.minimum(instance.max_per_layer, experts)[:, None] - pinned.sum(axis=2)
 
     # nodes: source, sink, servers, (server, layer), pairs
     server_at = 2 + np.arange(servers)
@@ -165,8 +161,7 @@ def first_fit(instance: Instance) -> bool:
     open_ = ~instance.mask(instance.forbidden).reshape(shape)
     pinned = instance.mask(instance.pinned).reshape(shape)
     held = np.zeros(shape, bool)
-    caps = [instance.model.num_experts if cap is None else cap for cap in instance.layer_caps]
-    left = np.tile(np.array(caps, np.int64)[:, None], instance.model.num_layers)
+    left = np.tile(instance.max_per_layer[:, None], instance.model.num_layers)
 
     def place(pair: int, servers: npt.NDArray[np.bool_]) -> bool:
         layer = pair // instance.model.num_experts

@@ -1,4 +1,4 @@
-"""The planning problem as a solver sees it."""
+"""The planning problem that solvers solve: activations, capacities and rules."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy.typing as npt
 from prism_plan.capacity import gpu_capacity
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_REPLICAS, require_integer, require_places
+from prism_plan.limits import MAX_REPLICAS, require_array_size, require_integer
 from prism_plan.model import ModelShape, ModelSpec
 from prism_plan.rules import rule_triples
 from prism_plan.token_rates import TokenRates, activations, expected_token_rates, require_users
 from prism_plan.trace import Trace
 
-#: Activations are zero or within these bounds, so that sums and ratios of them are numbers too.
+#: Activations are zero or within these bounds, so that sums and ratios of them stay finite.
 MIN_CALLS, MAX_CALLS = 1e-100, 1e100
 
 Pairs = Sequence[tuple[int, int, int]]
@@ -27,7 +27,7 @@ Pairs = Sequence[tuple[int, int, int]]
 
 @dataclass(frozen=True, eq=False)
 class Instance:
-    """Section 2 of DESIGN: activations, capacities and rules. Immutable; change it by `replace`.
+    """A planning problem (docs/design.md, section 2). Immutable; `replace` makes a changed copy.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class Instance:
         For each server the capacity of each of its GPUs: in experts ("slots") where experts are
         of one size, else in bytes.
     min_replicas
-        Every expert is to be held by at least so many servers.
+        The least number of servers that hold each expert.
     pinned, forbidden
         (server, layer position, expert) triples that must, or must not, be held.
     layer_caps
@@ -78,28 +78,28 @@ class Instance:
         num_gpus = sum(map(len, self.gpu_capacity))
         for holders, what in ((len(self.servers), "servers"), (num_gpus, "GPUs")):
             layers, experts = self.model.num_layers, self.model.num_experts
-            require_places(holders, layers, experts, what, place="servers")
+            require_array_size(holders, layers, experts, what, place="servers")
         if len(set(self.servers)) != len(self.servers):
             raise InputError("a name stands twice", place="servers", expected="different names")
         try:
-            given = np.array(self.activations, dtype=np.float64)
+            calls = np.array(self.activations, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise InputError(f"{error}", place="activations", expected="numbers") from error
         shape = (self.num_servers, self.model.num_layers, self.model.num_experts)
-        if given.shape != shape:
-            raise InputError(f"shape {given.shape}", place="activations", expected=f"{shape}")
-        bad = ~((given == 0) | ((given >= MIN_CALLS) & (given <= MAX_CALLS)))
-        if bad.any():
-            n, layer, expert = (int(i) for i in np.argwhere(bad)[0])
+        if calls.shape != shape:
+            raise InputError(f"shape {calls.shape}", place="activations", expected=f"{shape}")
+        invalid = ~((calls == 0) | ((calls >= MIN_CALLS) & (calls <= MAX_CALLS)))
+        if invalid.any():
+            n, layer, expert = np.argwhere(invalid)[0].tolist()
             raise InputError(
-                f"{given[n, layer, expert]}",
+                f"{calls[n, layer, expert]}",
                 place=f"activations of server {self.servers[n]!r} "
                 + self.model.pair_text(layer * self.model.num_experts + expert),
                 expected=f"0, or a number from {MIN_CALLS:g} to {MAX_CALLS:g}",
             )
-        given = given + 0.0  # turns -0.0 into 0.0
-        given.setflags(write=False)
-        set_field(self, "activations", given)
+        calls = calls + 0.0  # turns -0.0 into 0.0
+        calls.setflags(write=False)
+        set_field(self, "activations", calls)
         if len(self.gpu_capacity) != self.num_servers or len(caps) != self.num_servers:
             raise InputError(
                 f"{len(self.gpu_capacity)} capacities and {len(caps)} layer caps",
@@ -133,17 +133,23 @@ class Instance:
 
     @property
     def expert_size(self) -> npt.NDArray[np.int64]:
-        """What an expert of each layer takes of a capacity, int64 [L]: 1, or its bytes."""
+        """Size of an expert of each layer in the unit of capacities, int64 [L]: 1, or its bytes."""
         if self.in_slots:
             return np.ones(self.model.num_layers, np.int64)
         return np.array(self.model.expert_bytes_by_layer, np.int64)
 
     @property
     def slots(self) -> npt.NDArray[np.int64]:
-        """C[n], experts that each server holds, int64 [N]; more than J count as J."""
+        """C[n], the number of experts that each server can hold, at most J, int64 [N]."""
         assert self.in_slots, "slots have no meaning where experts differ in size"
         pairs = self.model.num_pairs
         return np.array([min(sum(gpus), pairs) for gpus in self.gpu_capacity], np.int64)
+
+    @property
+    def max_per_layer(self) -> npt.NDArray[np.int64]:
+        """The most experts of any one layer on each server, int64 [N]: its layer cap, or E."""
+        caps = [self.model.num_experts if cap is None else cap for cap in self.layer_caps]
+        return np.array(caps, np.int64)
 
     @property
     def has_rules(self) -> bool:
@@ -164,26 +170,26 @@ class Instance:
         cluster: Cluster,
         *,
         min_replicas: int = 1,
-        load: TokenRates | None = None,
+        token_rates: TokenRates | None = None,
     ) -> Instance:
         """The problem of serving a trace's tasks on a cluster.
 
-        ``load`` replaces what the cluster's own users ask for.
+        ``token_rates`` replace those of the cluster's own users.
 
         Raises
         ------
         InputError
-            Nobody asks for an expert (:func:`prism_plan.token_rates.require_users`); see
+            No expert is called (:func:`prism_plan.token_rates.require_users`); see
             :func:`prism_plan.token_rates.expected_token_rates` and :meth:`of_cluster`.
         Infeasible
             A GPU is too small for what must reside on it.
         """
         model = trace.model
-        require_places(cluster.num_servers, model.num_layers, model.num_experts, "servers")
-        if load is None:
+        require_array_size(cluster.num_servers, model.num_layers, model.num_experts, "servers")
+        if token_rates is None:
             require_users(cluster, counts_only=trace.kind == "counts")
-            load = expected_token_rates(trace, cluster)
-        calls = activations(trace, load)
+            token_rates = expected_token_rates(trace, cluster)
+        calls = activations(trace, token_rates)
         if not calls.any():
             raise InputError(
                 "the tasks of its servers call no expert in the trace",
@@ -202,7 +208,7 @@ class Instance:
         activations: npt.NDArray[np.float64] | None = None,
         min_replicas: int = 1,
     ) -> Instance:
-        """The capacities and rules of a cluster for a model; nothing is called by default.
+        """The capacities and rules of a cluster for a model, by default without any calls.
 
         Raises
         ------
@@ -212,7 +218,7 @@ class Instance:
         Infeasible
             A GPU is too small for what must reside on it.
         """
-        require_places(cluster.num_servers, model.num_layers, model.num_experts, "servers")
+        require_array_size(cluster.num_servers, model.num_layers, model.num_experts, "servers")
         if activations is None:
             activations = np.zeros((cluster.num_servers, model.num_layers, model.num_experts))
         return cls(

@@ -1,22 +1,22 @@
-"""Compilation with numba, cached on disk where a cache can be kept."""
+"""Compilation with numba, cached on disk where a cache folder can be written."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_notices: list[Callable[[], None]] = []
-_listening = False
+_callbacks: list[Callable[[], None]] = []
 
 
-def before_first_compilation(notice: Callable[[], None]) -> None:
-    """Call ``notice`` once, before this process compiles its first kernel.
+def before_first_compilation(callback: Callable[[], None]) -> None:
+    """Call ``callback`` once, before this process compiles its first kernel.
 
     Kernels that are loaded from the cache are not compiled, so on most runs it is never called.
     """
-    _notices.append(notice)
+    _callbacks.append(callback)
 
 
 def jit(function: Function) -> Function:
@@ -27,27 +27,24 @@ def jit(function: Function) -> Function:
     """
     from numba import njit
 
-    _listen()
+    _register_listener()
     try:
         return cast(Function, njit(cache=True)(function))
     except RuntimeError:  # numba: "no locator available"
         return cast(Function, njit(function))
 
 
-def _listen() -> None:
-    """Have numba tell when it compiles, which it does not for what it loads from the cache."""
-    global _listening
-    if _listening:
-        return
-    _listening = True
+@functools.cache
+def _register_listener() -> None:
+    """Run the callbacks when numba compiles; loading from the cache raises no such event."""
     from numba.core import event
 
     class Compilation(event.Listener):  # type: ignore[misc]  # numba is not typed
         def on_start(self, event: Any) -> None:
-            while _notices:
-                _notices.pop()()
+            while _callbacks:
+                _callbacks.pop()()
 
         def on_end(self, event: Any) -> None:
-            """Nothing is told when it ends."""
+            """Do nothing; numba requires the method."""
 
     event.register("numba:compile", Compilation())

@@ -1,4 +1,4 @@
-"""Compiled loops over many tokens. Everything here is plain arithmetic on arrays."""
+"""Compiled loops over the tokens of a trace, and the smallest set of servers for a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def count_selections(
 def first_bad_selection(
     experts: npt.NDArray[np.uint16], num_experts: int
 ) -> tuple[int, int]:  # pragma: no cover - compiled
-    """Row and layer of the first id out of range or named twice; (-1, -1) if all are good."""
+    """Row and layer of the first id out of range or named twice; (-1, -1) if all are valid."""
     tokens, layers, top_k = experts.shape
     for t in range(tokens):
         for layer in range(layers):
@@ -99,53 +99,54 @@ def score_steps(
     local: npt.NDArray[np.bool_],
     holder: npt.NDArray[np.int32],
     start: npt.NDArray[np.int64],
-    served: npt.NDArray[np.bool_],
+    serves: npt.NDArray[np.bool_],
     exact_up_to: int,
     sums: npt.NDArray[np.int64],
 ) -> None:  # pragma: no cover - compiled
     """Add the waiting steps, destinations and greedy steps of T tokens to ``sums`` [3, N, tasks].
 
-    ``holder[start[j] : start[j + 1]]`` are the servers that hold pair j = l·E + e, ascending. An
-    expert that is held nowhere makes its step wait and adds no destination.
+    ``serves`` [N, tasks] says which servers serve which tasks; ``holder[start[j] : start[j + 1]]``
+    are the servers that hold pair j = l·E + e, ascending. An expert that is held nowhere makes its
+    step wait and adds no destination.
     """
     tokens, layers, top_k = experts.shape
     num_servers, _, num_experts = local.shape
-    missing = np.empty(top_k, np.int64)
+    missing_experts = np.empty(top_k, np.int64)
     mask_of = np.zeros(num_servers, np.int64)
-    servers = np.empty(num_servers, np.int64)
+    candidate_servers = np.empty(num_servers, np.int64)
     masks = np.empty(num_servers, np.int64)
     chosen = np.empty(num_servers + 1, np.int64)
     for t in range(tokens):
         for n in range(num_servers):
-            if not served[n, task[t]]:
+            if not serves[n, task[t]]:
                 continue
             for layer in range(layers):
-                number = 0
+                num_missing = 0
                 for k in range(top_k):
                     e = experts[t, layer, k]
                     if not local[n, layer, e]:
-                        missing[number] = e
-                        number += 1
-                if number == 0:
+                        missing_experts[num_missing] = e
+                        num_missing += 1
+                if num_missing == 0:
                     continue
                 sums[0, n, task[t]] += 1
-                count = 0
+                num_candidates = 0
                 full = 0
-                for i in range(number):
-                    pair = layer * num_experts + missing[i]
+                for i in range(num_missing):
+                    pair = layer * num_experts + missing_experts[i]
                     if start[pair] < start[pair + 1]:
                         full |= 1 << i
                     for at in range(start[pair], start[pair + 1]):
                         m = holder[at]
                         if mask_of[m] == 0:
-                            servers[count] = m
-                            count += 1
+                            candidate_servers[num_candidates] = m
+                            num_candidates += 1
                         mask_of[m] |= 1 << i
-                ordered = np.sort(servers[:count])
-                for i in range(count):
+                ordered = np.sort(candidate_servers[:num_candidates])
+                for i in range(num_candidates):
                     masks[i] = mask_of[ordered[i]]
                     mask_of[ordered[i]] = 0
-                size = smallest_cover(masks, count, full, exact_up_to, chosen)
+                size = smallest_cover(masks, num_candidates, full, exact_up_to, chosen)
                 sums[1, n, task[t]] += size
-                if count > exact_up_to:
+                if num_candidates > exact_up_to:
                     sums[2, n, task[t]] += 1

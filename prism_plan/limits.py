@@ -1,7 +1,7 @@
-"""Largest sizes that files may have or declare, checked before memory is taken for them.
+"""Upper bounds on the sizes that files may have or declare, checked before memory is allocated.
 
-A file can come from a stranger, and a few bytes of it can declare sizes that no machine has. Every
-bound stands here once, with its unit and its reason. They lie far above what planning needs (the
+A file can be hostile, and a few bytes of it can declare sizes that no machine has. Every bound is
+defined here, with its unit and its reason. They lie far above what planning needs (the
 largest models known have some 25,000 experts in all, the largest clusters planned for a thousand
 servers) and keep reading a file within about 1 GiB of memory and ten seconds.
 """
@@ -17,14 +17,14 @@ MIB = 2**20
 
 # --------------------------------------------------------------------------------- bytes of files
 
-#: Bytes of a JSON, TOML, CSV or other text file: its bytes, its text and what is made of them are
-#: in memory at once.
+#: Bytes of a JSON, TOML, CSV or other text file: its bytes, its text and the parsed values are in
+#: memory at once.
 MAX_TEXT_BYTES = 256 * MIB
-#: Bytes of one line of a JSON Lines file. The files themselves may be longer, for their lines are
+#: Bytes of one line of a JSON Lines file. The files may be longer, since their lines are
 #: read one by one. A response of 131,072 tokens of a model with 61 layers, top-8, has 85 MB.
 MAX_LINE_BYTES = 128 * MIB
-#: Characters of a line of numbers as text, each a text of its own for a while: a request of 131,072
-#: tokens of a model with top-8 has 12 million.
+#: Characters of a line of numbers, each of which becomes a string while it is parsed: a request of
+#: 131,072 tokens of a model with top-8 has 12 million.
 MAX_LINE_OF_NUMBERS = 16 * MIB
 #: Bytes that the values of a JSON or TOML file would take in memory, estimated from its text.
 MAX_VALUE_BYTES = 512 * MIB
@@ -39,7 +39,7 @@ MAX_NAMES = 10_000
 MAX_NAME_LENGTH = 1_000
 #: GPUs of one server.
 MAX_GPUS = 1_024
-#: Columns of a table; those that are not ours are left out.
+#: Columns of a table; unknown ones are ignored.
 MAX_COLUMNS = 1_000
 
 # ----------------------------------------------------------------------------------------- models
@@ -48,19 +48,19 @@ MAX_COLUMNS = 1_000
 MAX_LAYERS = 10_000
 #: Experts of a layer: ids are stored as uint16 in traces.
 MAX_EXPERTS = 65_536
-#: (layer, expert) pairs of a model: arrays of 8 bytes a pair are made of each server and task.
+#: (layer, expert) pairs of a model: arrays of 8 bytes a pair are made for each server and task.
 MAX_PAIRS = 2**22
 #: Servers (or GPUs) × layers × experts: one byte each in a placement.
-MAX_PLACES = 2**28
+MAX_PLACEMENT_SIZE = 2**28
 
 # ----------------------------------------------------------------------------------------- tables
 
 #: Tasks × layers × experts of a trace: 8 bytes each, and the same again for calls per token.
 MAX_TASK_PAIRS = 2**25
-#: Tokens of a trace: 8 bytes each while duplicates are looked for, twice that while sorting.
+#: Tokens of a trace: 8 bytes each in the search for duplicates, twice that while sorting.
 MAX_TOKENS = 2**25
 #: Tokens × layers × top-k of a trace. Equal rows take hardly any space in the file, but each
-#: selection has to be looked at, some hundreds of millions a second.
+#: selection is checked, some hundreds of millions a second.
 MAX_SELECTIONS = 2**32
 #: Selections decoded at a time, 2 bytes each.
 MAX_BATCH_SELECTIONS = 2**23
@@ -68,9 +68,9 @@ MAX_BATCH_SELECTIONS = 2**23
 MAX_ARRIVALS = 2**21
 #: Rows of a sweep table, some 3 kB each; a sweep has no more runs.
 MAX_RUNS = 100_000
-#: Characters of a cell of a sweep table: the line of an error may stand there.
+#: Characters of a cell of a sweep table, which may hold an error message.
 MAX_CELL = 10_000
-#: Copies of an expert that may be asked for: more than any cluster has servers.
+#: Required replicas of an expert: more than any cluster has servers.
 MAX_REPLICAS = 2**31
 #: Seeds of random generators: what fits into an int64.
 MAX_SEED = 2**63 - 1
@@ -107,21 +107,21 @@ def require_integer(
 
 
 def require_at_most(
-    found: int, most: int, what: str, *, source: object = "", place: str = "", remedy: str = ""
+    found: int, maximum: int, unit: str, *, source: object = "", place: str = "", remedy: str = ""
 ) -> None:
-    """Refuse a size beyond its bound; ``what`` names the unit, such as ``"servers"``.
+    """Refuse a size beyond its bound; ``unit`` is what it counts, such as ``"servers"``.
 
     Raises
     ------
     InputError
-        ``found`` is larger than ``most``.
+        ``found`` is larger than ``maximum``.
     """
-    if found > most:
+    if found > maximum:
         raise InputError(
-            f"{found:,} {what}",
+            f"{found:,} {unit}",
             source=source,
             place=place,
-            expected=f"at most {most:,}",
+            expected=f"at most {maximum:,}",
             remedy=remedy,
         )
 
@@ -132,7 +132,7 @@ def require_name(name: str, *, source: object = "", place: str = "") -> None:
     Raises
     ------
     InputError
-        Tells its length.
+        Gives its length.
     """
     if len(name) > MAX_NAME_LENGTH:
         raise InputError(
@@ -143,38 +143,32 @@ def require_name(name: str, *, source: object = "", place: str = "") -> None:
         )
 
 
-def require_places(
-    holders: int, layers: int, experts: int, what: str, *, source: object = "", place: str = ""
+def require_array_size(
+    count: int,
+    layers: int,
+    experts: int,
+    unit: str,
+    *,
+    maximum: int = MAX_PLACEMENT_SIZE,
+    source: object = "",
+    place: str = "",
 ) -> None:
-    """Refuse more than :data:`MAX_PLACES` (holder, layer, expert) triples.
-
-    ``what`` names the holders, ``"servers"`` or ``"GPUs"``.
+    """Refuse a too large array [count, layers, experts]; ``unit`` is what ``count`` counts.
 
     Raises
     ------
     InputError
-        Names the three sizes and their product.
+        Names the three sizes and the bound on their product.
     """
-    if holders * layers * experts > MAX_PLACES:
+    if count * layers * experts > maximum:
         raise InputError(
-            f"{holders:,} {what} × {layers:,} layers × {experts:,} experts",
+            f"{count:,} {unit} × {layers:,} layers × {experts:,} experts",
             source=source,
             place=place,
-            expected=f"a product of at most {MAX_PLACES:,}",
+            expected=f"a product of at most {maximum:,}",
         )
 
 
 def require_task_pairs(tasks: int, layers: int, experts: int, *, source: object = "") -> None:
-    """Refuse more than :data:`MAX_TASK_PAIRS` (task, layer, expert) triples.
-
-    Raises
-    ------
-    InputError
-        Names the three sizes.
-    """
-    if tasks * layers * experts > MAX_TASK_PAIRS:
-        raise InputError(
-            f"{tasks:,} tasks × {layers:,} layers × {experts:,} experts",
-            source=source,
-            expected=f"a product of at most {MAX_TASK_PAIRS:,}",
-        )
+    """Refuse more than :data:`MAX_TASK_PAIRS` (task, layer, expert) triples, by an InputError."""
+    require_array_size(tasks, layers, experts, "tasks", maximum=MAX_TASK_PAIRS, source=source)

@@ -19,13 +19,13 @@ from prism_plan.placement import Placement
 from prism_plan.token_rates import TokenRates
 from prism_plan.trace import Trace
 
-#: Up to so many candidate servers the smallest cover of a step is found by enumeration.
+#: Up to so many candidate servers the smallest set for a step is found by enumeration.
 EXACT_COVER_SERVERS = 16
 
 
 @dataclass(frozen=True, eq=False)
 class RemoteScore:
-    """Remote calls of a placement: ``calls`` per second [N] and ``remote`` of them [N]."""
+    """Calls of experts by each server: ``calls`` per second [N], of them ``remote`` [N]."""
 
     calls: npt.NDArray[np.float64]
     remote: npt.NDArray[np.float64]
@@ -33,7 +33,7 @@ class RemoteScore:
     @property
     def share(self) -> float:
         """Remote share over all servers; zero where nothing is called."""
-        return _ratio(math.fsum(self.remote), math.fsum(self.calls))
+        return _ratio(self.remote, self.calls)
 
     @property
     def by_server(self) -> list[float | None]:
@@ -43,11 +43,11 @@ class RemoteScore:
 
 @dataclass(frozen=True, eq=False)
 class StepScore:
-    """What a placement means for (token, layer) steps, in steps per second.
+    """(Token, layer) steps of each server's requests, in steps per second.
 
-    ``steps`` [N] all of them, ``waiting`` [N] those with a remote expert, ``destinations`` [N]
-    the sum of their smallest sets of remote servers, ``greedy`` [N] the steps whose set was found
-    greedily because more than :data:`EXACT_COVER_SERVERS` servers hold a missing expert.
+    ``steps`` [N] all of them, ``waiting`` [N] those with a remote expert, ``destinations`` [N] the
+    sum of the sizes of their smallest sets of remote servers, ``greedy`` [N] the steps whose set
+    was found greedily, for more than :data:`EXACT_COVER_SERVERS` servers hold a missing expert.
     """
 
     steps: npt.NDArray[np.float64]
@@ -58,31 +58,32 @@ class StepScore:
     @property
     def waiting_share(self) -> float:
         """Waiting share over all servers."""
-        return _ratio(math.fsum(self.waiting), math.fsum(self.steps))
+        return _ratio(self.waiting, self.steps)
 
     @property
     def mean_destinations(self) -> float:
         """Mean number of remote servers per step over all servers."""
-        return _ratio(math.fsum(self.destinations), math.fsum(self.steps))
+        return _ratio(self.destinations, self.steps)
 
     @property
     def greedy_share(self) -> float:
         """Share of steps whose destinations are an upper bound found greedily."""
-        return _ratio(math.fsum(self.greedy), math.fsum(self.steps))
+        return _ratio(self.greedy, self.steps)
 
     @property
     def waiting_by_server(self) -> list[float | None]:
-        """Waiting share of each server; ``None`` for one that serves nothing."""
+        """Waiting share of each server; ``None`` for one without steps."""
         return _ratios(self.waiting, self.steps)
 
     @property
     def destinations_by_server(self) -> list[float | None]:
-        """Mean destinations of each server; ``None`` for one that serves nothing."""
+        """Mean destinations of each server; ``None`` for one without steps."""
         return _ratios(self.destinations, self.steps)
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
+def _ratio(part: npt.NDArray[np.float64], whole: npt.NDArray[np.float64]) -> float:
+    total = math.fsum(whole)
+    return math.fsum(part) / total if total > 0 else 0.0
 
 
 def _ratios(part: Iterable[float], whole: Iterable[float]) -> list[float | None]:
@@ -119,10 +120,10 @@ def score(placement: Placement, instance: Instance) -> RemoteScore:
     return remote_score(instance.activations, placement.local)
 
 
-def step_score(local: npt.NDArray[np.bool_], trace: Trace, load: TokenRates) -> StepScore:
-    """Waiting and destinations of locality [N, L, E] over every token of a trace.
+def step_score(local: npt.NDArray[np.bool_], trace: Trace, token_rates: TokenRates) -> StepScore:
+    """Waiting steps and destinations of locality [N, L, E] over every token of a trace.
 
-    A token of task t counts at server n with weight rate[n, t] / tokens[t].
+    A token of task t has weight rate[n, t] / tokens[t] at server n.
 
     Raises
     ------
@@ -134,13 +135,11 @@ def step_score(local: npt.NDArray[np.bool_], trace: Trace, load: TokenRates) -> 
     if trace.batches is None:
         raise ValueError("a counts-only trace does not tell which experts are called together")
     num_servers, layers, _ = local.shape
-    tasks = len(trace.tasks)
     # holders of (l, e) in ascending server order: holder[start[l·E + e] : start[l·E + e + 1]]
     by_pair = local.reshape(num_servers, -1).T
     holder = np.nonzero(by_pair)[1].astype(np.int32)
     start = np.concatenate([[0], np.cumsum(by_pair.sum(axis=1))]).astype(np.int64)
-    sums = np.zeros((3, num_servers, tasks), np.int64)
-    served = load.rates > 0
+    sums = np.zeros((3, num_servers, len(trace.tasks)), np.int64)
     for batch in trace.batches():
         score_steps(
             np.ascontiguousarray(batch.experts),
@@ -148,11 +147,11 @@ def step_score(local: npt.NDArray[np.bool_], trace: Trace, load: TokenRates) -> 
             np.ascontiguousarray(local),
             holder,
             start,
-            served,
+            token_rates.rates > 0,
             EXACT_COVER_SERVERS,
             sums,
         )
-    weight = load.rates / np.maximum(trace.tokens, 1)
-    steps = load.rates.sum(axis=1) * layers
+    weight = token_rates.rates / np.maximum(trace.tokens, 1)
+    steps = token_rates.rates.sum(axis=1) * layers
     waiting, destinations, greedy = (sums * weight).sum(axis=2)
     return StepScore(steps, waiting, destinations, greedy)

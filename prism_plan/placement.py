@@ -13,17 +13,17 @@ import numpy.typing as npt
 from prism_plan.model import ModelShape
 
 Termination = Literal["optimal", "heuristic", "time_limit"]
-#: The ``solver`` of the baseline in which servers do not help each other.
+#: The ``solver`` of the baseline in which servers do not call each other.
 OFFLOAD = "offload"
 
 
 @dataclass(frozen=True)
 class SolveReport:
-    """How a placement came about. Shares are of the instance that it was planned on.
+    """How a solver made a placement: solver, objective, bound, seed and time.
 
-    ``bound`` is a proven lower bound on the remote share of any placement, where one is known;
-    ``gap`` the relative gap that the solver left where it was stopped by a limit. ``extra`` keeps
-    further keys of a file.
+    ``remote_share`` is that of the instance that was solved, ``bound`` a proven lower bound on that
+    of any placement, where one is known. ``extra`` holds further values, such as the relative
+    ``gap`` that is left when a limit stops the solver.
     """
 
     solver: str

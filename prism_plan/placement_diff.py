@@ -14,11 +14,11 @@ from prism_plan.placement import Placement
 
 @dataclass(frozen=True, eq=False)
 class PlacementDiff:
-    """Experts that a server newly loads, drops, or moves between its GPUs, from ``a`` to ``b``.
+    """Experts that each server loads, drops, or moves between its GPUs, from ``a`` to ``b``.
 
-    ``servers`` are those of ``b`` and then those only in ``a``. ``loads`` and ``drops`` are bool
-    [servers, L, E] over a server's GPUs together; ``shifts`` are experts that stay on the server
-    and change GPU, which a load there pays for too.
+    ``servers`` are those of ``b`` and then those only in ``a``. ``loads``, ``drops`` and ``shifts``
+    are bool [servers, L, E]: experts that a server newly holds, holds no more, or holds on another
+    GPU, which takes a load too.
     """
 
     model: ModelShape
@@ -29,9 +29,9 @@ class PlacementDiff:
 
     def bytes_of(self, moved: npt.NDArray[np.bool_]) -> int:
         """Bytes of the experts in a [..., L, E] mask."""
-        of_layer = moved.reshape(-1, *moved.shape[-2:]).sum(axis=(0, 2))
+        per_layer = moved.reshape(-1, *moved.shape[-2:]).sum(axis=(0, 2)).tolist()
         sizes = self.model.expert_bytes_by_layer
-        return sum(int(n) * size for n, size in zip(of_layer, sizes, strict=True))
+        return sum(count * size for count, size in zip(per_layer, sizes, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """Totals, then per server and per layer; experts are [layer, expert] pairs."""
@@ -63,7 +63,7 @@ class PlacementDiff:
 
 
 def diff(a: Placement, b: Placement, names: tuple[str, str] = ("A", "B")) -> PlacementDiff:
-    """What has to move to get from ``a`` to ``b``; servers are matched by name.
+    """Compare two placements, whose servers are matched by name.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def diff(a: Placement, b: Placement, names: tuple[str, str] = ("A", "B")) -> Pla
 
 
 def _gpus(placement: Placement, name: str) -> npt.NDArray[np.bool_]:
-    """The server's GPUs [G of it, L, E]; none where the placement does not have the server."""
+    """What the GPUs of the named server hold, [GPUs, L, E]; empty without such a server."""
     if name not in placement.servers:
         return np.zeros((0, *placement.on_gpu.shape[1:]), bool)
     return placement.on_gpu[placement.gpus_of(placement.servers.index(name))]

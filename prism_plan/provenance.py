@@ -1,4 +1,4 @@
-"""Where a trace comes from."""
+"""Provenance of traces: the tool and the date that their files state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prism_plan import __version__
 
 
 def stamped(source: Mapping[str, Any]) -> dict[str, Any]:
-    """``source`` with the tool and the date; ``SOURCE_DATE_EPOCH`` fixes the date if it is set."""
+    """Add the tool and the date to ``source``; ``SOURCE_DATE_EPOCH``, if set, is the date."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     fixed = epoch.isascii() and epoch.isdigit() and len(epoch) < 12
     now = datetime.fromtimestamp(int(epoch), UTC) if fixed else datetime.now(UTC)

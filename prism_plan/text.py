@@ -1,8 +1,8 @@
-r"""Text of files and libraries made printable, for terminals, figures and reports.
+r"""Text for messages, tables, figures and reports: printable, shortened, with counts and lists.
 
-Names in a file are data and are kept as they are, also in the files that we write. Where a text is
-*shown*, characters that steer a terminal, reorder or hide what stands beside them, or that XML does
-not allow are written as escapes: ``\x1b``, ``\u202e``. Every text leaves through one of the two
+Names in a file are data and are kept as they are, also in the files that are written. Where text is
+*displayed*, characters that control a terminal, reorder or hide their neighbours, or that XML does
+not allow are written as escapes: ``\x1b``, ``\u202e``. All output passes through one of the two
 functions here: messages of errors, tables, progress bars, titles and labels of figures through
 :func:`printable`, JSON on standard output through :func:`printable_json`.
 """
@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-#: Newline, carriage return and tab have names that everybody knows; the others get their number.
+#: Newline, carriage return and tab have escapes of their own; the others are numbers.
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 #: Names that are written out before "and n more", and characters of each.
 MAX_LISTED, MAX_LISTED_LENGTH = 3, 40
@@ -23,7 +23,7 @@ _PLAIN = re.compile(r"[\x20-\x7e]*")
 
 
 def is_printable(character: str) -> bool:
-    """Whether a character shows as itself: spaces of all kinds do, controls of no kind.
+    """Whether a character is displayed as itself, which spaces are and controls are not.
 
     Not printable are the Unicode categories of controls (C0, C1, DEL), formats (marks of direction,
     characters of no width, the byte order mark), separators of lines and paragraphs, lone
@@ -33,7 +33,7 @@ def is_printable(character: str) -> bool:
 
 
 def printable(text: object) -> str:
-    """``text`` on one line, with what does not show as itself as an escape of Python.
+    """``text`` on one line, with characters that are not displayed as Python's escapes.
 
     Backslashes stay single, so that a text that has been escaped is not changed again.
     """
@@ -44,7 +44,7 @@ def printable(text: object) -> str:
 
 
 def shown(value: object, max_length: int = 60) -> str:
-    """The beginning of a value of a JSON file: true, null, NaN and the like as it spells them."""
+    """The beginning of a value, with JSON's spelling of true, null, NaN and the like."""
     if value is None or isinstance(value, bool | float):
         return json.dumps(value)
     try:
@@ -71,15 +71,15 @@ def listed(names: Iterable[str]) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """The same for a text of several lines, such as a traceback: newlines stay."""
+    """Like :func:`printable`, for a text of several lines, such as a traceback."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def printable_json(text: str) -> str:
-    r"""JSON text of the same values without characters that do not show as themselves.
+    r"""JSON text of the same values, with characters that are not displayed as escapes.
 
-    Outside of its strings JSON has none but newlines and tabs, which stay; inside of them each is
-    written as the escape ``\uXXXX`` of JSON.
+    Outside of its strings JSON has none but newlines and tabs, which stay; inside of them each
+    becomes JSON's escape ``\uXXXX``.
     """
     if _PLAIN.fullmatch(text):
         return text
@@ -87,9 +87,8 @@ def printable_json(text: str) -> str:
 
 
 def _escape(character: str) -> str:
-    named = _NAMED.get(character)
-    if named is not None:
-        return named
+    if character in _NAMED:
+        return _NAMED[character]
     code = ord(character)
     if code < 0x100:
         return f"\\x{code:02x}"

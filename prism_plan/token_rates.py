@@ -1,4 +1,4 @@
-"""What a cluster's users ask for, by a trace: token rates and expected expert calls per server."""
+"""Token rates of a cluster's users, and the expert calls per second that a trace predicts."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ class TokenRates:
 
 
 def require_users(cluster: Cluster, *, counts_only: bool = False) -> None:
-    """Refuse a cluster that nothing can be planned for, whatever the trace is.
+    """Refuse a cluster without users, for which every placement is as good as any other.
 
-    With ``counts_only`` traces arrival rates do not help: each server with tasks needs a weight.
-
-    Without users every placement is as good as any other, and "0 % remote" would say nothing.
-    Single servers may be without users.
+    Single servers may be without users. With a ``counts_only`` trace arrival rates are not enough:
+    each server with tasks needs a weight.
 
     Raises
     ------
@@ -53,9 +51,9 @@ def require_users(cluster: Cluster, *, counts_only: bool = False) -> None:
     for n in users:
         if cluster.servers[n].weight is None:
             if counts_only:
-                raise _without_weight(cluster, n)
+                raise _missing_weight(cluster, n)
             if cluster.servers[n].arrival_interval_s is None:
-                raise _without_rate(cluster, n)
+                raise _missing_rate(cluster, n)
     if all(cluster.servers[n].weight == 0 for n in users):
         raise InputError(
             "0, as of every server with tasks, so nobody asks for an expert",
@@ -64,7 +62,7 @@ def require_users(cluster: Cluster, *, counts_only: bool = False) -> None:
         )
 
 
-def _without_rate(cluster: Cluster, server: int) -> InputError:
+def _missing_rate(cluster: Cluster, server: int) -> InputError:
     return InputError(
         f"server {cluster.servers[server].name!r} has tasks but no arrival rate",
         place=f"server[{server}]",
@@ -72,27 +70,27 @@ def _without_rate(cluster: Cluster, server: int) -> InputError:
     )
 
 
-def _without_weight(cluster: Cluster, server: int) -> InputError:
-    """What a counts-only trace asks for, all at once: the simulator needs arrivals too."""
-    known = cluster.servers[server].arrival_interval_s
+def _missing_weight(cluster: Cluster, server: int) -> InputError:
+    """Name all that a counts-only trace requires at once: the simulator needs arrivals too."""
+    no_rate = cluster.servers[server].arrival_interval_s is None
     return InputError(
         f"server {cluster.servers[server].name!r} has tasks but no weight"
-        + ("" if known is not None else " and no arrival_interval_s"),
+        + (" and no arrival_interval_s" if no_rate else ""),
         place=f"server[{server}]",
         expected="weight, a relative token rate, for a counts-only trace tells no tokens a request"
-        + ("" if known is not None else "; to simulate also arrival_interval_s"),
+        + ("; to simulate also arrival_interval_s" if no_rate else ""),
         remedy="give weight = 1.0 to servers that serve equally many tokens",
     )
 
 
 def expected_token_rates(trace: Trace, cluster: Cluster) -> TokenRates:
-    """Token rates r·s_t·m_t of DESIGN section 1 (``weight`` replaces their sum over t).
+    """Token rates r·s_t·m_t of docs/design.md, section 1 (``weight`` replaces their sum over t).
 
     Raises
     ------
     InputError
-        A server names a task that the trace does not have, or one without tokens; tells no
-        arrival rate; the trace is counts-only and a server has no ``weight``.
+        A server names a task that the trace does not have, or one without tokens; a server has
+        no arrival rate, or no ``weight`` with a counts-only trace.
     """
     rates = np.zeros((cluster.num_servers, len(trace.tasks)))
     mean_tokens = trace.mean_tokens()
@@ -104,9 +102,9 @@ def expected_token_rates(trace: Trace, cluster: Cluster) -> TokenRates:
         if server.weight is not None:
             rates[n] = server.weight * tokens / tokens.sum()
         elif trace.kind == "counts":
-            raise _without_weight(cluster, n)
+            raise _missing_weight(cluster, n)
         elif server.arrival_interval_s is None:
-            raise _without_rate(cluster, n)
+            raise _missing_rate(cluster, n)
         else:
             rates[n] = tokens / server.arrival_interval_s
     return TokenRates(trace.tasks, rates)
@@ -121,15 +119,15 @@ def shares_by_task(trace: Trace, tasks: Mapping[str, float], place: str) -> npt.
         Names a task that the trace does not have, or one without tokens.
     """
     shares = np.zeros(len(trace.tasks))
-    number = {task: index for index, task in enumerate(trace.tasks)} if tasks else {}
+    index_of = {task: index for index, task in enumerate(trace.tasks)} if tasks else {}
     for task, share in tasks.items():
-        if task not in number:
+        if task not in index_of:
             raise InputError(
                 f"unknown task {task!r}{did_you_mean(task, trace.tasks)}",
                 place=place,
                 expected=f"tasks of {trace.name or 'the trace'}: {', '.join(trace.tasks)}",
             )
-        index = number[task]
+        index = index_of[task]
         if share > 0 and trace.tokens[index] == 0:
             raise InputError(
                 f"task {task!r} has no tokens in {trace.name or 'the trace'}",
@@ -140,7 +138,8 @@ def shares_by_task(trace: Trace, tasks: Mapping[str, float], place: str) -> npt.
     return shares
 
 
-def activations(trace: Trace, load: TokenRates) -> npt.NDArray[np.float64]:
+def activations(trace: Trace, token_rates: TokenRates) -> npt.NDArray[np.float64]:
     """f[n, l, e], expected calls per second, float64 [N, L, E]."""
-    calls: npt.NDArray[np.float64] = np.einsum("nt,tle->nle", load.rates, trace.calls_per_token())
+    calls_per_token = trace.calls_per_token()
+    calls: npt.NDArray[np.float64] = np.einsum("nt,tle->nle", token_rates.rates, calls_per_token)
     return calls

@@ -421,7 +421,7 @@ def test_model_bounds() -> None:
 
 def test_places_of_a_placement(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPUs × layers × experts may reach the bound, and not exceed it."""
-    monkeypatch.setattr(limits, "MAX_PLACES", 24)
+    monkeypatch.setattr(limits, "MAX_PLACEMENT_SIZE", 24)
     assert placement_from_json(placement(2, 4, 3)).on_gpu.shape == (3, 2, 4)
     with pytest.raises(InputError, match=r"4 GPUs × 2 layers × 4 experts; .* at most 24"):
         placement_from_json(placement(2, 4, 4))
@@ -430,9 +430,9 @@ def test_places_of_a_placement(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_places_of_an_instance(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers × layers × experts are bounded before activations are made of them."""
     trace, cluster = read_trace(work / "t.parquet"), parse_cluster(CLUSTER)
-    monkeypatch.setattr(limits, "MAX_PLACES", 16)
+    monkeypatch.setattr(limits, "MAX_PLACEMENT_SIZE", 16)
     assert Instance.build(trace, cluster).num_servers == 2
-    monkeypatch.setattr(limits, "MAX_PLACES", 15)
+    monkeypatch.setattr(limits, "MAX_PLACEMENT_SIZE", 15)
     with pytest.raises(InputError, match="2 servers × 2 layers × 4 experts"):
         Instance.build(trace, cluster)
 

@@ -36,7 +36,7 @@ from prism_plan.io.declared import (
 from prism_plan.io.files import parse_json, printable, read_identified, read_text, write_bytes
 from prism_plan.io.parts import FileIdentity, different_names, indented, shipped_schema
 from prism_plan.io.specs import Shape, spec_of
-from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_places
+from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_array_size
 from prism_plan.model import ModelShape
 from prism_plan.placement import InputFile, Placement, SolveReport, Termination
 
@@ -198,7 +198,7 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
     file = validated(PlacementFile, values, source=source, remedy=remedy)
     model = spec_of(ModelShape, file.model, source)
     num_gpus = sum(len(server.gpus) for server in file.servers)
-    require_places(
+    require_array_size(
         num_gpus, model.num_layers, model.num_experts, "GPUs", source=source, place="servers"
     )
     on_gpu = np.zeros((num_gpus, model.num_layers, model.num_experts), bool)

@@ -49,9 +49,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     feasible &= local[:, instance.mask(instance.pinned).reshape(servers, pairs)].all(axis=1)
     feasible &= ~local[:, instance.mask(instance.forbidden).reshape(servers, pairs)].any(axis=1)
     per_layer = local.reshape(-1, servers, layers, experts).sum(axis=3)
-    for n, cap in enumerate(instance.layer_caps):
-        if cap is not None:
-            feasible &= (per_layer[:, n] <= cap).all(axis=1)
+    feasible &= (per_layer <= instance.max_per_layer[:, None]).all(axis=(1, 2))
     if not feasible.any():
         raise Infeasible("none of all placements is feasible", shortfall=1, unit="placement")
     held, local = held[feasible], local[feasible]

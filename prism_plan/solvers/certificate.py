@@ -47,10 +47,7 @@ def value_bound(instance: Instance, value: Floats, prices: Prices) -> float:
     pinned = instance.mask(instance.pinned)
     open_ = ~(pinned | instance.mask(instance.forbidden))
     slots = instance.slots - pinned.sum(axis=(1, 2))
-    caps = np.array(
-        [instance.model.num_experts if cap is None else cap for cap in instance.layer_caps]
-    )
-    caps_left = caps[:, None] - pinned.sum(axis=2)
+    caps_left = instance.max_per_layer[:, None] - pinned.sum(axis=2)
     reduced = (
         value + prices.coverage[None] - prices.slot[:, None, None] - prices.layer_cap[:, :, None]
     )

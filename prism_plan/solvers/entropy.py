@@ -44,14 +44,6 @@ def entropy_counts(instance: Instance) -> Ints:
     return repair_counts(counts, instance.slots, experts)
 
 
-def uniform_counts(instance: Instance) -> Ints:
-    """Counts that ignore entropy, int64 [N, L]: C/L each, remainders to the lowest layers."""
-    experts = instance.model.num_experts
-    ones = np.ones(instance.model.num_layers)
-    counts = np.stack([_server_counts(int(slots), ones, experts) for slots in instance.slots])
-    return repair_counts(counts, instance.slots, experts)
-
-
 def _server_counts(slots: int, entropy: Floats, experts: int) -> Ints:
     weights = entropy if entropy.sum() > 0 else np.ones_like(entropy)
     quota = slots * weights / weights.sum()

@@ -73,9 +73,8 @@ def solve_flow(
     capped = any(cap is not None for cap in instance.layer_caps)
     groups, group_size = (layers, experts) if capped else (1, pairs)
     slots = instance.slots
-    cap = np.empty((servers, groups), np.int64)
-    for n, limit in enumerate(instance.layer_caps):
-        cap[n] = min(group_size, pairs if limit is None else limit)
+    cap_of_server = np.minimum(instance.max_per_layer if capped else pairs, group_size)
+    cap = np.broadcast_to(cap_of_server, (groups, servers)).T.copy()
 
     bits = min(WEIGHT_BITS, 57 - math.ceil(math.log2(2 * servers * (groups + 1))))
     largest = float(np.abs(value).max()) or 1.0
