@@ -13,9 +13,9 @@ from prism_plan.placement import server_of_gpu
 def require_feasible(instance: Instance) -> None:
     """Refuse an instance of equal expert sizes that no placement satisfies.
 
-    The test is that of DESIGN section 2: Σ_n min(C[n], J) ≥ min_replicas·J and min_replicas ≤ N.
-    It is complete without rules. With pins, forbidden experts or layer caps the solver finds out,
-    and :func:`explain_infeasible` says why.
+    The test is Σ_n min(C[n], J) ≥ min_replicas·J and min_replicas ≤ N (docs/design.md, section 2).
+    It is complete without rules. With pins, forbidden experts or layer caps only the solver finds
+    out, and :func:`explain_infeasible` says why.
 
     Raises
     ------

@@ -45,7 +45,7 @@ A100_70 = "memory_gb = 40\nmemory_fraction = 0.7"
 
 
 def test_slots_of_a100() -> None:
-    """The slots of DESIGN section 8: 541 and 541 + 693 for V2-Lite, 70 and 70 + 79 for Mixtral."""
+    """The slots of docs/design.md, section 8: 541 (+ 693) for V2-Lite, 70 (+ 79) for Mixtral."""
     assert slots(V2_LITE, A100_30) == (541,)
     assert slots(V2_LITE, A100_30, A100_30) == (541, 693)
     assert slots(MIXTRAL, A100_70) == (70,)

@@ -60,7 +60,7 @@ memory_gb = 16
 
 
 def test_every_key() -> None:
-    """Each key of DESIGN section 6 reaches the field it means, in its unit."""
+    """Each key of docs/design.md, section 6 reaches the field it means, in its unit."""
     a_first = Gpu(
         memory_bytes=40 * 10**9,
         memory_fraction=0.3,

@@ -1,4 +1,4 @@
-"""The numbers of DESIGN section 8, on real routing data."""
+"""The numbers of docs/design.md, section 8, on real routing data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Case = tuple[Instance, float, float, float]
 def case(
     request: pytest.FixtureRequest, slots_cluster: Make
 ) -> tuple[Instance, float, float, float]:
-    """An instance with the exact, prism and redundance shares that DESIGN gives."""
+    """An instance with the exact, prism and redundance shares that docs/design.md gives."""
     tasks, slots, exact, prism, redundance = CASES[request.param]
     trace = request.getfixturevalue("mixtral_trace" if request.param == "mixtral" else "v2_trace")
     return Instance.build(trace, slots_cluster(tasks, slots)), exact, prism, redundance
@@ -49,7 +49,7 @@ def case(
     ("solver", "backend"), [("exact", "highs"), ("ilp", "highs"), ("ilp", "cbc")]
 )
 def test_exact_column(case: Case, solver: str, backend: str) -> None:
-    """The optimum is DESIGN's to 6 places, by the flow and by the ILP with both back ends."""
+    """The optimum is the design's to 6 places, by the flow and by the ILP with both back ends."""
     placement = solve(case[0], solver, Options(backend=backend))  # type: ignore[arg-type]
     assert score(placement, case[0]).share == pytest.approx(case[1], abs=5e-7)
     assert placement.plan.termination == "optimal"
@@ -57,12 +57,12 @@ def test_exact_column(case: Case, solver: str, backend: str) -> None:
 
 
 def test_prism_column(case: Case) -> None:
-    """The reconstructed Prism lies within 0.003 of DESIGN's figure."""
+    """The reconstructed Prism lies within 0.003 of the design's figure."""
     assert solve(case[0], "prism").plan.remote_share == pytest.approx(case[2], abs=0.003)
 
 
 def test_redundance_column(case: Case) -> None:
-    """The mean of 20 seeds of redundance lies within 0.02 of DESIGN's figure, 1 − ΣC/(N·J)."""
+    """The mean of 20 seeds of redundance lies within 0.02 of the design's figure, 1 − ΣC/(N·J)."""
     shares = [solve(case[0], "redundance", Options(seed=s)).plan.remote_share for s in range(20)]
     assert np.mean(shares) == pytest.approx(case[3], abs=0.02)
     instance = case[0]
@@ -88,7 +88,7 @@ def test_two_replicas_do_not_fit(v2_trace: Trace, slots_cluster: Make) -> None:
 
 
 def test_waiting_share_on_held_out_requests(v2_trace: Trace, slots_cluster: Make) -> None:
-    """Planned on half of the requests, waiting is near DESIGN's prototype figures on the rest.
+    """Planned on half of the requests, waiting is near the design's prototype figures on the rest.
 
     The prototype scored other requests, so only the order and the size are claimed: prism 0.82,
     exact 0.79, layer-partition 0.55.

@@ -199,7 +199,7 @@ def test_json_round_trip(model: ModelSpec) -> None:
 
 
 def test_json_keys() -> None:
-    """The keys are those of DESIGN section 6, in that order."""
+    """The keys are those of docs/design.md, section 6, in that order."""
     assert " ".join(SPEC.to_json()) == (
         "name moe_layers num_experts top_k hidden_size dtype_bytes expert_bytes dense_bytes "
         "kv_bytes_per_token"

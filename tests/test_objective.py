@@ -43,7 +43,7 @@ def trace() -> Trace:
 def plain_steps(
     local: np.ndarray, trace: Trace, load: TokenRates
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, waiting steps and destinations per server, token by token as DESIGN defines them."""
+    """Steps, waiting steps and destinations per server, token by token as docs/design.md says."""
     assert trace.batches is not None
     servers = len(local)
     steps, waiting, destinations = (np.zeros(servers) for _ in range(3))

@@ -89,7 +89,7 @@ def test_golden_version_1() -> None:
 
 
 def test_the_file_reads_as_documented() -> None:
-    """Keys are those of DESIGN section 6, in its order; expert lists are sorted, on one line."""
+    """Keys are those of docs/design.md, section 6, in order; expert lists are sorted in a line."""
     values = json.loads(GOLDEN.read_text())
     assert list(values) == ["format", "version", "model", "servers", "plan", "inputs"]
     assert list(values["model"]) == ["name", "moe_layers", "num_experts", "top_k", "expert_bytes"]

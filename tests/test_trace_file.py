@@ -293,7 +293,7 @@ def test_progress_name_and_identity(tmp_path: Path) -> None:
 
 
 def test_columns_of_tokens(tmp_path: Path) -> None:
-    """The columns and the header are those of DESIGN section 6, read here by pyarrow alone."""
+    """Columns and header are those of docs/design.md, section 6, read here by pyarrow alone."""
     rng = np.random.default_rng(0)
     batch = random_batch(rng, 50, TINY, 2, weights=True)
     path = tmp_path / "t.parquet"

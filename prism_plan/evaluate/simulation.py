@@ -224,7 +224,7 @@ def _timing_name(calibration: Calibration | None) -> str:
 def offload_placement(instance: Instance) -> Placement:
     """What each server would keep for itself: its most called experts, on GPUs by their load.
 
-    The start of the baseline `offload` (DESIGN section 4, rule 8). It covers nothing.
+    The start of the baseline `offload` (docs/design.md, section 4, rule 8). It covers nothing.
 
     Raises
     ------

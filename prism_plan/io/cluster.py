@@ -134,7 +134,7 @@ class ClusterFile(Table):
 
 
 def read_cluster(path: str | os.PathLike[str]) -> Cluster:
-    """Read and check a cluster file (DESIGN section 6).
+    """Read and check a cluster file (docs/design.md, section 6).
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Migration files: JSON, format ``prism-plan/migration`` version 1 (DESIGN section 6)."""
+"""Migration files: JSON, format ``prism-plan/migration`` version 1 (docs/design.md, section 6)."""
 
 from __future__ import annotations
 

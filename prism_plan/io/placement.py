@@ -1,4 +1,4 @@
-"""Placement files: JSON, format ``prism-plan/placement`` version 1 (DESIGN section 6)."""
+"""Placement files: JSON, format ``prism-plan/placement`` version 1 (docs/design.md, section 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simulation reports: JSON, format ``prism-plan/simulation`` version 1 (DESIGN section 6)."""
+"""Simulation reports: JSON, ``prism-plan/simulation`` version 1 (docs/design.md, section 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trace files, format ``prism-plan/trace`` version 1 (DESIGN section 6): columns and header."""
+"""Columns and header of traces, ``prism-plan/trace`` version 1 (docs/design.md, section 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether to move experts, and where to: the migration policies of DESIGN section 5."""
+"""Whether to move experts, and where to: the migration policies of docs/design.md, section 5."""
 
 from __future__ import annotations
 

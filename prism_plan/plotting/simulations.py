@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 #: Beyond so many runs a figure would be unreadable.
 MAX_RUNS = 40
-#: What the paper reports for a layer with remote experts, times one without (DESIGN section 9).
+#: The paper's time of a layer with remote experts over one without (docs/design.md, section 9).
 PAPER_LAYER_LATENCY = 8.30
 
 #: With more moves than this, at different times, their lines would hide the latencies.

@@ -14,13 +14,13 @@ from prism_plan.model import ModelSpec
 
 Floats = npt.NDArray[np.float64]
 
-#: Bytes that name one expert for one token in a message: id and gate weight (DESIGN section 4).
+#: Bytes of an expert's id and gate weight for one token in a message (docs/design.md, section 4).
 BYTES_PER_CALL = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """What a message between two servers costs (DESIGN section 4, rule 3).
+    """What a message between two servers costs (docs/design.md, section 4, rule 3).
 
     A message begins when its sender's uplink and its receiver's downlink are both free; of those
     that wait, the one that was ready first. One that cannot begin yet does not hold up those

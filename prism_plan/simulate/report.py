@@ -131,7 +131,7 @@ class Run:
         return max(spans, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as in DESIGN section 6."""
+        """Plain values, as in docs/design.md, section 6."""
         self._require_littles_law()
         requests, outcome = self.scenario.requests, self.outcome
         phases = [start.to_json() for start in requests.phases]

@@ -1,4 +1,4 @@
-"""Where a call goes that several servers could serve (DESIGN section 4, rule 5).
+"""Where a call goes that several servers could serve (docs/design.md, section 4, rule 5).
 
 An expert that the executing server holds is computed there. Of the others, ``spread`` takes the
 holder by a hash of request and expert, ``nearest`` the one over the cheapest link, and ``cover``

@@ -25,8 +25,8 @@ class Scenario:
     """One placement on one cluster under given requests.
 
     ``execution`` int32 [N, L] is the execution server: where the dense part of a layer runs, and
-    its KV cache lives, for requests of each home server (DESIGN section 4, rule 6). The hidden
-    states of a step travel where it changes from one layer to the next, and home at the end.
+    its KV cache lives, for requests of each home server (docs/design.md, section 4, rule 6). The
+    hidden states of a step travel where it changes from one layer to the next, and home at the end.
     With ``offload`` servers do not help each other: what is not resident is loaded from host
     memory (rule 8), and the placement says what is resident at the start.
     ``load_blocks_compute`` bool [G]: loads occupy the GPU as work does. ``dense_gpu`` int32 [N]:

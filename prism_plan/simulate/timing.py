@@ -98,7 +98,7 @@ def roofline_dense_s(model: ModelSpec, gpu: Gpu, tokens: Floats) -> Floats:
 
 
 def roofline_expert_s(model: ModelSpec, gpu: Gpu, expert_bytes: int, tokens: Floats) -> Floats:
-    """Seconds of one expert's batch of so many tokens, same shape (DESIGN section 4, rule 4)."""
+    """Seconds of one expert's batch of tokens, same shape (docs/design.md, section 4, rule 4)."""
     return _roofline_s(gpu, expert_bytes, model.dtype_bytes, tokens)
 
 

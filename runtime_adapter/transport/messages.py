@@ -8,7 +8,7 @@ and its answer::
 
     header int32 [8] | partial sums [tokens, hidden_size]
 
-A word names one (token, expert) pair in four bytes, as DESIGN section 4 counts them: the gate
+A word names one (token, expert) pair in four bytes (docs/design.md, section 4, rule 3): the gate
 weight as a float32 whose sign bit says that this is the token's last call, and whose lowest bits
 are the expert's id. A weight so keeps 23 bits of mantissa less those of an id (17 bits of 64
 experts). The payload of a message is all but its header.
@@ -78,7 +78,7 @@ def refuse_weights() -> NoReturn:
 
 
 def call_bytes(tokens: int, calls: int, token_bytes: int) -> int:
-    """Payload of a call (DESIGN section 4, rule 3)."""
+    """Payload of a call (docs/design.md, section 4, rule 3)."""
     return tokens * token_bytes + BYTES_PER_CALL * calls
 
 

@@ -1,4 +1,4 @@
-"""Execution servers (DESIGN section 4, rule 6): hidden states travel where they change."""
+"""Execution servers (docs/design.md, section 4, rule 6): hidden states travel where they change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which message goes next (DESIGN section 4, rule 3): links are work-conserving, first come first.
+"""Which message goes next: links are work-conserving (docs/design.md, section 4, rule 3).
 
 A message begins when its sender's uplink and its receiver's downlink are both free; of those that
 wait, the one that was ready first; one that cannot begin yet does not hold up those behind it.

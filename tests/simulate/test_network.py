@@ -63,7 +63,7 @@ def test_the_lowest_rate_counts() -> None:
 
 
 def test_a_port_faster_than_the_default_is_capped_by_it() -> None:
-    """DESIGN: the default bandwidth is also the cap of a pair; a pair may raise it, not a port."""
+    """The default bandwidth is also the cap of a pair; a pair may raise it, not a port."""
     servers = ports((900, 900), (900, 900))
     cluster = Cluster("c", servers, Link(bandwidth_mbps=500))
     assert Network.of(cluster, V2).seconds_per_byte[0, 1] == 8e-6 / 500

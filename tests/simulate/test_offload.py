@@ -1,4 +1,4 @@
-"""The baseline without help (DESIGN section 4, rule 8): loads into LRU slots, by hand."""
+"""The baseline without help (docs/design.md, section 4, rule 8): loads into LRU slots, by hand."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_dense_part_of_v2_lite_on_an_a100() -> None:
 
 
 def test_loads_of_v2_lite() -> None:
-    """DESIGN section 4: at 12 GB/s an expert loads in 1.44 ms."""
+    """docs/design.md, section 4: at 12 GB/s an expert loads in 1.44 ms."""
     table = timing(cluster((A100,)), V2, 1)
     assert table.load_s.shape == (1, 26)
     assert table.load_s[0] == pytest.approx(1.44e-3, rel=2e-3)

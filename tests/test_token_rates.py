@@ -67,7 +67,7 @@ def calls(trace: Trace, servers: Cluster) -> np.ndarray:
 
 
 def recomputed(trace: Trace, server: Server) -> dict[tuple[int, int], float]:
-    """f[l, e] of one server by DESIGN section 1, in loops over every selection of the trace."""
+    """f[l, e] of one server by docs/design.md, section 1, in loops over every selection."""
     assert trace.batches is not None
     selections: Counter[tuple[str, int, int]] = Counter()
     tokens: Counter[str] = Counter()
