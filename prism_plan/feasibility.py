@@ -1,4 +1,4 @@
-"""Can any placement satisfy an instance? If not: which constraint, and by how much."""
+"""Whether any placement satisfies an instance, and if not, which constraint fails by how much."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def require_feasible(instance: Instance) -> None:
     Infeasible
         The constraint and the shortfall.
     """
-    copies, pairs = instance.min_replicas, instance.model.num_pairs
-    if copies > instance.num_servers:
+    replicas, pairs = instance.min_replicas, instance.model.num_pairs
+    if replicas > instance.num_servers:
         raise Infeasible(
-            f"min_replicas {copies} on {instance.num_servers} servers",
-            shortfall=copies - instance.num_servers,
+            f"min_replicas {replicas} on {instance.num_servers} servers",
+            shortfall=replicas - instance.num_servers,
             unit="servers",
             remedy="lower ``min_replicas`` or add servers",
         )
@@ -36,27 +36,29 @@ def require_feasible(instance: Instance) -> None:
     if instance.has_rules:
         _require_pins_fit(instance)
     slots = int(instance.slots.sum())
-    if slots < copies * pairs:
+    if slots < replicas * pairs:
         if instance.has_rules:  # rules can make it fall short by more
             explain_infeasible(instance)
-        each = f" with {copies} replicas each" if copies > 1 else ""
+        each, lower = "", ""
+        if replicas > 1:
+            each, lower = f" with {replicas} replicas each", ", or lower ``min_replicas``"
         raise Infeasible(
-            f"coverage: {pairs:,} experts{each} need {copies * pairs:,} slots, "
+            f"coverage: {pairs:,} experts{each} need {replicas * pairs:,} slots, "
             f"{instance.num_servers} servers have {slots:,}",
-            shortfall=copies * pairs - slots,
+            shortfall=replicas * pairs - slots,
             unit="slots",
-            remedy="add memory or servers" + (", or lower ``min_replicas``" if copies > 1 else ""),
+            remedy=f"add memory or servers{lower}",
         )
 
 
 def _require_bytes(instance: Instance) -> None:
-    """Necessary, not sufficient: whole experts may still not pack."""
-    need = int(instance.expert_size.sum()) * instance.model.num_experts * instance.min_replicas
-    room = sum(sum(gpus) for gpus in instance.gpu_capacity)
-    if room < need:
+    """Refuse too little memory in all: necessary, not sufficient, for whole experts must pack."""
+    needed = int(instance.expert_size.sum()) * instance.model.num_experts * instance.min_replicas
+    capacity = sum(sum(gpus) for gpus in instance.gpu_capacity)
+    if capacity < needed:
         raise Infeasible(
-            f"coverage: the experts need {need:,} bytes, the GPUs have {room:,}",
-            shortfall=need - room,
+            f"coverage: the experts need {needed:,} bytes, the GPUs have {capacity:,}",
+            shortfall=needed - capacity,
             unit="bytes",
             remedy="add memory or servers",
         )
@@ -88,13 +90,13 @@ def _require_pins_fit(instance: Instance) -> None:
 def explain_infeasible(instance: Instance) -> None:
     """Refuse an instance with rules that no placement satisfies, naming a violated cut.
 
-    The maximum flow server → (server, layer) → expert → sink tells the shortfall, its minimum cut
-    the experts. Pins are taken off the capacities first; a pinned copy serves its expert's need.
+    The maximum flow server → (server, layer) → expert → sink gives the shortfall, its minimum cut
+    the experts. Pins are subtracted first, from the capacities and from what their experts need.
 
     Raises
     ------
     Infeasible
-        Which experts want copies that do not fit, and how many.
+        Which experts lack replicas, and how many.
     """
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import breadth_first_order, maximum_flow
@@ -108,21 +110,21 @@ def explain_infeasible(instance: Instance) -> None:
     caps = np.minimum(instance.max_per_layer, experts)[:, None] - pinned.sum(axis=2)
 
     # nodes: source, sink, servers, (server, layer), pairs
-    server_at = 2 + np.arange(servers)
-    layer_at = 2 + servers + np.arange(servers * layers).reshape(servers, layers)
-    pair_at = 2 + servers + servers * layers + np.arange(pairs)
-    at_server, at_layer, at_expert = np.nonzero(open_)
+    server_node = 2 + np.arange(servers)
+    layer_node = 2 + servers + np.arange(servers * layers).reshape(servers, layers)
+    pair_node = 2 + servers + servers * layers + np.arange(pairs)
+    n, layer, expert = np.nonzero(open_)
     tails = np.concatenate(
-        [np.zeros(servers), np.repeat(server_at, layers), layer_at[at_server, at_layer], pair_at]
+        [np.zeros(servers), np.repeat(server_node, layers), layer_node[n, layer], pair_node]
     )
     heads = np.concatenate(
-        [server_at, layer_at.ravel(), pair_at[at_layer * experts + at_expert], np.ones(pairs)]
+        [server_node, layer_node.ravel(), pair_node[layer * experts + expert], np.ones(pairs)]
     )
-    capacity = np.concatenate([slots, caps.ravel(), np.ones(len(at_server)), need])
-    size = 2 + servers + servers * layers + pairs
+    capacity = np.concatenate([slots, caps.ravel(), np.ones(len(n)), need])
+    num_nodes = 2 + servers + servers * layers + pairs
     graph = csr_array(
         (capacity.astype(np.int32), (tails.astype(np.int32), heads.astype(np.int32))),
-        shape=(size, size),
+        shape=(num_nodes, num_nodes),
     )
     result = maximum_flow(graph, 0, 1)
     shortfall = int(need.sum()) - int(result.flow_value)
@@ -131,10 +133,10 @@ def explain_infeasible(instance: Instance) -> None:
     residual = graph - result.flow
     residual.data[residual.data < 0] = 0
     residual.eliminate_zeros()
-    reached = np.zeros(size, bool)
+    reached = np.zeros(num_nodes, bool)
     reached[breadth_first_order(residual, 0, return_predecessors=False)] = True
-    # experts beyond the cut want more copies than the servers before it can still give
-    short = np.flatnonzero(~reached[pair_at] & (need > 0))
+    # experts beyond the cut need more replicas than the servers before it can hold
+    short = np.flatnonzero(~reached[pair_node] & (need > 0))
     names = [instance.model.pair_text(int(pair)) for pair in short[:3]]
     more = f" and {len(short) - 3} more" if len(short) > 3 else ""
     wanted = int(need[short].sum())
@@ -151,28 +153,28 @@ def explain_infeasible(instance: Instance) -> None:
 def first_fit(instance: Instance) -> bool:
     """Whether experts of unequal size fit when they are placed one by one, the largest first.
 
-    Each goes to the GPU with the most room among those that may hold it; of pinned ones first.
+    Each goes to the GPU with the most free bytes among those that may hold it, pinned ones first.
     ``True`` proves that a placement exists, ``False`` proves nothing.
     """
     size = np.repeat(instance.expert_size, instance.model.num_experts)
-    owner = server_of_gpu(instance.gpu_capacity)
-    room = np.array([bytes_ for gpus in instance.gpu_capacity for bytes_ in gpus], np.int64)
+    server_of = server_of_gpu(instance.gpu_capacity)
+    free = np.array([size for gpus in instance.gpu_capacity for size in gpus], np.int64)
     shape = (instance.num_servers, instance.model.num_pairs)
     open_ = ~instance.mask(instance.forbidden).reshape(shape)
     pinned = instance.mask(instance.pinned).reshape(shape)
     held = np.zeros(shape, bool)
-    left = np.tile(instance.max_per_layer[:, None], instance.model.num_layers)
+    left_in_layer = np.tile(instance.max_per_layer[:, None], instance.model.num_layers)
 
     def place(pair: int, servers: npt.NDArray[np.bool_]) -> bool:
         layer = pair // instance.model.num_experts
-        may = servers & ~held[:, pair] & (left[:, layer] > 0)
-        fits = np.where(may[owner] & (room >= size[pair]), room, -1)
-        gpu = int(np.argmax(fits))
-        if fits[gpu] < 0:
+        allowed = servers & ~held[:, pair] & (left_in_layer[:, layer] > 0)
+        candidates = np.where(allowed[server_of] & (free >= size[pair]), free, -1)
+        gpu = int(np.argmax(candidates))
+        if candidates[gpu] < 0:
             return False
-        room[gpu] -= size[pair]
-        held[owner[gpu], pair] = True
-        left[owner[gpu], layer] -= 1
+        free[gpu] -= size[pair]
+        held[server_of[gpu], pair] = True
+        left_in_layer[server_of[gpu], layer] -= 1
         return True
 
     by_size = np.argsort(-size, kind="stable").tolist()

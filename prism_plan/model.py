@@ -1,4 +1,4 @@
-"""What the planner needs to know of a Mixture-of-Experts model."""
+"""Sizes of Mixture-of-Experts models, and the presets of common ones."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The experts of a model: what a placement file needs to know of it.
+    """The MoE layers and experts of a model: all that a placement says of it.
 
     Parameters
     ----------
     name
-        What the model is called in files and messages.
+        Name of the model in files and messages.
     moe_layers
         Decoder indices of the MoE layers, ascending (DeepSeek-V2-Lite: 1..26, Mixtral: 0..31).
     num_experts, top_k
-        Routed experts of a layer, and how many of them a token is sent to.
+        Routed experts of a layer, and how many of them the gate selects for a token.
     expert_bytes
         Bytes of one routed expert; one number, or one per MoE layer where sizes differ.
 
@@ -74,17 +74,11 @@ class ModelShape:
             _refuse("top_k", self.top_k, f"at most num_experts = {self.num_experts}")
         pairs = f"experts in all ({self.num_experts:,} in each of {len(layers):,} layers)"
         require_at_most(self.num_pairs, MAX_PAIRS, pairs, place="num_experts")
-        if isinstance(self.expert_bytes, tuple):
-            if len(self.expert_bytes) != len(layers):
-                _refuse(
-                    "expert_bytes",
-                    f"{len(self.expert_bytes)} sizes",
-                    f"one size, or one for each of the {len(layers)} MoE layers",
-                )
-            for size in self.expert_bytes:
-                _require_size("expert_bytes", size, 1)
-        else:
-            _require_size("expert_bytes", self.expert_bytes, 1)
+        if len(self.expert_bytes_by_layer) != len(layers):
+            expected = f"one size, or one for each of the {len(layers)} MoE layers"
+            _refuse("expert_bytes", f"{len(self.expert_bytes_by_layer)} sizes", expected)
+        for size in self.expert_bytes_by_layer:
+            _require_size("expert_bytes", size, 1)
 
     @property
     def num_layers(self) -> int:
@@ -125,7 +119,7 @@ class ModelShape:
         return ModelShape(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelShape)})
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values, in the design's order; optional ones where needed."""
+        """The fields as JSON values in the order of :data:`JSON_ORDER`, without unset ones."""
         values = {key: getattr(self, key) for key in JSON_ORDER if hasattr(self, key)}
         if values.get("num_decoder_layers") == self.moe_layers[-1] + 1:
             del values["num_decoder_layers"]
@@ -138,7 +132,7 @@ class ModelShape:
         return values
 
 
-#: The order of keys in our files.
+#: The order of a model's keys in files.
 JSON_ORDER = (
     "name",
     "moe_layers",
@@ -157,7 +151,7 @@ JSON_ORDER = (
 
 @dataclass(frozen=True)
 class ModelSpec(ModelShape):
-    """All that planning and simulating need to know of one MoE language model.
+    """Sizes of one MoE language model, as planning and simulation need them.
 
     Parameters
     ----------
@@ -174,10 +168,10 @@ class ModelSpec(ModelShape):
     num_decoder_layers
         Decoder layers, with experts or without; without it the last MoE layer + 1.
     attention_flops
-        Operations of attention for a pair of tokens, in the mean decoder layer; ``None`` where they
-        are not known.
+        Operations of attention for a pair of tokens, on average over the decoder layers; ``None``
+        where they are not known.
     state_bytes_per_request
-        Bytes that layers without keys and values (linear attention, Mamba) keep of a request.
+        Bytes of a request's state in layers without keys and values (linear attention, Mamba).
 
     The other parameters, and the errors raised, are those of :class:`ModelShape`.
     """
@@ -213,7 +207,7 @@ def _require_size(field: str, value: object, minimum: int, maximum: int = 2**53 
 
 
 def require_same_model(a: ModelShape, b: ModelShape, *, source: object, other: object) -> None:
-    """Refuse to use two files together that speak of different models.
+    """Refuse to use two files of different models together.
 
     The name, the layers, the experts, top-k and the expert sizes must agree.
 
@@ -223,27 +217,27 @@ def require_same_model(a: ModelShape, b: ModelShape, *, source: object, other: o
         Names the first field that differs, with both values.
     """
     for field in ("name", "moe_layers", "num_experts", "top_k", "expert_bytes_by_layer"):
-        ours, theirs = getattr(a, field), getattr(b, field)
-        if ours != theirs:
+        of_a, of_b = getattr(a, field), getattr(b, field)
+        if of_a != of_b:
             label = field.removesuffix("_by_layer")
-            show = _short_layers if isinstance(ours, tuple) else repr
+            text = _summary if isinstance(of_a, tuple) else repr
             raise WrongModel(
-                f"made for another model: {label} is {show(ours)}",
+                f"made for another model: {label} is {text(of_a)}",
                 source=source,
                 place="model",
-                expected=f"{show(theirs)} as in {other}",
+                expected=f"{text(of_b)} as in {other}",
                 remedy="use files of one model",
             )
 
 
-def _short_layers(values: tuple[int, ...]) -> str:
+def _summary(values: tuple[int, ...]) -> str:
     if len(set(values)) == 1 and len(values) > 1:
         return f"{values[0]} in {len(values)} layers"
     return f"{values[0]}..{values[-1]} ({len(values)} values)" if len(values) > 4 else str(values)
 
 
 class _Presets(Mapping[str, ModelSpec]):
-    """The specs in ``presets/*.json``, each read when it is asked for."""
+    """The specs in ``presets/*.json``, each read on first use."""
 
     def __getitem__(self, name: str) -> ModelSpec:
         if name not in _preset_files():
