@@ -15,7 +15,7 @@ import click
 import pytest
 
 from prism_plan.cli.boundary import run_command
-from prism_plan.cli.internal_errors import TRACEBACK_VARIABLE, raised_at
+from prism_plan.cli.internal_errors import TRACEBACK_VARIABLE, error_location
 from prism_plan.cli.main import run
 from prism_plan.errors import Infeasible, InputError
 
@@ -114,7 +114,7 @@ def test_the_place_of_a_librarys_exception() -> None:
     try:
         parse_cluster(None)  # type: ignore[arg-type]
     except Exception as error:
-        place = raised_at(error)
+        place = error_location(error)
     assert re.fullmatch(r"\S+:\d+(, called from prism_plan\.\S+:\d+)?", place)
 
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prism_plan.check.cluster import _smallest_model, require_placement, require_plannable
-from prism_plan.check.gpu_memory import gpu_memory, too_little_left, unreserved
+from prism_plan.check.cluster import _smallest_model, require_feasible_placement, require_plannable
+from prism_plan.check.gpu_memory import gpu_memory, insufficient_kv_memory, missing_kv_reservation
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import Infeasible, InputError, PrismError
 from prism_plan.feasibility import first_fit
@@ -363,7 +363,7 @@ def test_what_only_packing_forbids() -> None:
     instance = Instance.of_cluster(Cluster("c", (server,)), model)
     assert sum(instance.gpu_capacity[0]) > 3 * 100 + 3 * 150
     with pytest.raises(Infeasible, match="no packing of whole experts"):
-        require_placement(instance)
+        require_feasible_placement(instance)
 
 
 def test_rules_beyond_memory_are_told() -> None:
@@ -525,13 +525,13 @@ def test_a_model_or_a_trace_needs_a_cluster(here: Path) -> None:
 
 def test_no_kv_cache_is_reserved() -> None:
     """Servers with users and without kv_tokens are named in one line of bounded length."""
-    assert unreserved(parse_cluster(CLUSTER)) == (
+    assert missing_kv_reservation(parse_cluster(CLUSTER)) == (
         "nothing is reserved for the KV cache of a: kv_tokens is not given or 0"
     )
     servers = tuple(Server(f"s{n}", (Gpu(slots=1),), {"x": 1.0} if n else {}) for n in range(100))
-    assert "of s1, s2, s3 and 96 more:" in unreserved(Cluster("c", servers))
+    assert "of s1, s2, s3 and 96 more:" in missing_kv_reservation(Cluster("c", servers))
     stateless = dataclasses.replace(SPEC, kv_bytes_per_token=0)
-    assert unreserved(Cluster("c", servers), stateless) == ""
+    assert missing_kv_reservation(Cluster("c", servers), stateless) == ""
 
 
 def test_nothing_is_left_for_a_kv_cache() -> None:
@@ -545,9 +545,11 @@ def test_nothing_is_left_for_a_kv_cache() -> None:
         gpu = Gpu(memory_bytes=SPEC.dense_bytes + 600 + room)  # all 6 experts fit
         cluster = Cluster("c", (Server("a", (gpu,), {"x": 1.0}, weight=1.0),))
         assert gpu_memory(cluster, SPEC)[0].free_bytes == room
-        found = too_little_left(cluster, SPEC, gpu_memory(cluster, SPEC), trace)
+        found = insufficient_kv_memory(cluster, SPEC, gpu_memory(cluster, SPEC), trace)
         assert bool(found) == short
-        assert too_little_left(cluster, SPEC, gpu_memory(cluster, SPEC)) == ""  # for one token
+        assert (
+            insufficient_kv_memory(cluster, SPEC, gpu_memory(cluster, SPEC)) == ""
+        )  # for one token
     assert found == (
         f"nothing is left for a KV cache on a gpu[0] ({room:,} bytes, a request of {tokens:,} "
         f"tokens needs {need:,})"

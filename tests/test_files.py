@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from prism_plan.errors import InputError, OutputError
 from prism_plan.io.files import (
     atomic_path,
-    check_writable,
     parse_json,
     read_text,
+    require_writable,
     sha256,
     write_bytes,
 )
@@ -156,7 +156,7 @@ def test_links_are_followed(tmp_path: Path, relative: bool, exists: bool) -> Non
 
 def test_null_device() -> None:
     """The null device takes output and is still a device afterwards."""
-    check_writable("/dev/null")
+    require_writable("/dev/null")
     write_bytes("/dev/null", b"x" * 100)
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
@@ -208,7 +208,7 @@ def test_long_name(tmp_path: Path) -> None:
 
 def test_folder_and_missing_folder(tmp_path: Path) -> None:
     """A folder as a target, or in no folder at all, is told before any work."""
-    for check in (check_writable, lambda path: write_bytes(path, b"")):
+    for check in (require_writable, lambda path: write_bytes(path, b"")):
         with pytest.raises(OutputError, match="is a folder"):
             check(tmp_path)
         with pytest.raises(OutputError, match="gone does not exist"):
@@ -219,8 +219,8 @@ def test_folder_and_missing_folder(tmp_path: Path) -> None:
 def test_check_writable_changes_nothing(old: Path) -> None:
     """The early check neither creates a file nor touches one."""
     before = old.stat()
-    check_writable(old)
-    check_writable(old.parent / "new")
+    require_writable(old)
+    require_writable(old.parent / "new")
     assert names(old.parent) == ["result.json"]
     assert (old.stat().st_mtime_ns, old.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 

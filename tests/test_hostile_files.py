@@ -18,7 +18,7 @@ from prism_plan import limits
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.io.files import decode, lines_of, parse_json, read_text
+from prism_plan.io.files import decode, iterate_lines, parse_json, read_text
 from prism_plan.io.open_file import OpenFile
 from prism_plan.io.placement import placement_from_json, write_placement
 from prism_plan.io.specs import spec_from_json
@@ -317,7 +317,7 @@ def test_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lines_of() -> None:
     """A text is split at line feeds, without an empty line after the last."""
     for text in ("", "a", "a\n", "a\n\nb", "\n", "a\r\nb\n"):
-        assert list(lines_of(text)) == text.removesuffix("\n").split("\n") * bool(text)
+        assert list(iterate_lines(text)) == text.removesuffix("\n").split("\n") * bool(text)
 
 
 def test_wide_characters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,15 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from prism_plan.cli.tables import Column, counts, durations, fitting, shares, sizes, words
+from prism_plan.cli.tables import (
+    Column,
+    count_column,
+    duration_column,
+    fitting,
+    share_column,
+    size_column,
+    text_column,
+)
 from prism_plan.jit import before_first_compilation, jit
 
 Run = Callable[..., CompletedProcess[str]]
@@ -128,21 +136,21 @@ def test_every_command_with_tables(prism_plan: Run, tmp_path: Path) -> None:
 
 def test_one_unit_a_column() -> None:
     """The largest value chooses the unit; what would round to zero is told to be below."""
-    assert sizes("sent", "bytes", [45_660_000, 12, 0, None]).cells == (
+    assert size_column("sent", "bytes", [45_660_000, 12, 0, None]).cells == (
         "45.66 MB", "<0.01 MB", "0 MB", "–",
     )  # fmt: skip
-    assert sizes("sent", "bytes", [999, 0]).cells == ("999 B", "0 B")
-    assert durations("mean", "s", [0.05, 0.002]).cells == ("50.00 ms", "2.00 ms")
-    assert durations("mean", "s", [1.5, 0.002]).cells == ("1.500 s", "0.002 s")
-    assert durations("mean", "s", [12_345.6, 1.0]).cells == ("12,346 s", "1 s")
-    assert shares("remote", "share", [0.123456, 1.0]).cells == ("12.35 %", "100.00 %")
-    assert counts("loads", "loads", [1234567]).cells == ("1,234,567",)
+    assert size_column("sent", "bytes", [999, 0]).cells == ("999 B", "0 B")
+    assert duration_column("mean", "s", [0.05, 0.002]).cells == ("50.00 ms", "2.00 ms")
+    assert duration_column("mean", "s", [1.5, 0.002]).cells == ("1.500 s", "0.002 s")
+    assert duration_column("mean", "s", [12_345.6, 1.0]).cells == ("12,346 s", "1 s")
+    assert share_column("remote", "share", [0.123456, 1.0]).cells == ("12.35 %", "100.00 %")
+    assert count_column("loads", "loads", [1234567]).cells == ("1,234,567",)
 
 
 def test_columns_leave_by_rank() -> None:
     """The highest rank leaves first, rank 0 never, and what fits is not left out."""
-    columns: list[Column] = [words("name", "name", ["x"])]
-    columns += [counts(f"c{rank}", f"c{rank}", [10**6], rank=rank) for rank in (0, 2, 1)]
+    columns: list[Column] = [text_column("name", "name", ["x"])]
+    columns += [count_column(f"c{rank}", f"c{rank}", [10**6], rank=rank) for rank in (0, 2, 1)]
     assert [column.heading for column in fitting(columns, 100)] == ["name", "c0", "c2", "c1"]
     assert [column.heading for column in fitting(columns, 35)] == ["name", "c0", "c1"]
     assert [column.heading for column in fitting(columns, 1)] == ["name", "c0"]

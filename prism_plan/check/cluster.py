@@ -42,15 +42,15 @@ def require_plannable(
         No placement satisfies the cluster.
     """
     if trace is not None:
-        return require_placement(Instance.build(trace, cluster))
+        return require_feasible_placement(Instance.build(trace, cluster))
     require_users(cluster)
     if model is not None:
-        return require_placement(Instance.of_cluster(cluster, model))
+        return require_feasible_placement(Instance.of_cluster(cluster, model))
     smallest = _smallest_model(cluster)
     if cluster.num_servers * smallest.num_pairs > MAX_TRIPLES:
         return ("pin and forbid not followed: that needs a trace or a model",)
     try:
-        return require_placement(Instance.of_cluster(cluster, smallest))
+        return require_feasible_placement(Instance.of_cluster(cluster, smallest))
     except Infeasible as error:
         raise Infeasible(
             f"whatever the model is, {error.constraint}",
@@ -60,7 +60,7 @@ def require_plannable(
         ) from error
 
 
-def require_placement(instance: Instance) -> tuple[str, ...]:
+def require_feasible_placement(instance: Instance) -> tuple[str, ...]:
     """Refuse an instance that no placement satisfies; tell what could not be decided.
 
     Raises

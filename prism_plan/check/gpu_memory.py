@@ -101,7 +101,7 @@ def gpu_memory(
     return tuple(rows)
 
 
-def unreserved(cluster: Cluster, model: ModelSpec | None = None) -> str:
+def missing_kv_reservation(cluster: Cluster, model: ModelSpec | None = None) -> str:
     """A line that names the servers with users whose KV cache has no memory reserved.
 
     Empty where there is none, or where the model is known to keep nothing per token.
@@ -114,7 +114,7 @@ def unreserved(cluster: Cluster, model: ModelSpec | None = None) -> str:
     return f"nothing is reserved for the KV cache of {listed(names)}: kv_tokens is not given or 0"
 
 
-def too_little_left(
+def insufficient_kv_memory(
     cluster: Cluster, model: ModelSpec, memory: Sequence[GpuMemory], trace: Trace | None = None
 ) -> str:
     """A line that names the servers with users where no KV cache of one request fits.

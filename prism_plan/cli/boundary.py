@@ -28,8 +28,13 @@ from types import FrameType
 
 import click
 
-from prism_plan.cli.command_options import option_names, running
-from prism_plan.cli.internal_errors import one_line_each, raised_at, report_fault, say
+from prism_plan.cli.command_options import option_names, running_context
+from prism_plan.cli.internal_errors import (
+    error_location,
+    report_internal_error,
+    single_line_messages,
+    write_log_line,
+)
 from prism_plan.errors import LimitReached, OutputError, PrismError
 from prism_plan.jit import before_first_compilation
 
@@ -56,11 +61,11 @@ def run_command(
     signal.signal(signal.SIGTERM, _terminate)
     _prepare_streams()
     _announce_compilation(program)
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = list(sys.argv[1:] if arguments is None else arguments)
     names: dict[str, str] = {}
-    with one_line_each(program):
+    with single_line_messages(program):
         try:
-            return _invoke(command, name, given, names)
+            return _invoke(command, name, args, names)
         except BaseException as error:
             return _exit_code(error, name, names, program, interrupted, extra)
 
@@ -79,7 +84,7 @@ def _announce_compilation(program: str) -> None:
     """Say on a terminal why the first run on a machine takes longer."""
     if sys.stderr.isatty():
         before_first_compilation(
-            lambda: say(
+            lambda: write_log_line(
                 program,
                 "compiling for this machine: once after installation, "
                 "a few seconds, for the simulator up to a minute",
@@ -98,7 +103,7 @@ def _invoke(command: click.Command, name: str, arguments: list[str], names: dict
             try:
                 result = command.invoke(context)
             finally:
-                names |= option_names(running(context))
+                names |= option_names(running_context(context))
     finally:
         sys.stdout.flush()
     return result if isinstance(result, int) else 0
@@ -131,7 +136,7 @@ def _exit_code(
             code, message = 2, error.format_message()
         case KeyboardInterrupt() | click.Abort():
             code, message = INTERRUPTED_EXIT_CODE, interrupted
-        case BrokenPipeError() if _stdout_gone():
+        case BrokenPipeError() if _stdout_reader_closed():
             _discard_stdout()  # the reader has had enough: no more, and no complaint
             return 0
         case _ if (short := _out_of_memory(error)) is not None:
@@ -140,14 +145,14 @@ def _exit_code(
             code, message = 2, f"{error}; install the extra: pip install 'prism-plan[{extra}]'"
         case OSError() if error.errno is not None and not isinstance(error, BrokenPipeError):
             _discard_stdout()
-            place = _place_of(error)
+            place = _error_place(error)
             reason = (error.strerror or str(error)).lower()
             if place == "standard output" and error.errno == errno.EBADF:
                 reason = "is closed"
             code, message = OutputError.exit_code, f"{place}: {reason}"
         case _:
-            return report_fault(program, error)
-    say(program, message)
+            return report_internal_error(program, error)
+    write_log_line(program, message)
     return code
 
 
@@ -161,7 +166,7 @@ def _out_of_memory(error: BaseException) -> str | None:
     return None
 
 
-def _place_of(error: OSError) -> str:
+def _error_place(error: OSError) -> str:
     """The file of an error of the system, or what else it was about."""
     if error.filename is not None:
         return (
@@ -169,11 +174,11 @@ def _place_of(error: OSError) -> str:
             if isinstance(error.filename, bytes)
             else str(error.filename)
         )
-    own = raised_at(error)
+    own = error_location(error)
     return "standard output" if ".cli." in own else f"the operating system, {own}"
 
 
-def _stdout_gone() -> bool:
+def _stdout_reader_closed() -> bool:
     """Whether it is standard output whose reader has closed its end, and no other pipe."""
     try:
         poll = select.poll()

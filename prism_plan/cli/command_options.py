@@ -17,17 +17,17 @@ from click.core import ParameterSource
 from prism_plan.errors import InputError, PrismError
 
 #: Under this key the contexts of a command line hold that of the command which runs.
-_RUNNING = "prism_plan.running"
+_RUNNING_CONTEXT = "prism_plan.running"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandOptions:
     """What a command is given; subclasses have a field for each of its options and arguments.
 
-    ``given`` are the names of those that stand on the command line.
+    ``explicit_names`` are those that stand on the command line, and not by default.
     """
 
-    given: frozenset[str]
+    explicit_names: frozenset[str]
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense whatever the files say."""
@@ -41,7 +41,7 @@ class CommandOptions:
             Names the first one.
         """
         for name in names:
-            if name in self.given:
+            if name in self.explicit_names:
                 raise InputError(found, parameter=name, remedy=remedy)
 
 
@@ -69,22 +69,22 @@ def options_as(kind: type[Kind]) -> Callable[[Callable[[Kind], Result]], Callabl
         @functools.wraps(command)
         def run(**values: Any) -> Result:
             context = click.get_current_context()
-            context.meta[_RUNNING] = context
+            context.meta[_RUNNING_CONTEXT] = context
             given = frozenset(
                 name
                 for name in values
                 if context.get_parameter_source(name) is not ParameterSource.DEFAULT
             )
-            return command(kind(given=given, **values))
+            return command(kind(explicit_names=given, **values))
 
         return run
 
     return decorate
 
 
-def running(context: click.Context) -> click.Context:
+def running_context(context: click.Context) -> click.Context:
     """The context of the command that runs within ``context``."""
-    found: click.Context = context.meta.get(_RUNNING, context)
+    found: click.Context = context.meta.get(_RUNNING_CONTEXT, context)
     return found
 
 
@@ -103,6 +103,6 @@ def option_names(context: click.Context) -> dict[str, str]:
     return names
 
 
-def told(error: PrismError) -> str:
+def error_line(error: PrismError) -> str:
     """The line of an error that a command tells itself, before it goes on."""
-    return error.line(option_names(running(click.get_current_context())))
+    return error.line(option_names(running_context(click.get_current_context())))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.cli.internal_errors import say
+from prism_plan.cli.internal_errors import write_log_line
 from prism_plan.io.files import write_bytes
 from prism_plan.text import printable, printable_json
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 #: What begins each message.
 PROGRAM = "prism-plan"
 #: Traces of more rows than this are read with a progress bar.
-LONG_TRACE = 200_000
+PROGRESS_BAR_MIN_ROWS = 200_000
 
 
-def note(message: str) -> None:
+def log_info(message: str) -> None:
     """A message to standard error."""
-    say(PROGRAM, message)
+    write_log_line(PROGRAM, message)
 
 
 def print_line(text: str, *, err: bool = False) -> None:
@@ -77,7 +77,7 @@ def load_trace(path: str) -> Trace:
         bars: list[Callable[[str, int], None]] = []
 
         def tell(done: int, total: int) -> None:
-            if total > LONG_TRACE and not bars:
+            if total > PROGRESS_BAR_MIN_ROWS and not bars:
                 bars.append(stack.enter_context(progress(total, "tokens")))
             for show in bars:
                 show(f"reading {Path(path).name}", done)
@@ -85,7 +85,7 @@ def load_trace(path: str) -> Trace:
         return read_trace(path, tell)
 
 
-def deliver(output: str, data: bytes) -> None:
+def write_output(output: str, data: bytes) -> None:
     """Write ``data`` to the file ``output``, or to standard output for ``-``.
 
     In a file names stay as they are. What goes to standard output is JSON or a table of numbers.

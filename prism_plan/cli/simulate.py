@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateOptions(ReviewOptions, TableOptions):
-    """What ``prism-plan simulate`` is given."""
+    """The options and arguments of ``prism-plan simulate``."""
 
     placements: tuple[str, ...]
     trace: str
@@ -203,59 +203,59 @@ class SimulateOptions(ReviewOptions, TableOptions):
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-o", "--output", metavar="S.json", help="Write the report as JSON.")
 @options_as(SimulateOptions)
-def command(given: SimulateOptions) -> int:
+def command(args: SimulateOptions) -> int:
     """Simulate requests on a cluster under each placement: latency, traffic, migrations.
 
     All placements see the same arrivals and the same requests. Ctrl-C writes what is done, marked
     partial.
     """
-    if given.grid:
+    if args.grid:
         from prism_plan.cli.sweep import run_sweep
 
-        return run_sweep(given)
-    return _simulate(given)
+        return run_sweep(args)
+    return _simulate(args)
 
 
-def _simulate(given: SimulateOptions) -> int:
-    from prism_plan.cli.console import deliver, load_trace, note, print_json, progress
+def _simulate(args: SimulateOptions) -> int:
+    from prism_plan.cli.console import load_trace, log_info, print_json, progress, write_output
     from prism_plan.cli.inputs import (
-        blaming,
+        error_source,
         load_cluster,
-        note_seen_requests,
-        solver_names,
-        trace_file,
-        writable,
+        log_planned_on_scored_requests,
+        parse_solver_names,
+        require_writable_output,
+        trace_identity,
     )
     from prism_plan.evaluate.request_table import write_request_table
     from prism_plan.evaluate.simulation import dump_report, simulate_placements
     from prism_plan.io.placement import read_placement
     from prism_plan.placement import OFFLOAD
 
-    files = (given.trace, given.cluster, given.arrivals, given.schedule, given.calibration,
-             *given.placements)  # fmt: skip
-    names = solver_names(given.solvers) or []
-    if not given.placements and not names and not given.offload:
+    files = (args.trace, args.cluster, args.arrivals, args.schedule, args.calibration,
+             *args.placements)  # fmt: skip
+    names = parse_solver_names(args.solvers) or []
+    if not args.placements and not names and not args.offload:
         raise InputError(
             "nothing to simulate",
             source="simulate",
             expected="placement files, ``solvers`` or ``offload``",
         )
-    writable(given.output, *files)
-    writable(given.per_request, *files)
-    options = given.simulation_options()
-    cluster, cluster_input = load_cluster(given.cluster)
-    existing = [(_as_text(path), read_placement(path)) for path in given.placements]
-    trace = load_trace(given.trace)
-    note_seen_requests(existing, trace, given.holdout)
+    require_writable_output(args.output, *files)
+    require_writable_output(args.per_request, *files)
+    options = args.simulation_options()
+    cluster, cluster_input = load_cluster(args.cluster)
+    existing = [(_utf8_path(path), read_placement(path)) for path in args.placements]
+    trace = load_trace(args.trace)
+    log_planned_on_scored_requests(existing, trace, args.holdout)
     planned, scored = trace, trace
-    if given.holdout is not None:
-        planned, scored = trace.split(given.holdout, given.seed)
-    with blaming(given.cluster):
-        requests = _requests(scored, cluster, given)
-        placements = existing + _planned(planned, cluster, names, given)
+    if args.holdout is not None:
+        planned, scored = trace.split(args.holdout, args.seed)
+    with error_source(args.cluster):
+        requests = _sample_requests(scored, cluster, args)
+        placements = existing + _plan_placements(planned, cluster, names, args)
     with (
         progress(len(placements) * len(requests), "requests") as update,
-        blaming(given.cluster),
+        error_source(args.cluster),
     ):
         order = {name: at for at, (name, _) in enumerate(placements)}
         result = simulate_placements(
@@ -264,44 +264,44 @@ def _simulate(given: SimulateOptions) -> int:
             scored,
             cluster,
             options,
-            inputs={"trace": trace_file(trace), "cluster": cluster_input},
+            inputs={"trace": trace_identity(trace), "cluster": cluster_input},
             progress=lambda name, done, total: update(name, order[name] * total + done),
         )
     values = result.to_json()
-    if given.holdout is not None:
-        values["trace"]["holdout"] = given.holdout
-    if given.per_request is not None and result.runs:
-        write_request_table(given.per_request, result)
-    if given.output is not None:
-        deliver(given.output, dump_report(values))
-    if given.as_json and given.output != "-":
+    if args.holdout is not None:
+        values["trace"]["holdout"] = args.holdout
+    if args.per_request is not None and result.runs:
+        write_request_table(args.per_request, result)
+    if args.output is not None:
+        write_output(args.output, dump_report(values))
+    if args.as_json and args.output != "-":
         print_json(values)
     else:
-        _print(values, form=given.table_format, err=given.output == "-")
+        _print_runs(values, form=args.table_format, err=args.output == "-")
     offload = [placement.plan.solver == OFFLOAD for _, placement in placements]
-    note_simulated(given.cluster, cluster, options, offload)
+    log_assumed_simulation_figures(args.cluster, cluster, options, offload)
     for text in values["notes"]:
-        note(text)
+        log_info(text)
     if result.partial:
         done = sum(run["finished"] for run in values["runs"])
-        note(
+        log_info(
             f"ended early: {len(values['runs'])} of {len(placements)} placements, {done:,} requests"
-            + (f"; {given.output} is marked partial" if given.output not in (None, "-") else "")
+            + (f"; {args.output} is marked partial" if args.output not in (None, "-") else "")
         )
     return 130 if result.interrupted else 0
 
 
-def note_simulated(
+def log_assumed_simulation_figures(
     path: str, cluster: Cluster, options: SimulationOptions, offload: Sequence[bool]
 ) -> None:
     """Name the figures that a simulation uses and neither cluster nor calibration gives.
 
     ``offload`` says of each placement whether it is the baseline, which uses no links.
     """
-    from prism_plan.cli.inputs import note_assumed
+    from prism_plan.cli.inputs import log_assumed_figures
 
     calibration = options.calibration
-    note_assumed(
+    log_assumed_figures(
         path,
         cluster if calibration is None else calibration.with_links(cluster),
         compute=calibration is None,
@@ -310,12 +310,12 @@ def note_simulated(
     )
 
 
-def _as_text(path: str) -> str:
+def _utf8_path(path: str) -> str:
     """A path as UTF-8 can hold it."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def _requests(trace: Trace, cluster: Cluster, given: SimulateOptions) -> Requests:
+def _sample_requests(trace: Trace, cluster: Cluster, args: SimulateOptions) -> Requests:
     from prism_plan.io.arrivals import read_arrivals
     from prism_plan.io.phases import read_schedule
     from prism_plan.simulate.sampling import sample_requests
@@ -323,37 +323,44 @@ def _requests(trace: Trace, cluster: Cluster, given: SimulateOptions) -> Request
     return sample_requests(
         trace,
         cluster,
-        requests_per_server=100 if given.requests_per_server is None else given.requests_per_server,
-        duration_s=given.duration_s,
-        burst=given.burst,
-        schedule=None if given.schedule is None else read_schedule(given.schedule),
-        arrivals=None if given.arrivals is None else read_arrivals(given.arrivals),
-        decode_tokens=given.decode_tokens,
-        prompt_tokens=given.prompt_tokens,
-        seed=given.seed,
+        requests_per_server=100 if args.requests_per_server is None else args.requests_per_server,
+        duration_s=args.duration_s,
+        burst=args.burst,
+        schedule=None if args.schedule is None else read_schedule(args.schedule),
+        arrivals=None if args.arrivals is None else read_arrivals(args.arrivals),
+        decode_tokens=args.decode_tokens,
+        prompt_tokens=args.prompt_tokens,
+        seed=args.seed,
     )
 
 
-def _planned(
-    trace: Trace, cluster: Cluster, names: list[str], given: SimulateOptions
+def _plan_placements(
+    trace: Trace, cluster: Cluster, names: list[str], args: SimulateOptions
 ) -> list[tuple[str, Placement]]:
     from prism_plan.evaluate.simulation import offload_placement
     from prism_plan.instance import Instance
     from prism_plan.placement import OFFLOAD
     from prism_plan.solvers import Options, solve
 
-    if not names and not given.offload:
+    if not names and not args.offload:
         return []
-    instance = Instance.build(trace, cluster, min_replicas=given.min_replicas)
-    options = Options(seed=given.seed)
+    instance = Instance.build(trace, cluster, min_replicas=args.min_replicas)
+    options = Options(seed=args.seed)
     found = [(name, solve(instance, name, options)) for name in names]
-    if given.offload:
+    if args.offload:
         found.append((OFFLOAD, offload_placement(instance)))
     return found
 
 
-def _print(values: dict[str, Any], *, form: str, err: bool) -> None:
-    from prism_plan.cli.tables import durations, numbers, print_table, shares, sizes, words
+def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
+    from prism_plan.cli.tables import (
+        duration_column,
+        number_column,
+        print_table,
+        share_column,
+        size_column,
+        text_column,
+    )
     from prism_plan.text import quantity
 
     runs = values["runs"]
@@ -364,17 +371,17 @@ def _print(values: dict[str, Any], *, form: str, err: bool) -> None:
     names = [run["placement"] + (" (partial)" if run["partial"] else "") for run in runs]
     sent = [run["bytes_sent"] / run["requests"] if run["requests"] else None for run in runs]
     columns = [
-        words("placement", "placement", names),
-        durations("mean", "latency_mean_s", of("latency_s", "mean")),
-        durations("p95", "latency_p95_s", of("latency_s", "p95"), rank=1),
-        durations("p99", "latency_p99_s", of("latency_s", "p99"), rank=4),
-        durations("ttft", "ttft_mean_s", of("ttft_s", "mean"), rank=2),
-        durations("tpot", "tpot_mean_s", of("tpot_s", "mean"), rank=2),
-        shares("remote", "remote_share", of("remote_share"), digits=1, rank=5),
-        shares("waiting", "waiting_share", of("waiting_share"), digits=1, rank=6),
-        numbers("dest.", "destinations", of("destinations"), rank=7),
-        sizes("sent", "bytes_sent_per_request", sent, rank=8),
-        shares("busiest", "busiest", of("busiest"), digits=0, rank=3),
+        text_column("placement", "placement", names),
+        duration_column("mean", "latency_mean_s", of("latency_s", "mean")),
+        duration_column("p95", "latency_p95_s", of("latency_s", "p95"), rank=1),
+        duration_column("p99", "latency_p99_s", of("latency_s", "p99"), rank=4),
+        duration_column("ttft", "ttft_mean_s", of("ttft_s", "mean"), rank=2),
+        duration_column("tpot", "tpot_mean_s", of("tpot_s", "mean"), rank=2),
+        share_column("remote", "remote_share", of("remote_share"), digits=1, rank=5),
+        share_column("waiting", "waiting_share", of("waiting_share"), digits=1, rank=6),
+        number_column("dest.", "destinations", of("destinations"), rank=7),
+        size_column("sent", "bytes_sent_per_request", sent, rank=8),
+        share_column("busiest", "busiest", of("busiest"), digits=0, rank=3),
     ]
     number = runs[0]["requests"] if runs else 0
     place = f"{values['trace']['name']} on {values['cluster']['name']}"
@@ -385,7 +392,13 @@ def _print(values: dict[str, Any], *, form: str, err: bool) -> None:
 
 
 def _print_migrations(values: dict[str, Any], *, form: str, err: bool) -> None:
-    from prism_plan.cli.tables import counts, durations, print_table, sizes, words
+    from prism_plan.cli.tables import (
+        count_column,
+        duration_column,
+        print_table,
+        size_column,
+        text_column,
+    )
 
     runs = values["runs"]
     moves = [[r for r in run["migrations"] if r["decision"] == "move"] for run in runs]
@@ -394,13 +407,13 @@ def _print_migrations(values: dict[str, Any], *, form: str, err: bool) -> None:
         return [sum(move[key] for move in of_run) for of_run in moves]
 
     columns = [
-        words("placement", "placement", [run["placement"] for run in runs]),
-        counts("reviews", "reviews", [len(run["migrations"]) for run in runs]),
-        counts("moves", "moves", [len(of_run) for of_run in moves]),
-        counts("experts", "moved_experts", total("moved_experts"), rank=1),
-        sizes("bytes", "moved_bytes", total("moved_bytes"), rank=2),
-        durations("expected saving", "saving_s", total("saving_s"), rank=1),
-        durations("cost", "cost_s", total("cost_s"), rank=1),
+        text_column("placement", "placement", [run["placement"] for run in runs]),
+        count_column("reviews", "reviews", [len(run["migrations"]) for run in runs]),
+        count_column("moves", "moves", [len(of_run) for of_run in moves]),
+        count_column("experts", "moved_experts", total("moved_experts"), rank=1),
+        size_column("bytes", "moved_bytes", total("moved_bytes"), rank=2),
+        duration_column("expected saving", "saving_s", total("saving_s"), rank=1),
+        duration_column("cost", "cost_s", total("cost_s"), rank=1),
     ]
     title = f"Migrations by policy {values['migrate']}"
     if form == "csv":  # a second table begins after a blank line

@@ -34,7 +34,7 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
-class Declared(BaseModel):
+class FormatModel(BaseModel):
     """A part of a file: strict, immutable, of known keys."""
 
     model_config = ConfigDict(
@@ -49,23 +49,23 @@ class Declared(BaseModel):
     def _few_keys(cls, values: Any) -> Any:
         """Each unknown key would be an error that takes memory."""
         if isinstance(values, dict) and len(values) > MAX_COLUMNS:
-            raise refused(f"{len(values):,} keys", f"at most {MAX_COLUMNS:,}")
+            raise validation_error(f"{len(values):,} keys", f"at most {MAX_COLUMNS:,}")
         return values
 
 
-class Open(Declared):
+class ExtensibleModel(FormatModel):
     """A part of a file that may have further keys, which are passed over."""
 
     model_config = ConfigDict(extra="ignore")
 
 
-class Table(Declared):
+class TomlTable(FormatModel):
     """A table of a TOML file."""
 
     WORD: ClassVar[str] = "a table"
 
 
-M = TypeVar("M", bound=Declared)
+M = TypeVar("M", bound=FormatModel)
 
 # ----------------------------------------------------------------------------------------- values
 
@@ -87,23 +87,23 @@ class Expected:
         )
 
 
-def _as_it_stands(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+def _keep_unconverted(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     handler(value)
     return value
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstError:
+class FailFast:
     """The first wrong entry ends the check (pydantic's FailFast, which has no hash)."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         return {**handler(source), "fail_fast": True}
 
 
-Listed = Annotated[list[T], FirstError()]
-Keyed = Annotated[dict[K, T], FirstError()]
+ListOf = Annotated[list[T], FailFast()]
+DictOf = Annotated[dict[K, T], FailFast()]
 #: A list whose entries are checked, and kept as they stand in the file: models take more memory.
-Checked = Annotated[list[Annotated[T, WrapValidator(_as_it_stands)]], FirstError()]
+CheckedList = Annotated[list[Annotated[T, WrapValidator(_keep_unconverted)]], FailFast()]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Amount = Annotated[float, Field(ge=0)]
@@ -112,7 +112,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Version1 = Annotated[int, Field(ge=1, le=1)]
 
 
-def refused(found: str, expected: str, *at: str | int) -> PydanticCustomError:
+def validation_error(found: str, expected: str, *at: str | int) -> PydanticCustomError:
     """What a validator raises where values do not go together; ``at`` leads on from its place."""
     context: dict[str, Any] = {f"at{number}": part for number, part in enumerate(at)}
     return PydanticCustomError("refused", "", context | {"found": found, "expected": expected})
@@ -120,7 +120,7 @@ def refused(found: str, expected: str, *at: str | int) -> PydanticCustomError:
 
 def _not_blank(text: str) -> str:
     if not text.strip():
-        raise refused(shown(text), "a non-empty text")
+        raise validation_error(short_repr(text), "a non-empty text")
     return text
 
 
@@ -130,7 +130,7 @@ Name = Annotated[NotBlank, Field(max_length=MAX_NAME_LENGTH)]
 # ---------------------------------------------------------------------------------------- checking
 
 
-def validated(
+def validate(
     kind: type[M], values: Any, *, source: object = "", part: str = "", remedy: str = ""
 ) -> M:
     """The values of a file as its model.
@@ -147,16 +147,16 @@ def validated(
         return kind.model_validate(values)
     except ValidationError as error:
         found = error.errors(include_url=False)
-    raise _told(kind, values, found, source, part, remedy)
+    raise _input_error(kind, values, found, source, part, remedy)
 
 
-def validated_line(kind: type[M], text: str, number: int, source: object, example: str) -> M:
+def validate_line(kind: type[M], text: str, number: int, source: object, example: str) -> M:
     """The values of one line of a file of JSON Lines; ``example`` is what a line looks like.
 
     Raises
     ------
     InputError
-        No JSON, or as :func:`validated`; names the line.
+        No JSON, or as :func:`validate`; names the line.
     """
     try:
         values = parse_json(text, "")
@@ -167,7 +167,7 @@ def validated_line(kind: type[M], text: str, number: int, source: object, exampl
             place=f"line {number}",
             expected=example,
         ) from error
-    return validated(kind, values, source=source, part=f"line {number}")
+    return validate(kind, values, source=source, part=f"line {number}")
 
 
 #: What was expected, by the type of pydantic's error.
@@ -198,13 +198,13 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 _SHORT.maxdict = _SHORT.maxlist = 3
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value for a message, shortened."""
     return spelled(value) if value is None or isinstance(value, bool) else _SHORT.repr(value)
 
 
-def _told(
-    kind: type[Declared],
+def _input_error(
+    kind: type[FormatModel],
     values: Any,
     errors: Sequence[Mapping[str, Any]],
     source: object,
@@ -215,14 +215,17 @@ def _told(
     ranks: dict[int, dict[Any, int]] = {}
     error = min(
         itertools.islice(errors, _MAX_ERRORS),
-        key=lambda e: (e["loc"] not in (("format",), ("version",)), _rank(values, e["loc"], ranks)),
+        key=lambda e: (
+            e["loc"] not in (("format",), ("version",)),
+            _position_in_file(values, e["loc"], ranks),
+        ),
     )
     context = {
         key: f"{value:,}" if type(value) is int else f"{value:g}" if type(value) is float else value
         for key, value in error.get("ctx", {}).items()
     }
     at = tuple(part for part in error["loc"] if part != "[key]")
-    found, what = shown(error["input"]), error["type"]
+    found, what = short_repr(error["input"]), error["type"]
     expected = _EXPECTED[what].format_map(context) if what in _EXPECTED else error["msg"]
     if what == "refused":
         at += tuple(error["ctx"][f"at{number}"] for number in range(len(context) - 2))
@@ -232,7 +235,9 @@ def _told(
         found = f"{len(error['input'])} entries"
     elif what == "missing":
         at = at[:-1]
-        names = [shown(e["loc"][-1]) for e in errors if (e["type"], e["loc"][:-1]) == (what, at)]
+        names = [
+            short_repr(e["loc"][-1]) for e in errors if (e["type"], e["loc"][:-1]) == (what, at)
+        ]
         one = len(names) == 1
         found = f"key {names[0]} is missing" if one else f"keys {', '.join(names)} are missing"
         expected = ""
@@ -240,7 +245,7 @@ def _told(
         at = at[:-1]
         known = _keys(_part_at(kind, at))
         name = str(error["loc"][-1])
-        found = f"unknown key {shown(name)}{did_you_mean(name, known)}"
+        found = f"unknown key {short_repr(name)}{did_you_mean(name, known)}"
         expected = f"one of {', '.join(known)}"
     elif what in ("too_long", "too_short"):
         found = f"{len(error['input']):,} entries"
@@ -248,7 +253,7 @@ def _told(
         found = f"a text of {len(error['input']):,} characters"
     elif what in ("model_type", "dict_type"):
         expected = kind.WORD
-    elif what == "list_type" and issubclass(_part_at(kind, at) or Declared, Table):
+    elif what == "list_type" and issubclass(_part_at(kind, at) or FormatModel, TomlTable):
         expected = f"tables, each written as [[{_place(at)}]]"
     if at == ("version",):
         expected = "1"
@@ -259,7 +264,9 @@ def _told(
     return InputError(found, source=source, place=place, expected=expected, remedy=remedy)
 
 
-def _rank(values: Any, location: Sequence[Any], ranks: dict[int, dict[Any, int]]) -> list[int]:
+def _position_in_file(
+    values: Any, location: Sequence[Any], ranks: dict[int, dict[Any, int]]
+) -> list[int]:
     """Where in the file: the number of the key or entry on each level; missing keys come last."""
     found = []
     for part in location:
@@ -280,14 +287,14 @@ def _place(location: Sequence[str | int]) -> str:
     return text.removeprefix(".")
 
 
-def _keys(part: type[Declared] | None) -> list[str]:
+def _keys(part: type[FormatModel] | None) -> list[str]:
     fields = part.model_fields if part else {}
     return [field.alias or name for name, field in fields.items()]
 
 
-def _part_at(kind: type[Declared], location: Sequence[str | int]) -> type[Declared] | None:
+def _part_at(kind: type[FormatModel], location: Sequence[str | int]) -> type[FormatModel] | None:
     """The model of the part of a file that stands at that place, or is an entry of the list."""
-    part: type[Declared] | None = kind
+    part: type[FormatModel] | None = kind
     for key in location:
         if part and key in (keys := _keys(part)):
             field = list(part.model_fields.values())[keys.index(str(key))]
@@ -295,8 +302,8 @@ def _part_at(kind: type[Declared], location: Sequence[str | int]) -> type[Declar
     return part
 
 
-def _parts(annotation: Any) -> Iterator[type[Declared]]:
-    if isinstance(annotation, type) and issubclass(annotation, Declared):
+def _parts(annotation: Any) -> Iterator[type[FormatModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, FormatModel):
         yield annotation
     for inner in get_args(annotation):
         yield from _parts(inner)

@@ -23,7 +23,7 @@ def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
+def require_writable(path: str | os.PathLike[str]) -> None:
     """Fail early, before long work, where ``path`` cannot be written.
 
     Raises
@@ -34,30 +34,30 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     try:
         if os.path.isdir(path):
             raise OutputError(f"{path}: is a folder; give the name of a file")
-        if _special(path):
+        if _is_special_file(path):
             return  # a device or a pipe: it is written in place
         target = Path(os.path.realpath(path))
         if not target.parent.is_dir():
             raise OutputError(f"{path}: folder {target.parent} does not exist; create it first")
-        temporary = _temporary(target)
+        temporary = _make_temporary_file(target)
     except OSError as error:
         raise OutputError(f"{path}: cannot write: {_reason(error)}; choose another file") from error
     temporary.unlink()
 
 
-def _special(path: str | os.PathLike[str]) -> bool:
+def _is_special_file(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is there and is no regular file."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 
-def _temporary(target: Path) -> Path:
+def _make_temporary_file(target: Path) -> Path:
     """A new empty file beside ``target``; a long name is cut, for it must not become too long."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.")
     os.close(handle)
     return Path(name)
 
 
-def not_over_an_input(
+def require_not_an_input(
     output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]
 ) -> None:
     """Refuse to write over a file that is being read.
@@ -89,8 +89,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     OutputError
         The folder is missing, read-only or full.
     """
-    check_writable(path)
-    if _special(path):
+    require_writable(path)
+    if _is_special_file(path):
         try:
             yield Path(path)
         except OSError as error:
@@ -98,7 +98,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         return
     target = Path(os.path.realpath(path))
     try:
-        temporary = _temporary(target)
+        temporary = _make_temporary_file(target)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {_reason(error)}") from error
     try:
@@ -137,7 +137,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         stream.write(data)
 
 
-def printable(path: str | os.PathLike[str]) -> str:
+def file_name_text(path: str | os.PathLike[str]) -> str:
     """A file's name as text that UTF-8 can hold."""
     return os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
 
@@ -165,7 +165,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return decode(read_bytes(path), path)
 
 
-def read_identified(path: str | os.PathLike[str]) -> tuple[str, str]:
+def read_text_and_digest(path: str | os.PathLike[str]) -> tuple[str, str]:
     """The text of a file, as :func:`read_text`, and the hex SHA-256 of the bytes that it is of."""
     data = read_bytes(path)
     return decode(data, path), hashlib.sha256(data).hexdigest()
@@ -206,7 +206,7 @@ _BINARY_MARKS = (
 _TOML = re.compile(r"""\s*(?:#|\[\[|\[[A-Za-z"]|[\w.-]+\s*=)""")
 
 
-def refuse_other_encodings(data: bytes, source: object) -> None:
+def require_utf8_mark(data: bytes, source: object) -> None:
     """Refuse a file whose first bytes say that it is UTF-16 or UTF-32.
 
     Raises
@@ -230,9 +230,9 @@ def decode(data: bytes, path: object) -> str:
     In memory every character takes as much as the widest one, so that text beyond Latin-1 may be
     half as long, and text beyond the basic plane a quarter.
     """
-    refuse_other_encodings(data, path)
+    require_utf8_mark(data, path)
     if len(data) * 4 > MAX_TEXT_BYTES:
-        width = next((width for width, first in _WIDE if first.search(data)), 1)
+        width = next((width for width, first in _WIDE_CHARACTERS if first.search(data)), 1)
         if len(data) * width > MAX_TEXT_BYTES:
             raise InputError(
                 f"{len(data):,} bytes of text with wide characters",
@@ -251,10 +251,10 @@ def decode(data: bytes, path: object) -> str:
 
 
 #: Bytes of a character in memory, and the bytes of UTF-8 that tell of one so wide.
-_WIDE = ((4, re.compile(b"[\xf0-\xf4]")), (2, re.compile(b"[\xc4-\xef]")))
+_WIDE_CHARACTERS = ((4, re.compile(b"[\xf0-\xf4]")), (2, re.compile(b"[\xc4-\xef]")))
 
 
-def lines_of(text: str) -> Iterator[str]:
+def iterate_lines(text: str) -> Iterator[str]:
     """The lines of a text one by one, without their line feeds; no list of them is made."""
     start = 0
     while (end := text.find("\n", start)) >= 0:
@@ -267,8 +267,8 @@ def lines_of(text: str) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------- JSON
 
 #: A half of a surrogate pair, which only an escape can spell in JSON.
-_HALF = re.compile("[\ud800-\udfff]")
-_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 #: Up to the next bracket that is not in a string. Possessive, and matched from bracket to bracket,
 #: so that a text is passed over once.
 _TO_BRACKET = re.compile(r'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+([\[\]{}])', re.DOTALL)
@@ -304,15 +304,15 @@ def _check_bounds(text: str, source: object) -> None:
             )
 
 
-def _no_half_characters(values: Any, source: object, place: str) -> None:
+def _refuse_lone_surrogates(values: Any, source: object, place: str) -> None:
     if isinstance(values, dict):
         for key, value in values.items():
-            _no_half_characters(key, source, place)
-            _no_half_characters(value, source, f"{place}.{key}" if place else key)
+            _refuse_lone_surrogates(key, source, place)
+            _refuse_lone_surrogates(value, source, f"{place}.{key}" if place else key)
     elif isinstance(values, list):
         for index, value in enumerate(values):
-            _no_half_characters(value, source, f"{place}[{index}]")
-    elif isinstance(values, str) and _HALF.search(values):
+            _refuse_lone_surrogates(value, source, f"{place}[{index}]")
+    elif isinstance(values, str) and _SURROGATE.search(values):
         raise InputError(
             f"{values!r:.60} has half a character",
             source=source,
@@ -325,7 +325,7 @@ class _NonFinite(str):
     """``NaN``, ``Infinity`` or ``-Infinity`` where a number should stand."""
 
 
-def _key_of_non_finite(values: Any, key: str) -> tuple[str, str] | None:
+def _find_non_finite(values: Any, key: str) -> tuple[str, str] | None:
     """The first of these words in ``values``, and the key under which it stands."""
     if isinstance(values, _NonFinite):
         return str(values), key
@@ -334,7 +334,7 @@ def _key_of_non_finite(values: Any, key: str) -> tuple[str, str] | None:
         inner = ((f"{key}.{name}" if key else name, value) for name, value in values.items())
     elif isinstance(values, list):
         inner = ((f"{key}[{index}]", value) for index, value in enumerate(values))
-    return next(filter(None, (_key_of_non_finite(value, at) for at, value in inner)), None)
+    return next(filter(None, (_find_non_finite(value, at) for at, value in inner)), None)
 
 
 def parse_json(text: str, source: object, *, non_finite: bool = False) -> Any:
@@ -373,15 +373,15 @@ def parse_json(text: str, source: object, *, non_finite: bool = False) -> Any:
 
     try:
         values = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
-        if refused and (found := _key_of_non_finite(values, "")):
+        if refused and (found := _find_non_finite(values, "")):
             raise InputError(
                 f"{found[0]} is not JSON" + (f", under key {found[1]!r:.80}" if found[1] else ""),
                 source=source,
                 expected="finite numbers",
                 remedy="write a number in its place",
             )
-        if _HALF_ESCAPED.search(text):
-            _no_half_characters(values, source, "")
+        if _ESCAPED_SURROGATE.search(text):
+            _refuse_lone_surrogates(values, source, "")
         return values
     except json.JSONDecodeError as error:
         if _TOML.match(text):

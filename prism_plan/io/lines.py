@@ -9,9 +9,9 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.files import parse_json, refuse_other_encodings
+from prism_plan.io.files import parse_json, require_utf8_mark
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.packed import unpacked
+from prism_plan.io.packed import decompressed
 
 
 def _refuse(error: InputError) -> None:
@@ -37,9 +37,9 @@ def text_lines(
         with OpenFile(source) as file:
             yield from text_lines(file, refuse)
         return
-    for number, raw in source.lines(unpacked(source)):
+    for number, raw in source.lines(decompressed(source)):
         if number == 1:
-            refuse_other_encodings(raw, source.path)
+            require_utf8_mark(raw, source.path)
         try:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -62,12 +62,12 @@ def json_lines(source: Path | OpenFile, bad: BadRows) -> Iterator[tuple[str, Any
         Unreadable; or a line is not UTF-8 or not JSON and bad rows are not to be left out.
     """
     path = Path(source.path) if isinstance(source, OpenFile) else source
-    for number, text in text_lines(source, lambda error: bad.leave_out(path, error)):
+    for number, text in text_lines(source, lambda error: bad.skip_or_raise(path, error)):
         place = f"line {number}"
         try:
             value = parse_line(text, path, place)
         except InputError as error:
-            bad.leave_out(path, error)
+            bad.skip_or_raise(path, error)
             continue
         yield place, value
 

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 GZIP = b"\x1f\x8b"
 #: Bytes that any gzip file may unpack to, and how many more for each of its own: recordings of
 #: random ids shrink to a tenth, tables that are nearly all zeros to less than a hundredth.
-FREE_BYTES, MAX_RATIO = 64 * MIB, 100
+MIN_UNPACKED_LIMIT_BYTES, MAX_COMPRESSION_RATIO = 64 * MIB, 100
 
 
-def is_packed(file: OpenFile) -> bool:
+def is_gzip(file: OpenFile) -> bool:
     """Whether a file is compressed with gzip."""
     return file.pread(len(GZIP), 0) == GZIP
 
 
-def unpacked(file: OpenFile) -> IO[bytes]:
+def decompressed(file: OpenFile) -> IO[bytes]:
     """The bytes of a file, decompressed where it is packed, to be read while it is open.
 
     Raises
@@ -39,12 +39,12 @@ def unpacked(file: OpenFile) -> IO[bytes]:
     InputError
         While reading: the file is cut short or damaged, or unpacks to too much.
     """
-    if is_packed(file):
-        return io.BufferedReader(_Unpacked(file), MIB)
+    if is_gzip(file):
+        return io.BufferedReader(_BoundedGzipStream(file), MIB)
     return io.BufferedReader(file.stream(), MIB)
 
 
-def read_packed_text(source: str | os.PathLike[str] | OpenFile) -> str:
+def read_maybe_gzipped_text(source: str | os.PathLike[str] | OpenFile) -> str:
     """A UTF-8 text file, packed or not; see :func:`prism_plan.io.files.read_text`.
 
     A file that is open already stays open.
@@ -56,11 +56,11 @@ def read_packed_text(source: str | os.PathLike[str] | OpenFile) -> str:
     """
     if not isinstance(source, OpenFile):
         with OpenFile(source) as file:
-            return read_packed_text(file)
-    if not is_packed(source):
+            return read_maybe_gzipped_text(file)
+    if not is_gzip(source):
         return decode(source.read(), source.path)
     data = bytearray()  # which takes what there is, not what there may be
-    with unpacked(source) as stream:
+    with decompressed(source) as stream:
         while part := stream.read(MIB):
             data += part
             if len(data) > MAX_TEXT_BYTES:
@@ -72,20 +72,20 @@ def read_packed_text(source: str | os.PathLike[str] | OpenFile) -> str:
     return decode(bytes(data), source.path)
 
 
-def unpacked_head(path: str | os.PathLike[str], length: int) -> bytes:
+def decompressed_head(path: str | os.PathLike[str], length: int) -> bytes:
     """The first bytes of a file, decompressed where it is packed."""
-    with OpenFile(path) as file, unpacked(file) as stream:
+    with OpenFile(path) as file, decompressed(file) as stream:
         return stream.read(length)
 
 
-class _Unpacked(io.RawIOBase):
+class _BoundedGzipStream(io.RawIOBase):
     """What a gzip file unpacks to, as far as its size allows."""
 
     def __init__(self, file: OpenFile) -> None:
         super().__init__()
         self._path = file.path
         self._packed = gzip.GzipFile(fileobj=io.BufferedReader(file.stream(), MIB), mode="rb")
-        self._most = FREE_BYTES + MAX_RATIO * file.size
+        self._most = MIN_UNPACKED_LIMIT_BYTES + MAX_COMPRESSION_RATIO * file.size
         self._read = 0
 
     def readable(self) -> bool:
@@ -106,7 +106,7 @@ class _Unpacked(io.RawIOBase):
             raise InputError(
                 f"unpacks to more than {self._most:,} bytes",
                 source=self._path,
-                expected=f"at most {FREE_BYTES:,} and {MAX_RATIO} times the size of the file",
+                expected=f"at most {MIN_UNPACKED_LIMIT_BYTES:,} and {MAX_COMPRESSION_RATIO} times the size of the file",
                 remedy="unpack it first (gunzip) if it is really a recording",
             )
         into[: len(data)] = data

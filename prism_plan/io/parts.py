@@ -11,14 +11,14 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field
 
 from prism_plan.io.declared import (
-    Declared,
-    refused,
-    shown,
+    FormatModel,
+    short_repr,
+    validation_error,
 )
 from prism_plan.limits import MAX_NAME_LENGTH
 
 
-class FileIdentity(Declared):
+class FileIdentity(FormatModel):
     """A file that another one was made from."""
 
     name: str
@@ -30,16 +30,16 @@ class _Named(Protocol):
     def name(self) -> str: ...
 
 
-def different_names(servers: Sequence[_Named]) -> Any:
+def require_distinct_names(servers: Sequence[_Named]) -> Any:
     """A validator that refuses servers of one name, and names that are too long."""
     first: dict[str, int] = {}
     for index, server in enumerate(servers):
         if len(server.name) > MAX_NAME_LENGTH:
             found = f"a name of {len(server.name):,} characters"
-            raise refused(found, f"at most {MAX_NAME_LENGTH:,}", index, "name")
+            raise validation_error(found, f"at most {MAX_NAME_LENGTH:,}", index, "name")
         if first.setdefault(server.name, index) != index:
-            found = f"name {shown(server.name)} is taken by servers[{first[server.name]}]"
-            raise refused(found, "different names", index, "name")
+            found = f"name {short_repr(server.name)} is taken by servers[{first[server.name]}]"
+            raise validation_error(found, "different names", index, "name")
     return servers
 
 
@@ -53,7 +53,7 @@ def shipped_schema(name: str) -> dict[str, Any]:
 _NUMBERS = re.compile(r"\[\s+(\d+(?:,\s+\d+)*)\s+\]")
 
 
-def indented(values: Any) -> str:
+def indented_json(values: Any) -> str:
     """JSON text, indented by one, each list of whole numbers on one line."""
     text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
     return _NUMBERS.sub(lambda found: "[" + re.sub(r"\s+", "", found.group(1)) + "]", text)

@@ -23,19 +23,25 @@ from prism_plan.io.declared import (
     ABSENT,
     Amount,
     Count,
-    Declared,
-    Keyed,
-    Listed,
+    DictOf,
+    FormatModel,
+    ListOf,
     NonEmpty,
     Positive,
     Share,
     Version1,
-    shown,
-    validated,
+    short_repr,
+    validate,
 )
-from prism_plan.io.files import parse_json, printable, read_identified, read_text, write_bytes
-from prism_plan.io.parts import FileIdentity, different_names, indented, shipped_schema
-from prism_plan.io.specs import Shape, spec_of
+from prism_plan.io.files import (
+    file_name_text,
+    parse_json,
+    read_text,
+    read_text_and_digest,
+    write_bytes,
+)
+from prism_plan.io.parts import FileIdentity, indented_json, require_distinct_names, shipped_schema
+from prism_plan.io.specs import ShapePart, spec_from_part
 from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_places
 from prism_plan.model import ModelShape
 from prism_plan.placement import InputFile, Placement, Plan, Termination
@@ -44,7 +50,7 @@ FORMAT = "prism-plan/placement"
 VERSION = 1
 
 
-def _whole_numbers(ids: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+def _skip_validated_integers(ids: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     """Ids as they are, of which there are millions; if they are no list of them, pydantic tells."""
     return ids if type(ids) is list and set(map(type, ids)) == {int} else handler(ids)
 
@@ -52,13 +58,13 @@ def _whole_numbers(ids: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 LayerId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
 #: Their bounds are checked with those of the model.
 ExpertIds = Annotated[
-    Listed[Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]],
+    ListOf[Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]],
     Field(min_length=1),
-    WrapValidator(_whole_numbers),
+    WrapValidator(_skip_validated_integers),
 ]
 
 
-class GpuPart(Declared):
+class GpuPart(FormatModel):
     """A GPU: what it can hold, as ``slots`` or ``bytes``, and what it holds."""
 
     slots: Count = Field(
@@ -67,19 +73,19 @@ class GpuPart(Declared):
     bytes: Count = Field(
         default=ABSENT, description="Bytes that the GPU has for experts (experts of unequal size)."
     )
-    experts: Keyed[LayerId, ExpertIds] = Field(
+    experts: DictOf[LayerId, ExpertIds] = Field(
         description="Expert ids by decoder layer index, ascending."
     )
 
 
-class ServerPart(Declared):
+class ServerPart(FormatModel):
     """A server and its GPUs."""
 
     name: NonEmpty
-    gpus: Annotated[Listed[GpuPart], Field(min_length=1, max_length=MAX_GPUS)]
+    gpus: Annotated[ListOf[GpuPart], Field(min_length=1, max_length=MAX_GPUS)]
 
 
-class PlanPart(Declared):
+class PlanPart(FormatModel):
     """How the placement came about. Further keys are kept."""
 
     model_config = ConfigDict(extra="allow")
@@ -94,20 +100,20 @@ class PlanPart(Declared):
     min_replicas: Positive
 
 
-class PlacementFile(Declared):
+class PlacementFile(FormatModel):
     """Which GPU of which server holds which expert of a Mixture-of-Experts model."""
 
     format: Literal["prism-plan/placement"]
     version: Version1
-    model: Shape
+    model: ShapePart
     servers: Annotated[
-        Listed[ServerPart],
+        ListOf[ServerPart],
         Field(min_length=1, max_length=MAX_NAMES),
-        AfterValidator(different_names),
+        AfterValidator(require_distinct_names),
     ]
     plan: PlanPart
     inputs: Annotated[
-        Keyed[str, FileIdentity], Field(description="The files that it was planned from.")
+        DictOf[str, FileIdentity], Field(description="The files that it was planned from.")
     ]
 
 
@@ -156,7 +162,7 @@ def placement_to_json(placement: Placement) -> dict[str, Any]:
 
 def dump_placement(placement: Placement) -> bytes:
     """The bytes of a placement file: indented, each list of experts on one line."""
-    return (indented(placement_to_json(placement)) + "\n").encode("utf-8")
+    return (indented_json(placement_to_json(placement)) + "\n").encode("utf-8")
 
 
 def write_placement(path: str | os.PathLike[str], placement: Placement) -> None:
@@ -185,18 +191,18 @@ def read_placement(path: str | os.PathLike[str]) -> Placement:
     return placement_from_json(parse_json(read_text(path), path), source=path)
 
 
-def read_identified_placement(path: str | os.PathLike[str]) -> tuple[Placement, InputFile]:
+def read_placement_and_identity(path: str | os.PathLike[str]) -> tuple[Placement, InputFile]:
     """A placement, as :func:`read_placement`, and the identity of the bytes that it is of."""
-    text, digest = read_identified(path)
+    text, digest = read_text_and_digest(path)
     placement = placement_from_json(parse_json(text, path), source=path)
-    return placement, InputFile(printable(path), digest)
+    return placement, InputFile(file_name_text(path), digest)
 
 
 def placement_from_json(values: Any, source: object = "") -> Placement:
     """The reverse of :func:`placement_to_json`; see :func:`read_placement`."""
     remedy = "make placements with prism-plan solve"
-    file = validated(PlacementFile, values, source=source, remedy=remedy)
-    model = spec_of(ModelShape, file.model, source)
+    file = validate(PlacementFile, values, source=source, remedy=remedy)
+    model = spec_from_part(ModelShape, file.model, source)
     num_gpus = sum(len(server.gpus) for server in file.servers)
     require_places(
         num_gpus, model.num_layers, model.num_experts, "GPUs", source=source, place="servers"
@@ -219,9 +225,9 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
                 expected=f"{unit!r}, for the experts are "
                 + ("of one size" if unit == "slots" else "of unequal size"),
             )
-        _hold(held, gpu.experts, model, position, source, f"{place}.experts")
+        _mark_experts(held, gpu.experts, model, position, source, f"{place}.experts")
     extra = file.plan.model_extra or {}
-    _require_numbers(extra, source, "plan")
+    _require_finite_numbers(extra, source, "plan")
     return Placement(
         model=model,
         servers=tuple(server.name for server in file.servers),
@@ -234,17 +240,17 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
     )
 
 
-def _require_numbers(values: Any, source: object, place: str) -> None:
+def _require_finite_numbers(values: Any, source: object, place: str) -> None:
     """Refuse numbers under keys that we do not know that no file of ours could hold."""
     inner: Any = enumerate(values) if isinstance(values, list) else ()
     for key, value in values.items() if isinstance(values, Mapping) else inner:
         at = f"{place}.{key}" if isinstance(key, str) else f"{place}[{key}]"
         if (isinstance(value, int) and abs(value) >= 2**63) or value in (math.inf, -math.inf):
-            raise InputError(shown(value), source=source, place=at, expected="a finite number")
-        _require_numbers(value, source, at)
+            raise InputError(short_repr(value), source=source, place=at, expected="a finite number")
+        _require_finite_numbers(value, source, at)
 
 
-def _hold(
+def _mark_experts(
     held: npt.NDArray[np.bool_],
     experts: Mapping[str, list[int]],
     model: ModelShape,

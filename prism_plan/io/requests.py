@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from prism_plan.io.declared import Amount, Declared, Expected, NotBlank, Positive, validated_line
-from prism_plan.io.files import lines_of, read_text
+from prism_plan.io.declared import Amount, Expected, FormatModel, NotBlank, Positive, validate_line
+from prism_plan.io.files import iterate_lines, read_text
 from prism_plan.limits import require_at_most
 
 #: Requests are numbered over all servers, as the route ``spread`` needs it.
@@ -19,7 +19,7 @@ MAX_REQUESTS = 1 << 20
 Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 
 
-class RequestLine(Declared):
+class RequestLine(FormatModel):
     """A prompt, and what to do with it."""
 
     prompt: NotBlank
@@ -51,14 +51,14 @@ def read_requests(path: str | os.PathLike[str]) -> list[Request]:
         ``task``, ``id``, ``at_s`` and ``max_new_tokens``; names the line.
     """
     found = []
-    for number, text in enumerate(lines_of(read_text(path)), start=1):
+    for number, text in enumerate(iterate_lines(read_text(path)), start=1):
         if text.strip():
-            found.append(request_of(text, path, number))
+            found.append(request_from_line(text, path, number))
             require_at_most(len(found), MAX_REQUESTS, "requests", source=path)
     return sorted(found, key=lambda request: request.at_s)
 
 
-def request_of(text: str, source: object, number: int) -> Request:
+def request_from_line(text: str, source: object, number: int) -> Request:
     """The request of one line; see :func:`read_requests`."""
-    line = validated_line(RequestLine, text, number, source, '{"prompt": ...}')
+    line = validate_line(RequestLine, text, number, source, '{"prompt": ...}')
     return Request(number, **dict(line))

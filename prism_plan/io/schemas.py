@@ -17,24 +17,24 @@ from prism_plan.io.arrivals import ArrivalLine
 from prism_plan.io.calibration import CalibrationFile
 from prism_plan.io.cluster import ClusterFile
 from prism_plan.io.comparison import ComparisonFile
-from prism_plan.io.declared import Declared
+from prism_plan.io.declared import FormatModel
 from prism_plan.io.migration import MigrationFile
 from prism_plan.io.phases import PhasesFile
 from prism_plan.io.placement import PlacementFile
 from prism_plan.io.prompts import PromptLine
 from prism_plan.io.requests import RequestLine
 from prism_plan.io.simulation import SimulationFile
-from prism_plan.io.specs import Spec
+from prism_plan.io.specs import SpecPart
 
 FOLDER = Path(prism_plan.__file__).parent / "schemas"
 #: Of a file, or of one line of a file of JSON Lines.
-MODELS: dict[str, type[Declared]] = {
+MODELS: dict[str, type[FormatModel]] = {
     "arrivals-1": ArrivalLine,
     "calibration-1": CalibrationFile,
     "cluster-1": ClusterFile,
     "comparison-1": ComparisonFile,
     "migration-1": MigrationFile,
-    "model-spec-1": Spec,
+    "model-spec-1": SpecPart,
     "phases-1": PhasesFile,
     "placement-1": PlacementFile,
     "prompts-1": PromptLine,

@@ -10,13 +10,13 @@ from prism_plan.errors import InputError
 from prism_plan.io.declared import (
     ABSENT,
     Count,
-    Declared,
     Expected,
-    Listed,
+    ExtensibleModel,
+    FormatModel,
+    ListOf,
     NonEmpty,
-    Open,
     Positive,
-    validated,
+    validate,
 )
 from prism_plan.limits import MAX_EXPERTS
 from prism_plan.model import ModelShape, ModelSpec
@@ -24,24 +24,24 @@ from prism_plan.model import ModelShape, ModelSpec
 S = TypeVar("S", bound=ModelShape)
 
 
-class Shape(Declared):
+class ShapePart(FormatModel):
     """The experts of a model; see :class:`prism_plan.model.ModelShape`."""
 
     name: NonEmpty
     moe_layers: Annotated[
-        Listed[Count],
+        ListOf[Count],
         Field(min_length=1, description="Decoder indices of the MoE layers, ascending."),
     ]
     num_experts: Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
     top_k: Positive
     expert_bytes: Annotated[
-        Positive | Annotated[Listed[Positive], Field(min_length=1)],
+        Positive | Annotated[ListOf[Positive], Field(min_length=1)],
         Expected("a whole number of at least 1, or a list of them"),
         Field(description="Bytes of an expert, or one number for each MoE layer."),
     ]
 
 
-class Spec(Shape):
+class SpecPart(ShapePart):
     """The sizes of a model; see :class:`prism_plan.model.ModelSpec`."""
 
     hidden_size: Positive
@@ -53,10 +53,10 @@ class Spec(Shape):
     state_bytes_per_request: Count = ABSENT
 
 
-class _Part(Open):
+class _Part(ExtensibleModel):
     """An object of which one key holds a spec."""
 
-    model: Spec
+    model: SpecPart
 
 
 def spec_from_json(values: Any, source: object = "", *, place: str = "") -> ModelSpec:
@@ -70,11 +70,13 @@ def spec_from_json(values: Any, source: object = "", *, place: str = "") -> Mode
         Keys are missing (all are named), one is unknown, or a value makes no sense.
     """
     if place:
-        return spec_of(ModelSpec, validated(_Part, {"model": values}, source=source).model, source)
-    return spec_of(ModelSpec, validated(Spec, values, source=source), source, place="")
+        return spec_from_part(
+            ModelSpec, validate(_Part, {"model": values}, source=source).model, source
+        )
+    return spec_from_part(ModelSpec, validate(SpecPart, values, source=source), source, place="")
 
 
-def spec_of(kind: type[S], part: Shape, source: object, *, place: str = "model") -> S:
+def spec_from_part(kind: type[S], part: ShapePart, source: object, *, place: str = "model") -> S:
     """The spec or shape that a part of a file declares.
 
     Raises

@@ -32,7 +32,7 @@ def require_no_nulls(path: object, batch: Any, first_row: int) -> None:
             )
 
 
-def numbers(column: Any) -> npt.NDArray[Any]:
+def column_values(column: Any) -> npt.NDArray[Any]:
     """The numbers of a column without nulls, not copied.
 
     Unlike ``column.to_numpy()`` this does not make pyarrow import pandas, which takes longer than
@@ -42,7 +42,7 @@ def numbers(column: Any) -> npt.NDArray[Any]:
     return values
 
 
-class Words:
+class StringCodes:
     """Codes for the words of a dictionary column, in the order of the file's dictionaries."""
 
     def __init__(self, path: object, words: Sequence[str] = ()) -> None:
@@ -68,7 +68,7 @@ class Words:
         if self._dictionary is None or not local.equals(self._dictionary):
             self._mapping = self._learn(local)
             self._dictionary = local
-        indices = numbers(column.indices).astype(np.int64)
+        indices = column_values(column.indices).astype(np.int64)
         if len(indices):
             low, high = indices.min(), indices.max()
             if not 0 <= low <= high < len(local):

@@ -55,7 +55,7 @@ def streamed(file: OpenFile, bad: BadRows) -> Iterator[tuple[str, Any]]:
     open_responses: dict[str, tuple[str, dict[str, Any]]] = {}
     ended: set[str] = set()
     spoilt: set[str] = set()
-    for number, line in text_lines(file, lambda error: bad.leave_out(path, error)):
+    for number, line in text_lines(file, lambda error: bad.skip_or_raise(path, error)):
         place = f"line {number}"
         key = ""
         try:
@@ -84,7 +84,7 @@ def streamed(file: OpenFile, bad: BadRows) -> Iterator[tuple[str, Any]]:
             _, whole = open_responses.setdefault(key, (place, {}))
             _merge(whole, chunk, path, place)
         except InputError as error:
-            bad.leave_out(path, error)
+            bad.skip_or_raise(path, error)
             if open_responses.pop(key, None):
                 spoilt.add(key)
     yield from open_responses.values()

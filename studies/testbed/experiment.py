@@ -402,11 +402,11 @@ def _numbers(kind: type) -> Any:
 @click.option("-o", "--output", required=True, metavar="R.json")
 def command(**given: Any) -> None:
     """Replay placements on shaped links, and compare with what the simulator predicts."""
-    from prism_plan.cli.inputs import writable
+    from prism_plan.cli.inputs import require_writable_output
     from prism_plan.io.files import write_bytes
     from runtime_adapter.cli.options import note
 
-    writable(given["output"], given["trace"], given["cluster"])
+    require_writable_output(given["output"], given["trace"], given["cluster"])
     setting = Setting(
         trace=os.path.abspath(given["trace"]),
         cluster=os.path.abspath(given["cluster"]),

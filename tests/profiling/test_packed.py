@@ -32,7 +32,11 @@ def test_reads_as_the_text_itself(
     plain, zipped = folder / "a", folder / "b"
     plain.write_bytes("".join(texts).encode())
     zipped.write_bytes(b"".join(gzip.compress(text.encode()) for text in texts))
-    assert packed.read_packed_text(zipped) == read_text(plain) == packed.read_packed_text(plain)
+    assert (
+        packed.read_maybe_gzipped_text(zipped)
+        == read_text(plain)
+        == packed.read_maybe_gzipped_text(plain)
+    )
     assert list(text_lines(zipped)) == list(text_lines(plain))
 
 
@@ -74,7 +78,7 @@ def test_a_bomb_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lines.write_bytes(gzip.compress((b'{"a": "' + b"x" * 10_000 + b'"}\n') * 5_000, mtime=0))
     tracemalloc.start()
     with pytest.raises(InputError, match=r"unpacks to more than 7,\d{3},\d{3} bytes"):
-        packed.read_packed_text(bomb)
+        packed.read_maybe_gzipped_text(bomb)
     with pytest.raises(InputError, match=r"unpacks to more than \d+,\d{3},\d{3} bytes"):
         for _ in text_lines(lines):
             pass
@@ -89,9 +93,9 @@ def test_text_is_bounded_as_without_gzip(tmp_path: Path, monkeypatch: pytest.Mon
     for length in (1000, 1001):
         path.write_bytes(gzip.compress(b"x" * length))
         if length == 1000:
-            assert packed.read_packed_text(path) == "x" * 1000
+            assert packed.read_maybe_gzipped_text(path) == "x" * 1000
     with pytest.raises(InputError, match="unpacks to more than 1,000 bytes"):
-        packed.read_packed_text(path)
+        packed.read_maybe_gzipped_text(path)
 
 
 def test_packed_files_that_are_no_text(tmp_path: Path) -> None:
