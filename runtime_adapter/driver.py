@@ -18,7 +18,7 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, PrismError
 from prism_plan.evaluate.simulation import SimulationOptions, require_able
 from prism_plan.instance import Instance
-from prism_plan.io.requests import MAX_REQUESTS, Request, request_from_line
+from prism_plan.io.serve_requests import MAX_REQUESTS, Request, request_from_line
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
 from runtime_adapter.control.rules import rules_of

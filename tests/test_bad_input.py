@@ -30,9 +30,9 @@ from prism_plan.check.report import check_file
 from prism_plan.errors import Infeasible, PrismError
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.io.files import sha256
+from prism_plan.io.model_spec import spec_from_json
 from prism_plan.io.placement import read_placement, write_placement
-from prism_plan.io.specs import spec_from_json
+from prism_plan.io.text_files import sha256
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec

@@ -14,9 +14,9 @@ import pytest
 from prism_plan.errors import InputError
 from prism_plan.io.calibration import calibration_from_json
 from prism_plan.io.cluster import parse_cluster
+from prism_plan.io.common_parts import shipped_schema
 from prism_plan.io.comparison import comparison_from_json
 from prism_plan.io.migration import migration_from_json
-from prism_plan.io.parts import shipped_schema
 from prism_plan.io.placement import placement_from_json
 from prism_plan.io.schemas import FOLDER, MODELS, schema_text
 from prism_plan.io.simulation import simulation_from_json

@@ -16,14 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError, OutputError
-from prism_plan.io.files import (
-    atomic_path,
-    parse_json,
-    read_text,
-    require_writable,
-    sha256,
-    write_bytes,
-)
+from prism_plan.io.file_writing import atomic_path, require_writable, write_bytes
+from prism_plan.io.json import parse_json
+from prism_plan.io.text_files import read_text, sha256
 
 
 @pytest.fixture

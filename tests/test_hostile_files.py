@@ -18,10 +18,11 @@ from prism_plan import limits
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.io.files import decode, iterate_lines, parse_json, read_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.model_spec import spec_from_json
 from prism_plan.io.open_file import OpenFile
 from prism_plan.io.placement import placement_from_json, write_placement
-from prism_plan.io.specs import spec_from_json
+from prism_plan.io.text_files import decode, iterate_lines, read_text
 from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
@@ -322,7 +323,7 @@ def test_lines_of() -> None:
 
 def test_wide_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Text whose characters take 2 or 4 bytes in memory may be half or a quarter as long."""
-    monkeypatch.setattr("prism_plan.io.files.MAX_TEXT_BYTES", 16)
+    monkeypatch.setattr("prism_plan.io.text_files.MAX_TEXT_BYTES", 16)
     assert decode(b"x" * 16, "f") == "x" * 16
     for data, most in ((("é" + "x" * 9).encode(), 16), (("ж" + "x" * 9).encode(), 8)):
         if most == 16:
@@ -460,7 +461,7 @@ def test_row_group_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A row group that decompresses to more than the bound is refused by number."""
     path = tmp_path / "t.parquet"
     write_trace(path, synthetic_trace(SPEC, ["x"], requests=3))
-    monkeypatch.setattr("prism_plan.io.parquet_input.MAX_ROW_GROUP_BYTES", 100)
+    monkeypatch.setattr("prism_plan.io.parquet.MAX_ROW_GROUP_BYTES", 100)
     with pytest.raises(InputError, match=r"row group 0: .* bytes decompressed; .*at most 100"):
         read_trace(path)
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError, WrongModel
-from prism_plan.io.declared import validate
-from prism_plan.io.specs import ShapePart, spec_from_json, spec_from_part
+from prism_plan.io.format_model import validate
+from prism_plan.io.model_spec import ShapePart, spec_from_json, spec_from_part
 from prism_plan.model import PRESETS, ModelShape, ModelSpec, require_same_model
 from prism_plan.sizes import load_model
 

@@ -24,14 +24,15 @@ from prism_plan.instance import Instance
 from prism_plan.io.calibration import calibration_from_json
 from prism_plan.io.cluster import cluster_from_values
 from prism_plan.io.comparison import comparison_from_json
-from prism_plan.io.files import decode, parse_json
+from prism_plan.io.json import parse_json
 from prism_plan.io.migration import migration_from_json
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.parquet_input import MAGIC
+from prism_plan.io.parquet import MAGIC
 from prism_plan.io.phases import schedule_from_values
 from prism_plan.io.placement import placement_from_json
 from prism_plan.io.simulation import simulation_from_json
 from prism_plan.io.sweep import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_open_file
+from prism_plan.io.text_files import decode
 from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_open_trace
 from prism_plan.migration.plan import MigrationPlan

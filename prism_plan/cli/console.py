@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prism_plan.cli.internal_errors import write_log_line
-from prism_plan.io.files import write_bytes
+from prism_plan.io.file_writing import write_bytes
 from prism_plan.text import printable, printable_json
 
 if TYPE_CHECKING:

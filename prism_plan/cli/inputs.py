@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def load_cluster(path: str) -> tuple[Cluster, InputFile]:
     """Read a cluster file once, and tell what was read."""
     from prism_plan.io.cluster import parse_cluster
-    from prism_plan.io.files import file_name_text, read_text_and_digest
+    from prism_plan.io.text_files import file_name_text, read_text_and_digest
     from prism_plan.placement import InputFile
 
     text, digest = read_text_and_digest(path)
@@ -107,7 +107,7 @@ def trace_identity(trace: Trace) -> InputFile:
 
 def require_writable_output(output: str | None, *inputs: str | None) -> None:
     """Fail before long work where the output cannot be written, or is one of the inputs."""
-    from prism_plan.io.files import require_not_an_input, require_writable
+    from prism_plan.io.file_writing import require_not_an_input, require_writable
 
     if output == "":
         raise InputError("empty", parameter="output", expected="the name of a file")

@@ -64,8 +64,9 @@ def internal_error_line(error: BaseException) -> str:
         message = f"{message[:_MAX_MESSAGE]}…"
     what = type(error).__name__ + (f": {message}" if message else "")
     return printable(
-        f"internal error: {what} [{error_location(error)}, prism-plan {__version__}]; please report "
-        f"this line with the command and its files ({TRACEBACK_VARIABLE}=1 shows the traceback)"
+        f"internal error: {what} [{error_location(error)}, prism-plan {__version__}]; please "
+        "report this line with the command and its files "
+        f"({TRACEBACK_VARIABLE}=1 shows the traceback)"
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link, PairLink, Server
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.io.declared import (
+from prism_plan.io.format_model import (
     ABSENT,
     DictOf,
     ListOf,
@@ -22,7 +22,7 @@ from prism_plan.io.declared import (
     validate,
     validation_error,
 )
-from prism_plan.io.files import read_text
+from prism_plan.io.text_files import read_text
 from prism_plan.io.toml import parse_toml
 from prism_plan.limits import MAX_GPUS, MAX_NAMES
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.io.declared import (
+from prism_plan.io.format_model import (
     Amount,
     CheckedList,
     Count,
@@ -21,7 +21,8 @@ from prism_plan.io.declared import (
     Version1,
     validate,
 )
-from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.text_files import read_text
 
 #: Shares that must agree may differ by rounding.
 TOLERANCE = 1e-9

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from prism_plan.errors import InputError
-from prism_plan.io.declared import (
+from prism_plan.io.common_parts import FileIdentity, indented_json, require_distinct_names
+from prism_plan.io.file_writing import write_bytes
+from prism_plan.io.format_model import (
     Amount,
     CheckedList,
     Count,
@@ -23,9 +25,9 @@ from prism_plan.io.declared import (
     validate,
     validation_error,
 )
-from prism_plan.io.files import parse_json, read_text, write_bytes
-from prism_plan.io.parts import FileIdentity, indented_json, require_distinct_names
-from prism_plan.io.specs import ShapePart, spec_from_part
+from prism_plan.io.json import parse_json
+from prism_plan.io.model_spec import ShapePart, spec_from_part
+from prism_plan.io.text_files import read_text
 from prism_plan.limits import MAX_GPUS, MAX_NAMES
 from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.model import ModelShape

@@ -19,7 +19,14 @@ from pydantic import (
 )
 
 from prism_plan.errors import InputError
-from prism_plan.io.declared import (
+from prism_plan.io.common_parts import (
+    FileIdentity,
+    indented_json,
+    require_distinct_names,
+    shipped_schema,
+)
+from prism_plan.io.file_writing import write_bytes
+from prism_plan.io.format_model import (
     ABSENT,
     Amount,
     Count,
@@ -33,15 +40,9 @@ from prism_plan.io.declared import (
     short_repr,
     validate,
 )
-from prism_plan.io.files import (
-    file_name_text,
-    parse_json,
-    read_text,
-    read_text_and_digest,
-    write_bytes,
-)
-from prism_plan.io.parts import FileIdentity, indented_json, require_distinct_names, shipped_schema
-from prism_plan.io.specs import ShapePart, spec_from_part
+from prism_plan.io.json import parse_json
+from prism_plan.io.model_spec import ShapePart, spec_from_part
+from prism_plan.io.text_files import file_name_text, read_text, read_text_and_digest
 from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_places
 from prism_plan.model import ModelShape
 from prism_plan.placement import InputFile, Placement, Plan, Termination

@@ -17,14 +17,14 @@ from prism_plan.io.arrivals import ArrivalLine
 from prism_plan.io.calibration import CalibrationFile
 from prism_plan.io.cluster import ClusterFile
 from prism_plan.io.comparison import ComparisonFile
-from prism_plan.io.declared import FormatModel
+from prism_plan.io.format_model import FormatModel
 from prism_plan.io.migration import MigrationFile
+from prism_plan.io.model_spec import SpecPart
 from prism_plan.io.phases import PhasesFile
 from prism_plan.io.placement import PlacementFile
 from prism_plan.io.prompts import PromptLine
-from prism_plan.io.requests import RequestLine
+from prism_plan.io.serve_requests import RequestLine
 from prism_plan.io.simulation import SimulationFile
-from prism_plan.io.specs import SpecPart
 
 FOLDER = Path(prism_plan.__file__).parent / "schemas"
 #: Of a file, or of one line of a file of JSON Lines.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.io.declared import (
+from prism_plan.io.format_model import (
     ABSENT,
     Amount,
     CheckedList,
@@ -25,7 +25,8 @@ from prism_plan.io.declared import (
     Version1,
     validate,
 )
-from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.text_files import read_text
 
 AboveZero = Annotated[float, Field(gt=0)]
 

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import file_name_text
+from prism_plan.io.call_table import CallTable, check_sums
+from prism_plan.io.model_spec import spec_from_json
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.parquet_input import batches, key_value_metadata, num_rows, open_parquet
-from prism_plan.io.specs import spec_from_json
+from prism_plan.io.parquet import batches, key_value_metadata, num_rows, open_parquet
+from prism_plan.io.text_files import file_name_text
 from prism_plan.io.trace_columns import StringCodes, column_values, require_no_nulls
-from prism_plan.io.trace_counts import CallTable, check_sums
 from prism_plan.io.trace_schema import (
     BATCH_ROWS,
     REMEDY,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import parse_json
+from prism_plan.io.json import parse_json
 from prism_plan.model import ModelSpec
 
 if TYPE_CHECKING:

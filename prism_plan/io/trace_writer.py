@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.io.files import atomic_path
+from prism_plan.io.file_writing import atomic_path
 from prism_plan.io.trace_schema import (
     BATCH_ROWS,
     METADATA_KEY,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import atomic_path
+from prism_plan.io.file_writing import atomic_path
 from prism_plan.plotting.style import settings
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.packed import read_maybe_gzipped_text
-from prism_plan.io.trace_counts import CallTable, check_sums
+from prism_plan.io.call_table import CallTable, check_sums
+from prism_plan.io.gzip_text import read_maybe_gzipped_text
 from prism_plan.limits import (
     MAX_COLUMNS,
     MAX_NAMES,

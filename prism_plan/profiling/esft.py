@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.files import iterate_lines
-from prism_plan.io.packed import read_maybe_gzipped_text
+from prism_plan.io.gzip_text import read_maybe_gzipped_text
+from prism_plan.io.text_files import iterate_lines
 from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.sources import Source, distinct

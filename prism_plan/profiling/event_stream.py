@@ -25,7 +25,7 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.lines import parse_line, text_lines
+from prism_plan.io.json_lines import parse_line, text_lines
 from prism_plan.io.open_file import OpenFile
 from prism_plan.profiling.tensors import decode_base64, json_object
 from prism_plan.profiling.unread import ROWS, unread_routing

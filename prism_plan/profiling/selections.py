@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.lines import json_lines
+from prism_plan.io.json_lines import json_lines
 from prism_plan.limits import MAX_NAMES, MIB, require_at_most, require_name
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.layers import mtp_layers, mtp_notice

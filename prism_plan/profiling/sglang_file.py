@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import parse_json, require_utf8_mark
-from prism_plan.io.lines import text_lines
+from prism_plan.io.gzip_text import decompressed_head, is_gzip, read_maybe_gzipped_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.json_lines import text_lines
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.packed import decompressed_head, is_gzip, read_maybe_gzipped_text
+from prism_plan.io.text_files import require_utf8_mark
 from prism_plan.profiling.event_stream import is_event
 from prism_plan.profiling.sglang_dump import KINDS, load
 from prism_plan.profiling.tensors import CUT_SHORT, parse_npy

@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.files import read_bytes
+from prism_plan.io.text_files import read_bytes
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.requests import Requests
 from prism_plan.profiling.responses import responses

@@ -42,7 +42,7 @@ def command(given: CalibrateOptions) -> None:
         require_writable_output,
     )
     from prism_plan.errors import InputError
-    from prism_plan.io.files import write_bytes
+    from prism_plan.io.file_writing import write_bytes
     from prism_plan.simulate.network import Network
     from prism_plan.simulate.timing import timing
     from runtime_adapter.calibrate import TOKENS, calibration, calibration_placement, measure

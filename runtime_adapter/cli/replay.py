@@ -75,7 +75,7 @@ def command(given: ReplayOptions) -> None:
     import torch
 
     from prism_plan.cli.inputs import error_source, load_cluster, require_writable_output
-    from prism_plan.io.files import write_bytes
+    from prism_plan.io.file_writing import write_bytes
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.io.trace_reader import read_trace
     from prism_plan.simulate.sampling import sample_requests

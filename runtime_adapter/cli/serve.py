@@ -149,9 +149,9 @@ def command(given: ServeOptions) -> None:
     import torch
 
     from prism_plan.cli.inputs import error_source, load_cluster, require_writable_output
-    from prism_plan.io.files import write_bytes
+    from prism_plan.io.file_writing import write_bytes
     from prism_plan.io.placement import read_placement_and_identity
-    from prism_plan.io.requests import read_requests
+    from prism_plan.io.serve_requests import read_requests
     from prism_plan.profiling.hf import fingerprint
     from prism_plan.simulate.network import Network
     from runtime_adapter.driver import (

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
-from prism_plan.io import packed
-from prism_plan.io.files import read_text
-from prism_plan.io.lines import text_lines
+from prism_plan.io import gzip_text
+from prism_plan.io.json_lines import text_lines
 from prism_plan.io.prompts import read_prompts
+from prism_plan.io.text_files import read_text
 from prism_plan.limits import MIB
 from prism_plan.profiling.counts import read_counts
 from prism_plan.profiling.sglang import read_sglang
@@ -33,9 +33,9 @@ def test_reads_as_the_text_itself(
     plain.write_bytes("".join(texts).encode())
     zipped.write_bytes(b"".join(gzip.compress(text.encode()) for text in texts))
     assert (
-        packed.read_maybe_gzipped_text(zipped)
+        gzip_text.read_maybe_gzipped_text(zipped)
         == read_text(plain)
-        == packed.read_maybe_gzipped_text(plain)
+        == gzip_text.read_maybe_gzipped_text(plain)
     )
     assert list(text_lines(zipped)) == list(text_lines(plain))
 
@@ -71,14 +71,14 @@ def test_cut_and_damaged_files(tmp_path: Path) -> None:
 
 def test_a_bomb_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What unpacks to far more than its size is refused as soon as that shows, line or text."""
-    monkeypatch.setattr(packed, "FREE_BYTES", MIB)
+    monkeypatch.setattr(gzip_text, "MIN_UNPACKED_LIMIT_BYTES", MIB)
     bomb = tmp_path / "c.jsonl"
     bomb.write_bytes(gzip.compress(b'{"logical_count": [' + b"0, " * 20 * MIB, mtime=0))
     lines = tmp_path / "d.jsonl"
     lines.write_bytes(gzip.compress((b'{"a": "' + b"x" * 10_000 + b'"}\n') * 5_000, mtime=0))
     tracemalloc.start()
     with pytest.raises(InputError, match=r"unpacks to more than 7,\d{3},\d{3} bytes"):
-        packed.read_maybe_gzipped_text(bomb)
+        gzip_text.read_maybe_gzipped_text(bomb)
     with pytest.raises(InputError, match=r"unpacks to more than \d+,\d{3},\d{3} bytes"):
         for _ in text_lines(lines):
             pass
@@ -88,14 +88,14 @@ def test_a_bomb_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_text_is_bounded_as_without_gzip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However well a text is compressed, it may have no more bytes than one that is not."""
-    monkeypatch.setattr(packed, "MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(gzip_text, "MAX_TEXT_BYTES", 1000)
     path = tmp_path / "c.csv"
     for length in (1000, 1001):
         path.write_bytes(gzip.compress(b"x" * length))
         if length == 1000:
-            assert packed.read_maybe_gzipped_text(path) == "x" * 1000
+            assert gzip_text.read_maybe_gzipped_text(path) == "x" * 1000
     with pytest.raises(InputError, match="unpacks to more than 1,000 bytes"):
-        packed.read_maybe_gzipped_text(path)
+        gzip_text.read_maybe_gzipped_text(path)
 
 
 def test_packed_files_that_are_no_text(tmp_path: Path) -> None:

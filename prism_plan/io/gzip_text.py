@@ -13,8 +13,8 @@ import zlib
 from typing import IO, TYPE_CHECKING
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import decode
 from prism_plan.io.open_file import OpenFile
+from prism_plan.io.text_files import decode
 from prism_plan.limits import MAX_TEXT_BYTES, MIB
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def decompressed(file: OpenFile) -> IO[bytes]:
 
 
 def read_maybe_gzipped_text(source: str | os.PathLike[str] | OpenFile) -> str:
-    """A UTF-8 text file, packed or not; see :func:`prism_plan.io.files.read_text`.
+    """A UTF-8 text file, packed or not; see :func:`prism_plan.io.text_files.read_text`.
 
     A file that is open already stays open.
 
@@ -106,7 +106,8 @@ class _BoundedGzipStream(io.RawIOBase):
             raise InputError(
                 f"unpacks to more than {self._most:,} bytes",
                 source=self._path,
-                expected=f"at most {MIN_UNPACKED_LIMIT_BYTES:,} and {MAX_COMPRESSION_RATIO} times the size of the file",
+                expected=f"at most {MIN_UNPACKED_LIMIT_BYTES:,} and {MAX_COMPRESSION_RATIO} times "
+                "the size of the file",
                 remedy="unpack it first (gunzip) if it is really a recording",
             )
         into[: len(data)] = data

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
-from prism_plan.io.declared import (
+from prism_plan.io.format_model import (
     FormatModel,
     short_repr,
     validation_error,

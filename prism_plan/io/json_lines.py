@@ -9,9 +9,10 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.files import parse_json, require_utf8_mark
+from prism_plan.io.gzip_text import decompressed
+from prism_plan.io.json import parse_json
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.packed import decompressed
+from prism_plan.io.text_files import require_utf8_mark
 
 
 def _refuse(error: InputError) -> None:

@@ -8,8 +8,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from prism_plan.io.declared import Amount, Expected, FormatModel, NotBlank, Positive, validate_line
-from prism_plan.io.files import iterate_lines, read_text
+from prism_plan.io.format_model import (
+    Amount,
+    Expected,
+    FormatModel,
+    NotBlank,
+    Positive,
+    validate_line,
+)
+from prism_plan.io.text_files import iterate_lines, read_text
 from prism_plan.limits import require_at_most
 
 #: Requests are numbered over all servers, as the route ``spread`` needs it.

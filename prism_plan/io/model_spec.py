@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.io.declared import (
+from prism_plan.io.format_model import (
     ABSENT,
     Count,
     Expected,
