@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 #: The colour of each solver and baseline. Any two differ for readers who see all colours and for
-#: colour-blind readers; tests/test_solver_styles.py measures by how much.
+#: colour-blind readers; tests/plotting/test_solver_styles.py measures by how much.
 SOLVER_COLOURS: Mapping[str, str] = {
     "uniform": "#B0B0B0",
     "redundance": "#56B4E9",

@@ -21,7 +21,7 @@ from prism_plan.solvers import SOLVER_NAMES
 from tests.profiling.synthetic import synthetic_trace
 
 Run = Callable[..., CompletedProcess[str]]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SPEC = ModelSpec(
     name="tiny",
     moe_layers=(1, 2),

@@ -21,7 +21,7 @@ from prism_plan.model import ModelShape
 from prism_plan.objective import violations
 from prism_plan.placement import InputFile, Placement, Plan
 
-GOLDEN = Path(__file__).parent / "golden" / "placement-v1.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "placement-v1.json"
 
 
 @st.composite

@@ -59,7 +59,7 @@ def test_foreseen_errors(
     capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
 ) -> None:
     """Each has its exit code and one line; an error of the system names its file or its place."""
-    line = line.replace("system, raised", "system, tests.test_boundary:")
+    line = line.replace("system, raised", "system, tests.cli.test_boundary:")
     assert ended(error) == code
     out, err = capsys.readouterr()
     assert out == ""
@@ -125,7 +125,7 @@ def test_a_solver_that_breaks_a_constraint(
     from prism_plan.objective import Violation
     from prism_plan.solvers import run as module
 
-    root = Path(__file__).parent.parent / "traces"
+    root = Path(__file__).parents[2] / "traces"
     broken = Violation("capacity", "gpu", 1, "bytes", "gpu[0] holds a byte too much")
     monkeypatch.setattr(module, "violations", lambda *_, **__: [broken])
     output = str(tmp_path / "p.json")
@@ -245,7 +245,7 @@ def test_the_exit_codes_are_documented() -> None:
     """The help of both programs and the README name exit code 70."""
     from prism_plan.cli.main import cli
 
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     readme = (root / "README.md").read_text(encoding="utf-8")
     runtime = (root / "runtime_adapter" / "cli" / "__init__.py").read_text(encoding="utf-8")
     for text in (cli.help or "", readme, runtime):

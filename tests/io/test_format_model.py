@@ -21,7 +21,7 @@ from prism_plan.io.placement import placement_from_json
 from prism_plan.io.schemas import FOLDER, MODELS, schema_text
 from prism_plan.io.simulation import simulation_from_json
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CURVES = {"dense_ms": [[1, 0.5], [2, 1]], "expert_ms": [[1, 0.5], [2, 1]]}
 #: A good file of each JSON format, and its reader.
 FILES: dict[str, tuple[Any, Callable[[Any], Any]]] = {

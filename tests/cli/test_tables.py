@@ -31,7 +31,7 @@ from prism_plan.cli.tables import (
 from prism_plan.jit import before_first_compilation, jit
 
 Run = Callable[..., CompletedProcess[str]]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRACE = str(ROOT / "traces" / "tiny-mixtral.parquet")
 CLUSTER = str(ROOT / "traces" / "tiny-cluster.toml")
 COMPARE = ("compare", TRACE, "--cluster", CLUSTER, "--holdout", "0.5", "--solvers", "eplb,exact")

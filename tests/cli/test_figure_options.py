@@ -23,9 +23,7 @@ from prism_plan.io.placement import write_placement
 from prism_plan.io.sweep import write_sweep
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.plotting import FigureOptions
-from tests.profiling.synthetic import synthetic_trace
-from tests.simulation_reports import make_report, make_run, make_sweep
-from tests.test_plotting import (
+from tests.plotting.test_plotting import (
     ROWS,
     check_readable,
     make_model,
@@ -33,6 +31,8 @@ from tests.test_plotting import (
     make_trace,
     title,
 )
+from tests.profiling.synthetic import synthetic_trace
+from tests.simulation_reports import make_report, make_run, make_sweep
 
 Run = Callable[..., CompletedProcess[str]]
 SOLVERS = ("uniform", "eplb", "layer-partition", "prism", "exact")
@@ -158,7 +158,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_trace(folder / "heatmap", trace)
     write_trace(folder / "entropy", trace)
     write_placement(folder / "placement", make_placement().replace(inputs={}))
-    shutil.copy(Path(__file__).parent / "golden" / "comparison-v1.json", folder / "comparison")
+    shutil.copy(Path(__file__).parents[1] / "golden" / "comparison-v1.json", folder / "comparison")
     for kind in ("cdf", "timeline", "layer-latency", "latency"):
         (folder / kind).write_text(json.dumps(REPORT))
     write_sweep(folder / "sweep.csv", SWEEP)
