@@ -10,6 +10,7 @@ from prism_plan.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
+    from prism_plan.evaluate.simulation import SimulationOptions
     from prism_plan.model import ModelSpec
     from prism_plan.placement import InputFile, Placement
     from prism_plan.trace import Trace
@@ -127,3 +128,20 @@ def log_assumed_figures(path: str, cluster: Cluster, **uses: bool) -> None:
     text = assumed_figures(cluster, **uses)
     if text:
         log_info(f"{path}: {text}")
+
+
+def log_assumed_simulation_figures(
+    path: str, cluster: Cluster, options: SimulationOptions, offload: Sequence[bool]
+) -> None:
+    """Name the figures that a simulation uses and neither cluster nor calibration gives.
+
+    ``offload`` says of each placement whether it is the baseline, which uses no links.
+    """
+    calibration = options.calibration
+    log_assumed_figures(
+        path,
+        cluster if calibration is None else calibration.with_links(cluster),
+        compute=calibration is None,
+        loads=any(offload) or options.migrate != "never",
+        links=not all(offload),
+    )

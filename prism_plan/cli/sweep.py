@@ -9,7 +9,7 @@ import click
 from prism_plan.cli.command_options import option_names
 
 if TYPE_CHECKING:
-    from prism_plan.cli.simulate import SimulateOptions
+    from prism_plan.cli.simulate_options import SimulateOptions
 
 
 def run_sweep(args: SimulateOptions) -> int:
@@ -20,10 +20,10 @@ def run_sweep(args: SimulateOptions) -> int:
     from prism_plan.cli.inputs import (
         error_source,
         load_cluster,
+        log_assumed_simulation_figures,
         parse_solver_names,
         require_writable_output,
     )
-    from prism_plan.cli.simulate import log_assumed_simulation_figures
     from prism_plan.errors import InputError
     from prism_plan.evaluate.sweep import Grid, SweepOptions, parse_grid, sweep, varied
     from prism_plan.io.sweep import OK, dump_sweep, sweep_kind
