@@ -61,7 +61,7 @@ def require_plannable(
 
 
 def require_feasible_placement(instance: Instance) -> tuple[str, ...]:
-    """Refuse an instance that no placement satisfies; tell what could not be decided.
+    """Refuse an instance that no placement satisfies; gives what could not be decided.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Is a file of ours valid? If not, where and why."""
+"""Whether a file of any of the formats is valid, and if not, where and why."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def check_file(
     trace: tuple[str, Trace] | None = None,
     model: tuple[str, ModelSpec] | None = None,
 ) -> CheckReport:
-    """Check any file that our commands read or write, told apart by content.
+    """Check any file that the commands read or write; the content decides which kind it is.
 
     Kinds: trace, cluster, placement, comparison, simulation, migration, sweep, calibration, phases.
 
@@ -341,7 +341,7 @@ def _check_placement(
 
 
 def cluster_mismatches(placement: Placement, cluster: Cluster) -> list[str]:
-    """What can be told without the sizes of the model: servers, GPUs, slots given directly."""
+    """Mismatches that need no model sizes: names of servers, numbers of GPUs, explicit slots."""
     names = tuple(server.name for server in cluster.servers)
     if placement.servers != names:
         return [f"servers are {list(placement.servers)}, the cluster has {list(names)}"]

@@ -7,12 +7,12 @@
     infeasible                                             3
     a limit or the end of memory, with no result           4
     another server, a port or the store failed             5    (runtime)
-    an internal error: a fault of ours                    70
+    an internal error                                     70
     interrupted                                          130
 
-The first ones are those of :mod:`prism_plan.errors`; any exception that is none of them is a fault
+The first ones are those of :mod:`prism_plan.errors`; any other exception is an internal error
 (:mod:`prism_plan.cli.internal_errors`). Where a message names a parameter of the command, its
-option is told.
+option is printed instead.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def run_command(
     """Run a command and return its exit code; every error is one line on standard error.
 
     ``name`` is what usage messages call the command, ``program`` what begins each line.
-    ``interrupted`` is what is said on Ctrl-C and SIGTERM, ``extra`` the extra that is named where
-    one of :data:`EXTRA_MODULES` is missing.
+    ``interrupted`` is the message on Ctrl-C and SIGTERM, ``extra`` the extra to install where one
+    of :data:`EXTRA_MODULES` is missing.
     """
     signal.signal(signal.SIGTERM, _terminate)
     _prepare_streams()
@@ -117,7 +117,7 @@ def _exit_code(
     interrupted: str,
     extra: str,
 ) -> int:
-    """Tell what went wrong, in one line; gives the exit code."""
+    """Print what went wrong in one line; gives the exit code."""
     match error:
         case click.exceptions.Exit():
             return error.exit_code
@@ -137,7 +137,7 @@ def _exit_code(
         case KeyboardInterrupt() | click.Abort():
             code, message = INTERRUPTED_EXIT_CODE, interrupted
         case BrokenPipeError() if _stdout_reader_closed():
-            _discard_stdout()  # the reader has had enough: no more, and no complaint
+            _discard_stdout()  # as head and less do: no error
             return 0
         case _ if (short := _out_of_memory(error)) is not None:
             code, message = LimitReached.exit_code, short
@@ -157,7 +157,7 @@ def _exit_code(
 
 
 def _out_of_memory(error: BaseException) -> str | None:
-    """What to say where memory has ended, that of a GPU and of a worker process too."""
+    """The message where memory is exhausted: of this process, of a GPU or of a worker process."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & {"MemoryError", "OutOfMemoryError"}:  # the latter is PyTorch's
         return "out of memory; use a smaller trace or cluster, or a larger machine"
@@ -167,7 +167,7 @@ def _out_of_memory(error: BaseException) -> str | None:
 
 
 def _error_place(error: OSError) -> str:
-    """The file of an error of the system, or what else it was about."""
+    """The file, or other object, that an error of the operating system is about."""
     if error.filename is not None:
         return (
             os.fsdecode(error.filename)
@@ -179,7 +179,7 @@ def _error_place(error: OSError) -> str:
 
 
 def _stdout_reader_closed() -> bool:
-    """Whether it is standard output whose reader has closed its end, and no other pipe."""
+    """Whether the pipe that broke is standard output, whose reader has closed its end."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), select.POLLOUT)

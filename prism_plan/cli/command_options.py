@@ -1,7 +1,7 @@
 """The options of a command as one frozen dataclass, and the names that errors give them.
 
-The parameters of a command are called as the library's are: ``--half-life`` is ``half_life_s``. So
-an error of the library that names its parameter can be told by the option.
+The parameters of a command have the names of the library's: ``--half-life`` is ``half_life_s``. So
+an error of the library that names its parameter can name the option instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RUNNING_CONTEXT = "prism_plan.running"
 
 @dataclass(frozen=True, kw_only=True)
 class CommandOptions:
-    """What a command is given; subclasses have a field for each of its options and arguments.
+    """The options and arguments of a command; subclasses have a field for each of them.
 
     ``explicit_names`` are those that stand on the command line, and not by default.
     """
@@ -104,5 +104,5 @@ def option_names(context: click.Context) -> dict[str, str]:
 
 
 def error_line(error: PrismError) -> str:
-    """The line of an error that a command tells itself, before it goes on."""
+    """The message of an error that a command prints before it continues."""
     return error.line(option_names(running_context(click.get_current_context())))

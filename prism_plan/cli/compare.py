@@ -91,7 +91,7 @@ def command(args: CompareOptions) -> None:
 
     with progress(total, "placements") as update:
 
-        def tell(name: str) -> None:
+        def report_progress(name: str) -> None:
             nonlocal done
             done += 1
             update(name, done)
@@ -105,7 +105,7 @@ def command(args: CompareOptions) -> None:
                 holdout=args.holdout,
                 min_replicas=args.min_replicas,
                 options=options,
-                progress=tell,
+                progress=report_progress,
             )
     values = result.to_json()
     if args.output is not None:

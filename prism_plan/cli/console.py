@@ -76,13 +76,13 @@ def load_trace(path: str) -> Trace:
     with contextlib.ExitStack() as stack:
         bars: list[Callable[[str, int], None]] = []
 
-        def tell(done: int, total: int) -> None:
+        def report_progress(done: int, total: int) -> None:
             if total > PROGRESS_BAR_MIN_ROWS and not bars:
                 bars.append(stack.enter_context(progress(total, "tokens")))
             for show in bars:
                 show(f"reading {Path(path).name}", done)
 
-        return read_trace(path, tell)
+        return read_trace(path, report_progress)
 
 
 def write_output(output: str, data: bytes) -> None:

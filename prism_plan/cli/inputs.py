@@ -1,4 +1,4 @@
-"""Reading a cluster, and errors about it that name its file."""
+"""What several commands read and check first, with errors that name the file or option."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def load_cluster(path: str) -> tuple[Cluster, InputFile]:
-    """Read a cluster file once, and tell what was read."""
+    """Read a cluster file once; gives the cluster and the identity of the bytes that were read."""
     from prism_plan.io.cluster import parse_cluster
     from prism_plan.io.text_files import file_name_text, read_text_and_digest
     from prism_plan.placement import InputFile
@@ -82,7 +82,7 @@ def parse_solver_names(text: str | None) -> list[str] | None:
 def log_planned_on_scored_requests(
     placements: Sequence[tuple[str, Placement]], trace: Trace, holdout: float | None
 ) -> None:
-    """Say of placements that were planned on the whole trace that they know what is held out."""
+    """Log which placements were planned on the whole trace, held-out requests included."""
     from prism_plan.cli.console import log_info
 
     if holdout is None:

@@ -1,8 +1,8 @@
-"""What a process says on standard error, and of faults of its own: one printable line each.
+"""Messages on standard error, internal errors among them: one printable line each.
 
-A fault is an exception that nobody foresaw: an internal check that fires, a library that fails in
-a way we do not know. It is told in one line that asks for a report. The traceback follows only
-where the environment variable ``PRISM_PLAN_TRACEBACK`` is set to something other than ``0``.
+An internal error is an exception that no code expects: an assertion that fails, or a library that
+fails in an unknown way. Its line asks for a report. The traceback is printed only where the
+environment variable ``PRISM_PLAN_TRACEBACK`` is set to something other than ``0``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from prism_plan.text import printable, printable_lines
 INTERNAL_ERROR_EXIT_CODE = 70
 #: Set to anything but 0 to see tracebacks of internal errors.
 TRACEBACK_VARIABLE = "PRISM_PLAN_TRACEBACK"
-#: Packages whose frames tell a maintainer most, but for the boundary, which is in all of them.
+#: Our packages, whose frames are named in messages; the boundary is part of every traceback.
 _OWN_PACKAGES = ("prism_plan", "runtime_adapter")
 _BOUNDARY = "prism_plan.cli.boundary"
 #: Messages of exceptions are cut to so many characters.
@@ -44,7 +44,7 @@ def write_log_line(program: str, message: str) -> None:
 
 
 def report_internal_error(program: str, error: BaseException) -> int:
-    """Tell of an internal error on standard error; gives the exit code."""
+    """Print an internal error on standard error; gives the exit code."""
     if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stderr.write(printable_lines("".join(traceback.format_exception(error))))
@@ -106,9 +106,9 @@ def _module_of(path: str) -> str:
 
 @contextlib.contextmanager
 def single_line_messages(program: str) -> Iterator[None]:
-    """In the block, warnings, log records and faults of threads are one printable line each.
+    """In the block, warnings, log records and errors of threads are one printable line each.
 
-    They otherwise bring paths, source lines and tracebacks, and the text of files as it is.
+    By default they come with paths, source lines, tracebacks and unprintable text of files.
     """
     last_resort = logging.lastResort
     formatter = None if last_resort is None else last_resort.formatter

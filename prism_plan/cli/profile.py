@@ -231,7 +231,7 @@ def _record_checkpoint(args: ProfileOptions) -> None:
     recorded = 0
     with progress(1, "prompts") as update:
 
-        def tell(done: int, total: int, tokens: int) -> None:
+        def report_progress(done: int, total: int, tokens: int) -> None:
             nonlocal recorded
             recorded = tokens
             rate = tokens / max(time.perf_counter() - begin, 1e-9)
@@ -244,7 +244,7 @@ def _record_checkpoint(args: ProfileOptions) -> None:
             options,
             spec=spec,
             resume=args.resume,
-            progress=tell,
+            progress=report_progress,
             notify=log_info,
         )
     rate = recorded / (time.perf_counter() - begin)

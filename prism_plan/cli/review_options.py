@@ -92,9 +92,7 @@ class ReviewOptions(CommandOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            "migrate" not in self.explicit_names
-        ):  # with a policy `never` that was asked for they may stay
+        if "migrate" not in self.explicit_names:  # an explicit policy `never` allows them
             self.refuse(
                 "migrate_every_s", "statistics", "half_life_s", "horizon_s", "migration_cost",
                 "migrate_solver",

@@ -35,9 +35,9 @@ def run_sweep(args: SimulateOptions) -> int:
     kind = "csv" if output == "-" else sweep_kind(output)
     require_writable_output(output, args.trace, args.cluster, args.calibration)
     texts = list(args.grid)
-    asked = (parse_solver_names(args.solvers) or []) + [OFFLOAD] * args.offload
-    if asked:
-        texts.append(f"solver={','.join(asked)}")
+    solvers = (parse_solver_names(args.solvers) or []) + [OFFLOAD] * args.offload
+    if solvers:
+        texts.append(f"solver={','.join(solvers)}")
     grid: Grid = parse_grid(texts)
     if "seed=" not in "".join(texts).replace(" ", ""):
         grid = dataclasses.replace(grid, seed=(args.seed,))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prism_plan.errors import InputError
 
-#: Bad rows of a file that are told with their places; of more only the number is told.
+#: Bad rows of a file that are described with their places; further ones are only counted.
 NUM_EXAMPLES = 3
 
 
@@ -79,7 +79,7 @@ class BadRows:
                 )
 
     def tell(self, notify: Callable[[str], None]) -> None:
-        """Say of each file with bad rows how many there are, and what is wrong with the first."""
+        """Log for each file how many bad rows it has, and what is wrong with the first ones."""
         for path, found in self.files.items():
             if found.bad:
                 reasons = "; ".join(_reason(error, path) for error in found.errors)

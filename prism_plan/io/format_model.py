@@ -191,7 +191,7 @@ _EXPECTED = {
     "too_short": "at least {min_length}",
     "tuple_type": "a list",
 }
-#: Errors that are sorted by their place in the file; of more the first may not be told.
+#: So many errors of pydantic are sorted by their place in the file, to report the first.
 _MAX_ERRORS = 1_000
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60

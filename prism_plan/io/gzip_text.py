@@ -1,4 +1,4 @@
-"""Text files that may be compressed with gzip, which is told by their first bytes.
+"""Text files that may be compressed with gzip, which their first bytes say.
 
 A few bytes of a gzip file can stand for a thousand times as many, so that what is unpacked is
 bounded by the size of the file before any of it is kept.

@@ -26,8 +26,8 @@ def text_lines(
 
     A byte-order mark is left out, at the start of any line: files that were put together from
     several have it in the middle. Files compressed with gzip are unpacked. A file that is open
-    already stays open. ``refuse`` is told of a line that is not UTF-8, which is passed over unless
-    it raises.
+    already stays open. ``refuse`` is called with the error of a line that is not UTF-8, which is
+    skipped unless it raises.
 
     Raises
     ------

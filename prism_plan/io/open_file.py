@@ -43,8 +43,8 @@ class OpenFile:
 
     Regular files are read by ranges, as often as is needed, through the one descriptor. Standard
     input (``-``, ``/dev/stdin``) and other descriptors that the process was given are read once,
-    at most :data:`~prism_plan.limits.MAX_TEXT_BYTES`, and held. Named pipes, devices, sockets and
-    folders are refused without waiting for them.
+    at most :data:`~prism_plan.limits.MAX_TEXT_BYTES`, and kept in memory. Named pipes, devices,
+    sockets and folders are refused without waiting for them.
 
     Sent to another process it is opened there when it is first read, and refused unless it still
     is the same file.
@@ -81,7 +81,7 @@ class OpenFile:
             )
 
     def close(self) -> None:
-        """Close the descriptor; what is held of a stream is given up."""
+        """Close the descriptor and free the bytes that were read of a stream."""
         fd, self._fd, self._held = self._fd, None, None
         if fd is not None:
             os.close(fd)

@@ -28,7 +28,7 @@ def open_parquet(
 ) -> Iterator[Any]:
     """A ``pyarrow.parquet.ParquetFile``; its faults, now or while it is read, become input errors.
 
-    Columns of text are read as dictionaries, so that a long text in many rows is held once.
+    Columns of text are read as dictionaries, so that a long text in many rows is in memory once.
     ``columns`` are those that will be read; by default all.
 
     Raises
@@ -74,7 +74,7 @@ def batches(
     Raises
     ------
     InputError
-        There are fewer rows than the footer tells: a damaged page ends a column early, which
+        There are fewer rows than the footer states: a damaged page ends a column early, which
         pyarrow passes over in silence.
     """
     found = 0

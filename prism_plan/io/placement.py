@@ -52,7 +52,7 @@ VERSION = 1
 
 
 def _skip_validated_integers(ids: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """Ids as they are, of which there are millions; if they are no list of them, pydantic tells."""
+    """Accept a list of integers without a copy (there may be millions); pydantic refuses others."""
     return ids if type(ids) is list and set(map(type, ids)) == {int} else handler(ids)
 
 
@@ -181,7 +181,7 @@ def write_placement(path: str | os.PathLike[str], placement: Placement) -> None:
 
 
 def read_placement(path: str | os.PathLike[str]) -> Placement:
-    """Read a placement and check its form; whether it is feasible, `objective.violations` tells.
+    """Read a placement and check its form; `objective.violations` says whether it is feasible.
 
     Raises
     ------

@@ -49,7 +49,7 @@ class GpuPart(ExtensibleModel):
 
 
 class ServerPart(ExtensibleModel):
-    """What the requests of one server met with, and how busy its parts were."""
+    """Latency and calls of the requests of one server, and the utilisation of its parts."""
 
     name: NonEmpty
     requests: Count

@@ -123,7 +123,7 @@ def decode(data: bytes, path: object) -> str:
         ) from error
 
 
-#: Bytes of a character in memory, and the bytes of UTF-8 that tell of one so wide.
+#: Bytes of a character in memory, and the bytes of UTF-8 that begin one so wide.
 _WIDE_CHARACTERS = ((4, re.compile(b"[\xf0-\xf4]")), (2, re.compile(b"[\xc4-\xef]")))
 
 

@@ -102,7 +102,7 @@ def read_trace(
     """Open a trace file, check all of it in one pass over its rows, and total it.
 
     The tokens themselves stay in the file: memory does not grow with its length, but for eight
-    bytes a token and as many a request. ``progress`` is told (rows read, rows).
+    bytes a token and as many a request. ``progress`` is called with (rows read, all rows).
 
     Raises
     ------

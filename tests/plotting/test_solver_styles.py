@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from prism_plan import plotting
 from prism_plan.placement import OFFLOAD
 from prism_plan.plotting import OTHER_COLOURS, SOLVER_COLOURS, solver_styles
-from prism_plan.plotting.solver_styles import text_on, tint
+from prism_plan.plotting.solver_styles import lighten, text_colour_on
 from prism_plan.solvers import SOLVER_NAMES
 from tests.simulation_reports import make_report, make_run, make_sweep
 
@@ -77,7 +77,7 @@ def test_text_on_a_bar_can_be_read() -> None:
     """Black or white on a colour has a contrast of at least 4.5 : 1 (WCAG AA)."""
     for colour in [*SOLVER_COLOURS.values(), *OTHER_COLOURS]:
         light = float(np.array([0.2126, 0.7152, 0.0722]) @ linear(colour)) + 0.05
-        contrast = 1.05 / light if text_on(colour) == "white" else light / 0.05
+        contrast = 1.05 / light if text_colour_on(colour) == "white" else light / 0.05
         assert contrast >= 4.5, colour
 
 
@@ -126,7 +126,7 @@ def test_bars_have_the_colour_of_their_solver() -> None:
     latency, *shares = bar_colours(plotting.simulation_bars(REPORT))
     assert shares == [expected] * 2
     assert latency[::3] == expected
-    assert latency[1::3] == [tint(colour, 0.45) for colour in expected]
+    assert latency[1::3] == [lighten(colour, 0.45) for colour in expected]
 
 
 def test_bars_of_the_study_have_the_colour_of_their_solver(monkeypatch: pytest.MonkeyPatch) -> None:
