@@ -65,7 +65,7 @@ lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/lint-imports --no-logo
 
 schemas: $(VENV)/installed
-	$(BIN)/python -m prism_plan.io.schemas
+	$(BIN)/python -m tools.make_schemas
 
 bench: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m tests.benchmarks

@@ -15,9 +15,9 @@ from prism_plan.plotting.figure_options import DEFAULT_FIGURE, FigureOptions
 from prism_plan.plotting.parts import (
     draw_legend,
     finish_figure,
-    max_characters,
     is_narrow,
     legend_patch,
+    max_characters,
     new_figure,
     shorten,
 )

@@ -16,9 +16,9 @@ from prism_plan.plotting.parts import (
     colour_map,
     draw_legend,
     finish_figure,
-    max_characters,
     legend_patch,
     line_style,
+    max_characters,
     new_figure,
     shorten,
 )

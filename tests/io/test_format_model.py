@@ -18,8 +18,8 @@ from prism_plan.io.common_parts import shipped_schema
 from prism_plan.io.comparison import comparison_from_json
 from prism_plan.io.migration import migration_from_json
 from prism_plan.io.placement import placement_from_json
-from prism_plan.io.schemas import FOLDER, MODELS, schema_text
 from prism_plan.io.simulation import simulation_from_json
+from tools.make_schemas import FOLDER, MODELS, schema_text
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CURVES = {"dense_ms": [[1, 0.5], [2, 1]], "expert_ms": [[1, 0.5], [2, 1]]}

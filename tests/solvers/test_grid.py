@@ -12,7 +12,7 @@ from prism_plan.instance import Instance
 from prism_plan.model import ModelShape
 from prism_plan.objective import remote_score, violations
 from prism_plan.solvers import SOLVER_NAMES, Options, Rule, get_solver, solve, solvers_supporting
-from prism_plan.solvers.brute_force import SOLVER as BRUTE_FORCE
+from tests.solvers.brute_force import SOLVER as BRUTE_FORCE
 from tests.solvers.instances import random_instance
 
 HEURISTICS = [name for name in SOLVER_NAMES if name not in ("exact", "ilp")]

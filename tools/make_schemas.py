@@ -1,6 +1,6 @@
 """The JSON Schemas of our formats: made from the models, and shipped in ``prism_plan/schemas``.
 
-``python -m prism_plan.io.schemas`` writes those files anew.
+``python -m tools.make_schemas`` writes those files anew.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Make the sizes in ``prism_plan/presets`` again from the configurations there.
 
-    python -m prism_plan.sizes.make_preset mixtral-8x7b ...
+    python -m tools.make_preset mixtral-8x7b ...
 
 The model is built on the meta device. Where the configuration is that of a checkpoint in block-wise
 fp8, transformers lays the model out as it does before it loads the stored tensors. MXFP4 (gpt-oss)
@@ -17,13 +17,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import prism_plan
 from prism_plan.model import ModelSpec
 from prism_plan.sizes.config import dtype_name, levels
 from prism_plan.sizes.loaded import facts_of, tensors_of
 from prism_plan.sizes.meta import build
 from prism_plan.sizes.stored import StoredTensor, spec_from_tensors
 
-FOLDER = Path(__file__).parent.parent / "presets"
+FOLDER = Path(prism_plan.__file__).parent / "presets"
 
 
 def make(name: str, config: dict[str, Any]) -> ModelSpec:
@@ -59,7 +60,7 @@ def main() -> None:
     for name in sys.argv[1:]:
         path = FOLDER / f"{name}.json"
         values = json.loads(path.read_text(encoding="utf-8"))
-        command = f"python -m prism_plan.sizes.make_preset {name}"
+        command = f"python -m tools.make_preset {name}"
         values |= {"command": command, "model": make(name, values["config"]).to_json()}
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
         path.write_text("{" + ",\n ".join(lines) + "}\n", encoding="utf-8")
