@@ -30,7 +30,7 @@ class CommandOptions:
     explicit_names: frozenset[str]
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense whatever the files say."""
+        """Refuse combinations of options that are wrong for any content of the files."""
 
     def refuse(self, *names: str, found: str, remedy: str = "leave it out") -> None:
         """Refuse options that were given and would have no effect.
@@ -63,7 +63,7 @@ Result = TypeVar("Result")
 
 
 def options_as(kind: type[Kind]) -> Callable[[Callable[[Kind], Result]], Callable[..., Result]]:
-    """Let click call a command with one ``kind``, whose fields are the command's parameters."""
+    """Decorate a click command so that it is called with its parameters as one ``kind``."""
 
     def decorate(command: Callable[[Kind], Result]) -> Callable[..., Result]:
         @functools.wraps(command)
@@ -89,7 +89,7 @@ def running_context(context: click.Context) -> click.Context:
 
 
 def option_names(context: click.Context) -> dict[str, str]:
-    """What a user calls the parameters of a command: their options, or the arguments as given."""
+    """Parameter name to what a user typed: the option, or the value of an argument."""
     names = {}
     for parameter in context.command.params:
         name = str(parameter.name)

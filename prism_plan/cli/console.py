@@ -28,17 +28,17 @@ PROGRESS_BAR_MIN_ROWS = 200_000
 
 
 def log_info(message: str) -> None:
-    """A message to standard error."""
+    """Write a message to standard error."""
     write_log_line(PROGRAM, message)
 
 
 def print_line(text: str, *, err: bool = False) -> None:
-    """A line of a result on standard output (or error)."""
+    """Print a line of a result on standard output (or error)."""
     click.echo(printable(text), err=err)
 
 
 def print_json(values: Any) -> None:
-    """JSON to standard output."""
+    """Print values as JSON on standard output."""
     text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
     click.echo(printable_json(text))
 
@@ -99,5 +99,5 @@ def write_output(output: str, data: bytes) -> None:
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """A share for a table."""
+    """A share as text in percent; a dash where there is none."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"

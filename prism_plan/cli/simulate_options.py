@@ -87,7 +87,7 @@ class SimulateOptions(ReviewOptions, TableOptions):
             )
 
     def simulation_options(self) -> SimulationOptions:
-        """How to simulate.
+        """The options of the simulator that the command line asks for.
 
         Raises
         ------

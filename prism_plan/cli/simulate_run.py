@@ -95,7 +95,7 @@ def run_simulations(args: SimulateOptions) -> int:
 
 
 def _utf8_path(path: str) -> str:
-    """A path as UTF-8 can hold it."""
+    """A path as text that UTF-8 can encode."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
