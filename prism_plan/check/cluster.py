@@ -86,7 +86,7 @@ def require_feasible_placement(instance: Instance) -> tuple[str, ...]:
 
 
 def _smallest_model(cluster: Cluster) -> ModelSpec:
-    """The least that a model can be with the layers and experts that pin and forbid name.
+    """The smallest model that has the layers and experts that pin and forbid name.
 
     What no placement of it satisfies, none of a larger model does: leave out the other experts.
 

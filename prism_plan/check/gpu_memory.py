@@ -1,4 +1,4 @@
-"""What lies in the memory of every GPU of a cluster, and whether a KV cache has room beside it."""
+"""How the memory of every GPU is used, and whether a KV cache still fits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class GpuMemory:
 
     @property
     def free_bytes(self) -> int | None:
-        """What is left beside all of it; negative where a placement does not fit."""
+        """Bytes that nothing uses; negative where a placement does not fit."""
         if self.usable_bytes is None:
             return None
         resident_bytes = sum(

@@ -57,7 +57,7 @@ SHARE_TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was found in a file. ``problems`` are broken constraints or untrue statements.
+    """The result of checking a file. ``problems`` are violated constraints or false statements.
 
     ``warnings`` are lines, each with the file that it is about, of what makes no file invalid;
     ``memory`` is that of every GPU, where it is known.

@@ -60,7 +60,7 @@ class PlotOptions(CommandOptions):
             self.refuse("title", found="given with ``no_title``", remedy="leave one of the two out")
 
     def draw(self, figure: Callable[[FigureOptions], Any]) -> None:
-        """Write what ``figure`` draws; errors that name no parameter are about the file.
+        """Write the figure that ``figure`` makes; errors that name no parameter are about the file.
 
         Raises
         ------

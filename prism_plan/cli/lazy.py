@@ -42,7 +42,7 @@ SOLVER_OPTIONS = ("--solver", "--solvers", "--migrate-solver")
 
 
 def add_completions(command: click.Command) -> None:
-    """Give a command, and those below it, help without arguments and completion in shells."""
+    """Add shell completion to a command and its subcommands; without arguments they print help."""
     for parameter in command.params:
         metavar = (parameter.metavar or "").strip("[].")
         if set(SOLVER_OPTIONS) & set(parameter.opts) and parameter.type is click.STRING:

@@ -54,7 +54,7 @@ class CurvesPart(FormatModel):
     expert_ms: CurvePart
 
     def curves(self) -> GpuCurves:
-        """The same in seconds."""
+        """Both curves, with their times in seconds."""
         dense, expert = (
             tuple((tokens, time_ms * 1e-3) for tokens, time_ms in points)
             for points in (self.dense_ms, self.expert_ms)
@@ -111,7 +111,7 @@ def read_calibration(path: str | os.PathLike[str]) -> Calibration:
 
 
 def calibration_from_json(values: Any, source: object = "") -> Calibration:
-    """The same from the values of the file; see :func:`read_calibration`."""
+    """A calibration from the parsed JSON of its file; see :func:`read_calibration`."""
     file = validate(CalibrationFile, values, source=source)
     return Calibration(
         name=str(source),

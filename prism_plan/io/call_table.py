@@ -15,7 +15,7 @@ from prism_plan.trace import require_sum
 
 
 class CallTable:
-    """Counts [tasks, L, E] that are filled from rows, some at a time.
+    """Counts [tasks, L, E] that are filled from batches of rows.
 
     Memory is taken for the tasks that occur, not for the rows: 9 bytes a (task, layer, expert).
     """
@@ -108,7 +108,7 @@ class CallTable:
         self.rows += len(key)
 
     def counts(self, tasks: int) -> npt.NDArray[np.int64]:
-        """What was added for the first ``tasks`` task codes, int64 [tasks, L, E]; it is given away.
+        """The counts of the first ``tasks`` task codes, int64 [tasks, L, E]; not copied.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""What several of our JSON formats have in common, and the schemas that are shipped."""
+"""Parts that several JSON formats share, and the JSON Schemas that the package ships."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def read_comparison(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def comparison_from_json(values: Any, source: object = "") -> dict[str, Any]:
-    """The same from the values of the file; see :func:`read_comparison`."""
+    """A comparison from the parsed JSON of its file; see :func:`read_comparison`."""
     remedy = "make comparisons with prism-plan compare -o"
     validate(ComparisonFile, values, source=source, remedy=remedy)
     rows = values["rows"]
@@ -128,7 +128,7 @@ def _require(holds: bool, found: str, place: str, expected: str) -> None:
 
 
 def _check_requests(values: Mapping[str, Any]) -> None:
-    """Counts-only traces know no requests; without a holdout both parts are all of them."""
+    """Refuse numbers of requests that contradict the kind of trace or the holdout."""
     planned, scored = values["planned_requests"], values["scored_requests"]
     for key in ("planned_requests", "scored_requests"):
         known = values["kind"] == "tokens"
@@ -172,7 +172,7 @@ def _check_row(row: Mapping[str, Any], kind: str, place: str) -> None:
 def _require_null_together(
     row: Mapping[str, Any], first: str, others: tuple[str, ...], place: str
 ) -> None:
-    """Values that are known, or null, together."""
+    """Refuse a row where some of these values are null and others are not."""
     known = row[first] is not None
     for key in others:
         _require(

@@ -39,7 +39,7 @@ def require_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _is_special_file(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is there and is no regular file."""
+    """Whether ``path`` exists and is not a regular file, but a pipe or a device."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 

@@ -1,4 +1,4 @@
-"""Formats as pydantic models, and their errors as ours: one line with place, value, expectation.
+"""The base of all format models, and pydantic's errors as :class:`InputError` of one line.
 
 Models are strict (``"1"`` and ``true`` are no numbers), know all their keys, are immutable, and
 take finite numbers and whole numbers below 2**63 alone, which every reader of JSON keeps exactly.
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class FormatModel(BaseModel):
-    """A part of a file: strict, immutable, of known keys."""
+    """The base of all parts of files: strict types, immutable, unknown keys refused."""
 
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True
@@ -46,15 +46,15 @@ class FormatModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few_keys(cls, values: Any) -> Any:
-        """Each unknown key would be an error that takes memory."""
+    def _bound_keys(cls, values: Any) -> Any:
+        """Bound the number of keys, for each unknown key would be an error in memory."""
         if isinstance(values, dict) and len(values) > MAX_COLUMNS:
             raise validation_error(f"{len(values):,} keys", f"at most {MAX_COLUMNS:,}")
         return values
 
 
 class ExtensibleModel(FormatModel):
-    """A part of a file that may have further keys, which are passed over."""
+    """A part of a file that may have further keys, which are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -75,7 +75,7 @@ ABSENT: Any = None
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """In place of pydantic's errors of a type, that this was expected."""
+    """Replaces pydantic's message about a type by this expectation."""
 
     text: str
 
@@ -94,7 +94,7 @@ def _keep_unconverted(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class FailFast:
-    """The first wrong entry ends the check (pydantic's FailFast, which has no hash)."""
+    """Validation of a list or dict ends at its first wrong entry (pydantic's has no hash)."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         return {**handler(source), "fail_fast": True}
@@ -113,7 +113,7 @@ Version1 = Annotated[int, Field(ge=1, le=1)]
 
 
 def validation_error(found: str, expected: str, *at: str | int) -> PydanticCustomError:
-    """What a validator raises where values do not go together; ``at`` leads on from its place."""
+    """The error that a validator raises; ``at`` is the place below the validated part."""
     context: dict[str, Any] = {f"at{number}": part for number, part in enumerate(at)}
     return PydanticCustomError("refused", "", context | {"found": found, "expected": expected})
 
@@ -133,7 +133,7 @@ Name = Annotated[NotBlank, Field(max_length=MAX_NAME_LENGTH)]
 def validate(
     kind: type[M], values: Any, *, source: object = "", part: str = "", remedy: str = ""
 ) -> M:
-    """The values of a file as its model.
+    """Validate the values of a file as its model.
 
     ``part`` names the line or row of the file that they stand in. ``remedy`` says how to make such
     files, where a file is of another format.
@@ -151,7 +151,7 @@ def validate(
 
 
 def validate_line(kind: type[M], text: str, number: int, source: object, example: str) -> M:
-    """The values of one line of a file of JSON Lines; ``example`` is what a line looks like.
+    """Validate one line of a file of JSON Lines as its model; ``example`` is what a line looks like.
 
     Raises
     ------
@@ -211,7 +211,7 @@ def _input_error(
     prefix: str,
     remedy: str,
 ) -> InputError:
-    """The first of the errors as ours; that a file is of another format or version comes first."""
+    """The error to report: a wrong format or version, else the first one in the file."""
     ranks: dict[int, dict[Any, int]] = {}
     error = min(
         itertools.islice(errors, _MAX_ERRORS),
@@ -267,7 +267,7 @@ def _input_error(
 def _position_in_file(
     values: Any, location: Sequence[Any], ranks: dict[int, dict[Any, int]]
 ) -> list[int]:
-    """Where in the file: the number of the key or entry on each level; missing keys come last."""
+    """Sort key of a place: the index of the key or entry on each level; missing keys last."""
     found = []
     for part in location:
         if isinstance(values, Mapping):
@@ -282,7 +282,7 @@ def _position_in_file(
 
 
 def _place(location: Sequence[str | int]) -> str:
-    """A place in our notation, such as ``server[1].gpu[0].memory_gb``."""
+    """A place as text, such as ``server[1].gpu[0].memory_gb``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     return text.removeprefix(".")
 
@@ -293,7 +293,7 @@ def _keys(part: type[FormatModel] | None) -> list[str]:
 
 
 def _part_at(kind: type[FormatModel], location: Sequence[str | int]) -> type[FormatModel] | None:
-    """The model of the part of a file that stands at that place, or is an entry of the list."""
+    """The model of the part of a file at a place; of a list, that of its entries."""
     part: type[FormatModel] | None = kind
     for key in location:
         if part and key in (keys := _keys(part)):

@@ -32,7 +32,7 @@ def is_gzip(file: OpenFile) -> bool:
 
 
 def decompressed(file: OpenFile) -> IO[bytes]:
-    """The bytes of a file, decompressed where it is packed, to be read while it is open.
+    """A stream of the bytes of an open file, decompressed where it is gzip.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def decompressed(file: OpenFile) -> IO[bytes]:
 
 
 def read_maybe_gzipped_text(source: str | os.PathLike[str] | OpenFile) -> str:
-    """A UTF-8 text file, packed or not; see :func:`prism_plan.io.text_files.read_text`.
+    """Read a UTF-8 text file, gzip or not; see :func:`prism_plan.io.text_files.read_text`.
 
     A file that is open already stays open.
 
@@ -73,13 +73,13 @@ def read_maybe_gzipped_text(source: str | os.PathLike[str] | OpenFile) -> str:
 
 
 def decompressed_head(path: str | os.PathLike[str], length: int) -> bytes:
-    """The first bytes of a file, decompressed where it is packed."""
+    """The first bytes of a file, decompressed where it is gzip."""
     with OpenFile(path) as file, decompressed(file) as stream:
         return stream.read(length)
 
 
 class _BoundedGzipStream(io.RawIOBase):
-    """What a gzip file unpacks to, as far as its size allows."""
+    """The decompressed bytes of a gzip file; refuses to give more than its size allows."""
 
     def __init__(self, file: OpenFile) -> None:
         super().__init__()

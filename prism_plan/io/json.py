@@ -73,7 +73,7 @@ class _NonFinite(str):
 
 
 def _find_non_finite(values: Any, key: str) -> tuple[str, str] | None:
-    """The first of these words in ``values``, and the key under which it stands."""
+    """The first non-finite number in ``values``, and its key."""
     if isinstance(values, _NonFinite):
         return str(values), key
     inner: Iterable[tuple[str, Any]] = ()
@@ -85,7 +85,7 @@ def _find_non_finite(values: Any, key: str) -> tuple[str, str] | None:
 
 
 def parse_json(text: str, source: object, *, non_finite: bool = False) -> Any:
-    """JSON without duplicate keys, NaN, infinities or lone surrogates (it has none of them).
+    """Parse JSON; duplicate keys, NaN, infinities and lone surrogates are refused.
 
     ``non_finite`` is for files of others: Python's ``json`` writes ``NaN``, ``Infinity`` and
     ``-Infinity``, and they are then read as the numbers that Python reads.

@@ -1,4 +1,4 @@
-"""Lines of text files that may be long: recordings and prompts, one JSON value a line."""
+"""Text files read line by line, such as recordings and prompts: one JSON value a line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.gzip_text import decompressed
 from prism_plan.io.json import parse_json
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.text_files import require_utf8_mark
+from prism_plan.io.text_files import require_not_utf16
 
 
 def _refuse(error: InputError) -> None:
@@ -40,7 +40,7 @@ def text_lines(
         return
     for number, raw in source.lines(decompressed(source)):
         if number == 1:
-            require_utf8_mark(raw, source.path)
+            require_not_utf16(raw, source.path)
         try:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -74,7 +74,7 @@ def json_lines(source: Path | OpenFile, bad: BadRows) -> Iterator[tuple[str, Any
 
 
 def parse_line(text: str, path: Path, place: str) -> Any:
-    """The JSON value of a line.
+    """Parse the JSON value of a line.
 
     Raises
     ------

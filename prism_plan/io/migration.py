@@ -101,7 +101,7 @@ class MigrationFile(FormatModel):
 
 
 def migration_to_json(plan: MigrationPlan) -> dict[str, Any]:
-    """The file's values; keys in a fixed order. GPUs are counted within their server."""
+    """The JSON values of a migration file, keys in a fixed order; GPUs numbered within servers."""
     places = [
         (name, gpu) for name, n in zip(plan.servers, plan.gpus, strict=True) for gpu in range(n)
     ]

@@ -60,7 +60,7 @@ class _Part(ExtensibleModel):
 
 
 def spec_from_json(values: Any, source: object = "", *, place: str = "") -> ModelSpec:
-    """The reverse of :meth:`prism_plan.model.ModelShape.to_json`.
+    """A model spec from parsed JSON, as :meth:`prism_plan.model.ModelShape.to_json` writes it.
 
     ``place`` is ``"model"`` where the spec stands under that key of a file, or empty.
 

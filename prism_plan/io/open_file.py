@@ -34,7 +34,7 @@ _KINDS = (
 
 
 def unreadable(error: OSError, path: object) -> InputError:
-    """The error of a file that the system does not let us read."""
+    """The error of a file that the operating system refuses to read."""
     return InputError((error.strerror or str(error)).lower(), source=path, remedy=_REMEDY)
 
 
@@ -100,7 +100,7 @@ class OpenFile:
         return {**self.__dict__, "_fd": None}
 
     def _descriptor(self) -> int:
-        """The descriptor; in another process than that of the constructor, opened now."""
+        """The file descriptor; in a process that the file was sent to, opened at first use."""
         if self._fd is None:
             try:
                 self._fd = _descriptor(self.path)
@@ -306,5 +306,5 @@ def _too_long(path: object, most: int) -> InputError:
 
 
 def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
-    """What stays equal while a file is not written to; renaming and linking leave it."""
+    """Device, inode, size and time of change: they differ once a file was written to."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

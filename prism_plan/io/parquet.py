@@ -1,4 +1,4 @@
-"""Parquet files that are read: opened through their one descriptor, their footer within bounds."""
+"""Reading Parquet files through one descriptor, with bounds on footer, columns and rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAGIC = b"PAR1"
 def open_parquet(
     file: OpenFile, *, columns: Sequence[str] | None = None, remedy: str
 ) -> Iterator[Any]:
-    """A ``pyarrow.parquet.ParquetFile``; its faults, now or while it is read, become input errors.
+    """A ``pyarrow.parquet.ParquetFile``; its errors, now or while it is read, become input errors.
 
     Columns of text are read as dictionaries, so that a long text in many rows is in memory once.
     ``columns`` are those that will be read; by default all.
@@ -101,7 +101,7 @@ def num_rows(parquet: Any) -> int:
 
 
 def _check_footer(file: OpenFile) -> None:
-    """The footer is parsed whole, before anything in it is known."""
+    """Bound the size of the footer, which pyarrow parses as a whole."""
     tail = file.pread(8, max(0, file.size - 8))
     if tail[4:] == MAGIC:
         length = int.from_bytes(tail[:4], "little")

@@ -87,7 +87,7 @@ class ServerPart(FormatModel):
 
 
 class PlanPart(FormatModel):
-    """How the placement came about. Further keys are kept."""
+    """Which solver made the placement, and how well. Further keys are kept."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -130,7 +130,7 @@ def placement_schema() -> dict[str, Any]:
 
 
 def placement_to_json(placement: Placement) -> dict[str, Any]:
-    """The file's values; keys and lists in a fixed order."""
+    """The JSON values of a placement file, keys and lists in a fixed order."""
     unit = "slots" if placement.model.equal_expert_bytes else "bytes"
     layers = placement.model.moe_layers
     servers = []
@@ -193,7 +193,7 @@ def read_placement(path: str | os.PathLike[str]) -> Placement:
 
 
 def read_placement_and_identity(path: str | os.PathLike[str]) -> tuple[Placement, InputFile]:
-    """A placement, as :func:`read_placement`, and the identity of the bytes that it is of."""
+    """A placement as :func:`read_placement` gives it, and the identity of its file."""
     text, digest = read_text_and_digest(path)
     placement = placement_from_json(parse_json(text, path), source=path)
     return placement, InputFile(file_name_text(path), digest)
@@ -242,7 +242,7 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
 
 
 def _require_finite_numbers(values: Any, source: object, place: str) -> None:
-    """Refuse numbers under keys that we do not know that no file of ours could hold."""
+    """Refuse numbers under unknown keys that are infinite or beyond 64 bits."""
     inner: Any = enumerate(values) if isinstance(values, list) else ()
     for key, value in values.items() if isinstance(values, Mapping) else inner:
         at = f"{place}.{key}" if isinstance(key, str) else f"{place}[{key}]"

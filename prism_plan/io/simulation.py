@@ -197,7 +197,7 @@ def read_simulation(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def simulation_from_json(values: Any, source: object = "") -> dict[str, Any]:
-    """The same from the values of the file; see :func:`read_simulation`."""
+    """A report from the parsed JSON of its file; see :func:`read_simulation`."""
     remedy = "make reports with prism-plan simulate -o"
     validate(SimulationFile, values, source=source, remedy=remedy)
     for index, run in enumerate(values["runs"]):
@@ -206,7 +206,7 @@ def simulation_from_json(values: Any, source: object = "") -> dict[str, Any]:
 
 
 def _check_run(run: Mapping[str, Any], source: object, place: str) -> None:
-    """What a schema cannot say: which values belong together."""
+    """Refuse values that contradict each other, which a schema cannot express."""
 
     def require(holds: bool, at: str, found: object, expected: str) -> None:
         if not holds:

@@ -34,7 +34,7 @@ _REMEDY = "make sweeps with prism-plan simulate --sweep"
 
 
 def _integer_if_whole(value: Any) -> Any:
-    """Other tools write whole numbers as 300.0."""
+    """An integral float as int, for other tools write whole numbers as 300.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -208,7 +208,7 @@ def sweep_from_csv(text: str, source: object = "") -> list[dict[str, Any]]:
 
 
 def _from_text(text: str, kind: type) -> Any:
-    """The value that a cell spells; the text itself if it spells none."""
+    """The number that the text of a cell stands for, or the text itself."""
     if kind is str:
         return text
     if not text.strip():
@@ -256,7 +256,7 @@ def _require_primitive_columns(schema: Any, source: object) -> None:
 
 
 def _require_short_texts(batch: Any, source: object) -> None:
-    """Refuse long texts, which would be made anew in every row."""
+    """Refuse long texts, which would be copied into every row."""
     import pyarrow.compute as pc
     import pyarrow.types as kinds
 
@@ -347,7 +347,7 @@ _ORDERED = (
 
 
 def _check_row(row: Mapping[str, Any], source: object, number: int) -> None:
-    """What the range of a column cannot say: which values of a row belong together."""
+    """Refuse values of a row that contradict each other, which ranges cannot express."""
 
     def require(holds: bool, name: str, expected: str) -> None:
         if not holds:

@@ -41,7 +41,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_text_and_digest(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """The text of a file, as :func:`read_text`, and the hex SHA-256 of the bytes that it is of."""
+    """The text of a file, as :func:`read_text`, and the hex SHA-256 of its bytes."""
     data = read_bytes(path)
     return decode(data, path), hashlib.sha256(data).hexdigest()
 
@@ -79,7 +79,7 @@ _BINARY_MARKS = (
 )
 
 
-def require_utf8_mark(data: bytes, source: object) -> None:
+def require_not_utf16(data: bytes, source: object) -> None:
     """Refuse a file whose first bytes say that it is UTF-16 or UTF-32.
 
     Raises
@@ -98,12 +98,12 @@ def require_utf8_mark(data: bytes, source: object) -> None:
 
 
 def decode(data: bytes, path: object) -> str:
-    """The text of a UTF-8 file; see :func:`read_text`.
+    """Decode the bytes of a UTF-8 file; see :func:`read_text`.
 
     In memory every character takes as much as the widest one, so that text beyond Latin-1 may be
     half as long, and text beyond the basic plane a quarter.
     """
-    require_utf8_mark(data, path)
+    require_not_utf16(data, path)
     if len(data) * 4 > MAX_TEXT_BYTES:
         width = next((width for width, first in _WIDE_CHARACTERS if first.search(data)), 1)
         if len(data) * width > MAX_TEXT_BYTES:

@@ -1,4 +1,4 @@
-"""Columns of a trace file as arrays: numbers, words, and what they may not hold."""
+"""Columns of a trace file as arrays: numbers and dictionary-encoded texts, checked."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class StringCodes:
         """
         local = column.dictionary
         if self._dictionary is None or not local.equals(self._dictionary):
-            self._mapping = self._learn(local)
+            self._mapping = self._add_words(local)
             self._dictionary = local
         indices = column_values(column.indices).astype(np.int64)
         if len(indices):
@@ -80,8 +80,8 @@ class StringCodes:
         codes: npt.NDArray[np.int32] = self._mapping[indices]
         return codes
 
-    def _learn(self, dictionary: Any) -> npt.NDArray[np.int32]:
-        """The codes of the words of one dictionary: unused ones too, so that tasks keep order."""
+    def _add_words(self, dictionary: Any) -> npt.NDArray[np.int32]:
+        """Codes of all words of one dictionary, used or not, so that tasks keep their order."""
         what = "words in a column of tasks or phases"
         require_at_most(len(dictionary), MAX_NAMES, what, source=self.path)
         if dictionary.nbytes > MAX_NAMES * (MAX_NAME_LENGTH + 8):

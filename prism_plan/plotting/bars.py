@@ -94,7 +94,7 @@ def bar_axes(axes: Axes, count: int, limit: float) -> None:
 def label_at(
     axes: Axes, x: float, y: float, text: str, shift_pt: float, side: str, colour: str
 ) -> Any:
-    """A number beside a point, ``shift_pt`` to its right, that ends or begins there."""
+    """Write a number ``shift_pt`` to the right of a point, aligned to end or begin there."""
     return axes.annotate(
         text,
         (x, y),

@@ -262,8 +262,8 @@ _MARK: dict[str, Any] = {**_EDGE, "linestyle": "none", "zorder": 4}
 
 
 @dataclass(frozen=True, eq=False)
-class _Shown:
-    """A run as it is drawn; it has one look in every figure of a report."""
+class _DrawnRun:
+    """A run with its label and style, which are the same in every figure of a report."""
 
     label: str
     style: SolverStyle
@@ -284,7 +284,7 @@ def _latency_axis(axes: Axes, values: Sequence[float]) -> None:
         axes.set_ylim(0, max(values, default=0.0) * 1.08 or 1.0)
 
 
-def _finished(report: Mapping[str, Any]) -> list[_Shown]:
+def _finished(report: Mapping[str, Any]) -> list[_DrawnRun]:
     """The runs of which a request finished."""
     runs = _labelled(report, lambda run: bool(run["latency_quantiles_s"]))
     if not runs:
@@ -296,7 +296,7 @@ def _finished(report: Mapping[str, Any]) -> list[_Shown]:
     return runs
 
 
-def _labelled(report: Mapping[str, Any], wanted: Callable[[Run], bool]) -> list[_Shown]:
+def _labelled(report: Mapping[str, Any], wanted: Callable[[Run], bool]) -> list[_DrawnRun]:
     """The ``wanted`` runs, each with a label and a look of its own, whether or not others are."""
     if len(report["runs"]) > MAX_RUNS:
         raise InputError(
@@ -316,10 +316,10 @@ def _labelled(report: Mapping[str, Any], wanted: Callable[[Run], bool]) -> list[
         labels[i] = f"{label} #{seen[label]}" if seen[label] > 1 else label
     styles = solver_styles((run["placement"], run["solver"]) for run in report["runs"])
     every = zip(labels, styles, report["runs"], strict=True)
-    return [_Shown(label, style, run) for label, style, run in every if wanted(run)]
+    return [_DrawnRun(label, style, run) for label, style, run in every if wanted(run)]
 
 
-def _facts(report: Mapping[str, Any], runs: Sequence[_Shown]) -> list[str]:
+def _facts(report: Mapping[str, Any], runs: Sequence[_DrawnRun]) -> list[str]:
     """What a report was made from, for the title."""
     left_out = len(report["runs"]) - len(runs)
     return [
@@ -333,7 +333,7 @@ def _facts(report: Mapping[str, Any], runs: Sequence[_Shown]) -> list[str]:
     ]
 
 
-def _mark_moves(axes: Axes, runs: Sequence[_Shown]) -> None:
+def _mark_moves(axes: Axes, runs: Sequence[_DrawnRun]) -> None:
     """A vertical line for every move; the lines of runs that moved together share the dashes."""
     moves: dict[float, list[str]] = {}
     for shown in runs:
@@ -355,7 +355,7 @@ def _mark_moves(axes: Axes, runs: Sequence[_Shown]) -> None:
             )
 
 
-def _mark_reviews(axes: Axes, reviewed: Sequence[_Shown], most: int) -> list[Any]:
+def _mark_reviews(axes: Axes, reviewed: Sequence[_DrawnRun], most: int) -> list[Any]:
     """A row of marks for each reviewed run; gives one mark of each kind for the legend."""
     from matplotlib.lines import Line2D
 
@@ -388,7 +388,7 @@ def _mark_reviews(axes: Axes, reviewed: Sequence[_Shown], most: int) -> list[Any
     ]
 
 
-def _latency_bars(axes: Axes, runs: Sequence[_Shown]) -> None:
+def _latency_bars(axes: Axes, runs: Sequence[_DrawnRun]) -> None:
     """Bars of the statistics of each run, one below the other."""
     height = 0.84 / len(_BARS)
     limit = max(shown.run["latency_s"][name] for shown in runs for name, _ in _BARS) * 1.14 or 1.0
@@ -406,10 +406,10 @@ def _latency_bars(axes: Axes, runs: Sequence[_Shown]) -> None:
             zorder=2,
         )
         for value, place in zip(values, places, strict=True):
-            label_at(axes, value, place, _three(value), 4, "left", "black").set_fontsize(8)
+            label_at(axes, value, place, _three_digits(value), 4, "left", "black").set_fontsize(8)
     bar_axes(axes, len(runs), limit)
 
 
-def _three(value: float) -> str:
-    """A number with three digits."""
+def _three_digits(value: float) -> str:
+    """A number with three significant digits."""
     return f"{value:#.3g}" if value < 100 else f"{value:.0f}"

@@ -106,7 +106,7 @@ def sweep_figure(
         left_out = len(chosen) - len(drawn)
         facts = [
             shorten(name, 40),
-            *(_told(key, drawn[0][key]) for key in fixed),
+            *(_condition_text(key, drawn[0][key]) for key in fixed),
             f"mean of {seeds} seeds, band: least to most" if seeds > 1 else "",
             f"{left_out} of {len(chosen)} runs left out: failed" if left_out else "",
         ]
@@ -162,7 +162,7 @@ def _panel_keys(rows: Sequence[Row], x: str, panels: str | None) -> tuple[str, l
     return columns, [key for key in swept if key != columns]
 
 
-def _told(key: str, value: float | None) -> str:
+def _condition_text(key: str, value: float | None) -> str:
     return _FROM_FILE[key] if value is None else _KEYS[key][1](value)
 
 
@@ -207,10 +207,10 @@ def _draw(
             lines = _line(axes, [r for r in here if r["solver"] == solver], x, styles[solver])
             if lines:
                 handles.setdefault(solver, lines[0])
-        said = [_told(columns, value)] if columns else []
-        said += [_told(key, part) for key, part in zip(others, rest, strict=True)]
+        said = [_condition_text(columns, value)] if columns else []
+        said += [_condition_text(key, part) for key, part in zip(others, rest, strict=True)]
         axes.set_title(shorten(", ".join(said), max_characters(figure, 190) // wide))
-        label = _KEYS[x][0] + ", logarithmic" * _by(
+        label = _KEYS[x][0] + ", logarithmic" * _draw_x_axis(
             axes, rows, x, max_characters(figure, 36) // wide
         )
         axes.set_xlabel(label if place + wide >= len(places) else "")
@@ -235,8 +235,8 @@ def _line(axes: Axes, rows: Sequence[Row], x: str, look: SolverStyle) -> list[An
     return line
 
 
-def _by(axes: Axes, rows: Sequence[Row], x: str, ticks: int) -> bool:
-    """The x axis, whose numbers are the values that were swept; whether it is logarithmic."""
+def _draw_x_axis(axes: Axes, rows: Sequence[Row], x: str, ticks: int) -> bool:
+    """Draw the x axis with ticks at the swept values; gives whether it is logarithmic."""
     at = _values(rows, x)
     log = needs_log_scale(at, *[4.0] if x in ("gpus", "servers") else [])  # they grow by doubling
     set_axis(axes, "x", thin_out(at, max(ticks, 3), log=log), log=log)
@@ -251,7 +251,7 @@ def _by(axes: Axes, rows: Sequence[Row], x: str, ticks: int) -> bool:
 
 
 def _scale(axes: Axes, rows: Sequence[Row]) -> None:
-    """The y axis that all panels share."""
+    """Set the y axis, which all panels share."""
     latency = [row["latency_mean_s"] for row in rows]
     if needs_log_scale(latency):
         log_axis(axes, "y", min(latency) / 1.15, max(latency) * 1.15)
