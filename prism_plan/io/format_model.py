@@ -151,7 +151,7 @@ def validate(
 
 
 def validate_line(kind: type[M], text: str, number: int, source: object, example: str) -> M:
-    """Validate one line of a file of JSON Lines as its model; ``example`` is what a line looks like.
+    """Validate one line of a file of JSON Lines as its model; ``example`` is such a line.
 
     Raises
     ------

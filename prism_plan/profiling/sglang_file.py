@@ -17,7 +17,7 @@ from prism_plan.io.gzip_text import decompressed_head, is_gzip, read_maybe_gzipp
 from prism_plan.io.json import parse_json
 from prism_plan.io.json_lines import text_lines
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.text_files import require_utf8_mark
+from prism_plan.io.text_files import require_not_utf16
 from prism_plan.profiling.event_stream import is_event
 from prism_plan.profiling.sglang_dump import KINDS, load
 from prism_plan.profiling.tensors import CUT_SHORT, parse_npy
@@ -66,7 +66,7 @@ def read_dump(path: Path) -> Mapping[str, Any]:
 def _kind_of(path: Path) -> Kind:
     try:
         head = decompressed_head(path, _HEAD_BYTES)
-        require_utf8_mark(head, path)
+        require_not_utf16(head, path)
     except InputError:
         return "json"  # whose reader names the reason
     if head.startswith(b"PK"):
