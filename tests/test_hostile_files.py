@@ -378,7 +378,7 @@ def test_toml_that_is_broken_in_a_string() -> None:
 @pytest.fixture
 def few_values(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A bound on the memory of values that a short text reaches."""
-    for module in ("files", "io.toml"):
+    for module in ("io.json", "io.toml"):
         monkeypatch.setattr(f"prism_plan.{module}.MAX_VALUE_BYTES", 10_000)
     return
 

@@ -103,9 +103,9 @@ def test_each_command_has_a_frozen_dataclass(name: str) -> None:
     command = (COMMANDS | RUNTIME_COMMANDS)[name]
     if name == "testbed":
         return  # a bench of its own, whose only function takes what click gives
-    kind = typing.get_type_hints(command.callback.__wrapped__)["given"]  # type: ignore[union-attr]
+    kind = typing.get_type_hints(command.callback.__wrapped__)["args"]  # type: ignore[union-attr]
     fields = {field.name for field in dataclasses.fields(kind)}
-    assert fields == {str(parameter.name) for parameter in command.params} | {"given"}
+    assert fields == {str(parameter.name) for parameter in command.params} | {"explicit_names"}
     assert kind.__dataclass_params__.frozen
 
 
