@@ -30,6 +30,7 @@ import click
 
 from prism_plan.cli.command_options import option_names, running_context
 from prism_plan.cli.internal_errors import (
+    OWN_PACKAGES,
     error_location,
     report_internal_error,
     single_line_messages,
@@ -175,7 +176,8 @@ def _error_place(error: OSError) -> str:
             else str(error.filename)
         )
     own = error_location(error)
-    return "standard output" if ".cli." in own else f"the operating system, {own}"
+    printing = any(f"{package}.cli." in own for package in OWN_PACKAGES)
+    return "standard output" if printing else f"the operating system, {own}"
 
 
 def _stdout_reader_closed() -> bool:

@@ -28,7 +28,7 @@ INTERNAL_ERROR_EXIT_CODE = 70
 #: Set to anything but 0 to see tracebacks of internal errors.
 TRACEBACK_VARIABLE = "PRISM_PLAN_TRACEBACK"
 #: Our packages, whose frames are named in messages; the boundary is part of every traceback.
-_OWN_PACKAGES = ("prism_plan", "runtime_adapter")
+OWN_PACKAGES = ("prism_plan", "runtime_adapter")
 _BOUNDARY = "prism_plan.cli.boundary"
 #: Messages of exceptions are cut to so many characters.
 _MAX_MESSAGE = 300
@@ -82,7 +82,7 @@ def error_location(error: BaseException) -> str:
     own = [
         place
         for place in places
-        if str(place[0]).split(".")[0] in _OWN_PACKAGES and place[0] != _BOUNDARY
+        if str(place[0]).split(".")[0] in OWN_PACKAGES and place[0] != _BOUNDARY
     ]
     text = "{}:{}".format(*places[-1])
     if own and own[-1] != places[-1]:
@@ -100,7 +100,7 @@ def _worker_process_frames(error: BaseException) -> list[tuple[str, int]]:
 
 def _module_of(path: str) -> str:
     parts = Path(path).with_suffix("").parts
-    at = next((at for at, part in enumerate(parts) if part in _OWN_PACKAGES), len(parts) - 1)
+    at = next((at for at, part in enumerate(parts) if part in OWN_PACKAGES), len(parts) - 1)
     return ".".join(parts[at:])
 
 
