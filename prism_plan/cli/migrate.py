@@ -51,11 +51,11 @@ def command(args: MigrateOptions) -> None:
         log_assumed_figures,
         require_writable_output,
     )
-    from prism_plan.instance import rule_triples
     from prism_plan.io.migration import dump_migration
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.migration.cost import gpu_load_gbs
     from prism_plan.migration.order import migration_plan
+    from prism_plan.rules import rule_triples
     from prism_plan.text import quantity
 
     names = (args.a, args.b)

@@ -27,7 +27,7 @@ class SolveOptions(TableOptions):
     min_replicas: int
     time_limit_s: float | None
     backend: Literal["highs", "cbc"]
-    near: str | None
+    reference: str | None
     load_price: float
     seed: int
     output: str
@@ -60,7 +60,7 @@ class SolveOptions(TableOptions):
 @click.option("--backend", type=BACKENDS, default="highs", show_default=True, help="Of ilp.")
 @click.option(
     "--from",
-    "near",
+    "reference",
     metavar="OLD.json",
     help="Plan near this placement (ilp, exact): of equally good plans the one that loads least.",
 )
@@ -101,18 +101,20 @@ def command(args: SolveOptions) -> None:
         get_solver(args.solver)
     if args.solver != "ilp":
         args.refuse("backend", found=f"has no effect on solver {args.solver!r}, only on ilp")
-    require_writable_output(args.output, args.trace, args.cluster, args.near)
+    require_writable_output(args.output, args.trace, args.cluster, args.reference)
     options = Options(
         seed=args.seed,
         time_limit_s=args.time_limit_s,
         backend=args.backend,
-        near=None if args.near is None else read_placement(args.near),
+        reference=None if args.reference is None else read_placement(args.reference),
         load_price=args.load_price,
     )
     cluster, cluster_input = load_cluster(args.cluster)
     trace = load_trace(args.trace)
-    if options.near is not None:
-        require_same_model(options.near.model, trace.model, source=args.near, other=args.trace)
+    if options.reference is not None:
+        require_same_model(
+            options.reference.model, trace.model, source=args.reference, other=args.trace
+        )
     inputs = {"trace": trace_identity(trace), "cluster": cluster_input}
     with error_source(args.cluster):
         instance = Instance.build(trace, cluster, min_replicas=args.min_replicas)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_TASK_PAIRS, require_task_pairs
 from prism_plan.model import ModelSpec
-from prism_plan.trace import require_sum
+from prism_plan.trace_totals import require_sum
 
 
 class CallTable:

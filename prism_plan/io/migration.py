@@ -30,9 +30,9 @@ from prism_plan.io.model_spec import ShapePart, spec_from_part
 from prism_plan.io.text_files import read_text
 from prism_plan.limits import MAX_GPUS, MAX_NAMES
 from prism_plan.migration.plan import LoadTime, MigrationPlan
+from prism_plan.migration_step import MigrationStep
 from prism_plan.model import ModelShape
 from prism_plan.placement import InputFile
-from prism_plan.placement_diff import Step
 
 _COUNTS = ("loads", "drops", "extra_loads", "moved_bytes")
 
@@ -203,7 +203,7 @@ def _steps(
     model: ModelShape,
     servers: Sequence[ServerPart],
     source: object,
-) -> tuple[Step, ...]:
+) -> tuple[MigrationStep, ...]:
     number = {server.name: server.gpus for server in servers}
     first_gpu = dict(zip(number, itertools.accumulate(number.values(), initial=0), strict=False))
     position = {layer: at for at, layer in enumerate(model.moe_layers)}
@@ -235,5 +235,7 @@ def _steps(
         if latest.get((gpu, pair)) == step["do"]:
             raise wrong("do", "loads and drops of an expert on a GPU by turns")
         latest[gpu, pair] = step["do"]
-        found.append(Step(step["do"], gpu, pair, tuple(needs), step.get("temporary", False)))
+        found.append(
+            MigrationStep(step["do"], gpu, pair, tuple(needs), step.get("temporary", False))
+        )
     return tuple(found)

@@ -45,7 +45,7 @@ from prism_plan.io.model_spec import ShapePart, spec_from_part
 from prism_plan.io.text_files import file_name_text, read_text, read_text_and_digest
 from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_places
 from prism_plan.model import ModelShape
-from prism_plan.placement import InputFile, Placement, Plan, Termination
+from prism_plan.placement import InputFile, Placement, SolveReport, Termination
 
 FORMAT = "prism-plan/placement"
 VERSION = 1
@@ -181,7 +181,7 @@ def write_placement(path: str | os.PathLike[str], placement: Placement) -> None:
 
 
 def read_placement(path: str | os.PathLike[str]) -> Placement:
-    """Read a placement and check its form; `objective.violations` says whether it is feasible.
+    """Read a placement and check its form; `placement_check.violations` says whether it fits.
 
     Raises
     ------
@@ -236,7 +236,7 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
             tuple(getattr(gpu, unit) for gpu in server.gpus) for server in file.servers
         ),
         on_gpu=on_gpu,
-        plan=Plan(**{key: getattr(file.plan, key) for key in PLAN_KEYS}, extra=extra),
+        plan=SolveReport(**{key: getattr(file.plan, key) for key in PLAN_KEYS}, extra=extra),
         inputs={key: InputFile(one.name, one.sha256) for key, one in file.inputs.items()},
     )
 

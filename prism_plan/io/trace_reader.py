@@ -33,7 +33,8 @@ from prism_plan.limits import (
     require_task_pairs,
 )
 from prism_plan.model import ModelSpec
-from prism_plan.trace import PHASES, TokenBatch, Totals, Trace, bad_selection, check_experts
+from prism_plan.trace import PHASES, TokenBatch, Trace
+from prism_plan.trace_totals import TraceTotals
 
 
 class TraceFile:
@@ -200,14 +201,13 @@ def _read_tokens(
     path = file.path
     total = _require_rows(file, model)
     words = StringCodes(path)
-    totals = Totals(model, source=path)
+    totals = TraceTotals(model, source=path)
     keys = np.empty(total, np.int64)
     row = 0
     has_weights = False
     for batch in _token_batches(file, model, words):
-        bad = check_experts(batch.experts, model.num_experts)
-        if bad is not None:
-            raise bad_selection(model, batch, bad, row).within(path)
+        if error := batch.invalid_selection(model, row):
+            raise error.within(path)
         _require_not_negative(path, batch, row)
         if batch.weights is not None:
             has_weights = True
@@ -219,7 +219,7 @@ def _read_tokens(
                     expected="finite numbers of at least 0",
                 )
         totals.grow(len(words.code_of))
-        totals.add(batch)
+        totals.add(batch.experts, batch.task, batch.request)
         keys[row : row + len(batch)] = batch.request.astype(np.int64) << 32 | batch.position
         row += len(batch)
         progress(row, total)

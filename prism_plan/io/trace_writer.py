@@ -23,7 +23,7 @@ from prism_plan.io.trace_schema import (
     token_schema,
 )
 from prism_plan.model import ModelSpec
-from prism_plan.trace import PHASES, TokenBatch, Trace, bad_selection, check_experts, concatenate
+from prism_plan.trace import PHASES, TokenBatch, Trace, concatenate_batches
 
 
 class TraceWriter:
@@ -97,9 +97,8 @@ class TraceWriter:
         InputError
             A selection is out of range or repeated.
         """
-        bad = check_experts(batch.experts, self.model.num_experts)
-        if bad is not None:
-            raise bad_selection(self.model, batch, bad)
+        if error := batch.invalid_selection(self.model):
+            raise error
         numbers = (self._tasks.setdefault(task, len(self._tasks)) for task in tasks)
         codes = np.fromiter(numbers, np.int32, len(tasks))
         self._held.append(dataclasses.replace(batch, task=codes[batch.task]))
@@ -114,7 +113,7 @@ class TraceWriter:
         held, self._held, self._rows = self._held, [], 0
         if not held:
             return
-        batch = concatenate(held) if len(held) > 1 else held[0]
+        batch = concatenate_batches(held) if len(held) > 1 else held[0]
         parts = max(1, len(batch) // BATCH_ROWS)
         bounds = [len(batch) * part // parts for part in range(parts + 1)]
         for start, end in itertools.pairwise(bounds):

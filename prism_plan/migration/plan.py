@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.migration_step import MigrationStep
 from prism_plan.model import ModelShape, require_same_model
 from prism_plan.placement import InputFile, Placement
-from prism_plan.placement_diff import Step
 
 Bools = npt.NDArray[np.bool_]
 Capacity = Sequence[Sequence[int]]
@@ -43,7 +43,7 @@ class MigrationPlan:
     model: ModelShape
     servers: tuple[str, ...]
     gpus: tuple[int, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[MigrationStep, ...]
     inputs: Mapping[str, InputFile] = field(default_factory=dict)
     load_s: LoadTime | None = None
 
@@ -71,7 +71,7 @@ class MigrationPlan:
         """Index of the server of each GPU, int64 [G]."""
         return np.repeat(np.arange(len(self.gpus)), self.gpus)
 
-    def bytes_of(self, step: Step) -> int:
+    def bytes_of(self, step: MigrationStep) -> int:
         """Size of the step's expert."""
         return self.model.expert_bytes_by_layer[step.pair // self.model.num_experts]
 

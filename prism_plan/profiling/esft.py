@@ -29,8 +29,7 @@ from prism_plan.trace import (
     UNKNOWN_PHASE,
     TokenBatch,
     Trace,
-    bad_selection,
-    check_experts,
+    first_invalid_selection,
     trace_from_batches,
 )
 
@@ -139,9 +138,10 @@ def _request(
         experts=experts.reshape(shape),
         weights=gates.reshape(shape) if weights else None,
     )
-    bad = check_experts(batch.experts, model.num_experts)
+    bad = first_invalid_selection(batch.experts, model.num_experts)
     if bad is not None:
-        error = bad_selection(model, batch, bad)
+        error = batch.invalid_selection(model)
+        assert error is not None
         layer = model.moe_layers[bad[1]]
         raise InputError(
             error.found,

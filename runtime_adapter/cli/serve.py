@@ -9,7 +9,7 @@ import click
 
 from prism_plan.cli.command_options import options_as
 from prism_plan.errors import InputError
-from prism_plan.limits import require_whole
+from prism_plan.limits import require_integer
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
     MeetingOptions,
@@ -51,9 +51,9 @@ class ServeOptions(MeetingOptions, MigrationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole(self.max_new_tokens, 1, 1 << 20, "max_new_tokens")
-        require_whole(self.concurrency, 1, 256, "concurrency")
-        require_whole(self.threads, 1, 1024, "threads")
+        require_integer(self.max_new_tokens, 1, 1 << 20, "max_new_tokens")
+        require_integer(self.concurrency, 1, 256, "concurrency")
+        require_integer(self.threads, 1, 1024, "threads")
         if self.cluster is None:
             for name in ("route", "migrate"):
                 if getattr(self, name) in ("nearest", "prism", "partial"):
@@ -220,7 +220,7 @@ def command(given: ServeOptions) -> None:
         longest = min(MAX_PROMPT_TOKENS, context)
         if given.max_prompt_tokens is not None:
             longest = given.max_prompt_tokens
-            require_whole(longest, 1, context, "max_prompt_tokens")
+            require_integer(longest, 1, context, "max_prompt_tokens")
     lanes = ThreadLocalDispatcher()
     with error_source(given.placement):
         store = load_experts(checkpoint, placement, rendezvous.rank, devices, dtype)

@@ -25,7 +25,7 @@ from prism_plan.io.placement import read_placement, write_placement
 from prism_plan.io.simulation import read_simulation
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
-from prism_plan.objective import violations
+from prism_plan.placement_check import violations
 from prism_plan.solvers import solve
 from prism_plan.token_rates import require_users
 from prism_plan.trace import Trace

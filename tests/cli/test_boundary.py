@@ -122,7 +122,7 @@ def test_a_solver_that_breaks_a_constraint(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The check after each solve, should it ever fire, is a line of the command and no file."""
-    from prism_plan.objective import Violation
+    from prism_plan.placement_check import Violation
     from prism_plan.solvers import run as module
 
     root = Path(__file__).parents[2] / "traces"

@@ -57,7 +57,7 @@ def named_parameters(path: Path) -> set[str]:
         if isinstance(node, ast.keyword) and node.arg == "parameter":
             inside = [n for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
             found |= {str(n.value) for n in inside if isinstance(n.value, str) and n.value}
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require_whole":
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require_integer":
             found |= {a.value for a in node.args[3:] if isinstance(a, ast.Constant)}
     return found
 
@@ -134,7 +134,7 @@ def test_arguments_are_told_as_they_were_given() -> None:
     context = COMMANDS["solve"].make_context("solve", ["t.parquet", "--cluster=c", "-o", "p.json"])
     names = option_names(context)
     assert names["trace"] == "t.parquet"
-    assert (names["near"], names["output"]) == ("--from", "--output")
+    assert (names["reference"], names["output"]) == ("--from", "--output")
 
 
 TINY = ("--cluster", str(ROOT / "traces/tiny-cluster.toml"))

@@ -18,8 +18,8 @@ from prism_plan.io.placement import (
     write_placement,
 )
 from prism_plan.model import ModelShape
-from prism_plan.objective import violations
-from prism_plan.placement import InputFile, Placement, Plan
+from prism_plan.placement import InputFile, Placement, SolveReport
+from prism_plan.placement_check import violations
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "placement-v1.json"
 
@@ -46,7 +46,7 @@ def placements(draw: st.DrawFn) -> Placement:
     gpus = sum(map(len, capacity))
     held = np.random.default_rng(seed).random((gpus, len(layers), experts)) < 0.4
     share = st.none() | st.floats(0, 1)
-    plan = Plan(
+    plan = SolveReport(
         solver=draw(st.text(min_size=1, max_size=8)),
         remote_share=draw(share),
         bound=draw(share),

@@ -24,9 +24,9 @@ from prism_plan.io.migration import (
 )
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.plan import LoadTime, MigrationPlan
+from prism_plan.migration_step import MigrationStep
 from prism_plan.model import ModelShape
 from prism_plan.placement import InputFile
-from prism_plan.placement_diff import Step
 from tests.migration.moves_by_hand import placed
 
 
@@ -47,7 +47,7 @@ def plans(draw: st.DrawFn) -> MigrationPlan:
         latest[place] = not latest[place] if place in latest else draw(st.booleans())
         needs = draw(st.sets(st.integers(0, index - 1))) if index else set()
         kind = "load" if latest[place] else "drop"
-        steps.append(Step(kind, *place, tuple(sorted(needs)), draw(st.booleans())))  # type: ignore[arg-type]
+        steps.append(MigrationStep(kind, *place, tuple(sorted(needs)), draw(st.booleans())))  # type: ignore[arg-type]
     file = st.builds(InputFile, st.text(), st.just("0123456789abcdef" * 4))
     seconds = st.floats(0, 1e9)
     return MigrationPlan(

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from prism_plan import plotting
 from prism_plan.errors import InputError, OutputError
 from prism_plan.model import ModelSpec
-from prism_plan.placement import InputFile, Placement, Plan
+from prism_plan.placement import InputFile, Placement, SolveReport
 from prism_plan.trace import Trace
 
 ROWS = [
@@ -79,7 +79,7 @@ def make_placement(
         servers=tuple(f"edge-site-{n}" for n in range(servers)),
         gpu_capacity=((layers * experts,) * gpus,) * servers,
         on_gpu=on_gpu,
-        plan=Plan("prism", remote_share=0.314),
+        plan=SolveReport("prism", remote_share=0.314),
         inputs={"trace": InputFile("toy-trace", ""), "cluster": InputFile("toy-cluster", "")},
     )
 

@@ -1,4 +1,4 @@
-"""Every placement tried, for tests. Not offered on the command line."""
+"""Find the optimum by trying every placement, for tests. Not offered on the command line."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from prism_plan.errors import Infeasible
 from prism_plan.instance import Instance
 from prism_plan.placement import server_of_gpu
-from prism_plan.solvers.contract import Answer, Options, Rule, Solver
-from prism_plan.solvers.packing import standing_local
+from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult
+from prism_plan.solvers.packing import reference_local
 
-#: Placements that are tried at most: 2 to the number of (GPU or server, expert) pairs.
+#: At most 2 to this power of placements are tried: the number of (GPU or server, expert) pairs.
 MAX_BITS = 18
 
 
-def _solve(instance: Instance, options: Options) -> Answer:
+def _solve(instance: Instance, options: Options) -> SolverResult:
     """Try all 2^(N·J) localities, or 2^(G·J) where experts differ in size.
 
     Raises
@@ -28,47 +28,46 @@ def _solve(instance: Instance, options: Options) -> Answer:
     """
     servers, layers, experts = instance.activations.shape
     pairs = layers * experts
-    owner = np.arange(servers) if instance.in_slots else server_of_gpu(instance.gpu_capacity)
+    server_of = np.arange(servers) if instance.in_slots else server_of_gpu(instance.gpu_capacity)
     capacity = (
         instance.slots
         if instance.in_slots
         else np.array([room for gpus in instance.gpu_capacity for room in gpus])
     )
-    holders = len(owner)
+    holders = len(server_of)
     bits = holders * pairs
     if bits > MAX_BITS:
         raise ValueError(f"{bits} bits are too many to try")
     codes = np.arange(2**bits)[:, None]
-    on = ((codes >> np.arange(bits)) & 1).astype(bool).reshape(-1, holders, pairs)
+    held = ((codes >> np.arange(bits)) & 1).astype(bool).reshape(-1, holders, pairs)
     size = np.repeat(instance.expert_size, experts)
-    good = ((on * size).sum(axis=2) <= capacity).all(axis=1)
-    on = on[good]
-    per_server = np.stack([on[:, owner == n].sum(axis=1) for n in range(servers)], axis=1)
+    held = held[((held * size).sum(axis=2) <= capacity).all(axis=1)]
+    per_server = np.stack([held[:, server_of == n].sum(axis=1) for n in range(servers)], axis=1)
     local = per_server > 0
-    good = (per_server <= 1).all(axis=(1, 2))
-    good &= (local.sum(axis=1) >= instance.min_replicas).all(axis=1)
-    good &= local[:, instance.mask(instance.pinned).reshape(servers, pairs)].all(axis=1)
-    good &= ~local[:, instance.mask(instance.forbidden).reshape(servers, pairs)].any(axis=1)
-    of_layer = local.reshape(-1, servers, layers, experts).sum(axis=3)
+    feasible = (per_server <= 1).all(axis=(1, 2))
+    feasible &= (local.sum(axis=1) >= instance.min_replicas).all(axis=1)
+    feasible &= local[:, instance.mask(instance.pinned).reshape(servers, pairs)].all(axis=1)
+    feasible &= ~local[:, instance.mask(instance.forbidden).reshape(servers, pairs)].any(axis=1)
+    per_layer = local.reshape(-1, servers, layers, experts).sum(axis=3)
     for n, cap in enumerate(instance.layer_caps):
         if cap is not None:
-            good &= (of_layer[:, n] <= cap).all(axis=1)
-    if not good.any():
+            feasible &= (per_layer[:, n] <= cap).all(axis=1)
+    if not feasible.any():
         raise Infeasible("none of all placements is feasible", shortfall=1, unit="placement")
-    on, local = on[good], local[good]
+    held, local = held[feasible], local[feasible]
     remote = (~local * instance.activations.reshape(servers, pairs)).sum(axis=(1, 2))
     loads = np.zeros(len(local))
-    if options.near is not None:
-        standing = standing_local(instance, options.near).reshape(servers, pairs)
-        loads = (local & ~standing).sum(axis=(1, 2))
+    if options.reference is not None:
+        before = reference_local(instance, options.reference).reshape(servers, pairs)
+        loads = (local & ~before).sum(axis=(1, 2))
     best = int(np.lexsort((loads, remote + options.load_price * loads))[0])
     chosen = local[best].reshape(instance.activations.shape)
     objective = math.fsum(instance.activations[~chosen]) + options.load_price * float(loads[best])
-    return Answer(
+    return SolverResult(
         local=chosen,
         termination="optimal",
         bound=objective,
-        on_gpu=None if instance.in_slots else on[best].reshape(holders, layers, experts),
+        on_gpu=None if instance.in_slots else held[best].reshape(holders, layers, experts),
     )
 
 
@@ -77,5 +76,5 @@ SOLVER = Solver(
     summary="every placement tried; for tests",
     guarantee="optimal",
     function=_solve,
-    knows=frozenset(Rule),
+    supports=frozenset(Feature),
 )
