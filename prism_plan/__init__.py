@@ -23,7 +23,17 @@ from prism_plan.renamed import renamed_names
 __version__ = "0.1.0"
 _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]
-_current_name = renamed_names(__name__, {"SolverRefused": "UnsupportedFeature"})
+_current_name = renamed_names(
+    __name__,
+    {
+        "Plan": "SolveReport",
+        "SolverRefused": "UnsupportedFeature",
+        "Step": "MigrationStep",
+        "Workload": "TokenRates",
+        "expected_workload": "expected_token_rates",
+        "load_model": "load_model_spec",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
