@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prism_plan.io.files import write_bytes
+from prism_plan.io.file_writing import write_bytes
 from prism_plan.model import PRESETS
 from prism_plan.placement import Placement, SolveReport
 from runtime_adapter.driver import even_network

@@ -1,4 +1,4 @@
-"""Which figures of GPUs and links a cluster file leaves to defaults, told in one line."""
+"""Which figures of GPUs and links are defaults, for a cluster file does not give them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def assumed_figures(
 
 
 def _links_used(cluster: Cluster) -> list[str]:
-    """Defaults of links that some pair of servers goes by, in the order of the figures."""
+    """Keys of [link] whose default at least one pair of servers uses, in their order."""
     pairs = cluster.num_servers * (cluster.num_servers - 1) // 2
     own_mbps = sum(pair.bandwidth_mbps is not None for pair in cluster.pair_links)
     own_rtt = sum(pair.rtt_ms is not None for pair in cluster.pair_links)

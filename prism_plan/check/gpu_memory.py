@@ -1,4 +1,4 @@
-"""What lies in the memory of every GPU of a cluster, and whether a KV cache has room beside it."""
+"""How the memory of every GPU is used, and whether a KV cache still fits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GpuMemory:
 
     @property
     def free_bytes(self) -> int | None:
-        """What is left beside all of it; negative where a placement does not fit."""
+        """Bytes that nothing uses; negative where a placement does not fit."""
         if self.usable_bytes is None:
             return None
         resident_bytes = sum(
@@ -104,7 +104,7 @@ def gpu_memory(
     return tuple(rows)
 
 
-def unreserved(cluster: Cluster, model: ModelSpec | None = None) -> str:
+def missing_kv_reservation(cluster: Cluster, model: ModelSpec | None = None) -> str:
     """A line that names the servers with users whose KV cache has no memory reserved.
 
     Empty where there is none, or where the model is known to keep nothing per token.
@@ -117,7 +117,7 @@ def unreserved(cluster: Cluster, model: ModelSpec | None = None) -> str:
     return f"nothing is reserved for the KV cache of {listed(names)}: kv_tokens is not given or 0"
 
 
-def too_little_left(
+def insufficient_kv_memory(
     cluster: Cluster, model: ModelSpec, memory: Sequence[GpuMemory], trace: Trace | None = None
 ) -> str:
     """A line that names the servers with users where no KV cache of one request fits.

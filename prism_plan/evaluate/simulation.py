@@ -19,7 +19,8 @@ import numpy as np
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, UnsupportedFeature, did_you_mean
 from prism_plan.instance import Instance
-from prism_plan.io.files import printable, write_bytes
+from prism_plan.io.file_writing import write_bytes
+from prism_plan.io.text_files import file_name_text
 from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.policy import Policy, PolicyName, review
@@ -218,7 +219,7 @@ class Simulation:
 
 
 def _timing_name(calibration: Calibration | None) -> str:
-    return "cluster" if calibration is None else printable(calibration.name) or "calibration"
+    return "cluster" if calibration is None else file_name_text(calibration.name) or "calibration"
 
 
 def offload_placement(instance: Instance) -> Placement:

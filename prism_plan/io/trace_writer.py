@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.io.files import atomic_path
+from prism_plan.io.file_writing import atomic_path
 from prism_plan.io.trace_schema import (
     BATCH_ROWS,
     METADATA_KEY,
@@ -62,7 +62,7 @@ class TraceWriter:
         encoding = {"weights.list.element": "BYTE_STREAM_SPLIT"} if self.weights else None
         with contextlib.ExitStack() as stack:
             temporary = stack.enter_context(atomic_path(self._path))
-            # pyarrow removes a path that it fails to write, be it a device; a stream it leaves
+            # pyarrow removes a path that it fails to write, even a device, but not a stream
             stream = stack.enter_context(open(temporary, "wb"))
             self._writer = pq.ParquetWriter(
                 stream,
@@ -107,7 +107,7 @@ class TraceWriter:
             self._flush()
 
     def _flush(self) -> None:
-        """Write what is held as row groups; small ones would cost space and time."""
+        """Write the buffered batches as row groups, which are large to save space and time."""
         import pyarrow as pa
 
         held, self._held, self._rows = self._held, [], 0

@@ -76,7 +76,7 @@ class FigureOptions:
 
 
 #: What figures are without a choice.
-USUAL = FigureOptions()
+DEFAULT_FIGURE = FigureOptions()
 
 
 def _inches(size: tuple[float, float]) -> str:

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.files import lines_of
-from prism_plan.io.packed import read_packed_text
+from prism_plan.io.gzip_text import read_maybe_gzipped_text
+from prism_plan.io.text_files import iterate_lines
 from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.sources import Source, distinct
@@ -103,7 +103,7 @@ def _batches(
             try:
                 batch = _request(source.path, model, folder, index, (request, code), weights)
             except InputError as error:
-                bad.leave_out(source.path, error)
+                bad.skip_or_raise(source.path, error)
                 continue
             bad.keep(source.path)
             yield batch
@@ -246,7 +246,7 @@ def _read_folder(
 
 def _read_layer(path: Path, model: ModelSpec, bad: BadRows) -> Rows:
     rows: Rows = []
-    for number, line in enumerate(lines_of(read_packed_text(path)), start=1):
+    for number, line in enumerate(iterate_lines(read_maybe_gzipped_text(path)), start=1):
         place = f"line {number}"
         require_at_most(len(line), MAX_LINE_OF_NUMBERS, "characters", source=path, place=place)
         try:

@@ -14,6 +14,7 @@ from prism_plan.errors import InputError
 from prism_plan.instance import MAX_CALLS, Instance
 from prism_plan.limits import MAX_SEED, require_integer
 from prism_plan.placement import Placement, Termination
+from prism_plan.renamed import renamed_fields
 
 
 class Feature(StrEnum):
@@ -25,6 +26,7 @@ class Feature(StrEnum):
     UNEQUAL_BYTES = "experts of unequal size"
 
 
+@renamed_fields(near="reference")
 @dataclass(frozen=True)
 class Options:
     """How to solve. Frozen: the same options can be used for any number of solves.

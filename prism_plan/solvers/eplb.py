@@ -1,7 +1,7 @@
 """DeepSeek's Expert Parallelism Load Balancer (github.com/deepseek-ai/EPLB), for unequal servers.
 
-:func:`rebalance_experts` is the published algorithm. The solver uses its two steps, replication
-and balanced packing, layer by layer with servers in the place of GPUs; capacities may differ.
+The solver uses the two steps of the published algorithm, replication and balanced packing, layer by
+layer with servers in the place of GPUs; capacities may differ.
 """
 
 from __future__ import annotations
@@ -57,54 +57,6 @@ def balanced_packing(weight: Floats, capacity: Sequence[int]) -> tuple[Ints, Int
         load[chosen] += weight[item]
         count[chosen] += 1
     return pack, rank
-
-
-def rebalance_experts(
-    weight: Floats, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
-) -> Ints:
-    """The published algorithm: physical to logical expert, int64 [L, num_replicas].
-
-    ``weight`` [L, E]. Groups of experts are packed onto nodes, experts replicated within nodes,
-    and the replicas packed onto GPUs; where groups do not divide evenly, replication is global.
-    Chunk r of a row is GPU r.
-
-    Raises
-    ------
-    ValueError
-        A count does not divide as EPLB requires.
-    """
-    layers, experts = weight.shape
-    if num_groups % num_nodes:
-        num_groups, num_nodes = 1, 1
-    if experts % num_groups or num_gpus % num_nodes or num_replicas % num_gpus:
-        raise ValueError("experts % groups, gpus % nodes and replicas % gpus must be zero")
-    if num_replicas < experts:
-        raise ValueError("fewer replicas than experts")
-    rows = [
-        _rebalance_layer(weight[layer], num_replicas, num_groups, num_nodes, num_gpus)
-        for layer in range(layers)
-    ]
-    return np.stack(rows)
-
-
-def _rebalance_layer(
-    weight: Floats, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
-) -> Ints:
-    group_size = len(weight) // num_groups
-    group_load = weight.reshape(num_groups, group_size).sum(axis=1)
-    node_of_group, rank = balanced_packing(group_load, [num_groups // num_nodes] * num_nodes)
-    per_node, per_gpu = num_replicas // num_nodes, num_replicas // num_gpus
-    result = np.empty(num_replicas, np.int64)
-    for node in range(num_nodes):
-        groups = np.flatnonzero(node_of_group == node)
-        groups = groups[np.argsort(rank[groups])]
-        logical = (groups[:, None] * group_size + np.arange(group_size)).ravel()
-        physical, replicas_of = replicate_experts(weight[logical], per_node)
-        gpu, position = balanced_packing(
-            (weight[logical] / replicas_of)[physical], [per_gpu] * (num_gpus // num_nodes)
-        )
-        result[node * per_node + gpu * per_gpu + position] = logical[physical]
-    return result
 
 
 def layer_slots(slots: Ints, layers: int, experts: int) -> Ints:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from prism_plan.check.report import check_file
 from prism_plan.errors import InputError
+from prism_plan.io.common_parts import shipped_schema
 from prism_plan.io.migration import (
     dump_migration,
     migration_from_json,
@@ -21,7 +22,6 @@ from prism_plan.io.migration import (
     read_migration,
     write_migration,
 )
-from prism_plan.io.parts import shipped_schema
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.migration_step import MigrationStep

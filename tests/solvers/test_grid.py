@@ -13,7 +13,7 @@ from prism_plan.model import ModelShape
 from prism_plan.objective import remote_score
 from prism_plan.placement_check import violations
 from prism_plan.solvers import SOLVER_NAMES, Feature, Options, get_solver, solve, solvers_supporting
-from prism_plan.solvers.brute_force import SOLVER as BRUTE_FORCE
+from tests.solvers.brute_force import SOLVER as BRUTE_FORCE
 from tests.solvers.instances import random_instance
 
 HEURISTICS = [name for name in SOLVER_NAMES if name not in ("exact", "ilp")]

@@ -12,7 +12,7 @@ from prism_plan.instance import Instance
 from prism_plan.model import ModelShape
 from prism_plan.placement_check import violations
 from prism_plan.solvers import Options, ilp, solve
-from prism_plan.solvers.brute_force import SOLVER as BRUTE_FORCE
+from tests.solvers.brute_force import SOLVER as BRUTE_FORCE
 
 Backend = Literal["highs", "cbc"]
 BACKENDS: tuple[Backend, ...] = ("highs", "cbc")
