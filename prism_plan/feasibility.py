@@ -139,11 +139,11 @@ def explain_infeasible(instance: Instance) -> None:
     short = np.flatnonzero(~reached[pair_node] & (need > 0))
     names = [instance.model.pair_text(int(pair)) for pair in short[:3]]
     more = f" and {len(short) - 3} more" if len(short) > 3 else ""
-    wanted = int(need[short].sum())
+    needed = int(need[short].sum())
     besides = " besides pinned ones" if instance.pinned else ""
     raise Infeasible(
-        f"{', '.join(names)}{more} want {wanted:,} copies{besides}, but slots, pins, forbid and "
-        f"layer_cap leave room for {wanted - shortfall:,}",
+        f"{', '.join(names)}{more} want {needed:,} copies{besides}, but slots, pins, forbid and "
+        f"layer_cap leave room for {needed - shortfall:,}",
         shortfall=shortfall,
         unit="slots",
         remedy="loosen forbid, pin or layer_cap, add memory, or lower ``min_replicas``",

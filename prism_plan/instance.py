@@ -75,17 +75,16 @@ class Instance:
         set_field(self, "layer_caps", caps)
         if not self.servers:
             raise InputError("no servers", place="servers", expected="at least one")
+        shape = (self.num_servers, self.model.num_layers, self.model.num_experts)
+        require_array_size(*shape, "servers", place="servers")
         num_gpus = sum(map(len, self.gpu_capacity))
-        for holders, what in ((len(self.servers), "servers"), (num_gpus, "GPUs")):
-            layers, experts = self.model.num_layers, self.model.num_experts
-            require_array_size(holders, layers, experts, what, place="servers")
+        require_array_size(num_gpus, *shape[1:], "GPUs", place="servers")
         if len(set(self.servers)) != len(self.servers):
             raise InputError("a name stands twice", place="servers", expected="different names")
         try:
             calls = np.array(self.activations, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise InputError(f"{error}", place="activations", expected="numbers") from error
-        shape = (self.num_servers, self.model.num_layers, self.model.num_experts)
         if calls.shape != shape:
             raise InputError(f"shape {calls.shape}", place="activations", expected=f"{shape}")
         invalid = ~((calls == 0) | ((calls >= MIN_CALLS) & (calls <= MAX_CALLS)))
@@ -113,8 +112,7 @@ class Instance:
         for triple in (*self.pinned, *self.forbidden):
             if any(not 0 <= i < size for i, size in zip(triple, shape, strict=True)):
                 raise InputError(f"{triple}", place="rules", expected=f"indices below {shape}")
-        both = set(self.pinned) & set(self.forbidden)
-        if both:
+        if both := set(self.pinned) & set(self.forbidden):
             raise InputError(f"{min(both)} is both pinned and forbidden", place="rules")
 
     def replace(self, **changes: Any) -> Instance:

@@ -33,7 +33,7 @@ MAX_NESTING = 64
 
 # -------------------------------------------------------------------------------- names and lists
 
-#: Servers, tasks, pins of a server, forbidden experts of a server: distinct things with names.
+#: Entries of a list: of servers, of tasks, of a server's pins or forbidden experts.
 MAX_NAMES = 10_000
 #: Characters of one name: of a server, a task, a model.
 MAX_NAME_LENGTH = 1_000

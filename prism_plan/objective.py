@@ -112,7 +112,7 @@ def score(placement: Placement, instance: Instance) -> RemoteScore:
     Raises
     ------
     WrongModel
-        They speak of different models.
+        They are of different models.
     """
     require_same_model(
         placement.model, instance.model, source="placement", other="the planning problem"
@@ -128,12 +128,12 @@ def step_score(local: npt.NDArray[np.bool_], trace: Trace, token_rates: TokenRat
     Raises
     ------
     ValueError
-        The trace is counts-only: it does not tell which experts are called together.
+        The trace is counts-only: it does not record which experts are called together.
     """
     from prism_plan.kernels import score_steps
 
     if trace.batches is None:
-        raise ValueError("a counts-only trace does not tell which experts are called together")
+        raise ValueError("a counts-only trace does not record which experts are called together")
     num_servers, layers, _ = local.shape
     # holders of (l, e) in ascending server order: holder[start[l·E + e] : start[l·E + e + 1]]
     by_pair = local.reshape(num_servers, -1).T

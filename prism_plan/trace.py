@@ -1,4 +1,4 @@
-"""Activation traces: which experts the tokens of each task were sent to.
+"""Activation traces: the experts that the gate selected for the tokens of each task.
 
 A trace is either token-level (every selection of every token, read in batches, so that a large one
 never has to fit in memory) or counts-only (calls per task, layer and expert).
@@ -162,7 +162,7 @@ class Trace:
     def split(self, holdout: float, seed: int) -> tuple[Trace, Trace]:
         """Split each task's requests at random into a part to plan on and a part to score on.
 
-        ``holdout`` is the share of requests that is kept back; each part gets at least one.
+        ``holdout`` is the share of requests in the second part; each part gets at least one.
 
         Raises
         ------
@@ -238,10 +238,10 @@ def trace_from_batches(
     InputError
         A selection is not an expert of the model, or one token names an expert twice.
     """
-    kept = tuple(batches)
-    names = tuple(tasks)
-    totals = TraceTotals(model, len(names))
-    for batch in kept:
+    in_memory = tuple(batches)
+    task_names = tuple(tasks)
+    totals = TraceTotals(model, len(task_names))
+    for batch in in_memory:
         if batch.experts.shape[1:] != (model.num_layers, model.top_k):
             raise InputError(
                 f"experts of shape {batch.experts.shape}",
@@ -253,12 +253,12 @@ def trace_from_batches(
         totals.add(batch.experts, batch.task, batch.request)
     return Trace(
         model=model,
-        tasks=names,
+        tasks=task_names,
         counts=totals.counts,
         tokens=totals.tokens,
         requests=totals.requests(),
-        batches=lambda: iter(kept),
-        has_weights=bool(kept) and all(batch.weights is not None for batch in kept),
+        batches=lambda: iter(in_memory),
+        has_weights=bool(in_memory) and all(batch.weights is not None for batch in in_memory),
         provenance=dict(provenance or {}),
         name=name,
     )

@@ -29,22 +29,22 @@ class Feature(StrEnum):
 @renamed_fields(near="reference")
 @dataclass(frozen=True)
 class Options:
-    """How to solve. Frozen: the same options can be used for any number of solves.
+    """Options of a solve. Frozen: the same options serve any number of solves.
 
     Parameters
     ----------
     seed
-        Of the random choices of solvers that make any.
+        Seed of solvers that draw random numbers.
     time_limit_s
-        Wall time for the search of `ilp`, or ``None``.
+        Wall time for the search of `ilp`; no limit by default.
     backend
-        Of `ilp`: ``"highs"`` or ``"cbc"``.
+        Back end of `ilp`: ``"highs"`` or ``"cbc"``.
     reference
-        An existing placement; each expert that a server would have to load anew costs
-        ``load_price``, and among equally good plans the one with fewer loads is taken.
+        An existing placement; each expert that a server does not hold in it costs ``load_price``,
+        and of equally good placements the one with fewer loads is chosen.
     load_price
-        In the unit of the activations (calls per second): an expert is loaded only where it saves
-        more remote calls than this.
+        Price of a load in the unit of the activations (calls per second): an expert is loaded only
+        where it saves more remote calls than this.
 
     Raises
     ------

@@ -62,8 +62,8 @@ def balanced_packing(weight: Floats, capacity: Sequence[int]) -> tuple[Ints, Int
 def layer_slots(slots: Ints, layers: int, experts: int) -> Ints:
     """Divide the slots of each server among the layers, int64 [N, L].
 
-    Evenly, as in EPLB; the remainder goes one slot at a time to the layers that have
-    the fewest so far, so that every layer has room for all experts if the servers have it at all.
+    Evenly, as in EPLB; the remainder goes one slot at a time to the layers with the fewest so far,
+    so that every layer has a slot for each expert if the servers together have enough.
     """
     share = np.zeros((len(slots), layers), np.int64)
     for n, capacity in enumerate(slots):

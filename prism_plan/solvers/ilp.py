@@ -301,12 +301,12 @@ def _children_killed_on_error() -> Iterator[None]:
     """Kill CBC when the wait for it is interrupted, for PuLP leaves it running."""
     import psutil
 
-    own = psutil.Process()
-    before = set(own.children(recursive=True))
+    process = psutil.Process()
+    before = set(process.children(recursive=True))
     try:
         yield
     except BaseException:
-        for child in set(own.children(recursive=True)) - before:
+        for child in set(process.children(recursive=True)) - before:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
                 child.wait(5)

@@ -1,4 +1,4 @@
-"""Whole layers: one owner each, then whole-layer copies, then each server's own favourites."""
+"""Place whole layers: an owner of each, then copies of them, then single experts by frequency."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     local[owner, np.arange(len(owner))] = True
     free -= num_owned * experts
 
-    # layers that no server can own whole are dealt out expert by expert, in index order
+    # layers that no server can own are placed expert by expert, on the server with most free slots
     for layer in range(len(owner), layers):
         for expert in range(experts):
             n = int(np.argmax(free))
@@ -52,7 +52,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
 
 SOLVER = Solver(
     name="layer-partition",
-    summary="whole layers: an owner each, whole-layer copies while they fit, then own favourites",
-    guarantee="feasible; the honest baseline for waiting, not for remote calls",
+    summary="whole layers: an owner each, copies while they fit, then the most called experts",
+    guarantee="feasible; the baseline for the waiting share, not for remote calls",
     function=_solve,
 )

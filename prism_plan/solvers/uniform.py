@@ -29,13 +29,13 @@ def proportional_quotas(total: int, capacity: npt.NDArray[np.int64]) -> npt.NDAr
 def uniform_local(instance: Instance) -> npt.NDArray[np.bool_]:
     """Locality of the uniform placement, bool [N, L, E].
 
-    Documented assumption: experts are dealt out one by one in index order; server n's i-th turn
-    comes at time (i + ½) / quota[n], so that every stretch of experts is spread in proportion.
+    Documented assumption: experts in index order go to servers in the order of (i + ½) / quota[n],
+    i counting those of server n, so that every run of experts is spread in proportion.
     """
     quotas = proportional_quotas(instance.model.num_pairs, instance.slots)
     server = np.repeat(np.arange(instance.num_servers), quotas)
-    turn = np.concatenate([(np.arange(q) + 0.5) / max(q, 1) for q in quotas])
-    order = np.lexsort((server, turn))
+    position = np.concatenate([(np.arange(q) + 0.5) / max(q, 1) for q in quotas])
+    order = np.lexsort((server, position))
     local = np.zeros((instance.num_servers, instance.model.num_pairs), bool)
     local[server[order], np.arange(instance.model.num_pairs)] = True
     return local.reshape(instance.activations.shape)
@@ -47,7 +47,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
 
 SOLVER = Solver(
     name="uniform",
-    summary="one copy of each expert, dealt over the servers in proportion to their slots",
+    summary="one copy of each expert, spread over the servers in proportion to their slots",
     guarantee="feasible; blind to activations",
     function=_solve,
 )
