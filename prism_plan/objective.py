@@ -90,13 +90,13 @@ def _ratios(part: Iterable[float], whole: Iterable[float]) -> list[float | None]
     return [float(p / w) if w > 0 else None for p, w in zip(part, whole, strict=True)]
 
 
-def worst(shares: list[float | None]) -> tuple[int, float] | None:
+def largest_share(shares: list[float | None]) -> tuple[int, float] | None:
     """Index and value of the largest share, or ``None`` where no server has one."""
-    known = [(value, -n) for n, value in enumerate(shares) if value is not None]
+    known = [(share, -n) for n, share in enumerate(shares) if share is not None]
     if not known:
         return None
-    value, index = max(known)
-    return -index, value
+    share, index = max(known)
+    return -index, share
 
 
 def remote_score(activations: npt.NDArray[np.float64], local: npt.NDArray[np.bool_]) -> RemoteScore:

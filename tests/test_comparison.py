@@ -60,8 +60,8 @@ def test_holdout_scores_on_other_requests(trace: Trace, cluster: Cluster) -> Non
     assert row.remote is not None
     assert row.remote.share == score(placement, Instance.build(held, cluster)).share
     assert row.steps is not None
-    load = expected_token_rates(held, cluster)
-    assert row.steps.waiting_share == step_score(placement.local, held, load).waiting_share
+    token_rates = expected_token_rates(held, cluster)
+    assert row.steps.waiting_share == step_score(placement.local, held, token_rates).waiting_share
     assert (result.planned_requests, result.scored_requests) == (6, 6)
 
 

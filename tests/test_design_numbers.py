@@ -96,9 +96,9 @@ def test_waiting_share_on_held_out_requests(v2_trace: Trace, slots_cluster: Make
     cluster = slots_cluster(["intent", "law", "summary"], [[542], [542], [542, 693]])
     planned, held = v2_trace.split(0.5, seed=0)
     instance = Instance.build(planned, cluster)
-    load = expected_token_rates(held, cluster)
+    token_rates = expected_token_rates(held, cluster)
     waiting = {
-        name: step_score(solve(instance, name).local, held, load).waiting_share
+        name: step_score(solve(instance, name).local, held, token_rates).waiting_share
         for name in ("prism", "exact", "layer-partition")
     }
     assert waiting["layer-partition"] == pytest.approx(0.55, abs=0.02)

@@ -268,8 +268,8 @@ def test_build() -> None:
 
 def test_build_with_another_load() -> None:
     """A workload that is given replaces the one the cluster file expects."""
-    load = TokenRates(("law", "code"), np.array([[0.0, 3.0], [0.0, 0.0]]))
-    whole = Instance.build(trace(), sites(), token_rates=load)
+    token_rates = TokenRates(("law", "code"), np.array([[0.0, 3.0], [0.0, 0.0]]))
+    whole = Instance.build(trace(), sites(), token_rates=token_rates)
     np.testing.assert_allclose(whole.activations, [3 * trace().counts[1] / 20, np.zeros((3, 4))])
     expected = activations(trace(), expected_token_rates(trace(), sites()))
     assert not np.allclose(whole.activations, expected)

@@ -15,7 +15,7 @@ from prism_plan.errors import WrongModel
 from prism_plan.instance import Instance
 from prism_plan.kernels import smallest_cover
 from prism_plan.model import ModelShape, ModelSpec
-from prism_plan.objective import remote_score, score, step_score, worst
+from prism_plan.objective import largest_share, remote_score, score, step_score
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.token_rates import TokenRates, expected_token_rates
 from prism_plan.trace import Trace
@@ -41,7 +41,7 @@ def trace() -> Trace:
 
 
 def plain_steps(
-    local: np.ndarray, trace: Trace, load: TokenRates
+    local: np.ndarray, trace: Trace, token_rates: TokenRates
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, waiting steps and destinations per server, token by token as docs/design.md says."""
     assert trace.batches is not None
@@ -50,7 +50,7 @@ def plain_steps(
     for batch in trace.batches():
         for t, n in itertools.product(range(len(batch)), range(servers)):
             task = batch.task[t]
-            weight = load.rates[n, task] / trace.tokens[task]
+            weight = token_rates.rates[n, task] / trace.tokens[task]
             for layer, experts in enumerate(batch.experts[t]):
                 steps[n] += weight
                 missing = {int(e) for e in experts if not local[n, layer, e]}
@@ -76,9 +76,9 @@ def test_steps_against_the_definition(trace: Trace, seed: int) -> None:
     local = rng.random((servers, 3, 6)) < rng.uniform(0.2, 0.9)
     local[0] |= ~local.any(axis=0)
     rates = rng.random((servers, 2)) * (rng.random((servers, 2)) < 0.7)
-    load = TokenRates(trace.tasks, rates)
-    got = step_score(local, trace, load)
-    steps, waiting, destinations = plain_steps(local, trace, load)
+    token_rates = TokenRates(trace.tasks, rates)
+    got = step_score(local, trace, token_rates)
+    steps, waiting, destinations = plain_steps(local, trace, token_rates)
     assert got.steps == pytest.approx(steps)
     assert got.waiting == pytest.approx(waiting)
     assert got.destinations == pytest.approx(destinations)
@@ -96,13 +96,13 @@ def test_remote_share_is_the_share_of_tokens_calls(
     rng = np.random.default_rng(seed)
     cluster = slots_cluster(["a", "b", "a"], [[9], [9], [9]])
     instance = Instance.build(trace, cluster)
-    load = expected_token_rates(trace, cluster)
+    token_rates = expected_token_rates(trace, cluster)
     local = rng.random((3, 3, 6)) < 0.5
     remote = calls = 0.0
     assert trace.batches is not None
     for batch in trace.batches():
         for t, n in itertools.product(range(len(batch)), range(3)):
-            weight = load.rates[n, batch.task[t]] / trace.tokens[batch.task[t]]
+            weight = token_rates.rates[n, batch.task[t]] / trace.tokens[batch.task[t]]
             for layer, experts in enumerate(batch.experts[t]):
                 calls += weight * len(experts)
                 remote += weight * sum(not local[n, layer, e] for e in experts)
@@ -111,21 +111,21 @@ def test_remote_share_is_the_share_of_tokens_calls(
 
 def test_extremes(trace: Trace, slots_cluster: Callable[..., Cluster]) -> None:
     """Everything local: nothing waits. Nothing local but one server: all others wait, on one."""
-    load = expected_token_rates(trace, slots_cluster(["a", "b"], [[18], [18]]))
+    token_rates = expected_token_rates(trace, slots_cluster(["a", "b"], [[18], [18]]))
     everything = np.ones((2, 3, 6), bool)
-    assert step_score(everything, trace, load).waiting_share == 0
-    assert step_score(everything, trace, load).mean_destinations == 0
+    assert step_score(everything, trace, token_rates).waiting_share == 0
+    assert step_score(everything, trace, token_rates).mean_destinations == 0
     everything[1] = False
-    got = step_score(everything, trace, load)
+    got = step_score(everything, trace, token_rates)
     assert got.waiting_by_server == [0.0, 1.0]
     assert got.destinations_by_server == [0.0, 1.0]
-    assert worst(got.waiting_by_server) == (1, 1.0)
+    assert largest_share(got.waiting_by_server) == (1, 1.0)
 
 
 def test_an_expert_held_nowhere_waits_and_goes_nowhere(trace: Trace) -> None:
     """Uncovered experts make steps wait and add no destination."""
-    load = TokenRates(trace.tasks, np.ones((1, 2)))
-    got = step_score(np.zeros((1, 3, 6), bool), trace, load)
+    token_rates = TokenRates(trace.tasks, np.ones((1, 2)))
+    got = step_score(np.zeros((1, 3, 6), bool), trace, token_rates)
     assert (got.waiting_share, got.mean_destinations) == (1.0, 0.0)
 
 
@@ -194,8 +194,8 @@ def test_shares_of_servers_without_calls() -> None:
     f[0] = [[1, 3]]
     got = remote_score(f, np.array([[[True, False]], [[False, True]]]))
     assert got.by_server == [0.75, None]
-    assert worst(got.by_server) == (0, 0.75)
-    assert worst([None, None]) is None
+    assert largest_share(got.by_server) == (0, 0.75)
+    assert largest_share([None, None]) is None
     assert remote_score(np.zeros((1, 1, 2)), np.zeros((1, 1, 2), bool)).share == 0.0
 
 

@@ -132,12 +132,12 @@ def test_rates() -> None:
     """Token rates are requests per second by share of requests by mean tokens of the task."""
     trace = mixed_trace()
     shares = {"law": 0.5, "chat": 0.5}
-    load = expected_token_rates(trace, cluster({"tasks": shares, "arrival_interval_s": 4.0}))
+    token_rates = expected_token_rates(trace, cluster({"tasks": shares, "arrival_interval_s": 4.0}))
     mean = dict(zip(TASKS, trace.mean_tokens(), strict=True))
-    assert load.tasks == TASKS
-    np.testing.assert_allclose(load.rates, [[mean["law"] / 8, 0, mean["chat"] / 8]])
+    assert token_rates.tasks == TASKS
+    np.testing.assert_allclose(token_rates.rates, [[mean["law"] / 8, 0, mean["chat"] / 8]])
     with pytest.raises(ValueError, match="read-only"):
-        load.rates[0] = 0
+        token_rates.rates[0] = 0
 
 
 @pytest.mark.parametrize("weight", [None, 0.25, 3.0])

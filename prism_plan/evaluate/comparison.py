@@ -10,11 +10,11 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.instance import Instance
 from prism_plan.model import require_same_model
-from prism_plan.objective import RemoteScore, StepScore, score, step_score, worst
+from prism_plan.objective import RemoteScore, StepScore, largest_share, score, step_score
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
-from prism_plan.token_rates import expected_token_rates
+from prism_plan.token_rates import TokenRates, expected_token_rates
 from prism_plan.trace import Trace
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Row:
         """Plain values for ``--json`` and plots."""
         remote, steps, placement = self.remote, self.steps, self.placement
         servers = placement.servers if placement else ()
-        worst_remote = worst(remote.by_server) if remote else None
-        worst_waiting = worst(steps.waiting_by_server) if steps else None
+        worst_remote = largest_share(remote.by_server) if remote else None
+        worst_waiting = largest_share(steps.waiting_by_server) if steps else None
         return {
             "name": self.name,
             "solver": placement.plan.solver if placement else None,
@@ -148,7 +148,7 @@ def compare(
     planned, scored = (trace, trace) if holdout is None else trace.split(holdout, options.seed)
     instance = Instance.build(planned, cluster, min_replicas=min_replicas)
     target = Instance.build(scored, cluster, min_replicas=min_replicas)
-    load = expected_token_rates(scored, cluster)
+    token_rates = expected_token_rates(scored, cluster)
     rows: list[Row] = []
     for name in SOLVER_NAMES if solvers is None else solvers:
         pairs = instance.num_servers * instance.model.num_pairs
@@ -164,7 +164,7 @@ def compare(
                 raise
             rows.append(Row(name, note=str(error)))
             continue
-        rows.append(_row(name, placement, target, scored, load))
+        rows.append(_row(name, placement, target, scored, token_rates))
     for name, placement in placements:
         progress(name)
         require_same_model(placement.model, trace.model, source=name, other=trace.name)
@@ -175,7 +175,7 @@ def compare(
                 place="servers",
                 expected=f"those of {cluster.name}, in order: {', '.join(instance.servers)}",
             )
-        rows.append(_row(name, placement, target, scored, load))
+        rows.append(_row(name, placement, target, scored, token_rates))
     return Comparison(
         rows=tuple(rows),
         trace=trace.name,
@@ -189,12 +189,15 @@ def compare(
     )
 
 
-def _row(name: str, placement: Placement, target: Instance, scored: Trace, load: Any) -> Row:
+def _row(
+    name: str, placement: Placement, target: Instance, scored: Trace, token_rates: TokenRates
+) -> Row:
+    has_steps = scored.kind == "tokens"
     return Row(
         name=name,
         placement=placement,
         remote=score(placement, target),
-        steps=step_score(placement.local, scored, load) if scored.kind == "tokens" else None,
+        steps=step_score(placement.local, scored, token_rates) if has_steps else None,
         planned_share=placement.plan.remote_share,
         violations=len(violations(placement, instance=target)),
     )
