@@ -1,4 +1,4 @@
-"""The planning problem as an integer program in PuLP: the referee, and for experts of unequal size.
+"""The planning problem as an integer program in PuLP, which also takes experts of unequal size.
 
 Back ends: HiGHS and the CBC that comes with PuLP. Both satisfy a constraint within a tolerance of
 about 1e-6, which is some bytes where experts have millions of them. So a result is checked in
@@ -8,18 +8,12 @@ capacities written digit by digit, where a tolerance of 1e-6 is far below one by
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
-import os
-import re
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +25,7 @@ from prism_plan.instance import Instance
 from prism_plan.placement import server_of_gpu
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult
 from prism_plan.solvers.packing import reference_local
+from prism_plan.solvers.pulp_backend import solve_problem
 
 #: A gap of this share of all calls is rounding of the back ends, not distance from the optimum.
 TOLERANCE = 1e-7
@@ -115,15 +110,13 @@ def _solve_to_the_byte(
         The result does not fit even where a byte is far more than the back end's tolerance.
     """
     begin = time.monotonic()
-    result = _run_backend(instance, value, options, by_digits=False)
-    if _fits(instance, result):
-        return result
-    if options.time_limit_s is not None:
-        left_s = max(options.time_limit_s - (time.monotonic() - begin), 1e-3)
-        options = dataclasses.replace(options, time_limit_s=left_s)
-    result = _run_backend(instance, value, options, by_digits=True)
-    if _fits(instance, result):
-        return result
+    for by_digits in (False, True):
+        result = _run_backend(instance, value, options, by_digits=by_digits)
+        if _fits(instance, result):
+            return result
+        if options.time_limit_s is not None:
+            left_s = max(options.time_limit_s - (time.monotonic() - begin), 1e-3)
+            options = dataclasses.replace(options, time_limit_s=left_s)
     other = "cbc" if options.backend == "highs" else "highs"
     raise LimitReached(
         f"ilp with {options.backend} found no placement that fits to the byte; "
@@ -138,11 +131,7 @@ def _run_backend(
     import pulp
 
     problem, variables, gpu_variables = _build_problem(instance, value, by_digits=by_digits)
-    with _silent_stdout(), tempfile.TemporaryDirectory(prefix="prism-plan-") as folder:
-        log = Path(folder) / "log"
-        with _children_killed_on_error():
-            problem.solve(_pulp_solver(options, log))
-        bound = _proven_bound(problem, options, log)
+    bound = solve_problem(problem, options)
     status = problem.sol_status
     local = on_gpu = None
     if status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
@@ -260,84 +249,6 @@ def _add_capacity_by_digits(
         size, capacity = [s // base for s in size], capacity // base
 
 
-def _pulp_solver(options: Options, log: Path) -> Any:
-    """The back end as PuLP's solver, which stops only at a proven optimum or at the time limit."""
-    import pulp
-
-    if options.backend == "highs":
-
-        class Highs(pulp.HiGHS):  # type: ignore[misc]
-            def callSolver(self, lp: Any) -> None:  # noqa: N802 - PuLP's name
-                _run_interruptibly(lp.solverModel)
-
-        return Highs(msg=False, timeLimit=options.time_limit_s, gapRel=0.0, gapAbs=0.0, threads=1)
-    solver = pulp.COIN_CMD(
-        path=pulp.PULP_CBC_CMD.pulp_cbc_path,  # the CBC that comes with PuLP
-        msg=False,
-        timeLimit=options.time_limit_s,
-        gapRel=0.0,
-        threads=1,
-        logPath=str(log),
-    )
-    solver.tmpDir = str(log.parent)
-    return solver
-
-
-def _run_interruptibly(highs: Any) -> None:
-    """Run HiGHS in a thread of its own, so that Ctrl-C is seen before the search ends."""
-    highs.HandleUserInterrupt = True
-    thread = highs.startSolve()
-    try:
-        while thread.is_alive():
-            thread.join(0.05)
-    except BaseException:
-        highs.cancelSolve()
-        thread.join(1)  # it may end later; nothing waits for it
-        raise
-
-
-@contextlib.contextmanager
-def _children_killed_on_error() -> Iterator[None]:
-    """Kill CBC when the wait for it is interrupted, for PuLP leaves it running."""
-    import psutil
-
-    process = psutil.Process()
-    before = set(process.children(recursive=True))
-    try:
-        yield
-    except BaseException:
-        for child in set(process.children(recursive=True)) - before:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-                child.wait(5)
-        raise
-
-
-_CBC_BOUND = re.compile(r"^Lower bound:\s+(\S+)", re.MULTILINE)
-_CBC_RELAXED = re.compile(r"^Continuous objective value is\s+(\S+)", re.MULTILINE)
-_CBC_OPTIMAL = re.compile(r"^(?:Result - Optimal solution found|Optimal objective)", re.MULTILINE)
-
-
-def _proven_bound(problem: Any, options: Options, log: Path) -> float | None:
-    """The back end's own proven bound on the scaled objective, if it reports one."""
-    import pulp
-
-    if options.backend == "highs":
-        model = getattr(problem, "solverModel", None)
-        if model is None:
-            return None
-        bound = float(model.getInfo().mip_dual_bound)
-        return bound if math.isfinite(bound) else None
-    text = log.read_text(errors="replace") if log.exists() else ""
-    found = _CBC_BOUND.search(text)
-    if found:
-        return float(found.group(1))
-    if _CBC_OPTIMAL.search(text) and problem.sol_status == pulp.LpSolutionOptimal:
-        return float(pulp.value(problem.objective))
-    found = _CBC_RELAXED.search(text)
-    return float(found.group(1)) if found else None
-
-
 def _binary_values(variables: Any, instance: Instance) -> npt.NDArray[np.bool_] | None:
     """Which variables are 1, bool [N or G, L, E]; ``None`` if some are neither 0 nor 1."""
     values = [[variable.value() for variable in row] for row in variables]
@@ -349,23 +260,9 @@ def _binary_values(variables: Any, instance: Instance) -> npt.NDArray[np.bool_] 
     return array > 0.5
 
 
-@contextlib.contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Discard what HiGHS prints to file descriptor 1: a banner, even with ``msg=False``."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as devnull:
-            os.dup2(devnull.fileno(), 1)
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-
-
 SOLVER = Solver(
     name="ilp",
-    summary="integer program in PuLP (HiGHS or CBC): the referee on small and medium clusters",
+    summary="integer program in PuLP (HiGHS or CBC), for small and medium clusters",
     guarantee="optimal, or the gap that a time limit left; experts of unequal size too",
     function=_solve,
     supports=frozenset(Feature),
