@@ -52,7 +52,7 @@ def require_feasible(instance: Instance) -> None:
 
 
 def _require_bytes(instance: Instance) -> None:
-    """Refuse too little memory in all: necessary, not sufficient, for whole experts must pack."""
+    """Refuse too few bytes in all: enough is necessary, not sufficient, for whole experts."""
     needed = int(instance.expert_size.sum()) * instance.model.num_experts * instance.min_replicas
     capacity = sum(sum(gpus) for gpus in instance.gpu_capacity)
     if capacity < needed:

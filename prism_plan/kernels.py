@@ -46,11 +46,11 @@ def first_bad_selection(
 def smallest_cover(
     masks: npt.NDArray[np.int64], count: int, full: int, exact_up_to: int, chosen: npt.NDArray[Any]
 ) -> int:  # pragma: no cover - compiled
-    """Smallest set of the first ``count`` masks whose union is ``full``; its size is returned.
+    """Find the smallest set of the first ``count`` bit masks whose union is ``full``.
 
-    ``chosen`` receives the positions, ascending; of the smallest sets the lexicographically first.
-    Up to ``exact_up_to`` masks by enumeration in order of size; beyond, greedily (largest gain,
-    lowest position first). The union of all masks must be ``full``.
+    Returns its size; ``chosen`` receives the positions, ascending; of the smallest sets the
+    lexicographically first. Up to ``exact_up_to`` masks by enumeration in order of size; beyond,
+    greedily (largest gain, lowest position first). The union of all masks must be ``full``.
     """
     if count > exact_up_to:
         covered = 0

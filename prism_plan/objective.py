@@ -100,14 +100,14 @@ def largest_share(shares: list[float | None]) -> tuple[int, float] | None:
 
 
 def remote_score(activations: npt.NDArray[np.float64], local: npt.NDArray[np.bool_]) -> RemoteScore:
-    """Calls and remote calls of each server from f and locality, both [N, L, E]."""
+    """Score ``activations`` [N, L, E] where ``local`` [N, L, E] says which server holds what."""
     calls = [math.fsum(f.ravel()) for f in activations]
     remote = [math.fsum(f[~held]) for f, held in zip(activations, local, strict=True)]
     return RemoteScore(np.array(calls), np.array(remote))
 
 
 def score(placement: Placement, instance: Instance) -> RemoteScore:
-    """Remote calls of a placement under the activations of an instance.
+    """Score the remote calls of a placement under the activations of an instance.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def score(placement: Placement, instance: Instance) -> RemoteScore:
 
 
 def step_score(local: npt.NDArray[np.bool_], trace: Trace, token_rates: TokenRates) -> StepScore:
-    """Waiting steps and destinations of locality [N, L, E] over every token of a trace.
+    """Score the waiting steps and destinations of every token, where ``local`` is [N, L, E].
 
     A token of task t has weight rate[n, t] / tokens[t] at server n.
 

@@ -33,7 +33,7 @@ def is_printable(character: str) -> bool:
 
 
 def printable(text: object) -> str:
-    """``text`` on one line, with characters that are not displayed as Python's escapes.
+    """``text`` on one line; characters that would not be displayed become escapes of Python.
 
     Backslashes stay single, so that a text that has been escaped is not changed again.
     """
@@ -76,7 +76,7 @@ def printable_lines(text: str) -> str:
 
 
 def printable_json(text: str) -> str:
-    r"""JSON text of the same values, with characters that are not displayed as escapes.
+    r"""JSON text of the same values; characters that would not be displayed become escapes.
 
     Outside of its strings JSON has none but newlines and tabs, which stay; inside of them each
     becomes JSON's escape ``\uXXXX``.

@@ -84,7 +84,9 @@ def _missing_weight(cluster: Cluster, server: int) -> InputError:
 
 
 def expected_token_rates(trace: Trace, cluster: Cluster) -> TokenRates:
-    """Token rates r·s_t·m_t of docs/design.md, section 1 (``weight`` replaces their sum over t).
+    """Token rates of a cluster's users, with the mean tokens of a request from a trace.
+
+    These are r·s_t·m_t of docs/design.md, section 1; ``weight`` replaces their sum over t.
 
     Raises
     ------
@@ -139,7 +141,7 @@ def shares_by_task(trace: Trace, tasks: Mapping[str, float], place: str) -> npt.
 
 
 def activations(trace: Trace, token_rates: TokenRates) -> npt.NDArray[np.float64]:
-    """f[n, l, e], expected calls per second, float64 [N, L, E]."""
+    """Expected calls per second of each expert by each server, f[n, l, e], float64 [N, L, E]."""
     calls_per_token = trace.calls_per_token()
     calls: npt.NDArray[np.float64] = np.einsum("nt,tle->nle", token_rates.rates, calls_per_token)
     return calls

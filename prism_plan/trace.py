@@ -110,7 +110,7 @@ BatchSource = Callable[[], Iterator[TokenBatch]]
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """A trace and its totals.
+    """The experts that the tokens of each task called: totals and, if recorded, every token.
 
     Shapes: ``counts`` int64 [tasks, L, E], calls; ``tokens`` int64 [tasks]; ``requests`` int64
     [tasks] or ``None`` where the trace is counts-only. ``batches`` starts a new pass over the
@@ -149,12 +149,12 @@ class Trace:
         return "counts" if self.batches is None else "tokens"
 
     def calls_per_token(self) -> npt.NDArray[np.float64]:
-        """p_t[l, e] of docs/design.md, section 1, [tasks, L, E]; zero for a task without tokens."""
+        """Calls of each expert per token, p_t[l, e], [tasks, L, E]; zero for tasks without tokens."""
         tokens = np.maximum(self.tokens, 1).astype(np.float64)
         return self.counts / tokens[:, None, None]
 
     def mean_tokens(self) -> npt.NDArray[np.float64]:
-        """m_t, mean tokens of a request of each task, [tasks]; one where it is not known."""
+        """Mean tokens of a request of each task, m_t, [tasks]; one where it is not known."""
         if self.requests is None:
             return np.ones(len(self.tasks))
         return self.tokens / np.maximum(self.requests, 1)

@@ -69,7 +69,7 @@ class TraceTotals:
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """Calls, int64 [tasks, L, E]."""
+        """Calls of each expert by each task, int64 [tasks, L, E]."""
         return self._counts[: len(self.tokens)]
 
     def grow(self, num_tasks: int) -> None:

@@ -25,7 +25,7 @@ def layer_entropy(activations: Floats) -> Floats:
 
 
 def entropy_counts(instance: Instance) -> Ints:
-    """K[n, l], experts of each layer for each server, int64 [N, L].
+    """Number of experts of each layer that each server holds, K[n, l], int64 [N, L].
 
     K = C·H/ΣH, at most E, floored; largest remainders get the rest (ties: lowest layer). Where no
     layer of a server has any entropy, counts are uniform. Then the repair: while the servers

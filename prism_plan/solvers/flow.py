@@ -79,6 +79,7 @@ def _offer(s: FlowState, k: int, n: int, g: int, to: int, loss: int) -> None:  #
 
 @jit
 def _add(s: FlowState, k: int, n: int) -> None:  # pragma: no cover - compiled
+    """Give expert k to server n, and update the cache."""
     g = k // s.group_size
     servers = len(s.slots)  # also the column of drops
     s.state[k, n] = HELD
@@ -100,6 +101,7 @@ def _add(s: FlowState, k: int, n: int) -> None:  # pragma: no cover - compiled
 
 @jit
 def _remove(s: FlowState, k: int, n: int) -> None:  # pragma: no cover - compiled
+    """Take expert k from server n, and update the cache."""
     g = k // s.group_size
     servers = len(s.slots)
     s.state[k, n] = FREE

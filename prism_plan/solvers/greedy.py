@@ -14,7 +14,7 @@ from prism_plan.instance import Instance
 def greedy_with_coverage(
     instance: Instance, counts: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Fill each server's count of each layer: bool [N, L, E], Σ_e local = ``counts`` [N, L].
+    """Choose the experts of each server, ``counts`` [N, L] of each layer, as bool [N, L, E].
 
     Each server takes its K[n, l] most used experts of layer l. While an expert of the layer is
     nowhere, the server that holds most duplicates in that layer drops its least used duplicate

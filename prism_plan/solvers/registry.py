@@ -23,7 +23,7 @@ SOLVER_NAMES = tuple(_MODULES)
 
 
 def get_solver(name: str) -> Solver:
-    """The solver of that name.
+    """The solver with this name.
 
     Raises
     ------

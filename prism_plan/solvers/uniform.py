@@ -27,7 +27,7 @@ def proportional_quotas(total: int, capacity: npt.NDArray[np.int64]) -> npt.NDAr
 
 
 def uniform_local(instance: Instance) -> npt.NDArray[np.bool_]:
-    """Locality of the uniform placement, bool [N, L, E].
+    """Which server holds which expert in the uniform placement, bool [N, L, E].
 
     Documented assumption: experts in index order go to servers in the order of (i + ½) / quota[n],
     i counting those of server n, so that every run of experts is spread in proportion.
