@@ -8,6 +8,7 @@ import numpy.typing as npt
 from prism_plan.errors import Infeasible
 from prism_plan.instance import Instance
 from prism_plan.placement import server_of_gpu
+from prism_plan.text import listed
 
 
 def require_feasible(instance: Instance) -> None:
@@ -137,12 +138,11 @@ def explain_infeasible(instance: Instance) -> None:
     reached[breadth_first_order(residual, 0, return_predecessors=False)] = True
     # experts beyond the cut need more replicas than the servers before it can hold
     short = np.flatnonzero(~reached[pair_node] & (need > 0))
-    names = [instance.model.pair_text(int(pair)) for pair in short[:3]]
-    more = f" and {len(short) - 3} more" if len(short) > 3 else ""
+    names = listed(map(instance.model.pair_text, short.tolist()))
     needed = int(need[short].sum())
     besides = " besides pinned ones" if instance.pinned else ""
     raise Infeasible(
-        f"{', '.join(names)}{more} want {needed:,} copies{besides}, but slots, pins, forbid and "
+        f"{names} want {needed:,} copies{besides}, but slots, pins, forbid and "
         f"layer_cap leave room for {needed - shortfall:,}",
         shortfall=shortfall,
         unit="slots",

@@ -240,8 +240,6 @@ class _Presets(Mapping[str, ModelSpec]):
     """The specs in ``presets/*.json``, each read on first use."""
 
     def __getitem__(self, name: str) -> ModelSpec:
-        if name not in _preset_files():
-            raise KeyError(name)
         return _preset(name)
 
     def __iter__(self) -> Iterator[str]:

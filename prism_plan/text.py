@@ -14,8 +14,6 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-#: Newline, carriage return and tab have escapes of their own; the others are numbers.
-_NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 #: Names that are written out before "and n more", and characters of each.
 MAX_LISTED, MAX_LISTED_LENGTH = 3, 40
 #: Printable characters of ASCII: text of these alone is not examined character by character.
@@ -40,7 +38,7 @@ def printable(text: object) -> str:
     plain = str(text)
     if _PLAIN.fullmatch(plain):
         return plain
-    return "".join(c if is_printable(c) else _escape(c) for c in plain)
+    return "".join(c if is_printable(c) else c.encode("unicode_escape").decode() for c in plain)
 
 
 def shown(value: object, max_length: int = 60) -> str:
@@ -84,15 +82,6 @@ def printable_json(text: str) -> str:
     if _PLAIN.fullmatch(text):
         return text
     return "".join(c if c in "\n\r\t" or is_printable(c) else _json_escape(c) for c in text)
-
-
-def _escape(character: str) -> str:
-    if character in _NAMED:
-        return _NAMED[character]
-    code = ord(character)
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def _json_escape(character: str) -> str:

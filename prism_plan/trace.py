@@ -46,14 +46,8 @@ class TokenBatch:
 
     def rows(self, keep: npt.NDArray[Any] | slice) -> TokenBatch:
         """Only the rows that ``keep`` (a mask, indices or a slice) names."""
-        return TokenBatch(
-            self.request[keep],
-            self.position[keep],
-            self.phase[keep],
-            self.task[keep],
-            self.experts[keep],
-            None if self.weights is None else self.weights[keep],
-        )
+        columns = {key: column for key, column in vars(self).items() if column is not None}
+        return TokenBatch(**{key: column[keep] for key, column in columns.items()})
 
     def invalid_selection(self, model: ModelSpec, first_row: int = 0) -> InputError | None:
         """The error that names the first invalid selection, or ``None``.
@@ -94,15 +88,10 @@ def first_invalid_selection(
 
 def concatenate_batches(batches: Sequence[TokenBatch]) -> TokenBatch:
     """One batch of all rows, in order; gate weights only where all batches have them."""
-    weights = [batch.weights for batch in batches if batch.weights is not None]
-    return TokenBatch(
-        request=np.concatenate([batch.request for batch in batches]),
-        position=np.concatenate([batch.position for batch in batches]),
-        phase=np.concatenate([batch.phase for batch in batches]),
-        task=np.concatenate([batch.task for batch in batches]),
-        experts=np.concatenate([batch.experts for batch in batches]),
-        weights=np.concatenate(weights) if len(weights) == len(batches) else None,
-    )
+    columns = {key: [vars(batch)[key] for batch in batches] for key in vars(batches[0])}
+    if any(weights is None for weights in columns["weights"]):
+        del columns["weights"]
+    return TokenBatch(**{key: np.concatenate(parts) for key, parts in columns.items()})
 
 
 BatchSource = Callable[[], Iterator[TokenBatch]]
@@ -149,7 +138,7 @@ class Trace:
         return "counts" if self.batches is None else "tokens"
 
     def calls_per_token(self) -> npt.NDArray[np.float64]:
-        """Calls of each expert per token, p_t[l, e], [tasks, L, E]; zero for tasks without tokens."""
+        """Calls of each expert per token, p_t[l, e], [tasks, L, E]; zero without tokens."""
         tokens = np.maximum(self.tokens, 1).astype(np.float64)
         return self.counts / tokens[:, None, None]
 

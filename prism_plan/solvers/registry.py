@@ -7,19 +7,17 @@ from importlib import import_module
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.solvers.contract import Feature, Solver
 
-_MODULES = {
-    "uniform": "uniform",
-    "redundance": "redundance",
-    "smartmoe": "smartmoe",
-    "eplb": "eplb",
-    "layer-partition": "layer_partition",
-    "prism": "prism",
-    "ilp": "ilp",
-    "exact": "exact",
-}
-
-#: In the order of tables, from naive to exact.
-SOLVER_NAMES = tuple(_MODULES)
+#: In the order of tables, from naive to exact; the module of each has underscores for hyphens.
+SOLVER_NAMES = (
+    "uniform",
+    "redundance",
+    "smartmoe",
+    "eplb",
+    "layer-partition",
+    "prism",
+    "ilp",
+    "exact",
+)
 
 
 def get_solver(name: str) -> Solver:
@@ -30,12 +28,12 @@ def get_solver(name: str) -> Solver:
     InputError
         There is none.
     """
-    if name not in _MODULES:
+    if name not in SOLVER_NAMES:
         raise InputError(
             f"unknown solver {name!r}{did_you_mean(name, SOLVER_NAMES)}",
             expected=f"one of {', '.join(SOLVER_NAMES)}",
         )
-    solver: Solver = import_module(f"prism_plan.solvers.{_MODULES[name]}").SOLVER
+    solver: Solver = import_module(f"prism_plan.solvers.{name.replace('-', '_')}").SOLVER
     return solver
 
 
