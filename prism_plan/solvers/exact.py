@@ -140,24 +140,18 @@ def _fill_free_slots(instance: Instance, local: Bools) -> None:
     """
     forbidden = instance.mask(instance.forbidden)
     by_demand = np.argsort(-instance.activations.sum(axis=0), axis=None, kind="stable")
-    experts = instance.model.num_experts
-    for n, slots in enumerate(instance.slots):
-        free = int(slots) - int(local[n].sum())
-        cap = instance.layer_caps[n]
-        if free <= 0:
-            continue
+    for n, cap in enumerate(instance.max_per_layer):
+        free = int(instance.slots[n]) - int(local[n].sum())
         num_held = local[n].sum(axis=1)
         for pair in by_demand.tolist():
-            layer, expert = divmod(pair, experts)
-            if local[n, layer, expert] or forbidden[n, layer, expert]:
-                continue
-            if cap is not None and num_held[layer] >= cap:
-                continue
-            local[n, layer, expert] = True
-            num_held[layer] += 1
-            free -= 1
-            if not free:
+            if free <= 0:
                 break
+            layer, expert = divmod(pair, instance.model.num_experts)
+            taken = local[n, layer, expert] or forbidden[n, layer, expert]
+            if not taken and num_held[layer] < cap:
+                local[n, layer, expert] = True
+                num_held[layer] += 1
+                free -= 1
 
 
 @functools.cache

@@ -86,8 +86,8 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
 class _BackendResult:
     """How one run of a back end ended, with PuLP's name of its ``status``.
 
-    ``local`` bool [N, L, E] and ``on_gpu`` bool [G, L, E] are its best placement, ``None`` without
-    one; ``on_gpu`` also where experts are of one size. ``bound`` is a proven lower bound on the
+    ``local`` bool [N, L, E] and ``on_gpu`` bool [G, L, E] are its best placement or ``None``
+    (``on_gpu`` always where experts are of one size). ``bound`` is a proven lower bound on the
     scaled objective, ``finished`` whether the search ended by itself.
     """
 
