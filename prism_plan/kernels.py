@@ -25,7 +25,7 @@ def count_selections(
 
 
 @jit
-def first_bad_selection(
+def find_invalid_selection(
     experts: npt.NDArray[np.uint16], num_experts: int
 ) -> tuple[int, int]:  # pragma: no cover - compiled
     """Row and layer of the first id out of range or named twice; (-1, -1) if all are valid."""

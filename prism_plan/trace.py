@@ -80,9 +80,9 @@ def first_invalid_selection(
 
     Invalid is an id of ``num_experts`` or more, or one expert twice for one token and layer.
     """
-    from prism_plan.kernels import first_bad_selection
+    from prism_plan.kernels import find_invalid_selection
 
-    row, layer = first_bad_selection(experts, num_experts)
+    row, layer = find_invalid_selection(experts, num_experts)
     return None if row < 0 else (row, layer)
 
 

@@ -155,7 +155,7 @@ def test_impossible_clusters(servers: tuple[Server, ...], place: str) -> None:
     assert caught.value.place == place
 
 
-def test_slots_tell_no_bytes() -> None:
+def test_slots_give_no_bytes() -> None:
     """A GPU given by slots has no memory size to compute with."""
     with pytest.raises(ValueError, match="no memory size"):
         _ = Gpu(slots=3).usable_bytes

@@ -129,7 +129,7 @@ def test_derived_numbers(model: ModelSpec) -> None:
 
 
 def test_pair_text() -> None:
-    """Pair l·E + e is told by its decoder layer, not by the position of the layer."""
+    """Pair l·E + e is named by its decoder layer, not by the position of the layer."""
     texts = [SPEC.pair_text(pair) for pair in range(SPEC.num_pairs)]
     assert texts == [f"layer {layer} expert {e}" for layer in (1, 3, 4) for e in range(4)]
 
@@ -139,7 +139,7 @@ def test_pair_text() -> None:
     [((1, 2, 3), "1..3"), ((0, 1), "0..1"), ((5,), "5"), ((1, 3, 5), "1, 3, 5"), ((1, 3), "1, 3")],
 )
 def test_layers_text(layers: tuple[int, ...], text: str) -> None:
-    """A run of layers is told by its ends, anything else in full."""
+    """A run of layers is written as its ends, anything else in full."""
     assert changed(moe_layers=layers, num_decoder_layers=0).layers_text() == text
 
 

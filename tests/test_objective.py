@@ -130,7 +130,7 @@ def test_an_expert_held_nowhere_waits_and_goes_nowhere(trace: Trace) -> None:
 
 
 def test_counts_only_has_no_steps(mixtral_trace: Trace) -> None:
-    """A counts-only trace does not tell which experts are called together."""
+    """A counts-only trace does not record which experts are called together."""
     with pytest.raises(ValueError, match="called together"):
         step_score(np.ones((1, 32, 8), bool), mixtral_trace, TokenRates((), np.ones((1, 7))))
 

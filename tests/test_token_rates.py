@@ -182,7 +182,7 @@ def test_counts_only() -> None:
 def test_counts_only_needs_weight() -> None:
     """A rate of requests says nothing of tokens where the trace has counts only.
 
-    Where a server gives neither, both are asked for at once, by the planner and by the simulator.
+    Where a server gives neither, both are requested at once, by the planner and by the simulator.
     """
     trace = counts_only(mixed_trace())
     sites = cluster({}, {"tasks": {"law": 1.0}, "arrival_interval_s": 10.0})

@@ -292,7 +292,7 @@ def test_bad_selection_is_named(ids: list[int], message: str) -> None:
 )
 @settings(max_examples=30, deadline=None)
 def test_split(seed: int, holdout: float, requests: list[int]) -> None:
-    """A split keeps requests whole, in one part each, by task in the share asked for."""
+    """A split keeps requests whole, in one part each, by task in the required share."""
     model = tiny_model()
     trace = random_trace(seed, model, {f"task{i}": n for i, n in enumerate(requests)})
     planned, held = trace.split(holdout, seed)

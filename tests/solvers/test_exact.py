@@ -141,7 +141,7 @@ def test_values_below_zero(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("rules", [False, True])
-def test_certificate_needs_no_word_of_the_solver(seed: int, rules: bool) -> None:
+def test_the_certificate_is_checked_without_the_solver(seed: int, rules: bool) -> None:
     """The bound from prices meets the objective, so the placement is proven optimal."""
     instance = medium(seed, rules=rules)
     local, prices, _ = solve_flow(instance, instance.activations)

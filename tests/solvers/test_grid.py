@@ -213,20 +213,20 @@ def test_heuristics_refuse_what_they_have_no_rule_for(solver: str) -> None:
     """Replicas, pins and prices are refused, naming the solvers that have a rule."""
     instance = make(np.ones((2, 1, 2)), [2, 2])
     old = solve(instance, "uniform")
-    asked = [
+    problems = [
         (instance.replace(min_replicas=2), Options()),
         (instance.replace(pinned=((0, 0, 1),)), Options()),
         (instance.replace(forbidden=((0, 0, 1),)), Options()),
         (instance.replace(layer_caps=(1, None)), Options()),
         (instance, Options(reference=old)),
     ]
-    for changed, options in asked:
+    for changed, options in problems:
         with pytest.raises(UnsupportedFeature, match="solvers that have: ilp, exact"):
             solve(changed, solver, options)
 
 
 def test_knowledge_is_declared() -> None:
-    """The exact flow knows all rules but unequal sizes; the ILP knows all."""
+    """The exact flow supports all features but unequal sizes; the ILP supports all."""
     assert get_solver("ilp").supports == frozenset(Feature)
     assert get_solver("exact").supports == frozenset(Feature) - {Feature.UNEQUAL_BYTES}
     assert solvers_supporting(frozenset({Feature.UNEQUAL_BYTES})) == ["ilp"]

@@ -37,7 +37,7 @@ def test_no_placement_within_the_limit(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["highs", "cbc"])
-def test_a_limit_with_a_placement_tells_the_gap(backend: str) -> None:
+def test_a_limit_with_a_placement_reports_the_gap(backend: str) -> None:
     """Stopped early with a placement: not called optimal, bound below it, gap as stated."""
     instance = hard(layers=12, experts=32)
     options = Options(backend=backend, time_limit_s=4.0)  # type: ignore[arg-type]

@@ -104,7 +104,7 @@ def test_room_for_three_layers_less_a_byte(backend: Backend, spare: int) -> None
 
 
 def test_an_answer_that_never_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A back end that gives a byte too much in both forms is told of in a line, not believed."""
+    """A back end whose results are a byte too large in both forms is an error of one line."""
     monkeypatch.setattr(ilp, "_fits", lambda instance, result: False)
     with pytest.raises(LimitReached, match="ilp with highs found no placement that fits to the b"):
         solve(tight(4), "ilp")
