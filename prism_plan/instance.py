@@ -216,9 +216,10 @@ class Instance:
         Infeasible
             A GPU is too small for what must reside on it.
         """
-        require_array_size(cluster.num_servers, model.num_layers, model.num_experts, "servers")
+        shape = (cluster.num_servers, model.num_layers, model.num_experts)
+        require_array_size(*shape, "servers")
         if activations is None:
-            activations = np.zeros((cluster.num_servers, model.num_layers, model.num_experts))
+            activations = np.zeros(shape)
         return cls(
             model=model.shape(),
             servers=tuple(server.name for server in cluster.servers),

@@ -169,7 +169,9 @@ class Trace:
                 expected="a token-level trace for ``holdout``",
                 remedy="leave ``holdout`` out, or profile token by token",
             )
-        keys = distinct_keys([request_keys(batch.task, batch.request) for batch in self.batches()])
+        found = [np.zeros(0, np.int64)]
+        found += [request_keys(batch.task, batch.request) for batch in self.batches()]
+        keys = distinct_keys(found)
         first = np.searchsorted(keys >> 32, np.arange(len(self.tasks) + 1))
         rng = np.random.default_rng(seed)
         held_out = [np.zeros(0, np.int64)]
