@@ -94,6 +94,11 @@ class Placement:
             local[n] |= self.on_gpu[g]
         return local
 
+    def on_gpus_of(self, name: str) -> npt.NDArray[np.bool_]:
+        """What the GPUs of the named server hold, [GPUs, L, E]; empty without such a server."""
+        server = self.servers.index(name) if name in self.servers else -1
+        return self.on_gpu[self.gpus_of(server)]
+
     def gpus_of(self, server: int) -> npt.NDArray[np.int64]:
         """Indices into the G axis of the GPUs of a server."""
         return np.flatnonzero(self.server_of_gpu == server)

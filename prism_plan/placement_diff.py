@@ -75,7 +75,7 @@ def diff(a: Placement, b: Placement, names: tuple[str, str] = ("A", "B")) -> Pla
     shape = (len(servers), *b.on_gpu.shape[1:])
     loads, drops, shifts = (np.zeros(shape, bool) for _ in range(3))
     for n, name in enumerate(servers):
-        before, after = _gpus(a, name), _gpus(b, name)
+        before, after = a.on_gpus_of(name), b.on_gpus_of(name)
         width = max(len(before), len(after))
         before, after = (
             np.pad(held, ((0, width - len(held)), (0, 0), (0, 0))) for held in (before, after)
@@ -85,10 +85,3 @@ def diff(a: Placement, b: Placement, names: tuple[str, str] = ("A", "B")) -> Pla
         drops[n] = had & ~has
         shifts[n] = had & has & (after & ~before).any(axis=0)
     return PlacementDiff(b.model, servers, loads, drops, shifts)
-
-
-def _gpus(placement: Placement, name: str) -> npt.NDArray[np.bool_]:
-    """What the GPUs of the named server hold, [GPUs, L, E]; empty without such a server."""
-    if name not in placement.servers:
-        return np.zeros((0, *placement.on_gpu.shape[1:]), bool)
-    return placement.on_gpu[placement.gpus_of(placement.servers.index(name))]

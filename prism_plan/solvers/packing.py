@@ -65,9 +65,9 @@ def pack_on_gpus(
     load = expected_load(instance.activations, local).reshape(servers, -1)
     server_of = server_of_gpu(instance.gpu_capacity)
     packed = np.zeros((len(server_of), layers * experts), bool)
-    on_reference = None
+    before = np.zeros_like(packed)
     if reference is not None:
-        on_reference = _reference_on_gpu(instance, reference).reshape(len(server_of), -1)
+        before = _reference_on_gpu(instance, reference).reshape(packed.shape)
     for n in range(servers):
         gpus = np.flatnonzero(server_of == n).tolist()
         free = dict(zip(gpus, instance.gpu_capacity[n], strict=True))
@@ -79,13 +79,12 @@ def pack_on_gpus(
             continue
         placed = np.zeros(len(held), bool)
         total = dict.fromkeys(gpus, 0.0)
-        if on_reference is not None:
-            for g in gpus:
-                kept = np.flatnonzero(on_reference[g, held] & ~placed)[: free[g]]
-                packed[g, held[kept]] = True
-                placed[kept] = True
-                free[g] -= len(kept)
-                total[g] += float(load[n, held[kept]].sum())
+        for g in gpus:
+            kept = np.flatnonzero(before[g, held] & ~placed)[: free[g]]
+            packed[g, held[kept]] = True
+            placed[kept] = True
+            free[g] -= len(kept)
+            total[g] += float(load[n, held[kept]].sum())
         rest = held[~placed]
         order = rest[np.argsort(-load[n, rest], kind="stable")].tolist()
         for pair, g in assign_to_least_loaded(load[n], order, free, total):
@@ -98,21 +97,13 @@ def _reference_on_gpu(instance: Instance, reference: Placement) -> npt.NDArray[n
 
     Servers are matched by name, their GPUs by index.
     """
-    server_of = server_of_gpu(instance.gpu_capacity)
-    on_gpu = np.zeros((len(server_of), *reference.on_gpu.shape[1:]), bool)
-    for n, name in enumerate(instance.servers):
-        if name in reference.servers:
-            gpus = np.flatnonzero(server_of == n)
-            before = reference.gpus_of(reference.servers.index(name))
-            common = min(len(gpus), len(before))
-            on_gpu[gpus[:common]] = reference.on_gpu[before[:common]]
-    return on_gpu
+    on_gpu = []
+    for name, gpus in zip(instance.servers, instance.gpu_capacity, strict=True):
+        before = reference.on_gpus_of(name)[: len(gpus)]
+        on_gpu.append(np.pad(before, ((0, len(gpus) - len(before)), (0, 0), (0, 0))))
+    return np.concatenate(on_gpu)
 
 
 def reference_local(instance: Instance, reference: Placement) -> npt.NDArray[np.bool_]:
     """What a reference placement has on each server of the instance, by name, bool [N, L, E]."""
-    local = np.zeros((instance.num_servers, *reference.on_gpu.shape[1:]), bool)
-    for n, name in enumerate(instance.servers):
-        if name in reference.servers:
-            local[n] = reference.local[reference.servers.index(name)]
-    return local
+    return np.stack([reference.on_gpus_of(name).any(axis=0) for name in instance.servers])
