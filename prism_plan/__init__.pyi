@@ -86,7 +86,7 @@ from .io.sweep import write_sweep as write_sweep
 from .io.trace_reader import read_trace as read_trace
 from .io.trace_writer import TraceWriter as TraceWriter
 from .io.trace_writer import write_trace as write_trace
-from .migration.order import migration_plan as migration_plan
+from .migration.order.find_order import migration_plan as migration_plan
 from .migration.plan import MigrationPlan as MigrationPlan
 from .model import PRESETS as PRESETS
 from .model import ModelShape as ModelShape

@@ -50,7 +50,7 @@ def command(given: MigrateOptions) -> None:
     from prism_plan.io.migration import dump_migration
     from prism_plan.io.placement import read_identified_placement
     from prism_plan.migration.cost import gpu_load_gbs
-    from prism_plan.migration.order import migration_plan
+    from prism_plan.migration.order.find_order import migration_plan
     from prism_plan.text import quantity
 
     names = (given.a, given.b)

@@ -21,7 +21,7 @@ from prism_plan.errors import Infeasible, InputError, UnsupportedFeature, did_yo
 from prism_plan.instance import Instance
 from prism_plan.io.files import printable, write_bytes
 from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
-from prism_plan.migration.order import migration_plan
+from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.policy import Policy, PolicyName, review
 from prism_plan.migration.statistics import Counting, Cumulative, Window
 from prism_plan.model import ModelSpec

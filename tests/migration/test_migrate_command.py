@@ -13,9 +13,9 @@ import pytest
 from prism_plan.io.files import sha256
 from prism_plan.io.migration import read_migration
 from prism_plan.io.placement import read_placement, write_placement
-from prism_plan.migration.plan import check_plan
 from prism_plan.placement import Placement
 from tests.migration.moves_by_hand import placed
+from tests.migration.replay import check_plan
 
 Run = Callable[..., CompletedProcess[str]]
 

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import Infeasible, InputError, WrongModel
-from prism_plan.migration.order import migration_plan
-from prism_plan.migration.plan import LoadTime, MigrationPlan, check_plan
+from prism_plan.migration.order.find_order import migration_plan
+from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.placement import Placement
 from prism_plan.placement_diff import Step
 from tests.migration.moves_by_hand import (
@@ -24,6 +24,7 @@ from tests.migration.moves_by_hand import (
     sizes_of,
     trouble_at,
 )
+from tests.migration.replay import check_plan
 
 
 def story(plan: MigrationPlan) -> list[str]:
