@@ -23,7 +23,7 @@ from prism_plan.io.files import printable, write_bytes
 from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
 from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.policy import Policy, PolicyName, review
-from prism_plan.migration.statistics import Counting, Cumulative, Window
+from prism_plan.migration.statistics import Cumulative, StatisticsOptions, Window
 from prism_plan.model import ModelSpec
 from prism_plan.objective import violations
 from prism_plan.placement import OFFLOAD, InputFile, Placement, Plan
@@ -146,7 +146,7 @@ class SimulationOptions:
             seed=self.seed,
         )
 
-    def counting(self) -> Counting:
+    def counting(self) -> StatisticsOptions:
         """The statistics that reviews go by."""
         half_life_s = self.half_life_s or self.migrate_every_s
         return Cumulative() if math.isinf(half_life_s) else Window(half_life_s)
