@@ -11,7 +11,7 @@ import pytest
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import read_cluster
 from prism_plan.io.trace_reader import read_trace
-from prism_plan.sizes import load_model
+from prism_plan.sizes.load import load_model_spec
 from prism_plan.solvers import solve
 from prism_plan.solvers.entropy import layer_entropy
 from prism_plan.trace import Trace
@@ -28,7 +28,7 @@ def trace(request: pytest.FixtureRequest) -> Trace:
 
 def test_they_are_of_the_committed_checkpoints(trace: Trace) -> None:
     """Model, prompts and tasks are those beside the trace; nothing is partial."""
-    spec = load_model(str(TRACES / trace.model.name))
+    spec = load_model_spec(str(TRACES / trace.model.name))
     assert trace.model == dataclasses.replace(spec, attention_flops=None)  # recorded before it came
     assert trace.tasks == ("arithmetic", "ascii-word", "narrative")
     assert trace.requests is not None
@@ -70,7 +70,7 @@ def test_the_demonstration_cluster_fits() -> None:
 def test_profiling_again_gives_the_same_counts(name: str, tmp_path: Path) -> None:
     """The commands in TINY.md make the committed traces, but for ties of float arithmetic."""
     pytest.importorskip("transformers")
-    from prism_plan.profiling.hf import HfOptions, profile_checkpoint
+    from prism_plan.profiling.recording.checkpoint_run import HfOptions, profile_checkpoint
 
     options = HfOptions(max_new_tokens=32, dtype="float32", weights=True, device="cpu")
     profile_checkpoint(

@@ -171,20 +171,20 @@ def _read(sources: list[Source], spec: ModelSpec, given: ProfileOptions) -> Trac
 
     skip_bad = given.skip_bad
     if given.form == "counts":
-        from prism_plan.profiling.counts import read_counts
+        from prism_plan.profiling.counts_csv import read_counts
 
         tokens = _numbers(given.tokens)
         return read_counts(sources, spec, tokens=tokens, skip_bad=skip_bad, notify=note)
     if given.form == "sglang":
-        from prism_plan.profiling.sglang import read_sglang
+        from prism_plan.profiling.sglang.reader import read_sglang
 
         return read_sglang(sources, spec, skip_bad=skip_bad, notify=note)
     if given.form == "selections":
-        from prism_plan.profiling.selections import read_selections
+        from prism_plan.profiling.selections.reader import read_selections
 
         return read_selections(sources, spec, skip_bad=skip_bad, notify=note)
     if given.form == "vllm":
-        from prism_plan.profiling.vllm import read_vllm
+        from prism_plan.profiling.vllm.reader import read_vllm
 
         return read_vllm(sources, spec, skip_bad=skip_bad, notify=note)
     if given.form in ("trtllm", "imatrix") and skip_bad:
@@ -213,7 +213,7 @@ def _run_checkpoint(given: ProfileOptions) -> None:
 
     from prism_plan.cli.console import note, progress
     from prism_plan.cli.inputs import load_spec, writable
-    from prism_plan.profiling.hf import HfOptions, profile_checkpoint
+    from prism_plan.profiling.recording.checkpoint_run import HfOptions, profile_checkpoint
 
     options = HfOptions(
         max_new_tokens=given.max_new_tokens,

@@ -191,14 +191,14 @@ class _CostModel:
         self,
         decision: Literal["move", "stay"],
         candidate: Placement,
-        experts: int,
+        moved_experts: int,
         moved_bytes: int,
     ) -> Review:
         before_s, after_s = self.before_s, self._communication_s(candidate)
         return Review(
             decision=decision,
             target=candidate if decision == "move" else None,
-            moved_experts=experts,
+            moved_experts=moved_experts,
             moved_bytes=moved_bytes,
             saving_s=before_s - after_s,
             cost_s=self._migration_s(candidate),

@@ -29,10 +29,9 @@ from prism_plan.errors import InputError
 from prism_plan.io.open_file import OpenFile
 from prism_plan.limits import require_at_most
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.added import AddedCounts
-from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice
-from prism_plan.profiling.sources import Source
-from prism_plan.profiling.tensors import (
+from prism_plan.profiling.common.call_counts import require_every_layer
+from prism_plan.profiling.common.extra_layers import decoder_end, mtp_layers, mtp_notice
+from prism_plan.profiling.common.json_fields import (
     CHECK_MODEL,
     CUT_SHORT,
     Notify,
@@ -40,7 +39,8 @@ from prism_plan.profiling.tensors import (
     default_task,
     files_of_tasks,
 )
-from prism_plan.profiling.tokens import require_every_layer
+from prism_plan.profiling.common.task_counts import AddedCounts
+from prism_plan.profiling.sources import Source
 from prism_plan.trace import Trace
 
 COUNTS = re.compile(r"blk\.(\d{1,9})\.ffn_(?:gate|up|down|gate_up)_exps\.weight\.counts")

@@ -25,10 +25,9 @@ from prism_plan.errors import InputError
 from prism_plan.io.files import parse_json, read_text
 from prism_plan.io.open_file import OpenFile
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.added import AddedCounts
-from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice
-from prism_plan.profiling.sources import Source
-from prism_plan.profiling.tensors import (
+from prism_plan.profiling.common.call_counts import require_every_layer, sum_calls
+from prism_plan.profiling.common.extra_layers import decoder_end, mtp_layers, mtp_notice
+from prism_plan.profiling.common.json_fields import (
     CHECK_MODEL,
     CUT_SHORT,
     Notify,
@@ -37,7 +36,8 @@ from prism_plan.profiling.tensors import (
     files_of_tasks,
     json_object,
 )
-from prism_plan.profiling.tokens import require_every_layer, sum_calls
+from prism_plan.profiling.common.task_counts import AddedCounts
+from prism_plan.profiling.sources import Source
 from prism_plan.text import shown
 from prism_plan.trace import Trace
 

@@ -1,4 +1,4 @@
-"""The headers of safetensors files: which tensors there are, without reading a number of them."""
+"""Read the headers of safetensors files: names, dtypes, shapes and places of their tensors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from prism_plan.errors import InputError
 from prism_plan.io.files import decode, parse_json
 from prism_plan.limits import require_at_most
-from prism_plan.sizes.stored import MAX_TENSORS, StoredTensor
+from prism_plan.sizes.stored_tensors import MAX_TENSORS, StoredTensor
 from prism_plan.sizes.weight_files import INDEX, SINGLE, indexed_files, shards_without_index
 
-#: No header is longer; a larger length is no safetensors file (the format's own limit).
+#: The format's own limit of a header.
 MAX_HEADER_BYTES = 100_000_000
-#: Bits of a number of each kind; of a kind that is not listed the positions alone tell the size.
+#: Bits of a number of each dtype. The size of a tensor of another dtype is not checked.
 BITS = {
     **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "BOOL": 8},
     **{"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8},
@@ -59,7 +59,7 @@ def tensors_of_folder(folder: Path) -> Iterator[StoredTensor]:
                 expected=f"it there, as {INDEX} says",
                 remedy="copy or download the checkpoint again",
             )
-    for header in headers.values():  # what is stored counts, also where the index leaves it out
+    for header in headers.values():  # what is stored counts, even where it is not in the index
         yield from header.values()
 
 
@@ -79,7 +79,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 
 
 def open_file(path: str | os.PathLike[str]) -> int:
-    """Open a file for reading by ranges; gives its descriptor.
+    """Open a file for reading by ranges, and return its descriptor.
 
     Raises
     ------
@@ -94,7 +94,7 @@ def open_file(path: str | os.PathLike[str]) -> int:
 
 
 def header_of(fd: int, path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Read the header of an open file: its tensors by name, with their positions in the file.
+    """Read the header of an open file: its tensors by name, with their places in the file.
 
     Raises
     ------

@@ -19,6 +19,14 @@ _OF_TRAINING = ("training_args", "optimizer", "scheduler", "rng_state")
 _SAVE = "save the model with save_pretrained of transformers 5"
 
 
+def file_names(folder: Path) -> list[str]:
+    """Sorted names of what is in a folder; none where it cannot be listed, as its files may be."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
 def indexed_files(folder: Path) -> dict[str, str]:
     """Read the index of a checkpoint in shards: the file of each stored tensor.
 
@@ -59,14 +67,11 @@ def indexed_files(folder: Path) -> dict[str, str]:
 
 
 def shards_without_index(folder: Path) -> list[str]:
-    """Name the safetensors files of a folder without an index, where it is sure that they are all.
+    """Name the safetensors files of a folder without an index, if they are certainly complete.
 
     These are numbered shards of which none is missing, or the only file, whatever its name.
     """
-    try:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    except OSError:
-        return []
+    names = [name for name in file_names(folder) if name.endswith(".safetensors")]
     shards = [match for match in map(_SHARD.fullmatch, names) if match]
     if not shards:
         return names if len(names) == 1 else []
@@ -77,7 +82,7 @@ def shards_without_index(folder: Path) -> list[str]:
 
 
 def _no_index(folder: Path) -> InputError:
-    """Tell what a folder holds that has neither of the two files."""
+    """The error for a folder that has neither of the two files, by what it holds instead."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -93,10 +98,10 @@ def _no_index(folder: Path) -> InputError:
         count = int(shards[0]["count"])
         there = {int(match["number"]) for match in shards}
         missing = sorted(set(range(1, min(count, 10_000) + 1)) - there)
-        of_them = f"; shards {', '.join(map(str, missing[:5]))} of {count} are missing too"
+        gaps = f"; shards {', '.join(map(str, missing[:5]))} of {count} are missing too"
         found = f"{_and_others([match[0] for match in shards])}, but no {INDEX}"
         return InputError(
-            found + (of_them if missing else ""),
+            found + (gaps if missing else ""),
             source=folder,
             expected=expected,
             remedy="copy or download the index from where the shards come from",

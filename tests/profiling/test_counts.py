@@ -15,9 +15,9 @@ from prism_plan.errors import InputError
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import PRESETS, ModelSpec
-from prism_plan.profiling.counts import read_counts
+from prism_plan.profiling.counts_csv import read_counts
 from prism_plan.profiling.sources import Source
-from prism_plan.sizes import load_model
+from prism_plan.sizes.load import load_model_spec
 from prism_plan.trace import Trace
 
 TINY = ModelSpec(
@@ -374,7 +374,7 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
         "kv_bytes_per_token": 49_152,
     }
     path.write_text(json.dumps(spec))
-    return load_model(str(path))
+    return load_model_spec(str(path))
 
 
 @pytest.mark.traces

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prism_plan.errors import InputError
-from prism_plan.profiling.decoder_cache import cache_argument, cache_of
+from prism_plan.profiling.recording.decoder_cache import cache_argument, cache_of
 
 
 class Before:

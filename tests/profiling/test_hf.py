@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from prism_plan.errors import InputError, PrismError
 from prism_plan.io.prompts import read_prompts
 from prism_plan.io.trace_reader import read_trace
-from prism_plan.profiling.hf import (
+from prism_plan.profiling.recording.checkpoint_run import (
     HfOptions,
     Interrupted,
     load_tokenizer,
@@ -127,10 +127,10 @@ def test_interrupted_within_a_batch(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch that was cut short leaves no rows, however many of them were recorded already."""
-    from prism_plan.profiling import hf, recorder
+    from prism_plan.profiling.recording import checkpoint_run, recorder
 
     monkeypatch.setattr(recorder, "FLUSH_TOKENS", 1)  # hand on every pass at once
-    original, calls = hf._generate, []
+    original, calls = checkpoint_run._generate, []
 
     def cut_short(*args: Any) -> None:
         original(*args)
@@ -138,13 +138,13 @@ def test_interrupted_within_a_batch(
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf, "_generate", cut_short)
+    monkeypatch.setattr(checkpoint_run, "_generate", cut_short)
     output = tmp_path / "t.parquet"
     options = HfOptions(max_new_tokens=3, batch_size=4)
     with pytest.raises(Interrupted, match="first 4 of 12"):
         profile_checkpoint(str(CHECKPOINTS[0]), prompts, output, options)
     assert {r for r, _ in table(read_trace(output))} == set(range(4))
-    monkeypatch.setattr(hf, "_generate", original)
+    monkeypatch.setattr(checkpoint_run, "_generate", original)
     profile_checkpoint(str(CHECKPOINTS[0]), prompts, output, options, resume=True)
     assert {r for r, _ in table(read_trace(output))} == set(range(12))
 
@@ -154,9 +154,9 @@ def test_out_of_memory(prompts: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     import torch
 
     from prism_plan.errors import LimitReached
-    from prism_plan.profiling import hf
+    from prism_plan.profiling.recording import checkpoint_run
 
-    original, calls = hf._generate, []
+    original, calls = checkpoint_run._generate, []
 
     def full(*args: Any) -> None:
         calls.append(1)
@@ -164,7 +164,7 @@ def test_out_of_memory(prompts: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         original(*args)
 
-    monkeypatch.setattr(hf, "_generate", full)
+    monkeypatch.setattr(checkpoint_run, "_generate", full)
     output = tmp_path / "t.parquet"
     options = HfOptions(max_new_tokens=2, batch_size=4)
     with pytest.raises(LimitReached, match=r"out of memory; .* the first 4 of 12 prompts"):

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prism_plan.profiling.layers import MAX_MTP_LAYERS, mtp_layers
-from prism_plan.profiling.sglang import read_sglang
+from prism_plan.profiling.common.extra_layers import MAX_MTP_LAYERS, mtp_layers
+from prism_plan.profiling.sglang.reader import read_sglang
 from prism_plan.profiling.trtllm import read_trtllm
-from prism_plan.profiling.vllm import read_vllm
+from prism_plan.profiling.vllm.reader import read_vllm
 from tests.profiling.recordings import (
     TINY,
     lines,

@@ -16,10 +16,10 @@ transformers = pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.io.trace_reader import read_trace  # noqa: E402
-from prism_plan.profiling.decoder_cache import cache_argument  # noqa: E402
-from prism_plan.profiling.expert_modules import find_experts  # noqa: E402
-from prism_plan.profiling.recorder import record  # noqa: E402
-from prism_plan.profiling.transformers_release import require_transformers  # noqa: E402
+from prism_plan.profiling.recording.decoder_cache import cache_argument  # noqa: E402
+from prism_plan.profiling.recording.expert_modules import find_experts  # noqa: E402
+from prism_plan.profiling.recording.recorder import record  # noqa: E402
+from prism_plan.profiling.recording.transformers_release import require_transformers  # noqa: E402
 from tests.profiling.families import OVERRIDES, family_model  # noqa: E402
 from tests.profiling.witness import prompts, recorded, spec_for  # noqa: E402
 

@@ -14,8 +14,9 @@ transformers = pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.io.trace_reader import read_trace  # noqa: E402
-from prism_plan.profiling.decoder_cache import cache_argument  # noqa: E402
-from prism_plan.profiling.recorder import record, spec_of  # noqa: E402
+from prism_plan.profiling.recording.decoder_cache import cache_argument  # noqa: E402
+from prism_plan.profiling.recording.recorder import record  # noqa: E402
+from prism_plan.sizes.loaded_model import spec_from_loaded_model  # noqa: E402
 from tests.profiling.families import FAMILIES, VOCABULARY, tiny_model  # noqa: E402
 from tests.profiling.witness import DECODE, PREFILL, prompts, recorded  # noqa: E402
 
@@ -73,7 +74,7 @@ def test_prefill_equals_the_routers(model: Any, tmp_path: Path, batch: int, side
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     witness.remove()
     layers = np.stack(witness.passes[0], axis=1).reshape(
-        batch, ids.shape[1], -1, spec_of(model).top_k
+        batch, ids.shape[1], -1, spec_from_loaded_model(model).top_k
     )
     wanted = {}
     for row in range(batch):

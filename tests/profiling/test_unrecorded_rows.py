@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from prism_plan.model import PRESETS
-from prism_plan.profiling.rows import RepeatedRows, runs_of_equal_rows, shortest_telling_run
-from prism_plan.profiling.sglang import read_sglang
-from prism_plan.profiling.vllm import read_vllm
+from prism_plan.profiling.common.repeated_rows import (
+    RepeatedRows,
+    runs_of_equal_rows,
+    shortest_telling_run,
+)
+from prism_plan.profiling.sglang.reader import read_sglang
+from prism_plan.profiling.vllm.reader import read_vllm
 from tests.profiling.recordings import (
     DECODE,
     PREFILL,

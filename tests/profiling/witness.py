@@ -9,8 +9,8 @@ import numpy as np
 
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.expert_modules import find_experts
-from prism_plan.profiling.recorder import record
+from prism_plan.profiling.recording.expert_modules import find_experts
+from prism_plan.profiling.recording.recorder import record
 from prism_plan.trace import PHASES
 from tests.profiling.families import SIZES, VOCABULARY, family_model
 

@@ -13,9 +13,9 @@ pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError
 from prism_plan.model import PRESETS
-from prism_plan.sizes import load_model_spec
-from prism_plan.sizes.config import read_facts
-from prism_plan.sizes.meta import spec_from_config
+from prism_plan.sizes.load import load_model_spec
+from prism_plan.sizes.meta_device import spec_from_config
+from prism_plan.sizes.model_facts import read_facts
 
 CONFIGS = Path(__file__).parent.parent / "golden" / "inputs" / "configs"
 

@@ -13,7 +13,7 @@ import pytest
 gguf = pytest.importorskip("gguf")
 
 from prism_plan.errors import InputError  # noqa: E402
-from prism_plan.sizes import load_model_spec  # noqa: E402
+from prism_plan.sizes.load import load_model_spec  # noqa: E402
 
 HIDDEN, WIDTH, EXPERTS, LAYERS = 256, 512, 4, 3
 Kind = gguf.GGMLQuantizationType
@@ -196,10 +196,10 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """The message names the extra to install."""
     import sys
 
-    from prism_plan.sizes import gguf_file
+    from prism_plan.sizes import gguf_header
 
     path = write(tmp_path / "m.gguf", Kind.Q4_K)
-    gguf_file.block_sizes.cache_clear()
+    gguf_header.block_sizes.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf.constants", None)
     with pytest.raises(
         InputError, match=r"gguf is not installed; pip install 'prism-plan\[gguf\]'"

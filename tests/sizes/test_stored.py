@@ -13,10 +13,10 @@ pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
 from prism_plan.errors import InputError
-from prism_plan.sizes import load_model_spec
-from prism_plan.sizes.config import read_facts
+from prism_plan.sizes.load import load_model_spec
+from prism_plan.sizes.model_facts import read_facts
 from prism_plan.sizes.safetensors_headers import read_header
-from prism_plan.sizes.stored import StoredTensor, spec_from_tensors
+from prism_plan.sizes.stored_tensors import StoredTensor, spec_from_tensors
 from tests.sizes.layouts import CONFIG, EXPERTS, ONE_BY_ONE, STACKED, made, num_bytes, save
 
 
