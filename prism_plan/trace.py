@@ -20,7 +20,7 @@ from prism_plan.model import ModelSpec
 
 #: Names of the phase codes, in code order.
 PHASES = ("prefill", "decode", "unknown")
-UNKNOWN_PHASE = 2
+PREFILL_PHASE, DECODE_PHASE, UNKNOWN_PHASE = range(len(PHASES))
 
 #: Calls or tokens of a trace together are at most this. Far below what 64 bits hold, so that the
 #: sum of two such numbers does not wrap round to a negative one.

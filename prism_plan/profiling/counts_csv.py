@@ -1,4 +1,4 @@
-"""Tables of calls per task, layer and expert: CSV with columns task, layer, expert, count.
+"""Read tables of calls per task, layer and expert: CSV with columns task, layer, expert, count.
 
 ``layer_id`` and ``expert_id`` are other names of two of them: SGLang's first recorder (of early
 2025) wrote a table ``layer_id,expert_id,count`` a rank, of decoder layers. Those of all ranks
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,9 @@ from prism_plan.limits import (
     require_task_pairs,
 )
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.common.call_counts import (
-    require_every_layer,
-    tell_if_uneven,
-    tokens_of_calls,
-)
-from prism_plan.profiling.common.task_counts import AddedCounts
+from prism_plan.profiling.common.call_counts import Counts, notify_if_uneven, tokens_of_calls
+from prism_plan.profiling.common.location import Location, Notify
+from prism_plan.profiling.common.task_counts import TaskCounts
 from prism_plan.profiling.sources import Source
 from prism_plan.trace import Trace
 
@@ -47,16 +44,16 @@ def read_counts(
     *,
     tokens: Mapping[str, int] | None = None,
     skip_bad: bool = False,
-    notify: Callable[[str], None] = lambda message: None,
+    notify: Notify = lambda message: None,
 ) -> Trace:
     """One counts-only trace from CSV files.
 
-    The column ``task`` may be missing where the source carries a label (which otherwise replaces
-    it); tables of one label are added up. Spaces around names and values are passed over, and blank
-    lines. With ``skip_bad`` rows that do not parse or are of no layer or expert of the model are
-    left out, and ``notify`` is told. The tokens of a task are its calls in a layer divided by K.
-    Where layers disagree (counts reconstructed from rounded frequencies), the layer with the most
-    calls decides and ``notify`` is told; ``tokens`` gives the true number.
+    The column ``task`` may be missing where the source has a label, which replaces it; tables of
+    one label are added up. Spaces around names and values are ignored, and blank lines. With
+    ``skip_bad`` rows that do not parse or are of no layer or expert of the model are left out. The
+    tokens of a task are its calls in a layer divided by K; where layers disagree (counts
+    reconstructed from rounded frequencies) the layer with the most calls decides, unless ``tokens``
+    gives the true number. ``notify`` is called with what was left out or looks wrong.
 
     Raises
     ------
@@ -65,49 +62,50 @@ def read_counts(
         not of the model, a key stands twice, a task has no calls in some layer, a sum is too large,
         a task without a label comes from two sources.
     """
-    added = AddedCounts()
+    added = TaskCounts()
     bad = BadRows(skip_bad)
     for source in sources:
-        for name, of_task in zip(*_read_csv(source, model, bad), strict=True):
-            added.add(name, of_task, source)
+        for task, calls in zip(*_read_csv(source, model, bad), strict=True):
+            added.add(task, calls, source)
     bad.tell(notify)
     tasks = list(added.calls)
-    for name, of_task in added.calls.items():
-        require_every_layer(name, of_task, model, added.files(name))
+    added.require_every_layer(model)
     require_task_pairs(len(tasks), model.num_layers, model.num_experts)
-    counts = np.stack(list(added.calls.values()))
-    known = dict(tokens or {})
-    for name in known:
-        if name not in tasks:
-            raise InputError(
-                f"unknown task {name!r}", parameter="tokens", expected=", ".join(tasks)
-            )
+    true_tokens = dict(tokens or {})
+    for task in true_tokens:
+        if task not in tasks:
+            expected = ", ".join(tasks)
+            raise InputError(f"unknown task {task!r}", parameter="tokens", expected=expected)
     files = ", ".join(str(source.path) for source in sources)
-    number = np.array(
-        [known.get(t) or tokens_of_calls(t, counts[i], model, files) for i, t in enumerate(tasks)],
+    num_tokens = np.array(
+        [
+            true_tokens.get(task) or tokens_of_calls(task, calls, model, files)
+            for task, calls in added.calls.items()
+        ],
         np.int64,
     )
-    for index, name in enumerate(tasks):
-        over = int(counts[index].max())
-        if over > number[index]:
+    for number, (task, calls) in zip(num_tokens, added.calls.items(), strict=True):
+        most = int(calls.max())
+        if most > number:
             raise InputError(
-                f"task {name!r}: {over} calls of one expert in a layer, {number[index]} tokens",
+                f"task {task!r}: {most} calls of one expert in a layer, {number} tokens",
                 source=files,
                 expected="at most one call a token",
                 remedy="check the counts and ``tokens``",
             )
-    check_sums(model, tasks, number, counts, files)
-    for text in added.copies:
+    counts = np.stack(list(added.calls.values()))
+    check_sums(model, tasks, num_tokens, counts, files)
+    for text in added.notices:
         notify(text)
-    for index, name in enumerate(tasks):
-        if name not in known:
-            remedy = f" (the true number can be given: tokens of {name!r})"
-            tell_if_uneven(name, counts[index], model, notify, remedy)
+    for task, calls in added.calls.items():
+        if task not in true_tokens:
+            remedy = f" (the true number can be given: tokens of {task!r})"
+            notify_if_uneven(task, calls, model, notify, remedy)
     return Trace(
         model=model,
         tasks=tuple(tasks),
         counts=counts,
-        tokens=number,
+        tokens=num_tokens,
         provenance={
             "source": "counts",
             "files": [source.path.name for source in sources],
@@ -117,15 +115,13 @@ def read_counts(
     )
 
 
-#: Rows that are held as Python's numbers before they enter the table of calls.
+#: Rows that are collected before they are added to the table of calls.
 _CHUNK_ROWS = 65_536
 #: A line of text with its end, of whatever kind.
 _LINE = re.compile(r"[^\r\n]*+(?:\r\n|\r|\n)|[^\r\n]++")
 
 
-def _read_csv(
-    source: Source, model: ModelSpec, bad: BadRows
-) -> tuple[list[str], npt.NDArray[np.int64]]:
+def _read_csv(source: Source, model: ModelSpec, bad: BadRows) -> tuple[list[str], Counts]:
     """Tasks, and their calls [tasks, L, E]."""
     path = source.path
     text = (found[0] for found in _LINE.finditer(read_packed_text(path)))
@@ -134,12 +130,12 @@ def _read_csv(
     rows: list[tuple[int, int, int, int, int]] = []
     calls = CallTable(model, path)
 
-    def add() -> None:
+    def add_rows() -> None:
         require_at_most(len(code_of), MAX_NAMES, "tasks", source=path)
         columns = np.array(rows, np.int64).T
         rows.clear()
         if bad.skip:
-            columns = columns[:, _of_model(columns, list(code_of), calls, bad, path)]
+            columns = columns[:, _rows_of_model(columns, list(code_of), calls, bad, path)]
         if columns.size:
             task_code, layers, experts, counts, lines = columns
             calls.add(list(code_of), None, task_code, layers, experts, counts, lines)
@@ -149,26 +145,26 @@ def _read_csv(
         lines = ([cell.strip() for cell in cells] for cells in reader)
         lines = (cells for cells in lines if cells not in ([], [""]))  # blank lines
         header = next(lines, [])
-        at = _columns(header, source, f"line {max(reader.line_num, 1)}")
+        indices = _columns(header, source, Location(path, f"line {max(reader.line_num, 1)}"))
         for cells in lines:
-            place = f"line {reader.line_num}"
+            at = Location(path, f"line {reader.line_num}")
             try:
-                task, layer, expert, count = _row(cells, header, at, source, place)
+                task, layer, expert, count = _row(cells, header, indices, source.task, at)
             except InputError as error:
                 bad.leave_out(path, error)
                 continue
             if task not in code_of:
-                require_name(task, source=path, place=place)
+                require_name(task, source=path, place=at.place)
                 code_of[task] = len(code_of)
-            rows.append((code_of[task], layer, expert, _count(count, path, place), reader.line_num))
+            rows.append((code_of[task], layer, expert, _count(count, at), reader.line_num))
             if len(rows) == _CHUNK_ROWS:
-                add()
+                add_rows()
     except csv.Error as error:
         raise InputError(
             f"not CSV: {error}", source=path, place=f"line {reader.line_num}"
         ) from None
     if rows:
-        add()
+        add_rows()
     bad.require_good()
     if not calls.rows:
         raise InputError("no rows in it", source=path)
@@ -176,50 +172,45 @@ def _read_csv(
     return names, calls.counts(len(names))
 
 
-def _columns(header: Sequence[str], source: Source, place: str) -> list[int]:
-    """Where the columns of a table stand, in the order of :data:`COLUMNS`."""
+def _columns(header: Sequence[str], source: Source, at: Location) -> list[int]:
+    """Index of each column of a table, in the order of :data:`COLUMNS`."""
     require_at_most(len(header), MAX_COLUMNS, "columns", source=source.path, place="line 1")
-    wanted = COLUMNS if source.task is None else COLUMNS[1:]
+    required = COLUMNS if source.task is None else COLUMNS[1:]
     names = [OTHER_NAMES.get(name, name) for name in header]
-    for column in wanted:
+    for column in required:
         if names.count(column) != 1:
             unlabelled = column == "task" and not names.count(column)
-            raise InputError(
-                f"columns {', '.join(map(_shown, header)) or '(none)'}",
-                source=source.path,
-                place=place,
-                expected=f"{', '.join(wanted)}, each once (or layer_id, expert_id)",
-                remedy="label it with its task, TASK=SOURCE" if unlabelled else "",
+            raise at.error(
+                f"columns {', '.join(map(_visible, header)) or '(none)'}",
+                f"{', '.join(required)}, each once (or layer_id, expert_id)",
+                "label it with its task, TASK=SOURCE" if unlabelled else "",
             )
-    return [names.index(column) for column in wanted]
+    return [names.index(column) for column in required]
 
 
 def _row(
-    cells: Sequence[str], header: Sequence[str], at: Sequence[int], source: Source, place: str
+    cells: Sequence[str],
+    header: Sequence[str],
+    indices: Sequence[int],
+    label: str | None,
+    at: Location,
 ) -> tuple[str, int, int, str]:
     """Task, layer, expert, and the text of the count of a row."""
     if len(cells) != len(header):
-        raise InputError(
-            f"{len(cells)} values",
-            source=source.path,
-            place=place,
-            expected=f"{len(header)}",
-            remedy="the file may be cut short",
-        )
-    values = [cells[i] for i in at]
-    task = source.task if source.task is not None else values.pop(0)
+        raise at.error(f"{len(cells)} values", f"{len(header)}", "the file may be cut short")
+    values = [cells[i] for i in indices]
+    task = label if label is not None else values.pop(0)
     if not task.strip():
-        raise InputError("empty task", source=source.path, place=place)
+        raise at.error("empty task")
     layer, expert = (
-        _whole(value, source.path, f"{place} column {column!r}")
-        for value, column in zip(values[:2], COLUMNS[1:3], strict=True)
+        _integer(value, column, at) for value, column in zip(values[:2], COLUMNS[1:3], strict=True)
     )
-    if not _looks_like_a_number(values[2]):
-        _count(values[2], source.path, place)
+    if not _is_digits(values[2]):
+        _count(values[2], at)
     return task, layer, expert, values[2]
 
 
-def _of_model(
+def _rows_of_model(
     columns: npt.NDArray[np.int64],
     tasks: Sequence[str],
     calls: CallTable,
@@ -240,28 +231,24 @@ def _of_model(
     return good
 
 
-def _shown(name: str) -> str:
-    """A column's name as it is, or with what cannot be seen in it."""
+def _visible(name: str) -> str:
+    """A column's name, with escapes for characters that cannot be seen."""
     return name if name.isascii() and name.isprintable() else ascii(name)
 
 
-def _looks_like_a_number(text: str) -> bool:
+def _is_digits(text: str) -> bool:
     # int() would also take 1_0, +6 and digits of other scripts
     return text.isascii() and text.isdigit()
 
 
-def _count(text: str, path: Path, place: str) -> int:
+def _count(text: str, at: Location) -> int:
     """A count; one that is too large is no bad row, for without it the sum would be wrong."""
-    return _whole(text, path, f"{place} column 'count'")
+    return _integer(text, "count", at)
 
 
-def _whole(text: str, path: Path, place: str) -> int:
-    value = int(text) if _looks_like_a_number(text) and len(text) < 20 else -1
+def _integer(text: str, column: str, at: Location) -> int:
+    value = int(text) if _is_digits(text) and len(text) < 20 else -1
     if not 0 <= value < 2**53:
-        raise InputError(
-            f"{text!r:.60}",
-            source=path,
-            place=place,
-            expected="a whole number of at least 0 and below 2^53",
-        )
+        expected = "a whole number of at least 0 and below 2^53"
+        raise at.within(f"column {column!r}").error(f"{text!r:.60}", expected)
     return value

@@ -1,4 +1,4 @@
-"""Expert-score folders of ESFT (github.com/deepseek-ai/ESFT, ``results/expert_scores``).
+"""Read expert-score folders of ESFT (github.com/deepseek-ai/ESFT, ``results/expert_scores``).
 
 A folder holds one file per MoE layer, ``expert_weights_<decoder layer>.txt``, with one line per
 request: the expert ids of all its tokens, tab-separated, K per token in no order of weight; two
@@ -8,7 +8,6 @@ and decode are not told apart. Files may be compressed with gzip, ``.txt.gz``.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,8 @@ from prism_plan.io.files import lines_of
 from prism_plan.io.packed import read_packed_text
 from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.sources import Source, distinct
+from prism_plan.profiling.common.location import CHECK_MODEL, Location, Notify
+from prism_plan.profiling.sources import Source, require_distinct
 from prism_plan.trace import (
     UNKNOWN_PHASE,
     TokenBatch,
@@ -41,7 +41,7 @@ ID = r"-?[0-9]{1,9}"
 WEIGHT = r"-?(?:(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,3})?|nan|inf)"
 
 Row = tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]
-#: Of a line that cannot be read the error, where bad rows are left out.
+#: A line that cannot be read stands as its error, where bad rows are left out.
 Rows = list[Row | InputError]
 
 
@@ -52,12 +52,13 @@ def read_esft(
     weights: bool = True,
     skip_bad: bool = False,
     progress: Callable[[str, int], None] = lambda label, done: None,
-    notify: Callable[[str], None] = lambda message: None,
+    notify: Notify = lambda message: None,
 ) -> Trace:
     """One token-level trace from ESFT folders, each a task (named by its label or its folder).
 
-    ``progress`` is told (folder, files read so far). With ``skip_bad`` requests of which a line
-    does not parse or is of another model are left out, and ``notify`` is told.
+    ``progress`` is called with the folder and the number of files read so far. With ``skip_bad``
+    requests of which a line does not parse or is of another model are left out; ``notify`` is
+    called with a notice of them.
 
     Raises
     ------
@@ -66,7 +67,7 @@ def read_esft(
         a line does not parse; names file and line.
     """
     tasks = [source.task or source.path.resolve().name for source in sources]
-    distinct(tasks)
+    require_distinct(tasks)
     bad = BadRows(skip_bad)
     batches = list(_batches(sources, model, weights, bad, progress))
     bad.require_good()
@@ -93,13 +94,7 @@ def _batches(
 ) -> Iterator[TokenBatch]:
     request = 0
     for code, source in enumerate(sources):
-        read_before = code * model.num_layers
-        folder = _read_folder(
-            source.path,
-            model,
-            bad,
-            functools.partial(_tell, progress, source.path.name, read_before),
-        )
+        folder = _read_folder(source.path, model, bad, progress, code * model.num_layers)
         for index in range(len(folder[0])):
             try:
                 batch = _request(source.path, model, folder, index, (request, code), weights)
@@ -153,25 +148,14 @@ def _request(
     return batch
 
 
-def _numbers(
-    text: str, form: str, dtype: type[np.generic], path: Path, place: str
-) -> npt.NDArray[Any]:
-    """Tab-separated numbers; a word that is none is named with its position."""
+def _numbers(text: str, pattern: str, dtype: type[np.generic], at: Location) -> npt.NDArray[Any]:
+    """Parse tab-separated numbers."""
     words = text.split("\t")
-    if not re.fullmatch(f"{form}(\t{form})*", text):
-        index = next(i for i, word in enumerate(words) if not re.fullmatch(form, word))
-        raise InputError(
-            f"{words[index]!r:.40}",
-            source=path,
-            place=f"{place} number {index + 1}",
-            expected="a number",
-            remedy="the file may be cut short or damaged",
-        )
+    if not re.fullmatch(f"{pattern}(\t{pattern})*", text):
+        index = next(i for i, word in enumerate(words) if not re.fullmatch(pattern, word))
+        remedy = "the file may be cut short or damaged"
+        raise at.within(f"number {index + 1}").error(f"{words[index]!r:.40}", "a number", remedy)
     return np.array(words, dtype=dtype)
-
-
-def _tell(progress: Callable[[str, int], None], label: str, before: int, done: int) -> None:
-    progress(label, before + done)
 
 
 def _same_tokens(
@@ -190,7 +174,11 @@ def _same_tokens(
 
 
 def _read_folder(
-    folder: Path, model: ModelSpec, bad: BadRows, progress: Callable[[int], None]
+    folder: Path,
+    model: ModelSpec,
+    bad: BadRows,
+    progress: Callable[[str, int], None],
+    num_read: int,
 ) -> list[Rows]:
     """The rows of every MoE layer's file, in layer order."""
     if not folder.is_dir():
@@ -230,7 +218,7 @@ def _read_folder(
     layers = []
     for number, layer in enumerate(model.moe_layers, start=1):
         layers.append(_read_layer(found[layer], model, bad))
-        progress(number)
+        progress(folder.name, num_read + number)
     for layer, rows in zip(model.moe_layers, layers, strict=True):
         if len(rows) != len(layers[0]):
             raise InputError(
@@ -247,10 +235,10 @@ def _read_folder(
 def _read_layer(path: Path, model: ModelSpec, bad: BadRows) -> Rows:
     rows: Rows = []
     for number, line in enumerate(lines_of(read_packed_text(path)), start=1):
-        place = f"line {number}"
-        require_at_most(len(line), MAX_LINE_OF_NUMBERS, "characters", source=path, place=place)
+        at = Location(path, f"line {number}")
+        require_at_most(len(line), MAX_LINE_OF_NUMBERS, "characters", source=path, place=at.place)
         try:
-            rows.append(_read_line(line, model, path, place))
+            rows.append(_read_line(line, model, at))
         except InputError as error:
             if not bad.skip:
                 raise
@@ -258,35 +246,29 @@ def _read_layer(path: Path, model: ModelSpec, bad: BadRows) -> Rows:
     return rows
 
 
-def _read_line(line: str, model: ModelSpec, path: Path, place: str) -> Row:
+def _read_line(line: str, model: ModelSpec, at: Location) -> Row:
     ids_text, tabs, weights_text = line.rstrip("\r").partition("\t\t")
     if not tabs:
-        raise InputError(
+        raise at.error(
             "no two tabs between ids and gate weights",
-            source=path,
-            place=place,
-            expected="ids, two tabs, weights",
-            remedy="the file may be cut short",
+            "ids, two tabs, weights",
+            "the file may be cut short",
         )
-    ids = _numbers(ids_text, ID, np.int64, path, f"{place}: ids")
-    gates = _numbers(weights_text, WEIGHT, np.float64, path, f"{place}: weights")
+    ids = _numbers(ids_text, ID, np.int64, Location(at.source, f"{at.place}: ids"))
+    gates = _numbers(weights_text, WEIGHT, np.float64, Location(at.source, f"{at.place}: weights"))
     if len(ids) != len(gates) or len(ids) % model.top_k:
-        raise InputError(
+        raise at.error(
             f"{len(ids)} ids and {len(gates)} weights",
-            source=path,
-            place=place,
-            expected=f"as many of both, {model.top_k} a token",
-            remedy="the line may be cut short, or ``model`` is not the model that was recorded",
+            f"as many of both, {model.top_k} a token",
+            "the line may be cut short, or ``model`` is not the model that was recorded",
         )
     if ids.min() < 0 or ids.max() >= model.num_experts:
         bad = int(np.argmax((ids < 0) | (ids >= model.num_experts)))
-        raise InputError(
+        raise at.within(f"token {bad // model.top_k + 1}").error(
             f"expert {ids[bad]}",
-            source=path,
-            place=f"{place} token {bad // model.top_k + 1}",
-            expected=f"ids 0..{model.num_experts - 1} of {model.name}",
-            remedy="check that ``model`` is the model that was recorded",
+            f"ids 0..{model.num_experts - 1} of {model.name}",
+            CHECK_MODEL,
         )
     if not np.isfinite(gates).all() or (gates < 0).any() or (gates > 65504).any():
-        raise InputError("a gate weight is negative, NaN or too large", source=path, place=place)
+        raise at.error("a gate weight is negative, NaN or too large")
     return ids.astype(np.uint16), gates.astype(np.float16)

@@ -1,8 +1,8 @@
-"""Recordings named on the command line: ``SOURCE`` or ``TASK=SOURCE``."""
+"""Recordings to read, given as ``SOURCE`` or ``TASK=SOURCE``, and the tasks that they are of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def _exists(path: str) -> bool:
         raise InputError(reason, source=path, remedy="give a readable file or folder") from error
 
 
-def distinct(tasks: Iterable[str]) -> None:
+def require_distinct(tasks: Iterable[str]) -> None:
     """Refuse two sources of one task.
 
     Raises
@@ -61,3 +61,43 @@ def distinct(tasks: Iterable[str]) -> None:
                 remedy="label each source with a task of its own, TASK=SOURCE",
             )
         seen.add(task)
+
+
+def paths_by_task(sources: Sequence[Source]) -> dict[str, list[Path]]:
+    """The paths of each task, in order of appearance.
+
+    A source without a label is a task of its own, named by its file's stem or its folder; sources
+    of one label are parts of one task.
+
+    Raises
+    ------
+    InputError
+        Two sources without labels have one name, or there are no sources.
+    """
+    if not sources:
+        raise InputError("no sources", expected="at least one recording")
+    seen: set[Path] = set()
+    for source in sources:
+        if source.path.resolve() in seen:
+            raise InputError(
+                "given twice",
+                source=source.path,
+                expected="each recording once, or its requests count twice",
+                remedy="leave one of the two out",
+            )
+        seen.add(source.path.resolve())
+    labels = {source.task for source in sources if source.task is not None}
+    unlabelled = [default_task(source.path) for source in sources if source.task is None]
+    require_distinct([*unlabelled, *labels])
+    paths: dict[str, list[Path]] = {}
+    for source in sources:
+        paths.setdefault(source.task or default_task(source.path), []).append(source.path)
+    return paths
+
+
+def default_task(path: Path) -> str:
+    """The task of a recording that names none: the file's stem or the folder's name."""
+    resolved = path.resolve()
+    if path.is_dir():
+        return resolved.name
+    return Path(resolved.stem).stem if resolved.suffix == ".gz" else resolved.stem

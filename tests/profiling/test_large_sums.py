@@ -16,6 +16,7 @@ from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import sum_calls
+from prism_plan.profiling.common.location import Location
 from prism_plan.profiling.counts_csv import read_counts
 from prism_plan.profiling.sglang.reader import read_sglang
 from prism_plan.profiling.sources import Source
@@ -137,10 +138,10 @@ def test_no_trace_holds_more() -> None:
 def test_sums_are_exact(dtype: Any) -> None:
     """Up to the limit sums are exact in every type."""
     parts = np.full((3, 2, 8), 2**31 - 1, dtype)
-    assert sum_calls(parts, "f").tolist() == [[3 * (2**31 - 1)] * 8] * 2
+    assert sum_calls(parts, Location("f")).tolist() == [[3 * (2**31 - 1)] * 8] * 2
     if dtype is np.uint64:
         with pytest.raises(InputError, match=f"f: {2**64 - 1:,} calls of one expert"):
-            sum_calls(np.full((1, 2, 8), 2**64 - 1, dtype), "f")
+            sum_calls(np.full((1, 2, 8), 2**64 - 1, dtype), Location("f"))
 
 
 def test_sources_together(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prism_plan.profiling.common.extra_layers import MAX_MTP_LAYERS, mtp_layers
+from prism_plan.profiling.common.extra_layers import MAX_MTP_LAYERS, split_mtp_layers
 from prism_plan.profiling.sglang.reader import read_sglang
 from prism_plan.profiling.trtllm import read_trtllm
 from prism_plan.profiling.vllm.reader import read_vllm
@@ -134,7 +134,7 @@ def test_passes_with_more_layers(tmp_path: Path) -> None:
 
 def test_which_layers_are_of_multi_token_prediction() -> None:
     """Those right behind the last layer, without a gap, at most eight."""
-    assert mtp_layers([0, 1], TINY) == ([], None)
-    assert mtp_layers([3, 0, 2], TINY) == ([2, 3], None)
-    assert mtp_layers([2, 4], TINY) == ([2], 4)
-    assert mtp_layers(range(11), TINY) == (list(range(2, 10)), 10)
+    assert split_mtp_layers([0, 1], TINY) == ([], None)
+    assert split_mtp_layers([3, 0, 2], TINY) == ([2, 3], None)
+    assert split_mtp_layers([2, 4], TINY) == ([2], 4)
+    assert split_mtp_layers(range(11), TINY) == (list(range(2, 10)), 10)

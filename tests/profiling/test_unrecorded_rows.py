@@ -11,8 +11,8 @@ import pytest
 from prism_plan.model import PRESETS
 from prism_plan.profiling.common.repeated_rows import (
     RepeatedRows,
+    min_suspect_run,
     runs_of_equal_rows,
-    shortest_telling_run,
 )
 from prism_plan.profiling.sglang.reader import read_sglang
 from prism_plan.profiling.vllm.reader import read_vllm
@@ -227,7 +227,7 @@ def test_rows_equal_in_one_layer_are_no_matter(tmp_path: Path) -> None:
 )
 def test_the_length_that_is_told(model: Any, shortest: int) -> None:
     """50 bits at a bit a layer at most, and never fewer than 16 rows."""
-    assert shortest_telling_run(model) == shortest
+    assert min_suspect_run(model) == shortest
     for length in (shortest - 1, shortest):
         repeated = RepeatedRows(model)
         repeated.add(np.repeat(routing(1, model=model), length, axis=0).astype(np.uint16), "r")
@@ -238,7 +238,7 @@ def test_the_length_that_is_told(model: Any, shortest: int) -> None:
 def test_nothing_is_told_where_there_is_no_choice() -> None:
     """With K = E all rows are equal as sets, and may be in order."""
     model = tiny(num_experts=2, top_k=2)
-    assert shortest_telling_run(model) is None
+    assert min_suspect_run(model) is None
     repeated = RepeatedRows(model)
     repeated.add(np.repeat(routing(1, model=model), 999, axis=0).astype(np.uint16), "r")
     assert repeated.notice() == ""

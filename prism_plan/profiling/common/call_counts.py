@@ -1,22 +1,25 @@
-"""How many tokens stand behind counted calls. One rule for all recordings that only count."""
+"""Calls of experts that a recording counted: sums, checks, and the tokens that they stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.trace import require_sum
+from prism_plan.profiling.common.location import CHECK_MODEL, Location, Notify
+from prism_plan.trace import Trace, require_sum
 
+#: Calls of the experts of all MoE layers, [L, E].
 Counts = npt.NDArray[np.int64]
 #: Trace files hold fewer tokens of a task than this: all whole numbers of our files are below it.
 TOKENS_BELOW = 2**53
 
 
-def sum_calls(parts: npt.NDArray[np.integer], source: object, place: str = "") -> Counts:
+def sum_calls(parts: npt.NDArray[np.integer], at: Location) -> Counts:
     """Calls [L, E] summed over the first axis of ``parts`` [S, L, E], each of at least 0.
 
     Raises
@@ -24,10 +27,11 @@ def sum_calls(parts: npt.NDArray[np.integer], source: object, place: str = "") -
     InputError
         A sum is too large; names it.
     """
-    over = parts.sum(axis=0, dtype=np.float64)
-    if over.size:
-        layer, expert = np.unravel_index(int(over.argmax()), over.shape)
-        require_sum(parts[:, layer, expert], "calls of one expert in a layer", source, place)
+    approximate = parts.sum(axis=0, dtype=np.float64)
+    if approximate.size:
+        layer, expert = np.unravel_index(int(approximate.argmax()), approximate.shape)
+        what = "calls of one expert in a layer"
+        require_sum(parts[:, layer, expert], what, at.source, at.place)
     total: Counts = parts.sum(axis=0, dtype=np.int64)
     return total
 
@@ -41,18 +45,18 @@ def require_every_layer(task: str, calls: Counts, model: ModelSpec, source: obje
         Names the layer, or the sum.
     """
     require_sum(calls, "calls", source, f"task {task!r}")
-    of_layer = calls.sum(axis=1)
-    if of_layer.min() == 0:
+    per_layer = calls.sum(axis=1)
+    if per_layer.min() == 0:
         raise InputError(
-            f"task {task!r} has no calls in layer {model.moe_layers[int(np.argmin(of_layer))]}",
+            f"task {task!r} has no calls in layer {model.moe_layers[int(np.argmin(per_layer))]}",
             source=source,
             expected=f"calls in every MoE layer of {model.name}, {model.layers_text()}",
-            remedy="it may be cut short; check that ``model`` is the model that was recorded",
+            remedy=f"it may be cut short; {CHECK_MODEL}",
         )
 
 
 def tokens_of_calls(task: str, calls: Counts, model: ModelSpec, source: object = "") -> int:
-    """The tokens behind a task's calls [L, E]: those of the fullest layer / K, rounded up.
+    """The tokens of a task's calls [L, E]: those of the layer with the most calls / K, rounded up.
 
     Raises
     ------
@@ -70,18 +74,52 @@ def tokens_of_calls(task: str, calls: Counts, model: ModelSpec, source: object =
     return tokens
 
 
-def tell_if_uneven(
-    task: str,
-    calls: Counts,
-    model: ModelSpec,
-    notify: Callable[[str], None],
-    remedy: str = "",
+def notify_if_uneven(
+    task: str, calls: Counts, model: ModelSpec, notify: Notify, remedy: str = ""
 ) -> None:
     """Notify where layers disagree on the tokens, or calls [L, E] are no multiple of K."""
-    of_layer = calls.sum(axis=1)
-    if of_layer.min() != of_layer.max() or of_layer.max() % model.top_k:
+    per_layer = calls.sum(axis=1)
+    if per_layer.min() != per_layer.max() or per_layer.max() % model.top_k:
         notify(
-            f"task {task!r}: layers have {of_layer.min():,} to {of_layer.max():,} calls, not all "
+            f"task {task!r}: layers have {per_layer.min():,} to {per_layer.max():,} calls, not all "
             f"{model.top_k} a token; took {tokens_of_calls(task, calls, model):,} tokens from the "
             f"fullest layer{remedy}"
         )
+
+
+def trace_from_counts(
+    engine: str,
+    model: ModelSpec,
+    counts: Mapping[str, Counts],
+    provenance: Mapping[str, Any],
+    notify: Notify,
+) -> Trace:
+    """A counts-only trace from the calls [L, E] of each task, in all layers.
+
+    Raises
+    ------
+    InputError
+        An expert has more calls than there are tokens.
+    """
+    tokens = []
+    for task, calls in counts.items():
+        notify_if_uneven(task, calls, model, notify)
+        num_tokens = tokens_of_calls(task, calls, model)
+        if calls.max() > num_tokens:
+            layer, expert = np.unravel_index(int(calls.argmax()), calls.shape)
+            raise InputError(
+                f"task {task!r}: {calls.max()} calls of {num_tokens} tokens",
+                source=engine,
+                place=f"layer {model.moe_layers[layer]} expert {expert}",
+                expected="at most one call a token",
+                remedy=CHECK_MODEL,
+            )
+        tokens.append(num_tokens)
+    return Trace(
+        model=model,
+        tasks=tuple(counts),
+        counts=np.stack(list(counts.values())),
+        tokens=np.array(tokens, np.int64),
+        provenance={"source": engine, **provenance},
+        name=engine,
+    )

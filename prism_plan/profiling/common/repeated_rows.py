@@ -1,4 +1,4 @@
-"""Rows of a recording that no router has chosen: padding, and rows that repeat in every layer."""
+"""Find rows of a recording that repeat the row before them in every layer, too often for chance."""
 
 from __future__ import annotations
 
@@ -10,23 +10,13 @@ import numpy.typing as npt
 
 from prism_plan.model import ModelSpec
 
-#: What engines write where they routed nothing.
-NOTHING = -1
-#: No run of equal rows below this length is told: a token that stands several times in a row in a
+#: Shorter runs of equal rows are not reported: a token that stands several times in a row in a
 #: prompt may be routed alike each time.
 MIN_RUN = 16
-#: A run is told where the chance of its repetitions is below 2 to the power of minus this.
+#: A run is reported where the chance of its repetitions is below 2 to the power of minus this.
 CHANCE_BITS = 50
 
 Selections = npt.NDArray[np.uint16]
-
-
-def padding_rows(array: npt.NDArray[np.signedinteger]) -> npt.NDArray[np.bool_]:
-    """Which rows of [T, L, K] say in every layer that nothing was routed, bool [T]."""
-    if array.dtype.kind == "u" or not array.size:
-        return np.zeros(len(array), bool)
-    mask: npt.NDArray[np.bool_] = (array == NOTHING).all(axis=(1, 2))
-    return mask
 
 
 def runs_of_equal_rows(
@@ -34,11 +24,11 @@ def runs_of_equal_rows(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """First rows and lengths of the runs of at least two equal rows in [T, L, K].
 
-    Rows are equal if all layers are. A run ends before a row that ``begins`` [T] something new.
+    Rows are equal if all layers are. A run ends before a row that ``begins`` [T] a request.
     """
     if len(experts) < 2:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    # the first layer alone tells nearly all rows apart, so the others are seldom compared
+    # nearly all rows differ in the first layer already, so the others are seldom compared
     same = (experts[1:, 0] == experts[:-1, 0]).all(axis=1)
     if begins is not None:
         same &= ~begins[1:]
@@ -49,13 +39,12 @@ def runs_of_equal_rows(
     return edges[::2], edges[1::2] - edges[::2] + 1
 
 
-def shortest_telling_run(model: ModelSpec) -> int | None:
+def min_suspect_run(model: ModelSpec) -> int | None:
     """The length from which a run of rows that are equal in every layer cannot be chance.
 
     Two tokens choose the same experts of a layer with a chance of 1 in C(E, K) if all experts are
-    equally popular. They are not, so that only half of those bits are counted, and at most one
-    bit a layer: the chance of a repetition is taken as 2^-L, or more. ``None`` where there is
-    nothing to choose (K = E).
+    equally popular. They are not, so only half of those bits are counted, and at most one bit a
+    layer: the chance of a repetition is taken as 2^-L, or more. ``None`` where K = E.
     """
     choices = math.comb(model.num_experts, model.top_k)
     if choices == 1:
@@ -70,7 +59,7 @@ class RepeatedRows:
 
     Engines that do not clear a buffer, for example at the boundary of two chunks of a prompt,
     return the row of one token for many. A request of one token over and over may look the same,
-    so that such rows are kept and told.
+    so such rows are kept and reported.
     """
 
     model: ModelSpec
@@ -80,7 +69,7 @@ class RepeatedRows:
     where: str = ""
 
     def __post_init__(self) -> None:
-        self.shortest = shortest_telling_run(self.model)
+        self._min_run = min_suspect_run(self.model)
 
     def add(
         self,
@@ -90,11 +79,11 @@ class RepeatedRows:
         first: int = 0,
         begins: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """Look at selections [T, L, K] at ``place``, the first of which is token ``first``."""
-        if self.shortest is None:
+        """Check selections [T, L, K] at ``place``, the first of which is token ``first``."""
+        if self._min_run is None:
             return
         starts, lengths = runs_of_equal_rows(experts, begins)
-        long = lengths >= self.shortest
+        long = lengths >= self._min_run
         if not long.any():
             return
         starts, lengths = starts[long], lengths[long]
@@ -107,7 +96,7 @@ class RepeatedRows:
             self.where = f"{place} after token {first + int(starts[at])}"
 
     def notice(self) -> str:
-        """What is to be said of them, or nothing."""
+        """The notice of such rows, or an empty text."""
         if not self.runs:
             return ""
         return (

@@ -1,6 +1,6 @@
-"""Streamed responses, as Server-Sent Events: ``data: {...}`` a chunk, ``data: [DONE]`` at the end.
+"""Merge streamed responses: Server-Sent Events, ``data: {...}`` a chunk, ``data: [DONE]`` last.
 
-Which chunk has the rows of routing, read in the source of both engines:
+Which chunk has the rows of routing, according to the source of both engines:
 
 SGLang, ``/generate``
     every chunk repeats ``meta_info`` with the numbers of tokens so far; the last one of a request
@@ -28,7 +28,8 @@ from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.lines import parse_line, text_lines
 from prism_plan.io.open_file import OpenFile
 from prism_plan.profiling.common.json_fields import decode_base64, json_object
-from prism_plan.profiling.responses.unread_keys import ROWS, unread_routing
+from prism_plan.profiling.common.location import Location
+from prism_plan.profiling.responses.unread_keys import ROWS, find_unread_routing
 
 PROMPT_ROWS = "prompt_routed_experts"
 _FIELD = re.compile(r"(data|event|id|retry)?:")
@@ -42,24 +43,24 @@ def is_event(line: str) -> bool:
     return _FIELD.match(line) is not None
 
 
-def streamed(file: OpenFile, bad: BadRows) -> Iterator[tuple[str, Any]]:
-    """(place of its first chunk, response) of each response in a file of events.
+def merge_streams(file: OpenFile, bad: BadRows) -> Iterator[tuple[Location, Any]]:
+    """Each response in a file of events, and where its first chunk stands.
 
     Raises
     ------
     InputError
-        A line is no event, a chunk is none of a response, or rows contradict each other, and bad
+        A line is not an event, a chunk is not of a response, or rows contradict each other, and bad
         rows are not to be left out.
     """
     path = Path(file.path)
-    open_responses: dict[str, tuple[str, dict[str, Any]]] = {}
+    open_responses: dict[str, tuple[Location, dict[str, Any]]] = {}
     ended: set[str] = set()
-    spoilt: set[str] = set()
+    damaged: set[str] = set()
     for number, line in text_lines(file, lambda error: bad.leave_out(path, error)):
-        place = f"line {number}"
+        at = Location(path, f"line {number}")
         key = ""
         try:
-            name = _field(line, path, place)
+            name = _field(line, at)
             text = line.partition(":")[2].strip()
             if name != "data":
                 continue
@@ -67,80 +68,66 @@ def streamed(file: OpenFile, bad: BadRows) -> Iterator[tuple[str, Any]]:
                 ended.update(filter(None, open_responses))
                 yield from open_responses.values()
                 open_responses.clear()
-                spoilt.clear()
+                damaged.clear()
                 continue
-            chunk = json_object(parse_line(text, path, place), path, place)
-            key = _identity(chunk, path, place)
-            if key in spoilt:
+            chunk = json_object(parse_line(text, path, at.place), at)
+            key = _response_id(chunk, at)
+            if key in damaged:
                 continue
             if key in ended:
-                raise InputError(
+                raise at.error(
                     f"response {key!r:.60} goes on after a [DONE]",
-                    source=path,
-                    place=place,
-                    expected="the streams one after the other",
-                    remedy="write each stream to a file of its own",
+                    "the streams one after the other",
+                    "write each stream to a file of its own",
                 )
-            _, whole = open_responses.setdefault(key, (place, {}))
-            _merge(whole, chunk, path, place)
+            _, response = open_responses.setdefault(key, (at, {}))
+            _merge(response, chunk, at)
         except InputError as error:
             bad.leave_out(path, error)
             if open_responses.pop(key, None):
-                spoilt.add(key)
+                damaged.add(key)
     yield from open_responses.values()
 
 
-def _field(line: str, path: Path, place: str) -> str:
+def _field(line: str, at: Location) -> str:
     found = _FIELD.match(line)
     if found is None:
-        raise InputError(
-            f"{line!r:.60}",
-            source=path,
-            place=place,
-            expected="an event, data: {...}, as in the first line",
-        )
+        raise at.error(f"{line!r:.60}", "an event, data: {...}, as in the first line")
     return found[1] or ""
 
 
-def _identity(chunk: Mapping[str, Any], path: Path, place: str) -> str:
+def _response_id(chunk: Mapping[str, Any], at: Location) -> str:
     """The id of the response that a chunk is of."""
     if "error" in chunk and "choices" not in chunk and "meta_info" not in chunk:
-        raise InputError(
+        raise at.error(
             f"an error of the server: {chunk['error']!r:.80}",
-            source=path,
-            place=place,
-            expected="a chunk of a response",
-            remedy="ask again, and leave this response out",
+            "a chunk of a response",
+            "ask again, and leave this response out",
         )
     meta = chunk.get("meta_info")
     ids = (chunk.get("id"), chunk.get("request_id"), isinstance(meta, dict) and meta.get("id"))
     return str(next((one for one in ids if one), ""))
 
 
-def _merge(whole: dict[str, Any], chunk: Mapping[str, Any], path: Path, place: str) -> None:
-    """Put a chunk to what its response has so far."""
+def _merge(response: dict[str, Any], chunk: Mapping[str, Any], at: Location) -> None:
+    """Merge a chunk into its response."""
     choices = chunk.get("choices") or []
     if not isinstance(choices, list):
-        raise InputError(
-            f"{choices!r:.60}",
-            source=path,
-            place=f"{place} 'choices'",
-            expected="a list of choices",
-        )
-    choices = [json_object(choice, path, place) for choice in choices]
+        raise at.within("'choices'").error(f"{choices!r:.60}", "a list of choices")
+    choices = [json_object(choice, at) for choice in choices]
     read = {*_PATHS, *(p for i in range(len(choices)) for p in _choice_paths(i))}
-    unread_routing(chunk, read, path, place)
+    find_unread_routing(chunk, read, at)
     for key, value in chunk.items():
         if key == "meta_info":
-            _merge_meta_info(whole, json_object(value, path, place), path, place)
+            _merge_meta_info(response, json_object(value, at), at)
         elif key == "sglext":
-            extension = whole.setdefault(key, {})
-            for name, part in json_object(value or {}, path, place).items():
-                _set(extension, name, part, path, place)
+            extension = response.setdefault(key, {})
+            for name, part in json_object(value or {}, at).items():
+                _set(extension, name, part, at)
         elif key != "choices":
-            _set(whole, key, value, path, place)
+            _set(response, key, value, at)
     if "choices" in chunk:
-        _merge_choices(whole.setdefault("choices", []), choices, path, place)
+        _merge_choices(response.setdefault("choices", []), choices, at)
 
 
 def _choice_paths(index: int) -> tuple[str, str]:
@@ -148,58 +135,49 @@ def _choice_paths(index: int) -> tuple[str, str]:
 
 
 def _merge_choices(
-    whole: list[dict[str, Any]], choices: list[Mapping[str, Any]], path: Path, place: str
+    merged: list[dict[str, Any]], choices: list[Mapping[str, Any]], at: Location
 ) -> None:
-    for at, choice in enumerate(choices):
-        index = choice.get("index", at)
-        if not isinstance(index, int) or not 0 <= index <= len(whole) + len(choices):
-            raise InputError(
-                f"{index!r:.60}",
-                source=path,
-                place=f"{place} 'index'",
-                expected="a choice's number",
-            )
-        while len(whole) <= index:
-            whole.append({})
+    for number, choice in enumerate(choices):
+        index = choice.get("index", number)
+        if not isinstance(index, int) or not 0 <= index <= len(merged) + len(choices):
+            raise at.within("'index'").error(f"{index!r:.60}", "a choice's number")
+        while len(merged) <= index:
+            merged.append({})
         for key, value in choice.items():
-            known = whole[index].get(key)
+            known = merged[index].get(key)
             if key == "token_ids" and isinstance(known, list) and isinstance(value, list):
-                whole[index][key] = [*known, *value]
+                merged[index][key] = [*known, *value]
             else:
-                _set(whole[index], key, value, path, place)
+                _set(merged[index], key, value, at)
 
 
-def _merge_meta_info(
-    whole: dict[str, Any], meta: Mapping[str, Any], path: Path, place: str
-) -> None:
-    """Keep the chunk with the rows, whose numbers of tokens belong to them, or the last one."""
-    known = whole.get("meta_info", {}).get(ROWS)
+def _merge_meta_info(response: dict[str, Any], meta: Mapping[str, Any], at: Location) -> None:
+    """Keep the ``meta_info`` with the rows, whose token counts are theirs, else the last one."""
+    known = response.get("meta_info", {}).get(ROWS)
     rows = meta.get(ROWS)
     if known is not None and rows is None:
         return
     if isinstance(known, str) and isinstance(rows, str):
-        # rows so far and then all rows; others would be parts, of which nothing is known
-        before, after = (decode_base64(text, path, place) for text in (known, rows))
+        # the second are all rows, which begin with the first; parts are not understood
+        before, after = (decode_base64(text, at) for text in (known, rows))
         if not after.startswith(before):
-            raise _other_rows(ROWS, path, place)
-    whole["meta_info"] = dict(meta)
+            raise _other_rows(ROWS, at)
+    response["meta_info"] = dict(meta)
 
 
-def _set(values: dict[str, Any], key: str, value: Any, path: Path, place: str) -> None:
-    """Set a key; what a later chunk says holds, but rows are not to be replaced by others."""
+def _set(values: dict[str, Any], key: str, value: Any, at: Location) -> None:
+    """Set a key; a later chunk overwrites an earlier one, but not by other rows."""
     if value is None:
         values.setdefault(key, None)
         return
     if ROWS in key and values.get(key) is not None and values[key] != value:
-        raise _other_rows(key, path, place)
+        raise _other_rows(key, at)
     values[key] = value
 
 
-def _other_rows(key: str, path: Path, place: str) -> InputError:
-    return InputError(
+def _other_rows(key: str, at: Location) -> InputError:
+    return at.error(
         f"other rows of {key!r} than in an earlier chunk",
-        source=path,
-        place=place,
-        expected="the rows of a response in one chunk",
-        remedy="record responses that are not streamed",
+        "the rows of a response in one chunk",
+        "record responses that are not streamed",
     )

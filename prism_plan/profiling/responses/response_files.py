@@ -1,8 +1,8 @@
-"""Files of responses: JSON Lines, a JSON array or object, or the events of streamed responses.
+"""Read files of responses: JSON Lines, a JSON array or object, or streamed responses as events.
 
-Which of them a file is is told by its first line: that of an event stream has a field of
-Server-Sent Events (``data: {...}``), that of JSON Lines is JSON by itself. A line may be a list of
-responses. Any of them may be compressed with gzip.
+The first line decides: that of an event stream has a field of Server-Sent Events
+(``data: {...}``), that of JSON Lines is JSON by itself. A line may be a list of responses. Any of
+them may be compressed with gzip.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from prism_plan.io.files import parse_json
 from prism_plan.io.lines import json_lines, text_lines
 from prism_plan.io.open_file import OpenFile
 from prism_plan.io.packed import read_packed_text
-from prism_plan.profiling.responses.event_stream import is_event, streamed
+from prism_plan.profiling.common.location import Location
+from prism_plan.profiling.responses.event_stream import is_event, merge_streams
 
 
-def responses(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each response in a file, put together where it was streamed.
+def read_responses(path: Path, bad: BadRows) -> Iterator[tuple[Location, Any]]:
+    """Each response in a file and where it stands; chunks of a streamed one are merged.
 
     Raises
     ------
@@ -31,20 +32,20 @@ def responses(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
     with OpenFile(path) as file:
         _, first = next(text_lines(file, lambda error: None), (0, ""))
         if is_event(first):
-            yield from streamed(file, bad)
+            yield from merge_streams(file, bad)
             return
-        whole = _document(file, first)
-        found = [("", whole)] if whole is not None else json_lines(file, bad)
-        for place, value in found:
+        document = _document(file, first)
+        values = [("", document)] if document is not None else json_lines(file, bad)
+        for place, value in values:
+            at = Location(path, place)
             if isinstance(value, list):
-                for index, item in enumerate(value):
-                    yield f"{place} item {index}".strip(), item
+                yield from ((at.within(f"item {n}"), item) for n, item in enumerate(value))
             else:
-                yield place or "response", value
+                yield at if place else Location(path, "response"), value
 
 
 def _document(file: OpenFile, first: str) -> Any:
-    """The list or object that a whole file is, if its first line is not JSON by itself."""
+    """The JSON list or object that the file is as a whole, if its first line is not JSON."""
     try:
         parse_json(first, file.path)
     except InputError:
@@ -54,5 +55,5 @@ def _document(file: OpenFile, first: str) -> Any:
     try:
         value = parse_json(read_packed_text(file), file.path)
     except InputError:
-        return None  # the reader of lines names what is wrong
+        return None  # reading line by line gives the error
     return value if isinstance(value, list | dict) else None

@@ -1,4 +1,4 @@
-"""Keys of a response that look like routing and were not read: never dropped in silence."""
+"""Report keys of a response that look like routing and were not read."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from prism_plan.errors import InputError
+from prism_plan.profiling.common.location import Location
 
-#: Rows of routing for certain.
+#: Keys with this in their name certainly hold rows of routing.
 ROWS = "routed_experts"
-#: Perhaps routing. Numbers and short texts under such a key (num_experts) are settings.
-PERHAPS = re.compile(r"expert|topk_ids|moe_routing|router_logits", re.IGNORECASE)
-SHORT_TEXT = 64
+#: Keys that may hold routing. Numbers and short texts under such a key (num_experts) are settings.
+_MAY_BE_ROUTING = re.compile(r"expert|topk_ids|moe_routing|router_logits", re.IGNORECASE)
+_MIN_ROWS_TEXT = 64
 
 
-def unread_routing(
-    line: Mapping[str, Any], read: Collection[str], source: object, place: str
-) -> set[str]:
+def find_unread_routing(line: Mapping[str, Any], read: Collection[str], at: Location) -> set[str]:
     """Names of keys that look like routing and are not at one of the paths ``read``.
 
     Paths are written as in ``choices[0].routed_experts``.
@@ -32,12 +30,10 @@ def unread_routing(
         if path in read:
             continue
         if ROWS in key:
-            raise InputError(
+            raise at.error(
                 f"key {path!r:.120} is not read",
-                source=source,
-                place=place,
-                expected=f"rows of routing at {' or '.join(sorted(read))} alone",
-                remedy="its rows would be lost; move or remove it",
+                f"rows of routing at {' or '.join(sorted(read))} alone",
+                "its rows would be lost; move or remove it",
             )
         found.add(key)
     return found
@@ -48,7 +44,7 @@ def _candidates(value: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, inner in value.items():
             where = f"{path}.{key}" if path else str(key)
-            if PERHAPS.search(str(key)) and _holds_rows(inner):
+            if _MAY_BE_ROUTING.search(str(key)) and _holds_rows(inner):
                 yield where, str(key)
             else:
                 yield from _candidates(inner, where)
@@ -60,5 +56,5 @@ def _candidates(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 def _holds_rows(value: Any) -> bool:
     if isinstance(value, str):
-        return len(value) >= SHORT_TEXT
+        return len(value) >= _MIN_ROWS_TEXT
     return isinstance(value, list | dict) and bool(value)

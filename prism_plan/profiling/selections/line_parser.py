@@ -1,16 +1,16 @@
-"""One line of a file of selections; see :mod:`prism_plan.profiling.selections.reader`."""
+"""Parse one line of a file of selections; see :mod:`.reader`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.common.extra_layers import decoder_end
-from prism_plan.profiling.common.json_fields import CHECK_MODEL, json_object, task_of_line
+from prism_plan.profiling.common.extra_layers import foreign_layer
+from prism_plan.profiling.common.json_fields import json_object, task_of
+from prism_plan.profiling.common.location import CHECK_MODEL, Location
 from prism_plan.profiling.sources import Source
 from prism_plan.trace import PHASES, UNKNOWN_PHASE
 
@@ -27,7 +27,7 @@ MAX_POSITION = 2**31 - 1
 
 
 class Line(NamedTuple):
-    """A line that is one of the model, as far as it can be told alone."""
+    """The selection of one token in one layer, valid as far as a line by itself can show."""
 
     task: str
     request: str | int
@@ -39,107 +39,73 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class LineParser:
-    """Reads lines of one model."""
+    """Parses lines of recordings of one model."""
 
     model: ModelSpec
 
-    def parse(self, value: Any, source: Source, place: str) -> Line | None:
-        """What a line says, or nothing where it is one of a header."""
-        path = source.path
-        values = json_object(value, path, place)
+    def parse(self, value: Any, source: Source, at: Location) -> Line | None:
+        """The selection in a line, or None for a header line."""
+        values = json_object(value, at)
         if values.get("type") == "meta":
-            self._check_header(values, path, place)
+            self._check_header(values, at)
             return None
-        found = [self._value(values, what, path, place) for what in NAMES]
+        found = [self._value(values, what, at) for what in NAMES]
         request, position, layer, experts = found
         if isinstance(request, bool) or not isinstance(request, str | int):
-            raise _wrong(request, "request", "a text or a whole number", path, place)
-        for number, what, most in (
-            (position, "token", MAX_POSITION),
-            (layer, "layer", MAX_POSITION),
-        ):
-            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= most:
-                raise _wrong(number, what, f"a whole number of 0 to {most:,}", path, place)
-        if layer not in self.model.moe_layers and layer < decoder_end(self.model):
-            raise self.foreign_layer(layer, path, place)
+            raise _invalid(request, "request", "a text or a whole number", at)
+        for number, what in ((position, "token"), (layer, "layer")):
+            if type(number) is not int or not 0 <= number <= MAX_POSITION:
+                raise _invalid(number, what, f"a whole number of 0 to {MAX_POSITION:,}", at)
+        if layer not in self.model.moe_layers and layer < self.model.num_decoder_layers:
+            raise foreign_layer(layer, self.model, at)
         phase = values.get("phase", PHASES[UNKNOWN_PHASE])
         if phase not in PHASES:
-            raise _wrong(phase, "phase", ", ".join(PHASES), path, place)
+            raise _invalid(phase, "phase", ", ".join(PHASES), at)
         return Line(
-            task_of_line(values, source.task, path, place),
+            task_of(values, source.task, source.path, at),
             request,
             position,
             layer,
-            self._ids(experts, layer, path, place),
+            self._ids(experts, layer, at),
             PHASES.index(phase),
         )
 
-    def _value(self, values: Mapping[str, Any], what: str, path: Path, place: str) -> Any:
-        """The value under the one name of a thing."""
+    def _value(self, values: Mapping[str, Any], what: str, at: Location) -> Any:
+        """The value under the one name of ``what`` that the line has."""
         names = _NAME_SETS[what] & values.keys()
         if len(names) != 1:
             shown = ", ".join(map(repr, sorted(names)))
             shown = shown or f"keys {', '.join(values)!s:.80}"
-            raise InputError(
-                shown,
-                source=path,
-                place=place,
-                expected=f"the {what} under one of {', '.join(NAMES[what])}",
-            )
+            raise at.error(shown, f"the {what} under one of {', '.join(NAMES[what])}")
         return values[names.pop()]
 
-    def _ids(self, experts: Any, layer: int, path: Path, place: str) -> list[int]:
+    def _ids(self, experts: Any, layer: int, at: Location) -> list[int]:
         model = self.model
-        whole = isinstance(experts, list) and all(type(one) is int for one in experts)
-        if not whole or len(experts) != model.top_k:
-            raise _wrong(
-                experts, "experts", f"{model.top_k} ids, top-k of {model.name}", path, place
-            )
+        integers = isinstance(experts, list) and all(type(one) is int for one in experts)
+        if not integers or len(experts) != model.top_k:
+            raise _invalid(experts, "experts", f"{model.top_k} ids, top-k of {model.name}", at)
         ids: list[int] = experts
-        if not all(0 <= one < model.num_experts for one in ids):
-            bad = next(one for one in ids if not 0 <= one < model.num_experts)
-            raise InputError(
-                f"expert {bad}",
-                source=path,
-                place=f"{place} layer {layer}",
-                expected=f"ids 0..{model.num_experts - 1} of {model.name}",
-                remedy=CHECK_MODEL,
-            )
+        for expert in ids:
+            if not 0 <= expert < model.num_experts:
+                expected = f"ids 0..{model.num_experts - 1} of {model.name}"
+                raise at.within(f"layer {layer}").error(f"expert {expert}", expected, CHECK_MODEL)
         if len(set(ids)) != len(ids):
-            raise InputError(
-                f"experts {ids} name one expert twice",
-                source=path,
-                place=f"{place} layer {layer}",
-                expected=f"{model.top_k} different experts",
-            )
+            found = f"experts {ids} name one expert twice"
+            raise at.within(f"layer {layer}").error(found, f"{model.top_k} different experts")
         return ids
 
-    def _check_header(self, values: Mapping[str, Any], path: Path, place: str) -> None:
+    def _check_header(self, values: Mapping[str, Any], at: Location) -> None:
         top_k = values.get("top_k")
         if isinstance(top_k, int) and top_k != self.model.top_k:
-            raise InputError(
-                f"top_k {top_k}",
-                source=path,
-                place=place,
-                expected=f"{self.model.top_k} of {self.model.name}",
-                remedy=CHECK_MODEL,
-            )
-
-    def foreign_layer(self, layer: int, path: Path, place: str) -> InputError:
-        return InputError(
-            f"layer {layer}",
-            source=path,
-            place=place,
-            expected=f"a MoE layer of {self.model.name}, {self.model.layers_text()}",
-            remedy=CHECK_MODEL,
-        )
+            expected = f"{self.model.top_k} of {self.model.name}"
+            raise at.error(f"top_k {top_k}", expected, CHECK_MODEL)
 
 
-def _wrong(value: Any, what: str, expected: str, path: Path, place: str) -> InputError:
-    return InputError(f"{value!r:.60}", source=path, place=f"{place} {what}", expected=expected)
+def _invalid(value: Any, what: str, expected: str, at: Location) -> InputError:
+    return at.within(what).error(f"{value!r:.60}", expected)
 
 
-def example(model: ModelSpec) -> str:
-    """A line as it is read, for messages."""
+def example_line(model: ModelSpec) -> str:
+    """An example of a line, for messages."""
     ids = list(range(min(model.top_k, 3)))
     return f'{{"request": 0, "token": 0, "layer": {model.moe_layers[0]}, "experts": {ids}}}'

@@ -1,4 +1,4 @@
-"""Selections one by one: JSON Lines of one request, token and layer each.
+"""Read selections one by one: JSON Lines of one request, token and layer each.
 
 Hooks on routers write such files, for example patches of vLLM with ``VLLM_LOG_MOE``::
 
@@ -8,8 +8,8 @@ Hooks on routers write such files, for example patches of vLLM with ``VLLM_LOG_M
 Each line has four things, under one of several names (``NAMES`` of
 :mod:`.line_parser`): the request, a text or a whole number; the token, its
 position in the request; the decoder layer; and K logical expert ids. ``phase`` ("prefill",
-"decode" or "unknown") and ``task`` may be there, all other keys (gate weights, dates) are passed
-over, and lines of ``"type": "meta"`` but for their ``top_k``.
+"decode" or "unknown") and ``task`` are optional. All other keys (gate weights, dates) are ignored,
+and of lines of ``"type": "meta"`` all but ``top_k``.
 
 Every token has one line for each MoE layer, and a request's positions have no gap. Lines may
 come in any order in which tokens are complete before long, such as token by token, or layer by
@@ -28,22 +28,24 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.lines import json_lines
-from prism_plan.limits import MAX_NAMES, MIB, require_at_most, require_name
+from prism_plan.limits import MIB
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.common.extra_layers import mtp_layers, mtp_notice
-from prism_plan.profiling.common.json_fields import CUT_SHORT, Notify, files_of_tasks
-from prism_plan.profiling.common.repeated_rows import RepeatedRows
-from prism_plan.profiling.selections.line_parser import Line, LineParser, example
-from prism_plan.profiling.sources import Source
-from prism_plan.trace import PHASES, TokenBatch, Trace, trace_from_batches
+from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers
+from prism_plan.profiling.common.location import CUT_SHORT, Location, Notify
+from prism_plan.profiling.common.request_batches import RequestBatches
+from prism_plan.profiling.selections.line_parser import Line, LineParser, example_line
+from prism_plan.profiling.sources import Source, paths_by_task
+from prism_plan.trace import PHASES, Trace, trace_from_batches
 
 #: Bytes of tokens that are not complete yet, 2 for each selection and some 500 beside them: a pass
 #: of 200,000 tokens layer by layer through a model of 48 layers, top-8.
-MAX_OPEN_BYTES, TOKEN_BYTES = 256 * MIB, 500
+MAX_INCOMPLETE_BYTES, TOKEN_BYTES = 256 * MIB, 500
 #: Tokens that are put together into arrays at a time.
-_CHUNK = 4096
+_CHUNK_TOKENS = 4096
 
 Ids = npt.NDArray[np.uint16]
+#: Number of a request in its file, and position of a token in it.
+TokenKey = tuple[int, int]
 
 
 def read_selections(
@@ -56,38 +58,38 @@ def read_selections(
     """One token-level trace from files of selections.
 
     The task is the source's label, else the line's ``task``, else the file's stem; files of one
-    label are put together. ``notify`` is told what was left out or looks wrong: with ``skip_bad``
-    lines that cannot be read or are of another model, and the other layers of their tokens.
+    label are put together. With ``skip_bad`` lines that cannot be read or are of another model are
+    left out, with the other layers of their tokens. ``notify`` is called with what was left out or
+    looks wrong.
 
     Raises
     ------
     InputError
         A line is not JSON, lacks a key, is of another model or stands twice; a token lacks a
-        layer; a request lacks a token; too many tokens are open at once. Names the line.
+        layer; a request lacks a token; too many tokens are incomplete at once. Names the line.
     """
-    files_of_tasks(sources)  # refuses two unlabelled files of one name
+    paths_by_task(sources)  # refuses two unlabelled files of one name
     bad = BadRows(skip_bad)
     reader = _Reader(model, bad)
     for source in sources:
         reader.read(source)
     bad.require_good()
-    if not reader.batches:
-        raise InputError(
-            "no selections in it", source=sources[0].path, expected=f"lines {example(model)}"
-        )
+    requests = reader.requests
+    if not requests.batches:
+        expected = f"lines {example_line(model)}"
+        raise InputError("no selections in it", source=sources[0].path, expected=expected)
     bad.tell(notify)
-    repeated = reader.repeated
-    for text in [*reader.notices(), mtp_notice(reader.left_out_layers, model), repeated.notice()]:
-        if text:
-            notify(text)
+    for text in [*reader.notices(), *requests.layer_notices()]:
+        notify(text)
+    repeated = requests.repeated.rows
     return trace_from_batches(
         model,
-        reader.tasks,
-        reader.batches,
+        requests.tasks,
+        requests.batches,
         provenance={
             "source": "selections",
             "files": [source.path.name for source in sources],
-            **({"repeated_rows": repeated.rows} if repeated.rows else {}),
+            **({"repeated_rows": repeated} if repeated else {}),
             **bad.provenance(),
         },
         name="selections",
@@ -105,39 +107,39 @@ class _Token:
 
 
 @dataclass
-class _Tokens:
+class _CompleteTokens:
     """Complete tokens of a file: their requests, positions, phases, last lines and ids."""
 
     rows: list[tuple[int, int, int, int]] = field(default_factory=list)
     experts: list[Ids] = field(default_factory=list)
-    parts: list[tuple[npt.NDArray[np.int64], Ids]] = field(default_factory=list)
+    chunks: list[tuple[npt.NDArray[np.int64], Ids]] = field(default_factory=list)
 
     def add(self, request: int, position: int, token: _Token) -> None:
         self.rows.append((request, position, token.phase, token.line))
         self.experts.append(token.experts)
-        if len(self.rows) == _CHUNK:
-            self._put_together()
+        if len(self.rows) == _CHUNK_TOKENS:
+            self._close_chunk()
 
-    def _put_together(self) -> None:
+    def _close_chunk(self) -> None:
         if self.rows:
-            self.parts.append((np.array(self.rows, np.int64), np.stack(self.experts)))
+            self.chunks.append((np.array(self.rows, np.int64), np.stack(self.experts)))
             self.rows, self.experts = [], []
 
-    def known(self, keys: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
-        """Those of the (request, position) that are complete."""
-        self._put_together()
-        wanted = np.array([request << 32 | position for request, position in keys], np.int64)
+    def among(self, keys: Collection[TokenKey]) -> set[TokenKey]:
+        """Those of the keys whose token is complete."""
+        self._close_chunk()
+        codes = np.array([request << 32 | position for request, position in keys], np.int64)
         found: set[int] = set()
-        for rows, _ in self.parts:
-            found.update(np.intersect1d(rows[:, 0] << 32 | rows[:, 1], wanted).tolist())
-        return {divmod(key, 1 << 32) for key in found}
+        for rows, _ in self.chunks:
+            found.update(np.intersect1d(rows[:, 0] << 32 | rows[:, 1], codes).tolist())
+        return {divmod(code, 1 << 32) for code in found}
 
     def sorted(self) -> tuple[npt.NDArray[np.int64], Ids]:
         """(request, position, phase, line) int64 [T, 4] and ids [T, L, K], by request and token."""
-        self._put_together()
-        rows = np.concatenate([part for part, _ in self.parts])
-        experts = np.concatenate([ids for _, ids in self.parts])
-        self.parts.clear()
+        self._close_chunk()
+        rows = np.concatenate([rows for rows, _ in self.chunks])
+        experts = np.concatenate([ids for _, ids in self.chunks])
+        self.chunks.clear()
         order = np.lexsort((rows[:, 1], rows[:, 0]))
         return rows[order], experts[order]
 
@@ -148,189 +150,156 @@ class _Reader:
 
     model: ModelSpec
     bad: BadRows
-    tasks: dict[str, int] = field(default_factory=dict)
-    batches: list[TokenBatch] = field(default_factory=list)
-    left_out_layers: set[int] = field(default_factory=set)
-    without_start: int = 0
-    gaps: int = 0
+    num_missing_tokens: int = 0
 
     def __post_init__(self) -> None:
-        self.lines = LineParser(self.model)
-        self.repeated = RepeatedRows(self.model)
-        self._position_of = {layer: at for at, layer in enumerate(self.model.moe_layers)}
+        self.requests = RequestBatches(self.model)
+        self._parser = LineParser(self.model)
+        self._index_of = {layer: index for index, layer in enumerate(self.model.moe_layers)}
         self._all_layers = (1 << self.model.num_layers) - 1
 
     def read(self, source: Source) -> None:
         """Add the requests of a file."""
         path = source.path
         if path.is_dir():
-            raise InputError(
-                "is a folder", source=path, expected=f"a file of lines {example(self.model)}"
-            )
+            expected = f"a file of lines {example_line(self.model)}"
+            raise InputError("is a folder", source=path, expected=expected)
         requests: dict[tuple[str, str | int], int] = {}
-        waiting: dict[tuple[int, int], _Token] = {}
-        complete = _Tokens()
-        beyond: dict[int, int] = {}
+        incomplete: dict[TokenKey, _Token] = {}
+        complete = _CompleteTokens()
+        later_layers: dict[int, Location] = {}  # where layers after the model's first stand
         selections = self.model.num_layers * self.model.top_k
-        most = MAX_OPEN_BYTES // (TOKEN_BYTES + 2 * selections)
+        max_incomplete = MAX_INCOMPLETE_BYTES // (TOKEN_BYTES + 2 * selections)
         for place, value in json_lines(path, self.bad):
-            number = int(place.removeprefix("line "))
+            at = Location(path, place)
             try:
-                line = self.lines.parse(value, source, place)
+                line = self._parser.parse(value, source, at)
                 if line is None:
                     continue
-                if line.layer not in self._position_of:
-                    beyond.setdefault(line.layer, number)
+                if line.layer not in self._index_of:
+                    later_layers.setdefault(line.layer, at)
                     continue
                 request = requests.setdefault((line.task, line.request), len(requests))
                 key = (request, line.position)
-                token = waiting.get(key)
-                if token is None:
-                    token = waiting[key] = self._new_token(line)
-                self._put(token, line, path, place)
+                if key not in incomplete:
+                    shape = (self.model.num_layers, self.model.top_k)
+                    incomplete[key] = _Token(np.zeros(shape, np.uint16), line.phase)
+                token = incomplete[key]
+                self._add_layer(token, line, at)
             except InputError as error:
                 self.bad.leave_out(path, error)
                 continue
-            token.line = number
+            token.line = int(place.removeprefix("line "))
             self.bad.keep(path)
             if token.layers == self._all_layers:
-                complete.add(*key, waiting.pop(key))
-            elif len(waiting) > most:
-                raise _too_many_open(most, path, place)
+                complete.add(*key, incomplete.pop(key))
+            elif len(incomplete) > max_incomplete:
+                raise at.error(
+                    f"more than {max_incomplete:,} tokens lack layers that may still come",
+                    "the lines of a token close to each other",
+                    "sort the file by request and token",
+                )
         names = list(requests)
-        self._check_beyond(beyond, path)
-        self._refuse_incomplete(waiting, complete, names, path)
-        if complete.rows or complete.parts:
-            self._add(complete, names, path)
-
-    # ------------------------------------------------------------------------------ tokens
-
-    def _new_token(self, line: Line) -> _Token:
-        return _Token(np.zeros((self.model.num_layers, self.model.top_k), np.uint16), line.phase)
-
-    def _put(self, token: _Token, line: Line, path: Path, place: str) -> None:
-        """Put a line's layer to its token."""
-        at = self._position_of[line.layer]
-        if token.layers >> at & 1:
-            raise _twice(line.request, line.position, path, place)
-        if line.phase != token.phase:
-            raise InputError(
-                f"phase {PHASES[line.phase]!r}",
-                source=path,
-                place=place,
-                expected=f"{PHASES[token.phase]!r}, as in other layers of the token",
-            )
-        token.experts[at] = line.experts
-        token.layers |= 1 << at
-
-    def _check_beyond(self, beyond: Mapping[int, int], path: Path) -> None:
-        extra, stray = mtp_layers(beyond, self.model)
+        mtp_layers, stray = split_mtp_layers(later_layers, self.model)
         if stray is not None:
-            raise self.lines.foreign_layer(stray, path, f"line {beyond[stray]}")
-        self.left_out_layers.update(extra)
+            raise foreign_layer(stray, self.model, later_layers[stray])
+        self.requests.mtp_layers.update(mtp_layers)
+        self._refuse_incomplete(incomplete, complete, names, path)
+        if complete.rows or complete.chunks:
+            self._add_requests(complete, names, path)
+
+    def _add_layer(self, token: _Token, line: Line, at: Location) -> None:
+        """Add a line's selection to its token."""
+        index = self._index_of[line.layer]
+        if token.layers >> index & 1:
+            raise _twice(line.request, line.position, at)
+        if line.phase != token.phase:
+            raise at.error(
+                f"phase {PHASES[line.phase]!r}",
+                f"{PHASES[token.phase]!r}, as in other layers of the token",
+            )
+        token.experts[index] = line.experts
+        token.layers |= 1 << index
 
     def _refuse_incomplete(
         self,
-        waiting: Mapping[tuple[int, int], _Token],
-        complete: _Tokens,
+        incomplete: Mapping[TokenKey, _Token],
+        complete: _CompleteTokens,
         names: Sequence[tuple[str, str | int]],
         path: Path,
     ) -> None:
-        layers = self.model.moe_layers
-        done = complete.known(waiting)
-        for (request, position), token in waiting.items():
+        model = self.model
+        done = complete.among(incomplete)
+        for (request, position), token in incomplete.items():
             self.bad.keep(path, -token.layers.bit_count())
+            at, name = Location(path, f"line {token.line}"), names[request][1]
             if (request, position) in done:
-                twice = _twice(names[request][1], position, path, f"line {token.line}")
-                self.bad.leave_out(path, twice)
+                self.bad.leave_out(path, _twice(name, position, at))
                 continue
-            missing = [layer for at, layer in enumerate(layers) if not token.layers >> at & 1]
+            missing = [
+                layer for i, layer in enumerate(model.moe_layers) if not token.layers >> i & 1
+            ]
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            error = InputError(
-                f"request {names[request][1]!r} token {position} lacks layers {shown}",
-                source=path,
-                place=f"line {token.line}",
-                expected=f"a line for each MoE layer of {self.model.name}, "
-                f"{self.model.layers_text()}",
-                remedy=f"{CUT_SHORT}, with all layers",
+            error = at.error(
+                f"request {name!r} token {position} lacks layers {shown}",
+                f"a line for each MoE layer of {model.name}, {model.layers_text()}",
+                f"{CUT_SHORT}, with all layers",
             )
             self.bad.leave_out(path, error)
 
-    # ---------------------------------------------------------------------------- requests
-
-    def _add(self, complete: _Tokens, names: Sequence[tuple[str, str | int]], path: Path) -> None:
+    def _add_requests(
+        self, complete: _CompleteTokens, names: Sequence[tuple[str, str | int]], path: Path
+    ) -> None:
         """Make a batch of each request of a file."""
         rows, experts = complete.sorted()
         starts = np.flatnonzero(np.diff(rows[:, 0], prepend=-1))
         for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
             task, request = names[rows[start, 0]]
-            own, ids = self._checked(rows[start:end], experts[start:end], request, path)
-            if task not in self.tasks:
-                require_name(task, source=path)
-                require_at_most(len(self.tasks) + 1, MAX_NAMES, "tasks", source=path)
-                self.tasks[task] = len(self.tasks)
-            self.without_start += bool(own[0, 1])
-            self.repeated.add(ids, f"{path} request {request!r}", first=int(own[0, 1]))
-            self.batches.append(
-                TokenBatch(
-                    request=np.full(len(own), len(self.batches), np.int32),
-                    position=own[:, 1].astype(np.int32),
-                    phase=own[:, 2].astype(np.int8),
-                    task=np.full(len(own), self.tasks[task], np.int32),
-                    experts=ids,
-                )
-            )
+            own, ids = self._require_gapless(rows[start:end], experts[start:end], request, path)
+            position, phase = own[:, 1].astype(np.int32), own[:, 2].astype(np.int8)
+            self.requests.append(task, position, phase, ids, Location(path))
+            first = int(position[0])
+            self.requests.without_start += bool(first)
+            self.requests.repeated.add(ids, f"{path} request {request!r}", first=first)
 
-    def _checked(
+    def _require_gapless(
         self, rows: npt.NDArray[np.int64], experts: Ids, request: str | int, path: Path
     ) -> tuple[npt.NDArray[np.int64], Ids]:
-        """The tokens of a request, none of them twice and none missing between them."""
+        """The tokens of a request; refuses or counts those that stand twice or are missing."""
         step = np.diff(rows[:, 1])
         if not step.all():
-            # which of the two came first is told by the lines
-            for at in np.flatnonzero(step == 0).tolist():
-                second = int(rows[at : at + 2, 3].max())
-                twice = _twice(request, int(rows[at, 1]), path, f"line {second}")
+            for i in np.flatnonzero(step == 0).tolist():
+                later_line = int(rows[i : i + 2, 3].max())
+                twice = _twice(request, int(rows[i, 1]), Location(path, f"line {later_line}"))
                 self.bad.leave_out(path, twice)
             keep = np.concatenate([[True], step != 0])
             rows, experts = rows[keep], experts[keep]
             step = np.diff(rows[:, 1])
         if (step > 1).any():
-            at = int(np.argmax(step > 1))
+            i = int(np.argmax(step > 1))
             if not self.bad.skip:
-                raise InputError(
-                    f"request {request!r} goes on with token {rows[at + 1, 1]}",
-                    source=path,
-                    place=f"line {rows[at + 1, 3]}",
-                    expected=f"token {rows[at, 1] + 1} after token {rows[at, 1]}",
-                    remedy=CUT_SHORT,
+                raise Location(path, f"line {rows[i + 1, 3]}").error(
+                    f"request {request!r} goes on with token {rows[i + 1, 1]}",
+                    f"token {rows[i, 1] + 1} after token {rows[i, 1]}",
+                    CUT_SHORT,
                 )
-            self.gaps += int((step[step > 1] - 1).sum())
+            self.num_missing_tokens += int((step[step > 1] - 1).sum())
         return rows, experts
 
     def notices(self) -> Iterator[str]:
-        """What is to be said of requests."""
-        if self.without_start:
-            yield f"{self.without_start:,} requests were recorded without the start of the prompt"
-        if self.gaps:
-            yield f"{self.gaps:,} tokens are missing between others of their requests"
+        """Notices of incomplete requests."""
+        if self.requests.without_start:
+            yield (
+                f"{self.requests.without_start:,} requests were recorded without the start of the "
+                "prompt"
+            )
+        if self.num_missing_tokens:
+            yield f"{self.num_missing_tokens:,} tokens are missing between others of their requests"
 
 
-def _twice(request: str | int, position: int, path: Path, place: str) -> InputError:
-    return InputError(
+def _twice(request: str | int, position: int, at: Location) -> InputError:
+    return at.error(
         f"request {request!r} token {position} for the second time",
-        source=path,
-        place=place,
-        expected="each request, token and layer once",
-        remedy="requests of different runs need different ids",
-    )
-
-
-def _too_many_open(most: int, path: Path, place: str) -> InputError:
-    return InputError(
-        f"more than {most:,} tokens lack layers that may still come",
-        source=path,
-        place=place,
-        expected="the lines of a token close to each other",
-        remedy="sort the file by request and token",
+        "each request, token and layer once",
+        "requests of different runs need different ids",
     )

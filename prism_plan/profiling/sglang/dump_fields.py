@@ -1,100 +1,22 @@
-"""What a dump of SGLang's recorder holds, checked; see :mod:`.reader`."""
+"""Read and check the values in a dump of SGLang's recorder; see :mod:`.reader`."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.errors import InputError
-from prism_plan.io.open_file import OpenFile
-from prism_plan.limits import MIB
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.common.extra_layers import mtp_layers
-from prism_plan.profiling.common.json_fields import CHECK_MODEL, CUT_SHORT, whole_number
-
-#: What is read with --format sglang, for messages.
-KINDS = (
-    "a recorder's dump (.pt), 'logical_count' in a JSON or .npz file, or responses (JSON Lines, a "
-    "JSON array or an event stream)"
-)
+from prism_plan.profiling.common.extra_layers import split_mtp_layers
+from prism_plan.profiling.common.json_fields import optional_count
+from prism_plan.profiling.common.location import CHECK_MODEL, CUT_SHORT, Location
 
 
-def load(path: Path) -> Mapping[str, Any]:
-    """The dictionary in a .pt file, of which nothing but plain data is ever built.
-
-    Raises
-    ------
-    InputError
-        It cannot be read, holds code or is something else.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            "PyTorch is not installed, and the file is its format",
-            source=path,
-            remedy="pip install 'prism-plan[hf]'",
-        ) from error
-    try:
-        with (
-            warnings.catch_warnings(),
-            OpenFile(path) as file,
-            io.BufferedReader(file.stream(), MIB) as stream,
-        ):
-            warnings.simplefilter("ignore")
-            _refuse_compressed(stream, path)
-            dump = torch.load(stream, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # hostile bytes make PyTorch's reader raise anything
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code:
-            raise InputError(
-                f"not opened: it holds code or objects ({code.group(1):.60})",
-                source=path,
-                expected="tensors and plain values only",
-                remedy="use files that the recorder itself wrote",
-            ) from error
-        raise InputError(
-            f"not a readable PyTorch file ({type(error).__name__})",
-            source=path,
-            expected=KINDS,
-            remedy=CUT_SHORT,
-        ) from error
-    if not isinstance(dump, dict):
-        raise InputError(
-            f"{type(dump).__name__}",
-            source=path,
-            expected="a dump of SGLang's expert distribution recorder",
-        )
-    return dump
-
-
-def _refuse_compressed(stream: IO[bytes], path: Path) -> None:
-    """Refuse an archive whose entries inflate: PyTorch stores them as they are."""
-    if zipfile.is_zipfile(stream):
-        with zipfile.ZipFile(stream) as archive:
-            for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    raise InputError(
-                        f"entry {entry.filename!r:.60} is compressed",
-                        source=path,
-                        expected="a file as PyTorch writes it",
-                        remedy="use files that the recorder itself wrote",
-                    )
-    stream.seek(0)
-
-
-def mode_of(dump: Mapping[str, Any], path: Path) -> str:
-    """Mode in which a dump was recorded: ``stat``, ``per_pass`` or ``per_token``.
+def recorder_mode(dump: Mapping[str, Any], path: Path) -> str:
+    """The recorder's mode of a dump: ``stat``, ``per_pass`` or ``per_token``.
 
     Raises
     ------
@@ -104,33 +26,24 @@ def mode_of(dump: Mapping[str, Any], path: Path) -> str:
     if "logical_count" in dump:
         return "stat"
     records = dump.get("records")
+    at = Location(path)
     if not isinstance(records, list):
-        raise InputError(
-            f"keys {', '.join(map(str, dump))!s:.80}",
-            source=path,
-            expected="'logical_count' (stat), or 'records' (per_pass, per_token)",
-        )
+        expected = "'logical_count' (stat), or 'records' (per_pass, per_token)"
+        raise at.error(f"keys {', '.join(map(str, dump))!s:.80}", expected)
     if not records:
-        raise InputError("no records in it", source=path, remedy="record while requests run")
+        raise at.error("no records in it", remedy="record while requests run")
     if not all(isinstance(record, dict) for record in records):
-        raise InputError("a record is no dictionary", source=path, place="records")
-    tokens = ["topk_ids_of_layer" in record for record in records]
-    if any(tokens) and not all(tokens):
-        raise InputError(
-            "'topk_ids_of_layer' is missing",
-            source=path,
-            place=f"record {tokens.index(False)}",
-            expected="it in all records, or in none",
+        raise at.within("records").error("a record is no dictionary")
+    has_ids = ["topk_ids_of_layer" in record for record in records]
+    if any(has_ids) and not all(has_ids):
+        raise at.within(f"record {has_ids.index(False)}").error(
+            "'topk_ids_of_layer' is missing", "it in all records, or in none"
         )
-    return "per_token" if all(tokens) else "per_pass"
+    return "per_token" if all(has_ids) else "per_pass"
 
 
-def array_of(
-    values: Mapping[str, Any], key: str, dims: str, path: Path, place: str = ""
-) -> npt.NDArray[Any]:
-    """The whole numbers of a tensor or array; ``dims`` names its dimensions for the message.
-
-    Where there are two forms of it, ``or`` stands between them.
+def array_of(values: Mapping[str, Any], key: str, dims: str, at: Location) -> npt.NDArray[Any]:
+    """The integers of a tensor or array; ``dims`` are its dimensions, ``"L, P"`` or alternatives.
 
     Raises
     ------
@@ -138,68 +51,60 @@ def array_of(
         It is missing, of another kind or of another rank.
     """
     tensor = values.get(key)
-    place = f"{place} {key!r}".strip()
+    at = at.within(repr(key))
     forms = dims.split(" or ")
-    wanted = " or ".join(f"[{form}]" for form in forms)
+    expected = " or ".join(f"[{form}]" for form in forms)
     ranks = [form.count(",") + 1 for form in forms]
     try:
         if isinstance(tensor, np.ndarray) or tensor is None:
             array = tensor
         elif tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError  # a view that repeats few numbers as often as it likes
+            raise ValueError  # a view that repeats few numbers very often
         else:
             array = tensor.numpy()
         kind = str(tensor.dtype).removeprefix("torch.") if tensor is not None else "nothing"
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{tensor!r:.60}", source=path, place=place, expected=f"a tensor {wanted}"
-        ) from error
+        raise at.error(f"{tensor!r:.60}", f"a tensor {expected}") from error
     if array is None or array.dtype.kind not in "iu" or array.ndim not in ranks:
         found = kind if array is None else f"{kind} {list(array.shape)}"
-        raise InputError(
-            found, source=path, place=place, expected=f"whole numbers {wanted}", remedy=CUT_SHORT
-        )
+        raise at.error(found, f"whole numbers {expected}", CUT_SHORT)
     return np.asarray(array)
 
 
-def number_of(values: Mapping[str, Any], key: str, path: Path, place: str) -> int:
-    """A whole number that has to be there."""
-    number = whole_number(values, key, path, place)
+def required_count(values: Mapping[str, Any], key: str, at: Location) -> int:
+    """A whole number of at least 0 that must be there."""
+    number = optional_count(values, key, at)
     if number is None:
-        raise InputError(f"{key!r} is missing", source=path, place=place)
+        raise at.error(f"{key!r} is missing")
     return number
 
 
-def require_decoder_layers(found: int, model: ModelSpec, path: Path, place: str) -> None:
+def require_decoder_layers(found: int, model: ModelSpec, at: Location) -> None:
     """Refuse a recording of fewer decoder layers than the model's last MoE layer needs."""
     if found <= model.moe_layers[-1]:
-        raise InputError(
+        raise at.error(
             f"{found} layers",
-            source=path,
-            place=place,
-            expected=f"{model.moe_layers[-1] + 1} or more, all decoder layers of {model.name}",
-            remedy=CHECK_MODEL,
+            f"{model.moe_layers[-1] + 1} or more, all decoder layers of {model.name}",
+            CHECK_MODEL,
         )
 
 
 def require_only_moe(
-    used: npt.NDArray[np.bool_], model: ModelSpec, what: str, path: Path, place: str
+    used: npt.NDArray[np.bool_], model: ModelSpec, what: str, at: Location
 ) -> list[int]:
     """Refuse a recording in which a layer that is dense in the model is ``used`` [L, ...].
 
-    Returns the layers used after the model's, which are of multi-token prediction.
+    Returns the multi-token-prediction layers that are used.
     """
     others = np.setdiff1d(np.arange(len(used)), model.moe_layers)
     layers = [layer for layer in others.tolist() if used[layer].any()]
-    extra, _ = mtp_layers(layers, model)
+    extra, _ = split_mtp_layers(layers, model)
     for layer in layers:
         if layer not in extra:
-            raise InputError(
+            raise at.error(
                 f"{what} in layer {layer}",
-                source=path,
-                place=place,
-                expected=f"none, for {model.name} has its MoE layers at {model.layers_text()}",
-                remedy=CHECK_MODEL,
+                f"none, for {model.name} has its MoE layers at {model.layers_text()}",
+                CHECK_MODEL,
             )
     return extra
 
@@ -207,17 +112,16 @@ def require_only_moe(
 def logical_map(dump: Mapping[str, Any], model: ModelSpec, path: Path) -> npt.NDArray[np.int64]:
     """``last_physical_to_logical_map`` of the MoE layers, int64 [MoE layers, P]."""
     key = "last_physical_to_logical_map"
-    table = array_of(dump, key, "L, P", path)
-    require_decoder_layers(len(table), model, path, repr(key))
+    at = Location(path, repr(key))
+    table = array_of(dump, key, "L, P", Location(path))
+    require_decoder_layers(len(table), model, at)
     table = table[list(model.moe_layers)].astype(np.int64)
     for layer, row in zip(model.moe_layers, table, strict=True):
         if not np.array_equal(np.unique(row), np.arange(model.num_experts)):
             low, high = (int(row.min()), int(row.max())) if row.size else (0, -1)
-            raise InputError(
+            raise at.within(f"layer {layer}").error(
                 f"{len(np.unique(row))} experts, {low}..{high}",
-                source=path,
-                place=f"{key!r} layer {layer}",
-                expected=f"each of 0..{model.num_experts - 1} of {model.name}",
-                remedy=CHECK_MODEL,
+                f"each of 0..{model.num_experts - 1} of {model.name}",
+                CHECK_MODEL,
             )
     return table

@@ -1,45 +1,38 @@
-"""What a file of SGLang is, told by its content; see :mod:`.reader`."""
+"""Load a dump of SGLang's recorder: PyTorch's format, or counts in JSON or .npz."""
 
 from __future__ import annotations
 
-import codecs
+import io
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any
 
 import numpy as np
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import parse_json, refuse_other_encodings
-from prism_plan.io.lines import text_lines
+from prism_plan.io.files import parse_json
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.packed import is_packed, read_packed_text, unpacked_head
-from prism_plan.profiling.common.json_fields import CUT_SHORT, parse_npy
-from prism_plan.profiling.responses.event_stream import is_event
-from prism_plan.profiling.sglang.dump_fields import KINDS, load
+from prism_plan.io.packed import is_packed, read_packed_text
+from prism_plan.limits import MIB
+from prism_plan.profiling.common.location import CUT_SHORT, Location
+from prism_plan.profiling.common.npy import parse_npy
+from prism_plan.profiling.sglang.file_kind import COUNTS, file_kind
 
-Kind = Literal["responses", "json", "npz", "torch"]
-
-COUNTS = "logical_count"
-#: A key of a JSON object, not part of a text in it (there the quotes are escaped).
-_COUNTS_KEY = re.compile(rb'(?<!\\)"logical_count"\s*:')
-_RESPONSE_KEYS = ("meta_info", "sglext", "choices")
-_A_RESPONSE_KEY = re.compile(rb'(?<!\\)"(meta_info|sglext|choices)"\s*:')
-_HEAD_BYTES = 4096
+#: What is read as recordings of SGLang, for messages.
+KINDS = (
+    "a recorder's dump (.pt), 'logical_count' in a JSON or .npz file, or responses (JSON Lines, a "
+    "JSON array or an event stream)"
+)
 #: Unpacked bytes of an array in a .npz file: four thousand passes of a model of 61 layers and 256
 #: experts.
 MAX_NPZ_BYTES = 2**29
 
 
-def holds_responses(path: Path) -> bool:
-    """Whether a file holds responses rather than a dump."""
-    return _kind_of(path) == "responses"
-
-
-def read_dump(path: Path) -> Mapping[str, Any]:
+def load_dump(path: Path) -> Mapping[str, Any]:
     """The dictionary in a dump: of tensors from PyTorch's format, of arrays from JSON or .npz.
 
     Raises
@@ -47,7 +40,7 @@ def read_dump(path: Path) -> Mapping[str, Any]:
     InputError
         It cannot be read, holds code or is something else.
     """
-    kind = _kind_of(path)
+    kind = file_kind(path)
     if kind == "json":
         return _from_json(path)
     with OpenFile(path) as file:
@@ -59,48 +52,67 @@ def read_dump(path: Path) -> Mapping[str, Any]:
             expected=KINDS,
             remedy="unpack it first (gunzip)",
         )
-    return _from_npz(path) if kind == "npz" else load(path)
+    return _from_npz(path) if kind == "npz" else _from_torch(path)
 
 
-def _kind_of(path: Path) -> Kind:
+def _from_torch(path: Path) -> Mapping[str, Any]:
+    """The dictionary in a .pt file; nothing but tensors and plain values is ever built of it."""
     try:
-        head = unpacked_head(path, _HEAD_BYTES)
-        refuse_other_encodings(head, path)
+        import torch
+    except ImportError as error:
+        raise InputError(
+            "PyTorch is not installed, and the file is its format",
+            source=path,
+            remedy="pip install 'prism-plan[hf]'",
+        ) from error
+    try:
+        with (
+            warnings.catch_warnings(),
+            OpenFile(path) as file,
+            io.BufferedReader(file.stream(), MIB) as stream,
+        ):
+            warnings.simplefilter("ignore")
+            _refuse_compressed(stream, path)
+            dump = torch.load(stream, map_location="cpu", weights_only=True)
     except InputError:
-        return "json"  # whose reader names the reason
-    if head.startswith(b"PK"):
-        return "npz" if f"{COUNTS}.npy" in _members(path) else "torch"
-    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    lines_of_json = ".jsonl" in path.suffixes
-    if not text.startswith((b"{", b"[")):
-        events = is_event(text[:16].decode("latin-1"))
-        return "responses" if events or lines_of_json else "torch"
-    if _COUNTS_KEY.search(text):
-        return "json"
-    return "responses" if lines_of_json or _holds_a_response(path, text) else "json"
+        raise
+    except Exception as error:  # hostile bytes make PyTorch's reader raise anything
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            raise InputError(
+                f"not opened: it holds code or objects ({code.group(1):.60})",
+                source=path,
+                expected="tensors and plain values only",
+                remedy="use files that the recorder itself wrote",
+            ) from error
+        raise InputError(
+            f"not a readable PyTorch file ({type(error).__name__})",
+            source=path,
+            expected=KINDS,
+            remedy=CUT_SHORT,
+        ) from error
+    if not isinstance(dump, dict):
+        raise InputError(
+            f"{type(dump).__name__}",
+            source=path,
+            expected="a dump of SGLang's expert distribution recorder",
+        )
+    return dump
 
 
-def _holds_a_response(path: Path, head: bytes) -> bool:
-    """Whether the first line, or all of a JSON document, is a response or a list of them."""
-    if head.startswith(b"["):
-        return True
-    _, line = next(text_lines(path, lambda error: None), (0, ""))
-    try:
-        try:
-            value = parse_json(line, path)
-        except InputError:
-            value = parse_json(read_packed_text(path), path)
-    except InputError:
-        return _A_RESPONSE_KEY.search(head) is not None
-    return not set(_RESPONSE_KEYS).isdisjoint(value)
-
-
-def _members(path: Path) -> list[str]:
-    try:
-        with OpenFile(path) as file, zipfile.ZipFile(file.stream()) as archive:
-            return archive.namelist()
-    except (zipfile.BadZipFile, InputError, OSError, ValueError):
-        return []
+def _refuse_compressed(stream: IO[bytes], path: Path) -> None:
+    """Refuse an archive whose entries inflate: PyTorch stores them as they are."""
+    if zipfile.is_zipfile(stream):
+        with zipfile.ZipFile(stream) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise InputError(
+                        f"entry {entry.filename!r:.60} is compressed",
+                        source=path,
+                        expected="a file as PyTorch writes it",
+                        remedy="use files that the recorder itself wrote",
+                    )
+    stream.seek(0)
 
 
 def _from_json(path: Path) -> Mapping[str, Any]:
@@ -117,7 +129,7 @@ def _from_json(path: Path) -> Mapping[str, Any]:
             else "",
         )
     try:
-        array = np.array("true or false" if _holds_flags(values[COUNTS]) else values[COUNTS])
+        array = np.array("true or false" if _holds_booleans(values[COUNTS]) else values[COUNTS])
     except (ValueError, OverflowError):
         array = np.array("ragged")
     if array.dtype.kind not in "iu":
@@ -130,10 +142,10 @@ def _from_json(path: Path) -> Mapping[str, Any]:
     return {**values, COUNTS: array}
 
 
-def _holds_flags(values: Any) -> bool:
-    """Whether true or false stands somewhere in lists; NumPy takes them for numbers."""
+def _holds_booleans(values: Any) -> bool:
+    """Whether nested lists contain a boolean, which NumPy takes for a number."""
     if isinstance(values, list):
-        return any(map(_holds_flags, values))
+        return any(map(_holds_booleans, values))
     return isinstance(values, bool)
 
 
@@ -153,7 +165,7 @@ def _from_npz(path: Path) -> Mapping[str, Any]:
                         source=path,
                         expected=f"at most {MAX_NPZ_BYTES:,}",
                     )
-                values[key] = parse_npy(archive.read(name), path, repr(key))
+                values[key] = parse_npy(archive.read(name), Location(path, repr(key)))
     except (
         zipfile.BadZipFile,
         zlib.error,

@@ -1,4 +1,4 @@
-"""Recordings of SGLang, read in the source of SGLang 0.5.23.
+"""Read recordings of SGLang, as its source of version 0.5.23 writes them.
 
 *Expert distribution recorder* (``sglang/srt/eplb/expert_distribution.py``), ``.pt`` files or
 folders of them; shapes: L decoder layers (dense ones included), P physical experts:
@@ -23,14 +23,14 @@ once a rank, and the tokens of the trace are as many times too many; calls per t
 The map is that of the time of the dump: recordings during which experts moved are wrong unless
 the moves show as an expert named twice.
 
-*Requests of per_token.* The recorder keeps no request ids. They are told apart by position, rank
-by rank, in the order in which the scheduler keeps them: a piece of an extend pass goes on with a
-request of the pass before it (chunked prefill), a one-token piece with any running request, if
-the positions meet, and else starts a request; a row of a decode pass goes on with the next request
-in batch order whose positions meet. Two requests of one length can be taken for each other when
-one of them ends; the provenance counts them. ``forward_mode`` (``model_executor/
-forward_batch_info.py``): 1 extend and the long pieces of 3 mixed are prefill; 2 decode and
-one-token pieces that go on with a request are decode; 4 idle has no tokens; others are refused.
+*Requests of per_token.* The recorder keeps no request ids. Requests are told apart by position,
+rank by rank, in the order in which the scheduler keeps them: a sequence of an extend pass continues
+a request of the pass before it (chunked prefill), a sequence of one token any running request, if
+its position is the next one, and else starts a request; a row of a decode pass continues the next
+request in batch order whose next position it is. Two requests of one length can be taken for each
+other when one of them ends; the provenance counts them. ``forward_mode`` (``model_executor/
+forward_batch_info.py``): 1 extend and the longer sequences of 3 mixed are prefill; 2 decode and
+sequences of one token that continue a request are decode; 4 idle has no tokens; others are refused.
 
 *Responses* (``sglang/srt/state_capturer/routed_experts.py``) in a file as
 :mod:`~prism_plan.profiling.responses` says: of ``/generate`` with ``meta_info.routed_experts``,
@@ -38,8 +38,8 @@ base64 of raw int32 [tokens - 1 - start, L, K] of logical ids, and ``meta_info.p
 ``completion_tokens``; or of the OpenAI interface with ``sglext.routed_experts`` and ``usage``.
 Rows of -1 in every layer are padding.
 
-What a file is is told by its content, see :mod:`.dump_file`. Layers right
-behind the model's last one are multi-token-prediction layers and are left out.
+The kind of a file is detected by its content, see :mod:`.file_kind`. Layers right behind the
+model's last one are multi-token-prediction layers and are left out.
 """
 
 from __future__ import annotations
@@ -54,15 +54,17 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import no_rows
 from prism_plan.model import ModelSpec
+from prism_plan.profiling.common.call_counts import trace_from_counts
 from prism_plan.profiling.common.extra_layers import mtp_notice
-from prism_plan.profiling.common.json_fields import Notify, counts_trace, files_of_tasks
+from prism_plan.profiling.common.location import Notify
 from prism_plan.profiling.common.repeated_rows import RepeatedRows
-from prism_plan.profiling.sglang.dump_fields import mode_of
-from prism_plan.profiling.sglang.dump_file import holds_responses, read_dump
-from prism_plan.profiling.sglang.request_tracker import Follower
-from prism_plan.profiling.sglang.responses import read_responses
-from prism_plan.profiling.sglang.task_dumps import Run
-from prism_plan.profiling.sources import Source
+from prism_plan.profiling.sglang.dump_fields import recorder_mode
+from prism_plan.profiling.sglang.dump_file import load_dump
+from prism_plan.profiling.sglang.file_kind import file_kind
+from prism_plan.profiling.sglang.request_tracker import RequestTracker
+from prism_plan.profiling.sglang.responses import read_sglang_responses
+from prism_plan.profiling.sglang.task_dumps import TaskDumps
+from prism_plan.profiling.sources import Source, paths_by_task
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
 
 
@@ -76,46 +78,45 @@ def read_sglang(
     """One trace: token-level from per_token and responses, counts-only from stat and per_pass.
 
     A source is a dump, a folder of those of one run, or a file of responses. Files of one label
-    are read as parts of one run. ``notify`` is told what was left out or looks wrong: with
-    ``skip_bad`` responses that cannot be read, or are of another model, as long as others of their
-    file can.
+    are parts of one run. With ``skip_bad`` responses that cannot be read, or are of another model,
+    are left out, as long as others of their file are good. ``notify`` is called with what was left
+    out or looks wrong.
 
     Raises
     ------
     InputError
         A file is cut short, holds code, mixes modes or is of another model.
     """
-    files = files_of_tasks(sources)
-    responses = [s for s in sources if s.path.is_file() and holds_responses(s.path)]
+    paths = paths_by_task(sources)
+    responses = [s for s in sources if s.path.is_file() and file_kind(s.path) == "responses"]
     if responses:
         for source in sources:
             if source not in responses:
                 raise _mixed(source.path, "a recorder's dump", responses[0].path, "responses")
-        return read_responses(sources, model, notify, skip_bad=skip_bad)
+        return read_sglang_responses(sources, model, notify, skip_bad=skip_bad)
     if skip_bad:
         raise no_rows(sources[0].path)
-    runs = {task: Run(task, model, notify) for task in files}
+    tasks = {task: TaskDumps(task, model, notify) for task in paths}
     first: tuple[Path, str] | None = None
-    for task, paths in files.items():
-        for path in paths:
-            for file in _dumps(path):
-                dump = read_dump(file)
-                mode = mode_of(dump, file)
-                if first is not None and mode != first[1]:
-                    raise _mixed(file, mode, *first)
-                first = first or (file, mode)
-                runs[task].add(file, mode, dump)
-                del dump
+    for task, parts in paths.items():
+        for path in (file for part in parts for file in _dump_files(part)):
+            dump = load_dump(path)
+            mode = recorder_mode(dump, path)
+            if first is not None and mode != first[1]:
+                raise _mixed(path, mode, *first)
+            first = first or (path, mode)
+            tasks[task].add(path, mode, dump)
+            del dump
     assert first is not None
-    left_out = mtp_notice({n for run in runs.values() for n in run.left_out_layers}, model)
+    left_out = mtp_notice({layer for dumps in tasks.values() for layer in dumps.mtp_layers}, model)
     if left_out:
         notify(left_out)
-    names = {task: [path.name for path in paths] for task, paths in files.items()}
+    names = {task: [path.name for path in parts] for task, parts in paths.items()}
     provenance: dict[str, Any] = {"mode": first[1], "files": names}
     if first[1] == "per_token":
-        return _tokens(runs, model, provenance, notify)
-    counts = {task: run.counts(first[1]) for task, run in runs.items()}
-    return counts_trace("sglang", model, counts, provenance, notify)
+        return _token_trace(tasks, model, provenance, notify)
+    counts = {task: dumps.counts(first[1]) for task, dumps in tasks.items()}
+    return trace_from_counts("sglang", model, counts, provenance, notify)
 
 
 def _mixed(path: Path, found: str, other: Path, expected: str) -> InputError:
@@ -127,7 +128,7 @@ def _mixed(path: Path, found: str, other: Path, expected: str) -> InputError:
     )
 
 
-def _dumps(path: Path) -> list[Path]:
+def _dump_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     for kinds in (["*.pt"], ["*.json", "*.json.gz", "*.npz"]):
@@ -141,52 +142,50 @@ def _dumps(path: Path) -> list[Path]:
     )
 
 
-def _tokens(
-    runs: Mapping[str, Run], model: ModelSpec, provenance: Mapping[str, Any], notify: Notify
+def _token_trace(
+    tasks: Mapping[str, TaskDumps], model: ModelSpec, provenance: Mapping[str, Any], notify: Notify
 ) -> Trace:
     batches = []
-    count = swappable = padding = 0
+    num_requests = swappable = padding = 0
     repeated = RepeatedRows(model)
-    for code, run in enumerate(runs.values()):
-        for rank in run.token_ranks():
-            follower = Follower(count)
+    for code, dumps in enumerate(tasks.values()):
+        for rank in dumps.token_ranks():
+            tracker = RequestTracker(num_requests)
             parts: list[tuple[npt.NDArray[Any], ...]] = []
-            for _, step in sorted(run.passes[rank].items()):
-                request, phase = follower.follow(step)
-                kept = step.kept
-                parts.append((request[kept], step.positions[kept], phase[kept], step.experts))
-            request, position, phase, experts = (
-                np.concatenate(p) for p in zip(*parts, strict=True)
-            )
-            count = follower.count
-            swappable += follower.swappable
+            for _, step in sorted(dumps.passes[rank].items()):
+                request, phase = tracker.assign(step)
+                rows = step.recorded
+                parts.append((request[rows], step.positions[rows], phase[rows], step.experts))
+            request, position, phase, experts = map(np.concatenate, zip(*parts, strict=True))
+            num_requests = tracker.num_requests
+            swappable += tracker.swappable
             order = np.lexsort((position, request))
-            number, place = request[order], position[order]
+            request, position, experts = request[order], position[order], experts[order]
             begins = np.ones(len(order), bool)
-            begins[1:] = (np.diff(number) != 0) | (np.diff(place) != 1)
-            repeated.add(experts[order], f"{run.files[0].name} rank {rank}", begins=begins)
+            begins[1:] = (np.diff(request) != 0) | (np.diff(position) != 1)
+            repeated.add(experts, f"{dumps.files[0].name} rank {rank}", begins=begins)
             batches.append(
                 TokenBatch(
-                    request=request[order],
-                    position=position[order].astype(np.int32),
+                    request=request,
+                    position=position.astype(np.int32),
                     phase=phase[order],
                     task=np.full(len(order), code, np.int32),
-                    experts=experts[order],
+                    experts=experts,
                 )
             )
-        padding += run.padding
-        run.passes.clear()
+        padding += dumps.padding
+        dumps.passes.clear()
     if padding:
         notify(f"left out {padding:,} rows of padding")
     if repeated.runs:
         notify(repeated.notice())
     notify(
-        f"told {count:,} requests apart by their positions, for the recorder keeps no request ids; "
-        f"{swappable:,} may be swapped with another of the same length"
+        f"told {num_requests:,} requests apart by their positions, for the recorder keeps no "
+        f"request ids; {swappable:,} may be swapped with another of the same length"
     )
     return trace_from_batches(
         model,
-        list(runs),
+        list(tasks),
         batches,
         provenance={
             "source": "sglang",

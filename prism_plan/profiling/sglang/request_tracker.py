@@ -1,4 +1,4 @@
-"""The requests of a per_token recording, told apart; see :mod:`.reader`."""
+"""Tell apart the requests of a per_token recording by their positions; see :mod:`.reader`."""
 
 from __future__ import annotations
 
@@ -7,99 +7,106 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.profiling.common.json_fields import DECODE, PREFILL
-from prism_plan.profiling.sglang.forward_pass import EXTEND_MODE, Pass
+from prism_plan.profiling.sglang.forward_pass import EXTEND_MODE, RecordedPass
+from prism_plan.trace import DECODE_PHASE, PREFILL_PHASE
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request being followed: its number, its next position, and whether it decodes yet."""
+    """A running request: its number, its next position, and whether it decodes yet."""
 
     number: int
-    next: int
+    next_position: int
     decoding: bool = False
 
 
-class Follower:
-    """Tells the requests of one rank apart by their positions, as sglang.py describes."""
+class RequestTracker:
+    """Assigns the tokens of one rank's passes to requests; :mod:`.reader` describes the rules.
 
-    def __init__(self, first: int) -> None:
-        self.count = first
-        self.active: list[_Request] = []  # in batch order
-        self.chunked: list[_Request] = []  # of the last extend pass
+    ``num_requests`` counts from that of the ranks before it; ``swappable`` counts requests that may
+    have been taken for each other.
+    """
+
+    def __init__(self, num_requests: int) -> None:
+        self.num_requests = num_requests
         self.swappable = 0
+        self._active: list[_Request] = []  # in batch order
+        self._extended: list[_Request] = []  # of the last extend pass
 
-    def follow(self, step: Pass) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]]:
+    def assign(self, step: RecordedPass) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]]:
         """Request number and phase of each of the T tokens of a pass."""
-        request = np.zeros(len(step.positions), np.int32)
-        phase = np.full(len(step.positions), DECODE, np.int8)
-        rows: list[int] = []
-        fresh: list[_Request] = []
-        running = {one.next for one in self.active}
-        if step.pieces is None:
-            rows = np.flatnonzero(step.kept).tolist()
+        number = np.zeros(len(step.positions), np.int32)
+        phase = np.full(len(step.positions), DECODE_PHASE, np.int8)
+        decode_rows: list[int] = []
+        extended: list[_Request] = []
+        running = {request.next_position for request in self._active}
+        if step.extend_lengths is None:
+            decode_rows = np.flatnonzero(step.recorded).tolist()
         else:
             start = 0
-            for length in step.pieces:
-                piece = slice(start, start + length)
+            for length in step.extend_lengths:
+                rows = slice(start, start + length)
                 start += length
                 if not length:
                     continue
-                at = int(step.positions[piece.start])
-                if length == 1 and at in running:
-                    rows.append(piece.start)
+                position = int(step.positions[rows.start])
+                if length == 1 and position in running:
+                    decode_rows.append(rows.start)
                     continue
-                one = self._extend(at, length)
-                fresh.append(one)
-                request[piece] = one.number
-                phase[piece] = PREFILL
-        batch = self._match(
-            step.positions[rows].tolist(), [one for one in self.active if one not in fresh]
-        )
-        request[rows] = [one.number for one in batch]
+                request = self._extend(position, length)
+                extended.append(request)
+                number[rows] = request.number
+                phase[rows] = PREFILL_PHASE
+        others = [request for request in self._active if request not in extended]
+        decoded = self._decode(step.positions[decode_rows].tolist(), others)
+        number[decode_rows] = [request.number for request in decoded]
         if step.mode == EXTEND_MODE:
-            others = [one for one in self.active if one not in fresh]
-            self.active = others + fresh + [one for one in batch if one not in others]
-        elif batch or fresh:
+            new = [request for request in decoded if request not in others]
+            self._active = others + extended + new
+        elif decoded or extended:
             # The whole running batch steps together: others have ended, but for a prompt of
             # which only a part was fed.
-            ended = [one for one in self.active if one not in batch and one not in fresh]
-            taken = {one.next - 1 for one in batch}
-            self.swappable += sum(one.next in taken for one in ended)
-            waiting = [] if fresh else [one for one in self.chunked if not one.decoding]
-            self.active = fresh + batch + waiting
-        if step.pieces is not None:
-            self.chunked = fresh
-        return request, phase
+            ended = [request for request in others if request not in decoded]
+            fed = {request.next_position - 1 for request in decoded}
+            self.swappable += sum(request.next_position in fed for request in ended)
+            unfinished = [request for request in self._extended if not request.decoding]
+            self._active = extended + decoded + ([] if extended else unfinished)
+        if step.extend_lengths is not None:
+            self._extended = extended
+        return number, phase
 
-    def _extend(self, at: int, length: int) -> _Request:
-        going_on = (one for one in self.chunked if one.next == at and not one.decoding)
-        one = next(going_on, None) if at else None
-        if one is None:
-            one = self._new(at)
+    def _extend(self, position: int, length: int) -> _Request:
+        """The request that a piece of a prompt continues, or a new one."""
+        request = None
+        if position:
+            request = next(
+                (r for r in self._extended if r.next_position == position and not r.decoding), None
+            )
+        if request is None:
+            request = self._new(position)
         else:
-            self.chunked.remove(one)
-        one.next = at + length
-        return one
+            self._extended.remove(request)
+        request.next_position = position + length
+        return request
 
-    def _new(self, at: int) -> _Request:
-        self.count += 1
-        return _Request(self.count - 1, at)
+    def _new(self, position: int) -> _Request:
+        self.num_requests += 1
+        return _Request(self.num_requests - 1, position)
 
-    def _match(self, positions: list[int], running: list[_Request]) -> list[_Request]:
-        """The requests that these rows go on with, in batch order where that is possible."""
+    def _decode(self, positions: list[int], running: list[_Request]) -> list[_Request]:
+        """The requests that rows of one token continue, in batch order where that is possible."""
         batch: list[_Request] = []
-        pointer = 0
-        for at in positions:
-            ahead = range(pointer, len(running))
-            found = next((i for i in ahead if running[i].next == at), None)
+        first = 0
+        for position in positions:
+            in_order = range(first, len(running))
+            found = next((i for i in in_order if running[i].next_position == position), None)
             if found is not None:
-                pointer = found + 1
-                one = running[found]
+                first = found + 1
+                request = running[found]
             else:
-                late = (one for one in running if one.next == at and one not in batch)
-                one = next(late, None) or self._new(at)
-            one.next = at + 1
-            one.decoding = True
-            batch.append(one)
+                earlier = (r for r in running if r.next_position == position and r not in batch)
+                request = next(earlier, None) or self._new(position)
+            request.next_position = position + 1
+            request.decoding = True
+            batch.append(request)
         return batch

@@ -1,0 +1,34 @@
+"""Where in a recording something stands, for errors; and the remedies that readers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from prism_plan.errors import InputError
+
+#: Called with each notice to the user: what was left out or looks wrong.
+Notify = Callable[[str], None]
+
+CUT_SHORT = "the file may be cut short; record or copy it again"
+CHECK_MODEL = "check that ``model`` is the model that was recorded"
+
+
+class Location(NamedTuple):
+    """A file or folder, and the line, record or tensor in it."""
+
+    source: object
+    place: str = ""
+
+    def within(self, part: str) -> Location:
+        """A part of what stands here."""
+        return Location(self.source, f"{self.place} {part}".strip())
+
+    def error(self, found: str, expected: str = "", remedy: str = "") -> InputError:
+        """The error for what was found here."""
+        return InputError(
+            found, source=self.source, place=self.place, expected=expected, remedy=remedy
+        )
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.place}".strip()
