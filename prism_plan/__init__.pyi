@@ -118,8 +118,8 @@ from .placement import Plan as Plan
 from .placement_diff import PlacementDiff as PlacementDiff
 from .placement_diff import Step as Step
 from .placement_diff import diff as diff
-from .profiling.recording.checkpoint_run import HfOptions as HfOptions
 from .profiling.recording.checkpoint_run import profile_checkpoint as profile_checkpoint
+from .profiling.recording.hf_options import HfOptions as HfOptions
 from .profiling.recording.recorder import Recorder as Recorder
 from .profiling.recording.recorder import record as record
 from .simulate.calibration import Calibration as Calibration

@@ -70,7 +70,8 @@ def test_the_demonstration_cluster_fits() -> None:
 def test_profiling_again_gives_the_same_counts(name: str, tmp_path: Path) -> None:
     """The commands in TINY.md make the committed traces, but for ties of float arithmetic."""
     pytest.importorskip("transformers")
-    from prism_plan.profiling.recording.checkpoint_run import HfOptions, profile_checkpoint
+    from prism_plan.profiling.recording.checkpoint_run import profile_checkpoint
+    from prism_plan.profiling.recording.hf_options import HfOptions
 
     options = HfOptions(max_new_tokens=32, dtype="float32", weights=True, device="cpu")
     profile_checkpoint(

@@ -213,7 +213,8 @@ def _run_checkpoint(given: ProfileOptions) -> None:
 
     from prism_plan.cli.console import note, progress
     from prism_plan.cli.inputs import load_spec, writable
-    from prism_plan.profiling.recording.checkpoint_run import HfOptions, profile_checkpoint
+    from prism_plan.profiling.recording.checkpoint_run import profile_checkpoint
+    from prism_plan.profiling.recording.hf_options import HfOptions
 
     options = HfOptions(
         max_new_tokens=given.max_new_tokens,

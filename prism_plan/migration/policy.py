@@ -74,11 +74,7 @@ class Policy:
                     expected=f"one of {', '.join(known)}",
                 )
         if not 0 < self.horizon_s < math.inf:
-            raise InputError(
-                f"{self.horizon_s}",
-                parameter="horizon_s",
-                expected="seconds above 0",
-            )
+            raise InputError(f"{self.horizon_s}", parameter="horizon_s", expected="seconds above 0")
         Options(seed=self.seed)
 
 
@@ -145,9 +141,7 @@ def review(
     broken = violations(current, instance=costs.instance)
     if broken:
         raise InputError(
-            broken[0].message,
-            place="current placement",
-            expected="one that the cluster can hold",
+            broken[0].message, place="current placement", expected="one that the cluster can hold"
         )
     if policy.kind == "partial":
         return _partial(costs)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
+from prism_plan.io.location import Location
 from prism_plan.io.packed import read_packed_text
 from prism_plan.io.trace_counts import CallTable, check_sums
 from prism_plan.limits import (
@@ -28,7 +29,7 @@ from prism_plan.limits import (
 )
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, notify_if_uneven, tokens_of_calls
-from prism_plan.profiling.common.location import Location, Notify
+from prism_plan.profiling.common.messages import Notify
 from prism_plan.profiling.common.task_counts import TaskCounts
 from prism_plan.profiling.sources import Source
 from prism_plan.trace import Trace
@@ -87,11 +88,10 @@ def read_counts(
     for number, (task, calls) in zip(num_tokens, added.calls.items(), strict=True):
         most = int(calls.max())
         if most > number:
-            raise InputError(
+            raise Location(files).error(
                 f"task {task!r}: {most} calls of one expert in a layer, {number} tokens",
-                source=files,
-                expected="at most one call a token",
-                remedy="check the counts and ``tokens``",
+                "at most one call a token",
+                "check the counts and ``tokens``",
             )
     counts = np.stack(list(added.calls.values()))
     check_sums(model, tasks, num_tokens, counts, files)
@@ -160,14 +160,12 @@ def _read_csv(source: Source, model: ModelSpec, bad: BadRows) -> tuple[list[str]
             if len(rows) == _CHUNK_ROWS:
                 add_rows()
     except csv.Error as error:
-        raise InputError(
-            f"not CSV: {error}", source=path, place=f"line {reader.line_num}"
-        ) from None
+        raise Location(path, f"line {reader.line_num}").error(f"not CSV: {error}") from None
     if rows:
         add_rows()
     bad.require_good()
     if not calls.rows:
-        raise InputError("no rows in it", source=path)
+        raise Location(path).error("no rows in it")
     names = list(code_of)
     return names, calls.counts(len(names))
 

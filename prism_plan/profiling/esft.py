@@ -20,10 +20,11 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.files import lines_of
+from prism_plan.io.location import Location
 from prism_plan.io.packed import read_packed_text
 from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.common.location import CHECK_MODEL, Location, Notify
+from prism_plan.profiling.common.messages import CHECK_MODEL, Notify
 from prism_plan.profiling.sources import Source, require_distinct
 from prism_plan.trace import (
     UNKNOWN_PHASE,
@@ -138,13 +139,9 @@ def _request(
     if bad is not None:
         error = bad_selection(model, batch, bad)
         layer = model.moe_layers[bad[1]]
-        raise InputError(
-            error.found,
-            source=folder / f"expert_weights_{layer}.txt",
-            place=f"line {index + 1} token {bad[0] + 1}",
-            expected=error.expected,
-            remedy=error.remedy,
-        )
+        raise Location(
+            folder / f"expert_weights_{layer}.txt", f"line {index + 1} token {bad[0] + 1}"
+        ).error(error.found, error.expected, error.remedy)
     return batch
 
 
@@ -163,12 +160,10 @@ def _same_tokens(
 ) -> int:
     for layer, row in zip(model.moe_layers, ids, strict=True):
         if len(row) != len(ids[0]):
-            raise InputError(
+            raise Location(folder / f"expert_weights_{layer}.txt", f"line {index + 1}").error(
                 f"{len(row) // model.top_k} tokens",
-                source=folder / f"expert_weights_{layer}.txt",
-                place=f"line {index + 1}",
-                expected=f"{len(ids[0]) // model.top_k}, as in layer {model.moe_layers[0]}",
-                remedy="the file may be cut short",
+                f"{len(ids[0]) // model.top_k}, as in layer {model.moe_layers[0]}",
+                "the file may be cut short",
             )
     return len(ids[0]) // model.top_k
 
@@ -182,38 +177,35 @@ def _read_folder(
 ) -> list[Rows]:
     """The rows of every MoE layer's file, in layer order."""
     if not folder.is_dir():
-        raise InputError("not a folder", source=folder, expected="a folder of expert_weights_*.txt")
+        raise Location(folder).error("not a folder", "a folder of expert_weights_*.txt")
     found = {}
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise InputError(reason, source=folder, remedy="give a readable folder") from error
+        raise Location(folder).error(reason, remedy="give a readable folder") from error
     for name in names:
         match = FILE_NAME.fullmatch(name)
         if match and int(match.group(1)) not in found:
             found[int(match.group(1))] = folder / name
         elif name.startswith("expert_weights_") and name.endswith((".txt", ".txt.gz")):
-            raise InputError(
+            raise Location(folder / name).error(
                 "its layer was read already" if match else "not the name of a layer",
-                source=folder / name,
-                expected="expert_weights_<decoder layer>.txt, each layer once",
+                "expert_weights_<decoder layer>.txt, each layer once",
             )
     if not found:
-        raise InputError("no expert_weights_*.txt in it", source=folder)
+        raise Location(folder).error("no expert_weights_*.txt in it")
     for layer in sorted(set(found) - set(model.moe_layers)):
-        raise InputError(
+        raise Location(found[layer]).error(
             f"layer {layer}",
-            source=found[layer],
-            expected=f"a MoE layer of {model.name}, {model.layers_text()}",
-            remedy="check ``model``",
+            f"a MoE layer of {model.name}, {model.layers_text()}",
+            "check ``model``",
         )
     for layer in model.moe_layers:
         if layer not in found:
-            raise InputError(
+            raise Location(folder).error(
                 f"expert_weights_{layer}.txt is missing",
-                source=folder,
-                expected=f"a file for each MoE layer of {model.name}, {model.layers_text()}",
+                f"a file for each MoE layer of {model.name}, {model.layers_text()}",
             )
     layers = []
     for number, layer in enumerate(model.moe_layers, start=1):
@@ -221,14 +213,13 @@ def _read_folder(
         progress(folder.name, num_read + number)
     for layer, rows in zip(model.moe_layers, layers, strict=True):
         if len(rows) != len(layers[0]):
-            raise InputError(
+            raise Location(found[layer]).error(
                 f"{len(rows)} requests",
-                source=found[layer],
-                expected=f"{len(layers[0])}, as in layer {model.moe_layers[0]}",
-                remedy="the file may be cut short",
+                f"{len(layers[0])}, as in layer {model.moe_layers[0]}",
+                "the file may be cut short",
             )
     if not layers[0]:
-        raise InputError("no requests in it", source=folder)
+        raise Location(folder).error("no requests in it")
     return layers
 
 
@@ -265,9 +256,7 @@ def _read_line(line: str, model: ModelSpec, at: Location) -> Row:
     if ids.min() < 0 or ids.max() >= model.num_experts:
         bad = int(np.argmax((ids < 0) | (ids >= model.num_experts)))
         raise at.within(f"token {bad // model.top_k + 1}").error(
-            f"expert {ids[bad]}",
-            f"ids 0..{model.num_experts - 1} of {model.name}",
-            CHECK_MODEL,
+            f"expert {ids[bad]}", f"ids 0..{model.num_experts - 1} of {model.name}", CHECK_MODEL
         )
     if not np.isfinite(gates).all() or (gates < 0).any() or (gates > 65504).any():
         raise at.error("a gate weight is negative, NaN or too large")

@@ -26,12 +26,13 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
 from prism_plan.limits import require_at_most
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, trace_from_counts
 from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers
-from prism_plan.profiling.common.location import CHECK_MODEL, CUT_SHORT, Location, Notify
+from prism_plan.profiling.common.messages import CHECK_MODEL, CUT_SHORT, Notify
 from prism_plan.profiling.common.task_counts import add_up_sources
 from prism_plan.profiling.sources import Source, paths_by_task
 from prism_plan.trace import Trace
@@ -164,8 +165,8 @@ def _load_counts(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise InputError(
-            "gguf is not installed", source=path, remedy="pip install 'prism-plan[gguf]'"
+        raise Location(path).error(
+            "gguf is not installed", remedy="pip install 'prism-plan[gguf]'"
         ) from error
 
     with OpenFile(path) as file:
@@ -186,9 +187,8 @@ def _load_counts(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any
         except InputError:
             raise
         except Exception as error:  # hostile bytes make the reader raise anything
-            raise InputError(
+            raise Location(path).error(
                 f"not a readable GGUF file ({type(error).__name__}: {error!s:.80})",
-                source=path,
                 remedy=CUT_SHORT,
             ) from error
         file.require_unchanged()
@@ -204,7 +204,7 @@ def _check_header(file: OpenFile, path: Path) -> None:
     def read(form: str, at: int) -> int:
         data = file.pread(struct.calcsize(form), min(at, file.size))
         if len(data) < struct.calcsize(form):
-            raise InputError("the file ends within its header", source=path, remedy=CUT_SHORT)
+            raise Location(path).error("the file ends within its header", remedy=CUT_SHORT)
         return int(struct.unpack(form, data)[0])
 
     def text_end(at: int) -> int:
@@ -214,11 +214,10 @@ def _check_header(file: OpenFile, path: Path) -> None:
 
     if file.pread(4, 0) != b"GGUF":
         older = b"blk." in file.pread(4096, 0)
-        raise InputError(
+        raise Location(path).error(
             "an importance matrix of the older format (.dat)" if older else "no GGUF file",
-            source=path,
-            expected="a GGUF file of llama-imatrix",
-            remedy=f"the older format has no counts of experts: {AGAIN}" if older else "",
+            "a GGUF file of llama-imatrix",
+            f"the older format has no counts of experts: {AGAIN}" if older else "",
         )
     require_at_most(read("<Q", 8), MAX_TENSORS, "tensors", source=path)
     keys = read("<Q", 16)
@@ -247,4 +246,4 @@ def _check_header(file: OpenFile, path: Path) -> None:
             for _ in range(count):
                 at = text_end(at)
         else:
-            raise InputError(f"a value of type {kind}", source=path, remedy=CUT_SHORT)
+            raise Location(path).error(f"a value of type {kind}", remedy=CUT_SHORT)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ def parse_source(text: str) -> Source:
         return Source(Path(text))
     task, equals, path = text.partition("=")
     if not equals:
-        raise InputError("no such file or folder", source=text)
+        raise Location(text).error("no such file or folder")
     if not task.strip():
-        raise InputError("empty task", source=text, expected="TASK=SOURCE or SOURCE")
+        raise Location(text).error("empty task", "TASK=SOURCE or SOURCE")
     if not _exists(path):
-        raise InputError("no such file or folder", source=path)
+        raise Location(path).error("no such file or folder")
     return Source(Path(path), task)
 
 
@@ -42,7 +43,7 @@ def _exists(path: str) -> bool:
         return Path(path).exists()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise InputError(reason, source=path, remedy="give a readable file or folder") from error
+        raise Location(path).error(reason, remedy="give a readable file or folder") from error
 
 
 def require_distinct(tasks: Iterable[str]) -> None:
@@ -79,11 +80,10 @@ def paths_by_task(sources: Sequence[Source]) -> dict[str, list[Path]]:
     seen: set[Path] = set()
     for source in sources:
         if source.path.resolve() in seen:
-            raise InputError(
+            raise Location(source.path).error(
                 "given twice",
-                source=source.path,
-                expected="each recording once, or its requests count twice",
-                remedy="leave one of the two out",
+                "each recording once, or its requests count twice",
+                "leave one of the two out",
             )
         seen.add(source.path.resolve())
     labels = {source.task for source in sources if source.task is not None}

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from prism_plan.errors import InputError
 from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, sum_calls, trace_from_counts
 from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers
 from prism_plan.profiling.common.json_fields import json_object
-from prism_plan.profiling.common.location import CHECK_MODEL, CUT_SHORT, Location, Notify
+from prism_plan.profiling.common.messages import CHECK_MODEL, CUT_SHORT, Notify
 from prism_plan.profiling.common.task_counts import add_up_sources
 from prism_plan.profiling.sources import Source, paths_by_task
 from prism_plan.text import shown
@@ -61,10 +61,8 @@ def read_trtllm(
 def _read_folder(folder: Path, model: ModelSpec) -> tuple[Counts, list[int]]:
     """Calls [L, E] of a folder, and the multi-token-prediction layers that were left out."""
     if not folder.is_dir():
-        raise InputError(
-            "not a folder",
-            source=folder,
-            expected="a folder of meta_info.json and rank*.safetensors",
+        raise Location(folder).error(
+            "not a folder", "a folder of meta_info.json and rank*.safetensors"
         )
     _check_meta(folder / "meta_info.json", model)
     ranks = {}
@@ -73,14 +71,13 @@ def _read_folder(folder: Path, model: ModelSpec) -> tuple[Counts, list[int]]:
         if match:
             ranks[int(match.group(1))] = path
     if not ranks:
-        raise InputError("no rank*.safetensors in it", source=folder)
+        raise Location(folder).error("no rank*.safetensors in it")
     for rank in range(max(ranks)):
         if rank not in ranks:
-            raise InputError(
+            raise Location(folder).error(
                 f"rank{rank}.safetensors is missing",
-                source=folder,
-                expected=f"the files of ranks 0..{max(ranks)}, whose calls are added up",
-                remedy="copy the folder again",
+                f"the files of ranks 0..{max(ranks)}, whose calls are added up",
+                "copy the folder again",
             )
     counts = np.zeros((model.num_layers, model.num_experts), np.int64)
     later_layers: dict[int, Location] = {}
@@ -97,16 +94,12 @@ def _check_meta(path: Path, model: ModelSpec) -> None:
     expected = {"num_experts": model.num_experts, "num_experts_per_token": model.top_k}
     for key, number in expected.items():
         if key not in meta:
-            raise InputError(
-                f"key {key!r} is missing", source=path, expected=" and ".join(map(repr, expected))
-            )
+            raise Location(path).error(f"key {key!r} is missing", " and ".join(map(repr, expected)))
         if meta[key] != number or isinstance(meta[key], bool):
-            raise InputError(
+            raise Location(path, key).error(
                 shown(meta[key]),
-                source=path,
-                place=key,
-                expected=f"{number} of {model.name}",
-                remedy=f"{CHECK_MODEL}, without a load balancer (which counts slots)",
+                f"{number} of {model.name}",
+                f"{CHECK_MODEL}, without a load balancer (which counts slots)",
             )
 
 
@@ -117,8 +110,8 @@ def _add_rank(
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise InputError(
-            "safetensors is not installed", source=path, remedy="pip install 'prism-plan[hf]'"
+        raise Location(path).error(
+            "safetensors is not installed", remedy="pip install 'prism-plan[hf]'"
         ) from error
 
     OpenFile(path).close()  # refuses pipes and devices, for safetensors would wait for them
@@ -148,8 +141,8 @@ def _add_rank(
                 both = np.stack([counts[row], calls])[:, None]
                 counts[row] = sum_calls(both, Location(path))[0]
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"not a readable safetensors file: {error}", source=path, remedy=CUT_SHORT
+        raise Location(path).error(
+            f"not a readable safetensors file: {error}", remedy=CUT_SHORT
         ) from error
 
 
@@ -157,10 +150,8 @@ def _layer(key: str, model: ModelSpec, at: Location) -> int:
     """The decoder layer of a key."""
     match = KEY.fullmatch(key)
     if match is None:
-        raise InputError(
-            f"key {key!r:.60}",
-            source=at.source,
-            expected="<iteration>_<decoder layer>, as in '100_3'",
+        raise Location(at.source).error(
+            f"key {key!r:.60}", "<iteration>_<decoder layer>, as in '100_3'"
         )
     layer = int(match.group(2))
     if layer not in model.moe_layers and layer < model.num_decoder_layers:

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prism_plan.errors import InputError
 from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.location import Location
 from prism_plan.io.specs import spec_from_json
 from prism_plan.model import ModelSpec
 from prism_plan.sizes.checkpoint_name import cached_repository, model_name
@@ -90,11 +90,10 @@ def _one_gguf(folder: Path, names: list[str]) -> Path:
     stems = {name.partition("-00001-of-")[0] for name in names if "-of-" not in name}
     stems |= {name.rpartition("-of-")[0].rpartition("-")[0] for name in names if "-of-" in name}
     if len(stems) > 1:
-        raise InputError(
+        raise Location(folder).error(
             f"{' and '.join(names[:2])}{' and others' if len(names) > 2 else ''}",
-            source=folder,
-            expected="one GGUF model in the folder",
-            remedy="give the file",
+            "one GGUF model in the folder",
+            "give the file",
         )
     return folder / names[0]
 
@@ -103,6 +102,4 @@ def _require_unquantised(folder: Path) -> None:
     """Refuse a folder without weights in which a file says that they are quantised."""
     found = quantisation_beside(folder, gguf=False)
     if found is not None:
-        raise InputError(
-            found.found, source=found.file, place=found.place, remedy=CHECKPOINT_OR_BY_HAND
-        )
+        raise Location(found.file, found.place).error(found.found, remedy=CHECKPOINT_OR_BY_HAND)

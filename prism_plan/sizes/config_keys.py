@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.text import shown
 
 LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
@@ -43,9 +43,7 @@ class Config:
 
     def refuse(self, key: str, value: object, expected: str, remedy: str = "") -> NoReturn:
         place = self.place(key)
-        raise InputError(
-            shown(value), source=self.source, place=place, expected=expected, remedy=remedy
-        )
+        raise Location(self.source, place).error(shown(value), expected, remedy)
 
     def present(self, spellings: Iterable[str]) -> list[str]:
         """Those of the spellings that have a value other than null."""
@@ -63,11 +61,9 @@ class Config:
         """Read a required whole number from the first spelling that is present."""
         found = self.present(spellings)
         if not found:
-            raise InputError(
+            raise Location(self.source, self._place).error(
                 f"key {spellings[0]!r} is missing",
-                source=self.source,
-                place=self._place,
-                expected="a config.json with every key that the sizes depend on",
+                "a config.json with every key that the sizes depend on",
             )
         return self.require_integer(found[0], self.get(found[0]), minimum, maximum)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.limits import MAX_LAYERS, require_at_most
 from prism_plan.model import ModelSpec
 from prism_plan.sizes.config_keys import MAX_SIZE
@@ -56,11 +56,10 @@ def _parts(path: Path) -> list[Path]:
     ]
     missing = [part for part in parts if not part.exists()]
     if missing:
-        raise InputError(
+        raise Location(missing[0]).error(
             f"no such file, {len(missing)} of {count} parts are missing",
-            source=missing[0],
-            expected=f"all parts of {match['stem']}",
-            remedy="copy or download the checkpoint again",
+            f"all parts of {match['stem']}",
+            "copy or download the checkpoint again",
         )
     return parts
 
@@ -79,11 +78,8 @@ def _facts(keys: Mapping[str, Any], tensors: list[StoredTensor], path: Path) -> 
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-            raise InputError(
-                shown(value),
-                source=path,
-                place=f"{architecture}.{key}",
-                expected=f"a whole number from {minimum} to {maximum}",
+            raise Location(path, f"{architecture}.{key}").error(
+                shown(value), f"a whole number from {minimum} to {maximum}"
             )
         return value
 
@@ -95,15 +91,12 @@ def _facts(keys: Mapping[str, Any], tensors: list[StoredTensor], path: Path) -> 
         if len(value) < blocks or not all(
             isinstance(one, int) and 0 <= one <= MAX_SIZE for one in value
         ):
-            raise InputError(
-                shown(value), source=path, place=f"{architecture}.{key}", expected="one a layer"
-            )
+            raise Location(path, f"{architecture}.{key}").error(shown(value), "one a layer")
         return value[:blocks]
 
     if not value_of("expert_count"):
-        raise InputError(
+        raise Location(path).error(
             f"the architecture {architecture!r} has no MoE layers",
-            source=path,
             remedy="give a Mixture-of-Experts model",
         )
     blocks = integer("block_count", maximum=MAX_LAYERS)

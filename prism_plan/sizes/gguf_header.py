@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.limits import MAX_LAYERS, MIB, require_at_most
 from prism_plan.sizes.config_keys import MAX_SIZE
 from prism_plan.sizes.stored_tensors import BY_HAND, StoredTensor
@@ -63,18 +63,17 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InputError("is no regular file", source=path, remedy="give a GGUF file")
+                raise Location(path).error("is no regular file", remedy="give a GGUF file")
             return _header(file, path)
     except _Malformed as error:
-        raise InputError(
+        raise Location(path).error(
             str(error) or "the file ends within its header",
-            source=path,
-            expected="a whole GGUF file",
-            remedy="copy or download the file again",
+            "a whole GGUF file",
+            "copy or download the file again",
         ) from error
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise InputError(reason, source=path, remedy="give a readable file") from error
+        raise Location(path).error(reason, remedy="give a readable file") from error
 
 
 def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
@@ -114,12 +113,10 @@ def _tensor(
 ) -> StoredTensor:
     sizes = block_sizes()
     if kind not in sizes:
-        raise InputError(
+        raise Location(path, name).error(
             f"numbers of type {kind}",
-            source=path,
-            place=name,
-            expected="a type that the installed gguf package knows",
-            remedy=f"pip install -U gguf, or {BY_HAND}",
+            "a type that the installed gguf package knows",
+            f"pip install -U gguf, or {BY_HAND}",
         )
     label, block, block_bytes = sizes[kind]
     numbers = math.prod(shape)
@@ -136,10 +133,8 @@ def block_sizes() -> Mapping[int, tuple[str, int, int]]:
     try:
         from gguf.constants import GGML_QUANT_SIZES
     except ImportError as error:
-        raise InputError(
-            "gguf is not installed",
-            source="a .gguf file",
-            remedy="pip install 'prism-plan[gguf]'",
+        raise Location("a .gguf file").error(
+            "gguf is not installed", remedy="pip install 'prism-plan[gguf]'"
         ) from error
     return {kind.value: (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
 

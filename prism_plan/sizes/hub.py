@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prism_plan.errors import InputError
 from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.sizes.checkpoint_folder import spec_from_folder
 from prism_plan.sizes.checkpoint_name import checkpoint_name
@@ -33,9 +33,8 @@ def spec_from_hub(repository: str) -> ModelSpec:
         import huggingface_hub
         import huggingface_hub.errors
     except ImportError as error:
-        raise InputError(
+        raise Location(repository).error(
             "huggingface_hub is not installed",
-            source=repository,
             remedy="pip install 'prism-plan[hf]', or give a checkpoint folder",
         ) from error
     with _loading(repository, huggingface_hub):  # raises where it cannot be a name
@@ -68,13 +67,13 @@ def _loading(repository: str, hub: Any) -> Iterator[None]:
         yield
     except hub.errors.NotASafetensorsRepoError as error:
         found, remedy = "has no safetensors files", "give a .gguf file, or a checkpoint folder"
-        raise InputError(found, source=repository, remedy=remedy) from error
+        raise Location(repository).error(found, remedy=remedy) from error
     except hub.errors.GatedRepoError as error:
         found = "the checkpoint is gated or private"
         remedy = "ask for access on its page and log in with: hf auth login"
-        raise InputError(found, source=repository, remedy=remedy) from error
+        raise Location(repository).error(found, remedy=remedy) from error
     except hub.errors.RepositoryNotFoundError as error:
-        raise InputError(_NOT_THERE, source=repository, remedy=remedy) from error
+        raise Location(repository).error(_NOT_THERE, remedy=remedy) from error
     except Exception as error:
         found = f"{_NOT_THERE} ({' '.join(str(error).split()):.100})"
-        raise InputError(found, source=repository, remedy=remedy) from error
+        raise Location(repository).error(found, remedy=remedy) from error

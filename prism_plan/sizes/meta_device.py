@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from prism_plan.errors import InputError, did_you_mean
+from prism_plan.io.location import Location
 from prism_plan.limits import require_at_most
 from prism_plan.model import ModelSpec
 from prism_plan.sizes.config_keys import HEAD_DIM, KV_HEADS, LAYERS, Config
@@ -85,11 +86,9 @@ def _require_unquantised(chain: list[Config]) -> None:
     found = quantised(chain)
     if found is not None:
         config, key = found
-        raise InputError(
+        raise Location(config.source, config.place(key)).error(
             f"{shown(config.values[key])}: the weights are quantised, as {QUANTISATION_KEYS[key]} "
             "writes it, and no weights are here",
-            source=config.source,
-            place=config.place(key),
             remedy=CHECKPOINT_OR_BY_HAND,
         )
 
@@ -123,9 +122,8 @@ def build_meta_model(chain: list[Config], dtype: str, source: object) -> Any:
         from transformers.models.auto import modeling_auto
         from transformers.utils import logging
     except ImportError as error:
-        raise InputError(
+        raise Location(source).error(
             f"{error.name or error} is not installed, which tells the sizes of a config.json alone",
-            source=source,
             remedy=f"pip install 'prism-plan[hf]', {CHECKPOINT_OR_BY_HAND}",
         ) from error
     mappings = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING", {}) for task in TASKS]
@@ -146,17 +144,12 @@ def build_meta_model(chain: list[Config], dtype: str, source: object) -> Any:
         logging.set_verbosity(level)
     family = str(chain[-1].values.get("model_type") or "")
     if not family:
-        raise InputError(
-            "key 'model_type' is missing",
-            source=source,
-            place=chain[-1].place("model_type"),
-            expected="a Hugging Face config.json",
+        raise Location(source, chain[-1].place("model_type")).error(
+            "key 'model_type' is missing", "a Hugging Face config.json"
         )
-    raise InputError(
+    raise Location(source, chain[-1].place("model_type")).error(
         f"{family!r} is no language model that transformers {transformers.__version__} knows"
         + did_you_mean(family, transformers.CONFIG_MAPPING),
-        source=source,
-        place=chain[-1].place("model_type"),
         remedy=CHECKPOINT_OR_BY_HAND,
     )
 
@@ -186,12 +179,10 @@ def _require_keys(hf_config: Any, config: Config) -> None:
     needed = {spellings.get(key, key): None for key in _SIZE_KEYS}
     missing = [key for key in needed if hasattr(type(hf_config), key) and key not in given]
     if missing:
-        raise InputError(
+        raise Location(config.source, config.place("")[:-1]).error(
             f"missing: {', '.join(missing)}",
-            source=config.source,
-            place=config.place("")[:-1],
-            expected="a config.json with every key that the sizes depend on",
-            remedy=CHECKPOINT_OR_BY_HAND,
+            "a config.json with every key that the sizes depend on",
+            CHECKPOINT_OR_BY_HAND,
         )
 
 
@@ -203,6 +194,6 @@ def _building(source: object) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        raise InputError(
-            f"transformers cannot build the model: {error}", source=source, remedy=BY_HAND
+        raise Location(source).error(
+            f"transformers cannot build the model: {error}", remedy=BY_HAND
         ) from error

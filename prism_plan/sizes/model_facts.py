@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.limits import MAX_EXPERTS, MAX_LAYERS
 from prism_plan.sizes.config_keys import (
     EXPERTS,
@@ -62,11 +62,8 @@ class ModelFacts:
     def top_k_of(self, num_experts: int) -> int:
         """Return top-k; refuse it where it exceeds the number of experts."""
         if self.top_k > num_experts:
-            raise InputError(
-                f"{self.top_k}",
-                source=self.source,
-                place=self.top_k_place,
-                expected=f"at most the {num_experts} experts of a layer",
+            raise Location(self.source, self.top_k_place).error(
+                f"{self.top_k}", f"at most the {num_experts} experts of a layer"
             )
         return self.top_k
 
@@ -91,7 +88,7 @@ def config_levels(values: Any, source: object) -> list[Config]:
         It is no JSON object, or holds two language models.
     """
     if not isinstance(values, Mapping):
-        raise InputError(shown(values), source=source, expected="a JSON object, a config.json")
+        raise Location(source).error(shown(values), "a JSON object, a config.json")
     found = [Config(values, source)]
     while True:
         config = found[-1]
@@ -100,9 +97,7 @@ def config_levels(values: Any, source: object) -> list[Config]:
             return found
         if len(keys) > 1:
             config.refuse(
-                keys[1],
-                config.values[keys[1]],
-                f"one language model, and there is {keys[0]} too",
+                keys[1], config.values[keys[1]], f"one language model, and there is {keys[0]} too"
             )
         inner = config.values[keys[0]]
         if not isinstance(inner, Mapping):
@@ -168,10 +163,8 @@ def require_experts(config: Config) -> None:
             if isinstance(value, Mapping):
                 pending.append(value)
     if "moe" not in str(family).lower():
-        raise InputError(
+        raise Location(config.source, "model_type" if family else "").error(
             f"{family!r} has no MoE layers" if family else "the model has no MoE layers",
-            source=config.source,
-            place="model_type" if family else "",
             remedy="give the config.json of a Mixture-of-Experts model",
         )
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.limits import MAX_EXPERTS, require_at_most
 from prism_plan.model import ModelSpec
 from prism_plan.sizes.model_facts import ModelFacts
@@ -78,11 +78,8 @@ def spec_from_tensors(
             continue
         one, every = ONE_EXPERT.search(rest), ALL_EXPERTS.search(rest)
         if ATTENTION_EXPERTS.match(rest):
-            raise InputError(
-                "attention is routed to experts too",
-                source=source,
-                place=tensor.name,
-                remedy="there is no placement for that here",
+            raise Location(source, tensor.name).error(
+                "attention is routed to experts too", remedy="there is no placement for that here"
             )
         if NO_EXPERT.search(rest) or OTHER_PARTS.search(rest) or not (one or every):
             if not OTHER_PARTS.search(rest):
@@ -100,11 +97,8 @@ def spec_from_tensors(
     routed = separate.keys() | stacked.keys()
     for layer, rest, tensor in layered:
         if layer < last and layer not in routed and ROUTER.search(rest):
-            raise InputError(
-                f"layer {layer} has a router and no experts",
-                source=source,
-                place=tensor.name,
-                remedy=_AGAIN,
+            raise Location(source, tensor.name).error(
+                f"layer {layer} has a router and no experts", remedy=_AGAIN
             )
     sizes = {}
     for layer, by_expert in separate.items():
@@ -115,11 +109,9 @@ def spec_from_tensors(
             if not tensor.shape or tensor.shape[0] % num_experts:
                 dense += tensor.num_bytes  # one value for all experts
             elif tensor.num_bytes % num_experts:
-                raise InputError(
+                raise Location(source, tensor.name).error(
                     f"{tensor.num_bytes:,} bytes",
-                    source=source,
-                    place=tensor.name,
-                    expected=f"a multiple of the {num_experts} experts stacked in it",
+                    f"a multiple of the {num_experts} experts stacked in it",
                 )
             else:
                 sizes[layer] = sizes.get(layer, 0) + tensor.num_bytes // num_experts
@@ -154,11 +146,10 @@ def _require_layers(found: set[int], last: int, source: object) -> None:
     """Refuse a checkpoint in which a decoder layer has no tensors."""
     missing = next((layer for layer in range(last) if layer not in found), None)
     if missing is not None:
-        raise InputError(
+        raise Location(source).error(
             f"layer {missing} has no tensors",
-            source=source,
-            expected=f"the {last:,} decoder layers of the configuration",
-            remedy=_AGAIN,
+            f"the {last:,} decoder layers of the configuration",
+            _AGAIN,
         )
 
 
@@ -181,11 +172,10 @@ def _require_same_parts(
     for layer, own in sorted(parts.items()):
         # a layer may hold gate and up in one tensor, others in two
         if own != every and not any("gate_up" in part for part in every):
-            raise InputError(
+            raise Location(source).error(
                 f"the experts of layer {layer} have no {', '.join(sorted(every - own))}",
-                source=source,
-                expected="the same projections in all layers",
-                remedy=_AGAIN,
+                "the same projections in all layers",
+                _AGAIN,
             )
 
 
@@ -207,9 +197,7 @@ def _language_model(
         if number >= MAX_TENSORS:
             require_at_most(number + 1, MAX_TENSORS, "tensors", source=source)
         if tensor.name in names:
-            raise InputError(
-                "stands twice", source=source, place=tensor.name, expected="each tensor once"
-            )
+            raise Location(source, tensor.name).error("stands twice", "each tensor once")
         names.add(tensor.name)
         if OTHER_PARTS.search(tensor.name) and not LAYER.search(tensor.name):
             continue
@@ -224,18 +212,16 @@ def _language_model(
         if ONE_EXPERT.search(match["rest"]) or ALL_EXPERTS.search(match["rest"]):
             with_experts[stem] += 1
     if not with_experts:
-        raise InputError(
+        raise Location(source).error(
             f"{name} has no MoE layers",
-            source=source,
-            expected="tensors of routed experts",
-            remedy="give a Mixture-of-Experts model, or a model spec if its experts are elsewhere",
+            "tensors of routed experts",
+            "give a Mixture-of-Experts model, or a model spec if its experts are elsewhere",
         )
     if len(with_experts) > 1:
-        raise InputError(
+        raise Location(source).error(
             f"layers with experts under {' and under '.join(map(repr, sorted(with_experts)))}",
-            source=source,
-            expected="one language model",
-            remedy=BY_HAND,
+            "one language model",
+            BY_HAND,
         )
     stem = next(iter(with_experts))
     if not facts.nested:
@@ -261,7 +247,7 @@ def _num_experts(
 ) -> int:
     """The number of routed experts of a layer, compared with the configuration."""
     if not separate and not stacked:
-        raise InputError(f"{name} has no MoE layers", source=source)
+        raise Location(source).error(f"{name} has no MoE layers")
     counts = {len(by_expert) for by_expert in separate.values()}
     counts |= {
         tensor.shape[0] for found in stacked.values() for tensor in found if len(tensor.shape) > 2
@@ -273,21 +259,17 @@ def _num_experts(
         counts = {max(counts)}  # the missing expert is named later on
     if len(counts) != 1:
         found = " and ".join(map(str, sorted(counts))) or "an unknown number of"
-        raise InputError(
-            f"{found} experts in a layer",
-            source=source,
-            expected="one number for all layers",
-            remedy=BY_HAND,
+        raise Location(source).error(
+            f"{found} experts in a layer", "one number for all layers", BY_HAND
         )
     (count,) = counts
     if not 1 <= count <= MAX_EXPERTS:
         require_at_most(count, MAX_EXPERTS, "experts in a layer", source=source)
     if stated and count not in stated:
-        raise InputError(
+        raise Location(source).error(
             f"tensors of {count} experts in a layer",
-            source=source,
-            expected=f"{' or '.join(map(str, stated))}, as the configuration says",
-            remedy=_AGAIN,
+            f"{' or '.join(map(str, stated))}, as the configuration says",
+            _AGAIN,
         )
     return count
 
@@ -298,11 +280,8 @@ def _equal_size(
     """The bytes of an expert of a layer whose experts are stored one by one."""
     missing = next((expert for expert in range(num_experts) if expert not in by_expert), None)
     if missing is not None:
-        raise InputError(
-            f"expert {missing} of layer {layer} is missing",
-            source=source,
-            expected=f"experts 0..{num_experts - 1}",
-            remedy=_AGAIN,
+        raise Location(source).error(
+            f"expert {missing} of layer {layer} is missing", f"experts 0..{num_experts - 1}", _AGAIN
         )
     sizes = {
         expert: sum(tensor.num_bytes for tensor in found) for expert, found in by_expert.items()
@@ -320,16 +299,12 @@ def _equal_size(
         name = re.sub(
             rf"(experts\.(?:expert_)?|ffn_\w+\.){large}\.", rf"\g<1>{small}.", other[absent[0]]
         )
-        raise InputError(
-            f"tensor {name} is missing",
-            source=source,
-            expected="the same tensors of all experts of a layer",
-            remedy=_AGAIN,
+        raise Location(source).error(
+            f"tensor {name} is missing", "the same tensors of all experts of a layer", _AGAIN
         )
-    raise InputError(
+    raise Location(source).error(
         f"experts of layer {layer} differ in size: {small} has {sizes[small]:,} bytes, {large} has "
         f"{sizes[large]:,}",
-        source=source,
-        expected="experts of one size in each layer",
-        remedy=BY_HAND,
+        "experts of one size in each layer",
+        BY_HAND,
     )

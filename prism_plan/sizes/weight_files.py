@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from prism_plan.errors import InputError
 from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.location import Location
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -40,28 +41,22 @@ def indexed_files(folder: Path) -> dict[str, str]:
         raise _no_index(folder)
     values = parse_json(read_text(index), index)
     if not isinstance(values, dict):
-        raise InputError(f"{values!r:.60}", source=index, expected="a JSON object")
+        raise Location(index).error(f"{values!r:.60}", "a JSON object")
     files = values.get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise InputError(
-            f"{files!r:.60}", source=index, place="weight_map", expected="files by tensor"
-        )
+        raise Location(index, "weight_map").error(f"{files!r:.60}", "files by tensor")
     for name, file in files.items():
         if not _is_plain(file):
-            raise InputError(
-                f"{file!r:.80}",
-                source=index,
-                place=name,
-                expected="the name of a safetensors file in the folder",
+            raise Location(index, name).error(
+                f"{file!r:.80}", "the name of a safetensors file in the folder"
             )
     shards = sorted(set(files.values()))
     missing = [file for file in shards if not (folder / file).exists()]
     if missing:
-        raise InputError(
+        raise Location(folder / missing[0]).error(
             f"no such file, {len(missing)} of {len(shards)} shards are missing",
-            source=folder / missing[0],
-            expected=f"the shards that {INDEX} names",
-            remedy="copy or download the checkpoint again",
+            f"the shards that {INDEX} names",
+            "copy or download the checkpoint again",
         )
     return files
 
@@ -87,7 +82,7 @@ def _no_index(folder: Path) -> InputError:
         names = sorted(os.listdir(folder))
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        return InputError(reason, source=folder, remedy="give a readable folder")
+        return Location(folder).error(reason, remedy="give a readable folder")
     shards = [match for match in map(_SHARD.fullmatch, names) if match]
     tensors = [name for name in names if name.endswith(".safetensors")]
     pickled = [
@@ -100,11 +95,10 @@ def _no_index(folder: Path) -> InputError:
         missing = sorted(set(range(1, min(count, 10_000) + 1)) - there)
         gaps = f"; shards {', '.join(map(str, missing[:5]))} of {count} are missing too"
         found = f"{_and_others([match[0] for match in shards])}, but no {INDEX}"
-        return InputError(
+        return Location(folder).error(
             found + (gaps if missing else ""),
-            source=folder,
-            expected=expected,
-            remedy="copy or download the index from where the shards come from",
+            expected,
+            "copy or download the index from where the shards come from",
         )
     if tensors:
         found, remedy = f"{_and_others(tensors)}, but no {SINGLE} and no {INDEX}", _SAVE
@@ -116,7 +110,7 @@ def _no_index(folder: Path) -> InputError:
         remedy = _SAVE
     else:
         found, remedy = "has no weights", "copy or download the checkpoint again"
-    return InputError(found, source=folder, expected=expected, remedy=remedy)
+    return Location(folder).error(found, expected, remedy)
 
 
 def _and_others(names: list[str]) -> str:

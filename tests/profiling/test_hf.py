@@ -18,12 +18,9 @@ pytest.importorskip("transformers")
 from prism_plan.errors import InputError, PrismError
 from prism_plan.io.prompts import read_prompts
 from prism_plan.io.trace_reader import read_trace
-from prism_plan.profiling.recording.checkpoint_run import (
-    HfOptions,
-    Interrupted,
-    load_tokenizer,
-    profile_checkpoint,
-)
+from prism_plan.profiling.recording.checkpoint_run import Interrupted, profile_checkpoint
+from prism_plan.profiling.recording.hf_options import HfOptions
+from prism_plan.profiling.recording.load_checkpoint import load_tokenizer
 from prism_plan.trace import PHASES, Trace
 from tests.limits import HANG_S
 from tests.profiling.families import SMALL

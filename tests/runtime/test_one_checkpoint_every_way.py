@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.recording.checkpoint_run import HfOptions, checkpoint_spec
+from prism_plan.profiling.recording.load_checkpoint import load_checkpoint_spec
 from prism_plan.sizes.load import load_model_spec
 from prism_plan.sizes.loaded_model import spec_from_loaded_model
 from runtime_adapter.weights.checkpoint import Checkpoint
@@ -37,8 +37,8 @@ WAYS: dict[str, Callable[[str], ModelSpec]] = {
     "a folder": load_model_spec,
     "a folder, with a slash": lambda folder: load_model_spec(f"{folder}/"),
     "config.json": lambda folder: load_model_spec(f"{folder}/config.json"),
-    "--format hf": lambda folder: checkpoint_spec(folder, HfOptions()),
-    "--format hf, with a slash": lambda folder: checkpoint_spec(f"{folder}/", HfOptions()),
+    "--format hf": lambda folder: load_checkpoint_spec(folder),
+    "--format hf, with a slash": lambda folder: load_checkpoint_spec(f"{folder}/"),
     "record": recorded,
     "the runtime": lambda folder: Checkpoint(folder).spec,
 }
@@ -85,7 +85,7 @@ def test_a_snapshot_has_one_name(way: str, snapshot: Path, tmp_path: Path) -> No
 
 def test_a_hub_id_has_the_name_of_its_snapshot(snapshot: Path) -> None:
     """The checkpoint that transformers finds in the cache by its id is called as its folder."""
-    assert checkpoint_spec(HUB_ID, HfOptions()) == load_model_spec(str(snapshot))
+    assert load_checkpoint_spec(HUB_ID) == load_model_spec(str(snapshot))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -139,7 +139,7 @@ def test_what_is_stored_counts(kind: str, snapshot: Path) -> None:
     for way, read in WAYS.items():
         if way not in ("the runtime", "record"):  # transformers refuses what it cannot run
             assert read(str(snapshot)) == whole, way
-    assert checkpoint_spec(HUB_ID, HfOptions()) == whole
+    assert load_checkpoint_spec(HUB_ID) == whole
     with pytest.raises(InputError) as caught:
         Checkpoint(snapshot)
     error = caught.value

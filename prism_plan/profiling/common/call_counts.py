@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.common.location import CHECK_MODEL, Location, Notify
+from prism_plan.profiling.common.messages import CHECK_MODEL, Notify
 from prism_plan.trace import Trace, require_sum
 
 #: Calls of the experts of all MoE layers, [L, E].
@@ -47,11 +47,10 @@ def require_every_layer(task: str, calls: Counts, model: ModelSpec, source: obje
     require_sum(calls, "calls", source, f"task {task!r}")
     per_layer = calls.sum(axis=1)
     if per_layer.min() == 0:
-        raise InputError(
+        raise Location(source).error(
             f"task {task!r} has no calls in layer {model.moe_layers[int(np.argmin(per_layer))]}",
-            source=source,
-            expected=f"calls in every MoE layer of {model.name}, {model.layers_text()}",
-            remedy=f"it may be cut short; {CHECK_MODEL}",
+            f"calls in every MoE layer of {model.name}, {model.layers_text()}",
+            f"it may be cut short; {CHECK_MODEL}",
         )
 
 
@@ -65,11 +64,10 @@ def tokens_of_calls(task: str, calls: Counts, model: ModelSpec, source: object =
     """
     tokens = -(-int(calls.sum(axis=1).max()) // model.top_k)
     if tokens >= TOKENS_BELOW:
-        raise InputError(
+        raise Location(source).error(
             f"task {task!r}: {tokens:,} tokens, a sum too large to count",
-            source=source,
-            expected=f"fewer than {TOKENS_BELOW:,} (2^53)",
-            remedy="check the counts; scale all of a task down by one factor if they are right",
+            f"fewer than {TOKENS_BELOW:,} (2^53)",
+            "check the counts; scale all of a task down by one factor if they are right",
         )
     return tokens
 
@@ -107,12 +105,10 @@ def trace_from_counts(
         num_tokens = tokens_of_calls(task, calls, model)
         if calls.max() > num_tokens:
             layer, expert = np.unravel_index(int(calls.argmax()), calls.shape)
-            raise InputError(
+            raise Location(engine, f"layer {model.moe_layers[layer]} expert {expert}").error(
                 f"task {task!r}: {calls.max()} calls of {num_tokens} tokens",
-                source=engine,
-                place=f"layer {model.moe_layers[layer]} expert {expert}",
-                expected="at most one call a token",
-                remedy=CHECK_MODEL,
+                "at most one call a token",
+                CHECK_MODEL,
             )
         tokens.append(num_tokens)
     return Trace(

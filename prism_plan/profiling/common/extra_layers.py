@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.common.location import CHECK_MODEL, Location
+from prism_plan.profiling.common.messages import CHECK_MODEL
 
 #: More layers after the last one than this are another model, not multi-token prediction.
 MAX_MTP_LAYERS = 8

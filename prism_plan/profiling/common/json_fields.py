@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prism_plan.profiling.common.location import CUT_SHORT, Location
+from prism_plan.io.location import Location
+from prism_plan.profiling.common.messages import CUT_SHORT
 from prism_plan.profiling.sources import default_task
 from prism_plan.text import shown
 

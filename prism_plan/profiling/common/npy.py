@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.profiling.common.location import CUT_SHORT, Location
+from prism_plan.io.location import Location
+from prism_plan.profiling.common.messages import CUT_SHORT
 
 _NPY_HEADER = re.compile(
     r"\{'descr': '([|<>])([A-Za-z])(\d{1,4})?', 'fortran_order': (True|False), "

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, require_every_layer, sum_calls
 from prism_plan.profiling.common.extra_layers import mtp_notice
-from prism_plan.profiling.common.location import Location, Notify
+from prism_plan.profiling.common.messages import Notify
 from prism_plan.profiling.sources import Source, default_task
 
 
@@ -37,18 +37,16 @@ class TaskCounts:
         digest = hashlib.sha256(calls.tobytes()).digest()
         for other, same in self.parts.setdefault(task, []):
             if None in (source.task, other.task):
-                raise InputError(
+                raise Location(source.path).error(
                     f"task {task!r} was read already",
-                    source=source.path,
                     remedy="label each source with a task of its own, TASK=SOURCE, or sources that "
                     "are to be added up with one task",
                 )
             if source.path.resolve() == other.path.resolve():
-                raise InputError(
+                raise Location(source.path).error(
                     f"given twice for task {task!r}",
-                    source=source.path,
-                    expected="each source of a task once",
-                    remedy="leave one of the two out",
+                    "each source of a task once",
+                    "leave one of the two out",
                 )
             if digest == same:
                 self.notices.append(

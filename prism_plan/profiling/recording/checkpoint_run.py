@@ -1,13 +1,11 @@
-"""Profiling a real checkpoint: prompts in, a token-level trace out.
+"""Profile a checkpoint: run a file of prompts through it and write a token-level trace.
 
-Needs the extra ``hf`` (transformers 5 and PyTorch). The model runs its own ``generate``; recording
-is by the hooks of :mod:`prism_plan.profiling.recording.recorder`.
+Needs the extra ``hf`` (transformers 5 and PyTorch). The model runs its own ``generate``, and the
+hooks of :mod:`.recorder` record it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +18,16 @@ from prism_plan.io.open_file import OpenFile
 from prism_plan.io.prompts import Prompt, read_prompts
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import TraceWriter
-from prism_plan.limits import require_whole
-from prism_plan.model import ModelSpec
+from prism_plan.model import ModelSpec, require_same_model
+from prism_plan.profiling.recording.fingerprint import fingerprint
+from prism_plan.profiling.recording.hf_options import HfOptions
+from prism_plan.profiling.recording.load_checkpoint import (
+    load_checkpoint_spec,
+    load_hf_model,
+    load_tokenizer,
+    no_progress_bars,
+)
+from prism_plan.profiling.recording.recorder import Recorder
 from prism_plan.profiling.recording.transformers_release import require_transformers
 from prism_plan.provenance import stamped
 from prism_plan.trace import TokenBatch, Trace
@@ -29,42 +35,11 @@ from prism_plan.trace import TokenBatch, Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: New tokens, and prompts of a batch: PyTorch counts both in 32 bits.
-MAX_NUMBER = 2**31 - 1
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-
 
 class Interrupted(PrismError):
-    """A run was stopped; what it had recorded is kept as a partial trace."""
+    """A run was stopped by Ctrl-C; what it had recorded is kept as a partial trace."""
 
     exit_code = 130
-
-
-@dataclass(frozen=True)
-class HfOptions:
-    """How to run the model.
-
-    ``max_new_tokens`` of 0 records the prompts alone. ``device`` is ``"auto"`` (accelerators with
-    ``device_map="auto"`` where there are any, else the CPU) or a PyTorch device.
-
-    Raises
-    ------
-    InputError
-        A number is out of range.
-    """
-
-    max_new_tokens: int = 32
-    batch_size: int = 8
-    dtype: str = "auto"
-    device: str = "auto"
-    weights: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        require_whole(self.max_new_tokens, 0, MAX_NUMBER, "max_new_tokens")
-        require_whole(self.batch_size, 1, MAX_NUMBER, "batch_size")
-        if self.dtype not in DTYPES:
-            raise InputError(f"{self.dtype!r}", parameter="dtype", expected=", ".join(DTYPES))
 
 
 def profile_checkpoint(
@@ -83,20 +58,21 @@ def profile_checkpoint(
     Prompts are taken in order, ``batch_size`` at a time, left-padded; decoding is greedy. Request
     i of the trace is the i-th prompt. Rows are written as they come, so that memory does not grow
     with the number of prompts. Stopped by Ctrl-C the run leaves a valid trace of the batches that
-    were done, whose provenance says ``partial``; with ``resume`` it goes on from there.
-    ``progress`` is told (prompts done, prompts, tokens recorded). ``spec`` gives the sizes where
-    they cannot be read from the checkpoint; its layers, experts and top-k must be the model's.
+    were done, whose provenance says ``partial``; with ``resume`` it continues there. ``progress``
+    is called with the prompts done, all prompts and the tokens recorded. ``spec`` gives the sizes
+    where they cannot be read from the checkpoint; its layers, experts and top-k must be the
+    model's.
 
     Raises
     ------
     InputError
         The checkpoint is missing or gated, has no MoE layers, cannot be recorded, or is not the
-        spec's; a line of the prompts is wrong, or longer than the model's context; the trace to go
-        on with is of another run.
+        spec's; a line of the prompts is wrong, or longer than the model's context; the trace to
+        continue is of another run.
     OutputError
         The trace cannot be written.
     Interrupted
-        Stopped by Ctrl-C; tells what was kept.
+        Stopped by Ctrl-C; says what was kept.
     """
     with OpenFile(prompts) as file:
         _profile(checkpoint, file, output, options or HfOptions(), spec, resume, progress, notify)
@@ -112,20 +88,18 @@ def _profile(
     progress: Callable[[int, int, int], None],
     notify: Callable[[str], None],
 ) -> None:
-    """:func:`profile_checkpoint` of a file of prompts that is open."""
+    """:func:`profile_checkpoint` with an open file of prompts."""
     require_transformers()
     run = _Run(checkpoint, prompts, options)
     total = sum(1 for _ in read_prompts(prompts))
     earlier = _earlier(output, run) if resume else None
     done = 0 if earlier is None else int(earlier.provenance["prompts_done"])
-    spec = checkpoint_spec(checkpoint, options) if spec is None else spec
+    spec = load_checkpoint_spec(checkpoint) if spec is None else spec
     tokenizer = load_tokenizer(checkpoint, options)
-    model = load_model(checkpoint, options)
-    with _quiet():
+    model = load_hf_model(checkpoint, options)
+    with no_progress_bars():
         _check_lengths(prompts, tokenizer, model, options)
     import torch
-
-    from prism_plan.profiling.recording.recorder import Recorder
 
     provenance = run.provenance()
     stopped: BaseException | None = None
@@ -133,14 +107,14 @@ def _profile(
         if earlier is not None:
             _copy(earlier, writer, spec)
             notify(f"going on after {done} of {total} prompts")
-        # rows of a batch are written when it is done, or they would be in the trace twice
-        # after an interruption and with ``resume``
+        # rows of a batch are written when it is complete, or they would be in the trace twice
+        # after an interruption and a continuation
         pending: list[tuple[TokenBatch, tuple[str, ...]]] = []
 
-        def hold(rows: TokenBatch, tasks: Sequence[str]) -> None:
+        def collect(rows: TokenBatch, tasks: Sequence[str]) -> None:
             pending.append((rows, tuple(tasks)))
 
-        recorder = Recorder(model, spec, hold, weights=options.weights, first_request=done)
+        recorder = Recorder(model, spec, collect, weights=options.weights, first_request=done)
         progress(done, total, 0)
         with recorder.attached():
             try:
@@ -169,7 +143,7 @@ def _profile(
 
 @dataclass(frozen=True)
 class _Run:
-    """What makes two runs the same, so that one can go on with the other's trace."""
+    """A run; one with the same identity can continue its trace."""
 
     checkpoint: str
     prompts: OpenFile
@@ -201,38 +175,8 @@ class _Run:
         )
 
 
-#: Of a weight file larger than this many pieces only the pieces are read, evenly spread.
-PIECE_BYTES, PIECES = 65_536, 64
-
-
-def fingerprint(checkpoint: str) -> str:
-    """Identity of a checkpoint folder: configuration, and size and samples of each weight file.
-
-    Of a file beyond 4 MiB 64 pieces of 64 KiB are read, so that large models take no minutes. A
-    hub id has no fingerprint here and gives an empty text.
-    """
-    if not os.path.isdir(checkpoint):
-        return ""
-    found = hashlib.sha256()
-    names = [n for n in sorted(os.listdir(checkpoint)) if n.endswith((".safetensors", ".bin"))]
-    for name in ("config.json", *names):
-        path = os.path.join(checkpoint, name)
-        if not os.path.isfile(path):
-            continue
-        size = os.path.getsize(path)
-        found.update(f"{name} {size}\n".encode())
-        with open(path, "rb") as stream:
-            if size <= PIECE_BYTES * PIECES:
-                found.update(stream.read())
-                continue
-            for piece in range(PIECES):
-                stream.seek((size - PIECE_BYTES) * piece // (PIECES - 1))
-                found.update(stream.read(PIECE_BYTES))
-    return found.hexdigest()
-
-
 def _earlier(output: str | os.PathLike[str], run: _Run) -> Trace | None:
-    """The partial trace of an earlier run at ``output``; none if there is no file."""
+    """The partial trace of an earlier run at ``output``; None if there is no file."""
     if not os.path.exists(output):
         return None
     trace = read_trace(output)
@@ -251,8 +195,6 @@ def _earlier(output: str | os.PathLike[str], run: _Run) -> Trace | None:
 
 
 def _copy(earlier: Trace, writer: TraceWriter, spec: ModelSpec) -> None:
-    from prism_plan.model import require_same_model
-
     require_same_model(earlier.model, spec, source=earlier.name, other="the checkpoint")
     assert earlier.batches is not None
     for batch in earlier.batches():
@@ -270,7 +212,7 @@ def _generate(
     texts: Sequence[str],
     options: HfOptions,
 ) -> None:
-    """Run prompts, left-padded, and decode greedily; only what the hooks see is kept."""
+    """Run prompts, left-padded, and decode greedily."""
     import torch
 
     inputs = tokenizer(list(texts), return_tensors="pt", padding=True)
@@ -292,7 +234,7 @@ def _check_lengths(
     model: PreTrainedModel,
     options: HfOptions,
 ) -> None:
-    """Refuse a prompt that does not fit the model's context, before anything is run."""
+    """Refuse prompts that do not fit the model's context, before anything is run."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     path = prompts.path
     for prompt in read_prompts(prompts):
@@ -309,154 +251,3 @@ def _check_lengths(
                 expected=f"at most {longest:,}, the model's context",
                 remedy="shorten the prompt or lower ``max_new_tokens``",
             )
-
-
-@contextlib.contextmanager
-def _loading(checkpoint: str, what: str) -> Iterator[None]:
-    """Failures of loading, which come as many kinds of exception, as one line."""
-    try:
-        yield
-    except PrismError:
-        raise
-    except (MemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        words = " ".join(str(error).split())
-        gated = "gated" in words.lower() or "401" in words or "403" in words
-        if os.path.isdir(checkpoint):
-            reason, remedy = f"cannot load the {what}: {words[:120]}", "check the files in it"
-        elif gated:
-            reason = "the checkpoint is gated or private"
-            remedy = "ask for access on its page and log in with: hf auth login"
-        else:
-            reason = "no such folder, and no checkpoint of that name can be had from the hub"
-            remedy = "give a local folder, or a hub id and a network connection"
-        raise InputError(reason, source=checkpoint, remedy=remedy) from error
-
-
-def load_tokenizer(checkpoint: str, options: HfOptions) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, padding on the left.
-
-    Raises
-    ------
-    InputError
-        It cannot be loaded, or has neither a padding nor an end-of-sequence token.
-    """
-    require_transformers()
-    from transformers import AutoTokenizer
-
-    _folder_has_config(checkpoint)
-    with _quiet(), _loading(checkpoint, "tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            checkpoint, trust_remote_code=options.trust_remote_code
-        )
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(
-                "the tokenizer has neither a padding nor an end-of-sequence token",
-                source=checkpoint,
-                remedy="set one in its tokenizer_config.json",
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def checkpoint_spec(checkpoint: str, options: HfOptions) -> ModelSpec:
-    """The spec of a checkpoint as it is stored: ``dtype`` is how it is run here, not served.
-
-    Raises
-    ------
-    InputError
-        Missing, gated, damaged, or without MoE layers.
-    """
-    require_transformers()
-    from prism_plan.sizes.checkpoint_folder import spec_from_folder
-    from prism_plan.sizes.hub import spec_from_hub
-
-    _folder_has_config(checkpoint)
-    return (
-        spec_from_folder(Path(checkpoint))
-        if os.path.exists(checkpoint)
-        else spec_from_hub(checkpoint)
-    )
-
-
-def load_model(checkpoint: str, options: HfOptions) -> PreTrainedModel:
-    """The checkpoint's model, ready to run.
-
-    Raises
-    ------
-    InputError
-        Missing, gated or damaged; the device cannot be used.
-    """
-    require_transformers()
-    import torch
-    from transformers import AutoConfig
-
-    _folder_has_config(checkpoint)
-    if options.device != "auto":
-        try:
-            if torch.empty(1, device=options.device).is_meta:
-                raise RuntimeError("it computes nothing")
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(
-                f"{options.device!r} cannot be used: {str(error).splitlines()[0]:.80}",
-                parameter="device",
-                expected="auto, cpu, or an accelerator of this machine such as cuda:0",
-            ) from error
-    with _quiet(), _loading(checkpoint, "model"):
-        where: dict[str, Any] = {}
-        if options.device == "auto" and torch.accelerator.is_available():
-            where["device_map"] = "auto"  # over all accelerators, for models larger than one
-        dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=options.trust_remote_code)
-        model: PreTrainedModel = _auto_class(config).from_pretrained(
-            checkpoint,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=options.trust_remote_code,
-            **where,
-        )
-        if options.device != "auto":
-            model = model.to(options.device)
-    return model.eval()
-
-
-def _auto_class(config: Any) -> Any:
-    """Which of transformers' automatic classes makes a checkpoint's model.
-
-    Most multimodal models are no ``AutoModelForCausalLM``; they generate from text alone too.
-    """
-    import transformers
-
-    kind = type(config)
-    if (
-        kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    ):
-        return transformers.AutoModelForImageTextToText
-    return transformers.AutoModelForCausalLM
-
-
-def _folder_has_config(checkpoint: str) -> None:
-    if os.path.exists(checkpoint) and not os.path.isfile(os.path.join(checkpoint, "config.json")):
-        raise InputError(
-            "has no config.json", source=checkpoint, expected="a checkpoint folder or a hub id"
-        )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Progress bars of loading would mix with ours."""
-    from transformers.utils import logging
-
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()

@@ -1,11 +1,11 @@
-"""The cache that a decoder is given with each pass, under the name that its release has for it.
+"""The KV cache that a decoder is given with each pass: its argument's name and its length.
 
 transformers calls it ``past_key_values`` up to 5.23 and ``cache`` from 5.24 on; from 5.40 on the
-old name is gone. All that names it is here.
+old name is gone.
 
 There are caches of many kinds: full, sliding, static, quantised, of linear attention, and mixtures
-(read in 5.24.0). None is known by its class. What counts is whether a cache tells its length,
-and that is checked with every pass: S new tokens must make it S longer.
+(read in 5.24.0). None is recognised by its class. A cache must report its length, and that is
+checked with every pass: S new tokens must make it S longer.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 from prism_plan.errors import InputError
 
 REMEDY = "generate with transformers' default cache of this model, or record it with an engine"
-#: The newest first: a release that takes both warns of the older one.
+#: Names of the argument, newest first: a release that takes both warns of the older one.
 NAMES = ("cache", "past_key_values")
 
 
 def cache_argument(decoder: Any) -> str:
-    """What a decoder (a torch module) calls the cache.
+    """The name of a decoder's cache argument.
 
     Raises
     ------
     InputError
-        It takes none under a name that is known: passes that go on with a cache could not be told
-        from those that begin.
+        It has none of the known names: passes that continue a cache could not be distinguished from
+        those that begin one.
     """
     taken = inspect.signature(decoder.forward).parameters
     for name in NAMES:
@@ -67,7 +67,7 @@ def cached_tokens(cache: Any) -> int:
     Raises
     ------
     InputError
-        It does not tell: no attention layer in it, or no cache of transformers at all.
+        It does not report it: it has no attention layer, or is no cache of transformers.
     """
     if cache is None:
         return 0
@@ -81,21 +81,21 @@ def cached_tokens(cache: Any) -> int:
         ) from error
 
 
-def require_grown(cache: Any, wanted: int) -> None:
-    """Refuse a cache that does not hold ``wanted`` tokens after a pass.
+def require_grown(cache: Any, num_tokens: int) -> None:
+    """Refuse a cache that does not hold ``num_tokens`` tokens after a pass.
 
-    It would not tell passes that go on with it from those that begin new sequences.
+    Passes that continue it could not be distinguished from those that begin new sequences.
 
     Raises
     ------
     InputError
         Names the class of the cache and both lengths.
     """
-    if cache is not None and (length := cached_tokens(cache)) != wanted:
+    if cache is not None and (length := cached_tokens(cache)) != num_tokens:
         raise InputError(
             f"a cache ({type(cache).__name__}) that tells {length} tokens",
             source="forward pass",
-            expected=f"{wanted} after this pass",
+            expected=f"{num_tokens} after this pass",
             remedy=REMEDY,
         )
 
@@ -103,8 +103,8 @@ def require_grown(cache: Any, wanted: int) -> None:
 def returned_cache(output: Any) -> Any:
     """The cache that a decoder made in a pass and returns with its output; None if there is none.
 
-    It is known by its method: its name in the output differs as that of the argument does, and
-    with ``return_dict=False`` it has none.
+    It is recognised by its method: its name in the output depends on the release, and with
+    ``return_dict=False`` it has none.
     """
     parts = output.values() if isinstance(output, Mapping) else output
     if not isinstance(output, Mapping | tuple):

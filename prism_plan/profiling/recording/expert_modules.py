@@ -1,9 +1,9 @@
-"""The modules of a loaded model that hold its routed experts, and what they are told of a pass.
+"""Find the modules of a loaded model that hold its routed experts, and read their arguments.
 
 In transformers 5 an experts module is called with the tokens' hidden states [T, H], the chosen
-experts [T, K] and their gate weights [T, K]. It is told by the names of these arguments, which are
-the same in all families (read in 5.24.0; in 5.0.0 AFMoE and Aria have others and are refused), not
-by where it stands: ``mlp.experts``, ``block_sparse_moe.experts``, ``mixer.experts``, ``experts``.
+experts [T, K] and their gate weights [T, K]. It is recognised by the names of these arguments,
+which are the same in all families (read in 5.24.0; in 5.0.0 AFMoE and Aria have others and are
+refused), not by its path: ``mlp.experts``, ``block_sparse_moe.experts``, ``mixer.experts``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
+from prism_plan.profiling.recording.private_attributes import is_expert_parallel
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-#: What experts modules call the chosen experts and their gate weights; the latter in gpt-oss.
+#: Arguments of the chosen experts and of their gate weights; the second of each is gpt-oss's.
 ID_ARGUMENTS = ("top_k_index", "router_indices")
 WEIGHT_ARGUMENTS = ("top_k_weights", "routing_weights")
 
@@ -32,7 +33,7 @@ class ExpertsModule:
     """The routed experts of one decoder layer.
 
     ``name`` is the module's path within the model; ``num_experts`` is ``None`` where the module
-    does not tell (experts that are held elsewhere).
+    does not show it (experts that are held elsewhere).
     """
 
     name: str
@@ -54,7 +55,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
         raise InputError(
             "has an encoder and a decoder", source=kind, expected="a decoder-only language model"
         )
-    if any(_is_distributed(module) for module in model.modules()):
+    if any(is_expert_parallel(module) for module in model.modules()):
         raise InputError(
             "experts are sharded over processes, which renumbers them",
             source=kind,
@@ -78,7 +79,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 
 def find_experts(model: PreTrainedModel) -> dict[int, ExpertsModule]:
-    """The experts modules by decoder layer, ascending; a layer without routed experts has none.
+    """The experts modules by decoder layer, in ascending order.
 
     Only modules in the decoder's list of layers count, so that a vision tower's experts and those
     of layers for multi-token prediction are left out.
@@ -119,7 +120,7 @@ def find_experts(model: PreTrainedModel) -> dict[int, ExpertsModule]:
 
 
 def _decoder_list(model: PreTrainedModel, decoder: torch.nn.Module, names: list[str]) -> str:
-    """Which of several lists of layers with experts is the decoder's."""
+    """The one of several lists of layers with experts that is the decoder's."""
     if len(names) == 1:
         return names[0]
     config = model.config.get_text_config()
@@ -135,7 +136,7 @@ def _decoder_list(model: PreTrainedModel, decoder: torch.nn.Module, names: list[
 
 
 def argument_reader(module: torch.nn.Module, names: tuple[str, ...]) -> Callable[..., Any]:
-    """A function of a call's ``args, kwargs`` that gives the argument of one of these names."""
+    """A function that returns the argument of one of these names from a call's args and kwargs."""
     parameters = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
     at, name = next((at, name) for at, name in enumerate(parameters) if name in names)
 
@@ -162,23 +163,16 @@ def _place(decoder: torch.nn.Module, name: str) -> tuple[str, int] | None:
 
 
 def _num_experts(module: torch.nn.Module) -> int | None:
-    told = getattr(module, "num_experts", None)
-    if isinstance(told, int):
-        return told
+    declared = getattr(module, "num_experts", None)
+    if isinstance(declared, int):
+        return declared
     # weights of all experts are stacked along the first dimension
     stacked = {len(weight) for weight in module.parameters(recurse=False) if weight.ndim >= 3}
     return stacked.pop() if len(stacked) == 1 else None
 
 
-def _is_distributed(module: torch.nn.Module) -> bool:
-    """Expert parallelism of transformers: 5.24 marks the module, before that the mesh does."""
-    if getattr(module, "_is_expert_parallel", False):
-        return True
-    return any(type(p).__name__ == "DTensor" for p in module.parameters(recurse=False))
-
-
 def _refuse_non_experts(decoder: Any, name: str, module: Any, place: str) -> None:
-    """Refuse routers that can choose something that is no expert: a trace has no word for it."""
+    """Refuse routers that can choose something that is no expert: no trace can hold it."""
     zero = getattr(module, "zero_expert_num", None) or 0
     if zero:
         raise InputError(
@@ -200,7 +194,7 @@ def _refuse_non_experts(decoder: Any, name: str, module: Any, place: str) -> Non
 
 
 def _without_ids(model: PreTrainedModel, decoder: torch.nn.Module) -> InputError:
-    """Why a decoder without experts modules that are called with ids cannot be recorded."""
+    """The error for a decoder without experts modules that are called with ids."""
     kind = model.config.model_type
     for name, module in _named_experts(decoder):
         takes = [p for p in inspect.signature(type(module).forward).parameters if p != "self"]

@@ -1,7 +1,7 @@
-"""Recorded forward passes, and the token rows that they become.
+"""Turn recorded forward passes into rows of a trace.
 
-A pass without cached tokens begins new requests, one for each sequence of the batch; passes that
-follow go on with them. Rows are made of many passes at a time, for passes are many and small.
+A pass without cached tokens begins new requests, one for each sequence of the batch; later passes
+continue them. Rows are made of many passes at a time, for passes are many and small.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.trace import PHASES, TokenBatch
+from prism_plan.trace import DECODE_PHASE, PREFILL_PHASE, TokenBatch
 
 if TYPE_CHECKING:
     import torch
-
-PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")
 
 
 @dataclass
@@ -47,16 +45,16 @@ class ForwardPass:
 
     @property
     def kind(self) -> tuple[str, tuple[int, int], bool, bool]:
-        """Passes in a row that agree in this are made into rows together."""
+        """Consecutive passes that agree in this are turned into rows together."""
         name = "new" if self.tasks is not None else "decode" if self.decode else "prefill"
         return name, self.shape, self.mask is None, self.fed is None
 
 
-class RowMaker:
+class RowBuilder:
     """Turns passes, in their order, into token rows: requests, positions, ends of sequences.
 
     ``end_tokens`` are those after which a sequence has ended; ``num_requests`` counts the requests
-    begun so far, and ``tasks`` are their names in the order in which they were met.
+    begun so far, and ``tasks`` are the tasks in order of appearance.
     """
 
     def __init__(self, spec: ModelSpec, end_tokens: Sequence[int]) -> None:
@@ -76,7 +74,7 @@ class RowMaker:
         Raises
         ------
         InputError
-            Passes go on with more or fewer sequences than the cache has.
+            A pass continues more or fewer sequences than the cache has.
         """
         for kind, alike in itertools.groupby(passes, key=lambda step: step.kind):
             group = list(alike)
@@ -100,7 +98,7 @@ class RowMaker:
         if first.tasks is not None:
             self._begin(first.tasks)
         elif not first.decode:
-            self._alive[:] = True  # another turn
+            self._alive[:] = True  # another turn of a conversation
         if first.tasks is None and len(self._requests) != sequences:
             raise InputError(
                 f"{sequences} sequences go on with a cache of {len(self._requests)}",
@@ -124,17 +122,17 @@ class RowMaker:
         position = position.reshape(sequences, len(steps), length).swapaxes(0, 1)
         self._lengths += in_order.sum(axis=1)
         keep = real.ravel()
-        number = int(keep.sum())
+        num_tokens = int(keep.sum())
         shape = (len(steps) * sequences * length, self._spec.num_layers, self._spec.top_k)
         weights = None
         if first.weights is not None:
-            found = [_stack(step.weights or [], number=True) for step in steps]
+            found = [_stack(step.weights or [], as_float=True) for step in steps]
             weights = self._by_token(found, shape)[keep].astype(np.float16)
         experts = self._by_token([_stack(step.experts) for step in steps], shape)[keep]
         return TokenBatch(
             request=np.tile(np.repeat(self._requests, length), len(steps))[keep].astype(np.int32),
             position=position.ravel()[keep].astype(np.int32),
-            phase=np.full(number, DECODE if first.decode else PREFILL, np.int8),
+            phase=np.full(num_tokens, DECODE_PHASE if first.decode else PREFILL_PHASE, np.int8),
             task=np.tile(np.repeat(self._codes, length), len(steps))[keep],
             experts=experts.astype(np.uint16),
             weights=weights,
@@ -181,15 +179,15 @@ def _merged(steps: list[ForwardPass]) -> ForwardPass:
     )
 
 
-def _stack(tensors: list[torch.Tensor], *, number: bool = False) -> npt.NDArray[Any]:
+def _stack(tensors: list[torch.Tensor], *, as_float: bool = False) -> npt.NDArray[Any]:
     """Tensors of one shape, on whatever devices, as one array; gate weights become float32."""
     import torch
 
     device = tensors[0].device
     stacked = torch.stack([tensor.to(device) for tensor in tensors])
-    if number:
+    if as_float:
         stacked = stacked.float()
     elif device.type != "cpu":
-        stacked = stacked.to(torch.int32)  # half the way over the bus
+        stacked = stacked.to(torch.int32)  # half the bytes over the bus
     array: npt.NDArray[Any] = stacked.detach().cpu().numpy()
     return array

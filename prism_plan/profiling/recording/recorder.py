@@ -1,8 +1,8 @@
-"""Recording which experts a running Hugging Face model calls.
+"""Record which experts a running Hugging Face model calls.
 
 Forward hooks on the experts modules read the ids and gate weights that they are called with
 (:mod:`.expert_modules`); nothing of the model is changed, so its output is the
-same to the bit. A state in which rows could be wrong is refused, not guessed.
+same to the bit. A state in which rows could be wrong is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from prism_plan.profiling.recording.expert_modules import (
     decoder_of,
     find_experts,
 )
-from prism_plan.profiling.recording.forward_passes import ForwardPass, RowMaker
+from prism_plan.profiling.recording.forward_passes import ForwardPass, RowBuilder
+from prism_plan.profiling.recording.pass_checks import padding_mask, require_start
+from prism_plan.profiling.recording.private_attributes import require_uncompiled
 from prism_plan.profiling.recording.transformers_release import require_transformers
 from prism_plan.provenance import stamped
 from prism_plan.sizes.load import load_model_spec
@@ -42,34 +44,34 @@ from prism_plan.trace import TokenBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Recorded passes are kept on their device until they hold so many tokens, padding included.
+#: Recorded passes stay on their device until they hold so many tokens, padding included.
 FLUSH_TOKENS = 4096
 
 Sink = Callable[[TokenBatch, Sequence[str]], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Running:
-    """The pass that the decoder is in: ``shape`` [B, S], tokens ``past`` in ``cache`` before it."""
+class _CurrentPass:
+    """The pass that runs: its ``shape`` (B, S), and the tokens in ``cache`` before it."""
 
     shape: tuple[int, int]
-    past: int
+    cached_tokens: int
     cache: Any
     mask: Any
     ids: Any
 
 
 class Recorder:
-    """Turns forward passes into token batches. Made by :func:`record`.
+    """Turns the forward passes of a model into token batches; :func:`record` makes one.
 
-    A pass without cached tokens begins new requests, one for each sequence of the batch; passes
-    that follow go on with them. A pass of one token after cached ones is a decode step, any other
-    is prefill (so a last chunk of one token of a prompt counts as decode). Padding is what the
+    A pass without cached tokens begins new requests, one for each sequence of the batch; later
+    passes continue them. A pass of one token after cached ones is a decode step, any other is
+    prefill (so a last chunk of one token of a prompt counts as decode). Padding is what the
     attention mask says. A sequence that is fed an end-of-sequence or padding token in a decode step
     has ended: what ``generate`` feeds it from then on is not recorded, until it is fed more than
-    one token again. Passes that do not go on where the last one ended are refused, for their rows
-    would be wrong: without a cache, with a cache that was cut, reordered or made elsewhere, or with
-    one that does not tell its length.
+    one token again. Passes that do not continue where the last one ended are refused, for their
+    rows would be wrong: without a cache, with a cache that was cut, reordered or made elsewhere, or
+    with one that does not report its length.
     """
 
     def __init__(
@@ -88,21 +90,23 @@ class Recorder:
         self._sink = sink
         self._weights = weights
         self._label: str | tuple[str, ...] = "unlabelled"
-        self._rows = RowMaker(spec, _end_tokens(model) if end_tokens is None else end_tokens)
-        self._rows.num_requests = first_request
-        self._passes: list[ForwardPass] = []
-        self._held = 0
+        self._row_builder = RowBuilder(
+            spec, _end_tokens(model) if end_tokens is None else end_tokens
+        )
+        self._row_builder.num_requests = first_request
+        self._passes: list[ForwardPass] = []  # not handed to the sink yet
+        self._pending_tokens = 0
         self._selected: dict[int, tuple[Any, Any]] = {}
-        self._running: _Running | None = None
-        # what the whole model was called with, where the decoder is a part of it
-        self._outer: dict[str, Any] = {}
+        self._current: _CurrentPass | None = None
+        # arguments of the whole model's call, where the decoder is a part of it
+        self._model_arguments: dict[str, Any] = {}
         # of the last pass: its tokens if they were new sequences, its cache, the tokens in that
-        self._ids: Any = None
-        self._cache: Any = None
-        self._fed = -1
+        self._last_ids: Any = None
+        self._last_cache: Any = None
+        self._last_length = -1
 
     def label(self, tasks: str | Sequence[str]) -> None:
-        """Say which task the requests that begin from now on are of: one for all, or one each."""
+        """Set the task of the requests that begin from now on: one for all, or one for each."""
         names = (tasks,) if isinstance(tasks, str) else tuple(tasks or ())
         if not names or not all(isinstance(name, str) and name.strip() for name in names):
             raise InputError(
@@ -116,7 +120,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks on the decoder and on the experts modules, for the time of the block.
+        """Hook the decoder and the experts modules for the time of the block.
 
         Raises
         ------
@@ -125,9 +129,9 @@ class Recorder:
         """
         experts = find_experts(self._model)
         self._require_spec(experts)
-        _require_uncompiled(self._model)
+        require_uncompiled(self._model)
         decoder = decoder_of(self._model)
-        cache_argument(decoder)  # one that is not known is refused
+        cache_argument(decoder)  # refuses an unknown one
         handles = []
         if decoder is not self._model:
             handles += [
@@ -153,7 +157,8 @@ class Recorder:
                 f"the spec has MoE layers {self.spec.layers_text()}",
                 source=self.spec.name,
                 place="moe_layers",
-                expected=f"{_layers(tuple(experts))}, the layers of the model with experts modules",
+                expected=f"{_layers_text(tuple(experts))}, the layers of the model with experts "
+                "modules",
             )
         for layer, found in experts.items():
             if found.num_experts not in (None, self.spec.num_experts):
@@ -169,7 +174,7 @@ class Recorder:
         weights_of = argument_reader(module, WEIGHT_ARGUMENTS)
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._running is None:
+            if self._current is None:
                 return  # called by itself, not within a pass of the decoder
             ids, weights = ids_of(args, kwargs), weights_of(args, kwargs)
             place = f"layer {self.spec.moe_layers[at]}"
@@ -180,7 +185,7 @@ class Recorder:
                     place=place,
                     expected="one call with all tokens",
                 )
-            tokens = self._running.shape[0] * self._running.shape[1]
+            tokens = self._current.shape[0] * self._current.shape[1]
             top_k = int(ids.shape[-1])
             if top_k != self.spec.top_k:
                 raise InputError(
@@ -205,35 +210,37 @@ class Recorder:
         return hook
 
     def _before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._outer = _by_name(module, args, kwargs)
+        self._model_arguments = _arguments_by_name(module, args, kwargs)
 
     def _after_model(self, module: Any, args: Any, output: Any) -> None:
-        self._outer = {}
+        self._model_arguments = {}
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._selected = {}
-        given = _by_name(module, args, kwargs)
-        ids, embedded = given.get("input_ids"), given.get("inputs_embeds")
+        arguments = _arguments_by_name(module, args, kwargs)
+        ids, embedded = arguments.get("input_ids"), arguments.get("inputs_embeds")
         inputs = ids if ids is not None else embedded
         if inputs is None:
             raise InputError("neither input_ids nor inputs_embeds", source="forward pass")
         shape = (int(inputs.shape[0]), int(inputs.shape[1]))
         if ids is None:  # a multimodal model embeds its tokens itself
-            ids = self._outer.get("input_ids")
+            ids = self._model_arguments.get("input_ids")
             ids = ids if ids is not None and tuple(ids.shape) == shape else None
-        cache = cache_of(given)
-        past = cached_tokens(cache)
-        masks = (given.get("attention_mask"), self._outer.get("attention_mask"))
-        mask = _padding(masks, shape, past)
-        if past == 0:
-            _require_start(given.get("position_ids"), mask)
-        self._follow(shape, past, cache, ids)
-        self._running = _Running(shape, past, cache, mask, ids)
+        cache = cache_of(arguments)
+        num_cached = cached_tokens(cache)
+        masks = (arguments.get("attention_mask"), self._model_arguments.get("attention_mask"))
+        mask = padding_mask(masks, shape, num_cached)
+        if num_cached == 0:
+            require_start(arguments.get("position_ids"), mask)
+        self._require_continuation(shape, num_cached, cache, ids)
+        self._current = _CurrentPass(shape, num_cached, cache, mask, ids)
 
-    def _follow(self, shape: tuple[int, int], past: int, cache: Any, ids: Any) -> None:
-        """Refuse passes that do not go on where the last one ended: their rows would be wrong."""
-        if past == 0:
-            before = self._ids
+    def _require_continuation(
+        self, shape: tuple[int, int], num_cached: int, cache: Any, ids: Any
+    ) -> None:
+        """Refuse a pass that does not continue the last one: its rows would be wrong."""
+        if num_cached == 0:
+            before = self._last_ids
             if (
                 before is not None
                 and ids is not None
@@ -245,20 +252,22 @@ class Recorder:
                     source="forward pass",
                     remedy="generate with use_cache=True, or every token counts many times",
                 )
-            self._ids, self._cache, self._fed = ids, cache, shape[1]
+            self._last_ids, self._last_cache, self._last_length = ids, cache, shape[1]
             return
-        if past != self._fed or (self._cache is not None and cache is not self._cache):
+        other_cache = self._last_cache is not None and cache is not self._last_cache
+        if num_cached != self._last_length or other_cache:
             raise InputError(
-                f"a cache of {past} tokens, where {self._fed} were recorded last",
+                f"a cache of {num_cached} tokens, where {self._last_length} were recorded last",
                 source="forward pass",
                 remedy="record sequences from their start, one batch after the other, without "
                 "speculative decoding or a cache that is cut",
             )
-        self._ids, self._cache, self._fed = None, cache, past + shape[1]
+        self._last_ids, self._last_cache = None, cache
+        self._last_length = num_cached + shape[1]
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
-        running, self._running = self._running, None
-        assert running is not None
+        current, self._current = self._current, None
+        assert current is not None
         selected, self._selected = self._selected, {}
         layers = range(self.spec.num_layers)
         missing = next((at for at in layers if at not in selected), None)
@@ -268,22 +277,22 @@ class Recorder:
                 source=self.spec.name,
                 remedy="load the model without replacement kernels",
             )
-        cache = running.cache if running.cache is not None else returned_cache(output)
-        require_grown(cache, running.past + running.shape[1])
-        self._cache = cache
-        one = running.past > 0 and running.shape[1] == 1 and running.ids is not None
+        cache = current.cache if current.cache is not None else returned_cache(output)
+        require_grown(cache, current.cached_tokens + current.shape[1])
+        self._last_cache = cache
+        decode = current.cached_tokens > 0 and current.shape[1] == 1 and current.ids is not None
         self._passes.append(
             ForwardPass(
-                shape=running.shape,
-                tasks=self._labels(running.shape[0]) if running.past == 0 else None,
-                mask=running.mask,
-                fed=running.ids[:, 0] if one else None,
+                shape=current.shape,
+                tasks=self._labels(current.shape[0]) if current.cached_tokens == 0 else None,
+                mask=current.mask,
+                fed=current.ids[:, 0] if decode else None,
                 experts=[selected[at][0] for at in layers],
                 weights=[selected[at][1] for at in layers] if self._weights else None,
             )
         )
-        self._held += running.shape[0] * running.shape[1]
-        if self._held >= FLUSH_TOKENS:
+        self._pending_tokens += current.shape[0] * current.shape[1]
+        if self._pending_tokens >= FLUSH_TOKENS:
             self.flush()
 
     def _labels(self, sequences: int) -> tuple[str, ...]:
@@ -299,89 +308,22 @@ class Recorder:
 
     def flush(self) -> None:
         """Hand everything recorded so far to the sink."""
-        passes, self._passes, self._held = self._passes, [], 0
-        for batch in self._rows.rows(passes):
+        passes, self._passes, self._pending_tokens = self._passes, [], 0
+        for batch in self._row_builder.rows(passes):
             self.tokens += len(batch)
-            self._sink(batch, self._rows.tasks)
+            self._sink(batch, self._row_builder.tasks)
 
 
-def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names."""
-    if not args:  # by name is how models call their decoder
+def _arguments_by_name(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call, by name."""
+    if not args:  # models call their decoder by name
         return kwargs
     return inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
 
 
-def _padding(masks: tuple[Any, Any], shape: tuple[int, int], past: int) -> Any:
-    """Which of a pass's tokens are real, bool [B, S]; None where all are.
-
-    ``masks`` are those that the decoder and the whole model were given: a multimodal model may
-    hand masks of attention on, made from the one that tells padding.
-    """
-    given = [mask for mask in masks if mask is not None]
-    flat = [mask for mask in given if getattr(mask, "ndim", 0) == 2]
-    if not given:
-        return None
-    if not flat:
-        raise InputError(
-            "an attention mask that is not [sequences, tokens]",
-            source="forward pass",
-            remedy="give the two-dimensional mask, which tells padding, and generate "
-            "without a static cache, which replaces it",
-        )
-    mask = flat[0]
-    if tuple(mask.shape) != (shape[0], past + shape[1]):
-        raise InputError(
-            f"an attention mask of shape {list(mask.shape)}",
-            source="forward pass",
-            expected=f"{[shape[0], past + shape[1]]}, cached and new tokens",
-        )
-    return mask[:, -shape[1] :].bool()
-
-
-def _require_start(positions: Any, mask: Any) -> None:
-    """Refuse a pass without cached tokens that does not begin at the start of its sequences.
-
-    It has a cache of a kind or name that is not known here; its tokens would become requests of
-    their own. A padded sequence's real tokens still begin at position 0. Positions that start anew
-    within a row are sequences packed into it, which would become one request.
-    """
-    if positions is None or not positions.numel():
-        return
-    if int(positions.min()) > 0:
-        raise InputError(
-            f"tokens from position {int(positions.min())} on without a cache",
-            source="forward pass",
-            expected="a cache in past_key_values or cache, or sequences from their start",
-            remedy="generate with use_cache=True, with a release of transformers that works",
-        )
-    if positions.ndim != 2:
-        return
-    back = positions[:, 1:] < positions[:, :-1]
-    if mask is not None:
-        back = back & mask[:, :-1] & mask[:, 1:]
-    if bool(back.any()):
-        raise InputError(
-            "positions start anew within a row",
-            source="forward pass",
-            expected="one sequence in each row of the batch",
-            remedy="pad sequences instead of packing them",
-        )
-
-
-def _require_uncompiled(model: PreTrainedModel) -> None:
-    """Refuse compiled modules: hooks may be left out, and graphs write over what hooks kept."""
-    for name, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod"):
-            raise InputError(
-                f"{name or 'the model'} is compiled",
-                source="record",
-                expected="a model that runs as written",
-                remedy="record before torch.compile",
-            )
-
-
-def _layers(layers: tuple[int, ...]) -> str:
+def _layers_text(layers: tuple[int, ...]) -> str:
     """Layers for a message, ``"1..26"`` or ``"1, 3, 5"``."""
     if len(layers) > 1 and layers[-1] - layers[0] + 1 == len(layers):
         return f"{layers[0]}..{layers[-1]}"
@@ -392,7 +334,7 @@ def _end_tokens(model: PreTrainedModel) -> list[int]:
     config = getattr(model, "generation_config", None) or model.config
     ends = getattr(config, "eos_token_id", None)
     found = list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [int(ends)]
-    # what generate feeds a sequence that ended for another reason, such as a stop string
+    # generate feeds it to a sequence that ended for another reason, such as a stop string
     padding = getattr(config, "pad_token_id", None)
     return found if padding is None else [*found, int(padding)]
 
@@ -416,12 +358,12 @@ def record(
             recorder.label(["law", "summary"])      # one task for each sequence of the batch
             model.generate(**inputs, max_new_tokens=32)
 
-    The file appears when the block ends well, and not at all when it fails. See :class:`Recorder`
-    for what is a request, a decode step and padding. With beam search every beam is a request.
+    The file appears when the block ends without an error. See :class:`Recorder` for what is a
+    request, a decode step and padding. With beam search every beam is a request.
     ``spec`` is the model spec where it cannot be made from the model: a :class:`ModelSpec`, a
     preset, or the path of a JSON file. Its layers, experts and top-k are compared with the model's.
     ``end_tokens`` are those that end a sequence, if not the generation configuration's; give ``()``
-    where ``generate`` is told to go on beyond them.
+    where ``generate`` continues beyond them.
 
     Recorded ids were compared with the routers' own, family by family, in transformers 5.24.0, and
     as far as families were there in 5.0.0.
@@ -430,13 +372,13 @@ def record(
     ------
     InputError
         The model has no MoE layers, calls its experts in a way that cannot be recorded, or is not
-        the spec's; nothing was recorded; transformers is of a release that is not known.
+        the spec's; nothing was recorded; the release of transformers is not supported.
     OutputError
         The file cannot be written.
     """
     require_transformers()
     if spec is None:
-        find_experts(model)  # why a model cannot be recorded comes before why it has no sizes
+        find_experts(model)  # its reason comes before that of missing sizes
         spec = spec_from_loaded_model(model, name)
     elif not isinstance(spec, ModelSpec):
         spec = load_model_spec(os.fspath(spec))

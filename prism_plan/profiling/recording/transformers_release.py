@@ -1,16 +1,16 @@
-"""Which releases of transformers are understood."""
+"""Refuse releases of transformers that recording does not support."""
 
 from __future__ import annotations
 
 from prism_plan.errors import InputError
 
 EXTRA = "pip install 'prism-plan[hf]'"
-#: In 4 experts modules are not called with ids; of 6 nothing is known.
+#: In 4 experts modules are not called with ids; 6 was not examined.
 MAJOR = 5
 
 
 def require_transformers() -> None:
-    """Refuse a missing transformers, and releases that are not understood.
+    """Refuse a missing transformers, and releases that are not supported.
 
     Raises
     ------

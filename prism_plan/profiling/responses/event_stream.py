@@ -26,9 +26,9 @@ from typing import Any
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.lines import parse_line, text_lines
+from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
 from prism_plan.profiling.common.json_fields import decode_base64, json_object
-from prism_plan.profiling.common.location import Location
 from prism_plan.profiling.responses.unread_keys import ROWS, find_unread_routing
 
 PROMPT_ROWS = "prompt_routed_experts"

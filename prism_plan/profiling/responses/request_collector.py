@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.profiling.common.location import Location, Notify
+from prism_plan.io.location import Location
+from prism_plan.profiling.common.messages import Notify
 from prism_plan.profiling.common.request_batches import RequestBatches
 from prism_plan.profiling.responses.routed_experts import Array, parse_routed_experts
 from prism_plan.profiling.sources import Source
@@ -149,11 +149,10 @@ class RequestCollector(RequestBatches):
         notices = [text.format(number) for number, text in left_out if number]
         if not self.batches:
             rows = self.profiling_rows or self.padding_rows
-            raise InputError(
+            raise Location(source).error(
                 "no token has routed experts" + (f": {', '.join(notices)}" if rows else ""),
-                source=source,
-                expected="responses with routed experts",
-                remedy="record requests that the engine really routes"
+                "responses with routed experts",
+                "record requests that the engine really routes"
                 if rows
                 else "start the engine with --enable-return-routed-experts, and ask for them",
             )

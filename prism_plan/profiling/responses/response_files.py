@@ -15,9 +15,9 @@ from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.files import parse_json
 from prism_plan.io.lines import json_lines, text_lines
+from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
 from prism_plan.io.packed import read_packed_text
-from prism_plan.profiling.common.location import Location
 from prism_plan.profiling.responses.event_stream import is_event, merge_streams
 
 

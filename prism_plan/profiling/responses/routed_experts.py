@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.extra_layers import split_mtp_layers
-from prism_plan.profiling.common.location import CHECK_MODEL, Location
+from prism_plan.profiling.common.messages import CHECK_MODEL
 from prism_plan.profiling.common.repeated_rows import runs_of_equal_rows
 from prism_plan.trace import check_experts
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from prism_plan.profiling.common.location import Location
+from prism_plan.io.location import Location
 
 #: Keys with this in their name certainly hold rows of routing.
 ROWS = "routed_experts"

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.extra_layers import foreign_layer
 from prism_plan.profiling.common.json_fields import json_object, task_of
-from prism_plan.profiling.common.location import CHECK_MODEL, Location
+from prism_plan.profiling.common.messages import CHECK_MODEL
 from prism_plan.profiling.sources import Source
 from prism_plan.trace import PHASES, UNKNOWN_PHASE
 

@@ -28,10 +28,11 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.lines import json_lines
+from prism_plan.io.location import Location
 from prism_plan.limits import MIB
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers
-from prism_plan.profiling.common.location import CUT_SHORT, Location, Notify
+from prism_plan.profiling.common.messages import CUT_SHORT, Notify
 from prism_plan.profiling.common.request_batches import RequestBatches
 from prism_plan.profiling.selections.line_parser import Line, LineParser, example_line
 from prism_plan.profiling.sources import Source, paths_by_task
@@ -77,7 +78,7 @@ def read_selections(
     requests = reader.requests
     if not requests.batches:
         expected = f"lines {example_line(model)}"
-        raise InputError("no selections in it", source=sources[0].path, expected=expected)
+        raise Location(sources[0].path).error("no selections in it", expected)
     bad.tell(notify)
     for text in [*reader.notices(), *requests.layer_notices()]:
         notify(text)
@@ -163,7 +164,7 @@ class _Reader:
         path = source.path
         if path.is_dir():
             expected = f"a file of lines {example_line(self.model)}"
-            raise InputError("is a folder", source=path, expected=expected)
+            raise Location(path).error("is a folder", expected)
         requests: dict[tuple[str, str | int], int] = {}
         incomplete: dict[TokenKey, _Token] = {}
         complete = _CompleteTokens()

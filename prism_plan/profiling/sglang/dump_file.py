@@ -15,10 +15,11 @@ import numpy as np
 
 from prism_plan.errors import InputError
 from prism_plan.io.files import parse_json
+from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
 from prism_plan.io.packed import is_packed, read_packed_text
 from prism_plan.limits import MIB
-from prism_plan.profiling.common.location import CUT_SHORT, Location
+from prism_plan.profiling.common.messages import CUT_SHORT
 from prism_plan.profiling.common.npy import parse_npy
 from prism_plan.profiling.sglang.file_kind import COUNTS, file_kind
 
@@ -46,11 +47,8 @@ def load_dump(path: Path) -> Mapping[str, Any]:
     with OpenFile(path) as file:
         packed = is_packed(file)
     if packed:
-        raise InputError(
-            "compressed with gzip, and no text",
-            source=path,
-            expected=KINDS,
-            remedy="unpack it first (gunzip)",
+        raise Location(path).error(
+            "compressed with gzip, and no text", KINDS, "unpack it first (gunzip)"
         )
     return _from_npz(path) if kind == "npz" else _from_torch(path)
 
@@ -60,9 +58,8 @@ def _from_torch(path: Path) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError as error:
-        raise InputError(
+        raise Location(path).error(
             "PyTorch is not installed, and the file is its format",
-            source=path,
             remedy="pip install 'prism-plan[hf]'",
         ) from error
     try:
@@ -79,23 +76,17 @@ def _from_torch(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # hostile bytes make PyTorch's reader raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
-            raise InputError(
+            raise Location(path).error(
                 f"not opened: it holds code or objects ({code.group(1):.60})",
-                source=path,
-                expected="tensors and plain values only",
-                remedy="use files that the recorder itself wrote",
+                "tensors and plain values only",
+                "use files that the recorder itself wrote",
             ) from error
-        raise InputError(
-            f"not a readable PyTorch file ({type(error).__name__})",
-            source=path,
-            expected=KINDS,
-            remedy=CUT_SHORT,
+        raise Location(path).error(
+            f"not a readable PyTorch file ({type(error).__name__})", KINDS, CUT_SHORT
         ) from error
     if not isinstance(dump, dict):
-        raise InputError(
-            f"{type(dump).__name__}",
-            source=path,
-            expected="a dump of SGLang's expert distribution recorder",
+        raise Location(path).error(
+            f"{type(dump).__name__}", "a dump of SGLang's expert distribution recorder"
         )
     return dump
 
@@ -106,11 +97,10 @@ def _refuse_compressed(stream: IO[bytes], path: Path) -> None:
         with zipfile.ZipFile(stream) as archive:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED:
-                    raise InputError(
+                    raise Location(path).error(
                         f"entry {entry.filename!r:.60} is compressed",
-                        source=path,
-                        expected="a file as PyTorch writes it",
-                        remedy="use files that the recorder itself wrote",
+                        "a file as PyTorch writes it",
+                        "use files that the recorder itself wrote",
                     )
     stream.seek(0)
 
@@ -120,24 +110,19 @@ def _from_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(values, dict) or COUNTS not in values:
         found = f"keys {', '.join(values)}" if isinstance(values, dict) else type(values).__name__
         placement = isinstance(values, dict) and "physical_to_logical_map" in values
-        raise InputError(
+        raise Location(path).error(
             f"JSON without {COUNTS!r} ({found:.80})",
-            source=path,
-            expected=KINDS,
-            remedy="this is where experts are to be placed, not what was recorded"
-            if placement
-            else "",
+            KINDS,
+            "this is where experts are to be placed, not what was recorded" if placement else "",
         )
     try:
         array = np.array("true or false" if _holds_booleans(values[COUNTS]) else values[COUNTS])
     except (ValueError, OverflowError):
         array = np.array("ragged")
     if array.dtype.kind not in "iu":
-        raise InputError(
+        raise Location(path, repr(COUNTS)).error(
             f"lists that are no array of whole numbers ({array.dtype} {list(array.shape)})",
-            source=path,
-            place=repr(COUNTS),
-            expected="counts [layers][experts] or [passes][layers][experts] below 2^63",
+            "counts [layers][experts] or [passes][layers][experts] below 2^63",
         )
     return {**values, COUNTS: array}
 
@@ -160,10 +145,8 @@ def _from_npz(path: Path) -> Mapping[str, Any]:
                     continue
                 size = archive.getinfo(name).file_size
                 if size > MAX_NPZ_BYTES:
-                    raise InputError(
-                        f"{size:,} bytes of {key!r}",
-                        source=path,
-                        expected=f"at most {MAX_NPZ_BYTES:,}",
+                    raise Location(path).error(
+                        f"{size:,} bytes of {key!r}", f"at most {MAX_NPZ_BYTES:,}"
                     )
                 values[key] = parse_npy(archive.read(name), Location(path, repr(key)))
     except (
@@ -174,12 +157,10 @@ def _from_npz(path: Path) -> Mapping[str, Any]:
         NotImplementedError,
         RuntimeError,
     ) as error:
-        raise InputError(
-            f"not a readable .npz file: {error}", source=path, remedy=CUT_SHORT
+        raise Location(path).error(
+            f"not a readable .npz file: {error}", remedy=CUT_SHORT
         ) from error
     rank = values.pop("rank", np.zeros((), np.int64))
     if rank.ndim:
-        raise InputError(
-            f"shape {list(rank.shape)}", source=path, place="'rank'", expected="one number"
-        )
+        raise Location(path, "'rank'").error(f"shape {list(rank.shape)}", "one number")
     return {**values, "rank": int(rank)}

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts
-from prism_plan.profiling.common.location import CHECK_MODEL, CUT_SHORT, Location
+from prism_plan.profiling.common.messages import CHECK_MODEL, CUT_SHORT
 from prism_plan.profiling.sglang.dump_fields import (
     array_of,
     require_decoder_layers,

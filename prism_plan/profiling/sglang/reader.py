@@ -53,10 +53,11 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import no_rows
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import trace_from_counts
 from prism_plan.profiling.common.extra_layers import mtp_notice
-from prism_plan.profiling.common.location import Notify
+from prism_plan.profiling.common.messages import Notify
 from prism_plan.profiling.common.repeated_rows import RepeatedRows
 from prism_plan.profiling.sglang.dump_fields import recorder_mode
 from prism_plan.profiling.sglang.dump_file import load_dump
@@ -120,11 +121,8 @@ def read_sglang(
 
 
 def _mixed(path: Path, found: str, other: Path, expected: str) -> InputError:
-    return InputError(
-        found,
-        source=path,
-        expected=f"{expected}, as in {other}",
-        remedy="make a trace of each kind of recording",
+    return Location(path).error(
+        found, f"{expected}, as in {other}", "make a trace of each kind of recording"
     )
 
 
@@ -135,10 +133,8 @@ def _dump_files(path: Path) -> list[Path]:
         found = sorted(file for kind in kinds for file in path.glob(kind))
         if found:
             return found
-    raise InputError(
-        "no .pt files in it, nor .json or .npz",
-        source=path,
-        expected="dumps of SGLang's recorder",
+    raise Location(path).error(
+        "no .pt files in it, nor .json or .npz", "dumps of SGLang's recorder"
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.extra_layers import MAX_MTP_LAYERS
 from prism_plan.profiling.common.json_fields import (
@@ -17,7 +18,7 @@ from prism_plan.profiling.common.json_fields import (
     optional_count,
     task_of,
 )
-from prism_plan.profiling.common.location import CHECK_MODEL, CUT_SHORT, Location, Notify
+from prism_plan.profiling.common.messages import CHECK_MODEL, CUT_SHORT, Notify
 from prism_plan.profiling.responses.request_collector import RequestCollector, TokenCounts
 from prism_plan.profiling.responses.response_files import read_responses
 from prism_plan.profiling.responses.routed_experts import Array

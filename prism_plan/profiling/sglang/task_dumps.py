@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, require_every_layer, sum_calls
-from prism_plan.profiling.common.location import CHECK_MODEL, Location, Notify
+from prism_plan.profiling.common.messages import CHECK_MODEL, Notify
 from prism_plan.profiling.sglang.dump_fields import (
     array_of,
     logical_map,
@@ -107,11 +108,10 @@ class TaskDumps:
         calls = calls[list(model.moe_layers)]
         for other, seen in self.stat.get(rank, []):
             if calls.any() and np.array_equal(seen, calls):
-                raise InputError(
+                raise Location(path).error(
                     f"the same counts as in {other.name}",
-                    source=path,
-                    expected="dumps of one rank to differ",
-                    remedy="remove the copy",
+                    "dumps of one rank to differ",
+                    "remove the copy",
                 )
         self.stat.setdefault(rank, []).append((path, calls))
 
@@ -153,11 +153,10 @@ class TaskDumps:
         return ranks
 
     def _contradiction(self, found: str) -> InputError:
-        return InputError(
+        return Location(self.files[0]).error(
             found,
-            source=self.files[0],
-            expected="ranks that agree in both or in neither",
-            remedy="where ranks share tokens or gather them before the gate, the recorder does "
+            "ranks that agree in both or in neither",
+            "where ranks share tokens or gather them before the gate, the recorder does "
             "not tell whose rows it kept: record responses (return_routed_experts) instead",
         )
 
@@ -175,8 +174,8 @@ class TaskDumps:
                 else:
                     kept.append(rank)
         if not kept:
-            raise InputError(
-                "no tokens in it", source=self.files[0], remedy="record while requests run"
+            raise Location(self.files[0]).error(
+                "no tokens in it", remedy="record while requests run"
             )
         return kept, copies
 

@@ -32,6 +32,7 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.files import read_bytes
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.json_fields import (
     decode_base64,
@@ -39,7 +40,7 @@ from prism_plan.profiling.common.json_fields import (
     optional_count,
     task_of,
 )
-from prism_plan.profiling.common.location import Location, Notify
+from prism_plan.profiling.common.messages import Notify
 from prism_plan.profiling.common.npy import parse_npy
 from prism_plan.profiling.responses.request_collector import RequestCollector, TokenCounts
 from prism_plan.profiling.responses.response_files import read_responses

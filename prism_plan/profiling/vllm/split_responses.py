@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prism_plan.errors import InputError
-from prism_plan.profiling.common.location import Location
+from prism_plan.io.location import Location
 from prism_plan.profiling.responses.request_collector import TokenCounts
 from prism_plan.profiling.responses.routed_experts import Array
 

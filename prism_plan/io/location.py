@@ -1,17 +1,10 @@
-"""Where in a recording something stands, for errors; and the remedies that readers share."""
+"""Where in a file something stands, for errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from prism_plan.errors import InputError
-
-#: Called with each notice to the user: what was left out or looks wrong.
-Notify = Callable[[str], None]
-
-CUT_SHORT = "the file may be cut short; record or copy it again"
-CHECK_MODEL = "check that ``model`` is the model that was recorded"
 
 
 class Location(NamedTuple):
