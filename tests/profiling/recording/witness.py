@@ -12,7 +12,7 @@ from prism_plan.model import ModelSpec
 from prism_plan.profiling.recording.expert_modules import find_experts
 from prism_plan.profiling.recording.recorder import record
 from prism_plan.trace import PHASES
-from tests.profiling.families import SIZES, VOCABULARY, family_model
+from tests.profiling.recording.families import SIZES, VOCABULARY, family_model
 
 PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")
 

@@ -23,9 +23,9 @@ from prism_plan.profiling.recording.hf_options import HfOptions
 from prism_plan.profiling.recording.load_checkpoint import load_tokenizer
 from prism_plan.trace import PHASES, Trace
 from tests.limits import HANG_S
-from tests.profiling.families import SMALL
+from tests.profiling.recording.families import SMALL
 
-TRACES = Path(__file__).resolve().parents[2] / "traces"
+TRACES = Path(__file__).resolve().parents[3] / "traces"
 CHECKPOINTS = [TRACES / "tiny-mixtral", TRACES / "tiny-deepseek-v2"]
 
 
@@ -341,8 +341,8 @@ def test_mistakes_on_the_command_line(
 
 def checkpoint_of(family: str, folder: Path) -> Path:
     """A tiny checkpoint of any MoE family, with the tokenizer of the committed ones, and a spec."""
-    from tests.profiling.families import family_model
-    from tests.profiling.witness import spec_for
+    from tests.profiling.recording.families import family_model
+    from tests.profiling.recording.witness import spec_for
 
     target = folder / family
     shutil.copytree(

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("pyfiglet")
 
-TRACES = Path(__file__).resolve().parent.parent / "traces"
+TRACES = Path(__file__).resolve().parents[2] / "traces"
 MODELS = ("mixtral", "deepseek-v2")
 TASKS = ("arithmetic", "ascii-word", "narrative")
 PROMPTS = TRACES / "tiny-prompts.jsonl"

@@ -16,7 +16,7 @@ from prism_plan.solvers import solve
 from prism_plan.solvers.entropy import layer_entropy
 from prism_plan.trace import Trace
 
-TRACES = Path(__file__).resolve().parent.parent / "traces"
+TRACES = Path(__file__).resolve().parents[2] / "traces"
 NAMES = ("tiny-mixtral", "tiny-deepseek-v2")
 
 

@@ -20,8 +20,8 @@ from prism_plan.profiling.recording.decoder_cache import cache_argument  # noqa:
 from prism_plan.profiling.recording.expert_modules import find_experts  # noqa: E402
 from prism_plan.profiling.recording.recorder import record  # noqa: E402
 from prism_plan.profiling.recording.transformers_release import require_transformers  # noqa: E402
-from tests.profiling.families import OVERRIDES, family_model  # noqa: E402
-from tests.profiling.witness import prompts, recorded, spec_for  # noqa: E402
+from tests.profiling.recording.families import OVERRIDES, family_model  # noqa: E402
+from tests.profiling.recording.witness import prompts, recorded, spec_for  # noqa: E402
 
 CACHE = cache_argument(transformers.MixtralForCausalLM)
 

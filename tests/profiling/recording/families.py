@@ -1,6 +1,6 @@
 """Tiny random models of every MoE family of the installed transformers.
 
-``python -m tests.profiling.families`` prints which families can be recorded, and why others cannot.
+``python -m tests.profiling.recording.families`` prints which families can be recorded, and why others cannot.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ def main() -> None:
     import transformers
 
     from prism_plan.errors import InputError
-    from tests.profiling.witness import require_right_recording
+    from tests.profiling.recording.witness import require_right_recording
 
     torch.set_num_threads(1)  # more cost more than these models, much more on a busy machine
     transformers.logging.set_verbosity_error()

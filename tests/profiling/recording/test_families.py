@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError  # noqa: E402
-from tests.profiling.families import REFUSED, moe_families  # noqa: E402
-from tests.profiling.witness import require_right_recording  # noqa: E402
+from tests.profiling.recording.families import REFUSED, moe_families  # noqa: E402
+from tests.profiling.recording.witness import require_right_recording  # noqa: E402
 
 #: Well-known ones; that none of them is lost shows that families are found at all.
 KNOWN = {

@@ -17,8 +17,8 @@ from prism_plan.io.trace_reader import read_trace  # noqa: E402
 from prism_plan.profiling.recording.decoder_cache import cache_argument  # noqa: E402
 from prism_plan.profiling.recording.recorder import record  # noqa: E402
 from prism_plan.sizes.loaded_model import spec_from_loaded_model  # noqa: E402
-from tests.profiling.families import FAMILIES, VOCABULARY, tiny_model  # noqa: E402
-from tests.profiling.witness import DECODE, PREFILL, prompts, recorded  # noqa: E402
+from tests.profiling.recording.families import FAMILIES, VOCABULARY, tiny_model  # noqa: E402
+from tests.profiling.recording.witness import DECODE, PREFILL, prompts, recorded  # noqa: E402
 
 #: What models call the cache that they are given: renamed in transformers 5.24.
 CACHE = cache_argument(transformers.MixtralForCausalLM)

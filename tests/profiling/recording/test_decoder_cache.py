@@ -67,7 +67,7 @@ def test_the_installed_transformers(recwarn: pytest.WarningsRecorder) -> None:
     """Its decoders take the name that is asked for without a warning, and go on from the cache."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from tests.profiling.families import FAMILIES, tiny_model
+    from tests.profiling.recording.families import FAMILIES, tiny_model
 
     model = tiny_model(FAMILIES[0])
     name = cache_argument(model.get_decoder())
