@@ -1,6 +1,7 @@
 """Tiny random models of every MoE family of the installed transformers.
 
-``python -m tests.profiling.recording.families`` prints which families can be recorded, and why others cannot.
+``python -m tests.profiling.recording.families`` prints which families can be recorded, and why the
+others cannot.
 """
 
 from __future__ import annotations
