@@ -8,7 +8,7 @@ from prism_plan.errors import InputError
 
 
 class Location(NamedTuple):
-    """A file or folder, and the line, record or tensor in it."""
+    """What an error is about: a file or other source, and the line, record or layer in it."""
 
     source: object
     place: str = ""

@@ -147,7 +147,7 @@ def review(
         return _partial(costs)
     if policy.kind == "prism" and costs.before_s > 0:
         return _prism(costs)
-    return costs.stay(current)
+    return costs.review("stay", current)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,28 +172,16 @@ class _CostModel:
         """C(P') + T_mig(P -> P')."""
         return self._communication_s(target) + self._migration_s(target)
 
-    def move(self, target: Placement) -> Review:
-        loads = target.on_gpu & ~self.current.on_gpu
-        per_layer = loads.sum(axis=(0, 2)).tolist()
-        moved_bytes = sum(n * size for n, size in zip(per_layer, self.expert_bytes, strict=True))
-        return self._review("move", target, int(loads.sum()), moved_bytes)
-
-    def stay(self, candidate: Placement) -> Review:
-        return self._review("stay", candidate, 0, 0)
-
-    def _review(
-        self,
-        decision: Literal["move", "stay"],
-        candidate: Placement,
-        moved_experts: int,
-        moved_bytes: int,
-    ) -> Review:
+    def review(self, decision: Literal["move", "stay"], candidate: Placement) -> Review:
+        """What is reported of a decision on a candidate."""
+        move = decision == "move"
+        loads = (candidate.on_gpu & ~self.current.on_gpu & move).sum(axis=(0, 2)).tolist()
         before_s, after_s = self.before_s, self._communication_s(candidate)
         return Review(
             decision=decision,
-            target=candidate if decision == "move" else None,
-            moved_experts=moved_experts,
-            moved_bytes=moved_bytes,
+            target=candidate if move else None,
+            moved_experts=sum(loads),
+            moved_bytes=sum(n * size for n, size in zip(loads, self.expert_bytes, strict=True)),
             saving_s=before_s - after_s,
             cost_s=self._migration_s(candidate),
             before_s=before_s,
@@ -215,8 +203,8 @@ class _CostModel:
 def _prism(costs: _CostModel) -> Review:
     candidate = _solver_candidate(costs)
     if costs.total_s(candidate) < costs.before_s:
-        return costs.move(candidate)
-    return costs.stay(candidate)
+        return costs.review("move", candidate)
+    return costs.review("stay", candidate)
 
 
 def _solver_candidate(costs: _CostModel) -> Placement:
@@ -251,8 +239,8 @@ def _partial(costs: _CostModel) -> Review:
     best = min(_candidates(costs), key=costs.total_s, default=costs.current)
     before_s = costs.before_s
     if before_s - costs.total_s(best) > TOLERANCE * before_s:  # more than rounding
-        return costs.move(best)
-    return costs.stay(best)
+        return costs.review("move", best)
+    return costs.review("stay", best)
 
 
 def _candidates(costs: _CostModel) -> Iterator[Placement]:

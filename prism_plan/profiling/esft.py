@@ -3,7 +3,7 @@
 A folder holds one file per MoE layer, ``expert_weights_<decoder layer>.txt``, with one line per
 request: the expert ids of all its tokens, tab-separated, K per token in no order of weight; two
 tabs; then the gate weights in the same order. Line i is the same request in every file. Prefill
-and decode are not told apart. Files may be compressed with gzip, ``.txt.gz``.
+and decode are not distinguished. Files may be compressed with gzip, ``.txt.gz``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.files import lines_of
 from prism_plan.io.location import Location
+from prism_plan.io.open_file import unreadable
 from prism_plan.io.packed import read_packed_text
 from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.model import ModelSpec
@@ -182,8 +183,7 @@ def _read_folder(
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise Location(folder).error(reason, remedy="give a readable folder") from error
+        raise unreadable(error, folder, "give a readable folder") from error
     for name in names:
         match = FILE_NAME.fullmatch(name)
         if match and int(match.group(1)) not in found:

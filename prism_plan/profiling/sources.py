@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prism_plan.errors import InputError
 from prism_plan.io.location import Location
+from prism_plan.io.open_file import unreadable
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise Location(path).error(reason, remedy="give a readable file or folder") from error
+        raise unreadable(error, path, "give a readable file or folder") from error
 
 
 def require_distinct(tasks: Iterable[str]) -> None:

@@ -8,8 +8,8 @@ multiple of the calls, and so is the number of tokens, which leaves calls per to
 Layers right behind the model's last one are multi-token-prediction layers and are left out.
 
 With its load balancer on the engine counts slots, not experts, and ``num_experts`` is the number
-of slots. Such a recording is refused where the two numbers differ; where they are equal it cannot
-be told apart, so record without a load balancer.
+of slots. Such a recording is refused where the two numbers differ; where they are equal
+this cannot be detected, so record without a load balancer.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ def model_name(folder: str | os.PathLike[str]) -> str:
     after the folder that holds ``snapshots``, any other checkpoint after its own folder (links and
     relative paths are resolved). Empty for a root folder.
     """
-    given, real = Path(os.path.abspath(folder)), Path(os.path.realpath(folder))
-    repository = cached_repository(given) or cached_repository(real)
+    absolute, resolved = Path(os.path.abspath(folder)), Path(os.path.realpath(folder))
+    repository = cached_repository(absolute) or cached_repository(resolved)
     if repository:
         return repository
-    if real.parent.name == "snapshots" and _COMMIT.fullmatch(real.name):
-        return real.parent.parent.name or real.name
-    return real.name
+    if resolved.parent.name == "snapshots" and _COMMIT.fullmatch(resolved.name):
+        return resolved.parent.parent.name or resolved.name
+    return resolved.name
 
 
 def checkpoint_name(checkpoint: str) -> str:

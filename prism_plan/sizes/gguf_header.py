@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from prism_plan.io.location import Location
+from prism_plan.io.open_file import unreadable
 from prism_plan.limits import MAX_LAYERS, MIB, require_at_most
 from prism_plan.sizes.config_keys import MAX_SIZE
 from prism_plan.sizes.stored_tensors import BY_HAND, StoredTensor
@@ -72,8 +73,7 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
             "copy or download the file again",
         ) from error
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise Location(path).error(reason, remedy="give a readable file") from error
+        raise unreadable(error, path) from error
 
 
 def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:

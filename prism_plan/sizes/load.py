@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from prism_plan.errors import InputError, did_you_mean
+from prism_plan.io.open_file import unreadable
 from prism_plan.model import PRESETS, ModelSpec
 from prism_plan.sizes.checkpoint_folder import spec_from_file, spec_from_folder
 from prism_plan.sizes.hub import spec_from_hub
@@ -35,8 +36,7 @@ def load_model_spec(reference: str | os.PathLike[str]) -> ModelSpec:
     try:
         folder, found = bool(text) and path.is_dir(), bool(text) and path.exists()
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(reason, source=text, remedy="give a readable file") from error
+        raise unreadable(error, text) from error
     if folder:
         return spec_from_folder(path)
     if found or text.endswith((".json", ".gguf")):

@@ -38,15 +38,15 @@ def spec_from_loaded_model(model: PreTrainedModel, name: str = "") -> ModelSpec:
 
 
 def facts_of_model(
-    model: PreTrainedModel, given: Mapping[str, Any], *, source: object
+    model: PreTrainedModel, config_values: Mapping[str, Any], *, source: object
 ) -> ModelFacts:
     """Read the facts of a model of transformers.
 
-    ``given`` are the values of its language model's ``config.json``, where there is one; for other
-    keys the defaults of the class are used. The dtype is that of the model.
+    ``config_values`` are those of its language model's ``config.json``, where there is one; for
+    other keys the defaults of the class are used. The dtype is that of the model.
     """
     whole, text = model.config, model.config.get_text_config(decoder=True)
-    values = {**text.to_dict(), **given, "dtype": str(model.dtype).removeprefix("torch.")}
+    values = {**text.to_dict(), **config_values, "dtype": str(model.dtype).removeprefix("torch.")}
     values.pop("torch_dtype", None)
     if text is whole:
         return read_facts(values, source=source)

@@ -1,4 +1,4 @@
-"""Generate the sizes in ``prism_plan/presets`` from the configurations that stand there.
+"""Generate the sizes in ``prism_plan/presets`` from the configurations in it.
 
     python -m prism_plan.sizes.make_preset mixtral-8x7b ...
 

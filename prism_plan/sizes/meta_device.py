@@ -175,9 +175,9 @@ def _configuration(config: Config, chain: list[Config], transformers: Any) -> An
 def _require_keys(hf_config: Any, config: Config) -> None:
     """Refuse a configuration without a key whose default would be that of another model."""
     spellings: Mapping[str, str] = type(hf_config).attribute_map
-    given = {spellings.get(key, key) for key in config.values}
+    present = {spellings.get(key, key) for key in config.values}
     needed = {spellings.get(key, key): None for key in _SIZE_KEYS}
-    missing = [key for key in needed if hasattr(type(hf_config), key) and key not in given]
+    missing = [key for key in needed if hasattr(type(hf_config), key) and key not in present]
     if missing:
         raise Location(config.source, config.place("")[:-1]).error(
             f"missing: {', '.join(missing)}",

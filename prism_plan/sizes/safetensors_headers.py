@@ -11,6 +11,7 @@ from typing import Any
 
 from prism_plan.io.files import decode, parse_json
 from prism_plan.io.location import Location
+from prism_plan.io.open_file import unreadable
 from prism_plan.limits import require_at_most
 from prism_plan.sizes.stored_tensors import MAX_TENSORS, StoredTensor
 from prism_plan.sizes.weight_files import INDEX, SINGLE, indexed_files, shards_without_index
@@ -88,8 +89,7 @@ def open_file(path: str | os.PathLike[str]) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise Location(path).error(reason, remedy="give a readable file") from error
+        raise unreadable(error, path) from error
 
 
 def header_of(fd: int, path: str | os.PathLike[str]) -> dict[str, StoredTensor]:

@@ -67,14 +67,14 @@ def spec_from_tensors(
         number is not that of the configuration; attention is routed to experts too.
     """
     layered, others = _language_model(tensors, facts, source, name)
-    last = facts.num_decoder_layers
+    num_layers = facts.num_decoder_layers
     separate: dict[int, dict[int, list[StoredTensor]]] = defaultdict(lambda: defaultdict(list))
     stacked: dict[int, list[StoredTensor]] = defaultdict(list)
     dense = 0
     attention: dict[int, set[str]] = defaultdict(set)
     states = set()
     for layer, rest, tensor in layered:
-        if layer >= last:
+        if layer >= num_layers:
             continue
         one, every = ONE_EXPERT.search(rest), ALL_EXPERTS.search(rest)
         if ATTENTION_EXPERTS.match(rest):
@@ -92,11 +92,11 @@ def spec_from_tensors(
             separate[layer][int(one["expert"] or one["gguf"])].append(tensor)
         else:
             stacked[layer].append(tensor)
-    _require_layers({layer for layer, _, _ in layered}, last, source)
+    _require_layers({layer for layer, _, _ in layered}, num_layers, source)
     num_experts = _num_experts(separate, stacked, facts, source, name)
     routed = separate.keys() | stacked.keys()
     for layer, rest, tensor in layered:
-        if layer < last and layer not in routed and ROUTER.search(rest):
+        if layer < num_layers and layer not in routed and ROUTER.search(rest):
             raise Location(source, tensor.name).error(
                 f"layer {layer} has a router and no experts", remedy=_AGAIN
             )
@@ -123,7 +123,7 @@ def spec_from_tensors(
     expert_bytes = tuple(sizes[layer] for layer in moe_layers)
     # number of KV caches of each layer
     caches = {
-        layer: max(len(attention.get(layer, ())), int(not attention)) for layer in range(last)
+        layer: max(len(attention.get(layer, ())), int(not attention)) for layer in range(num_layers)
     }
     caches |= dict.fromkeys(states, 0)
     return ModelSpec(
@@ -136,19 +136,19 @@ def spec_from_tensors(
         expert_bytes=expert_bytes[0] if len(set(expert_bytes)) == 1 else expert_bytes,
         dense_bytes=dense,
         kv_bytes_per_token=facts.kv_bytes(caches),
-        num_decoder_layers=last,
+        num_decoder_layers=num_layers,
         attention_flops=facts.attention_flops(caches),
         state_bytes_per_request=facts.dtype_bytes * facts.state_numbers * len(states),
     )
 
 
-def _require_layers(found: set[int], last: int, source: object) -> None:
+def _require_layers(found: set[int], num_layers: int, source: object) -> None:
     """Refuse a checkpoint in which a decoder layer has no tensors."""
-    missing = next((layer for layer in range(last) if layer not in found), None)
+    missing = next((layer for layer in range(num_layers) if layer not in found), None)
     if missing is not None:
         raise Location(source).error(
             f"layer {missing} has no tensors",
-            f"the {last:,} decoder layers of the configuration",
+            f"the {num_layers:,} decoder layers of the configuration",
             _AGAIN,
         )
 

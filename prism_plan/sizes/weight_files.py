@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from prism_plan.errors import InputError
 from prism_plan.io.files import parse_json, read_text
 from prism_plan.io.location import Location
+from prism_plan.io.open_file import unreadable
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -81,8 +82,7 @@ def _no_index(folder: Path) -> InputError:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        return Location(folder).error(reason, remedy="give a readable folder")
+        return unreadable(error, folder, "give a readable folder")
     shards = [match for match in map(_SHARD.fullmatch, names) if match]
     tensors = [name for name in names if name.endswith(".safetensors")]
     pickled = [

@@ -56,12 +56,12 @@ def migration_plan(
     return plan.replace(steps=_topological(plan))
 
 
-def _by_gpu(ends: Endpoints, given: npt.ArrayLike | None, name: str, dtype: Any) -> Any:
+def _by_gpu(ends: Endpoints, array: npt.ArrayLike | None, name: str, dtype: Any) -> Any:
     """Values for each GPU and pair [G, J], from those or from [N, L, E]."""
     gpus, pairs = ends.initial.shape
-    if given is None:
+    if array is None:
         return np.zeros((gpus, pairs), dtype)
-    values = np.asarray(given, dtype)
+    values = np.asarray(array, dtype)
     by_server = (len(ends.servers), ends.model.num_layers, ends.model.num_experts)
     if values.shape == by_server:
         values = values.reshape(len(ends.servers), pairs).repeat(ends.gpus, axis=0)

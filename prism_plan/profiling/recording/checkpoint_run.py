@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prism_plan.errors import InputError, LimitReached, PrismError
+from prism_plan.errors import LimitReached, PrismError
+from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.prompts import Prompt, read_prompts
+from prism_plan.io.prompts import read_prompts
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import TraceWriter
 from prism_plan.model import ModelSpec, require_same_model
@@ -105,7 +106,10 @@ def _profile(
     stopped: BaseException | None = None
     with TraceWriter(output, spec, weights=options.weights, provenance=provenance) as writer:
         if earlier is not None:
-            _copy(earlier, writer, spec)
+            require_same_model(earlier.model, spec, source=earlier.name, other="the checkpoint")
+            assert earlier.batches is not None
+            for rows in earlier.batches():
+                writer.write(rows, earlier.tasks)
             notify(f"going on after {done} of {total} prompts")
         # rows of a batch are written when it is complete, or they would be in the trace twice
         # after an interruption and a continuation
@@ -118,7 +122,8 @@ def _profile(
         progress(done, total, 0)
         with recorder.attached():
             try:
-                for batch in _batches(itertools.islice(read_prompts(prompts), done, None), options):
+                remaining = itertools.islice(read_prompts(prompts), done, None)
+                while batch := list(itertools.islice(remaining, options.batch_size)):
                     recorder.label([prompt.task for prompt in batch])
                     _generate(model, tokenizer, [prompt.prompt for prompt in batch], options)
                     recorder.flush()
@@ -182,28 +187,14 @@ def _earlier(output: str | os.PathLike[str], run: _Run) -> Trace | None:
     trace = read_trace(output)
     for key, value in run.identity().items():
         if trace.provenance.get(key) != value:
-            raise InputError(
+            raise Location(output, "provenance").error(
                 f"{key} is {trace.provenance.get(key)!r:.80}",
-                source=output,
-                place="provenance",
-                expected=f"{value!r:.80}, as in this run",
-                remedy="``resume`` goes on with the same checkpoint, prompts and options",
+                f"{value!r:.80}, as in this run",
+                "``resume`` goes on with the same checkpoint, prompts and options",
             )
     if not trace.provenance.get("partial"):
-        raise InputError("is complete", source=output, expected="a partial trace")
+        raise Location(output).error("is complete", "a partial trace")
     return trace
-
-
-def _copy(earlier: Trace, writer: TraceWriter, spec: ModelSpec) -> None:
-    require_same_model(earlier.model, spec, source=earlier.name, other="the checkpoint")
-    assert earlier.batches is not None
-    for batch in earlier.batches():
-        writer.write(batch, earlier.tasks)
-
-
-def _batches(prompts: Iterator[Prompt], options: HfOptions) -> Iterator[list[Prompt]]:
-    while batch := list(itertools.islice(prompts, options.batch_size)):
-        yield batch
 
 
 def _generate(
@@ -241,13 +232,11 @@ def _check_lengths(
         tokens = len(tokenizer(prompt.prompt)["input_ids"])
         place = f"line {prompt.line}"
         if tokens == 0:
-            raise InputError("the prompt has no tokens", source=path, place=place)
+            raise Location(path, place).error("the prompt has no tokens")
         fed = tokens + max(options.max_new_tokens - 1, 0)
         if longest is not None and fed > longest:
-            raise InputError(
+            raise Location(path, place).error(
                 f"{tokens:,} tokens and {options.max_new_tokens} new ones",
-                source=path,
-                place=place,
-                expected=f"at most {longest:,}, the model's context",
-                remedy="shorten the prompt or lower ``max_new_tokens``",
+                f"at most {longest:,}, the model's context",
+                "shorten the prompt or lower ``max_new_tokens``",
             )

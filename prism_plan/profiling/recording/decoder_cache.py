@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 
 REMEDY = "generate with transformers' default cache of this model, or record it with an engine"
 #: Names of the argument, newest first: a release that takes both warns of the older one.
@@ -34,11 +34,10 @@ def cache_argument(decoder: Any) -> str:
     for name in NAMES:
         if name in taken:
             return name
-    raise InputError(
+    raise Location(f"the decoder {type(decoder).__name__}").error(
         f"takes {', '.join(taken)}",
-        source=f"the decoder {type(decoder).__name__}",
-        expected=f"a cache as {' or '.join(NAMES)}",
-        remedy="use a release of transformers that this package knows",
+        f"a cache as {' or '.join(NAMES)}",
+        "use a release of transformers that this package knows",
     )
 
 
@@ -52,11 +51,8 @@ def cache_of(kwargs: Mapping[str, Any]) -> Any:
     """
     found = [kwargs[name] for name in NAMES if kwargs.get(name) is not None]
     if len(found) > 1:
-        raise InputError(
-            f"two caches, as {' and as '.join(NAMES)}",
-            source="forward pass",
-            expected="one",
-            remedy="name it once",
+        raise Location("forward pass").error(
+            f"two caches, as {' and as '.join(NAMES)}", "one", "name it once"
         )
     return found[0] if found else None
 
@@ -74,9 +70,8 @@ def cached_tokens(cache: Any) -> int:
     try:
         return int(cache.get_seq_length())
     except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
-        raise InputError(
+        raise Location("forward pass").error(
             f"a cache ({type(cache).__name__}) that does not tell how many tokens it holds",
-            source="forward pass",
             remedy=REMEDY,
         ) from error
 
@@ -92,11 +87,10 @@ def require_grown(cache: Any, num_tokens: int) -> None:
         Names the class of the cache and both lengths.
     """
     if cache is not None and (length := cached_tokens(cache)) != num_tokens:
-        raise InputError(
+        raise Location("forward pass").error(
             f"a cache ({type(cache).__name__}) that tells {length} tokens",
-            source="forward pass",
-            expected=f"{num_tokens} after this pass",
-            remedy=REMEDY,
+            f"{num_tokens} after this pass",
+            REMEDY,
         )
 
 

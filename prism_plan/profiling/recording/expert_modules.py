@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.profiling.recording.private_attributes import is_expert_parallel
 
 if TYPE_CHECKING:
@@ -52,28 +53,22 @@ def decoder_of(model: PreTrainedModel) -> Any:
     """
     kind = model.config.model_type
     if getattr(model.config, "is_encoder_decoder", False):
-        raise InputError(
-            "has an encoder and a decoder", source=kind, expected="a decoder-only language model"
-        )
+        raise Location(kind).error("has an encoder and a decoder", "a decoder-only language model")
     if any(is_expert_parallel(module) for module in model.modules()):
-        raise InputError(
+        raise Location(kind).error(
             "experts are sharded over processes, which renumbers them",
-            source=kind,
             remedy=f"load it in one process (device_map='auto' uses all its GPUs), or {ENGINE}",
         )
     decoder: Any = model.get_decoder()
     takes = inspect.signature(type(decoder).forward).parameters
     if list(takes) == ["self", "input"]:  # that of torch's modules, which raises
-        raise InputError(
-            "has no forward pass of its own",
-            source=kind,
-            expected="the part that generates text, such as model.thinker",
+        raise Location(kind).error(
+            "has no forward pass of its own", "the part that generates text, such as model.thinker"
         )
     if "input_ids" not in takes and "inputs_embeds" not in takes:
-        raise InputError(
+        raise Location(kind).error(
             f"its decoder takes {', '.join(list(takes)[1:4])}",
-            source=kind,
-            expected="input_ids or inputs_embeds, token after token",
+            "input_ids or inputs_embeds, token after token",
         )
     return decoder
 
@@ -98,7 +93,7 @@ def find_experts(model: PreTrainedModel) -> dict[int, ExpertsModule]:
         if _takes_ids(type(module)):
             place = _place(decoder, name)
             if place is None:
-                raise InputError(f"experts module {name} is in no decoder layer", source=kind)
+                raise Location(kind).error(f"experts module {name} is in no decoder layer")
             lists[place[0]][place[1]].append((name, module))
     if not lists:
         raise _without_ids(model, decoder)
@@ -106,11 +101,9 @@ def find_experts(model: PreTrainedModel) -> dict[int, ExpertsModule]:
     found = {}
     for layer, modules in sorted(layers.items()):
         if len(modules) > 1:
-            raise InputError(
+            raise Location(kind, f"layer {layer}").error(
                 f"{len(modules)} experts modules: {', '.join(name for name, _ in modules)}",
-                source=kind,
-                place=f"layer {layer}",
-                expected="one in a layer: a trace cannot tell their experts apart",
+                "one in a layer: a trace cannot tell their experts apart",
             )
         name, module = modules[0]
         _refuse_non_experts(decoder, name, module, f"{kind}: layer {layer}")
@@ -127,10 +120,9 @@ def _decoder_list(model: PreTrainedModel, decoder: torch.nn.Module, names: list[
     length = getattr(config, "num_hidden_layers", None)
     fitting = [n for n in names if len(decoder.get_submodule(n)) == length]
     if len(fitting) != 1:
-        raise InputError(
+        raise Location(model.config.model_type).error(
             f"experts modules in several lists of layers: {', '.join(sorted(names))}",
-            source=model.config.model_type,
-            expected=f"one list of {length} layers",
+            f"one list of {length} layers",
         )
     return fitting[0]
 
@@ -175,21 +167,19 @@ def _refuse_non_experts(decoder: Any, name: str, module: Any, place: str) -> Non
     """Refuse routers that can choose something that is no expert: no trace can hold it."""
     zero = getattr(module, "zero_expert_num", None) or 0
     if zero:
-        raise InputError(
+        raise Location(place).error(
             f"{zero} zero-computation experts beside the routed ones",
-            source=place,
-            expected="top-k routed experts for every token",
+            "top-k routed experts for every token",
         )
     block = decoder.get_submodule(name.rpartition(".")[0])
     for router in block.children():
         classes = getattr(router, "num_router_classes", None)
         experts = getattr(router, "num_experts", None)
         if classes is not None and classes != experts:
-            raise InputError(
+            raise Location(place).error(
                 f"its router chooses among {classes} classes for {experts} experts, so a token can "
                 "skip them",
-                source=place,
-                expected="top-k routed experts for every token",
+                "top-k routed experts for every token",
             )
 
 
@@ -201,15 +191,14 @@ def _without_ids(model: PreTrainedModel, decoder: torch.nn.Module) -> InputError
         called = f"is called with {', '.join(takes)}"
         if not getattr(type(module), "forward", None) or takes == ["input"]:
             called = "is a list that the layer goes through"
-        return InputError(
+        return Location(kind).error(
             f"{name} ({type(module).__name__}) {called}, not with the ids of the chosen experts",
-            source=kind,
             remedy=ENGINE,
         )
     values = model.config.get_text_config().to_dict()
     if any("experts" in key and isinstance(n, int) and n > 1 for key, n in values.items()):
-        return InputError("its experts are no modules of their own", source=kind, remedy=ENGINE)
-    return InputError("has no MoE layers", source=kind, expected="a model with experts")
+        return Location(kind).error("its experts are no modules of their own", remedy=ENGINE)
+    return Location(kind).error("has no MoE layers", "a model with experts")
 
 
 def _named_experts(decoder: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.trace import DECODE_PHASE, PREFILL_PHASE, TokenBatch
 
@@ -100,10 +100,9 @@ class RowBuilder:
         elif not first.decode:
             self._alive[:] = True  # another turn of a conversation
         if first.tasks is None and len(self._requests) != sequences:
-            raise InputError(
+            raise Location("forward pass").error(
                 f"{sequences} sequences go on with a cache of {len(self._requests)}",
-                source="forward pass",
-                expected="the same sequences in the same order",
+                "the same sequences in the same order",
             )
         # real [steps, B, S]: neither padding nor fed after the sequence's end
         real = np.ones((len(steps), sequences, length), bool)

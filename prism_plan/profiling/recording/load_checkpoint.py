@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError, PrismError
+from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.recording.hf_options import HfOptions
 from prism_plan.profiling.recording.transformers_release import require_transformers
@@ -37,7 +38,7 @@ def _loading(checkpoint: str, what: str) -> Iterator[None]:
         else:
             reason = "no such folder, and no checkpoint of that name can be had from the hub"
             remedy = "give a local folder, or a hub id and a network connection"
-        raise InputError(reason, source=checkpoint, remedy=remedy) from error
+        raise Location(checkpoint).error(reason, remedy=remedy) from error
 
 
 def load_tokenizer(checkpoint: str, options: HfOptions) -> PreTrainedTokenizerBase:
@@ -59,9 +60,8 @@ def load_tokenizer(checkpoint: str, options: HfOptions) -> PreTrainedTokenizerBa
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise InputError(
+            raise Location(checkpoint).error(
                 "the tokenizer has neither a padding nor an end-of-sequence token",
-                source=checkpoint,
                 remedy="set one in its tokenizer_config.json",
             )
         tokenizer.pad_token = tokenizer.eos_token
@@ -142,9 +142,7 @@ def _auto_class(config: Any) -> Any:
 
 def _require_config(checkpoint: str) -> None:
     if os.path.exists(checkpoint) and not os.path.isfile(os.path.join(checkpoint, "config.json")):
-        raise InputError(
-            "has no config.json", source=checkpoint, expected="a checkpoint folder or a hub id"
-        )
+        raise Location(checkpoint).error("has no config.json", "a checkpoint folder or a hub id")
 
 
 @contextlib.contextmanager

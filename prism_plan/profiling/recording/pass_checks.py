@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 
 
 def padding_mask(masks: tuple[Any, Any], shape: tuple[int, int], past: int) -> Any:
@@ -18,23 +18,21 @@ def padding_mask(masks: tuple[Any, Any], shape: tuple[int, int], past: int) -> A
     InputError
         There are masks, but none [B, cached and new tokens].
     """
-    given = [mask for mask in masks if mask is not None]
-    flat = [mask for mask in given if getattr(mask, "ndim", 0) == 2]
-    if not given:
+    present = [mask for mask in masks if mask is not None]
+    flat = [mask for mask in present if getattr(mask, "ndim", 0) == 2]
+    if not present:
         return None
     if not flat:
-        raise InputError(
+        raise Location("forward pass").error(
             "an attention mask that is not [sequences, tokens]",
-            source="forward pass",
             remedy="give the two-dimensional mask, which tells padding, and generate "
             "without a static cache, which replaces it",
         )
     mask = flat[0]
     if tuple(mask.shape) != (shape[0], past + shape[1]):
-        raise InputError(
+        raise Location("forward pass").error(
             f"an attention mask of shape {list(mask.shape)}",
-            source="forward pass",
-            expected=f"{[shape[0], past + shape[1]]}, cached and new tokens",
+            f"{[shape[0], past + shape[1]]}, cached and new tokens",
         )
     return mask[:, -shape[1] :].bool()
 
@@ -54,11 +52,10 @@ def require_start(positions: Any, mask: Any) -> None:
     if positions is None or not positions.numel():
         return
     if int(positions.min()) > 0:
-        raise InputError(
+        raise Location("forward pass").error(
             f"tokens from position {int(positions.min())} on without a cache",
-            source="forward pass",
-            expected="a cache in past_key_values or cache, or sequences from their start",
-            remedy="generate with use_cache=True, with a release of transformers that works",
+            "a cache in past_key_values or cache, or sequences from their start",
+            "generate with use_cache=True, with a release of transformers that works",
         )
     if positions.ndim != 2:
         return
@@ -66,9 +63,8 @@ def require_start(positions: Any, mask: Any) -> None:
     if mask is not None:
         back = back & mask[:, :-1] & mask[:, 1:]
     if bool(back.any()):
-        raise InputError(
+        raise Location("forward pass").error(
             "positions start anew within a row",
-            source="forward pass",
-            expected="one sequence in each row of the batch",
-            remedy="pad sequences instead of packing them",
+            "one sequence in each row of the batch",
+            "pad sequences instead of packing them",
         )

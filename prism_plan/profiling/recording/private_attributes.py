@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +26,10 @@ def require_uncompiled(model: torch.nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod"):
-            raise InputError(
+            raise Location("record").error(
                 f"{name or 'the model'} is compiled",
-                source="record",
-                expected="a model that runs as written",
-                remedy="record before torch.compile",
+                "a model that runs as written",
+                "record before torch.compile",
             )
 
 

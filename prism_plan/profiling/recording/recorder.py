@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.io.trace_writer import TraceWriter
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.recording.decoder_cache import (
@@ -109,10 +109,8 @@ class Recorder:
         """Set the task of the requests that begin from now on: one for all, or one for each."""
         names = (tasks,) if isinstance(tasks, str) else tuple(tasks or ())
         if not names or not all(isinstance(name, str) and name.strip() for name in names):
-            raise InputError(
-                f"{tasks!r:.60}",
-                source="label",
-                expected="the name of a task, or one for each sequence",
+            raise Location("label").error(
+                f"{tasks!r:.60}", "the name of a task, or one for each sequence"
             )
         self._label = tasks if isinstance(tasks, str) else names
 
@@ -153,20 +151,15 @@ class Recorder:
 
     def _require_spec(self, experts: dict[int, ExpertsModule]) -> None:
         if tuple(experts) != self.spec.moe_layers:
-            raise InputError(
+            raise Location(self.spec.name, "moe_layers").error(
                 f"the spec has MoE layers {self.spec.layers_text()}",
-                source=self.spec.name,
-                place="moe_layers",
-                expected=f"{_layers_text(tuple(experts))}, the layers of the model with experts "
-                "modules",
+                f"{_layers_text(tuple(experts))}, the layers of the model with experts modules",
             )
         for layer, found in experts.items():
             if found.num_experts not in (None, self.spec.num_experts):
-                raise InputError(
+                raise Location(self.spec.name, "num_experts").error(
                     f"the spec has {self.spec.num_experts} experts in layer {layer}",
-                    source=self.spec.name,
-                    place="num_experts",
-                    expected=f"{found.num_experts}, those of the model's {found.name}",
+                    f"{found.num_experts}, those of the model's {found.name}",
                 )
 
     def _experts_hook(self, at: int, module: Any) -> Callable[..., None]:
@@ -179,31 +172,24 @@ class Recorder:
             ids, weights = ids_of(args, kwargs), weights_of(args, kwargs)
             place = f"layer {self.spec.moe_layers[at]}"
             if at in self._selected:
-                raise InputError(
-                    "its experts module is called twice in one pass",
-                    source=self.spec.name,
-                    place=place,
-                    expected="one call with all tokens",
+                raise Location(self.spec.name, place).error(
+                    "its experts module is called twice in one pass", "one call with all tokens"
                 )
             tokens = self._current.shape[0] * self._current.shape[1]
             top_k = int(ids.shape[-1])
             if top_k != self.spec.top_k:
-                raise InputError(
+                raise Location(self.spec.name, "top_k").error(
                     f"the spec has {self.spec.top_k} experts a token",
-                    source=self.spec.name,
-                    place="top_k",
-                    expected=f"{top_k}, as many as the model calls in {place}",
+                    f"{top_k}, as many as the model calls in {place}",
                 )
             # in early releases some families give the weights of all experts, [T, E]
             kept = [("ids", ids), ("gate weights", weights)][: 2 if self._weights else 1]
             for what, tensor in kept:
                 if tensor is None or tensor.numel() != tokens * top_k:
                     shape = "none" if tensor is None else list(tensor.shape)
-                    raise InputError(
+                    raise Location(self.spec.name, place).error(
                         f"its experts module is called with {what} of shape {shape}",
-                        source=self.spec.name,
-                        place=place,
-                        expected=f"[{tokens}, {top_k}], all tokens of the pass",
+                        f"[{tokens}, {top_k}], all tokens of the pass",
                     )
             self._selected[at] = (ids, weights)
 
@@ -221,7 +207,7 @@ class Recorder:
         ids, embedded = arguments.get("input_ids"), arguments.get("inputs_embeds")
         inputs = ids if ids is not None else embedded
         if inputs is None:
-            raise InputError("neither input_ids nor inputs_embeds", source="forward pass")
+            raise Location("forward pass").error("neither input_ids nor inputs_embeds")
         shape = (int(inputs.shape[0]), int(inputs.shape[1]))
         if ids is None:  # a multimodal model embeds its tokens itself
             ids = self._model_arguments.get("input_ids")
@@ -247,18 +233,16 @@ class Recorder:
                 and tuple(ids.shape) == (before.shape[0], before.shape[1] + 1)
                 and bool((ids[:, :-1] == before).all())
             ):
-                raise InputError(
+                raise Location("forward pass").error(
                     "sequences are fed again with one more token",
-                    source="forward pass",
                     remedy="generate with use_cache=True, or every token counts many times",
                 )
             self._last_ids, self._last_cache, self._last_length = ids, cache, shape[1]
             return
         other_cache = self._last_cache is not None and cache is not self._last_cache
         if num_cached != self._last_length or other_cache:
-            raise InputError(
+            raise Location("forward pass").error(
                 f"a cache of {num_cached} tokens, where {self._last_length} were recorded last",
-                source="forward pass",
                 remedy="record sequences from their start, one batch after the other, without "
                 "speculative decoding or a cache that is cut",
             )
@@ -272,9 +256,8 @@ class Recorder:
         layers = range(self.spec.num_layers)
         missing = next((at for at in layers if at not in selected), None)
         if missing is not None:
-            raise InputError(
+            raise Location(self.spec.name).error(
                 f"the experts module of layer {self.spec.moe_layers[missing]} was not called",
-                source=self.spec.name,
                 remedy="load the model without replacement kernels",
             )
         cache = current.cache if current.cache is not None else returned_cache(output)
@@ -299,10 +282,9 @@ class Recorder:
         if isinstance(self._label, str):
             return (self._label,) * sequences
         if len(self._label) != sequences:
-            raise InputError(
+            raise Location("Recorder.label").error(
                 f"{len(self._label)} labels for {sequences} sequences",
-                source="Recorder.label",
-                expected="one task for all, or one for each sequence of the batch",
+                "one task for all, or one for each sequence of the batch",
             )
         return self._label
 
@@ -391,4 +373,4 @@ def record(
             yield recorder
         recorder.flush()
         if not recorder.tokens:
-            raise InputError("nothing was recorded", source="record", remedy="run the model in it")
+            raise Location("record").error("nothing was recorded", remedy="run the model in it")

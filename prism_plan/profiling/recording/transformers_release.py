@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 
 EXTRA = "pip install 'prism-plan[hf]'"
 #: In 4 experts modules are not called with ids; 6 was not examined.
@@ -21,12 +21,10 @@ def require_transformers() -> None:
         import torch
         import transformers
     except ImportError as error:
-        raise InputError(
-            f"{error.name or error} is not installed", source="transformers", remedy=EXTRA
+        raise Location("transformers").error(
+            f"{error.name or error} is not installed", remedy=EXTRA
         ) from error
     version = transformers.__version__
     if int(version.split(".")[0]) != MAJOR:
-        raise InputError(
-            version, source="transformers", expected=f"a release {MAJOR}.x", remedy=EXTRA
-        )
+        raise Location("transformers").error(version, f"a release {MAJOR}.x", EXTRA)
     del torch

@@ -10,7 +10,7 @@ SGLang, OpenAI interface
     chunk with ``usage`` follows if it was asked for.
 vLLM
     ``/inference/v1/generate`` has ``choices[].routed_experts`` in the chunk with which a choice
-    ends. The OpenAI interface of vLLM 0.33 streams no rows; where later versions do, they stand in
+    ends. The OpenAI interface of vLLM 0.33 streams no rows; where later versions do, they are in
     the same place.
 
 Chunks of one response have one id.
