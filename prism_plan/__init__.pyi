@@ -88,6 +88,7 @@ from .io.trace_writer import TraceWriter as TraceWriter
 from .io.trace_writer import write_trace as write_trace
 from .migration.order.find_order import migration_plan as migration_plan
 from .migration.plan import MigrationPlan as MigrationPlan
+from .migration_step import MigrationStep as MigrationStep
 from .model import PRESETS as PRESETS
 from .model import ModelShape as ModelShape
 from .model import ModelSpec as ModelSpec
@@ -98,9 +99,6 @@ from .objective import (
     StepScore as StepScore,
 )
 from .objective import (
-    Violation as Violation,
-)
-from .objective import (
     remote_score as remote_score,
 )
 from .objective import (
@@ -109,14 +107,12 @@ from .objective import (
 from .objective import (
     step_score as step_score,
 )
-from .objective import (
-    violations as violations,
-)
 from .placement import InputFile as InputFile
 from .placement import Placement as Placement
-from .placement import Plan as Plan
+from .placement import SolveReport as SolveReport
+from .placement_check import Violation as Violation
+from .placement_check import violations as violations
 from .placement_diff import PlacementDiff as PlacementDiff
-from .placement_diff import Step as Step
 from .placement_diff import diff as diff
 from .profiling.recording.checkpoint_run import profile_checkpoint as profile_checkpoint
 from .profiling.recording.hf_options import HfOptions as HfOptions
@@ -134,13 +130,13 @@ from .solvers.greedy import greedy_with_coverage as greedy_with_coverage
 from .solvers.registry import SOLVER_NAMES as SOLVER_NAMES
 from .solvers.run import solve as solve
 from .token_rates import (
-    Workload as Workload,
+    TokenRates as TokenRates,
 )
 from .token_rates import (
     activations as activations,
 )
 from .token_rates import (
-    expected_workload as expected_workload,
+    expected_token_rates as expected_token_rates,
 )
 from .trace import (
     TokenBatch as TokenBatch,

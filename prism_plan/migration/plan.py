@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.migration_step import MigrationStep
 from prism_plan.model import ModelShape
 from prism_plan.placement import InputFile
-from prism_plan.placement_diff import Step
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class MigrationPlan:
     model: ModelShape
     servers: tuple[str, ...]
     gpus: tuple[int, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[MigrationStep, ...]
     inputs: Mapping[str, InputFile] = field(default_factory=dict)
     load_s: LoadTime | None = None
 
@@ -65,7 +65,7 @@ class MigrationPlan:
         """Index of the server of each GPU, int64 [G]."""
         return np.repeat(np.arange(len(self.gpus)), self.gpus)
 
-    def bytes_of(self, step: Step) -> int:
+    def bytes_of(self, step: MigrationStep) -> int:
         """Size of the step's expert."""
         return self.model.expert_bytes_by_layer[step.pair // self.model.num_experts]
 

@@ -14,10 +14,11 @@ import numpy.typing as npt
 from prism_plan.errors import InputError, UnsupportedFeature, did_you_mean
 from prism_plan.instance import MIN_CALLS, Instance
 from prism_plan.migration.cost import MigrationCost, communication_s, migration_s
-from prism_plan.objective import remote_score, violations
-from prism_plan.placement import Placement, Plan
-from prism_plan.solvers.certificate import worth_bound
-from prism_plan.solvers.contract import Options, Rule
+from prism_plan.objective import remote_score
+from prism_plan.placement import Placement, SolveReport
+from prism_plan.placement_check import violations
+from prism_plan.solvers.certificate import value_bound
+from prism_plan.solvers.contract import Feature, Options
 from prism_plan.solvers.exact import TOLERANCE, solve_flow
 from prism_plan.solvers.packing import pack_on_gpus
 from prism_plan.solvers.registry import SOLVER_NAMES, solvers_supporting
@@ -231,10 +232,10 @@ def _partial(costs: _CostModel) -> Review:
     of a server differ, some flows load on the fastest ones alone.
     """
     if not costs.instance.in_slots:
-        solvers = solvers_supporting(frozenset({Rule.UNEQUAL_BYTES}))
+        solvers = solvers_supporting(frozenset({Feature.UNEQUAL_BYTES}))
         raise UnsupportedFeature(
-            f"migration policy 'partial' has no rule for {Rule.UNEQUAL_BYTES}; use policy 'prism' "
-            f"with a solver that has: {', '.join(solvers)}"
+            f"migration policy 'partial' has no rule for {Feature.UNEQUAL_BYTES}; use policy "
+            f"'prism' with a solver that has: {', '.join(solvers)}"
         )
     best = min(_candidates(costs), key=costs.total_s, default=costs.current)
     before_s = costs.before_s
@@ -296,9 +297,9 @@ def _flow(
     value = instance.activations * (costs.call_s * costs.policy.horizon_s)[:, None, None]
     value -= price_s[:, None, None] * ~current.local
     local, prices, _ = solve_flow(instance, value, current.local)
-    gap = worth_bound(instance, value, prices) - math.fsum(value[local])
+    gap = value_bound(instance, value, prices) - math.fsum(value[local])
     proven = exact and gap <= TOLERANCE * float(np.abs(value[local]).sum())
-    plan = Plan(
+    plan = SolveReport(
         solver="partial",
         objective="communication_s + migration_s",
         remote_share=remote_score(instance.activations, local).share,

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.json import parse_json
 from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
+from prism_plan.io.text_files import read_text
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, sum_calls, trace_from_counts
 from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers

@@ -1,4 +1,4 @@
-"""Replay a migration plan step by step: the referee of its order."""
+"""A migration plan replayed step by step: the oracle of the tests of its order."""
 
 from __future__ import annotations
 

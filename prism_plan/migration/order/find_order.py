@@ -12,8 +12,8 @@ from prism_plan.migration.endpoints import NAMES, Capacity, Endpoints, match_pla
 from prism_plan.migration.order.greedy import GreedyScheduler
 from prism_plan.migration.order.unequal import Attempts, relieve_stuck_gpu
 from prism_plan.migration.plan import MigrationPlan
+from prism_plan.migration_step import MigrationStep
 from prism_plan.placement import Placement
-from prism_plan.placement_diff import Step
 
 
 def migration_plan(
@@ -25,7 +25,7 @@ def migration_plan(
     priority: npt.ArrayLike | None = None,
     names: tuple[str, str] = NAMES,
 ) -> MigrationPlan:
-    """The steps that lead from ``a`` to ``b``, see :class:`~prism_plan.placement_diff.Step`.
+    """The migration steps that lead from ``a`` to ``b``.
 
     Servers are matched by name and come in the order of ``b``. ``gpu_capacity`` is as in
     :class:`~prism_plan.instance.Instance`, by default that of ``b``. ``forbidden`` bool [N, L, E]
@@ -107,14 +107,14 @@ def _slack_after_first_copies(ends: Endpoints) -> int:
     return int(ends.capacity.sum()) - int(ends.final.any(axis=0).sum())
 
 
-def _topological(plan: MigrationPlan) -> tuple[Step, ...]:
+def _topological(plan: MigrationPlan) -> tuple[MigrationStep, ...]:
     """The steps, sorted topologically (the earliest scheduled first), with needs renumbered."""
     import networkx as nx
 
     order = list(nx.lexicographical_topological_sort(plan.graph()))  # raises where there is a cycle
     new_index = {old: new for new, old in enumerate(order)}
     return tuple(
-        Step(
+        MigrationStep(
             step.kind,
             step.gpu,
             step.pair,

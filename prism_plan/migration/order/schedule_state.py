@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from prism_plan.migration.endpoints import Endpoints
-from prism_plan.placement_diff import Step
+from prism_plan.migration_step import MigrationStep
 
 
 @dataclass
@@ -43,7 +43,7 @@ class ScheduleState:
     def __init__(self, ends: Endpoints) -> None:
         self.ends = ends
         self._in_slots = ends.model.equal_expert_bytes
-        self.steps: list[Step] = []
+        self.steps: list[MigrationStep] = []
         self.held = ends.initial.copy()
         self.free: list[int] = (ends.capacity - ends.initial @ ends.size).tolist()
         self.copies: list[dict[int, _Copy]] = [{} for _ in range(ends.initial.shape[1])]
@@ -109,5 +109,5 @@ class ScheduleState:
         if last is not None and not self._in_slots:
             needs.add(last)
         index = self._last_step[g] = len(self.steps)
-        self.steps.append(Step(kind, g, j, tuple(needs), temporary))
+        self.steps.append(MigrationStep(kind, g, j, tuple(needs), temporary))
         return index

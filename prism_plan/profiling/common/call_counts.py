@@ -11,7 +11,8 @@ import numpy.typing as npt
 from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.messages import CHECK_MODEL, Notify
-from prism_plan.trace import Trace, require_sum
+from prism_plan.trace import Trace
+from prism_plan.trace_totals import require_sum
 
 #: Calls of the experts of all MoE layers, [L, E].
 Counts = npt.NDArray[np.int64]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prism_plan.errors import InputError
-from prism_plan.limits import require_whole
+from prism_plan.limits import require_integer
 
 #: Bound of new tokens, and of prompts of a batch: PyTorch counts both in 32 bits.
 MAX_NUMBER = 2**31 - 1
@@ -33,7 +33,7 @@ class HfOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        require_whole(self.max_new_tokens, 0, MAX_NUMBER, "max_new_tokens")
-        require_whole(self.batch_size, 1, MAX_NUMBER, "batch_size")
+        require_integer(self.max_new_tokens, 0, MAX_NUMBER, "max_new_tokens")
+        require_integer(self.batch_size, 1, MAX_NUMBER, "batch_size")
         if self.dtype not in DTYPES:
             raise InputError(f"{self.dtype!r}", parameter="dtype", expected=", ".join(DTYPES))

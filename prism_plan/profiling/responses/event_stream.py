@@ -25,7 +25,7 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.lines import parse_line, text_lines
+from prism_plan.io.json_lines import parse_line, text_lines
 from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
 from prism_plan.profiling.common.json_fields import decode_base64, json_object
@@ -56,7 +56,7 @@ def merge_streams(file: OpenFile, bad: BadRows) -> Iterator[tuple[Location, Any]
     open_responses: dict[str, tuple[Location, dict[str, Any]]] = {}
     ended: set[str] = set()
     damaged: set[str] = set()
-    for number, line in text_lines(file, lambda error: bad.leave_out(path, error)):
+    for number, line in text_lines(file, lambda error: bad.skip_or_raise(path, error)):
         at = Location(path, f"line {number}")
         key = ""
         try:
@@ -83,7 +83,7 @@ def merge_streams(file: OpenFile, bad: BadRows) -> Iterator[tuple[Location, Any]
             _, response = open_responses.setdefault(key, (at, {}))
             _merge(response, chunk, at)
         except InputError as error:
-            bad.leave_out(path, error)
+            bad.skip_or_raise(path, error)
             if open_responses.pop(key, None):
                 damaged.add(key)
     yield from open_responses.values()

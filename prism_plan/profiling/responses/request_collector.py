@@ -15,13 +15,7 @@ from prism_plan.profiling.common.messages import Notify
 from prism_plan.profiling.common.request_batches import RequestBatches
 from prism_plan.profiling.responses.routed_experts import Array, parse_routed_experts
 from prism_plan.profiling.sources import Source
-from prism_plan.trace import (
-    DECODE_PHASE,
-    PREFILL_PHASE,
-    UNKNOWN_PHASE,
-    Trace,
-    trace_from_batches,
-)
+from prism_plan.trace import DECODE_PHASE, PREFILL_PHASE, UNKNOWN_PHASE, Trace, trace_from_batches
 
 #: So many equal rows at the start of a request are no text: the engine profiled itself at start-up.
 PROFILING_ROWS = 512

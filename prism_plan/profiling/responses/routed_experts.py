@@ -18,7 +18,7 @@ from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.extra_layers import split_mtp_layers
 from prism_plan.profiling.common.messages import CHECK_MODEL
 from prism_plan.profiling.common.repeated_rows import runs_of_equal_rows
-from prism_plan.trace import check_experts
+from prism_plan.trace import first_invalid_selection
 
 #: What engines write where nothing was routed.
 _NOT_ROUTED = -1
@@ -58,7 +58,7 @@ def parse_routed_experts(
             CHECK_MODEL,
         )
     experts = np.ascontiguousarray(array, np.uint16)
-    twice = check_experts(experts, model.num_experts)
+    twice = first_invalid_selection(experts, model.num_experts)
     if twice is not None:
         row, layer = twice
         ids = experts[row, layer].tolist()

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.lines import json_lines
+from prism_plan.io.json_lines import json_lines
 from prism_plan.io.location import Location
 from prism_plan.limits import MIB
 from prism_plan.model import ModelSpec
@@ -188,7 +188,7 @@ class _Reader:
                 token = incomplete[key]
                 self._add_layer(token, line, at)
             except InputError as error:
-                self.bad.leave_out(path, error)
+                self.bad.skip_or_raise(path, error)
                 continue
             token.line = int(place.removeprefix("line "))
             self.bad.keep(path)
@@ -235,7 +235,7 @@ class _Reader:
             self.bad.keep(path, -token.layers.bit_count())
             at, name = Location(path, f"line {token.line}"), names[request][1]
             if (request, position) in done:
-                self.bad.leave_out(path, _twice(name, position, at))
+                self.bad.skip_or_raise(path, _twice(name, position, at))
                 continue
             missing = [
                 layer for i, layer in enumerate(model.moe_layers) if not token.layers >> i & 1
@@ -246,7 +246,7 @@ class _Reader:
                 f"a line for each MoE layer of {model.name}, {model.layers_text()}",
                 f"{CUT_SHORT}, with all layers",
             )
-            self.bad.leave_out(path, error)
+            self.bad.skip_or_raise(path, error)
 
     def _add_requests(
         self, complete: _CompleteTokens, names: Sequence[tuple[str, str | int]], path: Path
@@ -272,7 +272,7 @@ class _Reader:
             for i in np.flatnonzero(step == 0).tolist():
                 later_line = int(rows[i : i + 2, 3].max())
                 twice = _twice(request, int(rows[i, 1]), Location(path, f"line {later_line}"))
-                self.bad.leave_out(path, twice)
+                self.bad.skip_or_raise(path, twice)
             keep = np.concatenate([[True], step != 0])
             rows, experts = rows[keep], experts[keep]
             step = np.diff(rows[:, 1])

@@ -14,10 +14,10 @@ from typing import IO, Any
 import numpy as np
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import parse_json
+from prism_plan.io.gzip_text import is_gzip, read_maybe_gzipped_text
+from prism_plan.io.json import parse_json
 from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.packed import is_packed, read_packed_text
 from prism_plan.limits import MIB
 from prism_plan.profiling.common.messages import CUT_SHORT
 from prism_plan.profiling.common.npy import parse_npy
@@ -45,7 +45,7 @@ def load_dump(path: Path) -> Mapping[str, Any]:
     if kind == "json":
         return _from_json(path)
     with OpenFile(path) as file:
-        packed = is_packed(file)
+        packed = is_gzip(file)
     if packed:
         raise Location(path).error(
             "compressed with gzip, and no text", KINDS, "unpack it first (gunzip)"
@@ -106,7 +106,7 @@ def _refuse_compressed(stream: IO[bytes], path: Path) -> None:
 
 
 def _from_json(path: Path) -> Mapping[str, Any]:
-    values = parse_json(read_packed_text(path), path)
+    values = parse_json(read_maybe_gzipped_text(path), path)
     if not isinstance(values, dict) or COUNTS not in values:
         found = f"keys {', '.join(values)}" if isinstance(values, dict) else type(values).__name__
         placement = isinstance(values, dict) and "physical_to_logical_map" in values

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import parse_json, refuse_other_encodings
-from prism_plan.io.lines import text_lines
+from prism_plan.io.gzip_text import decompressed_head, read_maybe_gzipped_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.json_lines import text_lines
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.packed import read_packed_text, unpacked_head
+from prism_plan.io.text_files import require_not_utf16
 from prism_plan.profiling.responses.event_stream import is_event
 
 Kind = Literal["responses", "json", "npz", "torch"]
@@ -29,8 +30,8 @@ _HEAD_BYTES = 4096
 def file_kind(path: Path) -> Kind:
     """What a file is; ``"json"`` also for what cannot be read, so that its reader says why."""
     try:
-        head = unpacked_head(path, _HEAD_BYTES)
-        refuse_other_encodings(head, path)
+        head = decompressed_head(path, _HEAD_BYTES)
+        require_not_utf16(head, path)
     except InputError:
         return "json"
     if head.startswith(b"PK"):
@@ -54,7 +55,7 @@ def _holds_response(path: Path, head: bytes) -> bool:
         try:
             value = parse_json(line, path)
         except InputError:
-            value = parse_json(read_packed_text(path), path)
+            value = parse_json(read_maybe_gzipped_text(path), path)
     except InputError:
         return _RESPONSE_KEY.search(head) is not None
     return not set(_RESPONSE_KEYS).isdisjoint(value)

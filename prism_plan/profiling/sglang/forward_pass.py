@@ -21,7 +21,8 @@ from prism_plan.profiling.sglang.dump_fields import (
     required_count,
 )
 from prism_plan.text import shown
-from prism_plan.trace import check_experts, require_sum
+from prism_plan.trace import first_invalid_selection
+from prism_plan.trace_totals import require_sum
 
 EXTEND_MODE, DECODE_MODE, MIXED_MODE, IDLE_MODE = 1, 2, 3, 4
 #: Columns of ``topk_ids_of_layer``, whatever the model's top-k.
@@ -124,7 +125,7 @@ def read_pass_tokens(
     experts = np.ascontiguousarray(
         logical_of[index, rows[..., :top_k]].transpose(1, 0, 2), np.uint16
     )
-    twice = check_experts(experts, model.num_experts)
+    twice = first_invalid_selection(experts, model.num_experts)
     if twice is not None:
         nothing = not rows[twice[1], twice[0], :top_k].any()
         raise selection(twice[1], twice[0]).error(

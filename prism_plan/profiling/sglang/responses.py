@@ -53,7 +53,7 @@ def read_sglang_responses(
                 if text is not None:
                     requests.add(task, _parse_rows(text, model, counts, at), counts, at)
             except InputError as error:
-                bad.leave_out(path, error)
+                bad.skip_or_raise(path, error)
                 continue
             bad.keep(path)
             requests.unread |= unread

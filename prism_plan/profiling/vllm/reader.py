@@ -31,8 +31,8 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.files import read_bytes
 from prism_plan.io.location import Location
+from prism_plan.io.text_files import read_bytes
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.json_fields import (
     decode_base64,
@@ -102,14 +102,14 @@ def _add_responses(source: Source, requests: RequestCollector, bad: BadRows) -> 
             read = {key for recording in recordings for key in recording.read}
             unread = find_unread_routing(line, read or {f"choices[].{ROWS}"}, at)
         except InputError as error:
-            bad.leave_out(path, error)
+            bad.skip_or_raise(path, error)
             continue
         requests.unread |= unread
         for recording in recordings:
             try:
                 _add(requests, task, recording, path)
             except InputError as error:
-                bad.leave_out(path, error)
+                bad.skip_or_raise(path, error)
             else:
                 bad.keep(path)
 

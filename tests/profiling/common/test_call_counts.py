@@ -21,7 +21,8 @@ from prism_plan.profiling.counts_csv import read_counts
 from prism_plan.profiling.sglang.reader import read_sglang
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.trtllm import read_trtllm
-from prism_plan.trace import MAX_SUM, Trace
+from prism_plan.trace import Trace
+from prism_plan.trace_totals import MAX_SUM
 from tests.profiling.recordings import TINY, read, refusal, tiny
 
 TOO_LARGE = "a sum too large to count"
