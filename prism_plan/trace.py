@@ -20,7 +20,7 @@ from prism_plan.trace_totals import TraceTotals, distinct_keys, request_keys, re
 
 #: Names of the phase codes, in code order.
 PHASES = ("prefill", "decode", "unknown")
-UNKNOWN_PHASE = 2
+PREFILL_PHASE, DECODE_PHASE, UNKNOWN_PHASE = range(len(PHASES))
 
 Kind = Literal["tokens", "counts"]
 

@@ -15,7 +15,7 @@ from prism_plan.errors import InputError, WrongModel
 from prism_plan.io.format_model import validate
 from prism_plan.io.model_spec import ShapePart, spec_from_json, spec_from_part
 from prism_plan.model import PRESETS, ModelShape, ModelSpec, require_same_model
-from prism_plan.sizes import load_model
+from prism_plan.sizes.load import load_model_spec
 
 SPEC = ModelSpec(
     name="tiny",
@@ -92,7 +92,7 @@ def test_deepseek_v2_lite_preset() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_load_preset(name: str) -> None:
     """A preset is loaded by its name, which is the name it carries."""
-    assert load_model(name) is PRESETS[name]
+    assert load_model_spec(name) is PRESETS[name]
     assert PRESETS[name].name == name
 
 
@@ -100,13 +100,13 @@ def test_load_spec_file(tmp_path: Path) -> None:
     """A JSON file with a spec of ours is a model too."""
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(SPEC.to_json()))
-    assert load_model(str(path)) == SPEC
+    assert load_model_spec(str(path)) == SPEC
 
 
 def test_load_unknown() -> None:
     """A name that is neither preset nor file is refused, with the closest preset."""
     with pytest.raises(InputError, match="did you mean 'mixtral-8x7b'"):
-        load_model("mixtral-8x7")
+        load_model_spec("mixtral-8x7")
 
 
 # --------------------------------------------------------------------------------- numbers

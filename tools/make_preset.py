@@ -1,4 +1,4 @@
-"""Make the sizes in ``prism_plan/presets`` again from the configurations there.
+"""Generate the sizes in ``prism_plan/presets`` from the configurations in it.
 
     python -m tools.make_preset mixtral-8x7b ...
 
@@ -19,18 +19,18 @@ from typing import Any
 
 import prism_plan
 from prism_plan.model import ModelSpec
-from prism_plan.sizes.config import dtype_name, levels
-from prism_plan.sizes.loaded import facts_of, tensors_of
-from prism_plan.sizes.meta import build
-from prism_plan.sizes.stored import StoredTensor, spec_from_tensors
+from prism_plan.sizes.loaded_model import facts_of_model, tensors_of_model
+from prism_plan.sizes.meta_device import build_meta_model
+from prism_plan.sizes.model_facts import config_levels, dtype_name
+from prism_plan.sizes.stored_tensors import StoredTensor, spec_from_tensors
 
 FOLDER = Path(prism_plan.__file__).parent / "presets"
 
 
-def make(name: str, config: dict[str, Any]) -> ModelSpec:
+def make_spec(name: str, config: dict[str, Any]) -> ModelSpec:
     """Compute the spec of a configuration, also of a quantised one."""
-    chain = levels(config, name)
-    model = build(chain, dtype_name(chain), name)
+    chain = config_levels(config, name)
+    model = build_meta_model(chain, dtype_name(chain), name)
     quantisation = config.get("quantization_config") or {}
     if quantisation.get("quant_method") == "fp8":
         from transformers.quantizers import AutoHfQuantizer
@@ -40,8 +40,8 @@ def make(name: str, config: dict[str, Any]) -> ModelSpec:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             quantiser._process_model_before_weight_loading(model)
-    facts = facts_of(model, chain[-1].values, source=name)
-    tensors = tensors_of(model, facts)
+    facts = facts_of_model(model, chain[-1].values, source=name)
+    tensors = tensors_of_model(model, facts)
     if quantisation.get("quant_method") == "mxfp4":
         tensors = map(_mxfp4, tensors)
     return spec_from_tensors(tensors, facts, name=name, source=name)
@@ -61,7 +61,7 @@ def main() -> None:
         path = FOLDER / f"{name}.json"
         values = json.loads(path.read_text(encoding="utf-8"))
         command = f"python -m tools.make_preset {name}"
-        values |= {"command": command, "model": make(name, values["config"]).to_json()}
+        values |= {"command": command, "model": make_spec(name, values["config"]).to_json()}
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
         path.write_text("{" + ",\n ".join(lines) + "}\n", encoding="utf-8")
 

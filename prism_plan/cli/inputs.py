@@ -30,7 +30,7 @@ def load_cluster(path: str) -> tuple[Cluster, InputFile]:
 
 def read_model_spec(reference: str) -> ModelSpec:
     """The sizes of the model that ``--model`` names."""
-    from prism_plan.sizes import load_model_spec
+    from prism_plan.sizes.load import load_model_spec
 
     with error_parameter("model"):
         return load_model_spec(reference)

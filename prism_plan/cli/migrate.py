@@ -54,7 +54,7 @@ def command(args: MigrateOptions) -> None:
     from prism_plan.io.migration import dump_migration
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.migration.cost import gpu_load_gbs
-    from prism_plan.migration.order import migration_plan
+    from prism_plan.migration.order.find_order import migration_plan
     from prism_plan.rules import rule_triples
     from prism_plan.text import quantity
 

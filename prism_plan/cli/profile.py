@@ -171,20 +171,20 @@ def _import_recordings(sources: list[Source], spec: ModelSpec, args: ProfileOpti
 
     skip_bad = args.skip_bad
     if args.form == "counts":
-        from prism_plan.profiling.counts import read_counts
+        from prism_plan.profiling.counts_csv import read_counts
 
         tokens = _parse_token_counts(args.tokens)
         return read_counts(sources, spec, tokens=tokens, skip_bad=skip_bad, notify=log_info)
     if args.form == "sglang":
-        from prism_plan.profiling.sglang import read_sglang
+        from prism_plan.profiling.sglang.reader import read_sglang
 
         return read_sglang(sources, spec, skip_bad=skip_bad, notify=log_info)
     if args.form == "selections":
-        from prism_plan.profiling.selections import read_selections
+        from prism_plan.profiling.selections.reader import read_selections
 
         return read_selections(sources, spec, skip_bad=skip_bad, notify=log_info)
     if args.form == "vllm":
-        from prism_plan.profiling.vllm import read_vllm
+        from prism_plan.profiling.vllm.reader import read_vllm
 
         return read_vllm(sources, spec, skip_bad=skip_bad, notify=log_info)
     if args.form in ("trtllm", "imatrix") and skip_bad:
@@ -213,7 +213,8 @@ def _record_checkpoint(args: ProfileOptions) -> None:
 
     from prism_plan.cli.console import log_info, progress
     from prism_plan.cli.inputs import read_model_spec, require_writable_output
-    from prism_plan.profiling.hf import HfOptions, profile_checkpoint
+    from prism_plan.profiling.recording.checkpoint_run import profile_checkpoint
+    from prism_plan.profiling.recording.hf_options import HfOptions
 
     options = HfOptions(
         max_new_tokens=args.max_new_tokens,

@@ -22,9 +22,9 @@ from prism_plan.instance import Instance
 from prism_plan.io.file_writing import write_bytes
 from prism_plan.io.text_files import file_name_text
 from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
-from prism_plan.migration.order import migration_plan
+from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.policy import Policy, PolicyName, review
-from prism_plan.migration.statistics import Counting, Cumulative, Window
+from prism_plan.migration.statistics import Cumulative, StatisticsOptions, Window
 from prism_plan.model import ModelSpec
 from prism_plan.placement import OFFLOAD, InputFile, Placement, SolveReport
 from prism_plan.placement_check import violations
@@ -147,7 +147,7 @@ class SimulationOptions:
             seed=self.seed,
         )
 
-    def counting(self) -> Counting:
+    def counting(self) -> StatisticsOptions:
         """The statistics that reviews go by."""
         half_life_s = self.half_life_s or self.migrate_every_s
         return Cumulative() if math.isinf(half_life_s) else Window(half_life_s)

@@ -33,9 +33,9 @@ _KINDS = (
 )
 
 
-def unreadable(error: OSError, path: object) -> InputError:
+def unreadable(error: OSError, path: object, remedy: str = _REMEDY) -> InputError:
     """The error of a file that the operating system refuses to read."""
-    return InputError((error.strerror or str(error)).lower(), source=path, remedy=_REMEDY)
+    return InputError((error.strerror or str(error)).lower(), source=path, remedy=remedy)
 
 
 class OpenFile:

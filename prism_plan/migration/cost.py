@@ -1,4 +1,4 @@
-"""What remote calls cost over a horizon, and what loading experts costs: both in seconds."""
+"""The two sides of a migration, in seconds: remote calls over a horizon, and loading experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prism_plan.simulate.network import Network
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-#: T_mig: loads one after the other as the paper sums them, or side by side on the GPUs.
+#: T_mig: the sum of all loads, as in the paper, or the maximum over GPUs, which load in parallel.
 MigrationCost = Literal["sum", "max"]
 
 
@@ -23,8 +23,8 @@ def call_seconds(cluster: Cluster, model: ModelSpec) -> Floats:
     """Expected seconds of one remote call of each server, float64 [N].
 
     One token on idle links, without compute: call overhead, and the mean over the other servers
-    of the round trip, the payload out and the payload back. Where the call goes is not known
-    here, so a server's figure does not depend on the placement. Zero where there is no other.
+    of the round trip and the payload both ways. It does not depend on the placement. Zero for a
+    single server.
 
     Raises
     ------
@@ -59,8 +59,7 @@ def migration_s(
     """T_mig: seconds of loading experts.
 
     ``loads`` [G, L, E] what each GPU newly loads, ``expert_bytes`` [L] bytes of an expert of each
-    layer, ``load_gbs`` [G]. The paper sums over all loads; ``"max"`` is the time until the last
-    GPU is done, for GPUs load side by side.
+    layer, ``load_gbs`` [G].
     """
-    of_gpu = loads.sum(axis=2) @ np.asarray(expert_bytes, float) / (load_gbs * 1e9)
-    return float(of_gpu.sum() if how == "sum" else of_gpu.max())
+    per_gpu = loads.sum(axis=2) @ np.asarray(expert_bytes, float) / (load_gbs * 1e9)
+    return float(per_gpu.sum() if how == "sum" else per_gpu.max())

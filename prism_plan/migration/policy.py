@@ -33,20 +33,21 @@ POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 @dataclass(frozen=True)
 class Policy:
-    """How migrations are decided. Frozen: one policy serves any number of reviews.
+    """How migrations are decided; one policy serves any number of reviews.
 
     Parameters
     ----------
     kind
-        ``"never"`` stays. ``"prism"`` adopts the plan P' of a solver iff C(P') + T_mig < C(P).
-        ``"partial"`` makes the best move of all, of as many experts as pay for being loaded.
+        ``"never"`` keeps the placement. ``"prism"`` adopts a solver's placement P' iff
+        C(P') + T_mig < C(P). ``"partial"`` moves just those experts whose savings exceed the cost
+        of loading them.
     horizon_s
         Seconds over which remote calls are counted: until the next review.
     cost
         Whether T_mig is the sum over all loads, as in the paper, or the maximum over GPUs.
     solver, seed
-        What plans the candidate of ``"prism"``. Where T_mig is not a sum over the experts of a
-        server, ``"partial"`` weighs that candidate too.
+        The solver of the candidate of ``"prism"``. Where T_mig is not a sum over the experts of a
+        server, ``"partial"`` compares that candidate too.
 
     Raises
     ------
@@ -74,11 +75,7 @@ class Policy:
                     expected=f"one of {', '.join(known)}",
                 )
         if not 0 < self.horizon_s < math.inf:
-            raise InputError(
-                f"{self.horizon_s}",
-                parameter="horizon_s",
-                expected="seconds above 0",
-            )
+            raise InputError(f"{self.horizon_s}", parameter="horizon_s", expected="seconds above 0")
         Options(seed=self.seed)
 
 
@@ -86,9 +83,10 @@ class Policy:
 class Review:
     """What a review decided.
 
-    ``target`` is where to, and ``moved_experts`` and ``moved_bytes`` what the GPUs newly load:
-    ``None`` and zero when staying. The seconds are of the move that was weighed, adopted or not:
-    C(P) ``before_s`` and ``after_s`` it, ``saving_s`` their difference, ``cost_s`` its T_mig.
+    ``target`` is the new placement, and ``moved_experts`` and ``moved_bytes`` are what the GPUs
+    newly load: ``None`` and zero for ``"stay"``. The seconds are those of the best candidate,
+    adopted or not: ``before_s`` is C(P) of the current placement, ``after_s`` that of the
+    candidate, ``saving_s`` their difference, ``cost_s`` the candidate's T_mig.
     """
 
     decision: Literal["move", "stay"]
@@ -116,9 +114,9 @@ def review(
     policy
         How to decide.
     current
-        The standing placement.
+        The current placement.
     rates
-        Estimated calls per second, [N, L, E]. Those too small to plan with count as none.
+        Estimated calls per second, [N, L, E]. Those below ``MIN_CALLS`` count as none.
     instance
         The problem's capacities and rules; its activations are replaced by ``rates``.
     call_s
@@ -129,35 +127,33 @@ def review(
     Raises
     ------
     InputError
-        Rates that are no rates, or a standing placement that breaks a constraint of the instance.
+        Rates are negative or NaN, or the current placement breaks a constraint of the instance.
     UnsupportedFeature
-        The policy or its solver has no rule for what the instance asks.
+        The policy or its solver does not support a feature of the instance.
     """
-    faint = (rates > 0) & (rates < MIN_CALLS)  # what a window has left of old calls
-    weighing = _Weighing(
+    too_small = (rates > 0) & (rates < MIN_CALLS)  # left of old calls in a window
+    costs = _CostModel(
         policy,
         current,
-        instance.replace(activations=np.where(faint, 0.0, rates)),
+        instance.replace(activations=np.where(too_small, 0.0, rates)),
         call_s,
         load_gbs,
     )
-    broken = violations(current, instance=weighing.instance)
+    broken = violations(current, instance=costs.instance)
     if broken:
         raise InputError(
-            broken[0].message,
-            place="standing placement",
-            expected="one that the cluster can hold",
+            broken[0].message, place="current placement", expected="one that the cluster can hold"
         )
     if policy.kind == "partial":
-        return _partial(weighing)
-    if policy.kind == "prism" and weighing.before_s > 0:
-        return _adopt_if_it_pays(weighing)
-    return weighing.stay(current)
+        return _partial(costs)
+    if policy.kind == "prism" and costs.before_s > 0:
+        return _prism(costs)
+    return costs.review("stay", current)
 
 
 @dataclass(frozen=True, eq=False)
-class _Weighing:
-    """A standing placement and all that a move away from it is weighed by."""
+class _CostModel:
+    """The current placement, and what the costs of moving away from it depend on."""
 
     policy: Policy
     current: Placement
@@ -177,26 +173,18 @@ class _Weighing:
         """C(P') + T_mig(P -> P')."""
         return self._communication_s(target) + self._migration_s(target)
 
-    def move(self, target: Placement) -> Review:
-        loads = target.on_gpu & ~self.current.on_gpu
-        of_layer = loads.sum(axis=(0, 2)).tolist()
-        moved_bytes = sum(n * size for n, size in zip(of_layer, self.expert_bytes, strict=True))
-        return self._review("move", target, int(loads.sum()), moved_bytes)
-
-    def stay(self, weighed: Placement) -> Review:
-        return self._review("stay", weighed, 0, 0)
-
-    def _review(
-        self, decision: Literal["move", "stay"], weighed: Placement, experts: int, moved_bytes: int
-    ) -> Review:
-        before_s, after_s = self.before_s, self._communication_s(weighed)
+    def review(self, decision: Literal["move", "stay"], candidate: Placement) -> Review:
+        """What is reported of a decision on a candidate."""
+        move = decision == "move"
+        loads = (candidate.on_gpu & ~self.current.on_gpu & move).sum(axis=(0, 2)).tolist()
+        before_s, after_s = self.before_s, self._communication_s(candidate)
         return Review(
             decision=decision,
-            target=weighed if decision == "move" else None,
-            moved_experts=experts,
-            moved_bytes=moved_bytes,
+            target=candidate if move else None,
+            moved_experts=sum(loads),
+            moved_bytes=sum(n * size for n, size in zip(loads, self.expert_bytes, strict=True)),
             saving_s=before_s - after_s,
-            cost_s=self._migration_s(weighed),
+            cost_s=self._migration_s(candidate),
             before_s=before_s,
             after_s=after_s,
         )
@@ -213,82 +201,83 @@ class _Weighing:
 # ----------------------------------------------------------------------------------------- prism
 
 
-def _adopt_if_it_pays(weighing: _Weighing) -> Review:
-    candidate = _solver_candidate(weighing)
-    if weighing.total_s(candidate) < weighing.before_s:
-        return weighing.move(candidate)
-    return weighing.stay(candidate)
+def _prism(costs: _CostModel) -> Review:
+    candidate = _solver_candidate(costs)
+    if costs.total_s(candidate) < costs.before_s:
+        return costs.review("move", candidate)
+    return costs.review("stay", candidate)
 
 
-def _solver_candidate(weighing: _Weighing) -> Placement:
-    """The solver's plan for the recent rates, on GPUs near what stands."""
-    policy, instance = weighing.policy, weighing.instance
+def _solver_candidate(costs: _CostModel) -> Placement:
+    """The solver's placement for the rates, on GPUs as close to the current one as possible."""
+    policy, instance = costs.policy, costs.instance
     options = Options(seed=policy.seed)
-    candidate = solve(instance, policy.solver, options, inputs=weighing.current.inputs)
+    candidate = solve(instance, policy.solver, options, inputs=costs.current.inputs)
     if not instance.in_slots:
-        return candidate  # where experts differ in size the solver's own packing is the one known
-    return candidate.replace(on_gpu=pack_on_gpus(instance, candidate.local, weighing.current))
+        return candidate  # only the solver's own packing is known to fit
+    return candidate.replace(on_gpu=pack_on_gpus(instance, candidate.local, costs.current))
 
 
 # --------------------------------------------------------------------------------------- partial
 
 
-def _partial(weighing: _Weighing) -> Review:
+def _partial(costs: _CostModel) -> Review:
     """The move of least C(P') + T_mig.
 
     Where a load costs the same on all GPUs of a server and T_mig is a sum, that total is linear in
-    what each server holds, and one flow finds its least. Else a few flows and the plan of policy
-    ``prism`` are weighed by their true totals: never worse than either policy, but perhaps not the
-    least. Of loads side by side only the longest row costs time, so those flows go by prices from
-    that of a load by itself down to nothing; of unequal GPUs some load on the fastest alone.
+    what each server holds, and one minimum-cost flow finds its optimum. Else the flows of several
+    prices, and the candidate of policy ``prism``, are compared by their true totals: never worse
+    than either policy, but not proven optimal. Where GPUs load in parallel only the slowest one
+    costs time, so the prices range from that of a load by itself down to nothing; where the GPUs
+    of a server differ, some flows load on the fastest ones alone.
     """
-    if not weighing.instance.in_slots:
-        able = solvers_supporting(frozenset({Feature.UNEQUAL_BYTES}))
+    if not costs.instance.in_slots:
+        solvers = solvers_supporting(frozenset({Feature.UNEQUAL_BYTES}))
         raise UnsupportedFeature(
             f"migration policy 'partial' has no rule for {Feature.UNEQUAL_BYTES}; use policy "
-            f"'prism' with a solver that has: {', '.join(able)}"
+            f"'prism' with a solver that has: {', '.join(solvers)}"
         )
-    best = min(_moves(weighing), key=weighing.total_s, default=weighing.current)
-    before_s = weighing.before_s
-    if before_s - weighing.total_s(best) > TOLERANCE * before_s:  # more than rounding
-        return weighing.move(best)
-    return weighing.stay(best)
+    best = min(_candidates(costs), key=costs.total_s, default=costs.current)
+    before_s = costs.before_s
+    if before_s - costs.total_s(best) > TOLERANCE * before_s:  # more than rounding
+        return costs.review("move", best)
+    return costs.review("stay", best)
 
 
-def _moves(weighing: _Weighing) -> Iterator[Placement]:
-    """The moves that policy ``partial`` weighs; the first one is optimal where it is the only."""
-    if weighing.before_s == 0:
+def _candidates(costs: _CostModel) -> Iterator[Placement]:
+    """The placements that policy ``partial`` compares; a single one is optimal."""
+    if costs.before_s == 0:
         return
-    instance, size_gb = weighing.instance, weighing.expert_bytes[0] * 1e-9
-    gpus = [weighing.load_gbs[weighing.current.gpus_of(n)] for n in range(instance.num_servers)]
+    instance, size_gb = costs.instance, costs.expert_bytes[0] * 1e-9
+    gpus = [costs.load_gbs[costs.current.gpus_of(n)] for n in range(instance.num_servers)]
     slowest_s = np.array([size_gb / gbs.min() for gbs in gpus])
     fastest_s = np.array([size_gb / gbs.max() for gbs in gpus])
-    equal = bool((slowest_s == fastest_s).all())
-    linear = equal and weighing.policy.cost == "sum"
-    yield _flow(weighing, instance, slowest_s, exact=linear)
+    equal_gpus = bool((slowest_s == fastest_s).all())
+    linear = equal_gpus and costs.policy.cost == "sum"
+    yield _flow(costs, instance, slowest_s, exact=linear)
     if linear:
         return
     scales = [1.0]
-    if weighing.policy.cost == "max":
-        halvings = math.ceil(math.log2(max(len(weighing.load_gbs), 2)))
-        scales = [*(0.5**i for i in range(1 if equal else 0, halvings + 1)), 0.0]
+    if costs.policy.cost == "max":
+        halvings = math.ceil(math.log2(max(len(costs.load_gbs), 2)))
+        scales = [*(0.5**i for i in range(1 if equal_gpus else 0, halvings + 1)), 0.0]
     for scale in scales:
-        yield _flow(weighing, instance, fastest_s * scale)
-        if not equal:
-            yield _flow(weighing, _slower_gpus_kept(weighing), fastest_s * scale)
-    with contextlib.suppress(UnsupportedFeature):  # then policy `prism` could not move at all
-        yield _solver_candidate(weighing)
+        yield _flow(costs, instance, fastest_s * scale)
+        if not equal_gpus:
+            yield _flow(costs, _only_fastest_gpus_load(costs), fastest_s * scale)
+    with contextlib.suppress(UnsupportedFeature):  # policy `prism` has no candidate then
+        yield _solver_candidate(costs)
 
 
-def _slower_gpus_kept(weighing: _Weighing) -> Instance:
-    """The instance in which only the fastest loading GPUs of each server load and drop."""
-    instance, current = weighing.instance, weighing.current
+def _only_fastest_gpus_load(costs: _CostModel) -> Instance:
+    """The instance in which the other GPUs of each server keep exactly what they hold."""
+    instance, current = costs.instance, costs.current
     pinned, capacity = list(instance.pinned), []
     for n, slots in enumerate(instance.gpu_capacity):
         gpus = current.gpus_of(n)
         room = list(slots)
         for at, g in enumerate(gpus):
-            if weighing.load_gbs[g] < weighing.load_gbs[gpus].max():
+            if costs.load_gbs[g] < costs.load_gbs[gpus].max():
                 held = current.on_gpu[g]
                 room[at] = int(held.sum())
                 pinned += [(n, int(layer), int(e)) for layer, e in np.argwhere(held)]
@@ -297,33 +286,31 @@ def _slower_gpus_kept(weighing: _Weighing) -> Instance:
 
 
 def _flow(
-    weighing: _Weighing, instance: Instance, price_s: Floats, *, exact: bool = False
+    costs: _CostModel, instance: Instance, price_s: Floats, *, exact: bool = False
 ) -> Placement:
-    """The least communication plus ``price_s`` [N] for each expert that a server newly loads.
+    """The placement of least C(P') plus ``price_s`` [N] for each expert that a server newly loads.
 
-    ``instance`` is that of the weighing or one of fewer placements; ``exact`` says that the price
-    is what a load truly costs.
+    ``instance`` is that of ``costs`` or more constrained; ``exact`` says that the price is the true
+    cost of a load.
     """
-    current = weighing.current
-    value = instance.activations * (weighing.call_s * weighing.policy.horizon_s)[:, None, None]
-    held = current.local
-    value -= price_s[:, None, None] * ~held
-    local, prices, _ = solve_flow(instance, value, held)
-    least = math.fsum(value[local])
-    gap = value_bound(instance, value, prices) - least
+    current = costs.current
+    value = instance.activations * (costs.call_s * costs.policy.horizon_s)[:, None, None]
+    value -= price_s[:, None, None] * ~current.local
+    local, prices, _ = solve_flow(instance, value, current.local)
+    gap = value_bound(instance, value, prices) - math.fsum(value[local])
     proven = exact and gap <= TOLERANCE * float(np.abs(value[local]).sum())
     plan = SolveReport(
         solver="partial",
         objective="communication_s + migration_s",
         remote_share=remote_score(instance.activations, local).share,
         termination="optimal" if proven else "heuristic",
-        seed=weighing.policy.seed,
+        seed=costs.policy.seed,
         min_replicas=instance.min_replicas,
     )
     return Placement(
         model=instance.model,
         servers=instance.servers,
-        gpu_capacity=weighing.instance.gpu_capacity,
+        gpu_capacity=costs.instance.gpu_capacity,
         on_gpu=pack_on_gpus(instance, local, current),
         plan=plan,
         inputs=current.inputs,

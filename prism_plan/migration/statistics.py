@@ -1,4 +1,4 @@
-"""What the planner knows of recent calls: estimated calls per second, period by period."""
+"""Running statistics of recent calls: estimated calls per second of every expert."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ Floats = npt.NDArray[np.float64]
 
 
 class Statistics(Protocol):
-    """An estimate of calls per second that is told of every period as it ends."""
+    """An estimate of calls per second, updated at the end of every period."""
 
     def add(self, calls: npt.NDArray[np.int64], elapsed_s: float) -> None:
-        """Take in the calls [N, L, E] of a period of ``elapsed_s`` seconds."""
+        """Add the calls [N, L, E] of a period of ``elapsed_s`` seconds."""
 
     def rates(self) -> Floats:
         """Estimated calls per second, [N, L, E]; zero while no time has passed."""
 
     def moved(self) -> None:
-        """Experts have been moved on the word of these statistics."""
+        """Note that experts were moved, as decided by these statistics."""
 
 
-class Counting(Protocol):
-    """Frozen options of statistics; each run starts statistics of its own."""
+class StatisticsOptions(Protocol):
+    """How calls are averaged; each run starts statistics of its own."""
 
     def start(self, shape: tuple[int, int, int]) -> Statistics:
-        """Statistics that have seen nothing yet, for calls of shape [N, L, E]."""
+        """New statistics without any calls, for calls of shape [N, L, E]."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """An exponentially weighted window: a period's share halves every ``half_life_s`` seconds.
+    """An exponentially weighted window: a call's weight halves every ``half_life_s`` seconds.
 
     Raises
     ------
@@ -53,7 +53,7 @@ class Window:
             )
 
     def start(self, shape: tuple[int, int, int]) -> Statistics:
-        return _Sums(shape, self.half_life_s, restart=False)
+        return _DecayedSums(shape, self.half_life_s, restart=False)
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Cumulative:
     """All calls since the last move, as in the paper: old data lingers until something moves."""
 
     def start(self, shape: tuple[int, int, int]) -> Statistics:
-        return _Sums(shape, math.inf, restart=True)
+        return _DecayedSums(shape, math.inf, restart=True)
 
 
-class _Sums:
-    """Calls and seconds, of which the same share fades: so a constant rate has no bias."""
+class _DecayedSums:
+    """Calls and seconds, both decayed alike, so that a constant rate is estimated without bias."""
 
     def __init__(self, shape: tuple[int, int, int], half_life_s: float, *, restart: bool) -> None:
         self._calls = np.zeros(shape)

@@ -1,14 +1,13 @@
-"""Expert-score folders of ESFT (github.com/deepseek-ai/ESFT, ``results/expert_scores``).
+"""Read expert-score folders of ESFT (github.com/deepseek-ai/ESFT, ``results/expert_scores``).
 
 A folder holds one file per MoE layer, ``expert_weights_<decoder layer>.txt``, with one line per
 request: the expert ids of all its tokens, tab-separated, K per token in no order of weight; two
 tabs; then the gate weights in the same order. Line i is the same request in every file. Prefill
-and decode are not told apart. Files may be compressed with gzip, ``.txt.gz``.
+and decode are not distinguished. Files may be compressed with gzip, ``.txt.gz``.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +20,13 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.gzip_text import read_maybe_gzipped_text
+from prism_plan.io.location import Location
+from prism_plan.io.open_file import unreadable
 from prism_plan.io.text_files import iterate_lines
 from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.sources import Source, distinct
+from prism_plan.profiling.common.messages import CHECK_MODEL, Notify
+from prism_plan.profiling.sources import Source, require_distinct
 from prism_plan.trace import (
     UNKNOWN_PHASE,
     TokenBatch,
@@ -40,7 +42,7 @@ ID = r"-?[0-9]{1,9}"
 WEIGHT = r"-?(?:(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,3})?|nan|inf)"
 
 Row = tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16]]
-#: Of a line that cannot be read the error, where bad rows are left out.
+#: A line that cannot be read stands as its error, where bad rows are left out.
 Rows = list[Row | InputError]
 
 
@@ -51,12 +53,13 @@ def read_esft(
     weights: bool = True,
     skip_bad: bool = False,
     progress: Callable[[str, int], None] = lambda label, done: None,
-    notify: Callable[[str], None] = lambda message: None,
+    notify: Notify = lambda message: None,
 ) -> Trace:
     """One token-level trace from ESFT folders, each a task (named by its label or its folder).
 
-    ``progress`` is told (folder, files read so far). With ``skip_bad`` requests of which a line
-    does not parse or is of another model are left out, and ``notify`` is told.
+    ``progress`` is called with the folder and the number of files read so far. With ``skip_bad``
+    requests of which a line does not parse or is of another model are left out; ``notify`` is
+    called with a notice of them.
 
     Raises
     ------
@@ -65,7 +68,7 @@ def read_esft(
         a line does not parse; names file and line.
     """
     tasks = [source.task or source.path.resolve().name for source in sources]
-    distinct(tasks)
+    require_distinct(tasks)
     bad = BadRows(skip_bad)
     batches = list(_batches(sources, model, weights, bad, progress))
     bad.require_good()
@@ -92,13 +95,7 @@ def _batches(
 ) -> Iterator[TokenBatch]:
     request = 0
     for code, source in enumerate(sources):
-        read_before = code * model.num_layers
-        folder = _read_folder(
-            source.path,
-            model,
-            bad,
-            functools.partial(_tell, progress, source.path.name, read_before),
-        )
+        folder = _read_folder(source.path, model, bad, progress, code * model.num_layers)
         for index in range(len(folder[0])):
             try:
                 batch = _request(source.path, model, folder, index, (request, code), weights)
@@ -143,35 +140,20 @@ def _request(
         error = batch.invalid_selection(model)
         assert error is not None
         layer = model.moe_layers[bad[1]]
-        raise InputError(
-            error.found,
-            source=folder / f"expert_weights_{layer}.txt",
-            place=f"line {index + 1} token {bad[0] + 1}",
-            expected=error.expected,
-            remedy=error.remedy,
-        )
+        raise Location(
+            folder / f"expert_weights_{layer}.txt", f"line {index + 1} token {bad[0] + 1}"
+        ).error(error.found, error.expected, error.remedy)
     return batch
 
 
-def _numbers(
-    text: str, form: str, dtype: type[np.generic], path: Path, place: str
-) -> npt.NDArray[Any]:
-    """Tab-separated numbers; a word that is none is named with its position."""
+def _numbers(text: str, pattern: str, dtype: type[np.generic], at: Location) -> npt.NDArray[Any]:
+    """Parse tab-separated numbers."""
     words = text.split("\t")
-    if not re.fullmatch(f"{form}(\t{form})*", text):
-        index = next(i for i, word in enumerate(words) if not re.fullmatch(form, word))
-        raise InputError(
-            f"{words[index]!r:.40}",
-            source=path,
-            place=f"{place} number {index + 1}",
-            expected="a number",
-            remedy="the file may be cut short or damaged",
-        )
+    if not re.fullmatch(f"{pattern}(\t{pattern})*", text):
+        index = next(i for i, word in enumerate(words) if not re.fullmatch(pattern, word))
+        remedy = "the file may be cut short or damaged"
+        raise at.within(f"number {index + 1}").error(f"{words[index]!r:.40}", "a number", remedy)
     return np.array(words, dtype=dtype)
-
-
-def _tell(progress: Callable[[str, int], None], label: str, before: int, done: int) -> None:
-    progress(label, before + done)
 
 
 def _same_tokens(
@@ -179,78 +161,75 @@ def _same_tokens(
 ) -> int:
     for layer, row in zip(model.moe_layers, ids, strict=True):
         if len(row) != len(ids[0]):
-            raise InputError(
+            raise Location(folder / f"expert_weights_{layer}.txt", f"line {index + 1}").error(
                 f"{len(row) // model.top_k} tokens",
-                source=folder / f"expert_weights_{layer}.txt",
-                place=f"line {index + 1}",
-                expected=f"{len(ids[0]) // model.top_k}, as in layer {model.moe_layers[0]}",
-                remedy="the file may be cut short",
+                f"{len(ids[0]) // model.top_k}, as in layer {model.moe_layers[0]}",
+                "the file may be cut short",
             )
     return len(ids[0]) // model.top_k
 
 
 def _read_folder(
-    folder: Path, model: ModelSpec, bad: BadRows, progress: Callable[[int], None]
+    folder: Path,
+    model: ModelSpec,
+    bad: BadRows,
+    progress: Callable[[str, int], None],
+    num_read: int,
 ) -> list[Rows]:
     """The rows of every MoE layer's file, in layer order."""
     if not folder.is_dir():
-        raise InputError("not a folder", source=folder, expected="a folder of expert_weights_*.txt")
+        raise Location(folder).error("not a folder", "a folder of expert_weights_*.txt")
     found = {}
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(reason, source=folder, remedy="give a readable folder") from error
+        raise unreadable(error, folder, "give a readable folder") from error
     for name in names:
         match = FILE_NAME.fullmatch(name)
         if match and int(match.group(1)) not in found:
             found[int(match.group(1))] = folder / name
         elif name.startswith("expert_weights_") and name.endswith((".txt", ".txt.gz")):
-            raise InputError(
+            raise Location(folder / name).error(
                 "its layer was read already" if match else "not the name of a layer",
-                source=folder / name,
-                expected="expert_weights_<decoder layer>.txt, each layer once",
+                "expert_weights_<decoder layer>.txt, each layer once",
             )
     if not found:
-        raise InputError("no expert_weights_*.txt in it", source=folder)
+        raise Location(folder).error("no expert_weights_*.txt in it")
     for layer in sorted(set(found) - set(model.moe_layers)):
-        raise InputError(
+        raise Location(found[layer]).error(
             f"layer {layer}",
-            source=found[layer],
-            expected=f"a MoE layer of {model.name}, {model.layers_text()}",
-            remedy="check ``model``",
+            f"a MoE layer of {model.name}, {model.layers_text()}",
+            "check ``model``",
         )
     for layer in model.moe_layers:
         if layer not in found:
-            raise InputError(
+            raise Location(folder).error(
                 f"expert_weights_{layer}.txt is missing",
-                source=folder,
-                expected=f"a file for each MoE layer of {model.name}, {model.layers_text()}",
+                f"a file for each MoE layer of {model.name}, {model.layers_text()}",
             )
     layers = []
     for number, layer in enumerate(model.moe_layers, start=1):
         layers.append(_read_layer(found[layer], model, bad))
-        progress(number)
+        progress(folder.name, num_read + number)
     for layer, rows in zip(model.moe_layers, layers, strict=True):
         if len(rows) != len(layers[0]):
-            raise InputError(
+            raise Location(found[layer]).error(
                 f"{len(rows)} requests",
-                source=found[layer],
-                expected=f"{len(layers[0])}, as in layer {model.moe_layers[0]}",
-                remedy="the file may be cut short",
+                f"{len(layers[0])}, as in layer {model.moe_layers[0]}",
+                "the file may be cut short",
             )
     if not layers[0]:
-        raise InputError("no requests in it", source=folder)
+        raise Location(folder).error("no requests in it")
     return layers
 
 
 def _read_layer(path: Path, model: ModelSpec, bad: BadRows) -> Rows:
     rows: Rows = []
     for number, line in enumerate(iterate_lines(read_maybe_gzipped_text(path)), start=1):
-        place = f"line {number}"
-        require_at_most(len(line), MAX_LINE_OF_NUMBERS, "characters", source=path, place=place)
+        at = Location(path, f"line {number}")
+        require_at_most(len(line), MAX_LINE_OF_NUMBERS, "characters", source=path, place=at.place)
         try:
-            rows.append(_read_line(line, model, path, place))
+            rows.append(_read_line(line, model, at))
         except InputError as error:
             if not bad.skip:
                 raise
@@ -258,35 +237,27 @@ def _read_layer(path: Path, model: ModelSpec, bad: BadRows) -> Rows:
     return rows
 
 
-def _read_line(line: str, model: ModelSpec, path: Path, place: str) -> Row:
+def _read_line(line: str, model: ModelSpec, at: Location) -> Row:
     ids_text, tabs, weights_text = line.rstrip("\r").partition("\t\t")
     if not tabs:
-        raise InputError(
+        raise at.error(
             "no two tabs between ids and gate weights",
-            source=path,
-            place=place,
-            expected="ids, two tabs, weights",
-            remedy="the file may be cut short",
+            "ids, two tabs, weights",
+            "the file may be cut short",
         )
-    ids = _numbers(ids_text, ID, np.int64, path, f"{place}: ids")
-    gates = _numbers(weights_text, WEIGHT, np.float64, path, f"{place}: weights")
+    ids = _numbers(ids_text, ID, np.int64, Location(at.source, f"{at.place}: ids"))
+    gates = _numbers(weights_text, WEIGHT, np.float64, Location(at.source, f"{at.place}: weights"))
     if len(ids) != len(gates) or len(ids) % model.top_k:
-        raise InputError(
+        raise at.error(
             f"{len(ids)} ids and {len(gates)} weights",
-            source=path,
-            place=place,
-            expected=f"as many of both, {model.top_k} a token",
-            remedy="the line may be cut short, or ``model`` is not the model that was recorded",
+            f"as many of both, {model.top_k} a token",
+            "the line may be cut short, or ``model`` is not the model that was recorded",
         )
     if ids.min() < 0 or ids.max() >= model.num_experts:
         bad = int(np.argmax((ids < 0) | (ids >= model.num_experts)))
-        raise InputError(
-            f"expert {ids[bad]}",
-            source=path,
-            place=f"{place} token {bad // model.top_k + 1}",
-            expected=f"ids 0..{model.num_experts - 1} of {model.name}",
-            remedy="check that ``model`` is the model that was recorded",
+        raise at.within(f"token {bad // model.top_k + 1}").error(
+            f"expert {ids[bad]}", f"ids 0..{model.num_experts - 1} of {model.name}", CHECK_MODEL
         )
     if not np.isfinite(gates).all() or (gates < 0).any() or (gates > 65504).any():
-        raise InputError("a gate weight is negative, NaN or too large", source=path, place=place)
+        raise at.error("a gate weight is negative, NaN or too large")
     return ids.astype(np.uint16), gates.astype(np.float16)

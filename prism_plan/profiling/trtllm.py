@@ -1,15 +1,15 @@
-"""Expert statistics of TensorRT-LLM, ``EXPERT_STATISTIC_ITER_RANGE`` and ``EXPERT_STATISTIC_PATH``.
+"""Read expert statistics of TensorRT-LLM (``EXPERT_STATISTIC_ITER_RANGE``, ``…_PATH``).
 
-Read in ``tensorrt_llm/_torch/modules/fused_moe`` of mid-2026 (class ``ExpertStatistic``). A folder
-holds ``meta_info.json`` with ``num_experts`` and ``num_experts_per_token`` (more keys may stand
-there) and ``rank<r>.safetensors`` with one int64 [E] for each ``<iteration>_<decoder layer>``. All
+As written by ``tensorrt_llm/_torch/modules/fused_moe`` of mid-2026 (class ``ExpertStatistic``). A
+folder holds ``meta_info.json`` with ``num_experts`` and ``num_experts_per_token`` (and perhaps more
+keys) and ``rank<r>.safetensors`` with one int64 [E] for each ``<iteration>_<decoder layer>``. All
 are summed. Without attention data parallelism every rank counts the same tokens: the sum is then a
 multiple of the calls, and so is the number of tokens, which leaves calls per token as they were.
 Layers right behind the model's last one are multi-token-prediction layers and are left out.
 
 With its load balancer on the engine counts slots, not experts, and ``num_experts`` is the number
-of slots. Such a recording is refused where the two numbers differ; where they are equal it cannot
-be told apart, so record without a load balancer.
+of slots. Such a recording is refused where the two numbers differ; where they are equal
+this cannot be detected, so record without a load balancer.
 """
 
 from __future__ import annotations
@@ -19,26 +19,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from prism_plan.errors import InputError
 from prism_plan.io.json import parse_json
+from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
 from prism_plan.io.text_files import read_text
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.added import AddedCounts
-from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice
-from prism_plan.profiling.sources import Source
-from prism_plan.profiling.tensors import (
-    CHECK_MODEL,
-    CUT_SHORT,
-    Notify,
-    counts_trace,
-    default_task,
-    files_of_tasks,
-    json_object,
-)
-from prism_plan.profiling.tokens import require_every_layer, sum_calls
+from prism_plan.profiling.common.call_counts import Counts, sum_calls, trace_from_counts
+from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers
+from prism_plan.profiling.common.json_fields import json_object
+from prism_plan.profiling.common.messages import CHECK_MODEL, CUT_SHORT, Notify
+from prism_plan.profiling.common.task_counts import add_up_sources
+from prism_plan.profiling.sources import Source, paths_by_task
 from prism_plan.text import shown
 from prism_plan.trace import Trace
 
@@ -58,33 +50,20 @@ def read_trtllm(
     InputError
         A file is missing, cut short or foreign; a tensor, layer or count is not of the model.
     """
-    files = files_of_tasks(sources)
-    added = AddedCounts()
-    left_out: set[int] = set()
-    for source in sources:
-        calls, extra = _read_folder(source.path, model)
-        added.add(source.task or default_task(source.path), calls, source)
-        left_out.update(extra)
-    for task, calls in added.calls.items():
-        require_every_layer(task, calls, model, added.files(task))
-    folders = {
-        task: paths[0].resolve().name if len(paths) == 1 else [p.resolve().name for p in paths]
-        for task, paths in files.items()
-    }
-    for text in added.copies:
-        notify(text)
-    if left_out:
-        notify(mtp_notice(left_out, model))
-    return counts_trace("trtllm", model, added.calls, {"folders": folders}, notify)
+    paths = paths_by_task(sources)
+    calls = add_up_sources(sources, model, _read_folder, notify)
+    folders = {}
+    for task, parts in paths.items():
+        names = [path.resolve().name for path in parts]
+        folders[task] = names[0] if len(names) == 1 else names
+    return trace_from_counts("trtllm", model, calls, {"folders": folders}, notify)
 
 
-def _read_folder(folder: Path, model: ModelSpec) -> tuple[npt.NDArray[np.int64], list[int]]:
+def _read_folder(folder: Path, model: ModelSpec) -> tuple[Counts, list[int]]:
     """Calls [L, E] of a folder, and the multi-token-prediction layers that were left out."""
     if not folder.is_dir():
-        raise InputError(
-            "not a folder",
-            source=folder,
-            expected="a folder of meta_info.json and rank*.safetensors",
+        raise Location(folder).error(
+            "not a folder", "a folder of meta_info.json and rank*.safetensors"
         )
     _check_meta(folder / "meta_info.json", model)
     ranks = {}
@@ -93,109 +72,89 @@ def _read_folder(folder: Path, model: ModelSpec) -> tuple[npt.NDArray[np.int64],
         if match:
             ranks[int(match.group(1))] = path
     if not ranks:
-        raise InputError("no rank*.safetensors in it", source=folder)
+        raise Location(folder).error("no rank*.safetensors in it")
     for rank in range(max(ranks)):
         if rank not in ranks:
-            raise InputError(
+            raise Location(folder).error(
                 f"rank{rank}.safetensors is missing",
-                source=folder,
-                expected=f"the files of ranks 0..{max(ranks)}, whose calls are added up",
-                remedy="copy the folder again",
+                f"the files of ranks 0..{max(ranks)}, whose calls are added up",
+                "copy the folder again",
             )
     counts = np.zeros((model.num_layers, model.num_experts), np.int64)
-    beyond: dict[int, tuple[Path, str]] = {}
+    later_layers: dict[int, Location] = {}
     for _, path in sorted(ranks.items()):
-        _add_rank(path, model, counts, beyond)
-    extra, stray = mtp_layers(beyond, model)
+        _add_rank(path, model, counts, later_layers)
+    mtp_layers, stray = split_mtp_layers(later_layers, model)
     if stray is not None:
-        raise _foreign_layer(*beyond[stray], stray, model)
-    return counts, extra
+        raise foreign_layer(stray, model, later_layers[stray])
+    return counts, mtp_layers
 
 
 def _check_meta(path: Path, model: ModelSpec) -> None:
-    meta = json_object(parse_json(read_text(path), path), path, "")
-    wanted = {"num_experts": model.num_experts, "num_experts_per_token": model.top_k}
-    for key, number in wanted.items():
+    meta = json_object(parse_json(read_text(path), path), Location(path))
+    expected = {"num_experts": model.num_experts, "num_experts_per_token": model.top_k}
+    for key, number in expected.items():
         if key not in meta:
-            raise InputError(
-                f"key {key!r} is missing", source=path, expected=" and ".join(map(repr, wanted))
-            )
+            raise Location(path).error(f"key {key!r} is missing", " and ".join(map(repr, expected)))
         if meta[key] != number or isinstance(meta[key], bool):
-            raise InputError(
+            raise Location(path, key).error(
                 shown(meta[key]),
-                source=path,
-                place=key,
-                expected=f"{number} of {model.name}",
-                remedy=f"{CHECK_MODEL}, without a load balancer (which counts slots)",
+                f"{number} of {model.name}",
+                f"{CHECK_MODEL}, without a load balancer (which counts slots)",
             )
 
 
 def _add_rank(
-    path: Path,
-    model: ModelSpec,
-    counts: npt.NDArray[np.int64],
-    beyond: dict[int, tuple[Path, str]],
+    path: Path, model: ModelSpec, counts: Counts, later_layers: dict[int, Location]
 ) -> None:
-    """Add a rank's calls to ``counts`` [L, E]; layers ``beyond`` the model's are noted there."""
+    """Add a rank's calls to ``counts`` [L, E], and to ``later_layers`` those after the model's."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise InputError(
-            "safetensors is not installed", source=path, remedy="pip install 'prism-plan[hf]'"
+        raise Location(path).error(
+            "safetensors is not installed", remedy="pip install 'prism-plan[hf]'"
         ) from error
 
     OpenFile(path).close()  # refuses pipes and devices, for safetensors would wait for them
     try:
         with safe_open(path, framework="numpy") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - no mapping
-                layer = _layer(path, key, model)
+                at = Location(path, f"key {key!r}")
+                layer = _layer(key, model, at)
                 part = tensors.get_slice(key)
                 if part.get_dtype() != "I64" or part.get_shape() != [model.num_experts]:
-                    raise InputError(
+                    raise at.error(
                         f"{part.get_dtype()} {part.get_shape()}",
-                        source=path,
-                        place=f"key {key!r}",
-                        expected=f"I64 [{model.num_experts}], calls of each expert of {model.name}",
-                        remedy=CHECK_MODEL,
+                        f"I64 [{model.num_experts}], calls of each expert of {model.name}",
+                        CHECK_MODEL,
                     )
                 calls = tensors.get_tensor(key)
-                if calls.min() < 0 or calls.max() >= 2**53:
-                    expert = int(np.argmax((calls < 0) | (calls >= 2**53)))
-                    raise InputError(
-                        f"{calls[expert]} calls",
-                        source=path,
-                        place=f"key {key!r} expert {expert}",
-                        expected="a whole number of at least 0",
+                bad = (calls < 0) | (calls >= 2**53)
+                if bad.any():
+                    expert = int(np.argmax(bad))
+                    raise at.within(f"expert {expert}").error(
+                        f"{calls[expert]} calls", "a whole number of at least 0"
                     )
-                if layer >= decoder_end(model):
-                    beyond.setdefault(layer, (path, key))
+                if layer >= model.num_decoder_layers:
+                    later_layers.setdefault(layer, at)
                     continue
-                at = model.moe_layers.index(layer)
-                counts[at] = sum_calls(np.stack([counts[at], calls])[:, None], path)[0]
+                row = model.moe_layers.index(layer)
+                both = np.stack([counts[row], calls])[:, None]
+                counts[row] = sum_calls(both, Location(path))[0]
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"not a readable safetensors file: {error}", source=path, remedy=CUT_SHORT
+        raise Location(path).error(
+            f"not a readable safetensors file: {error}", remedy=CUT_SHORT
         ) from error
 
 
-def _layer(path: Path, key: str, model: ModelSpec) -> int:
+def _layer(key: str, model: ModelSpec, at: Location) -> int:
     """The decoder layer of a key."""
     match = KEY.fullmatch(key)
     if match is None:
-        raise InputError(
-            f"key {key!r:.60}", source=path, expected="<iteration>_<decoder layer>, as in '100_3'"
+        raise Location(at.source).error(
+            f"key {key!r:.60}", "<iteration>_<decoder layer>, as in '100_3'"
         )
     layer = int(match.group(2))
-    if layer not in model.moe_layers and layer < decoder_end(model):
-        raise _foreign_layer(path, key, layer, model)
+    if layer not in model.moe_layers and layer < model.num_decoder_layers:
+        raise foreign_layer(layer, model, at)
     return layer
-
-
-def _foreign_layer(path: Path, key: str, layer: int, model: ModelSpec) -> InputError:
-    return InputError(
-        f"layer {layer}",
-        source=path,
-        place=f"key {key!r}",
-        expected=f"a MoE layer of {model.name}, {model.layers_text()}",
-        remedy=CHECK_MODEL,
-    )

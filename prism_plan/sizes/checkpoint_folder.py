@@ -1,177 +1,106 @@
-"""What a checkpoint tells outside the sizes in its ``config.json``.
-
-Two things: what the model is called, and that its weights are quantised. The second stands in one
-of several keys of ``config.json`` or in a file beside it, depending on the tool that quantised:
-
-============================  ====================================================
-``quantization_config``       key; transformers and the tools that write its form
-``compression_config``        key; compressed-tensors before it took the key above
-``quantization``              key; MLX
-``hf_quant_config.json``      file; NVIDIA ModelOpt
-``quantize_config.json``      file; AutoGPTQ and GPTQModel
-``quant_config.json``         file; AutoAWQ
-``quantization_config.json``  file; ExLlamaV3, AutoRound
-``*.gguf``                    weights of llama.cpp, where a folder holds no others
-============================  ====================================================
-"""
+"""Read the sizes of a model that lies on this machine: a checkpoint folder or one of its files."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from prism_plan.io.json import parse_json
+from prism_plan.io.location import Location
+from prism_plan.io.model_spec import spec_from_json
 from prism_plan.io.text_files import read_text
-
-#: Keys of config.json under which a checkpoint says that it is quantised, and who writes them.
-QUANTISATION_KEYS = {
-    "quantization_config": "transformers",
-    "compression_config": "compressed-tensors",
-    "quantization": "MLX",
-}
-#: Files beside config.json that say so, and who writes them.
-QUANTISATION_FILES = {
-    "hf_quant_config.json": "ModelOpt",
-    "quantize_config.json": "GPTQ",
-    "quant_config.json": "AWQ",
-    "quantization_config.json": "ExLlamaV3 or AutoRound",
-}
-#: Keys of those files that tell the algorithm or the width, the most telling first.
-_ALGORITHM_KEYS = ("quant_algo", "quant_method", "bits", "w_bit")
-
-#: A commit of a repository, by which the hub's cache names the folder of a snapshot.
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+from prism_plan.model import ModelSpec
+from prism_plan.sizes.checkpoint_name import cached_repository, model_name
+from prism_plan.sizes.gguf_file import spec_from_gguf
+from prism_plan.sizes.meta_device import CHECKPOINT_OR_BY_HAND, spec_from_config
+from prism_plan.sizes.model_facts import read_facts
+from prism_plan.sizes.quantisation import quantisation_beside
+from prism_plan.sizes.safetensors_headers import tensors_of_folder
+from prism_plan.sizes.stored_tensors import spec_from_tensors
+from prism_plan.sizes.weight_files import file_names
 
 
-# ------------------------------------------------------------------------------------------ names
+def spec_from_file(path: Path) -> ModelSpec:
+    """Read the model spec of a file: GGUF, a spec of ours in JSON, or a ``config.json``.
 
-
-def model_name(folder: str | os.PathLike[str]) -> str:
-    """Tell what a model is called whose checkpoint lies in ``folder``.
-
-    In the hub's cache (``models--ORG--NAME/snapshots/COMMIT``) it is the repository's NAME, so
-    that a model has one name however it is given. A snapshot outside of such a cache is called
-    after the folder that holds ``snapshots``. Any other folder gives its own name, that of the
-    folder itself where ``folder`` is a link to it or a relative path. Empty for a root folder.
-    """
-    given, real = Path(os.path.abspath(folder)), Path(os.path.realpath(folder))
-    repository = cached_repository(given) or cached_repository(real)
-    if repository:
-        return repository
-    if real.parent.name == "snapshots" and _COMMIT.fullmatch(real.name):
-        return real.parent.parent.name or real.name
-    return real.name
-
-
-def checkpoint_name(checkpoint: str) -> str:
-    """Tell what the model of a checkpoint is called: a folder, or a hub id ``ORG/NAME``."""
-    if os.path.isdir(checkpoint):
-        return model_name(checkpoint)
-    return cached_repository(Path(os.path.abspath(checkpoint))) or Path(checkpoint).name
-
-
-def cached_repository(folder: Path) -> str:
-    """Tell the NAME of ``models--ORG--NAME`` for one of its folders; empty for other folders.
-
-    ``folder`` is an absolute path: the folder of a snapshot, or the one of all blobs.
-    """
-    owner = folder.parent if folder.name == "blobs" else folder.parent.parent
-    if folder.name != "blobs" and folder.parent.name != "snapshots":
-        return ""
-    kind, _, repository = owner.name.partition("--")
-    # Names of organisations and repositories hold no double hyphen.
-    return repository.rpartition("--")[2] if kind == "models" else ""
-
-
-# ------------------------------------------------------------------------------- quantised weights
-
-
-class Quantisation(NamedTuple):
-    """Where a checkpoint says that its weights are quantised.
-
-    ``place`` is the key in ``file`` (empty: the file as a whole), ``found`` its value and what
-    that means, for a message.
-    """
-
-    file: Path
-    place: str
-    found: str
-
-
-def quantisation_key(
-    values: Mapping[str, Any], keys: Iterable[str] = tuple(QUANTISATION_KEYS)
-) -> str:
-    """Tell the first of the ``keys`` under which a config says that it is quantised, or nothing.
-
-    A null says that it is not. Any other value says that it is, also an empty one: it is not
-    guessed what that means. Under ``quantization`` the form of ModelOpt is known too.
-    """
-    for key in keys:
-        value = values.get(key)
-        if value is not None and not (key == "quantization" and _names_no_algorithm(value)):
-            return key
-    return ""
-
-
-def quantisation_beside(folder: Path, *, gguf: bool = True) -> Quantisation | None:
-    """Find a file in ``folder`` that says that the weights there are quantised.
-
-    Parameters
-    ----------
-    folder
-        Where ``config.json`` lies. Nothing is said of folders below it.
-    gguf
-        Whether GGUF files, where there are no other weights, count as such.
+    A file named ``config.json`` beside weights stands for its folder. Without weights its model is
+    named as when the checkpoint is run (:func:`~prism_plan.sizes.checkpoint_name.model_name`).
+    Other configurations are named by their ``_name_or_path``, else by the file.
 
     Raises
     ------
     InputError
-        Such a file is there and cannot be read, or is not JSON.
-
+        The file cannot be read or is not JSON; see :func:`~prism_plan.sizes.load.load_model_spec`.
     """
-    for name, tool in QUANTISATION_FILES.items():
-        path = folder / name
-        # A link into a cache that lost the file is an error when it is read, not an absent file.
-        if not os.path.lexists(path) or path.is_dir():
-            continue
-        values = parse_json(read_text(path), path, non_finite=True)
-        inner = values.get("quantization") if isinstance(values, Mapping) else None
-        place, stated = ("quantization.", inner) if isinstance(inner, Mapping) else ("", values)
-        if name == "hf_quant_config.json" and _names_no_algorithm(stated):
-            continue  # ModelOpt quantised the cache alone, or nothing
-        if isinstance(stated, Mapping):
-            for key in _ALGORITHM_KEYS:
-                if stated.get(key) is not None:
-                    found = f"{stated[key]!r:.40}: the weights are quantised, by {tool}"
-                    return Quantisation(path, place + key, found)
-        return Quantisation(path, "", f"is there: the weights are quantised, by {tool}")
-    weights = sorted(_weight_files(folder)) if gguf else []
-    if weights and all(name.endswith(".gguf") for name in weights):
-        found = "the weights are in GGUF, whose sizes config.json does not tell"
-        return Quantisation(folder / weights[0], "", found)
-    return None
+    if path.name.endswith(".gguf"):
+        return spec_from_gguf(path)
+    values = parse_json(read_text(path), path, non_finite=True)
+    if _is_spec(values):
+        return spec_from_json(values, path)
+    of_folder = path.name == "config.json"
+    if of_folder and _weights(path.parent):
+        return spec_from_folder(path.parent)
+    for folder in dict.fromkeys((path.parent, Path(os.path.realpath(path)).parent)):
+        _require_unquantised(folder)
+    folder = Path(os.path.abspath(path)).parent
+    name = model_name(path.parent) if of_folder else cached_repository(folder)
+    named = isinstance(values, dict) and values.get("_name_or_path")
+    return spec_from_config(values, source=path, name=name or ("" if named else path.stem))
 
 
-def _names_no_algorithm(value: object) -> bool:
-    """Whether a ``quantization`` in the form of ModelOpt says that no weights are quantised."""
-    return (
-        isinstance(value, Mapping)
-        and "quant_algo" in value
-        and value["quant_algo"] is None
-        and not value.get("quantized_layers")
-    )
+def _is_spec(values: Any) -> bool:
+    """Whether a JSON value is a spec of ours rather than a ``config.json``."""
+    keys = {"moe_layers", "expert_bytes", "dense_bytes"}
+    return isinstance(values, dict) and "model_type" not in values and bool(keys & set(values))
 
 
-def _weight_files(folder: Path) -> list[str]:
-    try:
-        names = os.listdir(folder)
-    except OSError:  # config.json can be read where its folder cannot be listed
-        return []
-    return [
-        name
-        for name in names
-        if name.endswith((".gguf", ".safetensors")) or name.startswith("pytorch_model")
-    ]
+def spec_from_folder(folder: Path) -> ModelSpec:
+    """Read the model spec of a checkpoint folder.
+
+    From the headers of its safetensors files; else from its only GGUF file; else from its
+    ``config.json`` alone.
+
+    Raises
+    ------
+    InputError
+        See :func:`~prism_plan.sizes.load.load_model_spec`.
+    """
+    weights = _weights(folder)
+    if weights and weights[0].endswith(".gguf"):
+        return spec_from_file(_one_gguf(folder, weights))
+    config = folder / "config.json"
+    if not weights:
+        return spec_from_file(config)
+    facts = read_facts(parse_json(read_text(config), config, non_finite=True), source=config)
+    tensors = tensors_of_folder(folder)
+    return spec_from_tensors(tensors, facts, name=model_name(folder), source=folder)
+
+
+def _weights(folder: Path) -> list[str]:
+    """Files of weights whose headers can be read: safetensors, or GGUF where there are none."""
+    names = file_names(folder)
+    for ending in (".safetensors", ".gguf"):
+        found = [name for name in names if name.endswith(ending)]
+        if found:
+            return found
+    return []
+
+
+def _one_gguf(folder: Path, names: list[str]) -> Path:
+    stems = {name.partition("-00001-of-")[0] for name in names if "-of-" not in name}
+    stems |= {name.rpartition("-of-")[0].rpartition("-")[0] for name in names if "-of-" in name}
+    if len(stems) > 1:
+        raise Location(folder).error(
+            f"{' and '.join(names[:2])}{' and others' if len(names) > 2 else ''}",
+            "one GGUF model in the folder",
+            "give the file",
+        )
+    return folder / names[0]
+
+
+def _require_unquantised(folder: Path) -> None:
+    """Refuse a folder without weights in which a file says that they are quantised."""
+    found = quantisation_beside(folder, gguf=False)
+    if found is not None:
+        raise Location(found.file, found.place).error(found.found, remedy=CHECKPOINT_OR_BY_HAND)

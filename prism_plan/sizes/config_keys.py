@@ -1,7 +1,7 @@
-"""Keys of a ``config.json``, read one by one.
+"""Keys of a Hugging Face ``config.json`` and their spellings, read one by one.
 
-Families spell the same thing in different ways; the spellings stand here as data, after the
-``attribute_map`` of the configurations of transformers 5.24 and the checkpoints on the Hub.
+Families spell the same thing in different ways. The spellings follow the ``attribute_map`` of the
+configurations of transformers 5.24 and the checkpoints on the Hub.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from prism_plan.errors import InputError
+from prism_plan.io.location import Location
 from prism_plan.text import shown
 
 LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
@@ -31,7 +31,7 @@ MAX_SIZE = 2**31 - 1
 
 
 class Config:
-    """A configuration's values, read key by key; every error names file, key and value."""
+    """The values of a configuration; every error names file, key and value."""
 
     def __init__(self, values: Mapping[str, Any], source: object, place: str = "") -> None:
         self.values = values
@@ -42,50 +42,45 @@ class Config:
         return f"{self._place}.{key}" if self._place else key
 
     def refuse(self, key: str, value: object, expected: str, remedy: str = "") -> NoReturn:
-        raise InputError(
-            shown(value),
-            source=self.source,
-            place=self.place(key),
-            expected=expected,
-            remedy=remedy,
-        )
+        place = self.place(key)
+        raise Location(self.source, place).error(shown(value), expected, remedy)
 
-    def find(self, spellings: Iterable[str]) -> list[str]:
-        """Which of the spellings are given, with a value other than null."""
+    def present(self, spellings: Iterable[str]) -> list[str]:
+        """Those of the spellings that have a value other than null."""
         return [key for key in spellings if self.get(key) is not None]
 
     def get(self, key: str) -> Any:
-        """Read a value; a dot leads into an object."""
+        """The value of a key, or of a key in an object, ``OUTER.INNER``."""
         outer, _, inner = key.partition(".")
         value = self.values.get(outer)
         if not inner:
             return value
         return value.get(inner) if isinstance(value, Mapping) else None
 
-    def whole(self, *spellings: str, least: int = 1, most: int = MAX_SIZE) -> int:
-        """Read a whole number that must be there; the first spelling given counts."""
-        found = self.find(spellings)
+    def integer(self, *spellings: str, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
+        """Read a required whole number from the first spelling that is present."""
+        found = self.present(spellings)
         if not found:
-            raise InputError(
+            raise Location(self.source, self._place).error(
                 f"key {spellings[0]!r} is missing",
-                source=self.source,
-                place=self._place,
-                expected="a config.json with every key that the sizes depend on",
+                "a config.json with every key that the sizes depend on",
             )
-        return self.number(found[0], self.get(found[0]), least, most)
+        return self.require_integer(found[0], self.get(found[0]), minimum, maximum)
 
-    def number(self, key: str, value: object, least: int = 1, most: int = MAX_SIZE) -> int:
-        """Check that a value is a whole number within bounds."""
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            self.refuse(key, value, f"a whole number from {least} to {most}")
+    def require_integer(
+        self, key: str, value: object, minimum: int = 1, maximum: int = MAX_SIZE
+    ) -> int:
+        """Refuse a value that is not a whole number within bounds, else return it."""
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            self.refuse(key, value, f"a whole number from {minimum} to {maximum}")
         return value
 
-    def whole_or(self, default: int, *spellings: str, least: int = 1) -> int:
-        """Read a whole number that may be absent."""
-        return self.whole(*spellings, least=least) if self.find(spellings) else default
+    def integer_or(self, default: int, *spellings: str, minimum: int = 1) -> int:
+        """Read an optional whole number."""
+        return self.integer(*spellings, minimum=minimum) if self.present(spellings) else default
 
     def flag(self, key: str) -> bool | None:
-        """Read true or false; absent and null are none."""
+        """Read true or false; None where it is absent or null."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
             self.refuse(key, value, "true or false")

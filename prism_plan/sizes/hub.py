@@ -1,4 +1,4 @@
-"""The sizes of a checkpoint on the Hugging Face Hub, without downloading its weights."""
+"""Read the sizes of a checkpoint on the Hugging Face Hub without downloading its weights."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prism_plan.errors import InputError
 from prism_plan.io.json import parse_json
+from prism_plan.io.location import Location
 from prism_plan.io.text_files import read_text
 from prism_plan.model import ModelSpec
-from prism_plan.sizes.checkpoint_folder import checkpoint_name
-from prism_plan.sizes.config import read_facts
-from prism_plan.sizes.stored import StoredTensor, spec_from_tensors
+from prism_plan.sizes.checkpoint_folder import spec_from_folder
+from prism_plan.sizes.checkpoint_name import checkpoint_name
+from prism_plan.sizes.model_facts import read_facts
+from prism_plan.sizes.stored_tensors import StoredTensor, spec_from_tensors
 
 _NOT_THERE = "no such folder, and no checkpoint of that name can be had from the hub"
 
@@ -27,25 +28,22 @@ def spec_from_hub(repository: str) -> ModelSpec:
     ------
     InputError
         ``huggingface_hub`` is not installed; there is no such repository, no access to it, no
-        network; it has no safetensors files; see :func:`~prism_plan.sizes.load_model_spec`.
+        network; it has no safetensors files; see :func:`~prism_plan.sizes.load.load_model_spec`.
     """
     try:
         import huggingface_hub
         import huggingface_hub.errors
     except ImportError as error:
-        raise InputError(
+        raise Location(repository).error(
             "huggingface_hub is not installed",
-            source=repository,
             remedy="pip install 'prism-plan[hf]', or give a checkpoint folder",
         ) from error
-    with _loading(repository, huggingface_hub):  # refuses what cannot be a name
+    with _loading(repository, huggingface_hub):  # raises where it cannot be a name
         cached = huggingface_hub.try_to_load_from_cache(repository, "config.json")
     if isinstance(cached, str):
         folder = Path(cached).parent
         if any(folder.glob("*.safetensors")):
-            from prism_plan.sizes import spec_of_folder
-
-            return spec_of_folder(folder)
+            return spec_from_folder(folder)
     with _loading(repository, huggingface_hub):
         config = huggingface_hub.hf_hub_download(repository, "config.json")
         stored = huggingface_hub.get_safetensors_metadata(repository)
@@ -64,19 +62,19 @@ def _tensors(stored: Any) -> Iterator[StoredTensor]:
 
 @contextlib.contextmanager
 def _loading(repository: str, hub: Any) -> Iterator[None]:
-    """Failures of the hub's client, which come as many kinds of exception, as one line."""
+    """Turn the exceptions of the hub's client, which are of many classes, into InputError."""
     remedy = "give a checkpoint folder, or a hub id and a network connection"
     try:
         yield
     except hub.errors.NotASafetensorsRepoError as error:
         found, remedy = "has no safetensors files", "give a .gguf file, or a checkpoint folder"
-        raise InputError(found, source=repository, remedy=remedy) from error
+        raise Location(repository).error(found, remedy=remedy) from error
     except hub.errors.GatedRepoError as error:
         found = "the checkpoint is gated or private"
         remedy = "ask for access on its page and log in with: hf auth login"
-        raise InputError(found, source=repository, remedy=remedy) from error
+        raise Location(repository).error(found, remedy=remedy) from error
     except hub.errors.RepositoryNotFoundError as error:
-        raise InputError(_NOT_THERE, source=repository, remedy=remedy) from error
+        raise Location(repository).error(_NOT_THERE, remedy=remedy) from error
     except Exception as error:
         found = f"{_NOT_THERE} ({' '.join(str(error).split()):.100})"
-        raise InputError(found, source=repository, remedy=remedy) from error
+        raise Location(repository).error(found, remedy=remedy) from error

@@ -1,4 +1,4 @@
-"""The headers of safetensors files: which tensors there are, without reading a number of them."""
+"""Read the headers of safetensors files: names, dtypes, shapes and places of their tensors."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prism_plan.errors import InputError
 from prism_plan.io.json import parse_json
+from prism_plan.io.location import Location
+from prism_plan.io.open_file import unreadable
 from prism_plan.io.text_files import decode
 from prism_plan.limits import require_at_most
-from prism_plan.sizes.stored import MAX_TENSORS, StoredTensor
+from prism_plan.sizes.stored_tensors import MAX_TENSORS, StoredTensor
 from prism_plan.sizes.weight_files import INDEX, SINGLE, indexed_files, shards_without_index
 
-#: No header is longer; a larger length is no safetensors file (the format's own limit).
+#: The format's own limit of a header.
 MAX_HEADER_BYTES = 100_000_000
-#: Bits of a number of each kind; of a kind that is not listed the positions alone tell the size.
+#: Bits of a number of each dtype. The size of a tensor of another dtype is not checked.
 BITS = {
     **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "BOOL": 8},
     **{"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8},
@@ -54,13 +55,12 @@ def tensors_of_folder(folder: Path) -> Iterator[StoredTensor]:
         require_at_most(tensors, MAX_TENSORS, "tensors", source=folder / INDEX)
     for name, file in files.items():
         if name not in headers[file]:
-            raise InputError(
+            raise Location(folder / file).error(
                 f"tensor {name} is missing",
-                source=folder / file,
-                expected=f"it there, as {INDEX} says",
-                remedy="copy or download the checkpoint again",
+                f"it there, as {INDEX} says",
+                "copy or download the checkpoint again",
             )
-    for header in headers.values():  # what is stored counts, also where the index leaves it out
+    for header in headers.values():  # what is stored counts, even where it is not in the index
         yield from header.values()
 
 
@@ -80,7 +80,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 
 
 def open_file(path: str | os.PathLike[str]) -> int:
-    """Open a file for reading by ranges; gives its descriptor.
+    """Open a file for reading by ranges, and return its descriptor.
 
     Raises
     ------
@@ -90,12 +90,11 @@ def open_file(path: str | os.PathLike[str]) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(reason, source=path, remedy="give a readable file") from error
+        raise unreadable(error, path) from error
 
 
 def header_of(fd: int, path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Read the header of an open file: its tensors by name, with their positions in the file.
+    """Read the header of an open file: its tensors by name, with their places in the file.
 
     Raises
     ------
@@ -104,29 +103,25 @@ def header_of(fd: int, path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     """
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
-        raise InputError("is no regular file", source=path, remedy=_REMEDY)
+        raise Location(path).error("is no regular file", remedy=_REMEDY)
     size = found.st_size
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
     if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
-        raise InputError(
-            f"no header in its {size:,} bytes",
-            source=path,
-            expected="a whole safetensors file",
-            remedy=_REMEDY,
+        raise Location(path).error(
+            f"no header in its {size:,} bytes", "a whole safetensors file", _REMEDY
         )
     values = parse_json(decode(os.pread(fd, length, 8), path), path)
     if not isinstance(values, dict):
-        raise InputError(f"{values!r:.60}", source=path, place="header", remedy=_REMEDY)
+        raise Location(path, "header").error(f"{values!r:.60}", remedy=_REMEDY)
     values.pop("__metadata__", None)
     tensors = {name: _tensor(name, value, 8 + length, path) for name, value in values.items()}
     stated = 8 + length + sum(tensor.num_bytes for tensor in tensors.values())
     end = max((tensor.begin + tensor.num_bytes for tensor in tensors.values()), default=8 + length)
     if end != size or stated != size:
-        raise InputError(
+        raise Location(path).error(
             f"holds {size:,} bytes",
-            source=path,
-            expected=f"{end if end != size else stated:,}, as its header says",
-            remedy=_REMEDY,
+            f"{end if end != size else stated:,}, as its header says",
+            _REMEDY,
         )
     return tensors
 
@@ -141,20 +136,14 @@ def _tensor(name: str, value: Any, start: int, path: str | os.PathLike[str]) -> 
         if not isinstance(kind, str) or end < begin or len(shape) > 16 or max(numbers) >= 2**63:
             raise ValueError
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(
-            f"{value!r:.80}",
-            source=path,
-            place=name,
-            expected="dtype, shape and data_offsets",
-            remedy=_REMEDY,
+        raise Location(path, name).error(
+            f"{value!r:.80}", "dtype, shape and data_offsets", _REMEDY
         ) from error
     bits = BITS.get(kind)
     if bits is not None and 8 * (end - begin) != math.prod(shape) * bits:
-        raise InputError(
+        raise Location(path, name).error(
             f"{end - begin:,} bytes for shape {list(shape)} of {kind}",
-            source=path,
-            place=name,
-            expected=f"{math.prod(shape) * bits // 8:,} bytes",
-            remedy=_REMEDY,
+            f"{math.prod(shape) * bits // 8:,} bytes",
+            _REMEDY,
         )
     return StoredTensor(name, kind, shape, end - begin, start + begin)

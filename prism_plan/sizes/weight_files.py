@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from prism_plan.errors import InputError
 from prism_plan.io.json import parse_json
+from prism_plan.io.location import Location
+from prism_plan.io.open_file import unreadable
 from prism_plan.io.text_files import read_text
 
 SINGLE = "model.safetensors"
@@ -18,6 +20,14 @@ _PICKLED = (".bin", ".pt", ".pth")
 #: Pickled files of a training run, which lie beside weights of any kind.
 _OF_TRAINING = ("training_args", "optimizer", "scheduler", "rng_state")
 _SAVE = "save the model with save_pretrained of transformers 5"
+
+
+def file_names(folder: Path) -> list[str]:
+    """Sorted names of what is in a folder; none where it cannot be listed, as its files may be."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def indexed_files(folder: Path) -> dict[str, str]:
@@ -33,41 +43,32 @@ def indexed_files(folder: Path) -> dict[str, str]:
         raise _no_index(folder)
     values = parse_json(read_text(index), index)
     if not isinstance(values, dict):
-        raise InputError(f"{values!r:.60}", source=index, expected="a JSON object")
+        raise Location(index).error(f"{values!r:.60}", "a JSON object")
     files = values.get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise InputError(
-            f"{files!r:.60}", source=index, place="weight_map", expected="files by tensor"
-        )
+        raise Location(index, "weight_map").error(f"{files!r:.60}", "files by tensor")
     for name, file in files.items():
         if not _is_plain(file):
-            raise InputError(
-                f"{file!r:.80}",
-                source=index,
-                place=name,
-                expected="the name of a safetensors file in the folder",
+            raise Location(index, name).error(
+                f"{file!r:.80}", "the name of a safetensors file in the folder"
             )
     shards = sorted(set(files.values()))
     missing = [file for file in shards if not (folder / file).exists()]
     if missing:
-        raise InputError(
+        raise Location(folder / missing[0]).error(
             f"no such file, {len(missing)} of {len(shards)} shards are missing",
-            source=folder / missing[0],
-            expected=f"the shards that {INDEX} names",
-            remedy="copy or download the checkpoint again",
+            f"the shards that {INDEX} names",
+            "copy or download the checkpoint again",
         )
     return files
 
 
 def shards_without_index(folder: Path) -> list[str]:
-    """Name the safetensors files of a folder without an index, where it is sure that they are all.
+    """Name the safetensors files of a folder without an index, if they are certainly complete.
 
     These are numbered shards of which none is missing, or the only file, whatever its name.
     """
-    try:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    except OSError:
-        return []
+    names = [name for name in file_names(folder) if name.endswith(".safetensors")]
     shards = [match for match in map(_SHARD.fullmatch, names) if match]
     if not shards:
         return names if len(names) == 1 else []
@@ -78,12 +79,11 @@ def shards_without_index(folder: Path) -> list[str]:
 
 
 def _no_index(folder: Path) -> InputError:
-    """Tell what a folder holds that has neither of the two files."""
+    """The error for a folder that has neither of the two files, by what it holds instead."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        return InputError(reason, source=folder, remedy="give a readable folder")
+        return unreadable(error, folder, "give a readable folder")
     shards = [match for match in map(_SHARD.fullmatch, names) if match]
     tensors = [name for name in names if name.endswith(".safetensors")]
     pickled = [
@@ -94,13 +94,12 @@ def _no_index(folder: Path) -> InputError:
         count = int(shards[0]["count"])
         there = {int(match["number"]) for match in shards}
         missing = sorted(set(range(1, min(count, 10_000) + 1)) - there)
-        of_them = f"; shards {', '.join(map(str, missing[:5]))} of {count} are missing too"
+        gaps = f"; shards {', '.join(map(str, missing[:5]))} of {count} are missing too"
         found = f"{_and_others([match[0] for match in shards])}, but no {INDEX}"
-        return InputError(
-            found + (of_them if missing else ""),
-            source=folder,
-            expected=expected,
-            remedy="copy or download the index from where the shards come from",
+        return Location(folder).error(
+            found + (gaps if missing else ""),
+            expected,
+            "copy or download the index from where the shards come from",
         )
     if tensors:
         found, remedy = f"{_and_others(tensors)}, but no {SINGLE} and no {INDEX}", _SAVE
@@ -112,7 +111,7 @@ def _no_index(folder: Path) -> InputError:
         remedy = _SAVE
     else:
         found, remedy = "has no weights", "copy or download the checkpoint again"
-    return InputError(found, source=folder, expected=expected, remedy=remedy)
+    return Location(folder).error(found, expected, remedy)
 
 
 def _and_others(names: list[str]) -> str:

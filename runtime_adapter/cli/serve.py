@@ -152,7 +152,7 @@ def command(given: ServeOptions) -> None:
     from prism_plan.io.file_writing import write_bytes
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.io.serve_requests import read_requests
-    from prism_plan.profiling.hf import fingerprint
+    from prism_plan.profiling.recording.fingerprint import fingerprint
     from prism_plan.simulate.network import Network
     from runtime_adapter.driver import (
         MAX_PROMPT_TOKENS,

@@ -28,7 +28,7 @@ from prism_plan.instance import Instance
 from prism_plan.io.migration import migration_to_json
 from prism_plan.io.placement import placement_from_json, write_placement
 from prism_plan.migration.cost import call_seconds, gpu_load_gbs
-from prism_plan.migration.order import migration_plan
+from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration.policy import Review, review
 from prism_plan.model import ModelSpec, require_same_model

@@ -20,8 +20,8 @@ import torch
 from prism_plan.errors import InputError, PrismError, did_you_mean
 from prism_plan.model import require_same_model
 from prism_plan.placement import Placement
-from prism_plan.profiling.decoder_cache import cache_argument
-from prism_plan.profiling.expert_modules import find_experts
+from prism_plan.profiling.recording.decoder_cache import cache_argument
+from prism_plan.profiling.recording.expert_modules import find_experts
 from runtime_adapter.moe.placed_experts import Dispatcher, PlacedExperts
 from runtime_adapter.weights.checkpoint import Checkpoint
 from runtime_adapter.weights.expert_store import ExpertStore

@@ -21,14 +21,10 @@ from prism_plan.errors import InputError
 from prism_plan.io.json import parse_json
 from prism_plan.io.text_files import read_text
 from prism_plan.model import ModelSpec
-from prism_plan.sizes.checkpoint_folder import (
-    Quantisation,
-    model_name,
-    quantisation_beside,
-    quantisation_key,
-)
-from prism_plan.sizes.config import read_facts
-from prism_plan.sizes.stored import StoredTensor, spec_from_tensors
+from prism_plan.sizes.checkpoint_name import model_name
+from prism_plan.sizes.model_facts import read_facts
+from prism_plan.sizes.quantisation import Quantisation, quantisation_beside, quantisation_key
+from prism_plan.sizes.stored_tensors import StoredTensor, spec_from_tensors
 from prism_plan.sizes.weight_files import INDEX, SINGLE, indexed_files
 from runtime_adapter.weights.families import ALL_EXPERTS, ONE_EXPERT, PARTS, Family, family_of
 from runtime_adapter.weights.tensor_file import TensorFile
@@ -78,7 +74,7 @@ class Checkpoint:
     folder : Path
     spec : ModelSpec
         Called after the folder, or after the repository in the hub's cache
-        (:func:`~prism_plan.sizes.checkpoint_folder.model_name`); sizes are those of the stored
+        (:func:`~prism_plan.sizes.checkpoint_name.model_name`); sizes are those of the stored
         weights.
     config : Mapping
         The values of ``config.json``.

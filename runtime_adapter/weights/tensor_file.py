@@ -17,7 +17,7 @@ import torch
 
 from prism_plan.errors import InputError
 from prism_plan.sizes.safetensors_headers import header_of, open_file
-from prism_plan.sizes.stored import StoredTensor
+from prism_plan.sizes.stored_tensors import StoredTensor
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

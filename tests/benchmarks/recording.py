@@ -30,11 +30,15 @@ def overhead(checkpoint: str) -> dict[str, Any]:
     import torch
 
     from prism_plan.io.trace_writer import TraceWriter
-    from prism_plan.profiling.hf import HfOptions, load_model
-    from prism_plan.profiling.recorder import Recorder, spec_of
+    from prism_plan.profiling.recording.hf_options import HfOptions
+    from prism_plan.profiling.recording.load_checkpoint import load_hf_model
+    from prism_plan.profiling.recording.recorder import Recorder
+    from prism_plan.sizes.loaded_model import spec_from_loaded_model
 
     torch.set_num_threads(1)
-    model = load_model(str(ROOT / "traces" / checkpoint), HfOptions(dtype="float32", device="cpu"))
+    model = load_hf_model(
+        str(ROOT / "traces" / checkpoint), HfOptions(dtype="float32", device="cpu")
+    )
     ids = torch.randint(5, 200, (8, 64), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -47,7 +51,7 @@ def overhead(checkpoint: str) -> dict[str, Any]:
             **inputs, max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0
         )
 
-    spec = spec_of(model)
+    spec = spec_from_loaded_model(model)
     found: dict[str, Any] = {}
     with (
         torch.inference_mode(),
@@ -92,7 +96,8 @@ def peak_of_prompts(number: int) -> float:
     code = f"""
 import itertools, sys, tempfile
 from pathlib import Path
-from prism_plan.profiling.hf import HfOptions, profile_checkpoint
+from prism_plan.profiling.recording.checkpoint_run import profile_checkpoint
+from prism_plan.profiling.recording.hf_options import HfOptions
 traces = Path({str(ROOT / "traces")!r})
 lines = (traces / "tiny-prompts.jsonl").read_text().splitlines()
 with tempfile.TemporaryDirectory() as folder:

@@ -37,10 +37,10 @@ from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
 from prism_plan.placement import InputFile
-from prism_plan.profiling.counts import read_counts
+from prism_plan.profiling.counts_csv import read_counts
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
-from prism_plan.sizes import load_model
+from prism_plan.sizes.load import load_model_spec
 from prism_plan.solvers import Options, solve
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
 from tests.limits import HANG_S
@@ -97,7 +97,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "spec.json").write_text(json.dumps(SPEC))
     (folder / "counts.csv").write_text(COUNTS)
     (folder / "c.toml").write_text(CLUSTER)
-    spec = load_model(str(folder / "spec.json"))
+    spec = load_model_spec(str(folder / "spec.json"))
     write_trace(folder / "t.parquet", read_counts([Source(folder / "counts.csv")], spec))
     write_trace(folder / "tokens.parquet", _token_trace(spec))
     instance = Instance.build(read_trace(folder / "t.parquet"), parse_cluster(CLUSTER))
@@ -1040,7 +1040,7 @@ def test_wrong_model_spec(tmp_path: Path, key: str, value: Any) -> None:
     """A model spec that no other file of ours could hold is refused; the key is named."""
     path = tmp_path / "spec.json"
     path.write_text(json.dumps({**SPEC, key: value}))
-    assert_refused(lambda: load_model(str(path)), str(path), key)
+    assert_refused(lambda: load_model_spec(str(path)), str(path), key)
 
 
 @pytest.mark.parametrize("key", SPEC)
@@ -1048,7 +1048,7 @@ def test_model_spec_without_key(tmp_path: Path, key: str) -> None:
     """Each key of a model spec is needed, and a missing one is named."""
     path = tmp_path / "spec.json"
     path.write_text(json.dumps({k: v for k, v in SPEC.items() if k != key}))
-    assert_refused(lambda: load_model(str(path)), str(path), f"key {key!r} is missing")
+    assert_refused(lambda: load_model_spec(str(path)), str(path), f"key {key!r} is missing")
 
 
 def test_model_spec_without_many_keys(tmp_path: Path) -> None:
@@ -1056,9 +1056,9 @@ def test_model_spec_without_many_keys(tmp_path: Path) -> None:
     path = tmp_path / "spec.json"
     path.write_text(json.dumps({"moe_layers": [1], "name": "x"}))
     words = "keys 'num_experts', 'top_k', 'expert_bytes', 'hidden_size', 'dtype_bytes', 'dense"
-    assert_refused(lambda: load_model(str(path)), str(path), words)
+    assert_refused(lambda: load_model_spec(str(path)), str(path), words)
     path.write_text(json.dumps({**SPEC, "topk": 2}))
-    assert_refused(lambda: load_model(str(path)), str(path), "did you mean 'top_k'?")
+    assert_refused(lambda: load_model_spec(str(path)), str(path), "did you mean 'top_k'?")
 
 
 # -------------------------------------------------------------------------------------- recordings

@@ -17,8 +17,8 @@ from prism_plan.io.json_lines import text_lines
 from prism_plan.io.prompts import read_prompts
 from prism_plan.io.text_files import read_text
 from prism_plan.limits import MIB
-from prism_plan.profiling.counts import read_counts
-from prism_plan.profiling.sglang import read_sglang
+from prism_plan.profiling.counts_csv import read_counts
+from prism_plan.profiling.sglang.reader import read_sglang
 from prism_plan.profiling.sources import Source
 from tests.profiling.recordings import TINY, read, refusal
 

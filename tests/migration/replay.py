@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from prism_plan.migration.plan import Capacity, MigrationPlan, endpoints
+from prism_plan.migration.endpoints import Capacity, match_placements
+from prism_plan.migration.plan import MigrationPlan
 from prism_plan.placement import Placement
 
 
@@ -17,10 +18,10 @@ def check_plan(
     Raises
     ------
     InputError
-        As :func:`endpoints`.
+        As :func:`match_placements`.
     """
-    ends = endpoints(a, b, gpu_capacity)
-    held = ends.had.copy()
+    ends = match_placements(a, b, gpu_capacity)
+    held = ends.initial.copy()
     copies = held.sum(axis=0)
     used = held @ ends.size
     problems = []
@@ -40,7 +41,7 @@ def check_plan(
             problems.append(f"{what}: no copy is left")
         if used[g] > ends.capacity[g]:
             problems.append(f"{what}: over the capacity by {used[g] - ends.capacity[g]:,}")
-    wrong = int((held != ends.has).sum())
+    wrong = int((held != ends.final).sum())
     if wrong:
         problems.append(f"the end differs from the second placement in {wrong:,} places")
     return problems

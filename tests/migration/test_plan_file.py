@@ -22,7 +22,7 @@ from prism_plan.io.migration import (
     read_migration,
     write_migration,
 )
-from prism_plan.migration.order import migration_plan
+from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.migration_step import MigrationStep
 from prism_plan.model import ModelShape

@@ -15,7 +15,7 @@ from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.instance import MIN_CALLS, Instance
 from prism_plan.migration.cost import communication_s, migration_s
 from prism_plan.migration.policy import Policy, Review, review
-from prism_plan.migration.statistics import Counting, Cumulative, Window
+from prism_plan.migration.statistics import Cumulative, StatisticsOptions, Window
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement, SolveReport, server_of_gpu
 from prism_plan.placement_check import violations
@@ -436,7 +436,9 @@ def test_moves_end_where_costs_are_not_linear(seed: int) -> None:
     assert seen == sorted(set(seen), reverse=True)
 
 
-def after_a_shift(counting: Counting, policy: Policy, seed: int) -> tuple[float, list[int]]:
+def after_a_shift(
+    counting: StatisticsOptions, policy: Policy, seed: int
+) -> tuple[float, list[int]]:
     """Two servers swap tasks after 20 periods: seconds paid in the next 30, reviews that move."""
     old = np.random.default_rng(seed).gamma(0.4, size=(2, 3, 8)).round(3)
     new = old[::-1].copy()
@@ -474,7 +476,7 @@ def test_old_data_delays_moves(seed: int) -> None:
 
 @pytest.mark.parametrize("counting", [Window(150.0), Cumulative()])
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_partial_moves_sooner_than_prism(seed: int, counting: Counting) -> None:
+def test_partial_moves_sooner_than_prism(seed: int, counting: StatisticsOptions) -> None:
     """It needs not wait until a whole new plan pays: over a shift it pays fewer seconds."""
     prism_s, _ = after_a_shift(counting, Policy("prism", 300.0), seed)
     partial_s, _ = after_a_shift(counting, Policy("partial", 300.0), seed)
@@ -541,7 +543,7 @@ def test_a_standing_placement_over_its_memory(kind: Any) -> None:
     """It is refused with what is wrong, and where."""
     instance, standing = medium(np.random.default_rng(1))
     small = instance.replace(gpu_capacity=((9,), (4, 5), (3, 8), (2,)))
-    with pytest.raises(InputError, match=r"standing placement: server 'd' gpu\[0\] holds 7 slots"):
+    with pytest.raises(InputError, match=r"current placement: server 'd' gpu\[0\] holds 7 slots"):
         review(Policy(kind, 9.0), standing, instance.activations, small, np.ones(4), np.ones(6))
 
 

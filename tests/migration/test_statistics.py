@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
-from prism_plan.migration.statistics import Counting, Cumulative, Statistics, Window
+from prism_plan.migration.statistics import Cumulative, Statistics, StatisticsOptions, Window
 
 SHAPE = (2, 3, 4)
 BOTH = [Window(50.0), Cumulative()]
 
 
-def fed(counting: Counting, periods: list[tuple[float, float]]) -> Statistics:
+def fed(counting: StatisticsOptions, periods: list[tuple[float, float]]) -> Statistics:
     """Statistics of periods given by (calls per second of every expert, seconds)."""
     statistics = counting.start(SHAPE)
     for rate, seconds in periods:
@@ -91,7 +91,7 @@ def test_a_window_does_not_forget_at_a_move() -> None:
 def test_old_data_lingers_in_cumulative_statistics(history: int) -> None:
     """The new rate outweighs the old one after one half-life, or only after as long a history."""
 
-    def periods_until_half(counting: Counting) -> int:
+    def periods_until_half(counting: StatisticsOptions) -> int:
         statistics = fed(counting, [(0, 50)] * history)
         for periods in range(1, 1000):
             statistics.add(np.full(SHAPE, 50), 50.0)
@@ -104,7 +104,7 @@ def test_old_data_lingers_in_cumulative_statistics(history: int) -> None:
 
 
 @pytest.mark.parametrize("counting", BOTH)
-def test_nothing_has_happened_yet(counting: Counting) -> None:
+def test_nothing_has_happened_yet(counting: StatisticsOptions) -> None:
     """No time, no rates: zeros, not NaN; a period of no length adds nothing to divide by."""
     statistics = counting.start(SHAPE)
     assert (statistics.rates() == np.zeros(SHAPE)).all()
@@ -113,7 +113,7 @@ def test_nothing_has_happened_yet(counting: Counting) -> None:
 
 
 @pytest.mark.parametrize("counting", BOTH)
-def test_runs_share_nothing(counting: Counting) -> None:
+def test_runs_share_nothing(counting: StatisticsOptions) -> None:
     """Options serve two runs; neither sees the other's calls, nor who writes into its rates."""
     first, second = counting.start(SHAPE), counting.start(SHAPE)
     first.add(np.full(SHAPE, 5), 1.0)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import prism_plan as pp
 from prism_plan.errors import InputError
-from prism_plan.profiling.counts import read_counts
-from prism_plan.profiling.sglang import read_sglang
+from prism_plan.profiling.counts_csv import read_counts
+from prism_plan.profiling.sglang.reader import read_sglang
 from prism_plan.profiling.sources import Source
-from prism_plan.profiling.vllm import read_vllm
+from prism_plan.profiling.vllm.reader import read_vllm
 from prism_plan.trace import Trace
 from tests.profiling.recordings import TINY, all_rows, routing, sglang_response, vllm_response
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
-from prism_plan.profiling import selections
-from prism_plan.profiling.selection_lines import NAMES
-from prism_plan.profiling.selections import read_selections
+from prism_plan.profiling.selections import reader
+from prism_plan.profiling.selections.line_parser import NAMES
+from prism_plan.profiling.selections.reader import read_selections
 from prism_plan.profiling.sources import Source
-from prism_plan.profiling.vllm import read_vllm
+from prism_plan.profiling.vllm.reader import read_vllm
 from tests.profiling.recordings import (
     TINY,
     all_rows,
@@ -205,9 +205,9 @@ def test_open_tokens_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Too many tokens whose layers come late are refused with the remedy to sort."""
     late = [*ALL[::2], *ALL[1::2]]
     path = lines(tmp_path / "s.jsonl", *late)
-    monkeypatch.setattr(selections, "MAX_OPEN_BYTES", 26 * 508)
+    monkeypatch.setattr(reader, "MAX_INCOMPLETE_BYTES", 26 * 508)
     assert read(read_selections, path)[0].tokens.tolist() == [26]
-    monkeypatch.setattr(selections, "MAX_OPEN_BYTES", 26 * 508 - 1)
+    monkeypatch.setattr(reader, "MAX_INCOMPLETE_BYTES", 26 * 508 - 1)
     message = refusal(read_selections, path)
     assert "line 26: more than 25 tokens lack layers" in message
     assert "sort the file by request and token" in message
@@ -248,7 +248,7 @@ def test_a_recording_given_twice(tmp_path: Path) -> None:
     path.write_text("\n")
     link = tmp_path / "b.jsonl"
     link.symlink_to(path)
-    for reader in (read_selections, read_vllm):
+    for read_file in (read_selections, read_vllm):
         for sources in ([Source(path, "a"), Source(path, "a")], [Source(path), Source(link, "b")]):
             with pytest.raises(InputError, match="given twice"):
-                reader(sources, TINY)
+                read_file(sources, TINY)

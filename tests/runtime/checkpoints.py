@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from runtime_adapter.weights.checkpoint import Checkpoint  # noqa: E402
 from runtime_adapter.weights.expert_store import ExpertStore  # noqa: E402
 from runtime_adapter.weights.families import FAMILIES  # noqa: E402
-from tests.profiling.families import tiny_model  # noqa: E402
+from tests.profiling.recording.families import tiny_model  # noqa: E402
 
 torch.set_num_threads(1)
 

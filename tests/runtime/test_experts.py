@@ -82,7 +82,7 @@ def test_unknown_activation(tmp_path: Path) -> None:
 
 def test_families_have_gated_experts_without_biases() -> None:
     """Experts modules of the families in transformers are of the one form that is computed here."""
-    from tests.profiling.families import tiny_model
+    from tests.profiling.recording.families import tiny_model
 
     for family in FAMILIES:
         for module in experts_in_memory(tiny_model(family)):

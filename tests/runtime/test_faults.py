@@ -40,7 +40,7 @@ def selected(prompt: str) -> Any:
     found: list[Any] = []
     network = reference(MODEL, torch.float32)
     spec = committed(MODEL).spec
-    from prism_plan.profiling.expert_modules import find_experts
+    from prism_plan.profiling.recording.expert_modules import find_experts
 
     hooks = [
         experts.module.register_forward_hook(

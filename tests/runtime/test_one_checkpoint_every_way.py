@@ -15,9 +15,9 @@ pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.profiling.hf import HfOptions, checkpoint_spec
-from prism_plan.profiling.recorder import spec_of
-from prism_plan.sizes import load_model
+from prism_plan.profiling.recording.load_checkpoint import load_checkpoint_spec
+from prism_plan.sizes.load import load_model_spec
+from prism_plan.sizes.loaded_model import spec_from_loaded_model
 from runtime_adapter.weights.checkpoint import Checkpoint
 from tests.runtime.checkpoints import TRACES
 
@@ -30,15 +30,15 @@ def recorded(folder: str) -> ModelSpec:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
-    return spec_of(AutoModelForCausalLM.from_config(config))
+    return spec_from_loaded_model(AutoModelForCausalLM.from_config(config))
 
 
 WAYS: dict[str, Callable[[str], ModelSpec]] = {
-    "a folder": load_model,
-    "a folder, with a slash": lambda folder: load_model(f"{folder}/"),
-    "config.json": lambda folder: load_model(f"{folder}/config.json"),
-    "--format hf": lambda folder: checkpoint_spec(folder, HfOptions()),
-    "--format hf, with a slash": lambda folder: checkpoint_spec(f"{folder}/", HfOptions()),
+    "a folder": load_model_spec,
+    "a folder, with a slash": lambda folder: load_model_spec(f"{folder}/"),
+    "config.json": lambda folder: load_model_spec(f"{folder}/config.json"),
+    "--format hf": lambda folder: load_checkpoint_spec(folder),
+    "--format hf, with a slash": lambda folder: load_checkpoint_spec(f"{folder}/"),
     "record": recorded,
     "the runtime": lambda folder: Checkpoint(folder).spec,
 }
@@ -77,7 +77,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 def test_a_snapshot_has_one_name(way: str, snapshot: Path, tmp_path: Path) -> None:
     """The repository's name, whether the snapshot or a link to it is given; sizes are equal."""
     (tmp_path / "link").symlink_to(snapshot)
-    whole = load_model(str(snapshot))
+    whole = load_model_spec(str(snapshot))
     assert whole.name == "moe-a"
     for folder in (snapshot, tmp_path / "link"):
         assert WAYS[way](str(folder)) == whole
@@ -85,7 +85,7 @@ def test_a_snapshot_has_one_name(way: str, snapshot: Path, tmp_path: Path) -> No
 
 def test_a_hub_id_has_the_name_of_its_snapshot(snapshot: Path) -> None:
     """The checkpoint that transformers finds in the cache by its id is called as its folder."""
-    assert checkpoint_spec(HUB_ID, HfOptions()) == load_model(str(snapshot))
+    assert load_checkpoint_spec(HUB_ID) == load_model_spec(str(snapshot))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -134,12 +134,12 @@ def test_what_is_stored_counts(kind: str, snapshot: Path) -> None:
     The runtime does not run such weights: it names file, key and algorithm.
     """
     name, values, words = QUANTISED[kind]
-    whole = load_model(str(snapshot))
+    whole = load_model_spec(str(snapshot))
     add(snapshot, name, config_of(snapshot) | values if name == "config.json" else values)
     for way, read in WAYS.items():
         if way not in ("the runtime", "record"):  # transformers refuses what it cannot run
             assert read(str(snapshot)) == whole, way
-    assert checkpoint_spec(HUB_ID, HfOptions()) == whole
+    assert load_checkpoint_spec(HUB_ID) == whole
     with pytest.raises(InputError) as caught:
         Checkpoint(snapshot)
     error = caught.value
@@ -155,7 +155,7 @@ def test_quantised_weights_that_are_not_there(kind: str, snapshot: Path) -> None
     add(snapshot, name, config_of(snapshot) | values if name == "config.json" else values)
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(InputError) as caught:
-        load_model(str(snapshot))
+        load_model_spec(str(snapshot))
     error = caught.value
     assert words in f"{error.source}: {error.place}: {error.found}"
     assert "give the checkpoint" in error.remedy
@@ -165,5 +165,5 @@ def test_quantised_weights_that_are_not_there(kind: str, snapshot: Path) -> None
 def test_values_that_are_no_numbers_stop_no_way(snapshot: Path) -> None:
     """Infinity under a key that no size depends on is read by all."""
     add(snapshot, "config.json", config_of(snapshot) | {"time_step_limit": [0.0, float("inf")]})
-    whole = load_model(str(snapshot))
+    whole = load_model_spec(str(snapshot))
     assert all(read(str(snapshot)) == whole for read in WAYS.values())

@@ -18,7 +18,7 @@ from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.instance import Instance  # noqa: E402
 from prism_plan.io.cluster import parse_cluster  # noqa: E402
 from prism_plan.io.trace_reader import read_trace  # noqa: E402
-from prism_plan.profiling.recorder import record  # noqa: E402
+from prism_plan.profiling.recording.recorder import record  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
 from runtime_adapter.moe.placed_experts import LocalDispatcher, weighted_sum  # noqa: E402
 from runtime_adapter.moe.placed_model import load_model  # noqa: E402

@@ -137,7 +137,7 @@ def built(config: Any, device: str = "meta", dtype: str = "bfloat16") -> Any:
     import torch
     from transformers.models.auto import modeling_auto as auto
 
-    from prism_plan.sizes.meta import TASKS
+    from prism_plan.sizes.meta_device import TASKS
 
     for task in TASKS:
         mapping = getattr(auto, f"MODEL_FOR_{task}_MAPPING", {})
@@ -158,8 +158,8 @@ def read_every_way(family: str, folder: Path) -> list[ModelSpec]:
     Of a large one (the towers for images of some families cannot be made small) as built on the
     meta device alone. A checkpoint is saved in float32, where routers have the model's dtype.
     """
-    from prism_plan.sizes import load_model_spec
-    from prism_plan.sizes.loaded import spec_of
+    from prism_plan.sizes.load import load_model_spec
+    from prism_plan.sizes.loaded_model import spec_from_loaded_model
 
     try:
         config = tiny_config(family)
@@ -170,7 +170,7 @@ def read_every_way(family: str, folder: Path) -> list[ModelSpec]:
         raise
     except Exception as error:
         raise NotBuilt(f"{type(error).__name__}: {' '.join(str(error).split()):.150}") from error
-    specs = [spec_of(model, folder.name)]
+    specs = [spec_from_loaded_model(model, folder.name)]
     if not large:
         model.save_pretrained(folder)
         specs.append(load_model_spec(folder))

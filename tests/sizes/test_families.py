@@ -61,10 +61,10 @@ def test_every_family(tmp_path: Path) -> None:
 )
 def test_layers_that_cache(family: str) -> None:
     """Layers of full attention, by the family's own list, are those that cache keys and values."""
-    from prism_plan.sizes.loaded import spec_of
+    from prism_plan.sizes.loaded_model import spec_from_loaded_model
 
     config = tiny_config(family)
-    spec = spec_of(built(config))
+    spec = spec_from_loaded_model(built(config))
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     caching = sum("attention" in kind and "linear" not in kind for kind in kinds)
     rank = getattr(config, "kv_lora_rank", None)

@@ -13,7 +13,7 @@ hub = pytest.importorskip("huggingface_hub")
 errors = pytest.importorskip("huggingface_hub.errors")
 
 from prism_plan.errors import InputError  # noqa: E402
-from prism_plan.sizes import load_model_spec  # noqa: E402
+from prism_plan.sizes.load import load_model_spec  # noqa: E402
 from prism_plan.sizes.safetensors_headers import read_header  # noqa: E402
 
 TINY = Path(__file__).parents[2] / "traces" / "tiny-mixtral"

@@ -11,7 +11,7 @@ import pytest
 
 from prism_plan.errors import InputError
 from prism_plan.model import PRESETS, ModelSpec
-from prism_plan.sizes import load_model_spec
+from prism_plan.sizes.load import load_model_spec
 
 #: Parameters in billions, as the model cards give them (bfloat16 presets).
 BILLIONS = {
@@ -30,12 +30,12 @@ def total(spec: ModelSpec) -> int:
 def test_a_preset_is_made_again(name: str) -> None:
     """The configuration in its file gives its sizes; the file keeps the command and the source."""
     pytest.importorskip("transformers")
-    from tools.make_preset import FOLDER, make
+    from tools.make_preset import FOLDER, make_spec
 
     values = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     assert values["command"] == f"python -m tools.make_preset {name}"
     assert values["made_from"]
-    assert make(name, values["config"]) == PRESETS[name] == load_model_spec(name)
+    assert make_spec(name, values["config"]) == PRESETS[name] == load_model_spec(name)
 
 
 @pytest.mark.parametrize("name", BILLIONS)
@@ -62,10 +62,10 @@ def test_deepseek_v3_fp8_equals_the_published_tensor_counts() -> None:
     F32. They include layer 61, a decoder layer with its own copies of embeddings and head.
     """
     pytest.importorskip("transformers")
-    from tools.make_preset import FOLDER, make
+    from tools.make_preset import FOLDER, make_spec
 
     config = json.loads((FOLDER / "deepseek-v3-fp8.json").read_text(encoding="utf-8"))["config"]
-    one_layer_more = make("x", config | {"num_hidden_layers": 62})
+    one_layer_more = make_spec("x", config | {"num_hidden_layers": 62})
     copies = 2 * 2 * 129280 * 7168
     joined = 2 * 7168 * (2 * 7168)  # eh_proj, bf16
     norms = 3 * 2 * 7168  # enorm, hnorm, shared_head.norm
@@ -87,7 +87,7 @@ def test_a_preset_needs_no_large_library(tmp_path: Path) -> None:
     """Presets, and headers of a checkpoint, are read without PyTorch and transformers."""
     traces = Path(__file__).parents[2] / "traces" / "tiny-mixtral"
     program = (
-        "import sys; from prism_plan.sizes import load_model_spec as load; load('glm-4.5'); "
+        "import sys; from prism_plan.sizes.load import load_model_spec as load; load('glm-4.5'); "
         f"load({str(traces)!r}); "
         "assert not {'torch', 'transformers', 'gguf', 'huggingface_hub'} & set(sys.modules)"
     )

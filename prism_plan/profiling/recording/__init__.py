@@ -1,0 +1,1 @@
+"""Record the routing of a running model of transformers."""

@@ -1,0 +1,1 @@
+"""Responses of serving engines that carry the routed experts of their tokens."""

@@ -1,0 +1,1 @@
+"""Read selections one by one: JSON Lines of one request, token and layer each."""

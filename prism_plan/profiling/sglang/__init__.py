@@ -1,0 +1,1 @@
+"""Read recordings of SGLang: dumps of its recorder, and responses."""

@@ -1,0 +1,1 @@
+"""Read responses of vLLM that carry their routed experts."""
