@@ -15,6 +15,7 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_REPLICAS, require_array_size, require_integer
 from prism_plan.model import ModelShape, ModelSpec
+from prism_plan.renamed import renamed_parameters
 from prism_plan.rules import rule_triples
 from prism_plan.token_rates import TokenRates, activations, expected_token_rates, require_users
 from prism_plan.trace import Trace
@@ -162,6 +163,7 @@ class Instance:
         return mask
 
     @classmethod
+    @renamed_parameters(load="token_rates")
     def build(
         cls,
         trace: Trace,

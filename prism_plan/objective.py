@@ -16,6 +16,7 @@ import numpy.typing as npt
 from prism_plan.instance import Instance
 from prism_plan.model import require_same_model
 from prism_plan.placement import Placement
+from prism_plan.renamed import renamed_parameters
 from prism_plan.token_rates import TokenRates
 from prism_plan.trace import Trace
 
@@ -120,6 +121,7 @@ def score(placement: Placement, instance: Instance) -> RemoteScore:
     return remote_score(instance.activations, placement.local)
 
 
+@renamed_parameters(load="token_rates")
 def step_score(local: npt.NDArray[np.bool_], trace: Trace, token_rates: TokenRates) -> StepScore:
     """Score the waiting steps and destinations of every token, where ``local`` is [N, L, E].
 

@@ -1,13 +1,14 @@
-"""Public names and fields that were renamed: the old ones work in this version, with a warning."""
+"""Public names and parameters that were renamed: the old ones work, with a warning."""
 
 from __future__ import annotations
 
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 C = TypeVar("C", bound=type)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], str]:
@@ -30,20 +31,29 @@ def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], str]
     return current_name
 
 
+def renamed_parameters(**names: str) -> Callable[[F], F]:
+    """A decorator of functions: parameters may be given by their old ``names`` too."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **values: Any) -> Any:
+            for old in names.keys() & values.keys():
+                where = function.__qualname__.removesuffix(".__init__")
+                _warn(f"{where}: {old}", names[old], 3)
+                values[names[old]] = values.pop(old)
+            return function(*args, **values)
+
+        return cast(F, call)
+
+    return decorate
+
+
 def renamed_fields(**names: str) -> Callable[[C], C]:
     """A decorator of dataclasses: fields may be given and read by their old ``names`` too."""
 
     def decorate(cls: C) -> C:
-        init = cls.__init__  # type: ignore[misc]
-
-        @functools.wraps(init)
-        def renaming_init(self: Any, *args: Any, **values: Any) -> None:
-            for old in names.keys() & values.keys():
-                _warn(f"{cls.__name__}.{old}", names[old], 3)
-                values[names[old]] = values.pop(old)
-            init(self, *args, **values)
-
-        cls.__init__ = renaming_init  # type: ignore[misc]
+        init = renamed_parameters(**names)(cls.__init__)  # type: ignore[misc]
+        cls.__init__ = init  # type: ignore[misc]
         for old, new in names.items():
             setattr(cls, old, property(functools.partial(_read, cls.__name__, old, new)))
         return cls
@@ -52,7 +62,7 @@ def renamed_fields(**names: str) -> Callable[[C], C]:
 
 
 def _read(owner: str, old: str, new: str, instance: Any) -> Any:
-    _warn(f"{owner}.{old}", new, 3)
+    _warn(f"{owner}: {old}", new, 3)
     return getattr(instance, new)
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, did_you_mean
+from prism_plan.renamed import renamed_parameters
 from prism_plan.trace import Trace
 
 
@@ -140,6 +141,7 @@ def shares_by_task(trace: Trace, tasks: Mapping[str, float], place: str) -> npt.
     return shares
 
 
+@renamed_parameters(load="token_rates")
 def activations(trace: Trace, token_rates: TokenRates) -> npt.NDArray[np.float64]:
     """Expected calls per second of each expert by each server, f[n, l, e], float64 [N, L, E]."""
     calls_per_token = trace.calls_per_token()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prism_plan.check.cluster import require_plannable
-from prism_plan.check.gpu_memory import (
+from prism_plan.check.memory_use import (
     GpuMemory,
     gpu_memory,
     insufficient_kv_memory,

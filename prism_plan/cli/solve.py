@@ -81,7 +81,7 @@ class SolveOptions(TableOptions):
 @options_as(SolveOptions)
 def command(args: SolveOptions) -> None:
     """Plan which GPU holds which expert, for the tasks and servers of a cluster file."""
-    from prism_plan.check.gpu_memory import missing_kv_reservation
+    from prism_plan.check.memory_use import missing_kv_reservation
     from prism_plan.cli.console import load_trace, log_info, write_output
     from prism_plan.cli.inputs import (
         error_parameter,

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from prism_plan.check.cluster import _smallest_model, require_feasible_placement, require_plannable
-from prism_plan.check.gpu_memory import gpu_memory, insufficient_kv_memory, missing_kv_reservation
+from prism_plan.check.memory_use import gpu_memory, insufficient_kv_memory, missing_kv_reservation
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import Infeasible, InputError, PrismError
 from prism_plan.feasibility import first_fit
