@@ -21,8 +21,8 @@ from prism_plan.sizes.loaded_model import facts_of_model, tensors_of_model
 from prism_plan.sizes.model_facts import (
     config_levels,
     dtype_name,
+    find_quantisation,
     num_layers,
-    quantised,
     require_experts,
     tied_embeddings,
 )
@@ -83,7 +83,7 @@ def spec_from_config(values: Any, *, source: object = "", name: str = "") -> Mod
 
 def _require_unquantised(chain: list[Config]) -> None:
     """Refuse a configuration that says that the weights are quantised."""
-    found = quantised(chain)
+    found = find_quantisation(chain)
     if found is not None:
         config, key = found
         raise Location(config.source, config.place(key)).error(

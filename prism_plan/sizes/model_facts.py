@@ -105,7 +105,7 @@ def config_levels(values: Any, source: object) -> list[Config]:
         found.append(Config(inner, source, config.place(keys[0])))
 
 
-def quantised(chain: Iterable[Config]) -> tuple[Config, str] | None:
+def find_quantisation(chain: Iterable[Config]) -> tuple[Config, str] | None:
     """Find the configuration and key that say that the weights are quantised."""
     for config in chain:
         key = quantisation_key(config.values)

@@ -38,10 +38,7 @@ _AGAIN = "copy or download the checkpoint again"
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a checkpoint: its name, the kind of its numbers, shape and size in bytes.
-
-    ``begin`` is its position in the file, where it is in one.
-    """
+    """One tensor of a checkpoint; ``begin`` is its position in the file, where it is in one."""
 
     name: str
     dtype: str

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ID_ARGUMENTS = ("top_k_index", "router_indices")
 WEIGHT_ARGUMENTS = ("top_k_weights", "routing_weights")
 
-ENGINE = "record it with an engine: vLLM, SGLang or TensorRT-LLM"
+USE_ENGINE = "record it with an engine: vLLM, SGLang or TensorRT-LLM"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
     if any(is_expert_parallel(module) for module in model.modules()):
         raise Location(kind).error(
             "experts are sharded over processes, which renumbers them",
-            remedy=f"load it in one process (device_map='auto' uses all its GPUs), or {ENGINE}",
+            remedy=f"load it in one process (device_map='auto' uses all its GPUs), or {USE_ENGINE}",
         )
     decoder: Any = model.get_decoder()
     takes = inspect.signature(type(decoder).forward).parameters
@@ -91,12 +91,12 @@ def find_experts(model: PreTrainedModel) -> dict[int, ExpertsModule]:
     lists: dict[str, dict[int, list[tuple[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for name, module in decoder.named_modules():
         if _takes_ids(type(module)):
-            place = _place(decoder, name)
-            if place is None:
+            layer_of = _find_layer(decoder, name)
+            if layer_of is None:
                 raise Location(kind).error(f"experts module {name} is in no decoder layer")
-            lists[place[0]][place[1]].append((name, module))
+            lists[layer_of[0]][layer_of[1]].append((name, module))
     if not lists:
-        raise _without_ids(model, decoder)
+        raise _unrecordable(model, decoder)
     layers = lists[_decoder_list(model, decoder, list(lists))]
     found = {}
     for layer, modules in sorted(layers.items()):
@@ -145,8 +145,8 @@ def _takes_ids(kind: type) -> bool:
     )
 
 
-def _place(decoder: torch.nn.Module, name: str) -> tuple[str, int] | None:
-    """The outermost list of layers that holds a module, and the layer's index in it."""
+def _find_layer(decoder: torch.nn.Module, name: str) -> tuple[str, int] | None:
+    """Path of the outermost list of layers that holds a module, and the layer's index in it."""
     parts = name.split(".")
     for at, part in enumerate(parts):
         if part.isdecimal():
@@ -183,7 +183,7 @@ def _refuse_non_experts(decoder: Any, name: str, module: Any, place: str) -> Non
             )
 
 
-def _without_ids(model: PreTrainedModel, decoder: torch.nn.Module) -> InputError:
+def _unrecordable(model: PreTrainedModel, decoder: torch.nn.Module) -> InputError:
     """The error for a decoder without experts modules that are called with ids."""
     kind = model.config.model_type
     for name, module in _named_experts(decoder):
@@ -193,11 +193,11 @@ def _without_ids(model: PreTrainedModel, decoder: torch.nn.Module) -> InputError
             called = "is a list that the layer goes through"
         return Location(kind).error(
             f"{name} ({type(module).__name__}) {called}, not with the ids of the chosen experts",
-            remedy=ENGINE,
+            remedy=USE_ENGINE,
         )
     values = model.config.get_text_config().to_dict()
     if any("experts" in key and isinstance(n, int) and n > 1 for key, n in values.items()):
-        return Location(kind).error("its experts are no modules of their own", remedy=ENGINE)
+        return Location(kind).error("its experts are no modules of their own", remedy=USE_ENGINE)
     return Location(kind).error("has no MoE layers", "a model with experts")
 
 

@@ -61,10 +61,10 @@ class RowBuilder:
         self.tasks: list[str] = []
         self.num_requests = 0
         self._spec = spec
-        self._ends = list(end_tokens)
+        self._end_tokens = list(end_tokens)
         # of the sequences in the cache
         self._requests = np.zeros(0, np.int64)
-        self._codes = np.zeros(0, np.int32)
+        self._task_codes = np.zeros(0, np.int32)
         self._lengths = np.zeros(0, np.int64)
         self._alive = np.zeros(0, bool)
 
@@ -88,7 +88,7 @@ class RowBuilder:
                     yield batch
             if kind[0] == "new":  # only the last pass has its sequences in the cache
                 last = -group[-1].shape[0]
-                self._requests, self._codes = self._requests[last:], self._codes[last:]
+                self._requests, self._task_codes = self._requests[last:], self._task_codes[last:]
                 self._lengths, self._alive = self._lengths[last:], self._alive[last:]
 
     def _batch(self, steps: list[ForwardPass]) -> TokenBatch:
@@ -109,9 +109,9 @@ class RowBuilder:
         for row, step in zip(real, steps, strict=True):
             if step.mask is not None:
                 row[:] = step.mask.cpu().numpy()
-        if first.decode and first.fed is not None and self._ends:
+        if first.decode and first.fed is not None and self._end_tokens:
             fed = _stack([step.fed for step in steps if step.fed is not None])
-            ended = np.logical_or.accumulate(np.isin(fed, self._ends), axis=0)
+            ended = np.logical_or.accumulate(np.isin(fed, self._end_tokens), axis=0)
             real &= (self._alive & ~ended)[:, :, None]
             self._alive &= ~ended[-1]
         else:
@@ -132,7 +132,7 @@ class RowBuilder:
             request=np.tile(np.repeat(self._requests, length), len(steps))[keep].astype(np.int32),
             position=position.ravel()[keep].astype(np.int32),
             phase=np.full(num_tokens, DECODE_PHASE if first.decode else PREFILL_PHASE, np.int8),
-            task=np.tile(np.repeat(self._codes, length), len(steps))[keep],
+            task=np.tile(np.repeat(self._task_codes, length), len(steps))[keep],
             experts=experts.astype(np.uint16),
             weights=weights,
         )
@@ -149,7 +149,7 @@ class RowBuilder:
         for task in tasks:
             if task not in self.tasks:
                 self.tasks.append(task)
-        self._codes = np.array([self.tasks.index(task) for task in tasks], np.int32)
+        self._task_codes = np.array([self.tasks.index(task) for task in tasks], np.int32)
         self._requests = self.num_requests + np.arange(len(tasks))
         self.num_requests += len(tasks)
         self._lengths = np.zeros(len(tasks), np.int64)

@@ -137,8 +137,8 @@ class Recorder:
                 self._model.register_forward_hook(self._after_model, always_call=True),
             ]
         handles += [
-            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after),
+            decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True),
+            decoder.register_forward_hook(self._after_pass),
         ]
         for at, found in enumerate(experts.values()):
             hook = self._experts_hook(at, found.module)
@@ -201,7 +201,7 @@ class Recorder:
     def _after_model(self, module: Any, args: Any, output: Any) -> None:
         self._model_arguments = {}
 
-    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_pass(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._selected = {}
         arguments = _arguments_by_name(module, args, kwargs)
         ids, embedded = arguments.get("input_ids"), arguments.get("inputs_embeds")
@@ -249,7 +249,7 @@ class Recorder:
         self._last_ids, self._last_cache = None, cache
         self._last_length = num_cached + shape[1]
 
-    def _after(self, module: Any, args: Any, output: Any) -> None:
+    def _after_pass(self, module: Any, args: Any, output: Any) -> None:
         current, self._current = self._current, None
         assert current is not None
         selected, self._selected = self._selected, {}

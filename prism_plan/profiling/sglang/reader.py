@@ -32,10 +32,11 @@ other when one of them ends; the provenance counts them. ``forward_mode`` (``mod
 forward_batch_info.py``): 1 extend and the longer sequences of 3 mixed are prefill; 2 decode and
 sequences of one token that continue a request are decode; 4 idle has no tokens; others are refused.
 
-*Responses* (``sglang/srt/state_capturer/routed_experts.py``) in a file as
-:mod:`~prism_plan.profiling.responses` says: of ``/generate`` with ``meta_info.routed_experts``,
-base64 of raw int32 [tokens - 1 - start, L, K] of logical ids, and ``meta_info.prompt_tokens``,
-``completion_tokens``; or of the OpenAI interface with ``sglext.routed_experts`` and ``usage``.
+*Responses* (``sglang/srt/state_capturer/routed_experts.py``) in a file that
+:mod:`prism_plan.profiling.responses.response_files` reads: of ``/generate`` with
+``meta_info.routed_experts``, base64 of raw int32 [tokens - 1 - start, L, K] of logical ids, and
+``meta_info.prompt_tokens``, ``completion_tokens``; or of the OpenAI interface with
+``sglext.routed_experts`` and ``usage``.
 Rows of -1 in every layer are padding.
 
 The kind of a file is detected by its content, see :mod:`.file_kind`. Layers right behind the

@@ -1,13 +1,13 @@
 """Read the routed experts that vLLM returns with its responses (as in the source of vLLM 0.33.0).
 
 Start the server with ``--enable-return-routed-experts`` and write each response as one line of a
-JSONL file, all of them as a JSON array, or streams as they came
-(:mod:`~prism_plan.profiling.responses`). ``choices[].routed_experts`` is the base64 text of .npy
-bytes [tokens - 1, decoder layers, K] (``vllm/entrypoints/openai/chat_completion/protocol.py``,
-``vllm/utils/serial_utils.py``), uint8 up to 256 experts, else uint16 (``vllm/model_executor/
-layers/fused_moe/routed_experts_capturer.py``; older versions: int32); ids are logical, columns of
-dense layers stay zeros. The last token is never fed, so it has no row. Versions that split the
-response are read as :mod:`.split_responses` says.
+JSONL file, all of them as a JSON array, or streams as they came (files are read by
+:mod:`prism_plan.profiling.responses.response_files`). ``choices[].routed_experts`` is the base64
+text of .npy bytes [tokens - 1, decoder layers, K] (``vllm/entrypoints/openai/chat_completion/
+protocol.py``, ``vllm/utils/serial_utils.py``), uint8 up to 256 experts, else uint16
+(``vllm/model_executor/layers/fused_moe/routed_experts_capturer.py``; older versions: int32); ids
+are logical, columns of dense layers stay zeros. The last token is never fed, so it has no row.
+Versions that split the response are read as :mod:`.split_responses` says.
 
 A line may also be a plain object, for people who use vLLM from Python::
 
