@@ -10,12 +10,12 @@ import click
 from prism_plan.cli.command_options import options_as
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
-    MeetingOptions,
     MigrationOptions,
-    jsonl,
+    RendezvousOptions,
+    log_assumed_figures,
+    log_info,
     migration_options,
-    note,
-    note_assumed,
+    open_jsonl,
     rendezvous_options,
 )
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplayOptions(MeetingOptions, MigrationOptions):
-    """What ``replay`` is given."""
+class ReplayOptions(RendezvousOptions, MigrationOptions):
+    """The options of ``replay``."""
 
     placement: str
     trace: str
@@ -63,7 +63,7 @@ class ReplayOptions(MeetingOptions, MigrationOptions):
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="R.jsonl", help="One line a request; default: stdout.")
 @options_as(ReplayOptions)
-def command(given: ReplayOptions) -> None:
+def command(options: ReplayOptions) -> None:
     """Drive this server's part of the machinery with recorded routing.
 
     All servers get the same files and options but for --server and -o. Messages are real; dense
@@ -80,31 +80,31 @@ def command(given: ReplayOptions) -> None:
     from prism_plan.io.trace_reader import read_trace
     from prism_plan.simulate.sampling import sample_requests
     from runtime_adapter.replay import replay, replay_config
-    from runtime_adapter.server import Server
+    from runtime_adapter.server import LocalServer
 
     torch.set_num_threads(1)
-    for output in (given.output, given.stats):
-        writable(output, given.placement, given.trace, given.cluster)
-    placement, placement_file = read_identified_placement(given.placement)
-    rendezvous = given.rendezvous(placement.servers)
-    trace = read_trace(given.trace)
-    cluster, cluster_file = load_cluster(given.cluster)
-    with blaming(given.cluster):
+    for output in (options.output, options.stats):
+        writable(output, options.placement, options.trace, options.cluster)
+    placement, placement_file = read_identified_placement(options.placement)
+    rendezvous = options.rendezvous(placement.servers)
+    trace = read_trace(options.trace)
+    cluster, cluster_file = load_cluster(options.cluster)
+    with blaming(options.cluster):
         requests = sample_requests(
             trace,
             cluster,
-            requests_per_server=given.requests_per_server,
-            decode_tokens=given.decode_tokens,
-            seed=given.seed,
+            requests_per_server=options.requests_per_server,
+            decode_tokens=options.decode_tokens,
+            seed=options.seed,
         )
-    options = given.simulation(route=given.route, seed=given.seed)
-    own = ("requests_per_server", "seed", "route", "decode_tokens", "rtt_ms", *MIGRATION_FACTS)
+    simulation_options = options.simulation(route=options.route, seed=options.seed)
+    names = ("requests_per_server", "seed", "route", "decode_tokens", "rtt_ms", *MIGRATION_FACTS)
     facts = {
         "placement": placement_file.sha256,
         "trace": trace.sha256,
         "cluster": cluster_file.sha256,
-    } | {name: getattr(given, name) for name in own}
-    with blaming(given.placement):
+    } | {name: getattr(options, name) for name in names}
+    with blaming(options.placement):
         config = replay_config(
             placement,
             requests,
@@ -112,35 +112,35 @@ def command(given: ReplayOptions) -> None:
             trace.model,
             rendezvous,
             facts,
-            route=given.route,
-            rtt_s=given.rtt_ms * 1e-3,
-            options=options if given.moves else None,
-            placements_dir=given.placements_dir,
+            route=options.route,
+            rtt_s=options.rtt_ms * 1e-3,
+            options=simulation_options if options.migrates else None,
+            placements_dir=options.placements_dir,
         )
-    planned_by_links = given.route == "nearest" or given.migrate != "never"
-    note_assumed(
-        given.cluster, cluster, compute=True, loads=given.moves, links=planned_by_links
+    planned_by_links = options.route == "nearest" or options.migrate != "never"
+    log_assumed_figures(
+        options.cluster, cluster, compute=True, loads=options.migrates, links=planned_by_links
     )  # messages are real
-    with jsonl(given.output) as write, Server(config, note) as server:
+    with open_jsonl(options.output) as write, LocalServer(config, log_info) as server:
         begin_s = server.agree_on_start()
         began_s = time.time() + begin_s - time.monotonic()
-        results = replay(server, requests, begin_s, lambda timings: write(timings.to_json()))
+        results = replay(server, requests, begin_s, lambda result: write(result.to_json()))
         server.finish()
         counted = server.counters.to_json()
         migrations = server.migrations()
     failed = sum(result.error is not None for result in results)
-    if given.stats is not None:
+    if options.stats is not None:
         values = {
-            "server": given.server,
+            "server": options.server,
             "requests": len(results),
             "failed": failed,
             "began_s": began_s,
-            "lost": [name for m, name in enumerate(placement.servers) if server.table.lost(m)],
+            "lost": server.expert_map.lost_names(),
             "gpu_busy_s": config.compute.clock.busy_s(),  # type: ignore[attr-defined]
             **counted,
-            "gpus": server.held(),
+            "gpus": server.held_experts(),
             "migrations": migrations,
         }
-        write_bytes(given.stats, (json.dumps(values, indent=1) + "\n").encode())
+        write_bytes(options.stats, (json.dumps(values, indent=1) + "\n").encode())
     if failed:
         raise click.ClickException(f"{failed} of {len(results)} requests failed")

@@ -12,12 +12,12 @@ from prism_plan.errors import InputError
 from prism_plan.limits import require_whole
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
-    MeetingOptions,
     MigrationOptions,
-    jsonl,
+    RendezvousOptions,
+    log_assumed_figures,
+    log_info,
     migration_options,
-    note,
-    note_assumed,
+    open_jsonl,
     rendezvous_options,
 )
 
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from prism_plan.simulate.routing_policies import Route
-    from runtime_adapter.driver import Job
+    from runtime_adapter.tokenized_requests import TokenizedRequest
+
+#: Tokens of the longest prompt on standard input, where nothing else is said.
+DEFAULT_MAX_PROMPT_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(MeetingOptions, MigrationOptions):
-    """What ``serve`` is given."""
+class ServeOptions(RendezvousOptions, MigrationOptions):
+    """The options of ``serve``."""
 
     placement: str
     checkpoint: str
@@ -62,7 +65,7 @@ class ServeOptions(MeetingOptions, MigrationOptions):
                         parameter=name,
                         expected="``cluster``",
                     )
-        if not self.moves:
+        if not self.migrates:
             self.refuse("weights", found="has no effect without ``migrate`` or ``movable``")
         if not self.streamed:
             self.refuse(
@@ -134,7 +137,7 @@ class ServeOptions(MeetingOptions, MigrationOptions):
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="A.jsonl", help="One line a request; default: stdout.")
 @options_as(ServeOptions)
-def command(given: ServeOptions) -> None:
+def command(options: ServeOptions) -> None:
     """Serve a checkpoint, this server's experts and requests.
 
     All servers get the same files and options but for --server, --requests, --device, --threads
@@ -154,90 +157,86 @@ def command(given: ServeOptions) -> None:
     from prism_plan.io.requests import read_requests
     from prism_plan.profiling.hf import fingerprint
     from prism_plan.simulate.network import Network
-    from runtime_adapter.driver import (
-        MAX_PROMPT_TOKENS,
-        context_tokens,
-        even_network,
-        load_tokenizer,
-        moving,
-        prepare,
-        prepare_stream,
-        require_covered,
-        serve,
-    )
+    from runtime_adapter.driver import serve
+    from runtime_adapter.migration_config import migration_config
     from runtime_adapter.moe.compute import ExpertCompute
-    from runtime_adapter.moe.placed_model import (
-        load_experts,
-        load_model,
+    from runtime_adapter.moe.placed_model import load_placed_model
+    from runtime_adapter.moe.router import uniform_network
+    from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
+    from runtime_adapter.server import LocalServer, ServerConfig
+    from runtime_adapter.tokenized_requests import RequestTokenizer, context_tokens, load_tokenizer
+    from runtime_adapter.transport.nccl_channel import ChannelConfig, prepare_nccl, require_device
+    from runtime_adapter.transport.rendezvous import RuntimeFailure
+    from runtime_adapter.weights.checkpoint import Checkpoint
+    from runtime_adapter.weights.checkpoint_loader import CheckpointLoader
+    from runtime_adapter.weights.peer_loader import PeerLoader
+    from runtime_adapter.weights.server_experts import (
+        load_server_experts,
+        require_covered,
         require_placed_model,
         server_devices,
     )
-    from runtime_adapter.moe.thread_dispatcher import ThreadLocalDispatcher
-    from runtime_adapter.server import Server, ServerConfig
-    from runtime_adapter.transport.nccl_channel import DataChannels, prepare_nccl, require_device
-    from runtime_adapter.transport.rendezvous import RuntimeFailure
-    from runtime_adapter.weights.checkpoint import Checkpoint
 
-    files = [given.placement, given.cluster, None if given.streamed else given.requests]
-    for output in (given.output, given.stats):
+    files = [options.placement, options.cluster, None if options.streamed else options.requests]
+    for output in (options.output, options.stats):
         writable(output, *files)
-    torch.set_num_threads(given.threads)
-    placement, placement_file = read_identified_placement(given.placement)
-    rendezvous = given.rendezvous(placement.servers)
-    requests = [] if given.streamed else read_requests(given.requests)
-    checkpoint = Checkpoint(given.checkpoint)
-    require_placed_model(placement, checkpoint, source=given.placement)
-    require_covered(placement, source=given.placement)
+    torch.set_num_threads(options.threads)
+    placement, placement_file = read_identified_placement(options.placement)
+    rendezvous = options.rendezvous(placement.servers)
+    requests = [] if options.streamed else read_requests(options.requests)
+    checkpoint = Checkpoint(options.checkpoint)
+    require_placed_model(placement, checkpoint, source=options.placement)
+    require_covered(placement, source=options.placement)
     spec = checkpoint.spec
-    dtype = checkpoint.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
+    dtype = checkpoint.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     cluster, cluster_digest = None, None
-    network = even_network(placement.num_servers, spec.hidden_size * dtype.itemsize)
-    if given.cluster is not None:
-        cluster, cluster_file = load_cluster(given.cluster)
+    network = uniform_network(placement.num_servers, spec.hidden_size * dtype.itemsize)
+    if options.cluster is not None:
+        cluster, cluster_file = load_cluster(options.cluster)
         cluster_digest = cluster_file.sha256
         if tuple(server.name for server in cluster.servers) != placement.servers:
             raise InputError(
                 f"servers {', '.join(server.name for server in cluster.servers)}",
-                source=given.cluster,
-                expected=f"{', '.join(placement.servers)}, as in {given.placement}",
+                source=options.cluster,
+                expected=f"{', '.join(placement.servers)}, as in {options.placement}",
             )
-        with blaming(given.cluster):
+        with blaming(options.cluster):
             network = Network.of(cluster, spec)
-    if given.transport == "nccl":
-        prepare_nccl(given.interface)  # before anything uses a card
-    devices = server_devices(len(placement.gpu_capacity[rendezvous.rank]), given.device)
+    if options.transport == "nccl":
+        prepare_nccl(options.interface)  # before anything uses a card
+    devices = server_devices(len(placement.gpu_capacity[rendezvous.rank]), options.device)
     channels = None
-    if given.transport != "gloo":
-        channels = DataChannels(given.transport, devices[0])
+    if options.transport != "gloo":
+        channels = ChannelConfig(options.transport, devices[0])
         require_device(channels)
     tokenizer = load_tokenizer(checkpoint)
-    jobs = prepare(
-        requests, tokenizer, checkpoint, rendezvous.rank, given.max_new_tokens, given.requests
-    )
-    longest = max([len(job.ids) for job in jobs], default=1)
-    if given.streamed:
+    tokenizing = RequestTokenizer(tokenizer, checkpoint, rendezvous.rank, options.max_new_tokens)
+    tokenized = tokenizing.tokenize(requests, options.requests)
+    max_tokens = max([len(request.ids) for request in tokenized], default=1)
+    if options.streamed:
         context = context_tokens(checkpoint) or 1 << 20
-        longest = min(MAX_PROMPT_TOKENS, context)
-        if given.max_prompt_tokens is not None:
-            longest = given.max_prompt_tokens
-            require_whole(longest, 1, context, "max_prompt_tokens")
-    lanes = ThreadLocalDispatcher()
-    with blaming(given.placement):
-        store = load_experts(checkpoint, placement, rendezvous.rank, devices, dtype)
-    model = load_model(checkpoint, lanes, dtype, devices[0])
-    movable = None
-    if given.moves:
-        options = given.simulation(route=given.route, seed=given.seed)
-        with blaming(given.placement):
-            movable = moving(
+        max_tokens = min(DEFAULT_MAX_PROMPT_TOKENS, context)
+        if options.max_prompt_tokens is not None:
+            max_tokens = options.max_prompt_tokens
+            require_whole(max_tokens, 1, context, "max_prompt_tokens")
+    backend = ThreadLocalDispatcher()
+    with blaming(options.placement):
+        store = load_server_experts(checkpoint, placement, rendezvous.rank, devices, dtype)
+    model = load_placed_model(checkpoint, backend, dtype, devices[0])
+    migration = None
+    if options.migrates:
+        from_checkpoint = CheckpointLoader(checkpoint.folder, store)
+        from_peers = PeerLoader(from_checkpoint, placement)
+        with blaming(options.placement):
+            migration = migration_config(
+                from_peers if options.weights == "peer" else from_checkpoint,
                 rendezvous,
                 placement,
-                store,
-                checkpoint,
+                spec,
                 cluster,
-                options,
-                given.placements_dir,
-                from_peers=given.weights == "peer",
+                options.simulation(route=options.route, seed=options.seed),
+                options.placements_dir,
+                keep_slots=True,
             )
     config = ServerConfig(
         rendezvous=rendezvous,
@@ -247,11 +246,11 @@ def command(given: ServeOptions) -> None:
         compute=ExpertCompute(store),
         facts={
             "placement": placement_file.sha256,
-            "checkpoint": fingerprint(given.checkpoint),
+            "checkpoint": fingerprint(options.checkpoint),
             "cluster": cluster_digest,
             "dtype": str(dtype).removeprefix("torch."),
             **{
-                name: getattr(given, name)
+                name: getattr(options, name)
                 for name in (
                     "route",
                     "concurrency",
@@ -262,46 +261,44 @@ def command(given: ServeOptions) -> None:
                 )
             },
         },
-        states=dtype,
+        dtype=dtype,
         width=spec.hidden_size,
-        most_tokens=longest,
-        route=given.route,
-        lanes=given.concurrency,
-        rtt_s=given.rtt_ms * 1e-3,
-        threads=given.threads,
-        movable=movable,
+        max_tokens=max_tokens,
+        route=options.route,
+        num_lanes=options.concurrency,
+        rtt_s=options.rtt_ms * 1e-3,
+        threads=options.threads,
+        migration=migration,
         channels=channels,
     )
-    if given.cluster is not None and cluster is not None:
-        reviewed = given.migrate != "never"
-        by_links = reviewed or given.route == "nearest"
-        note_assumed(given.cluster, cluster, loads=reviewed, links=by_links)
-    with jsonl(given.output) as write, Server(config, note) as server:
+    if options.cluster is not None and cluster is not None:
+        reviewed = options.migrate != "never"
+        by_links = reviewed or options.route == "nearest"
+        log_assumed_figures(options.cluster, cluster, loads=reviewed, links=by_links)
+    with open_jsonl(options.output) as write, LocalServer(config, log_info) as server:
         begin_s = server.agree_on_start()
-        coming: Iterable[Job] = jobs
-        if given.streamed:
-            coming = prepare_stream(
-                sys.stdin.buffer, tokenizer, checkpoint, rendezvous.rank, given.max_new_tokens,
-                begin_s,
-            )  # fmt: skip
-        answers = serve(
-            server, model, tokenizer, lanes, coming, begin_s, lambda answer: write(answer.to_json())
-        )
+        incoming: Iterable[TokenizedRequest] = tokenized
+        if options.streamed:
+            incoming = tokenizing.tokenize_stream(sys.stdin.buffer, begin_s)
+        results = serve(
+            server, model, tokenizer, backend, incoming, begin_s,
+            lambda result: write(result.to_json()),
+        )  # fmt: skip
         server.finish()
         counted = server.counters.to_json()
         migrations = server.migrations()
-    failed = sum(answer.error is not None for answer in answers)
-    if given.stats is not None:
+    failed = sum(result.error is not None for result in results)
+    if options.stats is not None:
         values = {
-            "server": given.server,
-            "requests": len(answers),
+            "server": options.server,
+            "requests": len(results),
             "failed": failed,
-            "new_tokens": sum(len(answer.tokens) for answer in answers),
-            "lost": [name for m, name in enumerate(placement.servers) if server.table.lost(m)],
+            "new_tokens": sum(len(result.tokens) for result in results),
+            "lost": server.expert_map.lost_names(),
             **counted,
-            "gpus": server.held(),
+            "gpus": server.held_experts(),
             "migrations": migrations,
         }
-        write_bytes(given.stats, (json.dumps(values, indent=1) + "\n").encode())
+        write_bytes(options.stats, (json.dumps(values, indent=1) + "\n").encode())
     if failed:
-        raise RuntimeFailure(f"{failed} of {len(answers)} requests failed; see their errors")
+        raise RuntimeFailure(f"{failed} of {len(results)} requests failed; see their errors")

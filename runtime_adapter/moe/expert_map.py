@@ -1,9 +1,8 @@
-"""Who holds what, as this server knows it; changes come one expert at a time."""
+"""Which servers hold which experts, as this server knows it; it changes one expert at a time."""
 
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +11,11 @@ from prism_plan.placement import Placement
 
 
 class ExpertMap:
-    """Servers that hold each pair; changed by loads, drops and losses, read by the router.
+    """Holders of each (layer, expert) pair; changed by loads, drops and losses, read by the router.
 
-    ``gpu_of`` int32 [N, J] is the first GPU of a server that holds a pair, -1 if none does;
-    ``holder`` int32 [J, N] the servers ascending, of which the first ``copies`` [J] count: the
-    same tables, and so the same choices, as the simulator's.
+    ``gpu_of`` int32 [N, J] is the first GPU of a server that holds a pair, -1 if none does.
+    ``holder`` int32 [J, N] lists a pair's servers in ascending order, of which the first
+    ``num_replicas`` [J] count. These are the simulator's arrays, so choices by them are equal.
     """
 
     def __init__(self, placement: Placement) -> None:
@@ -29,8 +28,7 @@ class ExpertMap:
         pairs = self._held.shape[1]
         self.gpu_of = np.full((len(self.servers), pairs), -1, np.int32)
         self.holder = np.zeros((pairs, len(self.servers)), np.int32)
-        self.copies = np.zeros(pairs, np.int32)
-        self.version = 0
+        self.num_replicas = np.zeros(pairs, np.int32)
         for pair in range(pairs):
             self._refresh(pair)
 
@@ -39,33 +37,35 @@ class ExpertMap:
         for g in np.flatnonzero(self._held[:, pair])[::-1]:
             gpus[self._server[g]] = g
         gpus[self._lost] = -1
-        alive = np.flatnonzero(gpus >= 0)
-        # routers read at any moment: what they see in between names holders of now or of before
+        holders = np.flatnonzero(gpus >= 0)
+        # routers read at any moment: in between they see holders of now or of before
         self.gpu_of[:, pair] = gpus
-        self.holder[pair, : len(alive)] = alive
-        self.copies[pair] = len(alive)
+        self.holder[pair, : len(holders)] = holders
+        self.num_replicas[pair] = len(holders)
 
     def change(self, gpu: int, pair: int, held: bool) -> None:
-        """A GPU (in the order of all servers) has a pair from now on, or no longer."""
+        """A GPU (in the order of all servers) holds a pair from now on, or no longer."""
         with self._lock:
             self._held[gpu, pair] = held
             self._refresh(pair)
-            self.version += 1
 
     def lose(self, server: int) -> None:
-        """A server is not there any more: no call goes to it."""
+        """A server is lost: no call goes to it any more."""
         with self._lock:
             self._lost[server] = True
-            for pair in range(len(self.copies)):
+            for pair in range(len(self.num_replicas)):
                 self._refresh(pair)
-            self.version += 1
 
     def lost(self, server: int) -> bool:
         """Whether the server is lost."""
         return bool(self._lost[server])
 
+    def lost_names(self) -> list[str]:
+        """The servers that are lost."""
+        return [name for n, name in enumerate(self.servers) if self._lost[n]]
+
     def on_gpu(self) -> npt.NDArray[np.bool_]:
-        """What is held now, bool [G, J]."""
+        """What every GPU holds now, bool [G, J]."""
         with self._lock:
             return self._held.copy()
 
@@ -74,8 +74,3 @@ class ExpertMap:
         with self._lock:
             held: npt.NDArray[np.bool_] = self._held[self._server == server]
         return held
-
-    def arrays(self) -> tuple[Any, Any, Any]:
-        """``gpu_of``, ``holder`` and ``copies``, one consistent copy."""
-        with self._lock:
-            return self.gpu_of.copy(), self.holder.copy(), self.copies.copy()

@@ -1,4 +1,4 @@
-"""Several things at once, or one thing with a limit of time."""
+"""Calls in threads: several at once, or one with a time limit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def in_parallel(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run all at once, so that no two wait for each other; raises the first error."""
-    found: list[Any] = [None] * len(jobs)
+def run_in_parallel(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run all jobs at once, so that none waits for another; raises the first error."""
+    results: list[Any] = [None] * len(jobs)
     errors: list[BaseException] = []
 
     def work(index: int) -> None:
         try:
-            found[index] = jobs[index]()
+            results[index] = jobs[index]()
         except BaseException as error:
             errors.append(error)
 
@@ -27,34 +27,34 @@ def in_parallel(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
         thread.join()
     if errors:
         raise errors[0]
-    return found
+    return results
 
 
-def in_time(job: Callable[[], T], within_s: float) -> T:
-    """The result of a job that may block for ever, run in a thread of its own.
+def run_with_timeout(job: Callable[[], T], timeout_s: float) -> T:
+    """Run a job that may block for ever, in a thread of its own, and return its result.
 
-    Also for what cannot be interrupted: the waiting can. A job that is not done in time is left to
-    its thread.
+    Also for calls that cannot be interrupted: only the waiting ends. A job that is not done in time
+    is left to its thread.
 
     Raises
     ------
     TimeoutError
         It is not done in time.
     """
-    found: list[T] = []
+    results: list[T] = []
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            found.append(job())
+            results.append(job())
         except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(within_s)
+    thread.join(timeout_s)
     if errors:
         raise errors[0]
-    if not found:
-        raise TimeoutError(f"not done within {within_s:g} s")
-    return found[0]
+    if not results:
+        raise TimeoutError(f"not done within {timeout_s:g} s")
+    return results[0]

@@ -404,7 +404,7 @@ def command(**given: Any) -> None:
     """Replay placements on shaped links, and compare with what the simulator predicts."""
     from prism_plan.cli.inputs import writable
     from prism_plan.io.files import write_bytes
-    from runtime_adapter.cli.options import note
+    from runtime_adapter.cli.options import log_info
 
     writable(given["output"], given["trace"], given["cluster"])
     setting = Setting(
@@ -423,20 +423,20 @@ def command(**given: Any) -> None:
                 setting = dataclasses.replace(setting, **{name: values["setting"][name]})
             predict_again(values, setting, Path(folder))
             write_bytes(given["output"], (json.dumps(values, indent=1) + "\n").encode())
-            note(f"{given['output']}: {len(values['rows'])} runs predicted again")
+            log_info(f"{given['output']}: {len(values['rows'])} runs predicted again")
             return
         values = run_all(
             setting,
             Path(folder),
-            note,
+            log_info,
             lambda found: write_bytes(
                 given["output"], (json.dumps(found, indent=1) + "\n").encode()
             ),
         )
-    note(f"{given['output']}: {len(values['rows'])} runs")
+    log_info(f"{given['output']}: {len(values['rows'])} runs")
 
 
 if __name__ == "__main__":
-    from runtime_adapter.cli import run_and_leave
+    from runtime_adapter.cli import run_and_exit
 
-    run_and_leave(command, "python -m studies.testbed.experiment")
+    run_and_exit(command, "python -m studies.testbed.experiment")

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from runtime_adapter.weights.checkpoint import Checkpoint  # noqa: E402
-from runtime_adapter.weights.expert_store import ExpertStore  # noqa: E402
+from runtime_adapter.weights.expert_store import Change, ExpertStore  # noqa: E402
 from runtime_adapter.weights.families import FAMILIES  # noqa: E402
 from tests.profiling.families import tiny_model  # noqa: E402
 
@@ -68,6 +68,20 @@ def filled(checkpoint: Checkpoint, dtype: Any) -> ExpertStore:
     for pair in range(spec.num_pairs):
         store.put(pair, 0, checkpoint.expert(*divmod(pair, spec.num_experts)))
     return store
+
+
+def held_slots(store: ExpertStore) -> list[Change]:
+    """The table of a store as loads, in order of (pair, GPU)."""
+    return [
+        Change("load", pair, gpu, slot)
+        for pair, held in sorted(store._table.items())
+        for gpu, slot in held
+    ]
+
+
+def free_slots(store: ExpertStore, gpu: int) -> int:
+    """Slots of a GPU that can be loaded into."""
+    return len(store._free[gpu])
 
 
 def experts_in_memory(model: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Agents, followers and a scheduler in one process: a run's control, without its requests."""
+"""The control of a run in one process, without its requests: executors, followers, scheduler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,23 @@ from prism_plan.instance import Instance
 from prism_plan.io.placement import placement_to_json
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement, Plan
-from runtime_adapter.control.event_log import Entry, EventLog
+from runtime_adapter.control.event_log import EventLog
+from runtime_adapter.control.failure_detector import worker_heartbeat
+from runtime_adapter.control.log_entries import (
+    DropsAnnounced,
+    ExpertsLoaded,
+    LogEntry,
+    MoveFinished,
+    MoveRequested,
+)
 from runtime_adapter.control.log_follower import LogFollower
 from runtime_adapter.control.migration_executor import MigrationExecutor
-from runtime_adapter.control.scheduler import Scheduler, SchedulerConfig
+from runtime_adapter.control.run_state import SchedulerConfig
+from runtime_adapter.control.scheduler import Scheduler
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.expert_map import ExpertMap
-from runtime_adapter.transport.rendezvous import Rendezvous, listen
+from runtime_adapter.transport.rendezvous import Rendezvous
+from runtime_adapter.transport.tcp_store import listen
 from runtime_adapter.weights.expert_store import Change
 from tests.limits import HANG_S
 from tests.runtime.replays import RESOLVER, free_port
@@ -36,6 +46,7 @@ MODEL = ModelShape(
     name="tiny", moe_layers=(1, 3), num_experts=6, top_k=2, expert_bytes=(1_000_000,) * 2
 )
 PATIENCE_S = HANG_S
+Kind = TypeVar("Kind", bound=LogEntry)
 
 
 def placement(held: npt.ArrayLike, capacity: Sequence[Sequence[int]], **plan: Any) -> Placement:
@@ -78,6 +89,9 @@ class FakeLoader:
         self.most_loading = [0] * len(slots)
         self._lock = threading.Lock()
 
+    def connect(self, rendezvous: Rendezvous, expert_map: ExpertMap) -> None:
+        """It needs no other server."""
+
     def load(self, pair: int, gpu: int) -> Change:
         """When ``hold`` lets it."""
         with self._lock:
@@ -111,6 +125,9 @@ class FakeCompute:
     def __init__(self) -> None:
         self.changes: list[Change] = []
 
+    def use(self, expert_map: ExpertMap) -> None:
+        """It needs no map."""
+
     def apply(self, change: Change) -> None:
         """Note it."""
         self.changes.append(change)
@@ -135,12 +152,12 @@ class FakeServer:
     """One server's part of the control."""
 
     loader: FakeLoader
-    worker_table: ExpertMap
-    driver_table: ExpertMap
+    worker_map: ExpertMap
+    driver_map: ExpertMap
     compute: FakeCompute
     lane: FakeLane
     said: list[str] = field(default_factory=list)
-    beats: bool = True
+    sends_heartbeats: bool = True
 
 
 class Fleet:
@@ -171,11 +188,11 @@ class Fleet:
             )  # fmt: skip
             self.servers.append(server)
             MigrationExecutor(
-                n, start, server.loader, server.worker_table, self.log(f"worker {n}"), timeout_s
+                n, start, server.loader, server.worker_map, self.log(f"worker {n}"), timeout_s
             ).start()
             if n not in silent:
                 LogFollower(
-                    n, start, server.driver_table, server.compute, Counters(2, 6), [server.lane],
+                    n, start, server.driver_map, server.compute, Counters(2, 6), [server.lane],
                     self.log(f"driver {n}"), server.said.append,
                 ).start()  # fmt: skip
         instance = Instance(
@@ -189,9 +206,9 @@ class Fleet:
         self.asking = self.log("move")
         self.reading = self.log("reader")
         self.reading.follow()
-        self.entries: list[Entry] = []
+        self.entries: list[LogEntry] = []
         self._host.set("start", str(time.time()))
-        self._beat = 0
+        self._heartbeat = 0
 
     def log(self, by: str) -> EventLog:
         """A client of the log."""
@@ -200,18 +217,18 @@ class Fleet:
     def ask(self, target: Placement, name: str = "1") -> None:
         """Ask for a placement, as the command does."""
         self.asking.put(f"move/{name}", placement_to_json(target))
-        self.asking.tell("move", move=name)
+        self.asking.append(MoveRequested(name))
 
     def until(self, condition: Callable[[], Any]) -> None:
         """Let the scheduler run until something has happened."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < deadline
-            self._beat += 1
+            self._heartbeat += 1
             for n, server in enumerate(self.servers):
-                if server.beats:
-                    self._host.set(f"beat/{n}", str(self._beat))
-            self.scheduler.turn(0.005)
+                if server.sends_heartbeats:
+                    self._host.set(worker_heartbeat(n), str(self._heartbeat))
+            self.scheduler.run_once(0.005)
             while not self.reading.caught_up():
                 entry = self.reading.next(0)
                 if entry is not None:  # one that is none is skipped
@@ -221,14 +238,14 @@ class Fleet:
         """How the move that was asked for ended."""
         self.until(lambda: self._answers(name))
         entry = self._answers(name)[0]
-        return entry["code"], entry["text"]
+        return entry.code, entry.text
 
-    def _answers(self, name: str) -> list[Entry]:
-        return [e for e in self.entries if e.what == "moved" and e["move"] == name]
+    def _answers(self, name: str) -> list[MoveFinished]:
+        return [e for e in self.entries_of(MoveFinished) if e.move == name]
 
-    def what(self, *kinds: str) -> list[Entry]:
-        """Entries of these kinds so far, in order."""
-        return [entry for entry in self.entries if entry.what in kinds]
+    def entries_of(self, kind: type[Kind]) -> list[Kind]:
+        """Entries of a kind so far, in order."""
+        return [entry for entry in self.entries if isinstance(entry, kind)]
 
     def held(self) -> npt.NDArray[np.bool_]:
         """What the loaders say that the GPUs hold, bool [G, J]."""
@@ -238,12 +255,14 @@ class Fleet:
         """What no loader should have been asked for."""
         return [text for server in self.servers for text in server.loader.wrong]
 
-    def least_copies(self) -> int:
+    def min_replicas(self) -> int:
         """Over the whole log, the least number of servers that any expert was called on."""
-        table = ExpertMap(self.start)
-        least = int(table.copies.min())
-        for entry in self.what("load", "drop"):
-            for _, gpu, pair, _ in entry["experts"]:
-                table.change(gpu, pair, entry.what == "load")
-                least = min(least, int(table.copies.min()))
+        expert_map = ExpertMap(self.start)
+        least = int(expert_map.num_replicas.min())
+        for entry in self.entries:
+            if isinstance(entry, (ExpertsLoaded, DropsAnnounced)):
+                for change in entry.experts:
+                    loaded = isinstance(entry, ExpertsLoaded)
+                    expert_map.change(change.gpu, change.pair, loaded)
+                    least = min(least, int(expert_map.num_replicas.min()))
         return least

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from runtime_adapter.moe.placed_experts import weighted_sum
-from runtime_adapter.moe.placed_model import load_experts
 from runtime_adapter.weights.checkpoint import Checkpoint
 from runtime_adapter.weights.expert_store import ExpertStore
+from runtime_adapter.weights.server_experts import load_server_experts
 
 
-class SplitDispatcher:
+class SplitBackend:
     """Local experts at home; for each other server one message, each token once, one sum back.
 
     An expert that is not at home is asked of the holder that comes first after home. ``messages``
@@ -28,7 +28,7 @@ class SplitDispatcher:
         self.calls = 0
 
     def run(self, layer_position: int, hidden: Any, experts: Any, weights: Any) -> Any:
-        """See `runtime_adapter.moe.placed_experts.Dispatcher`."""
+        """See `runtime_adapter.moe.placed_experts.ExpertBackend`."""
         servers = [(self.home + step) % len(self.stores) for step in range(len(self.stores))]
         number = self.stores[0].shape.spec.num_experts
         by_server: dict[int, list[tuple[int, int, Any]]] = {}
@@ -63,6 +63,6 @@ class SplitDispatcher:
 def stores_of(checkpoint: Checkpoint, placement: Any, dtype: Any) -> list[ExpertStore]:
     """A store for each server of a placement, on the CPU."""
     return [
-        load_experts(checkpoint, placement, n, [torch.device("cpu")] * len(gpus), dtype)
+        load_server_experts(checkpoint, placement, n, [torch.device("cpu")] * len(gpus), dtype)
         for n, gpus in enumerate(placement.gpu_capacity)
     ]

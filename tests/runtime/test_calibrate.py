@@ -21,8 +21,8 @@ from runtime_adapter.calibrate import (
     calibration,
     calibration_placement,
 )
-from runtime_adapter.transport.messages import HEADER_BYTES
 from runtime_adapter.transport.send_queue import LONG_BYTES
+from runtime_adapter.transport.wire_format import HEADER_BYTES
 
 MODEL = PRESETS["deepseek-v2-lite"]
 

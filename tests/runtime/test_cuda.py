@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from prism_plan.io.placement import placement_to_json  # noqa: E402
 from prism_plan.solvers import solve  # noqa: E402
-from runtime_adapter.control.move_request import ask  # noqa: E402
+from runtime_adapter.control.move_request import request_move  # noqa: E402
 from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
 from tests.runtime.checkpoints import TINY, TRACES, reference  # noqa: E402
 from tests.runtime.replays import PATIENCE_S, experts_of  # noqa: E402
@@ -70,7 +70,7 @@ def test_tokens_on_cards(model: str, transport: str, device: str, tmp_path: Path
         run.until(lambda: len(run.answers(start.servers[0])) > 2)
         rendezvous = Rendezvous(1, -1, port=run.port, rendezvous_timeout_s=PATIENCE_S)
         for placement in (target, start, target):
-            code, text = ask(rendezvous, placement_to_json(placement))
+            code, text = request_move(rendezvous, placement_to_json(placement))
             assert code == 0, text
         assert set(run.codes().values()) == {0}, [run.errors(name) for name in start.servers]
     for name, requests in asked.items():

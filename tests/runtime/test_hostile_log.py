@@ -13,9 +13,19 @@ pytest.importorskip("torch")
 
 from prism_plan.errors import InputError
 from runtime_adapter.control import scheduler as scheduling
-from runtime_adapter.control.log_entries import KINDS, Bounds, read_entry
-from runtime_adapter.control.move_request import ask
-from runtime_adapter.control.scheduler import _PendingReview
+from runtime_adapter.control.failure_detector import SCHEDULER_HEARTBEAT, driver_heartbeat
+from runtime_adapter.control.log_entries import (
+    KINDS,
+    Bounds,
+    CallsReported,
+    ExpertsLoaded,
+    LogMessage,
+    MigrationFinished,
+    MoveRequested,
+    read_entry,
+)
+from runtime_adapter.control.move_request import request_move
+from runtime_adapter.control.reviews import PendingReview
 from tests.runtime.fleet import MODEL, Fleet, placement
 from tests.runtime.test_migration_control import START, two
 
@@ -30,32 +40,32 @@ STRANGE = [
     b"9" * 10_000,
     b"[1, 2]",
     b'{"plan": 1}',
-    b'{"what": 3}',
-    b'{"what": "explode"}',
-    b'{"what": "load", "what": "drop"}',
+    b'{"kind": 3}',
+    b'{"kind": "explode"}',
+    b'{"kind": "experts_loaded", "kind": "drops_announced"}',
     *(
         json.dumps(values).encode()
         for values in (
-            {"what": "plan", "plan": -1},
-            {"what": "plan", "plan": 1.5},
-            {"what": "plan", "plan": 77},
-            {"what": "load", "plan": 1},
-            {"what": "load", "plan": 1, "experts": [[0, 3, 0, 0]]},
-            {"what": "load", "plan": 1, "experts": [[0, 0, 12, 0]]},
-            {"what": "load", "plan": 1, "experts": [[0, 0, -1, 0]]},
-            {"what": "drop", "plan": 1, "experts": [[0, 0, 0]]},
-            {"what": "drop", "plan": 1, "experts": "all"},
-            {"what": "seen", "server": 2, "plan": 1, "steps": [0]},
-            {"what": "seen", "server": True, "plan": 1, "steps": [0]},
-            {"what": "dropped", "plan": 1, "steps": [None]},
-            {"what": "failed", "plan": 1, "step": 0, "server": 0, "reason": "r"},
-            {"what": "halted", "plan": 1, "server": "s0"},
-            {"what": "calls", "review": 1, "server": 2},
-            {"what": "move", "move": ["1"]},
-            {"what": "move", "move": "nowhere"},
-            {"what": "moved", "move": "1", "code": 256, "text": ""},
-            {"what": "note", "text": 3},
-            {"what": "note", "text": "x" * 10_000},
+            {"kind": "migration_started", "plan": -1},
+            {"kind": "migration_started", "plan": 1.5},
+            {"kind": "migration_started", "plan": 77},
+            {"kind": "experts_loaded", "plan": 1},
+            {"kind": "experts_loaded", "plan": 1, "experts": [[0, 3, 0, 0]]},
+            {"kind": "experts_loaded", "plan": 1, "experts": [[0, 0, 12, 0]]},
+            {"kind": "experts_loaded", "plan": 1, "experts": [[0, 0, -1, 0]]},
+            {"kind": "drops_announced", "plan": 1, "experts": [[0, 0, 0]]},
+            {"kind": "drops_announced", "plan": 1, "experts": "all"},
+            {"kind": "drops_acknowledged", "server": 2, "plan": 1, "steps": [0]},
+            {"kind": "drops_acknowledged", "server": True, "plan": 1, "steps": [0]},
+            {"kind": "slots_freed", "plan": 1, "steps": [None]},
+            {"kind": "step_failed", "plan": 1, "step": 0, "server": 0, "reason": "r"},
+            {"kind": "server_stopped", "plan": 1, "server": "s0"},
+            {"kind": "calls_reported", "review": 1, "server": 2},
+            {"kind": "move_requested", "move": ["1"]},
+            {"kind": "move_requested", "move": "nowhere"},
+            {"kind": "move_finished", "move": "1", "code": 256, "text": ""},
+            {"kind": "log_message", "text": 3},
+            {"kind": "log_message", "text": "x" * 10_000},
         )
     ),
 ]
@@ -83,7 +93,7 @@ def test_strange_entries_end_no_moves() -> None:
     assert fleet.moved("2")[0] == 0
     assert (fleet.held() == START.on_gpu.reshape(3, -1)).all()
     assert not fleet.wrong()
-    fleet.until(lambda: {entry["plan"] for entry in fleet.what("over")} >= {1, 2, 77})
+    fleet.until(lambda: {entry.plan for entry in fleet.entries_of(MigrationFinished)} >= {1, 2, 77})
     for server in fleet.servers:
         said = [line for line in server.said if "is skipped" in line]
         assert len(said) == 1
@@ -95,7 +105,10 @@ def test_strange_entries_end_no_moves() -> None:
 def test_an_entry_that_no_server_writes(raw: bytes) -> None:
     """One line says which entry, and what is wrong with it; well-formed ones are read."""
     bounds = Bounds.of(START)
-    if raw in (STRANGE[12], b'{"what": "move", "move": "nowhere"}'):  # what they name is missing
+    if raw in (
+        STRANGE[12],
+        b'{"kind": "move_requested", "move": "nowhere"}',
+    ):  # what they name is missing
         assert read_entry(7, raw, bounds).number == 7
         return
     with pytest.raises(InputError) as error:
@@ -109,7 +122,7 @@ def test_all_kinds_that_are_written_are_known() -> None:
     fleet = Fleet(START)
     fleet.ask(TARGET)
     fleet.moved()
-    assert {entry.what for entry in fleet.entries} <= set(KINDS)
+    assert {entry.kind for entry in fleet.entries} <= set(KINDS)
     assert not [line for server in fleet.servers for line in server.said if "skipped" in line]
 
 
@@ -141,7 +154,7 @@ def test_a_placement_that_cannot_be_read(raw: bytes | None) -> None:
     fleet = Fleet(START)
     if raw is not None:
         fleet._host.set("move/1", raw)
-    fleet.asking.tell("move", move="1")
+    fleet.asking.append(MoveRequested("1"))
     code, text = fleet.moved()
     assert code == 2
     assert text.startswith("refused: ")
@@ -154,23 +167,23 @@ def test_calls_that_cannot_be_read(raw: bytes | None, monkeypatch: pytest.Monkey
     """They count as none, however large they would be, and the review goes on."""
     fleet = Fleet(START)
     scheduler = fleet.scheduler
-    asking = _PendingReview(1, 0.0, scheduler.now())
-    scheduler._asking = asking
-    monkeypatch.setattr(scheduler, "_decide", lambda event: None)
+    pending = PendingReview(1, 0.0, scheduler.state.now())
+    scheduler.reviews.pending = pending
+    monkeypatch.setattr(scheduler.reviews, "decide", lambda event: None)
     if raw is not None:
         fleet._host.set("calls/0/1", raw)
     fleet._host.set("times/0/1", b'{"compute_us": 1, "waiting_us": 1}')
-    fleet.asking.tell("calls", review=1, server=0)
-    fleet.until(lambda: fleet.what("note"))
-    assert "calls of a server are not counted" in fleet.what("note")[0]["text"]
-    assert not np.asarray(asking.calls[0]).any()
+    fleet.asking.append(CallsReported(1, 0))
+    fleet.until(lambda: fleet.entries_of(LogMessage))
+    assert "calls of a server are not counted" in fleet.entries_of(LogMessage)[0].text
+    assert not np.asarray(pending.calls[0]).any()
 
 
-# ------------------------------------------------------------------------- signs of life in a move
+# ---------------------------------------------------------------------------- heartbeats in a move
 
 
 def test_a_worker_that_dies_after_its_driver_has_finished() -> None:
-    """That the driver has written ``finished`` is no sign of the worker's life: the move ends."""
+    """That the driver has written ``finished`` is no heartbeat of the worker: the move ends."""
     rows = np.ones((3, MODEL.num_pairs), bool)
     rows[0, :4] = rows[1, 4:8] = rows[2, 8:] = False
     start = placement(rows, ((12,), (12,), (12,)))
@@ -178,9 +191,9 @@ def test_a_worker_that_dies_after_its_driver_has_finished() -> None:
     fleet = Fleet(start, timeout_s=1.0)
     fleet.servers[2].loader.hold.clear()
     fleet.ask(target)
-    fleet.until(lambda: fleet.what("load"))
+    fleet.until(lambda: fleet.entries_of(ExpertsLoaded))
     fleet._host.set("finished/2", "1")
-    fleet.servers[2].beats = False
+    fleet.servers[2].sends_heartbeats = False
     code, text = fleet.moved()
     assert (code, text.endswith("server 's2' is lost")) == (5, True)
 
@@ -188,7 +201,7 @@ def test_a_worker_that_dies_after_its_driver_has_finished() -> None:
 def test_a_driver_that_hangs_while_its_own_experts_are_dropped() -> None:
     """Its worker would wait for it without end: the move is abandoned, later ones are refused."""
     fleet = Fleet(START, silent=[0], timeout_s=0.5)
-    fleet._host.set("driver/0", "1")
+    fleet._host.set(driver_heartbeat(0), "1")
     fleet.ask(TARGET)
     code, text = fleet.moved()
     assert code == 5
@@ -201,7 +214,7 @@ def test_a_driver_that_hangs_while_its_own_experts_are_dropped() -> None:
 
 def test_a_load_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A move of which no step is done for long is abandoned, though all servers live."""
-    monkeypatch.setattr(scheduling, "STALL_S", 1.0)
+    monkeypatch.setattr(scheduling, "MAX_STALL_S", 1.0)
     fleet = Fleet(START, timeout_s=0.5)
     for server in fleet.servers:
         server.loader.hold.clear()
@@ -213,8 +226,8 @@ def test_a_load_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.endswith("no step was done for 1 s")
 
 
-def test_who_asks_a_scheduler_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command `move` ends with the reason: nobody answers, and the beats stand still."""
+def test_a_request_to_a_scheduler_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command `move` ends with the reason: no answer, and an unchanged heartbeat."""
     from dataclasses import replace
 
     from prism_plan.io.placement import placement_to_json
@@ -223,12 +236,12 @@ def test_who_asks_a_scheduler_that_hangs(monkeypatch: pytest.MonkeyPatch) -> Non
     fleet = Fleet(START)
     fleet._host.set("movable", "true")
     fleet._host.set("timeout", "0.5")
-    fleet._host.set("beat/scheduler", "7")
+    fleet._host.set(SCHEDULER_HEARTBEAT, "7")
     said: list[str] = []
     write(fleet, b"no JSON")
     with pytest.raises(RuntimeFailure, match=r"scheduler of the run gives no sign of life for 2"):
-        ask(replace(fleet.rendezvous, rank=-1), placement_to_json(TARGET), said.append)
+        request_move(replace(fleet.rendezvous, rank=-1), placement_to_json(TARGET), said.append)
     assert len(said) == 1
     fleet._host.set("movable", "false")
     with pytest.raises(RuntimeFailure, match="a run that moves no experts"):
-        ask(replace(fleet.rendezvous, rank=-1), placement_to_json(TARGET))
+        request_move(replace(fleet.rendezvous, rank=-1), placement_to_json(TARGET))

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch")
 
 from prism_plan.errors import InputError
-from runtime_adapter.cli.options import MeetingOptions
+from runtime_adapter.cli.options import RendezvousOptions
 from runtime_adapter.transport import interfaces
 from runtime_adapter.transport.interfaces import require_interface
 from tests.runtime.replays import (
@@ -86,7 +86,7 @@ def test_the_system_is_asked_rightly() -> None:
 
 def test_every_command_that_meets_others_asks() -> None:
     """They read their options in one place, before the store is joined."""
-    options = MeetingOptions(
+    options = RendezvousOptions(
         given=frozenset(), server="s0", store="127.0.0.1:29400", interface="eth99x",
         timeout_s=10.0, rendezvous_timeout_s=60.0, rtt_ms=0.0,
     )  # fmt: skip

@@ -21,8 +21,9 @@ pytest.importorskip("transformers")
 from prism_plan.errors import PrismError  # noqa: E402
 from prism_plan.io.placement import placement_to_json, write_placement  # noqa: E402
 from prism_plan.placement import Placement  # noqa: E402
-from runtime_adapter.control.move_request import ask  # noqa: E402
-from runtime_adapter.transport.rendezvous import Rendezvous, join_store  # noqa: E402
+from runtime_adapter.control.move_request import request_move  # noqa: E402
+from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
+from runtime_adapter.transport.tcp_store import join_store  # noqa: E402
 from tests.runtime.replays import PATIENCE_S, environment  # noqa: E402
 from tests.runtime.servers import Servers, family, gone  # noqa: E402
 from tests.runtime.test_faults import MODEL, NAMES, OWN, replicated  # noqa: E402
@@ -79,7 +80,7 @@ def move_without_end(run: Servers) -> None:
 
     def move() -> None:
         with contextlib.suppress(PrismError):
-            while ask(rendezvous, targets[0])[0] == 0:
+            while request_move(rendezvous, targets[0])[0] == 0:
                 targets.reverse()
 
     threading.Thread(target=move, daemon=True).start()

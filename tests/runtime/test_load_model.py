@@ -19,24 +19,32 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from prism_plan.errors import InputError, WrongModel  # noqa: E402
 from prism_plan.placement import Placement, Plan  # noqa: E402
-from runtime_adapter.moe.placed_experts import LocalDispatcher  # noqa: E402
-from runtime_adapter.moe.placed_model import (  # noqa: E402
-    load_experts,
-    load_model,
-    require_placed_model,
-    server_devices,
-    server_index,
-)
+from runtime_adapter.moe.placed_model import load_placed_model  # noqa: E402
 from runtime_adapter.weights.checkpoint import Checkpoint  # noqa: E402
 from runtime_adapter.weights.families import FAMILIES  # noqa: E402
+from runtime_adapter.weights.server_experts import (  # noqa: E402
+    load_server_experts,
+    require_placed_model,
+    server_devices,
+)
 from tests.limits import HANG_S  # noqa: E402
-from tests.runtime.checkpoints import CPU, TINY, TRACES, committed, filled, saved  # noqa: E402
+from tests.runtime.checkpoints import (  # noqa: E402
+    CPU,
+    TINY,
+    TRACES,
+    committed,
+    filled,
+    free_slots,
+    held_slots,
+    saved,
+)
+from tests.runtime.local_backend import LocalBackend  # noqa: E402
 
 SINGLE = "model.safetensors"
 
 
 class Nowhere:
-    """A dispatcher that is never asked."""
+    """A backend that is never called."""
 
     def run(self, *args: Any) -> Any:
         """Fail."""
@@ -80,7 +88,7 @@ def differences(mine: Any, theirs: Any) -> list[str]:
 
 def test_differences_are_found() -> None:
     """A changed weight, type, mode or setting is a difference; a model has none to itself."""
-    mine, theirs = (load_model(committed("mixtral"), Nowhere()) for _ in range(2))
+    mine, theirs = (load_placed_model(committed("mixtral"), Nowhere()) for _ in range(2))
     assert differences(mine, theirs) == []
     with torch.no_grad():
         mine.lm_head.weight[0, 0] += 1
@@ -101,14 +109,14 @@ def test_dense_part_is_from_pretraineds(family: str, dtype: Any, tmp_path: Path)
     keeps in float32 are not rounded.
     """
     folder = saved(family, tmp_path)
-    mine = load_model(Checkpoint(folder), Nowhere(), dtype)
+    mine = load_placed_model(Checkpoint(folder), Nowhere(), dtype)
     assert differences(mine, pretrained(folder, dtype)) == []
 
 
 @pytest.mark.parametrize("model", TINY)
 def test_committed_checkpoints(model: str) -> None:
     """The type is the checkpoint's if none is asked for; generation settings are its file's."""
-    mine = load_model(committed(model), Nowhere())
+    mine = load_placed_model(committed(model), Nowhere())
     assert mine.dtype == torch.bfloat16
     assert differences(mine, pretrained(TRACES / f"tiny-{model}", "auto")) == []
     assert mine.generation_config.eos_token_id == 2
@@ -131,7 +139,7 @@ def test_tied_weights(stored: str, tmp_path: Path) -> None:
     """Tied weights are one tensor, whichever was stored; two different ones are not tied."""
     folder = saved("qwen3_moe", tmp_path)
     tie(folder, stored)
-    mine = load_model(Checkpoint(folder), Nowhere(), torch.bfloat16)
+    mine = load_placed_model(Checkpoint(folder), Nowhere(), torch.bfloat16)
     assert differences(mine, pretrained(folder, torch.bfloat16)) == []
 
 
@@ -139,7 +147,7 @@ def test_without_a_generation_config(tmp_path: Path) -> None:
     """A checkpoint without the file gets the settings that transformers derives."""
     folder = saved("mixtral", tmp_path)
     (folder / "generation_config.json").unlink()
-    mine = load_model(Checkpoint(folder), Nowhere(), torch.float32)
+    mine = load_placed_model(Checkpoint(folder), Nowhere(), torch.float32)
     assert differences(mine, pretrained(folder, torch.float32)) == []
 
 
@@ -148,7 +156,7 @@ def test_sharded_and_stacked_checkpoints_run(tmp_path: Path) -> None:
     logits = []
     for layout in ("single", "sharded", "stacked"):
         checkpoint = Checkpoint(saved("deepseek_v2", tmp_path / layout, layout))
-        model = load_model(checkpoint, LocalDispatcher(filled(checkpoint, torch.float32)))
+        model = load_placed_model(checkpoint, LocalBackend(filled(checkpoint, torch.float32)))
         with torch.no_grad():
             logits.append(model(torch.arange(3, 40)[None]).logits)
     assert torch.equal(logits[0], logits[1])
@@ -164,9 +172,10 @@ import sys, torch
 torch.set_num_threads(1)
 from prism_plan.io.placement import read_placement
 from runtime_adapter.weights.checkpoint import Checkpoint
-from runtime_adapter.moe.placed_model import load_experts, load_model
+from runtime_adapter.moe.placed_model import load_placed_model
+from runtime_adapter.weights.server_experts import load_server_experts
 from tests.limits import HANG_S  # noqa: E402
-from runtime_adapter.moe.placed_experts import LocalDispatcher
+from tests.runtime.local_backend import LocalBackend
 
 def memory(key):
     for line in open("/proc/self/status"):
@@ -176,8 +185,8 @@ def memory(key):
 def load(folder, placement, dtype):
     checkpoint = Checkpoint(folder)
     cpus = [torch.device("cpu")] * 2
-    store = load_experts(checkpoint, read_placement(placement), 0, cpus, dtype)
-    return checkpoint, store, load_model(checkpoint, LocalDispatcher(store), dtype)
+    store = load_server_experts(checkpoint, read_placement(placement), 0, cpus, dtype)
+    return checkpoint, store, load_placed_model(checkpoint, LocalBackend(store), dtype)
 
 warm, folder, placement, dtype = sys.argv[1:]
 dtype = getattr(torch, dtype)
@@ -278,7 +287,7 @@ def test_missing_dense_tensor(tmp_path: Path) -> None:
     checkpoint = edited(tmp_path, lambda t: t.pop("model.layers.1.self_attn.q_proj.weight"))
     message = r"model\.safetensors: tensor model\.layers\.1\.self_attn\.q_proj\.weight is missing; "
     with pytest.raises(InputError, match=message + r"expected shape \[64, 64\]"):
-        load_model(checkpoint, Nowhere())
+        load_placed_model(checkpoint, Nowhere())
 
 
 def test_wrong_dense_shape(tmp_path: Path) -> None:
@@ -287,17 +296,17 @@ def test_wrong_dense_shape(tmp_path: Path) -> None:
     checkpoint = edited(tmp_path, lambda t: t.update({name: torch.zeros(7, 64)}))
     message = rf"model\.safetensors: {name}: shape \[7, 64\]; expected \[8, 64\]"
     with pytest.raises(InputError, match=message):
-        load_model(checkpoint, Nowhere())
+        load_placed_model(checkpoint, Nowhere())
 
 
 def test_a_tensor_that_is_none_of_the_models(tmp_path: Path) -> None:
     """A stored tensor without a place in the model is refused; buffers of old releases are not."""
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    load_model(edited(tmp_path / "a", lambda t: t.update({name: torch.ones(8)})), Nowhere())
+    load_placed_model(edited(tmp_path / "a", lambda t: t.update({name: torch.ones(8)})), Nowhere())
     name = "model.layers.1.self_attn.q_proj.bias"
     checkpoint = edited(tmp_path / "b", lambda t: t.update({name: torch.ones(64)}))
     with pytest.raises(InputError, match=rf"{name}: no tensor of this model"):
-        load_model(checkpoint, Nowhere())
+        load_placed_model(checkpoint, Nowhere())
 
 
 def test_configuration_that_transformers_refuses(tmp_path: Path) -> None:
@@ -306,7 +315,7 @@ def test_configuration_that_transformers_refuses(tmp_path: Path) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": 7}))
     with pytest.raises(InputError, match="edited: cannot load the model: ") as error:
-        load_model(Checkpoint(folder), Nowhere())
+        load_placed_model(Checkpoint(folder), Nowhere())
     assert "\n" not in str(error.value)
 
 
@@ -322,27 +331,16 @@ def test_placement_of_another_model(tmp_path: Path) -> None:
         require_placed_model(placement, committed("deepseek-v2"), source="P.json")
 
 
-def test_server_that_is_not_in_the_placement() -> None:
-    """Names the servers that are, and the closest."""
-    placement = placed(committed("mixtral"), [5, 4], 9)
-    assert server_index(placement, "edge-1") == 1
-    message = (
-        r"P\.json: no server 'egde-1', did you mean 'edge-1'\?; expected one of edge-0, edge-1"
-    )
-    with pytest.raises(InputError, match=message):
-        server_index(placement, "egde-1", source="P.json")
-
-
 def test_experts_of_a_server() -> None:
     """Each GPU holds the experts that the placement gives it, and no others."""
     checkpoint = committed("mixtral")
     placement = placed(checkpoint, [5, 6], 9)
-    store = load_experts(checkpoint, placement, 0, [CPU, CPU])
-    assert [(c.pair, c.gpu) for c in store.changes()] == [(p, int(p > 3)) for p in range(9)]
-    assert [store.free_slots(gpu) for gpu in (0, 1)] == [1, 1]
+    store = load_server_experts(checkpoint, placement, 0, [CPU, CPU])
+    assert [(c.pair, c.gpu) for c in held_slots(store)] == [(p, int(p > 3)) for p in range(9)]
+    assert [free_slots(store, gpu) for gpu in (0, 1)] == [1, 1]
     assert store.dtype == torch.bfloat16
     with pytest.raises(InputError, match="no free slot"):
-        load_experts(checkpoint, placed(checkpoint, [3, 6], 9), 0, [CPU, CPU])
+        load_server_experts(checkpoint, placed(checkpoint, [3, 6], 9), 0, [CPU, CPU])
 
 
 def test_devices_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

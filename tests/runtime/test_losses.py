@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from runtime_adapter.driver import load_tokenizer  # noqa: E402
+from runtime_adapter.tokenized_requests import load_tokenizer  # noqa: E402
 from tests.runtime.checkpoints import committed  # noqa: E402
 from tests.runtime.servers import Servers, gone  # noqa: E402
 from tests.runtime.test_faults import MODEL, OWN, replicated, start  # noqa: E402
@@ -18,7 +18,7 @@ from tests.runtime.test_kills import trial  # noqa: E402
 from tests.runtime.test_serve import alone, lines  # noqa: E402
 
 #: Tokens of the prompt that follows the loss; with top-k a retry of all its calls has many more
-#: rows than any server has room for.
+#: rows than any server has memory for.
 LONG = 98
 
 

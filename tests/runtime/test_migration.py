@@ -17,7 +17,7 @@ from prism_plan.instance import Instance
 from prism_plan.io.placement import placement_to_json, read_placement
 from prism_plan.objective import score
 from prism_plan.simulate.sampling import sample_requests
-from runtime_adapter.control.move_request import ask
+from runtime_adapter.control.move_request import request_move
 from runtime_adapter.transport.rendezvous import Rendezvous, RuntimeFailure
 from tests.runtime.replays import (
     PATIENCE_S,
@@ -35,7 +35,7 @@ def asked(run: Replays, placement: Any) -> tuple[int, str]:
     """Ask a run for a placement, as the command does."""
     host, _, port = run.store.rpartition(":")
     rendezvous = Rendezvous(1, -1, host=host, port=int(port), rendezvous_timeout_s=PATIENCE_S)
-    return ask(rendezvous, placement_to_json(placement))
+    return request_move(rendezvous, placement_to_json(placement))
 
 
 def called(material: Material, requests: int) -> int:

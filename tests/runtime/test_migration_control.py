@@ -16,7 +16,16 @@ import pytest
 pytest.importorskip("torch")
 
 from prism_plan.io.placement import read_placement
-from runtime_adapter.control.event_log import Entry, EventLog
+from runtime_adapter.control.event_log import EventLog
+from runtime_adapter.control.log_entries import (
+    DropsAcknowledged,
+    DropsAnnounced,
+    ExpertsLoaded,
+    LogMessage,
+    MigrationStarted,
+    SlotsFreed,
+    StepFailed,
+)
 from runtime_adapter.control.log_follower import LogFollower
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.expert_map import ExpertMap
@@ -46,7 +55,7 @@ def test_all_readers_see_all_entries_in_one_order() -> None:
 
     def write(w: int, log: EventLog) -> None:
         for i in range(40):
-            log.tell("test", writer=w, i=i)
+            log.append(LogMessage(f"{w} {i}"))
 
     threads = [threading.Thread(target=write, args=pair) for pair in enumerate(writers)]
     for thread in threads:
@@ -54,12 +63,13 @@ def test_all_readers_see_all_entries_in_one_order() -> None:
     for thread in threads:
         thread.join()
     late.follow()
-    fleet.until(lambda: len(fleet.what("test")) == 120)
+    fleet.until(lambda: len(fleet.entries_of(LogMessage)) == 120)
     seen = [late.next(5.0) for _ in range(len(fleet.entries))]
     assert seen == fleet.entries
     assert [entry.number for entry in fleet.entries] == list(range(len(fleet.entries)))
     for w in range(3):
-        assert [e["i"] for e in fleet.what("test") if e["writer"] == w] == list(range(40))
+        written = [e.text for e in fleet.entries_of(LogMessage) if e.text.startswith(f"{w} ")]
+        assert written == [f"{w} {i}" for i in range(40)]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -76,13 +86,13 @@ def test_a_move_leads_to_its_target(seed: int) -> None:
     wanted = target.on_gpu.reshape(3, -1)
     assert (fleet.held() == wanted).all()
     assert not fleet.wrong()
-    assert fleet.least_copies() >= 1
+    assert fleet.min_replicas() >= 1
     for n, server in enumerate(fleet.servers):
-        assert (server.worker_table.held_by(n) == wanted[start.gpus_of(n)]).all()
-        assert (server.driver_table.on_gpu() == wanted).all()
+        assert (server.worker_map.held_by(n) == wanted[start.gpus_of(n)]).all()
+        assert (server.driver_map.on_gpu() == wanted).all()
         assert max(server.loader.most_loading) <= 1
-    drops = [step for e in fleet.what("drop") for step, *_ in e["experts"]]
-    freed = [step for e in fleet.what("dropped") for step in e["steps"]]
+    drops = [change.step for e in fleet.entries_of(DropsAnnounced) for change in e.experts]
+    freed = [step for e in fleet.entries_of(SlotsFreed) for step in e.steps]
     assert sorted(drops) == sorted(freed)
 
 
@@ -93,13 +103,13 @@ def test_a_slot_is_not_freed_while_a_layer_may_use_it() -> None:
     lane = fleet.servers[1].lane
     lane.layer, lane.passes = 1, 1  # pair 7 is of layer 1
     fleet.ask(target)
-    fleet.until(lambda: fleet.what("drop"))
-    fleet.until(lambda: [e for e in fleet.what("seen") if e["server"] == 0])
+    fleet.until(lambda: fleet.entries_of(DropsAnnounced))
+    fleet.until(lambda: [e for e in fleet.entries_of(DropsAcknowledged) if e.server == 0])
     end = time.monotonic() + 0.3
     fleet.until(lambda: time.monotonic() > end)
     assert fleet.servers[0].loader.held[0, 7]
-    assert fleet.servers[0].worker_table.gpu_of[0, 7] == 0  # the worker still answers
-    assert fleet.servers[1].driver_table.gpu_of[0, 7] == -1  # though nobody calls any more
+    assert fleet.servers[0].worker_map.gpu_of[0, 7] == 0  # the worker still answers
+    assert fleet.servers[1].driver_map.gpu_of[0, 7] == -1  # though nobody calls any more
     lane.passes = 2
     assert fleet.moved()[0] == 0
     assert not fleet.servers[0].loader.held[0, 7]
@@ -142,7 +152,7 @@ def test_a_load_that_fails_abandons_the_move(failing: int, tmp_path: Path) -> No
     assert code == 5
     assert "missing tensor" in text
     assert "model.safetensors: missing tensor" in (*fleet.servers[0].said, *fleet.servers[1].said)
-    assert fleet.least_copies() >= 1
+    assert fleet.min_replicas() >= 1
     stands = read_placement(tmp_path / "placement-1.json")
     assert (fleet.held() == stands.on_gpu.reshape(3, -1)).all()
     assert stands.plan.solver == "interrupted"
@@ -156,11 +166,13 @@ def test_a_server_that_can_load_nothing_says_so_once_a_move() -> None:
     """Loads that had begun fail as well; its log names the reason once, and not those of others."""
     said: list[str] = []
     nobody: Any = None  # it is not followed here
-    table = ExpertMap(START)
-    follower = LogFollower(0, START, table, FakeCompute(), Counters(2, 6), [], nobody, said.append)
+    expert_map = ExpertMap(START)
+    follower = LogFollower(
+        0, START, expert_map, FakeCompute(), Counters(2, 6), [], nobody, said.append
+    )
     for number, (server, plan) in enumerate([("s0", 1), ("s0", 1), ("s1", 1), ("s0", 2)]):
-        values = {"server": server, "plan": plan, "step": number, "reason": f"{server}: no folder"}
-        follower.hear(Entry(number, "failed", values))
+        reason = f"{server}: no folder"
+        follower.handle(StepFailed(plan, number, server, reason, number=number))
     assert said == ["s0: no folder", "s0: no folder"]
 
 
@@ -175,8 +187,8 @@ def test_a_lost_server_ends_the_move() -> None:
     fleet = Fleet(start, timeout_s=1.0)
     fleet.servers[2].loader.hold.clear()  # it never gets anywhere
     fleet.ask(target)
-    fleet.until(lambda: fleet.what("load"))
-    fleet.servers[2].beats = False
+    fleet.until(lambda: fleet.entries_of(ExpertsLoaded))
+    fleet.servers[2].sends_heartbeats = False
     code, text = fleet.moved()
     assert (code, text.endswith("server 's2' is lost")) == (5, True)
     fleet.ask(target, "2")
@@ -213,24 +225,24 @@ def test_what_cannot_be_moved_to_is_refused(target: Any, code: int, words: str) 
     assert found == code
     assert text.startswith("refused: ")
     assert words in text
-    assert not fleet.what("plan")
+    assert not fleet.entries_of(MigrationStarted)
 
 
-def test_the_worker_table_is_never_seen_half_changed() -> None:
+def test_the_worker_map_is_never_seen_half_changed() -> None:
     """A reader that looks at any moment finds a holder of an expert that always has one."""
-    table = ExpertMap(placement(np.ones((3, 12), bool), ((12,), (12, 12))))
+    expert_map = ExpertMap(placement(np.ones((3, 12), bool), ((12,), (12, 12))))
     wrong, over = [], threading.Event()
 
     def look() -> None:
         while not over.is_set():
-            if table.gpu_of[1, 5] < 0 or table.copies[5] < 1:
+            if expert_map.gpu_of[1, 5] < 0 or expert_map.num_replicas[5] < 1:
                 wrong.append(1)
 
     reader = threading.Thread(target=look)
     reader.start()
     for i in range(3000):
-        table.change(1, 5, bool(i % 2))
-        table.change(0, 5, bool(i % 3))
+        expert_map.change(1, 5, bool(i % 2))
+        expert_map.change(0, 5, bool(i % 3))
     over.set()
     reader.join()
     assert not wrong
@@ -251,7 +263,7 @@ def lose(self):
     raise StoreLost
 
 def run(port):
-    scheduler.BEATS_S = 0.0  # its second thread is always in a call of the store
+    scheduler.HEARTBEAT_INTERVAL_S = 0.0  # its second thread is always in a call of the store
     scheduler.Scheduler.run = lose
     instance = Instance(MODEL, START.servers, np.zeros((2, 2, 6)), START.gpu_capacity)
     rendezvous = Rendezvous(2, 0, port=port, rendezvous_timeout_s=60.0)

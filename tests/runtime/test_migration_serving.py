@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from prism_plan.io.placement import placement_to_json, read_placement
 from prism_plan.solvers import solve
-from runtime_adapter.control.move_request import ask
+from runtime_adapter.control.move_request import request_move
 from runtime_adapter.transport.rendezvous import Rendezvous
 from tests.runtime.checkpoints import TRACES
 from tests.runtime.replays import PATIENCE_S, experts_of
@@ -45,7 +45,7 @@ def test_weights_come_from_peers(tmp_path: Path) -> None:
         run.until(lambda: all(run.answers(name) for name in start.servers))
         for path in copy.glob("*.safetensors"):
             path.unlink()
-        code, text = ask(
+        code, text = request_move(
             Rendezvous(1, -1, port=run.port, rendezvous_timeout_s=PATIENCE_S),
             placement_to_json(target),
         )

@@ -20,8 +20,8 @@ from prism_plan.io.cluster import parse_cluster  # noqa: E402
 from prism_plan.io.trace_reader import read_trace  # noqa: E402
 from prism_plan.profiling.recorder import record  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
-from runtime_adapter.moe.placed_experts import LocalDispatcher, weighted_sum  # noqa: E402
-from runtime_adapter.moe.placed_model import load_model  # noqa: E402
+from runtime_adapter.moe.placed_experts import weighted_sum  # noqa: E402
+from runtime_adapter.moe.placed_model import load_placed_model  # noqa: E402
 from tests.runtime.checkpoints import (  # noqa: E402
     TINY,
     TRACES,
@@ -29,7 +29,8 @@ from tests.runtime.checkpoints import (  # noqa: E402
     filled,
     reference,
 )
-from tests.runtime.split import SplitDispatcher, stores_of  # noqa: E402
+from tests.runtime.local_backend import LocalBackend  # noqa: E402
+from tests.runtime.split import SplitBackend, stores_of  # noqa: E402
 
 TASKS = ("arithmetic", "ascii-word", "narrative")
 #: Slots of the GPUs of each server, by checkpoint and number of servers.
@@ -92,7 +93,7 @@ def expected(model: str, dtype: Any) -> Any:
 def test_one_store_is_the_model(model: str, dtype: Any) -> None:
     """With all experts in one store, greedy tokens and logits are those of from_pretrained."""
     checkpoint = committed(model)
-    network = load_model(checkpoint, LocalDispatcher(filled(checkpoint, dtype)), dtype)
+    network = load_placed_model(checkpoint, LocalBackend(filled(checkpoint, dtype)), dtype)
     mine, theirs = generated(network, prompts()), expected(model, dtype)
     assert torch.equal(mine.sequences, theirs.sequences)
     for a, b in zip(mine.logits, theirs.logits, strict=True):
@@ -113,8 +114,8 @@ def test_split_model_equals_the_whole(model: str, solver: str, servers: int) -> 
     theirs = expected(model, torch.float32)
     messages = 0
     for home in range(servers):
-        split = SplitDispatcher(stores, home)
-        mine = generated(load_model(checkpoint, split, torch.float32), prompts())
+        split = SplitBackend(stores, home)
+        mine = generated(load_placed_model(checkpoint, split, torch.float32), prompts())
         assert torch.equal(mine.sequences, theirs.sequences)
         for a, b in zip(mine.logits, theirs.logits, strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
@@ -126,8 +127,8 @@ def test_bfloat16_stays_near() -> None:
     """In bfloat16, partial sums are rounded once each: logits stay within its precision."""
     checkpoint = committed("deepseek-v2")
     stores = stores_of(checkpoint, solve(instance("deepseek-v2", 3), "exact"), torch.bfloat16)
-    network = load_model(checkpoint, SplitDispatcher(stores, 0), torch.bfloat16)
-    whole = load_model(checkpoint, LocalDispatcher(filled(checkpoint, torch.bfloat16)))
+    network = load_placed_model(checkpoint, SplitBackend(stores, 0), torch.bfloat16)
+    whole = load_placed_model(checkpoint, LocalBackend(filled(checkpoint, torch.bfloat16)))
     with torch.no_grad():
         difference = (network(prompts()).logits - whole(prompts()).logits).float().abs()
     # a token whose gate is nearly tied may be sent to another expert, hence the mean
@@ -142,11 +143,11 @@ def test_messages_of_a_pass() -> None:
     """
     checkpoint = committed("deepseek-v2")
     placement = solve(instance("deepseek-v2", 3), "uniform")
-    split = SplitDispatcher(stores_of(checkpoint, placement, torch.float32), 0)
-    network = load_model(checkpoint, split, torch.float32)
+    split = SplitBackend(stores_of(checkpoint, placement, torch.float32), 0)
+    network = load_placed_model(checkpoint, split, torch.float32)
     seen: list[Any] = []
     for module in network.modules():
-        if hasattr(module, "dispatcher"):
+        if hasattr(module, "backend"):
             module.register_forward_hook(lambda m, a, out: seen.append((m.layer_position, a[1])))
     with torch.no_grad():
         network(prompts())
@@ -170,7 +171,7 @@ def test_recording_works_on_placed_experts(tmp_path: Any) -> None:
     traces = []
     for at, network in enumerate(
         (
-            load_model(checkpoint, SplitDispatcher(stores, 1), torch.float32),
+            load_placed_model(checkpoint, SplitBackend(stores, 1), torch.float32),
             reference("mixtral", torch.float32),
         )
     ):
@@ -185,7 +186,7 @@ def test_recording_works_on_placed_experts(tmp_path: Any) -> None:
 def test_training_is_refused() -> None:
     """Experts elsewhere have no gradients: a backward pass would be wrong, so it is refused."""
     checkpoint = committed("mixtral")
-    network = load_model(checkpoint, LocalDispatcher(filled(checkpoint, torch.float32)))
+    network = load_placed_model(checkpoint, LocalBackend(filled(checkpoint, torch.float32)))
     inputs = torch.zeros(1, 2, 64, dtype=checkpoint.dtype, requires_grad=True)
     with pytest.raises(InputError, match="cannot be trained"):
         network(inputs_embeds=inputs)

@@ -17,17 +17,17 @@ torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
 
 from prism_plan.errors import InputError  # noqa: E402
-from runtime_adapter.expert_worker import in_parallel  # noqa: E402
 from runtime_adapter.transport import nccl_channel as channels  # noqa: E402
 from runtime_adapter.transport.nccl_channel import (  # noqa: E402
+    ChannelConfig,
     DataChannelBroken,
-    DataChannels,
     NcclDataChannel,
-    check_cards,
-    make_channels,
+    connect_channels,
     prepare_nccl,
     require_device,
+    require_own_card,
 )
+from runtime_adapter.transport.parallel import run_in_parallel  # noqa: E402
 from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -118,20 +118,20 @@ def test_states_go_both_ways_by_gloo() -> None:
     def side(rank: int) -> Callable[[], None]:
         def run() -> None:
             rendezvous = Rendezvous(2, rank, port=port, timeout_s=5.0)
-            made = make_channels(DataChannels("split", CPU), rendezvous, [(0, 1)], 2, rank)
+            made = connect_channels(ChannelConfig("split", CPU), rendezvous, [(0, 1)], 2, rank)
             assert sorted(made) == [(0, 1, 0), (0, 1, 1)]
             channel = made[0, 1, 1]
             if rank == 0:
-                going = channel.send(states)
+                sending = channel.send(states)
                 channel.receive(found[1])
-                channel.wait(going)
+                channel.wait(sending)
             else:
                 channel.receive(found[0])
                 channel.wait(channel.send(found[0][:2] * 2))
 
         return run
 
-    in_parallel([side(0), side(1)])
+    run_in_parallel([side(0), side(1)])
     assert host.num_keys() > 0
     assert (found[0] == states).all()
     assert (found[1] == 2 * states[:2]).all()
@@ -139,28 +139,28 @@ def test_states_go_both_ways_by_gloo() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(servers=st.integers(2, 6), lanes=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
-def test_all_meet_whatever_order_they_are_asked_in(servers: int, lanes: int, seed: int) -> None:
-    """Fronts and workers that meet two at a time, each by its own list, never wait in a circle.
+def test_all_connect_whatever_the_order_of_their_lists(servers: int, lanes: int, seed: int) -> None:
+    """Drivers and workers that connect two at a time, each by its own list, never wait in a circle.
 
     There is always a pair that both sides have next, until all have met.
     """
     rng = np.random.default_rng(seed)
     lists: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
-    kept = channels._make
+    kept = channels._connect
     try:
-        channels._make = lambda how, rendezvous, driver, worker, lane, rank: None  # type: ignore
+        channels._connect = lambda how, rendezvous, driver, worker, lane, rank: None  # type: ignore
         for server in range(servers):
             others = rng.permutation([n for n in range(servers) if n != server]).tolist()
             for rank, side, pairs in (
                 (0, "driver", [(server, n) for n in others]),
                 (1, "worker", [(n, server) for n in others]),
             ):
-                made = make_channels(
-                    DataChannels("split", CPU), Rendezvous(servers, server), pairs, lanes, rank
+                made = connect_channels(
+                    ChannelConfig("split", CPU), Rendezvous(servers, server), pairs, lanes, rank
                 )
                 lists[side, server] = list(made)
     finally:
-        channels._make = kept
+        channels._connect = kept
     met = 0
     while any(lists.values()):
         ready = {
@@ -183,14 +183,14 @@ def test_a_card_is_of_one_server(cards: str) -> None:
     def check(rank: int) -> Callable[[], str]:
         def run() -> str:
             try:
-                check_cards(store, Rendezvous(3, rank), f"card {cards[rank]}", names)
+                require_own_card(store, Rendezvous(3, rank), f"card {cards[rank]}", names)
             except InputError as error:
                 return str(error)
             return ""
 
         return run
 
-    said = in_parallel([check(rank) for rank in range(3)])
+    said = run_in_parallel([check(rank) for rank in range(3)])
     for rank, other in itertools.permutations(range(3), 2):
         if cards[rank] == cards[other]:
             assert f"server {names[rank]!r} has the card of server" in said[rank]
@@ -202,15 +202,15 @@ def test_what_a_transport_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL a card and a torch that has it, split the CPU; each in one line, with what to do."""
     card = torch.device("cuda", 0)
     with pytest.raises(InputError, match=r"between CUDA cards.*\(device is cpu\).*gloo"):
-        require_device(DataChannels("nccl", CPU))
+        require_device(ChannelConfig("nccl", CPU))
     with pytest.raises(InputError, match=r"between CPUs \(device is cuda\); use device cpu"):
-        require_device(DataChannels("split", card))
+        require_device(ChannelConfig("split", card))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with pytest.raises(InputError, match=r"without NCCL; install a CUDA build of torch"):
-        require_device(DataChannels("nccl", card))
+        require_device(ChannelConfig("nccl", card))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
-    require_device(DataChannels("nccl", card))
-    require_device(DataChannels("split", CPU))
+    require_device(ChannelConfig("nccl", card))
+    require_device(ChannelConfig("split", CPU))
 
 
 def test_what_nccl_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ torch = pytest.importorskip("torch")
 
 from prism_plan.model import ModelShape  # noqa: E402
 from prism_plan.placement import Placement, Plan  # noqa: E402
-from runtime_adapter.driver import even_network  # noqa: E402
 from runtime_adapter.moe.counters import Counters  # noqa: E402
-from runtime_adapter.moe.dispatch import Dispatcher  # noqa: E402
 from runtime_adapter.moe.expert_map import ExpertMap  # noqa: E402
-from runtime_adapter.moe.routing import Router, read_calls  # noqa: E402
+from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher  # noqa: E402
+from runtime_adapter.moe.router import Router, uniform_network  # noqa: E402
 from runtime_adapter.transport.connection import Connection  # noqa: E402
-from runtime_adapter.transport.messages import (  # noqa: E402
+from runtime_adapter.transport.send_queue import SendQueue  # noqa: E402
+from runtime_adapter.transport.wire_format import (  # noqa: E402
     ANSWER,
     HEADER_BYTES,
     MISSING,
@@ -28,7 +28,7 @@ from runtime_adapter.transport.messages import (  # noqa: E402
     WireError,
     id_bits,
 )
-from runtime_adapter.transport.send_queue import SendQueue  # noqa: E402
+from runtime_adapter.transport.wire_kernels import unpack_calls  # noqa: E402
 
 MODEL = ModelShape("tiny", (1,), 8, 4, 1)
 SECOND = datetime.timedelta(seconds=1)
@@ -42,9 +42,9 @@ class Other(Connection):
     """
 
     def __init__(
-        self, room: MessageBuffer, *, dead: bool = False, missing: tuple[int, ...] = ()
+        self, buffer: MessageBuffer, *, dead: bool = False, missing: tuple[int, ...] = ()
     ) -> None:
-        super().__init__(None, 0, SECOND, SendQueue(SECOND), room)
+        super().__init__(None, 0, SECOND, SendQueue(SECOND), buffer)
         self.dead = dead
         self.missing = set(missing)
         self.calls: list[Header] = []
@@ -54,10 +54,10 @@ class Other(Connection):
         self.calls.append(header)
         if self.dead:
             raise RuntimeError("Connection reset by peer")
-        raw = self._message.array[HEADER_BYTES : self._upto]
+        raw = self._message.array[HEADER_BYTES : self._states_begin]
         ids, token = np.zeros(header.calls, np.int64), np.zeros(header.calls, np.int64)
         weights = np.zeros(header.calls, np.float32)
-        read_calls(
+        unpack_calls(
             raw.view(np.uint32), id_bits(8), 0, np.zeros(8, np.int32), ids,
             weights.view(np.uint32), token,
         )  # fmt: skip
@@ -83,6 +83,9 @@ class Other(Connection):
 class Nothing:
     """Home computes nothing: it holds no expert."""
 
+    def use(self, expert_map: Any) -> None:
+        """It needs no map."""
+
     def partial_sums(self, batch: Any) -> Any:
         """Is not asked for."""
 
@@ -93,14 +96,14 @@ class Nothing:
         """Is not asked for."""
 
 
-def dispatcher(*others: Other) -> Dispatcher:
+def dispatcher(*others: Other) -> RemoteDispatcher:
     """Of the first server of three; both others hold every expert."""
     held = np.ones((3, 1, 8), bool)
     held[0] = False
     placement = Placement(MODEL, ("s0", "s1", "s2"), ((8,), (8,), (8,)), held, Plan("hand"))
-    router = Router(ExpertMap(placement), 0, MODEL, even_network(3, 4 * WIDTH), "spread")
-    lines = dict(enumerate(others, start=1))
-    return Dispatcher(MODEL, router, lines, Nothing(), Counters(1, 8))
+    router = Router(ExpertMap(placement), 0, MODEL, uniform_network(3, 4 * WIDTH), "spread")
+    connections = dict(enumerate(others, start=1))
+    return RemoteDispatcher(MODEL, router, connections, Nothing(), Counters(1, 8))
 
 
 def step(tokens: int = TOKENS) -> tuple[Any, Any, Any, Any]:
@@ -126,40 +129,40 @@ def step(tokens: int = TOKENS) -> tuple[Any, Any, Any, Any]:
     ],
     ids=["lost", "moved", "both"],
 )
-def test_retries_fit_the_room(others: dict[str, Any]) -> None:
+def test_retries_fit_the_buffer(others: dict[str, Any]) -> None:
     """Of a step with top-4 all failed calls are made again, none with more tokens than the step.
 
-    Servers have room for just the step; what comes is the same.
+    Servers have memory for just the step; the result is the same.
     """
-    room = MessageBuffer(TOKENS, 4)
-    lines = [
-        Other(room, dead=dead, missing=missing)
+    buffer = MessageBuffer(TOKENS, 4)
+    connections = [
+        Other(buffer, dead=dead, missing=missing)
         for dead, missing in zip(others["dead"], others["missing"], strict=True)
     ]
     hidden, experts, weights, wanted = step()
-    found = dispatcher(*lines).run(0, hidden, experts, weights)
+    found = dispatcher(*connections).run(0, hidden, experts, weights)
     assert torch.equal(found, wanted)
-    assert sum(len(line.calls) for line in lines) > 2
-    assert max(call.tokens for line in lines for call in line.calls) <= TOKENS
+    assert sum(len(connection.calls) for connection in connections) > 2
+    assert max(call.tokens for connection in connections for call in connection.calls) <= TOKENS
 
 
 def test_a_step_that_is_too_long_reaches_nobody() -> None:
     """The message names request, tokens and bound; the next step goes as ever."""
-    lines = [Other(MessageBuffer(TOKENS, 4)), Other(MessageBuffer(TOKENS + 2, 4))]
-    lane = dispatcher(*lines)
+    connections = [Other(MessageBuffer(TOKENS, 4)), Other(MessageBuffer(TOKENS + 2, 4))]
+    lane = dispatcher(*connections)
     lane.request = 17
     with pytest.raises(StepTooLong) as error:
         lane.run(0, *step(TOKENS + 1)[:3])
     assert "request 17: a step of 7 tokens; expected at most 6, for which" in str(error.value)
-    assert [line.calls for line in lines] == [[], []]
+    assert [connection.calls for connection in connections] == [[], []]
     assert lane.passes == 0
     hidden, experts, weights, wanted = step()
     assert torch.equal(lane.run(0, hidden, experts, weights), wanted)
 
 
 @pytest.mark.parametrize(("tokens", "calls"), [(7, 7), (0, 0), (3, 2), (3, 13)])
-def test_a_line_asks_for_the_room(tokens: int, calls: int) -> None:
-    """Whatever it is given, a line writes no message that the other side cannot take."""
+def test_a_connection_checks_the_buffer(tokens: int, calls: int) -> None:
+    """Whatever it is given, a connection writes no message that the other side cannot take."""
     with pytest.raises(WireError, match=f"a call of {tokens} tokens and {calls} experts"):
         Other(MessageBuffer(TOKENS, 4)).words(tokens, calls, 4 * WIDTH)
 
@@ -167,8 +170,10 @@ def test_a_line_asks_for_the_room(tokens: int, calls: int) -> None:
 def test_a_prompt_that_is_too_long_fails_alone() -> None:
     """`serve` refuses it at home; the requests before and after are answered."""
     pytest.importorskip("transformers")
-    from runtime_adapter.driver import Job, Request, load_tokenizer, serve
-    from runtime_adapter.moe.thread_dispatcher import ThreadLocalDispatcher
+    from prism_plan.io.requests import Request
+    from runtime_adapter.driver import serve
+    from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
+    from runtime_adapter.tokenized_requests import TokenizedRequest, load_tokenizer
     from tests.runtime.checkpoints import committed, reference
 
     class One:
@@ -181,7 +186,7 @@ def test_a_prompt_that_is_too_long_fails_alone() -> None:
                 dispatcher(Other(MessageBuffer(TOKENS, 4)), Other(MessageBuffer(TOKENS, 4)))
             ]
 
-    jobs = [Job(Request(n, "", id=n), n, list(range(3, 3 + n)), 2) for n in (2, 7, 6)]
+    jobs = [TokenizedRequest(Request(n, "", id=n), n, list(range(3, 3 + n)), 2) for n in (2, 7, 6)]
     model = reference("deepseek-v2", torch.float32)
     tokenizer = load_tokenizer(committed("deepseek-v2"))
     one: Any = One()

@@ -19,15 +19,16 @@ from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.io.placement import placement_to_json  # noqa: E402
 from prism_plan.io.requests import read_requests  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
-from runtime_adapter.control.move_request import ask  # noqa: E402
-from runtime_adapter.driver import even_network  # noqa: E402
-from runtime_adapter.expert_worker import in_parallel  # noqa: E402
+from runtime_adapter.control.move_request import request_move  # noqa: E402
 from runtime_adapter.moe.compute import ExpertCompute  # noqa: E402
-from runtime_adapter.moe.placed_model import load_experts, load_model  # noqa: E402
-from runtime_adapter.moe.thread_dispatcher import ThreadLocalDispatcher  # noqa: E402
-from runtime_adapter.server import Server, ServerConfig  # noqa: E402
-from runtime_adapter.transport.nccl_channel import DataChannels  # noqa: E402
+from runtime_adapter.moe.placed_model import load_placed_model  # noqa: E402
+from runtime_adapter.moe.router import uniform_network  # noqa: E402
+from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher  # noqa: E402
+from runtime_adapter.server import LocalServer, ServerConfig  # noqa: E402
+from runtime_adapter.transport.nccl_channel import ChannelConfig  # noqa: E402
+from runtime_adapter.transport.parallel import run_in_parallel  # noqa: E402
 from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
+from runtime_adapter.weights.server_experts import load_server_experts  # noqa: E402
 from tests.runtime.checkpoints import CPU, TRACES, committed, reference  # noqa: E402
 from tests.runtime.replays import PATIENCE_S, experts_of, free_port  # noqa: E402
 from tests.runtime.servers import Servers  # noqa: E402
@@ -125,7 +126,7 @@ def test_tokens_are_those_of_one_process(
             run.until(lambda: all(len(run.answers(name)) > 2 for name in asked))
             before = {name: len(run.answers(name)) for name in asked}
             for placement in placements[1:]:
-                code, text = ask(rendezvous, placement_to_json(placement))
+                code, text = request_move(rendezvous, placement_to_json(placement))
                 assert code == 0, text
             run.until(lambda: all(len(run.answers(name)) > before[name] for name in asked))
         finally:
@@ -167,9 +168,9 @@ def test_tokens_are_those_of_one_process(
         assert run.stats(names[-1])["requests"] == 0
 
 
-@pytest.mark.parametrize("channels", [None, DataChannels("split", CPU)], ids=["gloo", "split"])
+@pytest.mark.parametrize("channels", [None, ChannelConfig("split", CPU)], ids=["gloo", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_over_the_links(dtype: Any, channels: DataChannels | None) -> None:
+def test_logits_over_the_links(dtype: Any, channels: ChannelConfig | None) -> None:
     """Two servers with their workers: logits of each are the whole model's, within tolerance.
 
     Gate weights travel with 18 bits of mantissa, partial sums in the model's dtype, whether they
@@ -180,39 +181,39 @@ def test_logits_over_the_links(dtype: Any, channels: DataChannels | None) -> Non
     placement = solve(instance(model, 2), "exact")
     port, spec = free_port(), checkpoint.spec
 
-    def server(rank: int) -> Server:
-        store = load_experts(
+    def server(rank: int) -> LocalServer:
+        store = load_server_experts(
             checkpoint, placement, rank, [CPU] * len(placement.gpu_capacity[rank]), dtype
         )
         config = ServerConfig(
             rendezvous=Rendezvous(2, rank, port=port),
             placement=placement,
             model=placement.model,
-            network=even_network(2, spec.hidden_size * dtype.itemsize),
+            network=uniform_network(2, spec.hidden_size * dtype.itemsize),
             compute=ExpertCompute(store),
             facts={},
-            states=dtype,
+            dtype=dtype,
             width=spec.hidden_size,
-            most_tokens=512,
+            max_tokens=512,
             channels=channels,
         )
-        return Server(config, lambda text: None)
+        return LocalServer(config, lambda text: None)
 
     servers = [server(0), server(1)]
     whole = reference(model, dtype)
     try:
-        in_parallel([one.__enter__ for one in servers])
+        run_in_parallel([one.__enter__ for one in servers])
         for one in servers:
-            lanes = ThreadLocalDispatcher()
-            mine = load_model(checkpoint, lanes, dtype)
-            with torch.no_grad(), lanes.using(one.lanes[0], 1):
+            backend = ThreadLocalDispatcher()
+            mine = load_placed_model(checkpoint, backend, dtype)
+            with torch.no_grad(), backend.using(one.lanes[0], 1):
                 difference = (mine(prompts()).logits - whole(prompts()).logits).float().abs()
             assert one.counters.to_json()["remote_calls"] > 0
             if dtype == torch.float32:
                 assert difference.max() < 1e-3
             else:  # a token whose gate is nearly tied may go to another expert, hence the mean
                 assert 0 < difference.mean() < 0.1
-        in_parallel([one.finish for one in servers])
+        run_in_parallel([one.finish for one in servers])
     finally:
         for one in servers:
             one.close()

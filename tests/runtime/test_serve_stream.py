@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from runtime_adapter.driver import (
+from prism_plan.io.requests import MAX_REQUESTS
+from runtime_adapter.tokenized_requests import (
     MAX_LINE_BYTES,
-    MAX_REQUESTS,
-    Job,
+    RequestTokenizer,
+    TokenizedRequest,
     load_tokenizer,
-    prepare_stream,
 )
 from runtime_adapter.weights.checkpoint import Checkpoint
 from tests.runtime.checkpoints import TRACES
@@ -27,15 +27,13 @@ def checkpoint() -> Checkpoint:
     return Checkpoint(TRACES / "tiny-deepseek-v2")
 
 
-def streamed(checkpoint: Checkpoint, data: bytes) -> list[Job]:
-    """Jobs of what stands on standard input, on the third server."""
-    tokenizer = load_tokenizer(checkpoint)
-    return list(
-        prepare_stream(io.BytesIO(data), tokenizer, checkpoint, 2, 8, time.monotonic() - 5.0)
-    )
+def streamed(checkpoint: Checkpoint, data: bytes) -> list[TokenizedRequest]:
+    """Requests on standard input, of the third server."""
+    tokenizing = RequestTokenizer(load_tokenizer(checkpoint), checkpoint, 2, 8)
+    return list(tokenizing.tokenize_stream(io.BytesIO(data), time.monotonic() - 5.0))
 
 
-def test_lines_become_jobs_in_their_order(checkpoint: Checkpoint) -> None:
+def test_lines_become_requests_in_their_order(checkpoint: Checkpoint) -> None:
     """A request arrives when it is read, or at the later time that it asks for."""
     data = b'{"prompt": "ab", "id": "x"}\n\n{"prompt": "c", "at_s": 900, "max_new_tokens": 3}'
     first, second = streamed(checkpoint, data)
@@ -58,7 +56,7 @@ def test_lines_become_jobs_in_their_order(checkpoint: Checkpoint) -> None:
     ids=["no JSON", "no UTF-8", "infinite time", "no prompt", "long prompt", "long line"],
 )
 def test_a_bad_line_fails_alone(checkpoint: Checkpoint, line: bytes, words: str) -> None:
-    """It becomes one job with a message of one line that names it; the next line is served."""
+    """It becomes one request with a message of one line that names it; the next line is served."""
     bad, good = streamed(checkpoint, line + b'\n{"prompt": "fine"}\n')
     assert bad.error is not None
     assert words in bad.error

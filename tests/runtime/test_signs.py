@@ -14,16 +14,15 @@ import pytest
 
 pytest.importorskip("torch")
 
-from runtime_adapter.control.liveness import MAX_GAP_S, SignsOfLife
-from runtime_adapter.transport.parallel import in_time
-from runtime_adapter.transport.rendezvous import (
-    Rendezvous,
-    RuntimeFailure,
-    ask_store,
-    get,
-    get_number,
+from runtime_adapter.control.failure_detector import MAX_GAP_S, FailureDetector
+from runtime_adapter.transport.parallel import run_with_timeout
+from runtime_adapter.transport.rendezvous import Rendezvous, RuntimeFailure
+from runtime_adapter.transport.tcp_store import (
+    call_store,
     join_store,
-    put,
+    put_json,
+    wait_for_json,
+    wait_for_number,
 )
 from tests.runtime.replays import free_port
 
@@ -31,36 +30,36 @@ from tests.runtime.replays import free_port
 LIMIT_S = 60.0
 
 
-def test_only_looked_at_time_counts() -> None:
-    """A sign that stands still is silent for as long as it was looked at, one that changes is not.
+def test_only_observed_time_counts() -> None:
+    """An unchanged heartbeat counts for as long as it was observed, one that changes does not.
 
     A pause of the process that looks, or a clock that is set, makes nobody silent.
     """
     at = [100.0]
-    signs = SignsOfLife(lambda: at[0])
-    assert signs.silent_s("a", 1) == 0
+    detector = FailureDetector(lambda: at[0])
+    assert detector.silent_s("a", 1) == 0
     for _ in range(5):
         at[0] += 1.0
-        signs.silent_s("a", 1)
-    assert signs.silent_s("a", 1) == 5.0
-    assert signs.silent_s("b", 1) == 0
+        detector.silent_s("a", 1)
+    assert detector.silent_s("a", 1) == 5.0
+    assert detector.silent_s("b", 1) == 0
     at[0] += 3600.0
-    assert signs.silent_s("a", 1) == 5.0 + MAX_GAP_S
+    assert detector.silent_s("a", 1) == 5.0 + MAX_GAP_S
     at[0] -= 7200.0
-    assert signs.silent_s("a", 1) == 5.0 + MAX_GAP_S
-    assert signs.silent_s("a", 2) == 0
+    assert detector.silent_s("a", 1) == 5.0 + MAX_GAP_S
+    assert detector.silent_s("a", 2) == 0
     at[0] += 1.0
-    assert signs.silent_s("a", 2) == 1.0
+    assert detector.silent_s("a", 2) == 1.0
 
 
 def test_a_job_with_a_limit() -> None:
     """Its result or its error come through; one that blocks is left behind."""
-    assert in_time(lambda: 7, LIMIT_S) == 7
+    assert run_with_timeout(lambda: 7, LIMIT_S) == 7
     with pytest.raises(ZeroDivisionError):
-        in_time(lambda: 1 // 0, LIMIT_S)
+        run_with_timeout(lambda: 1 // 0, LIMIT_S)
     block = threading.Event()
     with pytest.raises(TimeoutError, match=r"within 0\.05 s"):
-        in_time(block.wait, 0.05)
+        run_with_timeout(block.wait, 0.05)
     block.set()
 
 
@@ -81,18 +80,18 @@ def test_a_store_that_hangs_or_ends() -> None:
     try:
         assert ours.recv()
         asking, other = (join_store(rendezvous, host_it=False) for _ in range(2))
-        put(asking, "known", 1)
+        put_json(asking, "known", 1)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
         os.waitpid(process.pid, os.WUNTRACED)  # all its threads are stopped only then
         with pytest.raises(RuntimeFailure, match=r"does not answer within 0\.5 s"):
-            ask_store(lambda: asking.check(["known"]), 0.5)
+            call_store(lambda: asking.check(["known"]), 0.5)
         os.kill(process.pid, signal.SIGKILL)
         process.join(LIMIT_S)
         with pytest.raises(RuntimeFailure, match="the store is gone; see what the first server"):
-            get(other, "known", LIMIT_S)
+            wait_for_json(other, "known", LIMIT_S)
         with pytest.raises(RuntimeFailure, match="the store is gone"):
-            put(other, "known", 2)
+            put_json(other, "known", 2)
     finally:
         process.kill()
         process.join(LIMIT_S)
@@ -100,7 +99,7 @@ def test_a_store_that_hangs_or_ends() -> None:
 
 def test_a_listener_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What listens at the store's address but is no store is waited for no longer than to join."""
-    monkeypatch.setattr("runtime_adapter.transport.rendezvous.STORE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("runtime_adapter.transport.tcp_store.STORE_TIMEOUT_S", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -116,14 +115,14 @@ def test_keys_of_the_store_that_no_server_has_written() -> None:
     for raw in (b"\xff\xfe", b"{", b"[" * 5000, b"NaN", b'{"a": 1, "a": 2}'):
         store.set("facts", raw)
         with pytest.raises(RuntimeFailure, match="the run's store: facts") as error:
-            get(store, "facts", 5.0)
+            wait_for_json(store, "facts", 5.0)
         assert "something that is no server of this run writes to its store" in str(error.value)
     for raw in (b'"7"', b"-1", b"true", b"1e999", b"7.5", b"1000001", b"null"):
         store.set("tokens/0", raw)
         with pytest.raises(RuntimeFailure, match="the run's store: tokens/0"):
-            get_number(store, "tokens/0", 5.0, 1e6, whole=True)
+            wait_for_number(store, "tokens/0", 5.0, 1e6, whole=True)
     store.set("tokens/0", b"98")
-    assert get_number(store, "tokens/0", 5.0, 1e6, whole=True) == 98
+    assert wait_for_number(store, "tokens/0", 5.0, 1e6, whole=True) == 98
     store.set("aborted", b"\xff")
     with pytest.raises(RuntimeFailure, match="the run's store: aborted"):
-        get(store, "missing", 5.0)
+        wait_for_json(store, "missing", 5.0)

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from runtime_adapter.moe.routing import pack_calls, read_calls, tally
-from runtime_adapter.transport.messages import (
+from runtime_adapter.moe.router import count_destinations
+from runtime_adapter.transport.wire_format import (
     ANSWER,
     CALL,
     HEADER_BYTES,
@@ -22,6 +22,7 @@ from runtime_adapter.transport.messages import (
     put_header,
     refuse_weights,
 )
+from runtime_adapter.transport.wire_kernels import pack_calls, unpack_calls
 
 LAST = np.uint32(1 << 31)
 
@@ -82,7 +83,7 @@ def test_calls_of_a_step(seed: int, tokens: int, experts: int, servers: int) -> 
     bits = id_bits(experts)
     sent = np.ones((servers, 2), np.int64)
     away = place != rank
-    counted = tally(place, rank, sent)
+    counted = count_destinations(place, rank, sent)
     goes = [np.unique(row[row != rank]) for row in place]
     assert counted == (away.sum(), away.any(axis=1).sum(), sum(map(len, goes)))
     for server in range(1, servers):
@@ -106,7 +107,7 @@ def test_calls_of_a_step(seed: int, tokens: int, experts: int, servers: int) -> 
         held_by[gone] = -rng.integers(0, 2)
         ids, same, names = np.zeros_like(found), np.zeros_like(words), np.zeros_like(found)
         lacking = gone - experts if held_by[gone] < 0 else -1
-        named = read_calls(words, bits, experts, held_by, ids, same, names)
+        named = unpack_calls(words, bits, experts, held_by, ids, same, names)
         assert named == (sent[server, 0], lacking)
         assert np.array_equal(ids, found)
         assert np.array_equal(same.view(np.float32), kept)
@@ -140,7 +141,7 @@ def test_headers(kind: int, counts: tuple[int, int, int, int]) -> None:
 
 @hypothesis.given(st.binary(min_size=HEADER_BYTES, max_size=200))
 def test_strange_messages(text: bytes) -> None:
-    """Bytes that are none of ours are refused, whatever they are."""
+    """Bytes that no server sends are refused, whatever they are."""
     with pytest.raises(WireError):
         get_header(np.frombuffer(text, np.uint8))
 

@@ -1,4 +1,4 @@
-"""What a call looks like on the wire: whole numbers and raw bytes, nothing is unpickled.
+"""The bytes of every message on the wire: whole numbers and raw bytes, nothing is unpickled.
 
 A call::
 
@@ -8,10 +8,11 @@ and its answer::
 
     header int32 [8] | partial sums [tokens, hidden_size]
 
-A word names one (token, expert) pair in four bytes, as DESIGN section 4 counts them: the gate
-weight as a float32 whose sign bit says that this is the token's last call, and whose lowest bits
-are the expert's id. A weight so keeps 23 bits of mantissa less those of an id (17 bits of 64
-experts). The payload of a message is all but its header.
+A word names one (token, expert) pair in four bytes (docs/design.md, section 4): the gate weight as
+a float32 whose sign bit marks the token's last call, and whose lowest bits are the expert's id. A
+weight thus keeps 23 bits of mantissa less those of an id (17 bits with 64 experts). The payload of
+a message is all but its header. :mod:`~runtime_adapter.transport.wire_kernels` packs and unpacks
+the words; requests for weights are described in :mod:`runtime_adapter.weights.peer_loader`.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ _HEADER = struct.Struct("=8i")
 #: Begins every header: a stray or foreign message is not taken for a call.
 MAGIC = 0x5052_4D31
 
-#: What a header says: a call, its answer, an expert is not here (any more), the server failed, a
-#: driver has no more calls, a worker asks for an expert's weights (see peers.py), a driver lives.
-CALL, ANSWER, MISSING, FAILED, OVER, WEIGHTS, ALIVE = 1, 2, 3, 4, 5, 6, 7
-#: Signs of life of a driver have a lane of their own; those of requests are below.
-SIGNS_LANE = 1 << 12
+#: Kinds of message: a call and its answer; an expert that is not (or no longer) here; the worker
+#: failed; the driver makes no more calls; a worker asks for an expert's weights; a heartbeat.
+CALL, ANSWER, MISSING, FAILED, FINISHED, WEIGHTS, HEARTBEAT = 1, 2, 3, 4, 5, 6, 7
+#: The tag of a driver's heartbeats; the lanes of requests use lower ones.
+HEARTBEAT_TAG = 1 << 12
 
 
 class WireError(PrismError):
-    """A message that is none of ours, or does not fit the model."""
+    """A message that no server of this version sends, or that does not fit the model."""
 
 
 class StepTooLong(PrismError):
@@ -78,27 +79,27 @@ def refuse_weights() -> NoReturn:
 
 
 def call_bytes(tokens: int, calls: int, token_bytes: int) -> int:
-    """Payload of a call (DESIGN section 4, rule 3)."""
+    """Payload of a call (docs/design.md, section 4, rule 3)."""
     return tokens * token_bytes + BYTES_PER_CALL * calls
 
 
 @dataclass(frozen=True)
 class MessageBuffer:
-    """What the worker of a server has memory for: calls of up to so many tokens, top-k each.
+    """The receive buffer of a worker: calls of up to ``tokens`` tokens, ``top_k`` experts each.
 
-    gloo ends the process that receives more than it has memory for, so whoever sends asks this
-    first; who receives asks as well, for the sender may be of another version.
+    gloo ends the process that receives more than its buffer holds, so senders check this first;
+    receivers check as well, for the sender may be of another version.
     """
 
     tokens: int
     top_k: int
 
     def fits(self, tokens: int, calls: int) -> bool:
-        """Whether there can be such a call, and there is memory for it."""
+        """Whether such a call is well-formed and fits the buffer."""
         return 0 < tokens <= min(calls, self.tokens) and calls <= tokens * self.top_k
 
     def require(self, tokens: int, calls: int) -> None:
-        """Refuse a call before anything of it is sent.
+        """Refuse a call that does not fit, before any of it is sent.
 
         Raises
         ------
@@ -112,27 +113,27 @@ class MessageBuffer:
             )
 
     def call_bytes(self, token_bytes: int) -> int:
-        """The largest call, header and all."""
+        """Size of the largest call, header included."""
         return HEADER_BYTES + call_bytes(self.tokens, self.tokens * self.top_k, token_bytes)
 
     def answer_bytes(self, token_bytes: int) -> int:
-        """The largest answer, header and all."""
+        """Size of the largest answer, header included."""
         return HEADER_BYTES + self.tokens * token_bytes
 
 
-def require_tokens(request: object, tokens: int, most: int) -> None:
-    """Refuse a step that is longer than all servers are prepared for, before any of it is sent.
+def require_tokens(request: object, tokens: int, max_tokens: int) -> None:
+    """Refuse a step that exceeds the servers' buffers, before any of it is sent.
 
     Raises
     ------
     StepTooLong
         Names the request, its tokens and the bound.
     """
-    if tokens > most:
+    if tokens > max_tokens:
         raise StepTooLong(
-            f"request {request}: a step of {tokens:,} tokens; expected at most {most:,}, for which "
-            "the servers of this run have memory: the longest prompt that was announced at the "
-            "start"
+            f"request {request}: a step of {tokens:,} tokens; expected at most {max_tokens:,}, for "
+            "which the servers of this run have memory: the longest prompt that was announced at "
+            "the start"
         )
 
 
@@ -147,10 +148,10 @@ def get_header(message: Bytes) -> Header:
     Raises
     ------
     WireError
-        It is none of ours.
+        No server of this version writes such a header.
     """
     magic, *fields = _HEADER.unpack_from(message.data)[:6]
-    if magic != MAGIC or not CALL <= fields[0] <= ALIVE:
+    if magic != MAGIC or not CALL <= fields[0] <= HEARTBEAT:
         raise WireError("a message that is no call and no answer; is every server of one version?")
     if min(fields) < 0:
         raise WireError("a header with a negative count")

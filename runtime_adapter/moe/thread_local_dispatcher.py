@@ -1,4 +1,4 @@
-"""Between a model and the transport: the layers of a thread go to the thread's lane."""
+"""Sends the layers of a model's calling thread over that thread's lane."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from runtime_adapter.moe.dispatch import Dispatcher
+from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 
 
 class ThreadLocalDispatcher:
-    """The dispatcher of a model whose requests run in several threads at once.
+    """The :class:`~.placed_experts.ExpertBackend` of a model that several threads use at once.
 
-    A model has one :class:`~runtime_adapter.moe.placed_experts.Dispatcher`; each request has a
-    lane of its own, since a lane has at most one call under way to each server.
+    A model has one backend; each request has a lane of its own, since a lane has at most one call
+    in flight to each server.
     """
 
     def __init__(self) -> None:
         self._thread = threading.local()
 
     @contextlib.contextmanager
-    def using(self, lane: Dispatcher, request: int) -> Iterator[None]:
-        """Let this thread's passes run over a lane, as those of a request of that number."""
+    def using(self, lane: RemoteDispatcher, request: int) -> Iterator[None]:
+        """In the block, this thread's passes use a lane, as those of a request of that number."""
         lane.request = request
         self._thread.lane = lane
         try:
@@ -39,8 +39,8 @@ class ThreadLocalDispatcher:
         experts: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """See :class:`~runtime_adapter.moe.placed_experts.Dispatcher`; raises as the lane's."""
-        lane: Dispatcher = self._thread.lane
+        """See :class:`~.placed_experts.ExpertBackend`; raises as the lane's."""
+        lane: RemoteDispatcher = self._thread.lane
         return lane.run(
             layer_position,
             hidden,
