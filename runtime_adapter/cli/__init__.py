@@ -39,7 +39,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit with its exit code."""
-    run_and_exit(cli, "python -m runtime_adapter")
+    run_and_exit(cli, PROGRAM)
 
 
 def run_and_exit(command: click.Command, name: str) -> None:

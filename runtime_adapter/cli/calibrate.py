@@ -1,4 +1,4 @@
-"""``python -m runtime_adapter calibrate``."""
+"""The command ``prism-runtime calibrate``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m runtime_adapter move``."""
+"""The command ``prism-runtime move``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m runtime_adapter replay``."""
+"""The command ``prism-runtime replay``."""
 
 from __future__ import annotations
 

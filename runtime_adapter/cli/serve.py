@@ -1,4 +1,4 @@
-"""``python -m runtime_adapter serve``."""
+"""The command ``prism-runtime serve``."""
 
 from __future__ import annotations
 

@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 
 from studies.shaped import by_round_trip, errors, ranking, table
-from studies.testbed.experiment import Processors
+from studies.testbed.processors import ProcessorMonitor
 
 
 def test_only_while_requests_are_served() -> None:
     """Servers that start saturate the processors; samples that reach out of a run do not count."""
-    processors = Processors(every_s=0.5)
+    processors = ProcessorMonitor(interval_s=0.5)
     processors._samples = [(0.5, 1.0), (1.0, 1.0), (1.5, 0.2), (2.0, 0.4), (2.5, 1.0)]
     assert processors.saturated == pytest.approx(3 / 5)
-    processors.only(1.0, 2.1)
+    processors.restrict(1.0, 2.1)
     assert processors.samples == [0.2, 0.4]
     assert (processors.busy, processors.saturated) == (pytest.approx(0.3), 0.0)
-    processors.only(1.0, 2.5)
+    processors.restrict(1.0, 2.5)
     assert processors.saturated == pytest.approx(1 / 3)
 
 

@@ -16,7 +16,7 @@ import pytest
 from prism_plan.errors import InputError
 from studies.testbed import command as testbed_command
 from studies.testbed import namespaces as netns
-from studies.testbed.shaping import Shape
+from studies.testbed.shaping import TokenBucket
 from studies.testbed.testbed import Testbed, TestbedUnavailable
 from tests.limits import HANG_S
 
@@ -185,7 +185,7 @@ def test_both_ends_have_the_bucket(bed: Testbed) -> None:
     ends = [(bed._switch, f"port{n}") for n in range(3)]
     ends += [(namespace, bed.interface) for namespace in bed._namespaces]
     for namespace, interface in ends:
-        text = netns.ask("tc", namespace, "-j", "qdisc", "show", "dev", interface)
+        text = netns.query("tc", namespace, "-j", "qdisc", "show", "dev", interface)
         (qdisc,) = json.loads(text)
         assert qdisc["kind"] == "tbf"
         assert qdisc["options"]["rate"] == MBPS * 1e6 / 8
@@ -218,10 +218,10 @@ def test_counters_count_the_transfer_and_nothing_else(bed: Testbed) -> None:
 
 def test_only_addresses_of_the_testbed_exist_inside(bed: Testbed) -> None:
     """A server has loopback and its own address, no IPv6 on the line, and no way out."""
-    links = json.loads(netns.ask("ip", bed._namespaces[0], "-j", "address"))
+    links = json.loads(netns.query("ip", bed._namespaces[0], "-j", "address"))
     own = {link["ifname"]: [info["local"] for info in link["addr_info"]] for link in links}
     assert own["prism0"] == [bed.address(0)]
-    routes = json.loads(netns.ask("ip", bed._namespaces[0], "-j", "route"))
+    routes = json.loads(netns.query("ip", bed._namespaces[0], "-j", "route"))
     assert [route["dst"] for route in routes] == [str(bed.network)]
     host = subprocess.run(["ip", "-j", "address"], capture_output=True, check=True, text=True)
     assert bed.address(0).rpartition(".")[0] + "." not in host.stdout
@@ -249,7 +249,9 @@ def test_removed_after_an_exception() -> None:
 def test_removed_when_it_cannot_be_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     """If a step of the making fails, what was made before is removed, and the step is named."""
     before = set(left_of(os.getpid()))
-    monkeypatch.setattr(Shape, "qdisc", lambda self, interface: f"qdisc add dev {interface} root x")
+    monkeypatch.setattr(
+        TokenBucket, "qdisc", lambda self, interface: f"qdisc add dev {interface} root x"
+    )
     with pytest.raises(TestbedUnavailable, match=r"tc qdisc add dev prism0 root x: .*unknown"):
         Testbed(2)
     assert set(left_of(os.getpid())) == before
@@ -306,9 +308,9 @@ def test_leftovers_are_told_from_what_is_in_use(
     for name in (own, gone, reused, "other", "prism-x-1-0-s0", f"{gone}.old"):
         (tmp_path / name).touch()
     monkeypatch.setattr(netns, "NETNS_FOLDER", tmp_path)
-    assert set(netns.leftovers()) == {gone, reused}
+    assert set(netns.orphaned()) == {gone, reused}
     monkeypatch.setattr(netns, "NETNS_FOLDER", tmp_path / "missing")
-    assert netns.leftovers() == []
+    assert netns.orphaned() == []
 
 
 def test_two_testbeds_at_once(bed: Testbed) -> None:
@@ -427,9 +429,13 @@ def test_bad_options_one_line(
 
 def test_a_packet_fits_the_bucket_twice() -> None:
     """TCP's large packets take half a bucket, and no more than the kernel allows."""
-    assert [Shape(500, kb).largest_packet_bytes for kb in (2, 64, 1000)] == [1500, 32_000, 65_536]
+    assert [TokenBucket(500, kb).largest_packet_bytes for kb in (2, 64, 1000)] == [
+        1500,
+        32_000,
+        65_536,
+    ]
     with pytest.raises(InputError, match="queue_kb: 1; expected 2"):
-        Shape(500, queue_kb=1)
+        TokenBucket(500, queue_kb=1)
 
 
 GLOO = """
@@ -485,7 +491,7 @@ def test_the_lines_carry_what_is_counted(tmp_path: Path) -> None:
     """
     pytest.importorskip("torch")
     import prism_plan as pp
-    from studies.testbed.experiment import launch, measured_of
+    from studies.testbed.experiment import launch, read_measured
     from tests.runtime.replays import SPEC, Material, cluster_text, striped
 
     spec = dataclasses.replace(SPEC, hidden_size=4096)
@@ -499,7 +505,7 @@ def test_the_lines_carry_what_is_counted(tmp_path: Path) -> None:
         out = ["-o", str(tmp_path / "{name}.jsonl"), "--stats", str(tmp_path / "{name}.stats.json")]
         launch(testbed, names, tmp_path, "replay", [*options, "--requests", "30", *out])
         lines = [testbed.line(n) - before[n] for n in range(3)]
-    counted, _ = measured_of(names, tmp_path)
+    counted, _ = read_measured(names, tmp_path)
     requests = pp.sample_requests(material.trace, material.cluster, requests_per_server=30)
     report = pp.simulate_placements(
         [("p", placement)], requests, material.trace, material.cluster
