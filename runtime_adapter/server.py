@@ -207,7 +207,7 @@ class LocalServer:
         return process
 
     def _start_worker(self, max_tokens: int) -> tuple[Any, Any]:
-        """Start the worker; returns its process, and the pipe by which it says that it is ready."""
+        """Start the worker; returns its process, and the pipe that says when it is ready."""
         config = self.config
         ready, ready_of_worker = multiprocessing.get_context("spawn").Pipe()
         worker_config = WorkerConfig(
@@ -316,7 +316,7 @@ class LocalServer:
         Raises
         ------
         RuntimeFailure
-            Not all come within the time to join.
+            Not all do so within the time to join.
         """
         assert self._store is not None
         put_json(self._store, f"{name}/{self.rank}", 1)

@@ -41,7 +41,7 @@ class Watchdog:
     """Watches in threads from :meth:`start` to :meth:`stop`.
 
     ``report`` gets each line once. ``worker`` and ``scheduler`` are this server's processes, the
-    latter None where it has none; ``migrating_run`` says that the run has one.
+    latter None where it has none; ``migrating_run`` is whether the run has one.
     """
 
     def __init__(

@@ -103,7 +103,8 @@ def test_each_command_has_a_frozen_dataclass(name: str) -> None:
     command = (COMMANDS | RUNTIME_COMMANDS)[name]
     if name == "testbed":
         return  # a bench of its own, whose only function takes what click gives
-    kind = typing.get_type_hints(command.callback.__wrapped__)["given"]  # type: ignore[union-attr]
+    hints = typing.get_type_hints(command.callback.__wrapped__)  # type: ignore[union-attr]
+    (kind,) = (hint for parameter, hint in hints.items() if parameter != "return")
     fields = {field.name for field in dataclasses.fields(kind)}
     assert fields == {str(parameter.name) for parameter in command.params} | {"given"}
     assert kind.__dataclass_params__.frozen

@@ -111,7 +111,7 @@ class EventLog:
                 self._tail = max(self._tail, number)
 
     def next(self, timeout_s: float | None = None) -> LogEntry | None:
-        """The next valid entry, or ``None`` if none comes in time; others are skipped.
+        """The next valid entry, or ``None`` if there is none in time; invalid ones are skipped.
 
         Raises
         ------

@@ -123,7 +123,7 @@ class CallHandler:
 
 
 class NcclCallHandler(CallHandler):
-    """Handles calls whose states come, and whose sums go, over a data channel.
+    """Handles calls whose states arrive, and whose sums leave, over a data channel.
 
     See :mod:`runtime_adapter.transport.nccl_channel`. Raises DataChannelBroken where the driver is
     gone or does not answer.

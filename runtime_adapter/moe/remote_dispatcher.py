@@ -271,7 +271,7 @@ class RemoteDispatcher:
     def _add_answer(
         self, call: _PendingCall, sums: torch.Tensor | None, hidden: torch.Tensor, more: bool
     ) -> torch.Tensor:
-        """The sums with an answer added; ``more`` says whether other answers may follow."""
+        """The sums with an answer added; ``more`` is whether other answers may follow."""
         answer = self.connections[call.server].sums(hidden.dtype, hidden.shape[1])
         dtype = sum_dtype(hidden.dtype)
         if call.rows is None:

@@ -41,7 +41,7 @@ Backend = Literal["nccl", "split"]
 
 #: Prefix of the groups of states in the store.
 STATES = "states"
-#: How often a card is asked whether it has received.
+#: How often a card is polled for what it has received.
 POLL_INTERVAL_S = 20e-6
 
 
@@ -245,7 +245,7 @@ def require_own_card(
     Raises
     ------
     InputError
-        Another server has this server's card; both say so.
+        Another server has this server's card; both raise it.
     """
     put_json(store, f"card/{rendezvous.rank}", card)
     for n, name in enumerate(names):

@@ -41,7 +41,7 @@ class TokenBucket:
 
     @property
     def largest_packet_bytes(self) -> int:
-        """The largest packet that TCP may hand to the line, to be cut into frames behind it.
+        """The largest packet that TCP may pass to the line, to be cut into frames behind it.
 
         Half a bucket. One that exceeds the bucket is cut before it, at several times the work; and
         one that takes a whole bucket loses tokens whenever the timer that releases it is late.

@@ -8,7 +8,7 @@
 
 The bridge has a namespace of its own, so nothing is added to the host's network, and neither its
 firewall nor its addresses play a part. There is no way out of these namespaces. Addresses of
-neighbours are entered by hand and IPv6 is off, so that counters see the servers' traffic only.
+neighbours are static and IPv6 is off, so that counters see the servers' traffic only.
 
 As a command: ``python -m studies.testbed --servers 3 --mbps 500 -- COMMAND...``.
 """

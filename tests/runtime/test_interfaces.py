@@ -54,10 +54,10 @@ def test_one_that_carries_nothing(
 ) -> None:
     """One that is down or has no address of IPv4, which counts only where the store has one."""
 
-    def ask(name: str, what: int) -> bytes | None:
+    def request(name: str, what: int) -> bytes | None:
         return struct.pack("=16sH", b"", flags) if what == interfaces._SIOCGIFFLAGS else address
 
-    monkeypatch.setattr(interfaces, "_ask", ask)
+    monkeypatch.setattr(interfaces, "_request", request)
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
     with pytest.raises(InputError) as error:
         require_interface("lo")
