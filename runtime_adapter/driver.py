@@ -39,10 +39,6 @@ class RequestResult:
     text: str = ""
     error: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """A line of the results."""
-        return dict(vars(self))
-
 
 class _TokenStreamer:
     """A streamer of ``generate`` that adds the tokens of a request to its result as they come."""

@@ -23,10 +23,10 @@ from runtime_adapter.lanes import run_in_lanes
 from runtime_adapter.migration_config import migration_config
 from runtime_adapter.moe.emulated_gpu import GpuClock, set_sharp_timers
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
-from runtime_adapter.moe.timed_compute import TimedCompute
-from runtime_adapter.server import LocalServer, ServerConfig
+from runtime_adapter.moe.timed_work import TimedCompute, TimedLoader
+from runtime_adapter.server import LocalServer
+from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.transport.rendezvous import Rendezvous
-from runtime_adapter.weights.timed_loader import TimedLoader
 
 
 @dataclass
@@ -41,10 +41,6 @@ class ReplayResult:
     first_token_s: float | None = None
     done_s: float | None = None
     error: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """A line of the results."""
-        return dict(vars(self))
 
 
 def replay_config(

@@ -12,9 +12,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -23,25 +21,21 @@ import torch.distributed as dist
 from prism_plan.cli.internal_errors import run_process
 from prism_plan.errors import PrismError
 from prism_plan.io.placement import placement_to_json
-from prism_plan.model import ModelShape
-from prism_plan.placement import Placement
-from prism_plan.simulate.network import Network
-from prism_plan.simulate.routing_policies import Route
 from runtime_adapter import PROGRAM
 from runtime_adapter.control.event_log import EventLog
 from runtime_adapter.control.log_follower import LogFollower
 from runtime_adapter.control.scheduler import run_scheduler
 from runtime_adapter.expert_worker import SharedStatus, WorkerConfig, run_worker
-from runtime_adapter.migration_config import MigrationConfig
-from runtime_adapter.moe.compute import Compute
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.router import Router
+from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.torch_private import limit_unsent_bytes
+from runtime_adapter.transport import tcp_store
+from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.connection import Connection, NcclConnection
 from runtime_adapter.transport.nccl_channel import (
-    ChannelConfig,
     DataChannel,
     card_id,
     connect_channels,
@@ -49,56 +43,12 @@ from runtime_adapter.transport.nccl_channel import (
 )
 from runtime_adapter.transport.pair_groups import connect_pair, send
 from runtime_adapter.transport.parallel import run_in_parallel, run_with_timeout
-from runtime_adapter.transport.rendezvous import NameTaken, Rendezvous, RuntimeFailure
+from runtime_adapter.transport.rendezvous import NameTaken, RuntimeFailure
 from runtime_adapter.transport.send_queue import SendQueue
-from runtime_adapter.transport.tcp_store import (
-    ABORTED,
-    MAX_START_S,
-    STORE_TIMEOUT_S,
-    call_store,
-    join_store,
-    put_json,
-    require_same_run,
-    wait_for_json,
-    wait_for_number,
-)
-from runtime_adapter.transport.wire_format import (
-    FINISHED,
-    HEADER_BYTES,
-    Header,
-    MessageBuffer,
-    put_header,
-)
 from runtime_adapter.watchdog import Watchdog
 
 #: Upper bound of the tokens of a step that another server may announce.
 MAX_TOKENS = 1 << 24
-
-
-@dataclass(frozen=True, eq=False)
-class ServerConfig:
-    """How a server takes part in a run.
-
-    ``facts`` must be equal on all servers (placement digest, route, ...); ``dtype``, ``width``,
-    ``threads`` and ``channels`` as in WorkerConfig; ``max_tokens`` of this server's own steps;
-    ``num_lanes`` requests at once; ``migration`` where experts may move.
-    """
-
-    rendezvous: Rendezvous
-    placement: Placement
-    model: ModelShape
-    network: Network
-    compute: Compute
-    facts: dict[str, Any]
-    dtype: torch.dtype
-    width: int
-    max_tokens: int
-    route: Route = "cover"
-    num_lanes: int = 1
-    rtt_s: float = 0.0
-    threads: int = 1
-    migration: MigrationConfig | None = None
-    channels: ChannelConfig | None = None
 
 
 class LocalServer:
@@ -149,27 +99,22 @@ class LocalServer:
         with contextlib.suppress(RuntimeFailure):
             text = json.dumps(f"server {self.name!r} does not join: {reason}")
             # the first server that aborts gives the reason
-            call_store(partial(self._store.compare_set, ABORTED, "", text))
+            tcp_store.call_store(partial(self._store.compare_set, tcp_store.ABORTED, "", text))
             if self.rank == 0:
                 time.sleep(0.2)  # the others read it from the store that this server hosts
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # --------------------------------------------------------------------------------------- start
 
     def _start(self) -> None:
         config, rendezvous = self.config, self.config.rendezvous
-        self._store = store = join_store(rendezvous, host_it=self.rank == 0)
-        require_same_run(store, rendezvous, config.facts, self.name)
+        self._store = store = tcp_store.join_store(rendezvous, host_it=self.rank == 0)
+        tcp_store.require_same_run(store, rendezvous, config.facts, self.name)
         if self.rank == 0:
-            put_json(store, "timeout", rendezvous.timeout_s)
-            put_json(store, "movable", config.migration is not None)
+            tcp_store.put_json(store, "timeout", rendezvous.timeout_s)
+            tcp_store.put_json(store, "movable", config.migration is not None)
         if config.channels is not None and config.channels.backend == "nccl":
             card = card_id(config.channels.device)
             require_own_card(store, rendezvous, card, self.expert_map.servers)
@@ -210,21 +155,8 @@ class LocalServer:
         """Start the worker; returns its process, and the pipe that says when it is ready."""
         config = self.config
         ready, ready_of_worker = multiprocessing.get_context("spawn").Pipe()
-        worker_config = WorkerConfig(
-            rendezvous=config.rendezvous,
-            placement=config.placement,
-            model=config.model,
-            compute=config.compute,
-            dtype=config.dtype,
-            width=config.width,
-            max_tokens=max_tokens,
-            num_lanes=max(config.facts.get("lanes", [config.num_lanes])),
-            rtt_s=config.rtt_s,
-            threads=config.threads,
-            status=self._status,
-            loader=config.migration.loader if config.migration else None,
-            channels=config.channels,
-        )
+        num_lanes = max(config.facts.get("lanes", [config.num_lanes]))
+        worker_config = WorkerConfig(config, max_tokens, num_lanes, self._status)
         process = self._start_process(run_worker, worker_config, ready_of_worker)
         ready_of_worker.close()
         return process, ready
@@ -239,7 +171,7 @@ class LocalServer:
         num_channels = max(len(pairs) * config.num_lanes, 1)
         try:
             self._channels = run_with_timeout(
-                job, 2 * num_channels * rendezvous.rendezvous_timeout_s + STORE_TIMEOUT_S
+                job, 2 * num_channels * rendezvous.rendezvous_timeout_s + tcp_store.STORE_TIMEOUT_S
             )
         except TimeoutError as error:
             raise RuntimeFailure(
@@ -262,9 +194,9 @@ class LocalServer:
 
     def _agree_on_tokens(self, store: dist.TCPStore) -> int:
         """The longest step of any server, for which this server's worker allocates its buffers."""
-        put_json(store, f"tokens/{self.rank}", self.config.max_tokens)
+        tcp_store.put_json(store, f"tokens/{self.rank}", self.config.max_tokens)
         max_tokens = max(self._wait_for_tokens(store, f"tokens/{n}", n) for n in self._ranks)
-        put_json(store, f"buffer_tokens/{self.rank}", max_tokens)
+        tcp_store.put_json(store, f"buffer_tokens/{self.rank}", max_tokens)
         return max_tokens
 
     @property
@@ -274,7 +206,7 @@ class LocalServer:
     def _wait_for_tokens(self, store: dist.TCPStore, key: str, n: int) -> int:
         timeout_s = self.config.rendezvous.rendezvous_timeout_s
         name = f"server {self.expert_map.servers[n]!r}"
-        return int(wait_for_number(store, key, timeout_s, MAX_TOKENS, name, whole=True))
+        return int(tcp_store.wait_for_number(store, key, timeout_s, MAX_TOKENS, name, whole=True))
 
     def _create_lanes(self, store: dist.TCPStore, watchdog: Watchdog) -> None:
         """Create a dispatcher for each lane, with connections to all other workers."""
@@ -282,7 +214,7 @@ class LocalServer:
         timeout = datetime.timedelta(seconds=config.rendezvous.timeout_s)
         send_queue = SendQueue(timeout)
         buffers = {
-            m: MessageBuffer(
+            m: wire.MessageBuffer(
                 self._wait_for_tokens(store, f"buffer_tokens/{m}", m), config.model.top_k
             )
             for m in self._groups
@@ -319,10 +251,10 @@ class LocalServer:
             Not all do so within the time to join.
         """
         assert self._store is not None
-        put_json(self._store, f"{name}/{self.rank}", 1)
+        tcp_store.put_json(self._store, f"{name}/{self.rank}", 1)
         timeout_s = self.config.rendezvous.rendezvous_timeout_s
         for n, server in enumerate(self.expert_map.servers):
-            wait_for_json(self._store, f"{name}/{n}", timeout_s, f"server {server!r}")
+            tcp_store.wait_for_json(self._store, f"{name}/{n}", timeout_s, f"server {server!r}")
 
     def agree_on_start(self, delay_s: float = 0.5) -> float:
         """A time of ``time.monotonic`` at which all servers of this machine begin."""
@@ -330,9 +262,12 @@ class LocalServer:
         assert self._watchdog is not None
         self.barrier("ready")
         if self.rank == 0:
-            put_json(self._store, "start", time.time() + delay_s)
-        timeout_s, latest_s = self.config.rendezvous.rendezvous_timeout_s, time.time() + MAX_START_S
-        start_s = wait_for_number(self._store, "start", timeout_s, latest_s, whole=False)
+            tcp_store.put_json(self._store, "start", time.time() + delay_s)
+        timeout_s, latest_s = (
+            self.config.rendezvous.rendezvous_timeout_s,
+            time.time() + tcp_store.MAX_START_S,
+        )
+        start_s = tcp_store.wait_for_number(self._store, "start", timeout_s, latest_s, whole=False)
         self._watchdog.started = True
         return time.monotonic() + (start_s - time.time())
 
@@ -347,10 +282,10 @@ class LocalServer:
         self._watchdog.finishing = True
         with contextlib.suppress(RuntimeFailure):  # the watchdog reports a lost store
             finished = partial(self._store.set, f"finished/{self.rank}", "1")
-            call_store(finished, self._watchdog.patience_s)
+            tcp_store.call_store(finished, self._watchdog.patience_s)
         # workers are told over the links as well, which do not depend on the store
-        message = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-        put_header(message.numpy(), Header(FINISHED))
+        message = torch.zeros(wire.HEADER_BYTES, dtype=torch.uint8)
+        wire.put_header(message.numpy(), wire.Header(wire.FINISHED))
         for n, group in self._groups.items():
             if not self.expert_map.lost(n):
                 with contextlib.suppress(RuntimeError):
@@ -391,7 +326,9 @@ class LocalServer:
         if not store.check(["migrations"]):
             return []
         try:
-            events = wait_for_json(store, "migrations", self.config.rendezvous.rendezvous_timeout_s)
+            events = tcp_store.wait_for_json(
+                store, "migrations", self.config.rendezvous.rendezvous_timeout_s
+            )
         except RuntimeFailure as error:
             self.report(f"what the reviews decided is not known: {error}")
             return []

@@ -25,16 +25,10 @@ from runtime_adapter.control.failure_detector import (
 )
 from runtime_adapter.expert_worker import SharedStatus
 from runtime_adapter.moe.expert_map import ExpertMap
+from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.pair_groups import send
 from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous, RuntimeFailure, ServerLost
 from runtime_adapter.transport.tcp_store import join_store, put_json
-from runtime_adapter.transport.wire_format import (
-    HEADER_BYTES,
-    HEARTBEAT,
-    HEARTBEAT_TAG,
-    Header,
-    put_header,
-)
 
 
 class Watchdog:
@@ -128,11 +122,11 @@ class Watchdog:
 
     def _send_heartbeats(self, n: int) -> None:
         """Send this driver's heartbeats to another server, until one of the two ends."""
-        message = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-        put_header(message.numpy(), Header(HEARTBEAT))
+        message = torch.zeros(wire.HEADER_BYTES, dtype=torch.uint8)
+        wire.put_header(message.numpy(), wire.Header(wire.HEARTBEAT))
         with contextlib.suppress(RuntimeError):
             while not self._stopped.is_set():
-                send(self._groups[n], message, 1, HEARTBEAT_TAG).wait(FOREVER)
+                send(self._groups[n], message, 1, wire.HEARTBEAT_TAG).wait(FOREVER)
                 self._stopped.wait(self._interval_s)
 
     def _watch(self) -> None:

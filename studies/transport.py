@@ -29,7 +29,8 @@ from runtime_adapter.moe.compute import Batch
 from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.router import uniform_network
-from runtime_adapter.server import LocalServer, ServerConfig
+from runtime_adapter.server import LocalServer
+from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.transport.pair_groups import connect_pair, receive, send
 from runtime_adapter.transport.parallel import run_in_parallel
 from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous

@@ -46,8 +46,9 @@ def command(options: CalibrateOptions) -> None:
     from prism_plan.simulate.timing import timing
     from runtime_adapter.calibrate import TOKENS, calibration, calibration_placement, measure
     from runtime_adapter.moe.emulated_gpu import GpuClock, set_sharp_timers
-    from runtime_adapter.moe.timed_compute import TimedCompute
-    from runtime_adapter.server import LocalServer, ServerConfig
+    from runtime_adapter.moe.timed_work import TimedCompute
+    from runtime_adapter.server import LocalServer
+    from runtime_adapter.server_config import ServerConfig
 
     torch.set_num_threads(1)
     cluster, cluster_file = load_cluster(options.cluster)

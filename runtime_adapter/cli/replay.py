@@ -124,7 +124,7 @@ def command(options: ReplayOptions) -> None:
     with open_jsonl(options.output) as write, LocalServer(config, log_info) as server:
         begin_s = server.agree_on_start()
         began_s = time.time() + begin_s - time.monotonic()
-        results = replay(server, requests, begin_s, lambda result: write(result.to_json()))
+        results = replay(server, requests, begin_s, lambda result: write(vars(result)))
         server.finish()
         counted = server.counters.to_json()
         migrations = server.migrations()

@@ -163,7 +163,8 @@ def command(options: ServeOptions) -> None:
     from runtime_adapter.moe.placed_model import load_placed_model
     from runtime_adapter.moe.router import uniform_network
     from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
-    from runtime_adapter.server import LocalServer, ServerConfig
+    from runtime_adapter.server import LocalServer
+    from runtime_adapter.server_config import ServerConfig
     from runtime_adapter.tokenized_requests import RequestTokenizer, context_tokens, load_tokenizer
     from runtime_adapter.transport.nccl_channel import ChannelConfig, prepare_nccl, require_device
     from runtime_adapter.transport.rendezvous import RuntimeFailure
@@ -282,7 +283,7 @@ def command(options: ServeOptions) -> None:
             incoming = tokenizing.tokenize_stream(sys.stdin.buffer, begin_s)
         results = serve(
             server, model, tokenizer, backend, incoming, begin_s,
-            lambda result: write(result.to_json()),
+            lambda result: write(vars(result)),
         )  # fmt: skip
         server.finish()
         counted = server.counters.to_json()

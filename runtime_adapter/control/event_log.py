@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from prism_plan.errors import InputError
-from runtime_adapter.control.log_entries import Bounds, LogEntry, WakeUp, read_entry, write_entry
+from runtime_adapter.control.log_entries import Bounds, LogEntry, read_entry, write_entry
 from runtime_adapter.transport.rendezvous import Rendezvous, RuntimeFailure
 from runtime_adapter.transport.tcp_store import join_store, parse_value
 
@@ -144,11 +144,18 @@ class EventLog:
 
     def wake(self) -> None:
         """Let the thread that waits in :meth:`next` return at once."""
-        self._queue.put(WakeUp())
+        self._queue.put(LogEntry())
 
     def caught_up(self) -> bool:
         """Whether every entry that was read has been taken."""
         return self._queue.empty()
+
+    def _call(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            with self._lock:
+                return operation(*arguments)
+        except RuntimeError as error:
+            raise StoreLost from error
 
     def put(self, key: str, values: Any) -> None:
         """Write JSON that an entry will refer to.
@@ -162,11 +169,11 @@ class EventLog:
 
     def put_bytes(self, key: str, data: bytes) -> None:
         """Write bytes that an entry will refer to; raises as :meth:`put`."""
-        try:
-            with self._lock:
-                self._writing.set(key, data)
-        except RuntimeError as error:
-            raise StoreLost from error
+        self._call(self._writing.set, key, data)
+
+    def has(self, *keys: str) -> bool:
+        """Whether all these keys are in the store; raises as :meth:`put`."""
+        return bool(self._call(self._writing.check, list(keys)))
 
     def get_bytes(self, key: str) -> bytes:
         """Bytes that an entry refers to; raises as :meth:`get`.
@@ -175,11 +182,7 @@ class EventLog:
         """
         if not self.has(key):
             raise InputError("is not there", source=f"the run's store: {key}")
-        try:
-            with self._lock:
-                return bytes(self._writing.get(key))
-        except RuntimeError as error:
-            raise StoreLost from error
+        return bytes(self._call(self._writing.get, key))
 
     def get(self, key: str) -> Any:
         """JSON that an entry refers to.
@@ -192,11 +195,3 @@ class EventLog:
             It is not there, or not JSON.
         """
         return parse_value(self.get_bytes(key), key)
-
-    def has(self, *keys: str) -> bool:
-        """Whether all these keys are in the store; raises as :meth:`put`."""
-        try:
-            with self._lock:
-                return bool(self._writing.check(list(keys)))
-        except RuntimeError as error:
-            raise StoreLost from error

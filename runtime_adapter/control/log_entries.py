@@ -18,8 +18,9 @@ server, GPU or expert that the run does not have.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_type_hints
 
 from prism_plan.errors import InputError
@@ -65,26 +66,6 @@ def _below(value: Any, bound: int) -> bool:
     return type(value) is int and 0 <= value < bound
 
 
-def _is_count(value: Any, bounds: Bounds) -> bool:
-    return _below(value, MAX_COUNT)
-
-
-def _is_server(value: Any, bounds: Bounds) -> bool:
-    return _below(value, bounds.servers)
-
-
-def _is_text(value: Any, bounds: Bounds) -> bool:
-    return type(value) is str and len(value) <= MAX_TEXT
-
-
-def _is_flag(value: Any, bounds: Bounds) -> bool:
-    return type(value) is bool
-
-
-def _is_exit_code(value: Any, bounds: Bounds) -> bool:
-    return _below(value, 256)
-
-
 def _are_steps(value: Any, bounds: Bounds) -> bool:
     return type(value) is list and all(_below(step, MAX_COUNT) for step in value)
 
@@ -97,114 +78,107 @@ def _are_changes(value: Any, bounds: Bounds) -> bool:
     )
 
 
-Count = Annotated[int, _is_count]
-Server = Annotated[int, _is_server]
-Text = Annotated[str, _is_text]
-Flag = Annotated[bool, _is_flag]
-ExitCode = Annotated[int, _is_exit_code]
+# types of fields, each with its check
+Count = Annotated[int, lambda value, bounds: _below(value, MAX_COUNT)]
+Server = Annotated[int, lambda value, bounds: _below(value, bounds.servers)]
+ExitCode = Annotated[int, lambda value, bounds: _below(value, 256)]
+Flag = Annotated[bool, lambda value, bounds: type(value) is bool]
+Text = Annotated[str, lambda value, bounds: type(value) is str and len(value) <= MAX_TEXT]
 Steps = Annotated[list[int], _are_steps]
 Changes = Annotated[list[ExpertChange], _are_changes]
+
+#: The classes of entries by kind.
+KINDS: dict[str, type[LogEntry]] = {}
 
 
 @dataclass(frozen=True)
 class LogEntry:
-    """An entry of the log; by itself one of a kind that this reader has no use for.
+    """An entry of the log; by itself one that its reader has no use for.
 
-    ``number`` is its place in the log, -1 before it is appended.
+    ``kind`` is the class's name in snake case; ``number`` is the entry's place in the log, -1
+    before it is appended. Entries about a migration have its ``plan``, whose steps the store holds
+    under ``plan/<plan>``.
     """
 
     kind: ClassVar[str] = ""
     number: int = field(default=-1, kw_only=True)
 
-    def to_json(self) -> dict[str, Any]:
-        """The values that the store holds."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "number"}
-        return {"kind": self.kind, **values}
+    def __init_subclass__(cls) -> None:
+        cls.kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        KINDS[cls.kind] = cls
 
 
 @dataclass(frozen=True)
-class WakeUp(LogEntry):
-    """Not in the log: a reader's own threads wake it up with this."""
-
-
-@dataclass(frozen=True)
-class _OfMigration(LogEntry):
-    """An entry about the migration of a plan, which the store holds under ``plan/<plan>``."""
+class MigrationStarted(LogEntry):
+    """Servers begin the plan's steps."""
 
     plan: Count
 
 
 @dataclass(frozen=True)
-class MigrationStarted(_OfMigration):
-    """Servers begin the plan's steps."""
-
-    kind = "migration_started"
-
-
-@dataclass(frozen=True)
-class ExpertsLoaded(_OfMigration):
+class ExpertsLoaded(LogEntry):
     """A server's GPUs serve these experts from now on."""
 
-    kind = "experts_loaded"
+    plan: Count
     experts: Changes
 
 
 @dataclass(frozen=True)
-class DropsAnnounced(_OfMigration):
+class DropsAnnounced(LogEntry):
     """A server is about to drop these experts: drivers send it no new calls for them."""
 
-    kind = "drops_announced"
+    plan: Count
     experts: Changes
 
 
 @dataclass(frozen=True)
-class DropsAcknowledged(_OfMigration):
+class DropsAcknowledged(LogEntry):
     """No call of a driver depends any longer on the experts that these steps drop."""
 
-    kind = "drops_acknowledged"
+    plan: Count
     server: Server
     steps: Steps
 
 
 @dataclass(frozen=True)
-class SlotsFreed(_OfMigration):
+class SlotsFreed(LogEntry):
     """These steps' experts are dropped, and their slots can be loaded into."""
 
-    kind = "slots_freed"
+    plan: Count
     steps: Steps
 
 
 @dataclass(frozen=True)
-class StepFailed(_OfMigration):
+class StepFailed(LogEntry):
     """A server, called by its name, cannot do a step."""
 
-    kind = "step_failed"
+    plan: Count
     step: Count
     server: Text
     reason: Text
 
 
 @dataclass(frozen=True)
-class StopRequested(_OfMigration):
+class StopRequested(LogEntry):
     """Servers begin no further step."""
 
-    kind = "stop_requested"
+    plan: Count
     reason: Text
 
 
 @dataclass(frozen=True)
-class ServerStopped(_OfMigration):
+class ServerStopped(LogEntry):
     """A server has no step in progress any more."""
 
-    kind = "server_stopped"
+    plan: Count
     server: Server
 
 
 @dataclass(frozen=True)
-class MigrationFinished(_OfMigration):
+class MigrationFinished(LogEntry):
     """The migration is complete, or abandoned."""
 
-    kind = "migration_finished"
+    plan: Count
     complete: Flag
     text: Text
 
@@ -213,7 +187,6 @@ class MigrationFinished(_OfMigration):
 class ReviewStarted(LogEntry):
     """Drivers report their calls."""
 
-    kind = "review_started"
     review: Count
 
 
@@ -221,7 +194,6 @@ class ReviewStarted(LogEntry):
 class CallsReported(LogEntry):
     """A driver's calls are at ``calls/<server>/<review>``, its times at ``times/...``."""
 
-    kind = "calls_reported"
     review: Count
     server: Server
 
@@ -230,7 +202,6 @@ class CallsReported(LogEntry):
 class MoveRequested(LogEntry):
     """Somebody asks for the placement at ``move/<move>``."""
 
-    kind = "move_requested"
     move: Text
 
 
@@ -238,7 +209,6 @@ class MoveRequested(LogEntry):
 class MoveFinished(LogEntry):
     """How a requested move ended: the exit code of the command, and a text."""
 
-    kind = "move_finished"
     move: Text
     code: ExitCode
     text: Text
@@ -248,17 +218,9 @@ class MoveFinished(LogEntry):
 class LogMessage(LogEntry):
     """A text for the first server's log."""
 
-    kind = "log_message"
     text: Text
 
 
-_KINDS = (
-    MigrationStarted, ExpertsLoaded, DropsAnnounced, DropsAcknowledged, SlotsFreed, StepFailed,
-    StopRequested, ServerStopped, MigrationFinished, ReviewStarted, CallsReported, MoveRequested,
-    MoveFinished, LogMessage,
-)  # fmt: skip
-#: The entries' classes by kind, and the check of each of their fields.
-KINDS: dict[str, type[LogEntry]] = {entry.kind: entry for entry in _KINDS}
 _CHECKS: dict[str, dict[str, Check]] = {
     kind: {
         name: hint.__metadata__[0]
@@ -271,7 +233,8 @@ _CHECKS: dict[str, dict[str, Check]] = {
 
 def write_entry(entry: LogEntry, writer: str) -> str:
     """The JSON of an entry; ``writer`` is for a person who reads the store."""
-    return json.dumps({**entry.to_json(), "by": writer})
+    values = {name: getattr(entry, name) for name in _CHECKS[entry.kind]}
+    return json.dumps({"kind": entry.kind, **values, "by": writer})
 
 
 def read_entry(number: int, raw: bytes, bounds: Bounds | None = None) -> LogEntry:

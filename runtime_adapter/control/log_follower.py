@@ -11,57 +11,35 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from prism_plan.errors import InputError
 from prism_plan.placement import Placement
+from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import EventLog, StoreLost
-from runtime_adapter.control.log_entries import (
-    Bounds,
-    CallsReported,
-    DropsAcknowledged,
-    DropsAnnounced,
-    ExpertsLoaded,
-    LogEntry,
-    LogMessage,
-    MigrationFinished,
-    MigrationStarted,
-    ReviewStarted,
-    StepFailed,
-)
 from runtime_adapter.moe.compute import Compute
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.expert_map import ExpertMap
+from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.weights.expert_store import Change
 
 #: How often layers in progress are checked while drops wait for them.
 POLL_INTERVAL_S = 0.005
 
 
-class Lane(Protocol):
-    """A thread that runs layers, and where it is.
-
-    ``passes`` counts entries to and exits from layers, so it is odd inside of one, like a seqlock;
-    ``layer`` is that layer's position, set before ``passes`` becomes odd.
-    """
-
-    layer: int
-    passes: int
-
-
 class _AnnouncedDrop(NamedTuple):
     """A drop that this driver knows of, and the lanes that may still depend on its expert.
 
-    Each lane with its ``passes`` when the drop became known.
+    Each lane with its ``passes``, odd inside of a layer, when the drop became known.
     """
 
     plan: int
     step: int
     gpu: int
     pair: int
-    lanes_inside: tuple[tuple[Lane, int], ...]
+    lanes_inside: tuple[tuple[RemoteDispatcher, int], ...]
 
     def settled(self) -> bool:
         """Whether all these lanes have left the layer."""
@@ -71,16 +49,17 @@ class _AnnouncedDrop(NamedTuple):
 class LogFollower:
     """Follows the log for one driver, in a thread of its own.
 
-    ``lanes`` run the layers of this driver; ``report`` gets lines for this server's log.
+    ``lanes`` are this driver's; ``report`` gets lines for this server's log.
     """
 
     def __init__(
         self, rank: int, placement: Placement, expert_map: ExpertMap, compute: Compute,
-        counters: Counters, lanes: Sequence[Lane], log: EventLog, report: Callable[[str], None],
+        counters: Counters, lanes: Sequence[RemoteDispatcher], log: EventLog,
+        report: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.rank = rank
         self.name = placement.servers[rank]
-        self._bounds = Bounds.of(placement)
+        self._bounds = log_entries.Bounds.of(placement)
         self.num_experts = placement.model.num_experts
         self.expert_map = expert_map
         self.compute = compute
@@ -112,7 +91,7 @@ class LogFollower:
         except StoreLost:
             self.migrating = False
 
-    def _handle_or_skip(self, entry: LogEntry) -> None:
+    def _handle_or_skip(self, entry: log_entries.LogEntry) -> None:
         """Handle an entry; one that fails (its slot does not exist) does not end the following."""
         try:
             self.handle(entry)
@@ -122,40 +101,40 @@ class LogFollower:
             where = f"entry {entry.number} of the run's log: {entry.kind}"
             self.log.skip(InputError(" ".join(str(error).split()), source=where))
 
-    def handle(self, entry: LogEntry) -> None:
+    def handle(self, entry: log_entries.LogEntry) -> None:
         """Act on one entry."""
         match entry:
-            case ExpertsLoaded():
+            case log_entries.ExpertsLoaded():
                 for change in entry.experts:
                     self._apply_own("load", change.gpu, change.pair, change.slot)
                     self.expert_map.change(change.gpu, change.pair, True)
-            case DropsAnnounced():
+            case log_entries.DropsAnnounced():
                 for change in entry.experts:
                     self.expert_map.change(change.gpu, change.pair, False)
                 self._note_drops(entry)
-            case ReviewStarted():
+            case log_entries.ReviewStarted():
                 self._report_calls(entry.review)
-            case MigrationStarted():
+            case log_entries.MigrationStarted():
                 self._open_plans.add(entry.plan)
                 self.migrating = True
-            case MigrationFinished():
+            case log_entries.MigrationFinished():
                 self._open_plans.discard(entry.plan)
                 self.migrating = bool(self._open_plans)
-            case StepFailed():
+            case log_entries.StepFailed():
                 # loads that had begun by then fail as well, for the same reason
                 if entry.server == self.name and entry.plan not in self._failed_plans:
                     self._failed_plans.add(entry.plan)
                     self.report(entry.reason)
-            case LogMessage() if self.rank == 0:
+            case log_entries.LogMessage() if self.rank == 0:
                 self.report(entry.text)
 
     def _apply_own(self, kind: Literal["load", "drop"], gpu: int, pair: int, slot: int) -> None:
         if gpu in self.own_gpus:
             self.compute.apply(Change(kind, pair, self.own_gpus.index(gpu), slot))
 
-    def _note_drops(self, entry: DropsAnnounced) -> None:
+    def _note_drops(self, entry: log_entries.DropsAnnounced) -> None:
         """Note which lanes are inside the layers of drops; routing no longer uses the experts."""
-        inside: dict[int, list[tuple[Lane, int]]] = {}
+        inside: dict[int, list[tuple[RemoteDispatcher, int]]] = {}
         for lane in self.lanes:
             passes = lane.passes  # read before the layer: if it changes meanwhile, this pass ended
             if passes % 2:
@@ -176,7 +155,7 @@ class LogFollower:
             settled.setdefault(drop.plan, []).append(drop.step)
         self._drops = unsettled
         for plan, steps in settled.items():
-            self.log.append(DropsAcknowledged(plan, self.rank, steps))
+            self.log.append(log_entries.DropsAcknowledged(plan, self.rank, steps))
 
     def _report_calls(self, review: int) -> None:
         called = self.counters.take_called().astype(np.int64)
@@ -185,4 +164,4 @@ class LogFollower:
         times = {name: counted[name] - before for name, before in self._reported_us.items()}
         self._reported_us = {name: counted[name] for name in times}
         self.log.put(f"times/{self.rank}/{review}", times)
-        self.log.append(CallsReported(review, self.rank))
+        self.log.append(log_entries.CallsReported(review, self.rank))

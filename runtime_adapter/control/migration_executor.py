@@ -18,21 +18,8 @@ from prism_plan.io.migration import migration_from_json
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.placement import Placement
 from prism_plan.placement_diff import Step
+from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import EventLog, StoreLost
-from runtime_adapter.control.log_entries import (
-    Bounds,
-    DropsAcknowledged,
-    DropsAnnounced,
-    ExpertChange,
-    ExpertsLoaded,
-    LogEntry,
-    MigrationFinished,
-    MigrationStarted,
-    ServerStopped,
-    SlotsFreed,
-    StepFailed,
-    StopRequested,
-)
 from runtime_adapter.control.slot_release import SlotReleaser
 from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.weights.loader import Loader
@@ -110,11 +97,13 @@ class MigrationExecutor:
         self.loader = loader
         self.expert_map = expert_map
         self.log = log
-        log.expect(Bounds.of(placement))  # the driver of this server reports skipped entries
+        log.expect(
+            log_entries.Bounds.of(placement)
+        )  # the driver of this server reports skipped entries
         self._progress: _PlanProgress | None = None
         self._lock = threading.Lock()  # of the steps in progress and of loads to announce
         self._load_queues: dict[int, queue.SimpleQueue[tuple[_PlanProgress, int]]] = {}
-        self._unannounced: list[tuple[_PlanProgress, ExpertChange]] = []
+        self._unannounced: list[tuple[_PlanProgress, log_entries.ExpertChange]] = []
         self._releaser = SlotReleaser(
             rank, placement.num_servers, self.own_gpus[0], loader, expert_map, timeout_s
         )
@@ -148,30 +137,30 @@ class MigrationExecutor:
 
     # ---------------------------------------------------------------------------------------- log
 
-    def _handle(self, entry: LogEntry) -> None:
+    def _handle(self, entry: log_entries.LogEntry) -> None:
         progress = self._progress
-        if isinstance(entry, MigrationStarted):
+        if isinstance(entry, log_entries.MigrationStarted):
             self._start_plan(entry.plan)
             return
-        if isinstance(entry, DropsAcknowledged):
+        if isinstance(entry, log_entries.DropsAcknowledged):
             self._releaser.acknowledge(entry)
             return
-        if isinstance(entry, (ExpertsLoaded, DropsAnnounced)):
+        if isinstance(entry, (log_entries.ExpertsLoaded, log_entries.DropsAnnounced)):
             # also those of other servers, whom a loader may ask for weights
             for change in entry.experts:
                 if change.gpu not in self.own_gpus:
-                    loaded = isinstance(entry, ExpertsLoaded)
+                    loaded = isinstance(entry, log_entries.ExpertsLoaded)
                     self.expert_map.change(change.gpu, change.pair, loaded)
         if progress is None or getattr(entry, "plan", None) != progress.plan:
             return
         match entry:
-            case ExpertsLoaded():
+            case log_entries.ExpertsLoaded():
                 progress.done.update(change.step for change in entry.experts)
-            case SlotsFreed():
+            case log_entries.SlotsFreed():
                 progress.done.update(entry.steps)
-            case StepFailed() | StopRequested():
+            case log_entries.StepFailed() | log_entries.StopRequested():
                 progress.stopped = True
-            case MigrationFinished():
+            case log_entries.MigrationFinished():
                 self._progress = None
 
     def _start_plan(self, number: int) -> None:
@@ -192,7 +181,9 @@ class MigrationExecutor:
     def _report_failure(self, plan: int, step: int, error: Exception) -> None:
         logging.getLogger(__name__).debug("step", exc_info=error)
         reason = " ".join(str(error).split())[:MAX_REASON]
-        self.log.append(StepFailed(plan, step, self.placement.servers[self.rank], reason))
+        self.log.append(
+            log_entries.StepFailed(plan, step, self.placement.servers[self.rank], reason)
+        )
 
     # --------------------------------------------------------------------------------------- steps
 
@@ -212,10 +203,12 @@ class MigrationExecutor:
             if progress.steps[i].kind == "load":
                 self._load_queues[progress.gpu[i]].put((progress, i))
             else:
-                drops.append(ExpertChange(i, progress.gpu[i], progress.steps[i].pair, 0))
+                drops.append(
+                    log_entries.ExpertChange(i, progress.gpu[i], progress.steps[i].pair, 0)
+                )
         if drops:
             self._releaser.add(progress.plan, drops)
-            self.log.append(DropsAnnounced(progress.plan, drops))
+            self.log.append(log_entries.DropsAnnounced(progress.plan, drops))
 
     def _load_all(self, gpu: int) -> None:
         """Do the loads of one GPU, one at a time, for it has one load channel."""
@@ -238,7 +231,9 @@ class MigrationExecutor:
             return False
         self.expert_map.change(gpu, pair, True)  # before others know and call
         with self._lock:
-            self._unannounced.append((progress, ExpertChange(i, gpu, pair, change.slot)))
+            self._unannounced.append(
+                (progress, log_entries.ExpertChange(i, gpu, pair, change.slot))
+            )
         return True
 
     def _announce_loads(self) -> None:
@@ -246,13 +241,13 @@ class MigrationExecutor:
             loads, self._unannounced = self._unannounced, []
         for progress in dict.fromkeys(progress for progress, _ in loads):  # never more than one
             experts = [change for of, change in loads if of is progress]
-            self.log.append(ExpertsLoaded(progress.plan, experts))
+            self.log.append(log_entries.ExpertsLoaded(progress.plan, experts))
             with self._lock:
                 progress.in_progress.difference_update(change.step for change in experts)
 
     def _release_slots(self) -> None:
         for plan, steps in self._releaser.release().items():
-            self.log.append(SlotsFreed(plan, steps))
+            self.log.append(log_entries.SlotsFreed(plan, steps))
             if self._progress is not None and self._progress.plan == plan:
                 with self._lock:
                     self._progress.in_progress.difference_update(steps)
@@ -264,5 +259,5 @@ class MigrationExecutor:
         with self._lock:
             idle = not progress.in_progress
         if idle:
-            self.log.append(ServerStopped(progress.plan, self.rank))
+            self.log.append(log_entries.ServerStopped(progress.plan, self.rank))
             self._progress = None

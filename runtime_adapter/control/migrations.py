@@ -17,18 +17,8 @@ from prism_plan.migration.plan import MigrationPlan
 from prism_plan.model import require_same_model
 from prism_plan.objective import violations
 from prism_plan.placement import Placement, Plan
+from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import StoreLost
-from runtime_adapter.control.log_entries import (
-    ExpertsLoaded,
-    LogEntry,
-    MigrationFinished,
-    MigrationStarted,
-    MoveFinished,
-    ServerStopped,
-    SlotsFreed,
-    StepFailed,
-    StopRequested,
-)
 from runtime_adapter.control.run_state import RunState
 
 #: What errors call the placement that is held, and the target.
@@ -68,23 +58,23 @@ class Migrations:
         self._num_migrations = 0
         self._num_files = 0
 
-    def handle(self, entry: LogEntry) -> None:
+    def handle(self, entry: log_entries.LogEntry) -> None:
         """Note the progress that an entry announces."""
         active = self.active
-        if isinstance(entry, MigrationStarted) and entry.plan > self._num_migrations:
+        if isinstance(entry, log_entries.MigrationStarted) and entry.plan > self._num_migrations:
             # a stranger's: drivers would wait for its end
             text = "a migration that the scheduler has not planned"
-            self._state.log.append(MigrationFinished(entry.plan, False, text))
+            self._state.log.append(log_entries.MigrationFinished(entry.plan, False, text))
         if active is None or getattr(entry, "plan", None) != active.number:
             return
         match entry:
-            case ExpertsLoaded():
+            case log_entries.ExpertsLoaded():
                 active.left.difference_update(change.step for change in entry.experts)
-            case SlotsFreed():
+            case log_entries.SlotsFreed():
                 active.left.difference_update(entry.steps)
-            case StepFailed():
+            case log_entries.StepFailed():
                 self.stop(f"server {entry.server!r}: {entry.reason}")
-            case ServerStopped():
+            case log_entries.ServerStopped():
                 active.stopped_servers.add(entry.server)
 
     def begin(
@@ -100,7 +90,7 @@ class Migrations:
             state.now(), requested_by, event,
         )  # fmt: skip
         state.log.put(f"plan/{number}", migration_to_json(plan))
-        state.log.append(MigrationStarted(number))
+        state.log.append(log_entries.MigrationStarted(number))
 
     def stop(self, reason: str) -> None:
         """Let servers begin no further step of the active migration."""
@@ -108,7 +98,7 @@ class Migrations:
         if active is None or active.stopped_s is not None:
             return
         active.stopped_s, active.reason = self._state.now(), reason
-        self._state.log.append(StopRequested(active.number, reason))
+        self._state.log.append(log_entries.StopRequested(active.number, reason))
 
     def end_when_done(self) -> None:
         """End the active migration if every step is done, or no server is at a step any more."""
@@ -138,7 +128,7 @@ class Migrations:
                 f"{active.reason}"
             )
         written = self._write_placement()
-        state.log.append(MigrationFinished(active.number, complete, text))
+        state.log.append(log_entries.MigrationFinished(active.number, complete, text))
         state.report(text + (f"; {written}" if written else ""))
         if active.event is not None:
             if complete and state.start_s is not None:
@@ -193,7 +183,7 @@ class Migrations:
             self.begin(plan, target, requested_by=move)
 
     def _answer(self, move: str, code: int, text: str) -> None:
-        self._state.log.append(MoveFinished(move, code, text))
+        self._state.log.append(log_entries.MoveFinished(move, code, text))
 
 
 def _target(state: RunState, requested: Placement, instance: Instance) -> Placement:

@@ -14,10 +14,9 @@ from prism_plan.migration.cost import call_seconds, gpu_load_gbs
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.policy import Review, review
 from prism_plan.objective import violations
-from runtime_adapter.control.log_entries import CallsReported, ReviewStarted
+from runtime_adapter.control import log_entries
 from runtime_adapter.control.migrations import Migrations
-from runtime_adapter.control.run_state import RunState
-from runtime_adapter.control.surviving_servers import surviving_cluster
+from runtime_adapter.control.run_state import RunState, surviving_cluster
 
 #: Upper bound of calls and of microseconds between two reviews.
 MAX_CALLS = 1 << 53
@@ -63,11 +62,11 @@ class Reviews:
         # after a long solve the reviews that were missed are left out
         self._num_reviews = int((now - state.start_s) / options.migrate_every_s)
         self.pending = PendingReview(self._num_reviews, now - state.start_s, now)
-        state.log.append(ReviewStarted(self._num_reviews))
+        state.log.append(log_entries.ReviewStarted(self._num_reviews))
 
     # --------------------------------------------------------------------------------- call counts
 
-    def handle(self, entry: CallsReported) -> None:
+    def handle(self, entry: log_entries.CallsReported) -> None:
         """Read the counts that a driver has reported; unreadable ones count as none."""
         pending = self.pending
         if pending is None or pending.number != entry.review:

@@ -14,15 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import EventLog, StoreLost
 from runtime_adapter.control.failure_detector import SCHEDULER_HEARTBEAT
-from runtime_adapter.control.log_entries import (
-    CallsReported,
-    DropsAnnounced,
-    ExpertsLoaded,
-    LogEntry,
-    MoveRequested,
-)
 from runtime_adapter.control.migrations import Migrations
 from runtime_adapter.control.reviews import Reviews
 from runtime_adapter.control.run_state import RunState, SchedulerConfig
@@ -103,15 +97,15 @@ class Scheduler:
                 self.migrations.begin_requested(self._requested_moves.pop(0), rates)
             self.reviews.begin_when_due()
 
-    def _handle(self, entry: LogEntry) -> None:
+    def _handle(self, entry: log_entries.LogEntry) -> None:
         match entry:
-            case ExpertsLoaded() | DropsAnnounced():
-                loaded = isinstance(entry, ExpertsLoaded)
+            case log_entries.ExpertsLoaded() | log_entries.DropsAnnounced():
+                loaded = isinstance(entry, log_entries.ExpertsLoaded)
                 for change in entry.experts:
                     self.state.expert_map.change(change.gpu, change.pair, loaded)
-            case MoveRequested():
+            case log_entries.MoveRequested():
                 self._requested_moves.append(entry.move)
-            case CallsReported():
+            case log_entries.CallsReported():
                 self.reviews.handle(entry)
         self.migrations.handle(entry)
 

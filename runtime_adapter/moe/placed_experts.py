@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from prism_plan.errors import InputError
+from runtime_adapter.weights.expert_store import ExpertStore
 
 
 class ExpertBackend(Protocol):
@@ -32,14 +33,6 @@ class ExpertBackend(Protocol):
         ...
 
 
-class ComputesExperts(Protocol):
-    """An :class:`~runtime_adapter.weights.expert_store.ExpertStore`, or what computes alike."""
-
-    def compute(self, layer_position: int, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """The expert's output for x [t, H], [t, H]."""
-        ...
-
-
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which outputs of experts are added: float32 for narrower types."""
     promoted: torch.dtype = torch.promote_types(dtype, torch.float32)
@@ -47,7 +40,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def weighted_sum(
-    store: ComputesExperts,
+    store: ExpertStore,
     layer_position: int,
     hidden: torch.Tensor,
     token: torch.Tensor,

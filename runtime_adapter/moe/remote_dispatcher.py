@@ -20,18 +20,9 @@ from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.emulated_gpu import wait_until
 from runtime_adapter.moe.placed_experts import sum_dtype
 from runtime_adapter.moe.router import Router, count_destinations, select_calls
+from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.connection import Connection
 from runtime_adapter.transport.rendezvous import RuntimeFailure, ServerLost
-from runtime_adapter.transport.wire_format import (
-    ANSWER,
-    CALL,
-    MISSING,
-    Header,
-    call_bytes,
-    id_bits,
-    refuse_weights,
-    require_tokens,
-)
 from runtime_adapter.transport.wire_kernels import pack_calls
 
 Ints = npt.NDArray[np.int64]
@@ -83,11 +74,11 @@ class RemoteDispatcher:
         self.rtt_s = rtt_s
         self.on_lost = on_lost
         self.request = 0
-        #: Sequence counter, incremented on entry to and exit from a layer (odd = inside), like a
-        #: seqlock; read by control/log_follower.py.
+        #: Sequence counter, incremented on entry to and exit from ``layer`` (odd = inside), like a
+        #: seqlock; control/log_follower.py reads it.
         self.passes = 0
         self.layer = 0
-        self._bits = id_bits(model.num_experts)
+        self._bits = wire.id_bits(model.num_experts)
         self._destinations = np.zeros((len(router.expert_map.servers), 2), np.int64)
         first = next(iter(connections.values()), None)
         self._wire_view = Connection.wire_view if first is None else first.wire_view
@@ -109,7 +100,7 @@ class RemoteDispatcher:
         StepTooLong
             Other servers' buffers are too small for so many tokens; nothing has been sent.
         """
-        require_tokens(self.request, len(hidden), self.max_tokens)
+        wire.require_tokens(self.request, len(hidden), self.max_tokens)
         self.layer = layer
         self.passes += 1
         try:
@@ -228,7 +219,7 @@ class RemoteDispatcher:
             try:
                 words = connection.words(tokens, calls, token_bytes)
                 if not pack_calls(chosen, server, experts, weight_bits, self._bits, rows, words):
-                    refuse_weights()
+                    wire.refuse_weights()
             except PrismError:
                 self._discard_answers(pending)
                 raise
@@ -236,11 +227,13 @@ class RemoteDispatcher:
                 rows = None
             sent = True
             try:
-                connection.send(Header(CALL, tokens, calls, layer, self.request), states, rows)
+                connection.send(
+                    wire.Header(wire.CALL, tokens, calls, layer, self.request), states, rows
+                )
             except RuntimeError as error:
                 sent = False
                 self._lose(server, error)
-            payload = call_bytes(tokens, calls, token_bytes)
+            payload = wire.call_bytes(tokens, calls, token_bytes)
             pending.append(_PendingCall(server, tokens, rows, payload, tokens * token_bytes, sent))
         return pending
 
@@ -255,9 +248,9 @@ class RemoteDispatcher:
             connection.reset()
             self._lose(call.server, error)
             return False
-        if header.kind == MISSING:
+        if header.kind == wire.MISSING:
             return False
-        if header.kind != ANSWER or header.tokens != call.tokens:
+        if header.kind != wire.ANSWER or header.tokens != call.tokens:
             name = self.router.expert_map.servers[call.server]
             raise RuntimeFailure(f"server {name!r} could not compute a call; see its messages")
         return True

@@ -15,17 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.nccl_channel import DataChannel
 from runtime_adapter.transport.pair_groups import receive, send
 from runtime_adapter.transport.send_queue import LONG_BYTES, SendQueue
-from runtime_adapter.transport.wire_format import (
-    ANSWER,
-    HEADER_BYTES,
-    Header,
-    MessageBuffer,
-    get_header,
-    put_header,
-)
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
@@ -52,7 +45,7 @@ class _ReusedMemory:
     def states(self, dtype: torch.dtype, width: int) -> torch.Tensor:
         """What follows the header, [T, width]; dtype and width never change."""
         if self._states is None:
-            self._states = self.tensor[HEADER_BYTES:].view(dtype).view(-1, width)
+            self._states = self.tensor[wire.HEADER_BYTES :].view(dtype).view(-1, width)
         return self._states
 
 
@@ -70,7 +63,7 @@ class Connection:
         lane: int,
         timeout: datetime.timedelta,
         send_queue: SendQueue,
-        buffer: MessageBuffer,
+        buffer: wire.MessageBuffer,
     ) -> None:
         self._group = group
         self.buffer = buffer
@@ -95,23 +88,23 @@ class Connection:
             The worker's buffer is too small for such a call.
         """
         self.buffer.require(tokens, calls)
-        self._states_begin = HEADER_BYTES + 4 * calls
+        self._states_begin = wire.HEADER_BYTES + 4 * calls
         self._message.resize(self._states_begin + tokens * token_bytes)
-        self._answer.resize(HEADER_BYTES + tokens * token_bytes)
-        words: Words = self._message.array[HEADER_BYTES : self._states_begin].view(np.uint32)
+        self._answer.resize(wire.HEADER_BYTES + tokens * token_bytes)
+        words: Words = self._message.array[wire.HEADER_BYTES : self._states_begin].view(np.uint32)
         return words
 
-    def send(self, header: Header, states: Any, rows: Ints | None) -> None:
+    def send(self, header: wire.Header, states: Any, rows: Ints | None) -> None:
         """Begin a call with some rows of a :meth:`wire_view`, or with all (None)."""
         raw, message, answer = self._message.array, self._message.tensor, self._answer.tensor
-        put_header(raw, header)
+        wire.put_header(raw, header)
         target = raw[self._states_begin :].reshape(header.tokens, -1)
         if rows is None:
             target[:] = states
         else:
             np.take(states, rows, axis=0, out=target, mode="clip")
         self._sent = None
-        if len(raw) - HEADER_BYTES < LONG_BYTES:
+        if len(raw) - wire.HEADER_BYTES < LONG_BYTES:
             # before the receive is posted, for gloo announces that to the other side as well
             self._sending = send(self._group, message, 1, self._lane)
             self._receiving = receive(self._group, answer, 1, self._lane)
@@ -119,7 +112,7 @@ class Connection:
             self._receiving = receive(self._group, answer, 1, self._lane)
             self._sent = self._send_queue.put(self._group, message, 1, self._lane)
 
-    def answer(self) -> Header:
+    def answer(self) -> wire.Header:
         """Wait for the answer of the call.
 
         Raises
@@ -132,7 +125,7 @@ class Connection:
         if self._sent is not None:  # each queued message before this one has a timeout of its own
             self._sent.wait()
         self._receiving.wait(self._timeout)  # an answer implies that the call has been sent
-        return get_header(self._answer.array)
+        return wire.get_header(self._answer.array)
 
     def sums(self, dtype: torch.dtype, width: int) -> torch.Tensor:
         """The partial sums of an answer, [T, width]; the next answer overwrites this memory."""
@@ -152,7 +145,7 @@ class NcclConnection(Connection):
 
     def __init__(
         self, group: Any, lane: int, timeout: datetime.timedelta, send_queue: SendQueue,
-        buffer: MessageBuffer, channel: DataChannel,
+        buffer: wire.MessageBuffer, channel: DataChannel,
     ) -> None:  # fmt: skip
         super().__init__(group, lane, timeout, send_queue, buffer)
         self.channel = channel
@@ -166,20 +159,20 @@ class NcclConnection(Connection):
         """As of a call without states."""
         return super().words(tokens, calls, 0)
 
-    def send(self, header: Header, states: Any, rows: Ints | None) -> None:
+    def send(self, header: wire.Header, states: Any, rows: Ints | None) -> None:
         """Queue the states, and then announce them by the message."""
         if rows is not None:
             states = states[torch.from_numpy(rows).to(states.device)]
         self._states = states
         self._queued = self.channel.send(states)
-        put_header(self._message.array, header)
+        wire.put_header(self._message.array, header)
         self._sending = send(self._group, self._message.tensor, 1, self._lane)
         self._receiving = receive(self._group, self._answer.tensor, 1, self._lane)
 
-    def answer(self) -> Header:
+    def answer(self) -> wire.Header:
         """Wait for the answer's header, and for its states where it has any."""
         header = super().answer()
-        if header.kind == ANSWER and header.tokens == len(self._states):
+        if header.kind == wire.ANSWER and header.tokens == len(self._states):
             self._sums = torch.empty_like(self._states)
             self.channel.receive(self._sums)
         return header

@@ -21,19 +21,10 @@ import torch
 
 from prism_plan.placement import Placement
 from runtime_adapter.moe.expert_map import ExpertMap
+from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.pair_groups import connect_pair, receive, send
 from runtime_adapter.transport.parallel import run_in_parallel
 from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous, RuntimeFailure
-from runtime_adapter.transport.wire_format import (
-    ANSWER,
-    HEADER_BYTES,
-    MISSING,
-    WEIGHTS,
-    Header,
-    WireError,
-    get_header,
-    put_header,
-)
 from runtime_adapter.weights.checkpoint_loader import CheckpointLoader
 from runtime_adapter.weights.expert_store import Change, ExpertStore
 
@@ -69,7 +60,7 @@ class PeerLoader:
         groups = run_in_parallel(jobs)
         self._groups = dict(zip(others, groups[: len(others)], strict=True))
         # a GPU has one load channel, and so one answer at a time
-        answer_bytes = HEADER_BYTES + self.store.expert_bytes
+        answer_bytes = wire.HEADER_BYTES + self.store.expert_bytes
         self._buffers = [
             torch.empty(answer_bytes, dtype=torch.uint8) for _ in range(self.num_gpus[rank])
         ]
@@ -88,14 +79,14 @@ class PeerLoader:
             No server gives it and the checkpoint cannot be read or lacks it, or the GPU has no
             free slot.
         """
-        weights = self._buffers[gpu][HEADER_BYTES:].view(self.store.dtype)
+        weights = self._buffers[gpu][wire.HEADER_BYTES :].view(self.store.dtype)
         if self.store.copy(pair, weights):  # another GPU of this server has it
             return self.store.put(pair, gpu, self.store.parts(weights))
         holders = [n for n in list(self._groups) if self._expert_map.gpu_of[n, pair] >= 0]
         first = pair % max(len(holders), 1)
         for n in holders[first:] + holders[:first]:
             if self._request(n, pair, gpu):
-                weights = self._buffers[gpu][HEADER_BYTES:].view(self.store.dtype)
+                weights = self._buffers[gpu][wire.HEADER_BYTES :].view(self.store.dtype)
                 return self.store.put(pair, gpu, self.store.parts(weights))
         logging.getLogger(__name__).warning(
             "prism-runtime: no server gives %s; it is read from the checkpoint",
@@ -105,8 +96,8 @@ class PeerLoader:
 
     def _request(self, n: int, pair: int, gpu: int) -> bool:
         """Ask a server for an expert; returns whether the GPU's buffer now has its weights."""
-        request = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        put_header(request.numpy(), Header(WEIGHTS, detail=pair))
+        request = torch.empty(wire.HEADER_BYTES, dtype=torch.uint8)
+        wire.put_header(request.numpy(), wire.Header(wire.WEIGHTS, detail=pair))
         buffer, group = self._buffers[gpu], self._groups.get(n)
         if group is None:
             return False
@@ -118,8 +109,8 @@ class PeerLoader:
             self._buffers[gpu] = torch.empty_like(buffer)
             self._groups.pop(n, None)
             return False
-        header = get_header(buffer.numpy())
-        return header.kind == ANSWER and header.detail == pair
+        header = wire.get_header(buffer.numpy())
+        return header.kind == wire.ANSWER and header.detail == pair
 
     def drop(self, pair: int, gpu: int) -> None:
         self.store.drop(pair, gpu)
@@ -128,20 +119,22 @@ class PeerLoader:
 def answer_weight_requests(store: ExpertStore, group: Any, tag: int) -> None:
     """Answer the requests of one GPU of one other server, until that server is gone."""
     spec = store.shape.spec
-    request = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-    answer = torch.empty(HEADER_BYTES + store.expert_bytes, dtype=torch.uint8)
+    request = torch.empty(wire.HEADER_BYTES, dtype=torch.uint8)
+    answer = torch.empty(wire.HEADER_BYTES + store.expert_bytes, dtype=torch.uint8)
     try:
         while True:
             receive(group, request, 0, tag).wait(FOREVER)
-            header = get_header(request.numpy())
-            if header.kind != WEIGHTS or header.detail >= spec.num_layers * spec.num_experts:
-                raise WireError(f"a request for weights that does not fit {spec.name}: {header}")
-            weights = answer[HEADER_BYTES:].view(store.dtype)
-            kind = ANSWER if store.copy(header.detail, weights) else MISSING
-            put_header(answer.numpy(), Header(kind, detail=header.detail))
-            reply = answer if kind == ANSWER else answer[:HEADER_BYTES]
+            header = wire.get_header(request.numpy())
+            if header.kind != wire.WEIGHTS or header.detail >= spec.num_layers * spec.num_experts:
+                raise wire.WireError(
+                    f"a request for weights that does not fit {spec.name}: {header}"
+                )
+            weights = answer[wire.HEADER_BYTES :].view(store.dtype)
+            kind = wire.ANSWER if store.copy(header.detail, weights) else wire.MISSING
+            wire.put_header(answer.numpy(), wire.Header(kind, detail=header.detail))
+            reply = answer if kind == wire.ANSWER else answer[: wire.HEADER_BYTES]
             send(group, reply, 0, tag).wait(FOREVER)
-    except WireError as error:
+    except wire.WireError as error:
         logging.getLogger(__name__).error("prism-runtime: %s", error)
     except (RuntimeError, RuntimeFailure):
         return  # that server is gone

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from runtime_adapter.moe.placed_experts import ComputesExperts, weighted_sum
+from runtime_adapter.moe.placed_experts import weighted_sum
+from runtime_adapter.weights.expert_store import ExpertStore
 
 
 class LocalBackend:
     """All experts are in one store: a model in one process."""
 
-    def __init__(self, store: ComputesExperts) -> None:
+    def __init__(self, store: ExpertStore) -> None:
         self.store = store
 
     def run(

@@ -24,7 +24,8 @@ from runtime_adapter.moe.compute import ExpertCompute  # noqa: E402
 from runtime_adapter.moe.placed_model import load_placed_model  # noqa: E402
 from runtime_adapter.moe.router import uniform_network  # noqa: E402
 from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher  # noqa: E402
-from runtime_adapter.server import LocalServer, ServerConfig  # noqa: E402
+from runtime_adapter.server import LocalServer  # noqa: E402
+from runtime_adapter.server_config import ServerConfig  # noqa: E402
 from runtime_adapter.transport.nccl_channel import ChannelConfig  # noqa: E402
 from runtime_adapter.transport.parallel import run_in_parallel  # noqa: E402
 from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
