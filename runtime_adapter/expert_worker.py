@@ -18,12 +18,11 @@ from typing import Any, Self
 import torch
 
 from prism_plan.errors import PrismError
+from runtime_adapter.call_handler import CallHandler, NcclCallHandler
 from runtime_adapter.control.event_log import EventLog
-from runtime_adapter.control.failure_detector import worker_heartbeat
+from runtime_adapter.control.failure_detector import WORKER_HEARTBEAT
 from runtime_adapter.control.migration_executor import MigrationExecutor
-from runtime_adapter.moe.call_handler import CallHandler, NcclCallHandler
 from runtime_adapter.moe.emulated_gpu import set_sharp_timers, wait_until
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.torch_private import limit_unsent_bytes
 from runtime_adapter.transport import wire_format as wire
@@ -33,11 +32,12 @@ from runtime_adapter.transport.nccl_channel import (
     connect_channels,
 )
 from runtime_adapter.transport.pair_groups import connect_pair, receive, send
-from runtime_adapter.transport.parallel import run_in_parallel
+from runtime_adapter.transport.parallel import exit_with_parent, run_in_parallel
 from runtime_adapter.transport.rendezvous import FOREVER
 from runtime_adapter.transport.send_queue import LONG_BYTES, SendQueue
 from runtime_adapter.transport.tcp_store import join_store
 from runtime_adapter.transport.wire_kernels import compile_unpacking
+from runtime_adapter.weights.expert_map import ExpertMap
 
 HEARTBEAT_INTERVAL_S = 0.5
 
@@ -79,7 +79,7 @@ class WorkerConfig:
 def run_worker(config: WorkerConfig, ready: Any) -> None:
     """Serve until the process is ended; sends "", or what went wrong, to the pipe ``ready``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends it
-    threading.Thread(target=_exit_with_driver, daemon=True).start()
+    exit_with_parent()
     torch.set_num_threads(config.server.threads)
     try:
         worker = ExpertWorker(config)
@@ -94,14 +94,6 @@ def run_worker(config: WorkerConfig, ready: Any) -> None:
     threading.Thread(target=worker.count_heartbeats, daemon=True).start()
     ready.send("")
     worker.send_heartbeats()
-
-
-def _exit_with_driver() -> None:
-    """Exit when the driver dies, even during start-up."""
-    driver = multiprocessing.parent_process()
-    while driver is not None and os.getppid() == driver.pid:
-        time.sleep(HEARTBEAT_INTERVAL_S)
-    os._exit(1)
 
 
 class ExpertWorker:
@@ -158,7 +150,7 @@ class ExpertWorker:
             with contextlib.suppress(
                 RuntimeError
             ):  # without a store calls are answered all the same
-                self.store.set(worker_heartbeat(self.rank), str(heartbeats))
+                self.store.set(WORKER_HEARTBEAT.format(self.rank), str(heartbeats))
             time.sleep(HEARTBEAT_INTERVAL_S)
 
     def count_heartbeats(self) -> None:

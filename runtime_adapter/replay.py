@@ -20,12 +20,11 @@ from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.routing_policies import Route
 from prism_plan.simulate.scenario import Scenario
 from runtime_adapter.lanes import run_in_lanes
-from runtime_adapter.migration_config import migration_config
 from runtime_adapter.moe.emulated_gpu import GpuClock, set_sharp_timers
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.timed_work import TimedCompute, TimedLoader
 from runtime_adapter.server import LocalServer
-from runtime_adapter.server_config import ServerConfig
+from runtime_adapter.server_config import ServerConfig, migration_config
 from runtime_adapter.transport.rendezvous import Rendezvous
 
 

@@ -1,7 +1,7 @@
 """A server of a run, in its driver process: its start, its barriers with the others, its end.
 
-The driver starts the server's worker and, on the first server of a run
-whose experts move, the scheduler; it connects to all other servers' workers.
+The driver starts the server's worker and, on the first server of a run whose experts move, the
+scheduler; it connects to all other servers' workers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from runtime_adapter.control.log_follower import LogFollower
 from runtime_adapter.control.scheduler import run_scheduler
 from runtime_adapter.expert_worker import SharedStatus, WorkerConfig, run_worker
 from runtime_adapter.moe.counters import Counters
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.router import Router
 from runtime_adapter.server_config import ServerConfig
@@ -46,6 +45,7 @@ from runtime_adapter.transport.parallel import run_in_parallel, run_with_timeout
 from runtime_adapter.transport.rendezvous import NameTaken, RuntimeFailure
 from runtime_adapter.transport.send_queue import SendQueue
 from runtime_adapter.watchdog import Watchdog
+from runtime_adapter.weights.expert_map import ExpertMap
 
 #: Upper bound of the tokens of a step that another server may announce.
 MAX_TOKENS = 1 << 24
@@ -195,13 +195,10 @@ class LocalServer:
     def _agree_on_tokens(self, store: dist.TCPStore) -> int:
         """The longest step of any server, for which this server's worker allocates its buffers."""
         tcp_store.put_json(store, f"tokens/{self.rank}", self.config.max_tokens)
-        max_tokens = max(self._wait_for_tokens(store, f"tokens/{n}", n) for n in self._ranks)
+        ranks = range(self.config.rendezvous.world_size)
+        max_tokens = max(self._wait_for_tokens(store, f"tokens/{n}", n) for n in ranks)
         tcp_store.put_json(store, f"buffer_tokens/{self.rank}", max_tokens)
         return max_tokens
-
-    @property
-    def _ranks(self) -> range:
-        return range(self.config.rendezvous.world_size)
 
     def _wait_for_tokens(self, store: dist.TCPStore, key: str, n: int) -> int:
         timeout_s = self.config.rendezvous.rendezvous_timeout_s
@@ -282,7 +279,7 @@ class LocalServer:
         self._watchdog.finishing = True
         with contextlib.suppress(RuntimeFailure):  # the watchdog reports a lost store
             finished = partial(self._store.set, f"finished/{self.rank}", "1")
-            tcp_store.call_store(finished, self._watchdog.patience_s)
+            tcp_store.call_store(finished, self._watchdog.hang_timeout_s)
         # workers are told over the links as well, which do not depend on the store
         message = torch.zeros(wire.HEADER_BYTES, dtype=torch.uint8)
         wire.put_header(message.numpy(), wire.Header(wire.FINISHED))

@@ -17,18 +17,18 @@ import torch
 import torch.distributed as dist
 
 from runtime_adapter.control.failure_detector import (
+    DRIVER_HEARTBEAT,
     HEARTBEAT_MARGIN_S,
     SCHEDULER_HEARTBEAT,
+    WORKER_HEARTBEAT,
     FailureDetector,
-    driver_heartbeat,
-    worker_heartbeat,
 )
 from runtime_adapter.expert_worker import SharedStatus
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.pair_groups import send
 from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous, RuntimeFailure, ServerLost
 from runtime_adapter.transport.tcp_store import join_store, put_json
+from runtime_adapter.weights.expert_map import ExpertMap
 
 
 class Watchdog:
@@ -80,7 +80,7 @@ class Watchdog:
         return self._scheduler is not None
 
     @property
-    def patience_s(self) -> float:
+    def hang_timeout_s(self) -> float:
         """How long drivers, the scheduler and the store may be silent.
 
         Longer than workers may, so that of a server that hangs as a whole the worker is reported.
@@ -137,7 +137,7 @@ class Watchdog:
             if self._worker_alive:  # the worker receives the others' heartbeats
                 for n in self._groups:
                     self._check_driver(detector, n)
-            if detector.silent_s("store", self._store_reads) > self.patience_s:
+            if detector.silent_s("store", self._store_reads) > self.hang_timeout_s:
                 self._report_hung_store()
 
     def _check_worker(self, detector: FailureDetector) -> None:
@@ -148,16 +148,16 @@ class Watchdog:
         if not self._worker.is_alive():
             self._worker_alive = False
             self._report("its worker has ended: the others take this server for lost")
-        elif detector.silent_s(self._rendezvous.rank, heartbeat) > self.patience_s:
+        elif detector.silent_s(self._rendezvous.rank, heartbeat) > self.hang_timeout_s:
             self._worker_alive = False
             self._report(
-                f"its worker gives no sign of life for {self.patience_s:g} s: the others take "
+                f"its worker gives no sign of life for {self.hang_timeout_s:g} s: the others take "
                 "this server for lost"
             )
 
     def _check_driver(self, detector: FailureDetector, n: int) -> None:
         heartbeat, started = self._status.heartbeats[n], self.started
-        limit_s = self._limit_s(heartbeat, self.patience_s, started=started)
+        limit_s = self._limit_s(heartbeat, self.hang_timeout_s, started=started)
         if (
             detector.silent_s((n, started), heartbeat) <= limit_s
             or n in self._hung_drivers
@@ -168,7 +168,7 @@ class Watchdog:
         self._hung_drivers.add(n)
         self._report(
             f"server {self._expert_map.servers[n]!r}: the process that serves its requests gives "
-            f"no sign of life for {self.patience_s:g} s; nobody waits for them"
+            f"no sign of life for {self.hang_timeout_s:g} s; nobody waits for them"
         )
 
     def _check_scheduler_process(self) -> None:
@@ -187,7 +187,7 @@ class Watchdog:
         self.store_responds = False
         self._report(
             f"the store on {self._expert_map.servers[0]!r} does not answer for "
-            f"{self.patience_s:g} s: no migrations and no log of other servers"
+            f"{self.hang_timeout_s:g} s: no migrations and no log of other servers"
         )
 
     # --------------------------------------------------------------------------- through the store
@@ -202,7 +202,7 @@ class Watchdog:
             store = join_store(self._rendezvous, host_it=False)
             while not self._stopped.wait(self._interval_s):
                 self._store_reads += 1
-                store.set(driver_heartbeat(self._rendezvous.rank), str(self._store_reads))
+                store.set(DRIVER_HEARTBEAT.format(self._rendezvous.rank), str(self._store_reads))
                 for n in self._groups:
                     self._check_other_worker(detector, store, n)
                 if self._migrating_run:
@@ -211,7 +211,7 @@ class Watchdog:
             self._report_lost_store()
 
     def _check_other_worker(self, detector: FailureDetector, store: dist.TCPStore, n: int) -> None:
-        heartbeat, started = _read_heartbeat(store, worker_heartbeat(n)), self.started
+        heartbeat, started = _read_heartbeat(store, WORKER_HEARTBEAT.format(n)), self.started
         silent_s = detector.silent_s((n, started), heartbeat)
         # no server leaves before all have finished; until then a silent one has failed
         finished = self.finishing and store.check([f"finished/{n}"])
@@ -224,12 +224,12 @@ class Watchdog:
     def _check_scheduler(self, detector: FailureDetector, heartbeat: bytes) -> None:
         """While the scheduler hangs no server waits for its migrations; it may recover."""
         silent_s = detector.silent_s(SCHEDULER_HEARTBEAT, heartbeat)
-        responds = silent_s <= self._limit_s(heartbeat, self.patience_s)
+        responds = silent_s <= self._limit_s(heartbeat, self.hang_timeout_s)
         if self._rendezvous.rank == 0 and self._scheduler is None:
             return  # it has ended, which was reported
         if self.scheduler_responds and not responds and self._rendezvous.rank == 0:
             self._report(
-                f"the scheduler gives no sign of life for {self.patience_s:g} s: no migrations "
+                f"the scheduler gives no sign of life for {self.hang_timeout_s:g} s: no migrations "
                 "until it does"
             )
         self.scheduler_responds = responds

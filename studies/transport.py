@@ -26,7 +26,6 @@ from prism_plan.io.files import write_bytes
 from prism_plan.model import PRESETS
 from prism_plan.placement import Placement, Plan
 from runtime_adapter.moe.compute import Batch
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.router import uniform_network
 from runtime_adapter.server import LocalServer
@@ -35,6 +34,7 @@ from runtime_adapter.transport.pair_groups import connect_pair, receive, send
 from runtime_adapter.transport.parallel import run_in_parallel
 from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous
 from runtime_adapter.transport.wire_format import HEADER_BYTES, call_bytes
+from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change
 from studies.testbed.experiment import provenance
 

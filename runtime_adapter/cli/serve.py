@@ -158,13 +158,12 @@ def command(options: ServeOptions) -> None:
     from prism_plan.profiling.hf import fingerprint
     from prism_plan.simulate.network import Network
     from runtime_adapter.driver import serve
-    from runtime_adapter.migration_config import migration_config
     from runtime_adapter.moe.compute import ExpertCompute
     from runtime_adapter.moe.placed_model import load_placed_model
     from runtime_adapter.moe.router import uniform_network
     from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
     from runtime_adapter.server import LocalServer
-    from runtime_adapter.server_config import ServerConfig
+    from runtime_adapter.server_config import ServerConfig, migration_config
     from runtime_adapter.tokenized_requests import RequestTokenizer, context_tokens, load_tokenizer
     from runtime_adapter.transport.nccl_channel import ChannelConfig, prepare_nccl, require_device
     from runtime_adapter.transport.rendezvous import RuntimeFailure

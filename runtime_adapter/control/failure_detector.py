@@ -11,22 +11,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-#: Key of the store with the scheduler's heartbeat.
+#: Keys of the store with the heartbeats of the scheduler, and of a server's worker and driver.
 SCHEDULER_HEARTBEAT = "heartbeat/scheduler"
+WORKER_HEARTBEAT, DRIVER_HEARTBEAT = "heartbeat/worker/{}", "heartbeat/driver/{}"
 #: The most that one observation adds: a watcher that was stopped itself has seen no silence.
 MAX_GAP_S = 2.0
 #: Added to the timeout for heartbeats once a second, or reported by a third process.
 HEARTBEAT_MARGIN_S = 2.0
-
-
-def worker_heartbeat(server: int) -> str:
-    """Key of the store with the heartbeat of a server's worker."""
-    return f"heartbeat/worker/{server}"
-
-
-def driver_heartbeat(server: int) -> str:
-    """Key of the store with the heartbeat of a server's driver."""
-    return f"heartbeat/driver/{server}"
 
 
 class FailureDetector:

@@ -21,8 +21,8 @@ from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import EventLog, StoreLost
 from runtime_adapter.moe.compute import Compute
 from runtime_adapter.moe.counters import Counters
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
+from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change
 
 #: How often layers in progress are checked while drops wait for them.

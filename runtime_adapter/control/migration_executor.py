@@ -21,7 +21,7 @@ from prism_plan.placement_diff import Step
 from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import EventLog, StoreLost
 from runtime_adapter.control.slot_release import SlotReleaser
-from runtime_adapter.moe.expert_map import ExpertMap
+from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.loader import Loader
 
 #: How often progress is checked while drops or a stop are pending.

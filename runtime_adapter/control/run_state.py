@@ -17,9 +17,9 @@ from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement
 from runtime_adapter.control.event_log import EventLog
 from runtime_adapter.control.log_entries import Bounds, LogMessage
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.transport.rendezvous import Rendezvous
 from runtime_adapter.transport.tcp_store import MAX_START_S
+from runtime_adapter.weights.expert_map import ExpertMap
 
 
 @dataclass(frozen=True, eq=False)

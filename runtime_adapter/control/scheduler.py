@@ -21,6 +21,7 @@ from runtime_adapter.control.migrations import Migrations
 from runtime_adapter.control.reviews import Reviews
 from runtime_adapter.control.run_state import RunState, SchedulerConfig
 from runtime_adapter.control.server_monitor import ServerMonitor
+from runtime_adapter.transport.parallel import exit_with_parent
 from runtime_adapter.transport.rendezvous import RuntimeFailure
 
 #: How long the scheduler waits for the next entry before it runs its periodic tasks.
@@ -33,14 +34,7 @@ MAX_STALL_S = 900.0
 def run_scheduler(config: SchedulerConfig) -> None:
     """Run the scheduler until the process is ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends it
-    parent = os.getppid()
-
-    def exit_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(HEARTBEAT_INTERVAL_S)
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    exit_with_parent()
     try:
         log = EventLog(config.rendezvous, "scheduler")
         heartbeat_log = EventLog(config.rendezvous, "scheduler")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runtime_adapter.control.failure_detector import (
+    DRIVER_HEARTBEAT,
     HEARTBEAT_MARGIN_S,
+    WORKER_HEARTBEAT,
     FailureDetector,
-    driver_heartbeat,
-    worker_heartbeat,
 )
 from runtime_adapter.control.run_state import RunState
 
@@ -38,13 +38,13 @@ class ServerMonitor:
         state.all_finished = state.log.has(*(f"finished/{n}" for n in state.alive))
         timeout_s = state.config.rendezvous.timeout_s
         for n in list(state.alive):
-            if self._silent_s(worker_heartbeat(n)) > timeout_s:
+            if self._silent_s(WORKER_HEARTBEAT.format(n)) > timeout_s:
                 state.alive.remove(n)
                 state.hung.discard(n)
                 state.expert_map.lose(n)
                 yield f"server {state.config.placement.servers[n]!r} is lost"
-            elif state.log.has(driver_heartbeat(n)) and (
-                self._silent_s(driver_heartbeat(n)) > timeout_s + HEARTBEAT_MARGIN_S
+            elif state.log.has(DRIVER_HEARTBEAT.format(n)) and (
+                self._silent_s(DRIVER_HEARTBEAT.format(n)) > timeout_s + HEARTBEAT_MARGIN_S
             ):
                 state.hung.add(n)
                 yield state.hung_text(n)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from runtime_adapter.control.log_entries import DropsAcknowledged, ExpertChange
-from runtime_adapter.moe.expert_map import ExpertMap
+from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.loader import Loader
 
 #: After drops that silent drivers have not acknowledged: their calls are answered as missing.

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.moe.placed_experts import weighted_sum
+from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change, ExpertStore
 
 Ints = npt.NDArray[np.int64]

@@ -19,8 +19,8 @@ from prism_plan.model import ModelShape
 from prism_plan.simulate.compiled.routing_kernels import COVER, NEAREST, cover, mix
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routing_policies import ROUTES, Route
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.transport.wire_kernels import pack_calls
+from runtime_adapter.weights.expert_map import ExpertMap
 
 
 class ExpertsLost(PrismError):

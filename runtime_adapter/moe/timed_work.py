@@ -13,8 +13,8 @@ from prism_plan.jit import jit
 from prism_plan.simulate.timing import Timing
 from runtime_adapter.moe.compute import Batch
 from runtime_adapter.moe.emulated_gpu import GpuClock, wait_until
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.transport.rendezvous import Rendezvous
+from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change
 
 

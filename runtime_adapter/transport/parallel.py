@@ -1,8 +1,11 @@
-"""Calls in threads: several at once, or one with a time limit."""
+"""Threads for several calls at once, for one with a time limit, and to end with the parent."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -58,3 +61,15 @@ def run_with_timeout(job: Callable[[], T], timeout_s: float) -> T:
     if not results:
         raise TimeoutError(f"not done within {timeout_s:g} s")
     return results[0]
+
+
+def exit_with_parent(interval_s: float = 0.25) -> None:
+    """From now on, exit this process when its parent process dies, even during start-up."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        while parent is not None and os.getppid() == parent.pid:
+            time.sleep(interval_s)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

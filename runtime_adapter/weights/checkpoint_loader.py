@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.transport.rendezvous import Rendezvous
 from runtime_adapter.weights.checkpoint import Checkpoint
+from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change, ExpertStore
 
 

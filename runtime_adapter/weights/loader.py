@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.transport.rendezvous import Rendezvous
+from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change
 
 

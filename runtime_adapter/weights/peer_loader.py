@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from prism_plan.placement import Placement
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.pair_groups import connect_pair, receive, send
 from runtime_adapter.transport.parallel import run_in_parallel
 from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous, RuntimeFailure
 from runtime_adapter.weights.checkpoint_loader import CheckpointLoader
+from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change, ExpertStore
 
 #: Prefix of the pairs for weights in the store.

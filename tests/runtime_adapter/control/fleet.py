@@ -20,7 +20,7 @@ from prism_plan.io.placement import placement_to_json
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement, Plan
 from runtime_adapter.control.event_log import EventLog
-from runtime_adapter.control.failure_detector import worker_heartbeat
+from runtime_adapter.control.failure_detector import WORKER_HEARTBEAT
 from runtime_adapter.control.log_entries import (
     DropsAnnounced,
     ExpertsLoaded,
@@ -33,9 +33,9 @@ from runtime_adapter.control.migration_executor import MigrationExecutor
 from runtime_adapter.control.run_state import SchedulerConfig
 from runtime_adapter.control.scheduler import Scheduler
 from runtime_adapter.moe.counters import Counters
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.transport.rendezvous import Rendezvous
 from runtime_adapter.transport.tcp_store import listen
+from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change
 from tests.limits import HANG_S
 from tests.runtime_adapter.replays import RESOLVER, free_port
@@ -227,7 +227,7 @@ class Fleet:
             self._heartbeat += 1
             for n, server in enumerate(self.servers):
                 if server.sends_heartbeats:
-                    self._host.set(worker_heartbeat(n), str(self._heartbeat))
+                    self._host.set(WORKER_HEARTBEAT.format(n), str(self._heartbeat))
             self.scheduler.run_once(0.005)
             while not self.reading.caught_up():
                 entry = self.reading.next(0)

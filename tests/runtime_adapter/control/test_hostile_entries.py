@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 
 from prism_plan.errors import InputError
 from runtime_adapter.control import scheduler as scheduling
-from runtime_adapter.control.failure_detector import SCHEDULER_HEARTBEAT, driver_heartbeat
+from runtime_adapter.control.failure_detector import DRIVER_HEARTBEAT, SCHEDULER_HEARTBEAT
 from runtime_adapter.control.log_entries import (
     KINDS,
     Bounds,
@@ -201,7 +201,7 @@ def test_a_worker_that_dies_after_its_driver_has_finished() -> None:
 def test_a_driver_that_hangs_while_its_own_experts_are_dropped() -> None:
     """Its worker would wait for it without end: the move is abandoned, later ones are refused."""
     fleet = Fleet(START, silent=[0], timeout_s=0.5)
-    fleet._host.set(driver_heartbeat(0), "1")
+    fleet._host.set(DRIVER_HEARTBEAT.format(0), "1")
     fleet.ask(TARGET)
     code, text = fleet.moved()
     assert code == 5

@@ -28,7 +28,7 @@ from runtime_adapter.control.log_entries import (
 )
 from runtime_adapter.control.log_follower import LogFollower
 from runtime_adapter.moe.counters import Counters
-from runtime_adapter.moe.expert_map import ExpertMap
+from runtime_adapter.weights.expert_map import ExpertMap
 from tests.limits import HANG_S
 from tests.runtime_adapter.control.fleet import MODEL, FakeCompute, Fleet, drawn, placement
 

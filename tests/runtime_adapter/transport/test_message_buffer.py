@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch")
 from prism_plan.model import ModelShape  # noqa: E402
 from prism_plan.placement import Placement, Plan  # noqa: E402
 from runtime_adapter.moe.counters import Counters  # noqa: E402
-from runtime_adapter.moe.expert_map import ExpertMap  # noqa: E402
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher  # noqa: E402
 from runtime_adapter.moe.router import Router, uniform_network  # noqa: E402
 from runtime_adapter.transport.connection import Connection  # noqa: E402
@@ -29,6 +28,7 @@ from runtime_adapter.transport.wire_format import (  # noqa: E402
     id_bits,
 )
 from runtime_adapter.transport.wire_kernels import unpack_calls  # noqa: E402
+from runtime_adapter.weights.expert_map import ExpertMap  # noqa: E402
 
 MODEL = ModelShape("tiny", (1,), 8, 4, 1)
 SECOND = datetime.timedelta(seconds=1)

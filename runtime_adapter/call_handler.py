@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from runtime_adapter.moe.compute import Batch
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.nccl_channel import DataChannel
 from runtime_adapter.transport.wire_kernels import unpack_calls
+from runtime_adapter.weights.expert_map import ExpertMap
 
 #: Views of calls of up to so many tokens are kept.
 MAX_KEPT_TOKENS = 4
