@@ -142,8 +142,7 @@ def offload() -> list[dict[str, Any]]:
 def _with(base: pp.Cluster, bandwidth_mbps: float, load_gbs: float) -> pp.Cluster:
     servers = tuple(
         dataclasses.replace(
-            server,
-            gpus=tuple(dataclasses.replace(gpu, load_gbs=load_gbs) for gpu in server.gpus),
+            server, gpus=tuple(dataclasses.replace(gpu, load_gbs=load_gbs) for gpu in server.gpus)
         )
         for server in base.servers
     )
@@ -203,12 +202,7 @@ def _numbers(requests: pp.Requests) -> Any:
     return number
 
 
-PARTS = {
-    "order_of_solvers": order_of_solvers,
-    "offload": offload,
-    "shift": shift,
-    "scale": scale,
-}
+PARTS = {"order_of_solvers": order_of_solvers, "offload": offload, "shift": shift, "scale": scale}
 
 
 def main() -> None:

@@ -53,10 +53,7 @@ class ReplayOptions(RendezvousOptions, MigrationOptions):
 )
 @click.option("--seed", default=0, show_default=True, help="Of arrivals and prompts.")
 @click.option(
-    "--route",
-    type=click.Choice(["cover", "nearest", "spread"]),
-    default="cover",
-    show_default=True,
+    "--route", type=click.Choice(["cover", "nearest", "spread"]), default="cover", show_default=True
 )
 @click.option("--decode-tokens", default=32, show_default=True, metavar="N")
 @migration_options

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Tokens of the longest prompt on standard input, where nothing else is said.
 DEFAULT_MAX_PROMPT_TOKENS = 512
+#: Options that must be equal on all servers of a run.
+SERVE_FACTS = ("route", "concurrency", "rtt_ms", "weights", "transport", *MIGRATION_FACTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +117,7 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
     help="nccl: states go from card to card; split: nccl's protocol over gloo, to try it.",
 )
 @click.option(
-    "--route",
-    type=click.Choice(["cover", "nearest", "spread"]),
-    default="cover",
-    show_default=True,
+    "--route", type=click.Choice(["cover", "nearest", "spread"]), default="cover", show_default=True
 )
 @click.option("--cluster", metavar="C.toml", help="Links, for --route nearest and --migrate.")
 @click.option(
@@ -249,17 +248,7 @@ def command(options: ServeOptions) -> None:
             "checkpoint": fingerprint(options.checkpoint),
             "cluster": cluster_digest,
             "dtype": str(dtype).removeprefix("torch."),
-            **{
-                name: getattr(options, name)
-                for name in (
-                    "route",
-                    "concurrency",
-                    "rtt_ms",
-                    "weights",
-                    "transport",
-                    *MIGRATION_FACTS,
-                )
-            },
+            **{name: getattr(options, name) for name in SERVE_FACTS},
         },
         dtype=dtype,
         width=spec.hidden_size,

@@ -39,10 +39,7 @@ class StoreLost(RuntimeFailure):
 class EventLog:
     """A client of the log that appends entries and reads them; ``writer`` is its name in them.
 
-    Raises
-    ------
-    RuntimeFailure
-        There is no store.
+    Raises RuntimeFailure where there is no store; its methods raise StoreLost once it is gone.
     """
 
     def __init__(self, rendezvous: Rendezvous, writer: str) -> None:
@@ -70,13 +67,7 @@ class EventLog:
         return self._writing
 
     def append(self, entry: LogEntry) -> int:
-        """Append an entry; returns its number.
-
-        Raises
-        ------
-        StoreLost
-            The store is gone.
-        """
+        """Append an entry; returns its number."""
         text = write_entry(entry, self.writer)
         with self._lock:
             number = self._tail
@@ -111,13 +102,7 @@ class EventLog:
                 self._tail = max(self._tail, number)
 
     def next(self, timeout_s: float | None = None) -> LogEntry | None:
-        """The next valid entry, or ``None`` if there is none in time; invalid ones are skipped.
-
-        Raises
-        ------
-        StoreLost
-            The store is gone.
-        """
+        """The next valid entry, or ``None`` if there is none in time; invalid ones are skipped."""
         assert self._following
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -158,40 +143,23 @@ class EventLog:
             raise StoreLost from error
 
     def put(self, key: str, values: Any) -> None:
-        """Write JSON that an entry will refer to.
-
-        Raises
-        ------
-        StoreLost
-            The store is gone.
-        """
+        """Write JSON that an entry will refer to."""
         self.put_bytes(key, json.dumps(values).encode())
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        """Write bytes that an entry will refer to; raises as :meth:`put`."""
+        """Write bytes that an entry will refer to."""
         self._call(self._writing.set, key, data)
 
     def has(self, *keys: str) -> bool:
-        """Whether all these keys are in the store; raises as :meth:`put`."""
+        """Whether all these keys are in the store."""
         return bool(self._call(self._writing.check, list(keys)))
 
     def get_bytes(self, key: str) -> bytes:
-        """Bytes that an entry refers to; raises as :meth:`get`.
-
-        They are written before the entry, so this does not wait for them.
-        """
+        """Bytes that an entry refers to; they are written before it, so this does not wait."""
         if not self.has(key):
             raise InputError("is not there", source=f"the run's store: {key}")
         return bytes(self._call(self._writing.get, key))
 
     def get(self, key: str) -> Any:
-        """JSON that an entry refers to.
-
-        Raises
-        ------
-        StoreLost
-            The store is gone.
-        InputError
-            It is not there, or not JSON.
-        """
+        """JSON that an entry refers to; raises InputError where it is not there, or not JSON."""
         return parse_value(self.get_bytes(key), key)

@@ -58,7 +58,10 @@ class ChannelConfig:
 
 
 class DataChannel:
-    """One side of the channel of one lane between a driver and a worker."""
+    """One side of the channel of one lane between a driver and a worker.
+
+    Its methods raise DataChannelBroken where the other side is gone or does not answer in time.
+    """
 
     def __init__(self, group: Any, other_rank: int, timeout_s: float) -> None:
         self._group = group
@@ -66,35 +69,17 @@ class DataChannel:
         self.timeout_s = timeout_s
 
     def send(self, states: torch.Tensor) -> Any:
-        """Queue states [T, H]; the caller keeps the result until they are answered.
-
-        Raises
-        ------
-        DataChannelBroken
-            It cannot be sent any more.
-        """
+        """Queue states [T, H]; the caller keeps the result until they are answered."""
         with self._close_on_failure():
             return self._group.send([states.contiguous()], self._other_rank, 0)
 
     def wait(self, sending: Any) -> None:
-        """Wait until what :meth:`send` has queued has arrived.
-
-        Raises
-        ------
-        DataChannelBroken
-            It does not arrive in time.
-        """
+        """Wait until what :meth:`send` has queued has arrived."""
         with self._close_on_failure():
             self._finish(sending)
 
     def receive(self, states: torch.Tensor) -> None:
-        """Fill states [T, H] with what the other side has queued.
-
-        Raises
-        ------
-        DataChannelBroken
-            It does not come in time.
-        """
+        """Fill states [T, H] with what the other side has queued."""
         with self._close_on_failure():
             self._finish(self._group.recv([states], self._other_rank, 0))
 

@@ -56,8 +56,7 @@ def connect_pair(
     try:
         # gloo's own limit does not hold where the store hangs
         group: dist.ProcessGroupGloo = run_with_timeout(
-            partial(gloo_pair, store, rank, device, timeout_s),
-            2 * timeout_s + STORE_TIMEOUT_S,
+            partial(gloo_pair, store, rank, device, timeout_s), 2 * timeout_s + STORE_TIMEOUT_S
         )
     except (RuntimeError, TimeoutError) as error:
         other = worker if rank == 0 else driver
