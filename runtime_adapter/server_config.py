@@ -13,8 +13,8 @@ from prism_plan.errors import InputError
 from prism_plan.evaluate.simulation import SimulationOptions, require_able
 from prism_plan.instance import Instance
 from prism_plan.model import ModelShape, ModelSpec
-from prism_plan.objective import violations
 from prism_plan.placement import Placement
+from prism_plan.placement_check import violations
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routing_policies import Route
 from runtime_adapter.control.run_state import SchedulerConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING
 
 from prism_plan.errors import InputError
-from prism_plan.io.requests import MAX_REQUESTS, Request, request_of
+from prism_plan.io.serve_requests import MAX_REQUESTS, Request, request_from_line
 from runtime_adapter.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class RequestTokenizer:
                     raise InputError(
                         f"more than {MAX_LINE_BYTES:,} bytes", source=source, place=f"line {number}"
                     )
-                request = request_of(line.decode("utf-8", "replace"), source, number)
+                request = request_from_line(line.decode("utf-8", "replace"), source, number)
                 request = replace(request, at_s=max(request.at_s, now_s))
                 yield self._tokenize(request, index, source)
             except InputError as error:

@@ -19,14 +19,15 @@ import numpy as np
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, UnsupportedFeature, did_you_mean
 from prism_plan.instance import Instance
-from prism_plan.io.files import printable, write_bytes
+from prism_plan.io.file_writing import write_bytes
+from prism_plan.io.text_files import file_name_text
 from prism_plan.migration.cost import MigrationCost, call_seconds, gpu_load_gbs
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.policy import Policy, PolicyName, review
 from prism_plan.migration.statistics import Counting, Cumulative, Window
 from prism_plan.model import ModelSpec
-from prism_plan.objective import violations
-from prism_plan.placement import OFFLOAD, InputFile, Placement, Plan
+from prism_plan.placement import OFFLOAD, InputFile, Placement, SolveReport
+from prism_plan.placement_check import violations
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.compiled.engine import CHUNK, CompiledEngine
 from prism_plan.simulate.engine import Engine, Outcome
@@ -37,10 +38,10 @@ from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.routing_policies import Route
 from prism_plan.simulate.scenario import Scenario
 from prism_plan.simulate.timing import timing
-from prism_plan.solvers.contract import Options, Rule
+from prism_plan.solvers.contract import Feature, Options
 from prism_plan.solvers.packing import pack_on_gpus
 from prism_plan.solvers.registry import get_solver, solvers_supporting
-from prism_plan.solvers.run import rules_asked
+from prism_plan.solvers.run import required_features
 from prism_plan.trace import Trace
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ class Simulation:
 
 
 def _timing_name(calibration: Calibration | None) -> str:
-    return "cluster" if calibration is None else printable(calibration.name) or "calibration"
+    return "cluster" if calibration is None else file_name_text(calibration.name) or "calibration"
 
 
 def offload_placement(instance: Instance) -> Placement:
@@ -248,7 +249,7 @@ def offload_placement(instance: Instance) -> Placement:
         servers=instance.servers,
         gpu_capacity=instance.gpu_capacity,
         on_gpu=pack_on_gpus(instance, shaped),
-        plan=Plan(solver=OFFLOAD),
+        plan=SolveReport(solver=OFFLOAD),
     )
 
 
@@ -400,16 +401,16 @@ def require_able(rules: Instance, options: SimulationOptions) -> None:
     if options.migrate == "partial":
         if not rules.in_slots:
             raise UnsupportedFeature(
-                f"``migrate``: 'partial' has no rule for {Rule.UNEQUAL_BYTES}; 'prism' has"
+                f"``migrate``: 'partial' has no rule for {Feature.UNEQUAL_BYTES}; 'prism' has"
             )
         return
-    asked = rules_asked(rules, Options(seed=options.seed))
-    lacking = asked - get_solver(options.migrate_solver).knows
-    if lacking:
+    required = required_features(rules, Options(seed=options.seed))
+    unsupported = required - get_solver(options.migrate_solver).supports
+    if unsupported:
         raise UnsupportedFeature(
             f"``migrate_solver``: {options.migrate_solver!r} has no rule for "
-            f"{' and '.join(sorted(lacking))}; solvers that have: "
-            f"{', '.join(solvers_supporting(asked)) or 'none'}"
+            f"{' and '.join(sorted(unsupported))}; solvers that have: "
+            f"{', '.join(solvers_supporting(required)) or 'none'}"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.placement_diff import Step
+from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate import events
 from prism_plan.simulate.engine import Ints, Outcome
 from prism_plan.simulate.events import Event, Log
@@ -103,7 +103,7 @@ class ReferenceEngine:
         self._sent = [[0] * servers for _ in range(servers)]
         self._rank = scenario.network.link_rank().tolist()
         # migration
-        self._steps: Sequence[Step] = ()
+        self._steps: Sequence[MigrationStep] = ()
         self._lacking: list[int] = []
         self._dependents: list[list[int]] = []
         self._open_steps = 0
@@ -521,7 +521,7 @@ class ReferenceEngine:
 
     # ---------------------------------------------------------------------------------- migration
 
-    def migrate(self, steps: Sequence[Step]) -> None:
+    def migrate(self, steps: Sequence[MigrationStep]) -> None:
         if self.migrating:
             raise ValueError("a migration is still under way")
         if self.s.offload:
@@ -548,7 +548,7 @@ class ReferenceEngine:
                 raise ValueError(f"step {index} drops the only copy of pair {step.pair}")
             ready.extend(self._step_over(index))
 
-    def _begin_load(self, index: int, step: Step) -> None:
+    def _begin_load(self, index: int, step: MigrationStep) -> None:
         layer = step.pair // self.s.model.num_experts
         begin_s = max(self.now, self._load_free[step.gpu])
         load_s = float(self.s.timing.load_s[step.gpu, layer])

@@ -30,7 +30,7 @@ class CalibrateOptions(RendezvousOptions):
 @rendezvous_options
 @click.option("-o", "--output", metavar="F.json", help="Of the first server: the calibration.")
 @options_as(CalibrateOptions)
-def command(options: CalibrateOptions) -> None:
+def command(args: CalibrateOptions) -> None:
     """Measure the times that `prism-plan simulate --calibration` reads.
 
     Start it on every server of the cluster file; the first one measures and writes the file.
@@ -39,9 +39,14 @@ def command(options: CalibrateOptions) -> None:
 
     import torch
 
-    from prism_plan.cli.inputs import blaming, load_cluster, load_spec, writable
+    from prism_plan.cli.inputs import (
+        error_source,
+        load_cluster,
+        read_model_spec,
+        require_writable_output,
+    )
     from prism_plan.errors import InputError
-    from prism_plan.io.files import write_bytes
+    from prism_plan.io.file_writing import write_bytes
     from prism_plan.simulate.network import Network
     from prism_plan.simulate.timing import timing
     from runtime_adapter.calibrate import TOKENS, calibration, calibration_placement, measure
@@ -51,12 +56,12 @@ def command(options: CalibrateOptions) -> None:
     from runtime_adapter.server_config import ServerConfig
 
     torch.set_num_threads(1)
-    cluster, cluster_file = load_cluster(options.cluster)
-    model = load_spec(options.model)
-    rendezvous = options.rendezvous(tuple(server.name for server in cluster.servers))
+    cluster, cluster_file = load_cluster(args.cluster)
+    model = read_model_spec(args.model)
+    rendezvous = args.rendezvous(tuple(server.name for server in cluster.servers))
     if rendezvous.world_size < 2:
-        raise InputError("1 server", source=options.cluster, expected="two servers or more")
-    if rendezvous.rank == 0 and options.output is None:
+        raise InputError("1 server", source=args.cluster, expected="two servers or more")
+    if rendezvous.rank == 0 and args.output is None:
         raise InputError("no file to write", parameter="output", expected="-o F.json")
     if 2 * model.top_k > model.num_experts:
         raise InputError(
@@ -64,13 +69,13 @@ def command(options: CalibrateOptions) -> None:
             parameter="model",
             expected="twice as many experts as a token calls",
         )
-    writable(options.output, options.cluster)
+    require_writable_output(args.output, args.cluster)
     placement = calibration_placement(cluster, model)
     first_gpu, *more_gpus = placement.gpus_of(rendezvous.rank).tolist()
-    with blaming(options.cluster):
+    with error_source(args.cluster):
         times = timing(cluster, model, max(TOKENS))
         network = Network.of(cluster, model)
-    log_assumed_figures(options.cluster, cluster, compute=True)
+    log_assumed_figures(args.cluster, cluster, compute=True)
     compute = TimedCompute(
         times,
         GpuClock(1 + len(more_gpus)),
@@ -86,11 +91,11 @@ def command(options: CalibrateOptions) -> None:
         model=model.shape(),
         network=network,
         compute=compute,
-        facts={"cluster": cluster_file.sha256, "rtt_ms": options.rtt_ms, "lanes": [1]},
+        facts={"cluster": cluster_file.sha256, "rtt_ms": args.rtt_ms, "lanes": [1]},
         dtype=torch.uint8,
         width=width,
         max_tokens=max(TOKENS),
-        rtt_s=options.rtt_ms * 1e-3,
+        rtt_s=args.rtt_ms * 1e-3,
     )
     with LocalServer(config, log_info) as server:
         server.agree_on_start()
@@ -98,9 +103,9 @@ def command(options: CalibrateOptions) -> None:
             set_sharp_timers()
             measured = measure(server.lanes[0], model, width)
             values = calibration(measured, cluster, model, config.rtt_s)
-            write_bytes(str(options.output), (json.dumps(values, indent=1) + "\n").encode())
+            write_bytes(str(args.output), (json.dumps(values, indent=1) + "\n").encode())
             log_info(
-                f"{options.output}: call overhead {values['call_overhead_ms']:.3f} ms, "
+                f"{args.output}: call overhead {values['call_overhead_ms']:.3f} ms, "
                 f"{values['bandwidth_mbps']:.0f} Mbit/s"
             )
         server.finish()

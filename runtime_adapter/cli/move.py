@@ -31,7 +31,7 @@ class MoveOptions(CommandOptions):
     help="For the store.",
 )
 @options_as(MoveOptions)
-def command(options: MoveOptions) -> None:
+def command(args: MoveOptions) -> None:
     """Move the experts of a run to another placement, while it serves.
 
     The run was started with --movable or --migrate. Waits until the move is done, refused or
@@ -42,14 +42,14 @@ def command(options: MoveOptions) -> None:
     from runtime_adapter.control.move_request import request_move
     from runtime_adapter.transport.rendezvous import Rendezvous
 
-    require_seconds(options.rendezvous_timeout_s, "rendezvous_timeout_s")
-    placement = read_placement(options.placement)
-    host, port = address(options.store)
+    require_seconds(args.rendezvous_timeout_s, "rendezvous_timeout_s")
+    placement = read_placement(args.placement)
+    host, port = address(args.store)
     code, text = request_move(
-        Rendezvous(1, -1, host=host, port=port, rendezvous_timeout_s=options.rendezvous_timeout_s),
+        Rendezvous(1, -1, host=host, port=port, rendezvous_timeout_s=args.rendezvous_timeout_s),
         placement_to_json(placement),
         log_info,
     )
-    log_info(f"{options.placement}: {text}")
+    log_info(f"{args.placement}: {text}")
     if code:
         raise click.exceptions.Exit(code)

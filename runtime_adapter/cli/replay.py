@@ -60,7 +60,7 @@ class ReplayOptions(RendezvousOptions, MigrationOptions):
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="R.jsonl", help="One line a request; default: stdout.")
 @options_as(ReplayOptions)
-def command(options: ReplayOptions) -> None:
+def command(args: ReplayOptions) -> None:
     """Drive this server's part of the machinery with recorded routing.
 
     All servers get the same files and options but for --server and -o. Messages are real; dense
@@ -71,37 +71,37 @@ def command(options: ReplayOptions) -> None:
 
     import torch
 
-    from prism_plan.cli.inputs import blaming, load_cluster, writable
-    from prism_plan.io.files import write_bytes
-    from prism_plan.io.placement import read_identified_placement
+    from prism_plan.cli.inputs import error_source, load_cluster, require_writable_output
+    from prism_plan.io.file_writing import write_bytes
+    from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.io.trace_reader import read_trace
     from prism_plan.simulate.sampling import sample_requests
     from runtime_adapter.replay import replay, replay_config
     from runtime_adapter.server import LocalServer
 
     torch.set_num_threads(1)
-    for output in (options.output, options.stats):
-        writable(output, options.placement, options.trace, options.cluster)
-    placement, placement_file = read_identified_placement(options.placement)
-    rendezvous = options.rendezvous(placement.servers)
-    trace = read_trace(options.trace)
-    cluster, cluster_file = load_cluster(options.cluster)
-    with blaming(options.cluster):
+    for output in (args.output, args.stats):
+        require_writable_output(output, args.placement, args.trace, args.cluster)
+    placement, placement_file = read_placement_and_identity(args.placement)
+    rendezvous = args.rendezvous(placement.servers)
+    trace = read_trace(args.trace)
+    cluster, cluster_file = load_cluster(args.cluster)
+    with error_source(args.cluster):
         requests = sample_requests(
             trace,
             cluster,
-            requests_per_server=options.requests_per_server,
-            decode_tokens=options.decode_tokens,
-            seed=options.seed,
+            requests_per_server=args.requests_per_server,
+            decode_tokens=args.decode_tokens,
+            seed=args.seed,
         )
-    simulation_options = options.simulation(route=options.route, seed=options.seed)
+    simulation_options = args.simulation(route=args.route, seed=args.seed)
     names = ("requests_per_server", "seed", "route", "decode_tokens", "rtt_ms", *MIGRATION_FACTS)
     facts = {
         "placement": placement_file.sha256,
         "trace": trace.sha256,
         "cluster": cluster_file.sha256,
-    } | {name: getattr(options, name) for name in names}
-    with blaming(options.placement):
+    } | {name: getattr(args, name) for name in names}
+    with error_source(args.placement):
         config = replay_config(
             placement,
             requests,
@@ -109,16 +109,16 @@ def command(options: ReplayOptions) -> None:
             trace.model,
             rendezvous,
             facts,
-            route=options.route,
-            rtt_s=options.rtt_ms * 1e-3,
-            options=simulation_options if options.migrates else None,
-            placements_dir=options.placements_dir,
+            route=args.route,
+            rtt_s=args.rtt_ms * 1e-3,
+            options=simulation_options if args.migrates else None,
+            placements_dir=args.placements_dir,
         )
-    planned_by_links = options.route == "nearest" or options.migrate != "never"
+    planned_by_links = args.route == "nearest" or args.migrate != "never"
     log_assumed_figures(
-        options.cluster, cluster, compute=True, loads=options.migrates, links=planned_by_links
+        args.cluster, cluster, compute=True, loads=args.migrates, links=planned_by_links
     )  # messages are real
-    with open_jsonl(options.output) as write, LocalServer(config, log_info) as server:
+    with open_jsonl(args.output) as write, LocalServer(config, log_info) as server:
         begin_s = server.agree_on_start()
         began_s = time.time() + begin_s - time.monotonic()
         results = replay(server, requests, begin_s, lambda result: write(vars(result)))
@@ -126,9 +126,9 @@ def command(options: ReplayOptions) -> None:
         counted = server.counters.to_json()
         migrations = server.migrations()
     failed = sum(result.error is not None for result in results)
-    if options.stats is not None:
+    if args.stats is not None:
         values = {
-            "server": options.server,
+            "server": args.server,
             "requests": len(results),
             "failed": failed,
             "began_s": began_s,
@@ -138,6 +138,6 @@ def command(options: ReplayOptions) -> None:
             "gpus": server.held_experts(),
             "migrations": migrations,
         }
-        write_bytes(options.stats, (json.dumps(values, indent=1) + "\n").encode())
+        write_bytes(args.stats, (json.dumps(values, indent=1) + "\n").encode())
     if failed:
         raise click.ClickException(f"{failed} of {len(results)} requests failed")

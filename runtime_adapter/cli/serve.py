@@ -9,7 +9,7 @@ import click
 
 from prism_plan.cli.command_options import options_as
 from prism_plan.errors import InputError
-from prism_plan.limits import require_whole
+from prism_plan.limits import require_integer
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
     MigrationOptions,
@@ -56,9 +56,9 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole(self.max_new_tokens, 1, 1 << 20, "max_new_tokens")
-        require_whole(self.concurrency, 1, 256, "concurrency")
-        require_whole(self.threads, 1, 1024, "threads")
+        require_integer(self.max_new_tokens, 1, 1 << 20, "max_new_tokens")
+        require_integer(self.concurrency, 1, 256, "concurrency")
+        require_integer(self.threads, 1, 1024, "threads")
         if self.cluster is None:
             for name in ("route", "migrate"):
                 if getattr(self, name) in ("nearest", "prism", "partial"):
@@ -136,7 +136,7 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="A.jsonl", help="One line a request; default: stdout.")
 @options_as(ServeOptions)
-def command(options: ServeOptions) -> None:
+def command(args: ServeOptions) -> None:
     """Serve a checkpoint, this server's experts and requests.
 
     All servers get the same files and options but for --server, --requests, --device, --threads
@@ -150,10 +150,10 @@ def command(options: ServeOptions) -> None:
 
     import torch
 
-    from prism_plan.cli.inputs import blaming, load_cluster, writable
-    from prism_plan.io.files import write_bytes
-    from prism_plan.io.placement import read_identified_placement
-    from prism_plan.io.requests import read_requests
+    from prism_plan.cli.inputs import error_source, load_cluster, require_writable_output
+    from prism_plan.io.file_writing import write_bytes
+    from prism_plan.io.placement import read_placement_and_identity
+    from prism_plan.io.serve_requests import read_requests
     from prism_plan.profiling.hf import fingerprint
     from prism_plan.simulate.network import Network
     from runtime_adapter.driver import serve
@@ -176,65 +176,65 @@ def command(options: ServeOptions) -> None:
         server_devices,
     )
 
-    files = [options.placement, options.cluster, None if options.streamed else options.requests]
-    for output in (options.output, options.stats):
-        writable(output, *files)
-    torch.set_num_threads(options.threads)
-    placement, placement_file = read_identified_placement(options.placement)
-    rendezvous = options.rendezvous(placement.servers)
-    requests = [] if options.streamed else read_requests(options.requests)
-    checkpoint = Checkpoint(options.checkpoint)
-    require_placed_model(placement, checkpoint, source=options.placement)
-    require_covered(placement, source=options.placement)
+    files = [args.placement, args.cluster, None if args.streamed else args.requests]
+    for output in (args.output, args.stats):
+        require_writable_output(output, *files)
+    torch.set_num_threads(args.threads)
+    placement, placement_file = read_placement_and_identity(args.placement)
+    rendezvous = args.rendezvous(placement.servers)
+    requests = [] if args.streamed else read_requests(args.requests)
+    checkpoint = Checkpoint(args.checkpoint)
+    require_placed_model(placement, checkpoint, source=args.placement)
+    require_covered(placement, source=args.placement)
     spec = checkpoint.spec
-    dtype = checkpoint.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype = checkpoint.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     cluster, cluster_digest = None, None
     network = uniform_network(placement.num_servers, spec.hidden_size * dtype.itemsize)
-    if options.cluster is not None:
-        cluster, cluster_file = load_cluster(options.cluster)
+    if args.cluster is not None:
+        cluster, cluster_file = load_cluster(args.cluster)
         cluster_digest = cluster_file.sha256
         if tuple(server.name for server in cluster.servers) != placement.servers:
             raise InputError(
                 f"servers {', '.join(server.name for server in cluster.servers)}",
-                source=options.cluster,
-                expected=f"{', '.join(placement.servers)}, as in {options.placement}",
+                source=args.cluster,
+                expected=f"{', '.join(placement.servers)}, as in {args.placement}",
             )
-        with blaming(options.cluster):
+        with error_source(args.cluster):
             network = Network.of(cluster, spec)
-    if options.transport == "nccl":
-        prepare_nccl(options.interface)  # before anything uses a card
-    devices = server_devices(len(placement.gpu_capacity[rendezvous.rank]), options.device)
+    if args.transport == "nccl":
+        prepare_nccl(args.interface)  # before anything uses a card
+    devices = server_devices(len(placement.gpu_capacity[rendezvous.rank]), args.device)
     channels = None
-    if options.transport != "gloo":
-        channels = ChannelConfig(options.transport, devices[0])
+    if args.transport != "gloo":
+        channels = ChannelConfig(args.transport, devices[0])
         require_device(channels)
     tokenizer = load_tokenizer(checkpoint)
-    tokenizing = RequestTokenizer(tokenizer, checkpoint, rendezvous.rank, options.max_new_tokens)
-    tokenized = tokenizing.tokenize(requests, options.requests)
+    tokenizing = RequestTokenizer(tokenizer, checkpoint, rendezvous.rank, args.max_new_tokens)
+    tokenized = tokenizing.tokenize(requests, args.requests)
     max_tokens = max([len(request.ids) for request in tokenized], default=1)
-    if options.streamed:
+    if args.streamed:
         context = context_tokens(checkpoint) or 1 << 20
         max_tokens = min(DEFAULT_MAX_PROMPT_TOKENS, context)
-        if options.max_prompt_tokens is not None:
-            max_tokens = options.max_prompt_tokens
-            require_whole(max_tokens, 1, context, "max_prompt_tokens")
+        if args.max_prompt_tokens is not None:
+            max_tokens = args.max_prompt_tokens
+            require_integer(max_tokens, 1, context, "max_prompt_tokens")
     backend = ThreadLocalDispatcher()
-    with blaming(options.placement):
+    with error_source(args.placement):
         store = load_server_experts(checkpoint, placement, rendezvous.rank, devices, dtype)
     model = load_placed_model(checkpoint, backend, dtype, devices[0])
     migration = None
-    if options.migrates:
+    if args.migrates:
         from_checkpoint = CheckpointLoader(checkpoint.folder, store)
         from_peers = PeerLoader(from_checkpoint, placement)
-        with blaming(options.placement):
+        with error_source(args.placement):
             migration = migration_config(
-                from_peers if options.weights == "peer" else from_checkpoint,
+                from_peers if args.weights == "peer" else from_checkpoint,
                 rendezvous,
                 placement,
                 spec,
                 cluster,
-                options.simulation(route=options.route, seed=options.seed),
-                options.placements_dir,
+                args.simulation(route=args.route, seed=args.seed),
+                args.placements_dir,
                 keep_slots=True,
             )
     config = ServerConfig(
@@ -245,29 +245,29 @@ def command(options: ServeOptions) -> None:
         compute=ExpertCompute(store),
         facts={
             "placement": placement_file.sha256,
-            "checkpoint": fingerprint(options.checkpoint),
+            "checkpoint": fingerprint(args.checkpoint),
             "cluster": cluster_digest,
             "dtype": str(dtype).removeprefix("torch."),
-            **{name: getattr(options, name) for name in SERVE_FACTS},
+            **{name: getattr(args, name) for name in SERVE_FACTS},
         },
         dtype=dtype,
         width=spec.hidden_size,
         max_tokens=max_tokens,
-        route=options.route,
-        num_lanes=options.concurrency,
-        rtt_s=options.rtt_ms * 1e-3,
-        threads=options.threads,
+        route=args.route,
+        num_lanes=args.concurrency,
+        rtt_s=args.rtt_ms * 1e-3,
+        threads=args.threads,
         migration=migration,
         channels=channels,
     )
-    if options.cluster is not None and cluster is not None:
-        reviewed = options.migrate != "never"
-        by_links = reviewed or options.route == "nearest"
-        log_assumed_figures(options.cluster, cluster, loads=reviewed, links=by_links)
-    with open_jsonl(options.output) as write, LocalServer(config, log_info) as server:
+    if args.cluster is not None and cluster is not None:
+        reviewed = args.migrate != "never"
+        by_links = reviewed or args.route == "nearest"
+        log_assumed_figures(args.cluster, cluster, loads=reviewed, links=by_links)
+    with open_jsonl(args.output) as write, LocalServer(config, log_info) as server:
         begin_s = server.agree_on_start()
         incoming: Iterable[TokenizedRequest] = tokenized
-        if options.streamed:
+        if args.streamed:
             incoming = tokenizing.tokenize_stream(sys.stdin.buffer, begin_s)
         results = serve(
             server, model, tokenizer, backend, incoming, begin_s,
@@ -277,9 +277,9 @@ def command(options: ServeOptions) -> None:
         counted = server.counters.to_json()
         migrations = server.migrations()
     failed = sum(result.error is not None for result in results)
-    if options.stats is not None:
+    if args.stats is not None:
         values = {
-            "server": options.server,
+            "server": args.server,
             "requests": len(results),
             "failed": failed,
             "new_tokens": sum(len(result.tokens) for result in results),
@@ -288,6 +288,6 @@ def command(options: ServeOptions) -> None:
             "gpus": server.held_experts(),
             "migrations": migrations,
         }
-        write_bytes(options.stats, (json.dumps(values, indent=1) + "\n").encode())
+        write_bytes(args.stats, (json.dumps(values, indent=1) + "\n").encode())
     if failed:
         raise RuntimeFailure(f"{failed} of {len(results)} requests failed; see their errors")

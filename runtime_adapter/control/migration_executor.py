@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from prism_plan.errors import InputError, PrismError
 from prism_plan.io.migration import migration_from_json
 from prism_plan.migration.plan import MigrationPlan
+from prism_plan.migration_step import MigrationStep
 from prism_plan.placement import Placement
-from prism_plan.placement_diff import Step
 from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import EventLog, StoreLost
 from runtime_adapter.control.slot_release import SlotReleaser
@@ -72,7 +72,7 @@ class _PlanProgress:
     """A plan, and the progress of this server's own steps; ``gpu`` is the run's, by step."""
 
     plan: int
-    steps: tuple[Step, ...]
+    steps: tuple[MigrationStep, ...]
     gpu: list[int]
     waiting: list[int]
     done: set[int] = field(default_factory=set)

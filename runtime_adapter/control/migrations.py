@@ -15,8 +15,8 @@ from prism_plan.io.placement import placement_from_json, write_placement
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.model import require_same_model
-from prism_plan.objective import violations
-from prism_plan.placement import Placement, Plan
+from prism_plan.placement import Placement, SolveReport
+from prism_plan.placement_check import violations
 from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import StoreLost
 from runtime_adapter.control.run_state import RunState
@@ -121,7 +121,7 @@ class Migrations:
             )
         else:
             old = state.placement.plan
-            interrupted = Plan("interrupted", seed=old.seed, min_replicas=old.min_replicas)
+            interrupted = SolveReport("interrupted", seed=old.seed, min_replicas=old.min_replicas)
             state.placement = state.placement.replace(plan=interrupted)
             text = (
                 f"migration {active.number} is abandoned, {len(active.left)} steps were left: "

@@ -13,7 +13,7 @@ from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
 from prism_plan.migration.cost import call_seconds, gpu_load_gbs
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.policy import Review, review
-from prism_plan.objective import violations
+from prism_plan.placement_check import violations
 from runtime_adapter.control import log_entries
 from runtime_adapter.control.migrations import Migrations
 from runtime_adapter.control.run_state import RunState, surviving_cluster

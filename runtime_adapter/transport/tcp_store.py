@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import parse_json
+from prism_plan.io.json import parse_json
 from runtime_adapter.transport.parallel import run_with_timeout
 from runtime_adapter.transport.rendezvous import NameTaken, Rendezvous, RuntimeFailure
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from prism_plan.io.requests import MAX_REQUESTS
+from prism_plan.io.serve_requests import MAX_REQUESTS
 from runtime_adapter.tokenized_requests import (
     MAX_LINE_BYTES,
     RequestTokenizer,

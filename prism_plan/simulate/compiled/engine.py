@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.placement_diff import Step
+from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.compiled import engine_state as tables
 from prism_plan.simulate.compiled import event_loop as loop
 from prism_plan.simulate.compiled.heap import push
@@ -104,7 +104,7 @@ class CompiledEngine:
     def migrated_s(self) -> float:
         return float(self._state.now[1])
 
-    def migrate(self, steps: Sequence[Step]) -> None:
+    def migrate(self, steps: Sequence[MigrationStep]) -> None:
         if self.migrating:
             raise ValueError("a migration is still under way")
         if self.s.offload:

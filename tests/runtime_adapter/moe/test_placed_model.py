@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from prism_plan.errors import InputError, WrongModel  # noqa: E402
-from prism_plan.placement import Placement, Plan  # noqa: E402
+from prism_plan.placement import Placement, SolveReport  # noqa: E402
 from runtime_adapter.moe.placed_model import load_placed_model  # noqa: E402
 from runtime_adapter.weights.checkpoint import Checkpoint  # noqa: E402
 from runtime_adapter.weights.families import FAMILIES  # noqa: E402
@@ -237,7 +237,7 @@ def placed(checkpoint: Checkpoint, slots: list[int], held: int) -> Placement:
         servers=("edge-0", "edge-1"),
         gpu_capacity=(tuple(slots), (spec.num_pairs,)),
         on_gpu=on_gpu.reshape(3, spec.num_layers, spec.num_experts),
-        plan=Plan("by hand"),
+        plan=SolveReport("by hand"),
     )
 
 

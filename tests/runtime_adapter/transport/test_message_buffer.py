@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from prism_plan.model import ModelShape  # noqa: E402
-from prism_plan.placement import Placement, Plan  # noqa: E402
+from prism_plan.placement import Placement, SolveReport  # noqa: E402
 from runtime_adapter.moe.counters import Counters  # noqa: E402
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher  # noqa: E402
 from runtime_adapter.moe.router import Router, uniform_network  # noqa: E402
@@ -100,7 +100,7 @@ def dispatcher(*others: Other) -> RemoteDispatcher:
     """Of the first server of three; both others hold every expert."""
     held = np.ones((3, 1, 8), bool)
     held[0] = False
-    placement = Placement(MODEL, ("s0", "s1", "s2"), ((8,), (8,), (8,)), held, Plan("hand"))
+    placement = Placement(MODEL, ("s0", "s1", "s2"), ((8,), (8,), (8,)), held, SolveReport("hand"))
     router = Router(ExpertMap(placement), 0, MODEL, uniform_network(3, 4 * WIDTH), "spread")
     connections = dict(enumerate(others, start=1))
     return RemoteDispatcher(MODEL, router, connections, Nothing(), Counters(1, 8))
@@ -170,7 +170,7 @@ def test_a_connection_checks_the_buffer(tokens: int, calls: int) -> None:
 def test_a_prompt_that_is_too_long_fails_alone() -> None:
     """`serve` refuses it at home; the requests before and after are answered."""
     pytest.importorskip("transformers")
-    from prism_plan.io.requests import Request
+    from prism_plan.io.serve_requests import Request
     from runtime_adapter.driver import serve
     from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
     from runtime_adapter.tokenized_requests import TokenizedRequest, load_tokenizer
