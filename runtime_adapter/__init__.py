@@ -1,7 +1,7 @@
-"""Placements executed: a Mixture-of-Experts checkpoint runs across servers, each with its experts.
+"""Executes placements: a Mixture-of-Experts checkpoint runs across servers, each with its experts.
 
 Imports :mod:`prism_plan`, never the reverse. Needs the extra ``runtime`` (PyTorch, transformers 5).
 """
 
-#: What begins each line on standard error.
+#: The program's name, which begins each line on standard error.
 PROGRAM = "prism-runtime"

@@ -1,4 +1,4 @@
-"""``python -m runtime_adapter``."""
+"""``python -m runtime_adapter``: the same as ``prism-runtime``."""
 
 from runtime_adapter.cli import main
 

@@ -1,4 +1,4 @@
-"""Where something was measured: what recorded results say of it."""
+"""Describes the machine and the commit for recorded results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """The processor's name as the kernel tells it."""
+    """The processor's name according to the kernel."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -20,11 +20,11 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit that this package is of, marked if the tree has changes; None outside of git."""
+    """The commit of this package, marked if the tree has changes; None outside of git."""
     folder = str(Path(__file__).resolve().parent)
     command = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude", "*"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=False)
+        described = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return told.stdout.strip() or None
+    return described.stdout.strip() or None

@@ -1,10 +1,10 @@
-"""The Prism paper's qualitative results, looked for in the simulator; nothing is tuned to match.
+"""Checks the Prism paper's qualitative results in the simulator; nothing is tuned to match.
 
     python -m studies.paper            # all parts, a quarter of an hour; writes studies/paper.json
 
 Needs the real routing data in ../shared/traces or $PRISM_TRACES. Placements are planned on one half
 of each task's requests and simulated with the other half; seeds 0 to 4 draw the halves, the
-arrivals and the prompts. What came out is told in studies/README.md.
+arrivals and the prompts. The results are discussed in studies/README.md.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def cluster() -> pp.Cluster:
 
 
 def mean_and_range(values: list[float]) -> dict[str, float]:
-    """Mean, least and most."""
+    """Mean, minimum and maximum."""
     return {"mean": mean(values), "least": min(values), "most": max(values)}
 
 
@@ -142,8 +142,7 @@ def offload() -> list[dict[str, Any]]:
 def _with(base: pp.Cluster, bandwidth_mbps: float, load_gbs: float) -> pp.Cluster:
     servers = tuple(
         dataclasses.replace(
-            server,
-            gpus=tuple(dataclasses.replace(gpu, load_gbs=load_gbs) for gpu in server.gpus),
+            server, gpus=tuple(dataclasses.replace(gpu, load_gbs=load_gbs) for gpu in server.gpus)
         )
         for server in base.servers
     )
@@ -203,12 +202,7 @@ def _numbers(requests: pp.Requests) -> Any:
     return number
 
 
-PARTS = {
-    "order_of_solvers": order_of_solvers,
-    "offload": offload,
-    "shift": shift,
-    "scale": scale,
-}
+PARTS = {"order_of_solvers": order_of_solvers, "offload": offload, "shift": shift, "scale": scale}
 
 
 def main() -> None:

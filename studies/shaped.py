@@ -4,7 +4,7 @@
         --seeds 0,1,2 --requests 6 -o studies/shaped.json     # as root; 45 min of a quiet machine
     python -m studies.shaped            # prints the table, writes studies/shaped.png
 
-Results: studies/shaped.json; told in README.md and studies/README.md.
+Results: studies/shaped.json; discussed in README.md and studies/README.md.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from statistics import mean
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-#: What the project holds itself to, and what it aims at.
-WITHIN, AIM = 0.15, 0.05
+#: The bound on prediction errors that the project promises, and the one that it aims at.
+MAX_ERROR, TARGET_ERROR = 0.15, 0.05
 Rows = dict[int, dict[str, Any]]  # by seed
 
 
 def by_round_trip(values: dict[str, Any]) -> dict[float, dict[str, Rows]]:
-    """Runs that count, by round trip, placement and seed."""
+    """Runs that are not void, by round trip, placement and seed."""
     found: dict[float, dict[str, Rows]] = {}
     for row in values["rows"]:
         if not row["void"]:
@@ -36,7 +36,7 @@ def errors(rows: Rows, key: str = "mean") -> list[float]:
 
 
 def table(solvers: dict[str, Rows]) -> str:
-    """Markdown."""
+    """A Markdown table of the placements at one round trip."""
     lines = [
         "| placement | measured mean | predicted | error, worst seed | p95 measured | predicted "
         "| p99 measured | predicted | remote | waiting | payload |",
@@ -64,7 +64,7 @@ def table(solvers: dict[str, Rows]) -> str:
 
 
 def short_table(found: dict[float, dict[str, Rows]]) -> str:
-    """Markdown for the README: means over the seeds, all round trips side by side."""
+    """A Markdown table for the README: means over the seeds, all round trips side by side."""
     trips = [f"{rtt_ms:g} ms" for rtt_ms in found]
     head = [f"{trip}: measured | predicted | worst seed" for trip in trips]
     lines = [
@@ -87,7 +87,7 @@ def short_table(found: dict[float, dict[str, Rows]]) -> str:
 
 
 def ranking(solvers: dict[str, Rows]) -> tuple[int, list[str]]:
-    """Pairs of placements that every seed measures in one order, and those predicted otherwise."""
+    """Count the pairs that all seeds measure in one order; list those predicted otherwise."""
     clear, wrong = 0, []
     for one, other in combinations(solvers, 2):
         seeds = sorted(solvers[one].keys() & solvers[other].keys())
@@ -105,7 +105,7 @@ def ranking(solvers: dict[str, Rows]) -> tuple[int, list[str]]:
 
 
 def draw(found: dict[float, dict[str, Rows]], path: Path) -> None:
-    """Measured and predicted means of every seed, a panel for each round trip."""
+    """Draw measured and predicted means of every seed, a panel for each round trip."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -124,7 +124,7 @@ def draw(found: dict[float, dict[str, Rows]], path: Path) -> None:
                     predicted = run["predicted"]["latency_s"]["mean"]
                     axes.bar(x, measured, 0.2, color=style.colour)
                     (within,) = axes.plot(
-                        [x, x], [measured * (1 - WITHIN), measured * (1 + WITHIN)],
+                        [x, x], [measured * (1 - MAX_ERROR), measured * (1 + MAX_ERROR)],
                         color="black", linewidth=1,
                     )  # fmt: skip
                     (mark,) = axes.plot(
@@ -142,7 +142,7 @@ def draw(found: dict[float, dict[str, Rows]], path: Path) -> None:
         panels[0].set_ylim(0, 1.2 * slowest)  # of all panels
         panels[0].set_ylabel("mean request latency, s (a bar a seed)")
         handles = [Patch(facecolor="#999999"), mark, within]
-        panels[0].legend(handles, ["measured", "predicted", f"measured ± {WITHIN:.0%}"], ncols=3)
+        panels[0].legend(handles, ["measured", "predicted", f"measured ± {MAX_ERROR:.0%}"], ncols=3)
     save(figure, path)
 
 
@@ -157,7 +157,7 @@ def main() -> None:
         clear, wrong = ranking(solvers)
         print(
             f"{len(every)} runs: error at most {max(every):.1%}, mean {mean(every):.1%}, "
-            f"{sum(error <= AIM for error in every)} within {AIM:.0%}; "
+            f"{sum(error <= TARGET_ERROR for error in every)} within {TARGET_ERROR:.0%}; "
             f"{clear} pairs in one order by every seed, predicted otherwise: {wrong or 'none'}"
         )
     print(f"\n{short_table(found)}")

@@ -25,27 +25,33 @@ import torch
 from prism_plan.io.file_writing import write_bytes
 from prism_plan.model import PRESETS
 from prism_plan.placement import Placement, SolveReport
-from runtime_adapter.driver import even_network
 from runtime_adapter.moe.compute import Batch
-from runtime_adapter.moe.dispatch import Dispatcher
-from runtime_adapter.server import Server, ServerConfig
-from runtime_adapter.transport.messages import HEADER_BYTES, call_bytes
-from runtime_adapter.transport.parallel import in_parallel
-from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous, group, receive, send
+from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
+from runtime_adapter.moe.router import uniform_network
+from runtime_adapter.server import LocalServer
+from runtime_adapter.server_config import ServerConfig
+from runtime_adapter.transport.pair_groups import connect_pair, receive, send
+from runtime_adapter.transport.parallel import run_in_parallel
+from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous
+from runtime_adapter.transport.wire_format import HEADER_BYTES, call_bytes
+from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change
 from studies.testbed.experiment import provenance
 
 MODEL = PRESETS["deepseek-v2-lite"]
 STATES = torch.bfloat16
 TOKEN_BYTES = MODEL.hidden_size * STATES.itemsize
-#: Of the calls that keep a server busy.
+#: Tokens of the calls that keep a server busy.
 BUSY_TOKENS = 128
-#: The raw pair, beside those of servers.
-RAW_FRONT, RAW_ECHO = 100, 101
+#: Ranks of the raw pair, which no server has.
+RAW_DRIVER, RAW_ECHO = 100, 101
 
 
 class NoCompute:
     """Answers at once, with zeros."""
+
+    def use(self, expert_map: ExpertMap) -> None:
+        """It needs no map."""
 
     def partial_sums(self, batch: Batch) -> torch.Tensor:
         """Nothing is computed."""
@@ -61,15 +67,15 @@ class NoCompute:
 def echo(rendezvous: Rendezvous, sizes: list[tuple[int, int]], times: int) -> None:
     """Receive and send back so many bytes, in the order in which they are measured."""
     torch.set_num_threads(1)
-    made = group(rendezvous, RAW_FRONT, RAW_ECHO, 1)
+    group = connect_pair(rendezvous, RAW_DRIVER, RAW_ECHO, 1)
     for out, back in sizes:
-        room, answer = (torch.zeros(n, dtype=torch.uint8) for n in (out, back))
+        buffer, answer = (torch.zeros(n, dtype=torch.uint8) for n in (out, back))
         for _ in range(times):
-            receive(made, room, 0, 0).wait(FOREVER)
-            send(made, answer, 0, 0).wait(FOREVER)
+            receive(group, buffer, 0, 0).wait(FOREVER)
+            send(group, answer, 0, 0).wait(FOREVER)
 
 
-def server(port: int, rank: int, most_tokens: int) -> Server:
+def server(port: int, rank: int, max_tokens: int) -> LocalServer:
     """One of three servers; the second one holds all experts of the first layer."""
     shape = (MODEL.num_layers, MODEL.num_experts)
     held = np.zeros((3, *shape), bool)
@@ -80,29 +86,29 @@ def server(port: int, rank: int, most_tokens: int) -> Server:
         rendezvous=Rendezvous(3, rank, port=port),
         placement=placement,
         model=MODEL.shape(),
-        network=even_network(3, TOKEN_BYTES),
+        network=uniform_network(3, TOKEN_BYTES),
         compute=NoCompute(),
         facts={},
-        states=STATES,
+        dtype=STATES,
         width=MODEL.hidden_size,
-        most_tokens=most_tokens,
+        max_tokens=max_tokens,
     )
-    return Server(config, lambda text: None)
+    return LocalServer(config, lambda text: None)
 
 
-def bother(port: int, most_tokens: int, go: Any, stop: Any) -> None:
+def keep_busy(port: int, max_tokens: int, go: Any, stop: Any) -> None:
     """The third server calls the second one with long steps, one after the other."""
     torch.set_num_threads(1)
-    with server(port, 2, most_tokens) as one:
+    with server(port, 2, max_tokens) as caller:
         go.wait()
-        step = a_step(BUSY_TOKENS)
+        step = random_step(BUSY_TOKENS)
         while not stop.is_set():
-            one.lanes[0].run(0, *step)
-        one.finish()
+            caller.lanes[0].run(0, *step)
+        caller.finish()
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long it takes."""
+    """Time a call."""
     begin_s = time.perf_counter()
     work()
     return time.perf_counter() - begin_s
@@ -125,22 +131,22 @@ def main() -> None:
         (HEADER_BYTES + call_bytes(t, t * top_k, TOKEN_BYTES), HEADER_BYTES + t * TOKEN_BYTES)
         for t in [*given.tokens, 1]
     ]
-    most = max(*given.tokens, BUSY_TOKENS)
-    both = [server(port, rank, most) for rank in (0, 1)]
-    rendezvous = both[0].config.rendezvous
+    max_tokens = max(*given.tokens, BUSY_TOKENS)
+    servers = [server(port, rank, max_tokens) for rank in (0, 1)]
+    rendezvous = servers[0].config.rendezvous
     context = multiprocessing.get_context("spawn")
     go, stop = context.Event(), context.Event()
     times = given.repeats + warm
     others = [
         context.Process(target=echo, args=(rendezvous, sizes, times), daemon=True),
-        context.Process(target=bother, args=(port, most, go, stop)),
+        context.Process(target=keep_busy, args=(port, max_tokens, go, stop)),
     ]
-    for one in others:
-        one.start()
+    for process in others:
+        process.start()
     rows = []
     try:
-        in_parallel([one.__enter__ for one in both])
-        made = group(rendezvous, RAW_FRONT, RAW_ECHO, 0)
+        run_in_parallel([one.__enter__ for one in servers])
+        group = connect_pair(rendezvous, RAW_DRIVER, RAW_ECHO, 0)
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; quantiles 0.1 and 0.5")
         print(
             f"{'tokens':>6} {'bytes':>9} {'raw ms':>15} {'call ms':>15} {'ratio':>12} {'MB/s':>11}"
@@ -151,7 +157,9 @@ def main() -> None:
             if busy:
                 go.set()
                 time.sleep(0.5)
-            call, raw = one_size(both[0].lanes[0], made, tokens, out, back, given.repeats, warm)
+            call, raw = measure_size(
+                servers[0].lanes[0], group, tokens, out, back, given.repeats, warm
+            )
             rows.append(
                 {"tokens": tokens, "bytes": out + back, "busy": busy, "raw_s": raw, "call_s": call}
             )
@@ -164,19 +172,19 @@ def main() -> None:
                 + (" busy" if busy else "")
             )
         stop.set()
-        in_parallel([one.finish for one in both])
+        run_in_parallel([one.finish for one in servers])
     finally:
         stop.set()
         go.set()
         others[0].terminate()
-        for one in both:
+        for one in servers:
             one.close()
     if given.output:
         values = {"provenance": provenance(), "quantiles": [0.1, 0.5], "rows": rows}
         write_bytes(given.output, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def a_step(tokens: int) -> tuple[torch.Tensor, Any, Any]:
+def random_step(tokens: int) -> tuple[torch.Tensor, Any, Any]:
     """Hidden states, experts and weights of a step."""
     generator = np.random.default_rng(0)
     rows = [generator.permutation(MODEL.num_experts)[: MODEL.top_k] for _ in range(tokens)]
@@ -185,16 +193,16 @@ def a_step(tokens: int) -> tuple[torch.Tensor, Any, Any]:
     return torch.ones(tokens, MODEL.hidden_size, dtype=STATES), experts, weights
 
 
-def one_size(
-    lane: Dispatcher, made: Any, tokens: int, out: int, back: int, repeats: int, warm: int
+def measure_size(
+    lane: RemoteDispatcher, group: Any, tokens: int, out: int, back: int, repeats: int, warm: int
 ) -> list[list[float]]:
     """Quantiles 0.1 and 0.5 of seconds of a call and of a raw round trip, in turns."""
-    step = a_step(tokens)
-    message, room = torch.zeros(out, dtype=torch.uint8), torch.zeros(back, dtype=torch.uint8)
+    step = random_step(tokens)
+    message, buffer = torch.zeros(out, dtype=torch.uint8), torch.zeros(back, dtype=torch.uint8)
 
     def raw() -> None:
-        sending = send(made, message, 1, 0)
-        receiving = receive(made, room, 1, 0)
+        sending = send(group, message, 1, 0)
+        receiving = receive(group, buffer, 1, 0)
         sending.wait(FOREVER)
         receiving.wait(FOREVER)
 
@@ -202,7 +210,7 @@ def one_size(
     for _ in range(warm + repeats):
         calls.append(seconds(lambda: lane.run(0, *step)))
         raws.append(seconds(raw))
-    return [np.quantile(found[warm:], (0.1, 0.5)).tolist() for found in (calls, raws)]
+    return [np.quantile(times[warm:], (0.1, 0.5)).tolist() for times in (calls, raws)]
 
 
 if __name__ == "__main__":

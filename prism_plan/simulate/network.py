@@ -97,13 +97,15 @@ class Network:
         )
 
     def call_cost_s(self) -> Floats:
-        """Seconds of a call of one token on idle links, without compute, [N, N].
-
-        Route ``nearest`` goes by this.
-        """
+        """Seconds of a call of one token on idle links, without compute, [N, N]."""
         back = self.seconds_per_byte.T * self.token_bytes
         out = self.seconds_per_byte * (self.token_bytes + BYTES_PER_CALL)
         return self.half_rtt_s + self.half_rtt_s.T + out + back
+
+    def link_rank(self) -> npt.NDArray[np.int32]:
+        """Rank of each server by :meth:`call_cost_s` from a server, ties by index, int32 [N, N]."""
+        order = np.argsort(self.call_cost_s(), axis=1, kind="stable")
+        return np.argsort(order, axis=1).astype(np.int32)
 
 
 def _positive(value: float, place: str) -> float:

@@ -101,9 +101,7 @@ class ReferenceEngine:
             for port in ("up", "down")
         }
         self._sent = [[0] * servers for _ in range(servers)]
-        self._rank = np.argsort(
-            np.argsort(scenario.network.call_cost_s(), axis=1, kind="stable"), axis=1
-        ).tolist()
+        self._rank = scenario.network.link_rank().tolist()
         # migration
         self._steps: Sequence[MigrationStep] = ()
         self._lacking: list[int] = []

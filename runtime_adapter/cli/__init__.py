@@ -21,9 +21,8 @@ COMMANDS = {
 }
 
 
-#: For PyTorch, where the user says nothing else: a connection that closes is told in one line of
-#: ours, not in thirty of its own; and it asks for the name of every address that connects, which
-#: must not take long where there is no name service.
+#: Defaults for PyTorch: it must not report a closed connection, which we do, in thirty lines; and
+#: it looks up the name of every address that connects, which must be quick without a name service.
 ENVIRONMENT = {"TORCH_CPP_LOG_LEVEL": "FATAL", "RES_OPTIONS": "timeout:1 attempts:1"}
 
 
@@ -39,17 +38,17 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code."""
-    run_and_leave(cli, "python -m runtime_adapter")
+    """Run the command line and exit with its exit code."""
+    run_and_exit(cli, PROGRAM)
 
 
-def run_and_leave(command: click.Command, name: str) -> None:
-    """Run a command of the runtime and leave with its exit code; errors are one line."""
+def run_and_exit(command: click.Command, name: str) -> None:
+    """Run a command of the runtime and exit with its exit code; errors are one line."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     code = run_command(command, name, program=PROGRAM, extra="runtime")
     sys.stderr.flush()
     if "torch" in sys.modules:
-        multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # semaphores, which would be told as leaked
+        multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # or semaphores are reported as leaked
         os._exit(code)  # without waiting for threads that wait for other servers
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""``python -m runtime_adapter move``."""
+"""The command ``prism-runtime move``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import click
 
 from prism_plan.cli.command_options import CommandOptions, options_as
-from runtime_adapter.cli.options import note, require_seconds, store_option
+from runtime_adapter.cli.options import log_info, require_seconds, store_option
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoveOptions(CommandOptions):
-    """What ``move`` is given."""
+    """The options of ``move``."""
 
     store: str
     placement: str
@@ -31,7 +31,7 @@ class MoveOptions(CommandOptions):
     help="For the store.",
 )
 @options_as(MoveOptions)
-def command(given: MoveOptions) -> None:
+def command(args: MoveOptions) -> None:
     """Move the experts of a run to another placement, while it serves.
 
     The run was started with --movable or --migrate. Waits until the move is done, refused or
@@ -39,17 +39,17 @@ def command(given: MoveOptions) -> None:
     """
     from prism_plan.io.placement import placement_to_json, read_placement
     from runtime_adapter.cli.options import address
-    from runtime_adapter.control.move_request import ask
+    from runtime_adapter.control.move_request import request_move
     from runtime_adapter.transport.rendezvous import Rendezvous
 
-    require_seconds(given.rendezvous_timeout_s, "rendezvous_timeout_s")
-    placement = read_placement(given.placement)
-    host, port = address(given.store)
-    code, text = ask(
-        Rendezvous(1, -1, host=host, port=port, rendezvous_timeout_s=given.rendezvous_timeout_s),
+    require_seconds(args.rendezvous_timeout_s, "rendezvous_timeout_s")
+    placement = read_placement(args.placement)
+    host, port = address(args.store)
+    code, text = request_move(
+        Rendezvous(1, -1, host=host, port=port, rendezvous_timeout_s=args.rendezvous_timeout_s),
         placement_to_json(placement),
-        note,
+        log_info,
     )
-    note(f"{given.placement}: {text}")
+    log_info(f"{args.placement}: {text}")
     if code:
         raise click.exceptions.Exit(code)

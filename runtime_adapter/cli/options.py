@@ -1,4 +1,4 @@
-"""Options that the commands share, and where their output goes."""
+"""Options and output that the commands of the runtime share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from runtime_adapter.transport.rendezvous import Rendezvous
 
 
-def note(message: str) -> None:
-    """A line to standard error."""
+def log_info(message: str) -> None:
+    """Write a line to standard error."""
     write_log_line(PROGRAM, message)
 
 
-def note_assumed(path: str, cluster: Cluster, **uses: bool) -> None:
-    """Name the figures that a command uses and the cluster file does not give.
+def log_assumed_figures(path: str, cluster: Cluster, **uses: bool) -> None:
+    """Log the figures that a command uses and the cluster file does not give.
 
     ``uses`` as in :func:`prism_plan.check.assumed_figures.assumed_figures`.
     """
@@ -36,7 +36,7 @@ def note_assumed(path: str, cluster: Cluster, **uses: bool) -> None:
 
     text = assumed_figures(cluster, **uses)
     if text:
-        note(f"{path}: {text}")
+        log_info(f"{path}: {text}")
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -56,7 +56,7 @@ store_option = click.option(
     help="Address on the first server where all servers meet; it alone listens there.",
 )
 
-#: Options of every command that meets other servers.
+#: Options of every command that joins a run as a server.
 rendezvous_options = _options(
     click.option("--server", required=True, metavar="NAME", help="This server's name."),
     store_option,
@@ -94,7 +94,7 @@ migration_options = _options(
     ),
 )
 
-#: Of those, what all servers of a run must be given alike.
+#: Those of them that must be equal on all servers of a run.
 MIGRATION_FACTS = (
     "migrate", "migrate_every_s", "statistics", "half_life_s", "horizon_s", "migration_cost",
     "migrate_solver", "movable",
@@ -103,29 +103,29 @@ MIGRATION_FACTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class MigrationOptions(ReviewOptions):
-    """What :func:`migration_options` adds."""
+    """The values of :data:`migration_options`."""
 
     movable: bool
     placements_dir: str | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.moves:
+        if not self.migrates:
             self.refuse("placements_dir", found="has no effect without ``migrate`` or ``movable``")
 
     @property
-    def moves(self) -> bool:
+    def migrates(self) -> bool:
         """Whether experts may move."""
         return self.movable or self.migrate != "never"
 
 
 def address(text: str) -> tuple[str, int]:
-    """Host and port of ``--store``.
+    """Parse the host and port of ``--store``.
 
     Raises
     ------
     InputError
-        It is none.
+        It is not HOST:PORT.
     """
     host, colon, port = text.rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -134,8 +134,8 @@ def address(text: str) -> tuple[str, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeetingOptions(CommandOptions):
-    """What :func:`rendezvous_options` adds."""
+class RendezvousOptions(CommandOptions):
+    """The values of :data:`rendezvous_options`."""
 
     server: str
     store: str
@@ -145,7 +145,7 @@ class MeetingOptions(CommandOptions):
     rtt_ms: float
 
     def rendezvous(self, names: tuple[str, ...]) -> Rendezvous:
-        """The rendezvous of servers of these names.
+        """The rendezvous of a run with servers of these names.
 
         Raises
         ------
@@ -191,8 +191,8 @@ def require_seconds(value: float, parameter: str) -> None:
 
 
 @contextlib.contextmanager
-def jsonl(path: str | None) -> Iterator[Callable[[Any], None]]:
-    """Writes one JSON value a line, each at once, to a file or standard output."""
+def open_jsonl(path: str | None) -> Iterator[Callable[[Any], None]]:
+    """Open a file, or standard output, for one JSON value a line, each written at once."""
     from prism_plan.errors import OutputError
 
     if path is None or path == "-":

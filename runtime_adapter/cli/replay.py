@@ -1,4 +1,4 @@
-"""``python -m runtime_adapter replay``."""
+"""The command ``prism-runtime replay``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import click
 from prism_plan.cli.command_options import options_as
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
-    MeetingOptions,
     MigrationOptions,
-    jsonl,
+    RendezvousOptions,
+    log_assumed_figures,
+    log_info,
     migration_options,
-    note,
-    note_assumed,
+    open_jsonl,
     rendezvous_options,
 )
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplayOptions(MeetingOptions, MigrationOptions):
-    """What ``replay`` is given."""
+class ReplayOptions(RendezvousOptions, MigrationOptions):
+    """The options of ``replay``."""
 
     placement: str
     trace: str
@@ -53,17 +53,14 @@ class ReplayOptions(MeetingOptions, MigrationOptions):
 )
 @click.option("--seed", default=0, show_default=True, help="Of arrivals and prompts.")
 @click.option(
-    "--route",
-    type=click.Choice(["cover", "nearest", "spread"]),
-    default="cover",
-    show_default=True,
+    "--route", type=click.Choice(["cover", "nearest", "spread"]), default="cover", show_default=True
 )
 @click.option("--decode-tokens", default=32, show_default=True, metavar="N")
 @migration_options
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="R.jsonl", help="One line a request; default: stdout.")
 @options_as(ReplayOptions)
-def command(given: ReplayOptions) -> None:
+def command(args: ReplayOptions) -> None:
     """Drive this server's part of the machinery with recorded routing.
 
     All servers get the same files and options but for --server and -o. Messages are real; dense
@@ -80,31 +77,31 @@ def command(given: ReplayOptions) -> None:
     from prism_plan.io.trace_reader import read_trace
     from prism_plan.simulate.sampling import sample_requests
     from runtime_adapter.replay import replay, replay_config
-    from runtime_adapter.server import Server
+    from runtime_adapter.server import LocalServer
 
     torch.set_num_threads(1)
-    for output in (given.output, given.stats):
-        require_writable_output(output, given.placement, given.trace, given.cluster)
-    placement, placement_file = read_placement_and_identity(given.placement)
-    rendezvous = given.rendezvous(placement.servers)
-    trace = read_trace(given.trace)
-    cluster, cluster_file = load_cluster(given.cluster)
-    with error_source(given.cluster):
+    for output in (args.output, args.stats):
+        require_writable_output(output, args.placement, args.trace, args.cluster)
+    placement, placement_file = read_placement_and_identity(args.placement)
+    rendezvous = args.rendezvous(placement.servers)
+    trace = read_trace(args.trace)
+    cluster, cluster_file = load_cluster(args.cluster)
+    with error_source(args.cluster):
         requests = sample_requests(
             trace,
             cluster,
-            requests_per_server=given.requests_per_server,
-            decode_tokens=given.decode_tokens,
-            seed=given.seed,
+            requests_per_server=args.requests_per_server,
+            decode_tokens=args.decode_tokens,
+            seed=args.seed,
         )
-    options = given.simulation(route=given.route, seed=given.seed)
-    own = ("requests_per_server", "seed", "route", "decode_tokens", "rtt_ms", *MIGRATION_FACTS)
+    simulation_options = args.simulation(route=args.route, seed=args.seed)
+    names = ("requests_per_server", "seed", "route", "decode_tokens", "rtt_ms", *MIGRATION_FACTS)
     facts = {
         "placement": placement_file.sha256,
         "trace": trace.sha256,
         "cluster": cluster_file.sha256,
-    } | {name: getattr(given, name) for name in own}
-    with error_source(given.placement):
+    } | {name: getattr(args, name) for name in names}
+    with error_source(args.placement):
         config = replay_config(
             placement,
             requests,
@@ -112,35 +109,35 @@ def command(given: ReplayOptions) -> None:
             trace.model,
             rendezvous,
             facts,
-            route=given.route,
-            rtt_s=given.rtt_ms * 1e-3,
-            options=options if given.moves else None,
-            placements_dir=given.placements_dir,
+            route=args.route,
+            rtt_s=args.rtt_ms * 1e-3,
+            options=simulation_options if args.migrates else None,
+            placements_dir=args.placements_dir,
         )
-    planned_by_links = given.route == "nearest" or given.migrate != "never"
-    note_assumed(
-        given.cluster, cluster, compute=True, loads=given.moves, links=planned_by_links
+    planned_by_links = args.route == "nearest" or args.migrate != "never"
+    log_assumed_figures(
+        args.cluster, cluster, compute=True, loads=args.migrates, links=planned_by_links
     )  # messages are real
-    with jsonl(given.output) as write, Server(config, note) as server:
+    with open_jsonl(args.output) as write, LocalServer(config, log_info) as server:
         begin_s = server.agree_on_start()
         began_s = time.time() + begin_s - time.monotonic()
-        results = replay(server, requests, begin_s, lambda timings: write(timings.to_json()))
+        results = replay(server, requests, begin_s, lambda result: write(vars(result)))
         server.finish()
         counted = server.counters.to_json()
         migrations = server.migrations()
     failed = sum(result.error is not None for result in results)
-    if given.stats is not None:
+    if args.stats is not None:
         values = {
-            "server": given.server,
+            "server": args.server,
             "requests": len(results),
             "failed": failed,
             "began_s": began_s,
-            "lost": [name for m, name in enumerate(placement.servers) if server.table.lost(m)],
+            "lost": server.expert_map.lost_names(),
             "gpu_busy_s": config.compute.clock.busy_s(),  # type: ignore[attr-defined]
             **counted,
-            "gpus": server.held(),
+            "gpus": server.held_experts(),
             "migrations": migrations,
         }
-        write_bytes(given.stats, (json.dumps(values, indent=1) + "\n").encode())
+        write_bytes(args.stats, (json.dumps(values, indent=1) + "\n").encode())
     if failed:
         raise click.ClickException(f"{failed} of {len(results)} requests failed")

@@ -1,4 +1,4 @@
-"""``python -m runtime_adapter serve``."""
+"""The command ``prism-runtime serve``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from prism_plan.errors import InputError
 from prism_plan.limits import require_integer
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
-    MeetingOptions,
     MigrationOptions,
-    jsonl,
+    RendezvousOptions,
+    log_assumed_figures,
+    log_info,
     migration_options,
-    note,
-    note_assumed,
+    open_jsonl,
     rendezvous_options,
 )
 
@@ -25,12 +25,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from prism_plan.simulate.routing_policies import Route
-    from runtime_adapter.driver import Job
+    from runtime_adapter.tokenized_requests import TokenizedRequest
+
+#: Tokens of the longest prompt on standard input, where nothing else is said.
+DEFAULT_MAX_PROMPT_TOKENS = 512
+#: Options that must be equal on all servers of a run.
+SERVE_FACTS = ("route", "concurrency", "rtt_ms", "weights", "transport", *MIGRATION_FACTS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(MeetingOptions, MigrationOptions):
-    """What ``serve`` is given."""
+class ServeOptions(RendezvousOptions, MigrationOptions):
+    """The options of ``serve``."""
 
     placement: str
     checkpoint: str
@@ -62,7 +67,7 @@ class ServeOptions(MeetingOptions, MigrationOptions):
                         parameter=name,
                         expected="``cluster``",
                     )
-        if not self.moves:
+        if not self.migrates:
             self.refuse("weights", found="has no effect without ``migrate`` or ``movable``")
         if not self.streamed:
             self.refuse(
@@ -112,10 +117,7 @@ class ServeOptions(MeetingOptions, MigrationOptions):
     help="nccl: states go from card to card; split: nccl's protocol over gloo, to try it.",
 )
 @click.option(
-    "--route",
-    type=click.Choice(["cover", "nearest", "spread"]),
-    default="cover",
-    show_default=True,
+    "--route", type=click.Choice(["cover", "nearest", "spread"]), default="cover", show_default=True
 )
 @click.option("--cluster", metavar="C.toml", help="Links, for --route nearest and --migrate.")
 @click.option(
@@ -134,7 +136,7 @@ class ServeOptions(MeetingOptions, MigrationOptions):
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="A.jsonl", help="One line a request; default: stdout.")
 @options_as(ServeOptions)
-def command(given: ServeOptions) -> None:
+def command(args: ServeOptions) -> None:
     """Serve a checkpoint, this server's experts and requests.
 
     All servers get the same files and options but for --server, --requests, --device, --threads
@@ -154,90 +156,86 @@ def command(given: ServeOptions) -> None:
     from prism_plan.io.serve_requests import read_requests
     from prism_plan.profiling.recording.fingerprint import fingerprint
     from prism_plan.simulate.network import Network
-    from runtime_adapter.driver import (
-        MAX_PROMPT_TOKENS,
-        context_tokens,
-        even_network,
-        load_tokenizer,
-        moving,
-        prepare,
-        prepare_stream,
-        require_covered,
-        serve,
-    )
+    from runtime_adapter.driver import serve
     from runtime_adapter.moe.compute import ExpertCompute
-    from runtime_adapter.moe.placed_model import (
-        load_experts,
-        load_model,
+    from runtime_adapter.moe.placed_model import load_placed_model
+    from runtime_adapter.moe.router import uniform_network
+    from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
+    from runtime_adapter.server import LocalServer
+    from runtime_adapter.server_config import ServerConfig, migration_config
+    from runtime_adapter.tokenized_requests import RequestTokenizer, context_tokens, load_tokenizer
+    from runtime_adapter.transport.nccl_channel import ChannelConfig, prepare_nccl, require_device
+    from runtime_adapter.transport.rendezvous import RuntimeFailure
+    from runtime_adapter.weights.checkpoint import Checkpoint
+    from runtime_adapter.weights.checkpoint_loader import CheckpointLoader
+    from runtime_adapter.weights.peer_loader import PeerLoader
+    from runtime_adapter.weights.server_experts import (
+        load_server_experts,
+        require_covered,
         require_placed_model,
         server_devices,
     )
-    from runtime_adapter.moe.thread_dispatcher import ThreadLocalDispatcher
-    from runtime_adapter.server import Server, ServerConfig
-    from runtime_adapter.transport.nccl_channel import DataChannels, prepare_nccl, require_device
-    from runtime_adapter.transport.rendezvous import RuntimeFailure
-    from runtime_adapter.weights.checkpoint import Checkpoint
 
-    files = [given.placement, given.cluster, None if given.streamed else given.requests]
-    for output in (given.output, given.stats):
+    files = [args.placement, args.cluster, None if args.streamed else args.requests]
+    for output in (args.output, args.stats):
         require_writable_output(output, *files)
-    torch.set_num_threads(given.threads)
-    placement, placement_file = read_placement_and_identity(given.placement)
-    rendezvous = given.rendezvous(placement.servers)
-    requests = [] if given.streamed else read_requests(given.requests)
-    checkpoint = Checkpoint(given.checkpoint)
-    require_placed_model(placement, checkpoint, source=given.placement)
-    require_covered(placement, source=given.placement)
+    torch.set_num_threads(args.threads)
+    placement, placement_file = read_placement_and_identity(args.placement)
+    rendezvous = args.rendezvous(placement.servers)
+    requests = [] if args.streamed else read_requests(args.requests)
+    checkpoint = Checkpoint(args.checkpoint)
+    require_placed_model(placement, checkpoint, source=args.placement)
+    require_covered(placement, source=args.placement)
     spec = checkpoint.spec
-    dtype = checkpoint.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
+    dtype = checkpoint.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     cluster, cluster_digest = None, None
-    network = even_network(placement.num_servers, spec.hidden_size * dtype.itemsize)
-    if given.cluster is not None:
-        cluster, cluster_file = load_cluster(given.cluster)
+    network = uniform_network(placement.num_servers, spec.hidden_size * dtype.itemsize)
+    if args.cluster is not None:
+        cluster, cluster_file = load_cluster(args.cluster)
         cluster_digest = cluster_file.sha256
         if tuple(server.name for server in cluster.servers) != placement.servers:
             raise InputError(
                 f"servers {', '.join(server.name for server in cluster.servers)}",
-                source=given.cluster,
-                expected=f"{', '.join(placement.servers)}, as in {given.placement}",
+                source=args.cluster,
+                expected=f"{', '.join(placement.servers)}, as in {args.placement}",
             )
-        with error_source(given.cluster):
+        with error_source(args.cluster):
             network = Network.of(cluster, spec)
-    if given.transport == "nccl":
-        prepare_nccl(given.interface)  # before anything uses a card
-    devices = server_devices(len(placement.gpu_capacity[rendezvous.rank]), given.device)
+    if args.transport == "nccl":
+        prepare_nccl(args.interface)  # before anything uses a card
+    devices = server_devices(len(placement.gpu_capacity[rendezvous.rank]), args.device)
     channels = None
-    if given.transport != "gloo":
-        channels = DataChannels(given.transport, devices[0])
+    if args.transport != "gloo":
+        channels = ChannelConfig(args.transport, devices[0])
         require_device(channels)
     tokenizer = load_tokenizer(checkpoint)
-    jobs = prepare(
-        requests, tokenizer, checkpoint, rendezvous.rank, given.max_new_tokens, given.requests
-    )
-    longest = max([len(job.ids) for job in jobs], default=1)
-    if given.streamed:
+    tokenizing = RequestTokenizer(tokenizer, checkpoint, rendezvous.rank, args.max_new_tokens)
+    tokenized = tokenizing.tokenize(requests, args.requests)
+    max_tokens = max([len(request.ids) for request in tokenized], default=1)
+    if args.streamed:
         context = context_tokens(checkpoint) or 1 << 20
-        longest = min(MAX_PROMPT_TOKENS, context)
-        if given.max_prompt_tokens is not None:
-            longest = given.max_prompt_tokens
-            require_integer(longest, 1, context, "max_prompt_tokens")
-    lanes = ThreadLocalDispatcher()
-    with error_source(given.placement):
-        store = load_experts(checkpoint, placement, rendezvous.rank, devices, dtype)
-    model = load_model(checkpoint, lanes, dtype, devices[0])
-    movable = None
-    if given.moves:
-        options = given.simulation(route=given.route, seed=given.seed)
-        with error_source(given.placement):
-            movable = moving(
+        max_tokens = min(DEFAULT_MAX_PROMPT_TOKENS, context)
+        if args.max_prompt_tokens is not None:
+            max_tokens = args.max_prompt_tokens
+            require_integer(max_tokens, 1, context, "max_prompt_tokens")
+    backend = ThreadLocalDispatcher()
+    with error_source(args.placement):
+        store = load_server_experts(checkpoint, placement, rendezvous.rank, devices, dtype)
+    model = load_placed_model(checkpoint, backend, dtype, devices[0])
+    migration = None
+    if args.migrates:
+        from_checkpoint = CheckpointLoader(checkpoint.folder, store)
+        from_peers = PeerLoader(from_checkpoint, placement)
+        with error_source(args.placement):
+            migration = migration_config(
+                from_peers if args.weights == "peer" else from_checkpoint,
                 rendezvous,
                 placement,
-                store,
-                checkpoint,
+                spec,
                 cluster,
-                options,
-                given.placements_dir,
-                from_peers=given.weights == "peer",
+                args.simulation(route=args.route, seed=args.seed),
+                args.placements_dir,
+                keep_slots=True,
             )
     config = ServerConfig(
         rendezvous=rendezvous,
@@ -247,61 +245,49 @@ def command(given: ServeOptions) -> None:
         compute=ExpertCompute(store),
         facts={
             "placement": placement_file.sha256,
-            "checkpoint": fingerprint(given.checkpoint),
+            "checkpoint": fingerprint(args.checkpoint),
             "cluster": cluster_digest,
             "dtype": str(dtype).removeprefix("torch."),
-            **{
-                name: getattr(given, name)
-                for name in (
-                    "route",
-                    "concurrency",
-                    "rtt_ms",
-                    "weights",
-                    "transport",
-                    *MIGRATION_FACTS,
-                )
-            },
+            **{name: getattr(args, name) for name in SERVE_FACTS},
         },
-        states=dtype,
+        dtype=dtype,
         width=spec.hidden_size,
-        most_tokens=longest,
-        route=given.route,
-        lanes=given.concurrency,
-        rtt_s=given.rtt_ms * 1e-3,
-        threads=given.threads,
-        movable=movable,
+        max_tokens=max_tokens,
+        route=args.route,
+        num_lanes=args.concurrency,
+        rtt_s=args.rtt_ms * 1e-3,
+        threads=args.threads,
+        migration=migration,
         channels=channels,
     )
-    if given.cluster is not None and cluster is not None:
-        reviewed = given.migrate != "never"
-        by_links = reviewed or given.route == "nearest"
-        note_assumed(given.cluster, cluster, loads=reviewed, links=by_links)
-    with jsonl(given.output) as write, Server(config, note) as server:
+    if args.cluster is not None and cluster is not None:
+        reviewed = args.migrate != "never"
+        by_links = reviewed or args.route == "nearest"
+        log_assumed_figures(args.cluster, cluster, loads=reviewed, links=by_links)
+    with open_jsonl(args.output) as write, LocalServer(config, log_info) as server:
         begin_s = server.agree_on_start()
-        coming: Iterable[Job] = jobs
-        if given.streamed:
-            coming = prepare_stream(
-                sys.stdin.buffer, tokenizer, checkpoint, rendezvous.rank, given.max_new_tokens,
-                begin_s,
-            )  # fmt: skip
-        answers = serve(
-            server, model, tokenizer, lanes, coming, begin_s, lambda answer: write(answer.to_json())
-        )
+        incoming: Iterable[TokenizedRequest] = tokenized
+        if args.streamed:
+            incoming = tokenizing.tokenize_stream(sys.stdin.buffer, begin_s)
+        results = serve(
+            server, model, tokenizer, backend, incoming, begin_s,
+            lambda result: write(vars(result)),
+        )  # fmt: skip
         server.finish()
         counted = server.counters.to_json()
         migrations = server.migrations()
-    failed = sum(answer.error is not None for answer in answers)
-    if given.stats is not None:
+    failed = sum(result.error is not None for result in results)
+    if args.stats is not None:
         values = {
-            "server": given.server,
-            "requests": len(answers),
+            "server": args.server,
+            "requests": len(results),
             "failed": failed,
-            "new_tokens": sum(len(answer.tokens) for answer in answers),
-            "lost": [name for m, name in enumerate(placement.servers) if server.table.lost(m)],
+            "new_tokens": sum(len(result.tokens) for result in results),
+            "lost": server.expert_map.lost_names(),
             **counted,
-            "gpus": server.held(),
+            "gpus": server.held_experts(),
             "migrations": migrations,
         }
-        write_bytes(given.stats, (json.dumps(values, indent=1) + "\n").encode())
+        write_bytes(args.stats, (json.dumps(values, indent=1) + "\n").encode())
     if failed:
-        raise RuntimeFailure(f"{failed} of {len(answers)} requests failed; see their errors")
+        raise RuntimeFailure(f"{failed} of {len(results)} requests failed; see their errors")

@@ -1,1 +1,1 @@
-"""The control channel of a run: its event log, the scheduler, and the servers' parts in moves."""
+"""Control of a run: its event log, the scheduler that moves experts, and the servers' parts."""

@@ -1,41 +1,41 @@
-"""What an entry of a run's log may say: its kinds, their fields and the ranges of those.
+"""The entries of a run's log: one dataclass a kind, and the ranges of their fields.
+
+==================  ==========================================================================
+written by          entries
+==================  ==========================================================================
+the scheduler       MigrationStarted, StopRequested, MigrationFinished, ReviewStarted,
+                    MoveFinished, LogMessage
+a GPU's server      ExpertsLoaded, DropsAnnounced, SlotsFreed, StepFailed, ServerStopped
+a driver            DropsAcknowledged, CallsReported
+the command `move`  MoveRequested
+==================  ==========================================================================
 
 Whoever reaches the store can write to the log, so readers skip what no server of the run can have
-written: bytes that are no JSON, an unknown kind, a field that is missing or of another type, a
+written: bytes that are not JSON, an unknown kind, a field that is missing or of another type, a
 server, GPU or expert that the run does not have.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_type_hints
 
 from prism_plan.errors import InputError
 from prism_plan.placement import Placement
-from runtime_adapter.transport.rendezvous import read_json
+from runtime_adapter.transport.tcp_store import parse_value
 
-#: Longer names and texts are none of ours.
+#: Names and texts are at most so long.
 MAX_TEXT = 4000
-#: Plans, reviews, steps and slots are counted from 0, and never up to this.
+#: Plans, reviews, steps and slots are numbered from 0, and never up to this.
 MAX_COUNT = 1 << 40
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One entry of the log and its number."""
-
-    number: int
-    what: str
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, key: str) -> Any:
-        return self.values[key]
-
-
-@dataclass(frozen=True)
 class Bounds:
-    """Of a run: how many servers, GPUs of all servers and (layer, expert) pairs there are."""
+    """Numbers of servers, GPUs of all servers and (layer, expert) pairs of a run."""
 
     servers: int = MAX_COUNT
     gpus: int = MAX_COUNT
@@ -43,8 +43,20 @@ class Bounds:
 
     @classmethod
     def of(cls, placement: Placement) -> Self:
-        """Of the run that begins with a placement."""
+        """The bounds of the run that begins with a placement."""
         return cls(placement.num_servers, placement.on_gpu.shape[0], placement.model.num_pairs)
+
+
+class ExpertChange(NamedTuple):
+    """A step that loads or drops an expert.
+
+    GPUs are counted over all servers in order, slots within their GPU (0 for drops).
+    """
+
+    step: int
+    gpu: int
+    pair: int
+    slot: int
 
 
 Check = Callable[[Any, Bounds], bool]
@@ -54,62 +66,181 @@ def _below(value: Any, bound: int) -> bool:
     return type(value) is int and 0 <= value < bound
 
 
-def _count(value: Any, bounds: Bounds) -> bool:
-    return _below(value, MAX_COUNT)
-
-
-def _server(value: Any, bounds: Bounds) -> bool:
-    return _below(value, bounds.servers)
-
-
-def _text(value: Any, bounds: Bounds) -> bool:
-    return type(value) is str and len(value) <= MAX_TEXT
-
-
-def _flag(value: Any, bounds: Bounds) -> bool:
-    return type(value) is bool
-
-
-def _code(value: Any, bounds: Bounds) -> bool:
-    return _below(value, 256)
-
-
-def _steps(value: Any, bounds: Bounds) -> bool:
+def _are_steps(value: Any, bounds: Bounds) -> bool:
     return type(value) is list and all(_below(step, MAX_COUNT) for step in value)
 
 
-def _experts(value: Any, bounds: Bounds) -> bool:
-    """[step, gpu, pair, slot] of each."""
+def _are_changes(value: Any, bounds: Bounds) -> bool:
     limits = (MAX_COUNT, bounds.gpus, bounds.pairs, MAX_COUNT)
     return type(value) is list and all(
-        type(expert) is list and len(expert) == 4 and all(map(_below, expert, limits))
-        for expert in value
+        type(change) is list and len(change) == 4 and all(map(_below, change, limits))
+        for change in value
     )
 
 
-#: Kind: its fields; see :mod:`~runtime_adapter.control.event_log` for what they mean.
-KINDS: dict[str, dict[str, Check]] = {
-    "plan": {"plan": _count},
-    "load": {"plan": _count, "experts": _experts},
-    "drop": {"plan": _count, "experts": _experts},
-    "seen": {"server": _server, "plan": _count, "steps": _steps},
-    "dropped": {"plan": _count, "steps": _steps},
-    "failed": {"plan": _count, "step": _count, "server": _text, "reason": _text},
-    "stop": {"plan": _count, "reason": _text},
-    "halted": {"plan": _count, "server": _server},
-    "over": {"plan": _count, "done": _flag, "text": _text},
-    "review": {"review": _count},
-    "calls": {"review": _count, "server": _server},
-    "move": {"move": _text},
-    "moved": {"move": _text, "code": _code, "text": _text},
-    "note": {"text": _text},
+# types of fields, each with its check
+Count = Annotated[int, lambda value, bounds: _below(value, MAX_COUNT)]
+Server = Annotated[int, lambda value, bounds: _below(value, bounds.servers)]
+ExitCode = Annotated[int, lambda value, bounds: _below(value, 256)]
+Flag = Annotated[bool, lambda value, bounds: type(value) is bool]
+Text = Annotated[str, lambda value, bounds: type(value) is str and len(value) <= MAX_TEXT]
+Steps = Annotated[list[int], _are_steps]
+Changes = Annotated[list[ExpertChange], _are_changes]
+
+#: The classes of entries by kind.
+KINDS: dict[str, type[LogEntry]] = {}
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """An entry of the log; by itself one that its reader has no use for.
+
+    ``kind`` is the class's name in snake case; ``number`` is the entry's place in the log, -1
+    before it is appended. Entries about a migration have its ``plan``, whose steps the store holds
+    under ``plan/<plan>``.
+    """
+
+    kind: ClassVar[str] = ""
+    number: int = field(default=-1, kw_only=True)
+
+    def __init_subclass__(cls) -> None:
+        cls.kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        KINDS[cls.kind] = cls
+
+
+@dataclass(frozen=True)
+class MigrationStarted(LogEntry):
+    """Servers begin the plan's steps."""
+
+    plan: Count
+
+
+@dataclass(frozen=True)
+class ExpertsLoaded(LogEntry):
+    """A server's GPUs serve these experts from now on."""
+
+    plan: Count
+    experts: Changes
+
+
+@dataclass(frozen=True)
+class DropsAnnounced(LogEntry):
+    """A server is about to drop these experts: drivers send it no new calls for them."""
+
+    plan: Count
+    experts: Changes
+
+
+@dataclass(frozen=True)
+class DropsAcknowledged(LogEntry):
+    """No call of a driver depends any longer on the experts that these steps drop."""
+
+    plan: Count
+    server: Server
+    steps: Steps
+
+
+@dataclass(frozen=True)
+class SlotsFreed(LogEntry):
+    """These steps' experts are dropped, and their slots can be loaded into."""
+
+    plan: Count
+    steps: Steps
+
+
+@dataclass(frozen=True)
+class StepFailed(LogEntry):
+    """A server, called by its name, cannot do a step."""
+
+    plan: Count
+    step: Count
+    server: Text
+    reason: Text
+
+
+@dataclass(frozen=True)
+class StopRequested(LogEntry):
+    """Servers begin no further step."""
+
+    plan: Count
+    reason: Text
+
+
+@dataclass(frozen=True)
+class ServerStopped(LogEntry):
+    """A server has no step in progress any more."""
+
+    plan: Count
+    server: Server
+
+
+@dataclass(frozen=True)
+class MigrationFinished(LogEntry):
+    """The migration is complete, or abandoned."""
+
+    plan: Count
+    complete: Flag
+    text: Text
+
+
+@dataclass(frozen=True)
+class ReviewStarted(LogEntry):
+    """Drivers report their calls."""
+
+    review: Count
+
+
+@dataclass(frozen=True)
+class CallsReported(LogEntry):
+    """A driver's calls are at ``calls/<server>/<review>``, its times at ``times/...``."""
+
+    review: Count
+    server: Server
+
+
+@dataclass(frozen=True)
+class MoveRequested(LogEntry):
+    """Somebody asks for the placement at ``move/<move>``."""
+
+    move: Text
+
+
+@dataclass(frozen=True)
+class MoveFinished(LogEntry):
+    """How a requested move ended: the exit code of the command, and a text."""
+
+    move: Text
+    code: ExitCode
+    text: Text
+
+
+@dataclass(frozen=True)
+class LogMessage(LogEntry):
+    """A text for the first server's log."""
+
+    text: Text
+
+
+_CHECKS: dict[str, dict[str, Check]] = {
+    kind: {
+        name: hint.__metadata__[0]
+        for name, hint in get_type_hints(entry, include_extras=True).items()
+        if name not in ("kind", "number")
+    }
+    for kind, entry in KINDS.items()
 }
 
 
-def read_entry(number: int, raw: bytes, bounds: Bounds | None = None) -> Entry:
-    """The entry that stands at a place of the log.
+def write_entry(entry: LogEntry, writer: str) -> str:
+    """The JSON of an entry; ``writer`` is for a person who reads the store."""
+    values = {name: getattr(entry, name) for name in _CHECKS[entry.kind]}
+    return json.dumps({"kind": entry.kind, **values, "by": writer})
 
-    A reader that does not know the run has no ``bounds``, and no use for kinds that are not known.
+
+def read_entry(number: int, raw: bytes, bounds: Bounds | None = None) -> LogEntry:
+    """Parse and check the entry at a place of the log.
+
+    A reader that does not know the run has no ``bounds``, and no use for unknown kinds.
 
     Raises
     ------
@@ -117,18 +248,21 @@ def read_entry(number: int, raw: bytes, bounds: Bounds | None = None) -> Entry:
         No server of the run writes such an entry.
     """
     source = f"entry {number} of the run's log"
-    values = read_json(raw, f"log/{number}")
+    values = parse_value(raw, f"log/{number}")
     if not isinstance(values, dict):
         raise InputError(f"{values!r:.60}", source=source, expected="an object")
-    what = values.pop("what", None)
-    fields = KINDS.get(what) if isinstance(what, str) else None
-    if fields is None and bounds is None and isinstance(what, str):
-        return Entry(number, what, values)
-    if fields is None:
-        raise InputError(f"{what!r:.60}", source=source, place="what", expected="a known kind")
-    for name, right in fields.items():
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        if bounds is None and isinstance(kind, str):
+            return LogEntry(number=number)
+        raise InputError(f"{kind!r:.60}", source=source, place="kind", expected="a known kind")
+    known: dict[str, Any] = {}
+    for name, check in _CHECKS[kind].items():
         if name not in values:
-            raise InputError(f"no {name!r}", source=source, place=what)
-        if not right(values[name], bounds or Bounds()):
-            raise InputError(f"{values[name]!r:.60}", source=source, place=f"{what}.{name}")
-    return Entry(number, what, values)
+            raise InputError(f"no {name!r}", source=source, place=kind)
+        if not check(values[name], bounds or Bounds()):
+            raise InputError(f"{values[name]!r:.60}", source=source, place=f"{kind}.{name}")
+        known[name] = values[name]
+    if "experts" in known:
+        known["experts"] = [ExpertChange(*change) for change in known["experts"]]
+    return KINDS[kind](**known, number=number)

@@ -1,4 +1,4 @@
-"""Asking a run to move its experts: for whoever is not one of its servers."""
+"""Requests a move of experts from a running cluster: the work of the command `move`."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from runtime_adapter.control.event_log import BEAT, EventLog, StoreLost
-from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife
-from runtime_adapter.transport.rendezvous import (
-    Rendezvous,
-    RuntimeFailure,
-    ask_store,
-    get,
-    get_number,
+from runtime_adapter.control.event_log import EventLog, StoreLost
+from runtime_adapter.control.failure_detector import (
+    HEARTBEAT_MARGIN_S,
+    SCHEDULER_HEARTBEAT,
+    FailureDetector,
 )
+from runtime_adapter.control.log_entries import MoveFinished, MoveRequested
+from runtime_adapter.transport.rendezvous import Rendezvous, RuntimeFailure
+from runtime_adapter.transport.tcp_store import call_store, wait_for_json, wait_for_number
 
-#: Between two looks at whether the scheduler lives.
+#: How often the scheduler's heartbeat is read.
 POLL_INTERVAL_S = 1.0
-#: A scheduler that has given no sign of life yet may still be starting.
-START_S = 120.0
+#: A scheduler without a heartbeat yet may still be starting, for so long.
+MAX_STARTUP_S = 120.0
 
 
-def ask(
+def request_move(
     rendezvous: Rendezvous, placement: Any, report: Callable[[str], None] = lambda text: None
 ) -> tuple[int, str]:
-    """Ask for a placement (its JSON), wait until that is over: exit code and what happened.
+    """Request a placement (its JSON), wait until the move has ended; returns exit code and text.
 
-    ``report`` is told of entries of the log that are skipped.
+    ``report`` gets a line about entries of the log that are skipped.
 
     Raises
     ------
@@ -37,37 +37,37 @@ def ask(
         There is no run, it does not move experts, it ended meanwhile, its store or its scheduler
         hangs or is gone.
     """
-    name = uuid.uuid4().hex
-    log = EventLog(rendezvous, f"move {name}")
+    move = uuid.uuid4().hex
+    log = EventLog(rendezvous, f"move {move}")
     log.expect(None, report)
+    join_s = rendezvous.rendezvous_timeout_s
     try:
-        if get(log.store, "movable", rendezvous.rendezvous_timeout_s) is not True:
+        if wait_for_json(log.store, "movable", join_s) is not True:
             raise RuntimeFailure(
                 f"``store`` {rendezvous.host}:{rendezvous.port}: a run that moves no experts; "
                 "start its servers with `movable`"
             )
-        timeout_s = get_number(
-            log.store, "timeout", rendezvous.rendezvous_timeout_s, 1e9, whole=False
-        )
-        ask_store(partial(log.put, f"move/{name}", placement))
+        timeout_s = wait_for_number(log.store, "timeout", join_s, 1e9, whole=False)
+        silence_limit_s = timeout_s + HEARTBEAT_MARGIN_S
+        call_store(partial(log.put, f"move/{move}", placement))
         log.follow()
-        ask_store(partial(log.tell, "move", move=name))
-        signs = SignsOfLife()
-        looked_s = time.monotonic()
+        call_store(partial(log.append, MoveRequested(move)))
+        detector = FailureDetector()
+        observed_s = time.monotonic()
         while True:
             entry = log.next(POLL_INTERVAL_S)
-            if entry is not None and entry.what == "moved" and entry["move"] == name:
-                return int(entry["code"]), str(entry["text"])
-            if time.monotonic() < looked_s + POLL_INTERVAL_S:
+            if isinstance(entry, MoveFinished) and entry.move == move:
+                return entry.code, entry.text
+            if time.monotonic() < observed_s + POLL_INTERVAL_S:
                 continue
-            looked_s = time.monotonic()
-            sign, there = ask_store(partial(_look, log), timeout_s + BEAT_GRACE_S)
-            limit_s = timeout_s + BEAT_GRACE_S if sign else START_S
-            if not there:
+            observed_s = time.monotonic()
+            heartbeat, running = call_store(partial(_observe_scheduler, log), silence_limit_s)
+            limit_s = silence_limit_s if heartbeat else MAX_STARTUP_S
+            if not running:
                 raise RuntimeFailure(
                     "the scheduler of the run has ended; some experts may have moved"
                 )
-            if signs.silent_s(BEAT, sign) > limit_s:
+            if detector.silent_s(SCHEDULER_HEARTBEAT, heartbeat) > limit_s:
                 raise RuntimeFailure(
                     f"the scheduler of the run gives no sign of life for {limit_s:g} s; the run "
                     "goes on, and some experts may have moved"
@@ -76,7 +76,8 @@ def ask(
         raise RuntimeFailure("the run ended before the move did") from error
 
 
-def _look(log: EventLog) -> tuple[bytes, bool]:
-    """The scheduler's last sign of life, and whether there is one as far as its server knows."""
-    beat = log.get_bytes(BEAT) if log.there(BEAT) else b""
-    return beat, log.get("movable") is True
+def _observe_scheduler(log: EventLog) -> tuple[bytes, bool]:
+    """The scheduler's heartbeat, and whether its process runs as far as its server knows."""
+    started = log.has(SCHEDULER_HEARTBEAT)
+    heartbeat = log.get_bytes(SCHEDULER_HEARTBEAT) if started else b""
+    return heartbeat, log.get("movable") is True

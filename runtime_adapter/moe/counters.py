@@ -1,4 +1,4 @@
-"""What a server has counted of its own traffic, in the simulator's words."""
+"""Counts the calls, bytes and times of one server's requests, under the simulator's names."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 
 
 class Counters:
-    """Calls, steps and bytes of the requests of one server.
+    """Counts of one server, safe for several threads.
 
-    ``calls``, ``remote_calls`` expert calls; ``steps`` (token, layer) and ``waiting`` of them with
-    a remote expert; ``destinations`` servers that tokens were sent to; ``messages`` calls to other
-    servers; ``out_bytes``, ``back_bytes`` their payload; ``called`` int64 [L, E]. Microseconds
-    ``compute_us`` of experts at home, and ``waiting_us`` for the others' answers after that.
+    ``calls`` of experts, ``remote_calls`` of them to other servers; ``steps`` (token, layer),
+    ``waiting`` of them with a remote expert; ``destinations`` (token, server that it was sent to);
+    ``messages`` to other servers, ``out_bytes`` and ``back_bytes`` their payload, ``retries`` of
+    calls whose expert had moved. Microseconds ``compute_us`` of this server's own experts, and
+    ``waiting_us`` for the other servers' answers after that.
     """
 
     NAMES = (
@@ -22,30 +23,30 @@ class Counters:
         "back_bytes", "retries", "compute_us", "waiting_us",
     )  # fmt: skip
 
-    def __init__(self, layers: int, experts: int) -> None:
+    def __init__(self, num_layers: int, num_experts: int) -> None:
         self._lock = threading.Lock()
         self._values = dict.fromkeys(self.NAMES, 0)
-        self._called = np.zeros((layers, experts), np.int64)
+        self._called = np.zeros((num_layers, num_experts), np.int64)
 
     def count(self, **more: int) -> None:
-        """Add to the named figures."""
+        """Add to the named counts."""
         with self._lock:
             for name, value in more.items():
                 self._values[name] += int(value)
 
     def count_calls(self, layer: int, experts: Any) -> None:
-        """Count which experts of a layer position were called."""
+        """Count the experts of a layer position that were called, one entry a call."""
         with self._lock:
             np.add.at(self._called[layer], experts.ravel(), 1)
 
     def take_called(self) -> Any:
-        """Calls since this was last asked, int64 [L, E]."""
+        """Calls of each expert since the last time, int64 [L, E]."""
         with self._lock:
             taken = self._called.copy()
             self._called[:] = 0
             return taken
 
     def to_json(self) -> dict[str, int]:
-        """All figures by name."""
+        """All counts by name."""
         with self._lock:
             return dict(self._values)

@@ -1,142 +1,41 @@
-"""One server's part of a checkpoint: the dense model, and the experts that a placement gives it.
+"""Loads the dense part of a checkpoint as a model whose routed experts are placed elsewhere.
 
 The model is made without weights; its dense weights are read one by one, and its experts modules
 are replaced, so that routed experts take memory only in the slots of an
-:class:`~runtime_adapter.weights.expert_store.ExpertStore`. Beyond dense weights and slots loading
-needs room for one tensor or one expert at a time.
+:class:`~runtime_adapter.weights.expert_store.ExpertStore`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from prism_plan.errors import InputError, PrismError, did_you_mean
-from prism_plan.model import require_same_model
-from prism_plan.placement import Placement
+from prism_plan.errors import InputError, PrismError
 from prism_plan.profiling.recording.decoder_cache import cache_argument
 from prism_plan.profiling.recording.expert_modules import find_experts
-from runtime_adapter.moe.placed_experts import Dispatcher, PlacedExperts
+from runtime_adapter.moe.placed_experts import ExpertBackend, PlacedExperts
+from runtime_adapter.torch_private import (
+    generation_config_of_model,
+    ignorable_tensors,
+    init_buffers,
+    set_tensor,
+)
 from runtime_adapter.weights.checkpoint import Checkpoint
-from runtime_adapter.weights.expert_store import ExpertStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Stored by old releases for every layer; transformers computes it.
+#: Old releases of transformers stored it for every layer; new ones compute it.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 
 
-# -------------------------------------------------------------------------------------- placement
-
-
-def require_placed_model(
-    placement: Placement, checkpoint: Checkpoint, *, source: object = "the placement"
-) -> None:
-    """Refuse a placement that was made for another model than the checkpoint's.
-
-    Layers, experts, top-k and sizes must agree. The name need not: a checkpoint is called after its
-    folder, which may have any name.
-
-    Raises
-    ------
-    WrongModel
-        Names the first field that differs, with both values.
-    """
-    model = dataclasses.replace(placement.model, name=checkpoint.spec.name)
-    require_same_model(model, checkpoint.spec, source=source, other=checkpoint.folder)
-
-
-def server_index(placement: Placement, name: str, *, source: object = "the placement") -> int:
-    """The server of that name.
-
-    Raises
-    ------
-    InputError
-        There is none.
-    """
-    if name not in placement.servers:
-        raise InputError(
-            f"no server {name!r}{did_you_mean(name, placement.servers)}",
-            source=source,
-            expected=f"one of {', '.join(placement.servers)}",
-        )
-    return placement.servers.index(name)
-
-
-def server_devices(gpus: int, device: str = "auto") -> list[torch.device]:
-    """Where the GPUs of a server are: ``cuda:g`` each, one device for all, or the CPU.
-
-    ``device`` is ``"auto"`` (CUDA where there is any, else the CPU), ``"cpu"``, ``"cuda"``, or one
-    card such as ``"cuda:0"`` that all GPUs of the placement share.
-
-    Raises
-    ------
-    InputError
-        There are not so many CUDA devices.
-    """
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        device = "cuda" if there else "cpu"
-    if device == "cpu":
-        return [torch.device("cpu")] * gpus
-    found = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", device)
-    if found is None:
-        raise InputError(
-            f"{device!r:.60}", parameter="device", expected="auto, cpu, cuda, or a card like cuda:0"
-        )
-    cards = list(range(gpus)) if found[1] is None else [int(found[1])] * gpus
-    if max(cards, default=-1) >= there:
-        raise InputError(
-            f"{device} needs {max(cards) + 1} CUDA devices",
-            parameter="device",
-            expected=f"at most the {there} that are here",
-            remedy="cuda:0 lets the server's GPUs share one card, cpu does without",
-        )
-    return [torch.device("cuda", card) for card in cards]
-
-
-def load_experts(
+def load_placed_model(
     checkpoint: Checkpoint,
-    placement: Placement,
-    server: int,
-    devices: Sequence[torch.device],
-    dtype: torch.dtype | None = None,
-) -> ExpertStore:
-    """A store with the slots of a server, and the experts that the placement gives it.
-
-    ``devices`` are those of the server's GPUs; ``dtype`` is the checkpoint's if not given.
-
-    Raises
-    ------
-    InputError
-        Too little memory, more experts than slots, or a file that cannot be read.
-    """
-    sizes = placement.model.expert_bytes_by_layer
-    slots = list(placement.gpu_capacity[server])
-    if not placement.model.equal_expert_bytes:  # then capacities are bytes
-        slots = [capacity // max(sizes) for capacity in slots]
-    dtype = checkpoint.dtype if dtype is None else dtype
-    store = ExpertStore.create(checkpoint.experts, slots, devices, dtype)
-    experts = checkpoint.spec.num_experts
-    for gpu, index in enumerate(placement.gpus_of(server)):
-        for layer, expert in np.argwhere(placement.on_gpu[index]).tolist():
-            store.put(layer * experts + expert, gpu, checkpoint.expert(layer, expert))
-    return store
-
-
-# ------------------------------------------------------------------------------------------ model
-
-
-def load_model(
-    checkpoint: Checkpoint,
-    dispatcher: Dispatcher,
+    backend: ExpertBackend,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
@@ -154,16 +53,16 @@ def load_model(
     """
     dtype = checkpoint.dtype if dtype is None else dtype
     device = torch.device(device)
-    with torch.no_grad(), _quiet(), _transformers(checkpoint):
+    with torch.no_grad(), _silenced_warnings(), _translated_errors(checkpoint):
         model = _empty_model(checkpoint, dtype)
-        _replace_experts(model, checkpoint, dispatcher)
+        _replace_experts(model, checkpoint, backend)
         missing = _read_dense(model, checkpoint, device)
-        _compute_buffers(model, device)
+        init_buffers(model, device)
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
         _configure_generation(model, checkpoint)
-    left = [name for name, tensor in _tensors(model) if tensor.is_meta]
-    if left:
-        raise InputError(f"{left[0]} has no value", source=checkpoint.folder)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise InputError(f"{name} has no value", source=checkpoint.folder)
     cache_argument(model.get_decoder())  # without one, every step would be a prefill of all tokens
     model.requires_grad_(False)
     model.eval()
@@ -186,12 +85,12 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _replace_experts(
-    model: PreTrainedModel, checkpoint: Checkpoint, dispatcher: Dispatcher
+    model: PreTrainedModel, checkpoint: Checkpoint, backend: ExpertBackend
 ) -> None:
     found = find_experts(model)
     for position, experts in enumerate(found.values()):
         parent, _, last = experts.name.rpartition(".")
-        setattr(model.get_submodule(parent), last, PlacedExperts(position, dispatcher))
+        setattr(model.get_submodule(parent), last, PlacedExperts(position, backend))
     if tuple(found) != checkpoint.spec.moe_layers:
         raise InputError(
             f"transformers has experts in layers {', '.join(map(str, found)) or '(none)'}",
@@ -201,43 +100,45 @@ def _replace_experts(
 
 
 def _read_dense(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> set[str]:
-    """Read every weight and stored buffer; the names of tied ones that are not stored."""
-    wanted = dict(model.state_dict(keep_vars=True))
+    """Read every stored weight and buffer; returns the names of tied ones that are not stored."""
+    expected = dict(model.state_dict(keep_vars=True))
     stored = set(checkpoint.dense_names())
-    _refuse_strangers(model, checkpoint, stored - wanted.keys())
-    missing = wanted.keys() - stored
+    _refuse_unknown_tensors(model, checkpoint, stored - expected.keys())
+    missing = expected.keys() - stored
     ties = model.all_tied_weights_keys.items()
     partners = {a: b for tie in ties for a, b in (tie, tie[::-1])}
     for name in sorted(missing):
         if name not in partners or partners[name] in missing:
-            file, _ = checkpoint.place(name)
+            file, _ = checkpoint.location(name)
             raise InputError(
                 f"tensor {name} is missing",
                 source=file,
-                expected=f"shape {list(wanted[name].shape)}",
+                expected=f"shape {list(expected[name].shape)}",
                 remedy="copy or download the checkpoint again",
             )
-    for name in sorted(stored & wanted.keys()):
-        shape = tuple(wanted[name].shape)
+    for name in sorted(stored & expected.keys()):
+        shape = tuple(expected[name].shape)
         if checkpoint.dense_shape(name) != shape:
-            file, inside = checkpoint.place(name)
+            file, inside = checkpoint.location(name)
             raise InputError(
                 f"shape {list(checkpoint.dense_shape(name))}",
                 source=file,
                 place=inside,
                 expected=f"{list(shape)}, as config.json says",
             )
-        # the model was made in `dtype`; what it has in another, it has so on purpose (gates)
-        _set(model, name, checkpoint.read(name).to(device=device, dtype=wanted[name].dtype))
+        # the model was made in `dtype`; tensors that it has in another (gates) keep theirs
+        set_tensor(model, name, checkpoint.read(name).to(device=device, dtype=expected[name].dtype))
     return set(missing)
 
 
-def _refuse_strangers(model: PreTrainedModel, checkpoint: Checkpoint, names: set[str]) -> None:
-    """A tensor that the model has no place for makes it another model."""
-    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+def _refuse_unknown_tensors(
+    model: PreTrainedModel, checkpoint: Checkpoint, names: set[str]
+) -> None:
+    """Refuse stored tensors that the model does not have: they are another model's."""
+    ignorable = [_COMPUTED, *ignorable_tensors(model)]
     for name in sorted(names):
-        if not any(pattern.search(name) for pattern in (_COMPUTED, *ignored)):
-            file, inside = checkpoint.place(name)
+        if not any(pattern.search(name) for pattern in ignorable):
+            file, inside = checkpoint.location(name)
             raise InputError(
                 "no tensor of this model",
                 source=file,
@@ -246,46 +147,20 @@ def _refuse_strangers(model: PreTrainedModel, checkpoint: Checkpoint, names: set
             )
 
 
-def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Give values to the buffers that no checkpoint stores, by the model's own initialisation."""
-    for module in model.modules():
-        names = [n for n in module._non_persistent_buffers_set if module._buffers[n] is not None]
-        for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
-        if names:
-            # weights that were read are marked, and transformers initialises no marked weight
-            model._init_weights(module)
-
-
 def _configure_generation(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Settings of ``generate`` from their file, else from config.json, as transformers does."""
     from transformers import GenerationConfig
 
-    where: dict[str, Any] = {"local_files_only": True}
-    if not (checkpoint.folder / "generation_config.json").is_file():
-        where |= {"config_file_name": "config.json", "_from_model_config": True}
-    model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, **where)
-
-
-def _set(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
-    path, _, last = name.rpartition(".")
-    module = model.get_submodule(path)
-    if last in module._parameters:
-        value = torch.nn.Parameter(value, requires_grad=False)
-        module._parameters[last] = value
+    if (checkpoint.folder / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     else:
-        module._buffers[last] = value
-    value._is_hf_initialized = True
-
-
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+        config = generation_config_of_model(checkpoint.folder)
+    model.generation_config = config
 
 
 @contextlib.contextmanager
-def _transformers(checkpoint: Checkpoint) -> Iterator[None]:
-    """Failures within transformers, which come as many kinds of exception, as one line."""
+def _translated_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """In the block, the many kinds of exceptions that transformers raises become InputError."""
     try:
         yield
     except PrismError:
@@ -307,8 +182,8 @@ def _transformers(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Warnings of transformers about what is not stored here."""
+def _silenced_warnings() -> Iterator[None]:
+    """In the block, transformers does not warn of weights that are not stored here."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,1 +1,1 @@
-"""Messages between servers: rendezvous, connections, the bytes on the wire, the send queue."""
+"""Messages between servers: rendezvous, store, connections, the wire format, the send queue."""

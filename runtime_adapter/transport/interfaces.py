@@ -1,4 +1,4 @@
-"""Whether links can use a network interface: asked before a server joins a run."""
+"""Checks, before a server joins a run, that its connections can use a network interface."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import struct
 
 from prism_plan.errors import InputError, did_you_mean
 
-#: Of Linux: ask for an interface's flags, for its IPv4 address; the flag that it is up.
+#: Linux requests for an interface's flags and its IPv4 address; the flag of one that is up.
 _SIOCGIFFLAGS, _SIOCGIFADDR, _IFF_UP = 0x8913, 0x8915, 0x1
 
 
 def require_interface(name: str, *, ipv4: bool = True) -> None:
-    """Refuse a network interface that is not there, is down, or has no address.
+    """Refuse a network interface that does not exist, is down, or has no address.
 
-    ``ipv4`` is False where the store's address is one of IPv6: then any address will do.
+    ``ipv4`` is False where the store has an IPv6 address: then the interface needs no IPv4 one.
 
     Raises
     ------
     InputError
-        Names the interfaces that there are.
+        Names the interfaces of this machine.
     """
     names = [known for _, known in socket.if_nameindex()]
 
@@ -29,27 +29,27 @@ def require_interface(name: str, *, ipv4: bool = True) -> None:
         )
 
     if name not in names:
-        near = did_you_mean(name, names)
-        raise refuse(f"no interface {name!r:.60}{near}", "see ip address")
-    flags = _ask(name, _SIOCGIFFLAGS)
+        suggestion = did_you_mean(name, names)
+        raise refuse(f"no interface {name!r:.60}{suggestion}", "see ip address")
+    flags = _request(name, _SIOCGIFFLAGS)
     if flags is not None and not struct.unpack_from("=H", flags, 16)[0] & _IFF_UP:
         raise refuse(f"{name!r} is down", f"ip link set {name} up, or choose another one")
-    if ipv4 and flags is not None and _ask(name, _SIOCGIFADDR) is None:
+    if ipv4 and flags is not None and _request(name, _SIOCGIFADDR) is None:
         raise refuse(
             f"{name!r} has no IPv4 address", "give it one that the other servers reach, or choose "
             "another one",
         )  # fmt: skip
 
 
-def _ask(name: str, what: int) -> bytes | None:
-    """What the system says of an interface; None where it has no answer."""
+def _request(name: str, code: int) -> bytes | None:
+    """Query the kernel about an interface; None where it has no answer."""
     try:
         import fcntl
-    except ImportError:  # not a Unix: gloo will say what is wrong
+    except ImportError:  # not a Unix: gloo reports what is wrong
         return None
-    request = struct.pack("256s", name.encode()[:15])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+    argument = struct.pack("256s", name.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
-            return fcntl.ioctl(asking.fileno(), what, request)
+            return fcntl.ioctl(any_socket.fileno(), code, argument)
         except OSError:
             return None

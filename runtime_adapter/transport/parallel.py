@@ -1,22 +1,25 @@
-"""Several things at once, or one thing with a limit of time."""
+"""Threads for several calls at once, for one with a time limit, and to end with the parent."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def in_parallel(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run all at once, so that no two wait for each other; raises the first error."""
-    found: list[Any] = [None] * len(jobs)
+def run_in_parallel(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run all jobs at once, so that none waits for another; raises the first error."""
+    results: list[Any] = [None] * len(jobs)
     errors: list[BaseException] = []
 
     def work(index: int) -> None:
         try:
-            found[index] = jobs[index]()
+            results[index] = jobs[index]()
         except BaseException as error:
             errors.append(error)
 
@@ -27,34 +30,46 @@ def in_parallel(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
         thread.join()
     if errors:
         raise errors[0]
-    return found
+    return results
 
 
-def in_time(job: Callable[[], T], within_s: float) -> T:
-    """The result of a job that may block for ever, run in a thread of its own.
+def run_with_timeout(job: Callable[[], T], timeout_s: float) -> T:
+    """Run a job that may block for ever, in a thread of its own, and return its result.
 
-    Also for what cannot be interrupted: the waiting can. A job that is not done in time is left to
-    its thread.
+    Also for calls that cannot be interrupted: only the waiting ends. A job that is not done in time
+    is left to its thread.
 
     Raises
     ------
     TimeoutError
         It is not done in time.
     """
-    found: list[T] = []
+    results: list[T] = []
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            found.append(job())
+            results.append(job())
         except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(within_s)
+    thread.join(timeout_s)
     if errors:
         raise errors[0]
-    if not found:
-        raise TimeoutError(f"not done within {within_s:g} s")
-    return found[0]
+    if not results:
+        raise TimeoutError(f"not done within {timeout_s:g} s")
+    return results[0]
+
+
+def exit_with_parent(interval_s: float = 0.25) -> None:
+    """From now on, exit this process when its parent process dies, even during start-up."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        while parent is not None and os.getppid() == parent.pid:
+            time.sleep(interval_s)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

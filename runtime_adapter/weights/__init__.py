@@ -1,1 +1,1 @@
-"""Weights: checkpoint files, the experts that a server holds, and where new ones come from."""
+"""Weights: checkpoint files, who holds which experts, and how a server loads more of them."""

@@ -1,9 +1,9 @@
-"""A checkpoint folder: which tensor is dense, and which belongs to which expert.
+"""Opens a checkpoint folder: which tensors are dense, and which belong to which expert.
 
 Reads what transformers saves for the families of :mod:`runtime_adapter.weights.families`:
 safetensors, in one file or in shards with an index, experts one by one or stacked by layer.
-Opening a checkpoint reads the headers only and checks that every expert is there in its shape;
-weights are read when they are asked for. Pickled weights (``.bin``) are refused: unpickling runs
+Opening a checkpoint reads only headers, and checks that every expert is there in its shape; weights
+are read on demand. Pickled weights (``.bin``) are refused: unpickling runs
 any code in them.
 """
 
@@ -26,16 +26,22 @@ from prism_plan.sizes.model_facts import read_facts
 from prism_plan.sizes.quantisation import Quantisation, quantisation_beside, quantisation_key
 from prism_plan.sizes.stored_tensors import StoredTensor, spec_from_tensors
 from prism_plan.sizes.weight_files import INDEX, SINGLE, indexed_files
-from runtime_adapter.weights.families import ALL_EXPERTS, ONE_EXPERT, PARTS, Family, family_of
+from runtime_adapter.weights.families import (
+    ALL_EXPERTS,
+    ONE_EXPERT,
+    PARTS,
+    CheckpointFamily,
+    family_of,
+)
 from runtime_adapter.weights.tensor_file import TensorFile
 
-#: Parts that lie one after the other in each expert's slice of a tensor of all experts.
+#: The parts in each expert's slice of a tensor of all experts, in their order there.
 PACKED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """What all routed experts of a model have in common.
+    """The shape and activation of every routed expert of a model.
 
     ``activation`` is a name of transformers' ``ACT2FN``; E experts in each of L layers, hidden
     states of H numbers, experts of width W.
@@ -48,8 +54,8 @@ class ExpertShape:
 
     def part(self, name: str) -> tuple[int, int]:
         """Shape of one of the parts gate, up and down."""
-        into = (self.width, self.hidden_size)
-        return into if name != "down" else into[::-1]
+        inner = (self.width, self.hidden_size)
+        return inner if name != "down" else inner[::-1]
 
     @property
     def numbers(self) -> int:
@@ -58,8 +64,8 @@ class ExpertShape:
 
 
 @dataclass(frozen=True)
-class _Where:
-    """Where a part of an expert is stored: from number ``first`` of a tensor on."""
+class _StoredPart:
+    """The place of a part of an expert: from number ``first`` of a stored tensor on."""
 
     file: str
     name: str
@@ -80,7 +86,7 @@ class Checkpoint:
         The values of ``config.json``.
     experts : ExpertShape
     dtype : torch.dtype
-        In which the weights are stored, as ``config.json`` has it.
+        The dtype of the weights, according to ``config.json``.
 
     Raises
     ------
@@ -100,7 +106,7 @@ class Checkpoint:
                 expected="a checkpoint folder with config.json and safetensors files",
             )
         self.config: Mapping[str, Any] = _read_config(path)
-        self.family: Family = family_of(self.config.get("model_type"), path)
+        self.family: CheckpointFamily = family_of(self.config.get("model_type"), path)
         self._refuse_quantisation(path)
         self._files: dict[str, TensorFile] = {}
         stored = list(self._stored())
@@ -121,8 +127,8 @@ class Checkpoint:
             activation=str(self.config.get("hidden_act", "silu")),
         )
         self._dense: dict[str, tuple[str, str]] = {}  # name in memory -> file, stored name
-        self._experts: dict[int, dict[str, _Where]] = {}  # by pair, by part
-        self._map(stored)
+        self._experts: dict[int, dict[str, _StoredPart]] = {}  # by pair, by part
+        self._index(stored)
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.folder)!r})"
@@ -139,7 +145,7 @@ class Checkpoint:
         return self._files[file].entries[stored].shape
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor of the dense part, as stored.
+        """Read a tensor of the dense part, as stored.
 
         Raises
         ------
@@ -152,28 +158,28 @@ class Checkpoint:
         return self._files[file].read(stored)
 
     def expert(self, layer_position: int, expert: int) -> dict[str, torch.Tensor]:
-        """The parts gate [W, H], up [W, H] and down [H, W] of one expert, as stored.
+        """Read the parts gate [W, H], up [W, H] and down [H, W] of one expert, as stored.
 
-        Nothing else is read, also where the experts of a layer are stored as one tensor.
+        Nothing else is read, even if the experts of a layer are stored as one tensor.
 
         Raises
         ------
         InputError
             The file cannot be read.
         """
-        found = self._experts[layer_position * self.spec.num_experts + expert]
+        stored = self._experts[layer_position * self.spec.num_experts + expert]
         return {
-            part: self._files[where.file].read(where.name, self.experts.part(part), where.first)
-            for part, where in found.items()
+            part: self._files[at.file].read(at.name, self.experts.part(part), at.first)
+            for part, at in stored.items()
         }
 
     @property
     def source(self) -> Path:
-        """The file that says which tensors there are."""
+        """The file that lists the tensors."""
         single = self.folder / SINGLE
         return single if single.is_file() else self.folder / INDEX
 
-    def place(self, name: str) -> tuple[Path, str]:
+    def location(self, name: str) -> tuple[Path, str]:
         """File and stored name of a tensor of the dense part, for a message."""
         if name not in self._dense:
             return self.source, name
@@ -183,7 +189,7 @@ class Checkpoint:
     # ----------------------------------------------------------------------------------- opening
 
     def _refuse_quantisation(self, path: Path) -> None:
-        """Refuse quantised weights, wherever the checkpoint says that they are."""
+        """Refuse quantised weights, whichever file of the checkpoint declares them."""
         key = quantisation_key(self.config)
         found = quantisation_beside(self.folder)
         if key:
@@ -228,38 +234,38 @@ class Checkpoint:
             self._files[file] = TensorFile(self.folder / file)
         return self._files[file]
 
-    def _map(self, stored: list[tuple[str, str]]) -> None:
-        """Tell dense tensors and experts apart, and check that the experts are complete."""
+    def _index(self, stored: list[tuple[str, str]]) -> None:
+        """Index dense tensors and the parts of experts, and check that all experts are complete."""
         position = {layer: at for at, layer in enumerate(self.spec.moe_layers)}
-        count, size = self.spec.num_experts, self.experts.hidden_size * self.experts.width
+        num_experts, size = self.spec.num_experts, self.experts.hidden_size * self.experts.width
         for file, name in stored:
-            one, every = ONE_EXPERT.match(name), ALL_EXPERTS.match(name)
-            match = one or every
+            one = ONE_EXPERT.match(name)
+            match = one or ALL_EXPERTS.match(name)
             if match is None or int(match["layer"]) not in position:
-                # experts of layers that the model does not run are none of its experts
+                # also experts of layers that the model does not run
                 self._dense[self.family.name_in_memory(name)] = (file, name)
                 continue
-            first = position[int(match["layer"])] * count
+            first = position[int(match["layer"])] * num_experts
             if one is not None:
                 part, expert = self.family.part_of(one["part"]), int(one["expert"])
-                if not part or expert >= count:
-                    self._refuse(file, name, f"parts of experts 0..{count - 1}")
-                self._shape(file, name, self.experts.part(part))
-                self._experts.setdefault(first + expert, {})[part] = _Where(file, name)
+                if not part or expert >= num_experts:
+                    self._refuse(file, name, f"parts of experts 0..{num_experts - 1}")
+                self._require_shape(file, name, self.experts.part(part))
+                self._experts.setdefault(first + expert, {})[part] = _StoredPart(file, name)
                 continue
-            halves = PACKED.get(match["part"], ())
-            if not halves:
+            packed = PACKED.get(match["part"], ())
+            if not packed:
                 self._refuse(file, name, " and ".join(PACKED))
-            rows, columns = self.experts.part(halves[0])
-            self._shape(file, name, (count, len(halves) * rows, columns))
-            for expert in range(count):
+            rows, columns = self.experts.part(packed[0])
+            self._require_shape(file, name, (num_experts, len(packed) * rows, columns))
+            for expert in range(num_experts):
                 parts = self._experts.setdefault(first + expert, {})
-                for at, part in enumerate(halves):
-                    parts[part] = _Where(file, name, (expert * len(halves) + at) * size)
+                for at, part in enumerate(packed):
+                    parts[part] = _StoredPart(file, name, (expert * len(packed) + at) * size)
         for pair in range(self.spec.num_pairs):
             for part in PARTS:
                 if part not in self._experts.get(pair, {}):
-                    layer, expert = divmod(pair, count)
+                    layer, expert = divmod(pair, num_experts)
                     names = self.family.expert_names(self.spec.moe_layers[layer], expert)
                     raise InputError(
                         f"tensor {names[part]} is missing",
@@ -277,7 +283,7 @@ class Checkpoint:
             expected=expected,
         )
 
-    def _shape(self, file: str, name: str, expected: tuple[int, ...]) -> None:
+    def _require_shape(self, file: str, name: str, expected: tuple[int, ...]) -> None:
         entry = self._files[file].entries[name]
         if entry.shape != expected or not entry.dtype.is_floating_point:
             raise InputError(

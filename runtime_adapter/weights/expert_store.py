@@ -1,10 +1,10 @@
-"""The experts that one server holds, in slots.
+"""The experts that one server holds, in the slots of its GPUs.
 
 Every GPU of the placement has a pool, a tensor [slots, numbers of an expert]; a slot holds
 gate and up, one below the other, and then down. Pools are in shared memory (CPU) or can be opened
-by another process (CUDA), so that several processes of a server compute with one copy of the
-weights: a store that is pickled to a spawned process is the same memory there. Each process has a
-table of its own, which pair is in which slot; the process that loads and drops tells the others its
+by another process (CUDA), so that all processes of a server compute with one copy of the weights: a
+store that is pickled to a spawned process is the same memory there. Each process has a table of its
+own of which pair is in which slot; the process that loads and drops sends the others each
 :class:`Change`.
 """
 
@@ -27,11 +27,11 @@ SHARED_MEMORY = "/dev/shm"
 
 
 class NotHeld(InputError):
-    """An expert was asked for on a server that does not hold it."""
+    """An expert was called on a server that does not hold it."""
 
 
 class Change(NamedTuple):
-    """One entry of the table that came or went; all numbers, so it is easily sent."""
+    """An expert that was loaded into a slot or dropped from it."""
 
     kind: Literal["load", "drop"]
     pair: int
@@ -43,9 +43,8 @@ class ExpertStore:
     """Experts of one server, by (layer, expert) pair ``l * E + e`` and GPU of the server.
 
     Made by :meth:`create`. One process loads and drops; any number of threads may compute. A slot
-    is written before its expert is in the table. Whoever drops an expert while others may still
-    compute with it keeps the slot (``keep_slot``) until they are past it; then comes
-    :meth:`release`.
+    is written before its expert is in the table. Drop an expert only when nothing computes with it
+    any more (:mod:`runtime_adapter.control.slot_release`).
     """
 
     def __init__(self, shape: ExpertShape, pools: Sequence[torch.Tensor]) -> None:
@@ -64,7 +63,7 @@ class ExpertStore:
         devices: Sequence[torch.device],
         dtype: torch.dtype,
     ) -> Self:
-        """An empty store with so many slots on each GPU; all memory is taken now.
+        """Create an empty store with so many slots on each GPU; all memory is allocated now.
 
         Raises
         ------
@@ -77,7 +76,7 @@ class ExpertStore:
             for slots, device in zip(gpu_slots, devices, strict=True)
             if device.type == "cpu"
         )
-        _require_memory(shared)
+        _require_free_memory(shared)
         pools = []
         for gpu, (slots, device) in enumerate(zip(gpu_slots, devices, strict=True)):
             try:
@@ -117,9 +116,14 @@ class ExpertStore:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the experts are held and computed."""
+        """The dtype in which the experts are held and computed."""
         dtype: torch.dtype = self.pools[0].dtype
         return dtype
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of a slot."""
+        return int(self.shape.numbers * self.dtype.itemsize)
 
     def put(self, pair: int, gpu: int, parts: Mapping[str, torch.Tensor]) -> Change:
         """Copy an expert into a free slot of a GPU, in the store's dtype.
@@ -138,7 +142,7 @@ class ExpertStore:
                     expected=f"{list(self.shape.part(part))}",
                 )
         with self._lock:
-            if any(at == gpu for at, _ in self._table.get(pair, ())):
+            if any(held_on == gpu for held_on, _ in self._table.get(pair, ())):
                 raise InputError(f"GPU {gpu} holds {self._text(pair)} already")
             if not self._free[gpu]:
                 raise InputError(
@@ -152,32 +156,32 @@ class ExpertStore:
         gate_up[:width].copy_(parts["gate"])
         gate_up[width:].copy_(parts["up"])
         down.copy_(parts["down"])
-        if gate_up.is_cuda:  # the copy is queued; other streams and processes must not see less
+        if gate_up.is_cuda:  # the copy is only queued; others must not compute with a part of it
             torch.cuda.current_stream(gate_up.device).synchronize()
         change = Change("load", pair, gpu, slot)
-        self._enter(change)
+        self.apply(change)
         return change
 
-    def parts(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gate, up and down of an expert that is laid out as in a slot; views."""
-        gate_up, down = self._split(numbers)
+    def parts(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views of gate, up and down of an expert whose weights are laid out as in a slot."""
+        gate_up, down = self._split(weights)
         gate, up = gate_up.chunk(2)
         return {"gate": gate, "up": up, "down": down}
 
-    def copy(self, pair: int, into: torch.Tensor) -> bool:
-        """Copy an expert's numbers as they stand in its slot; False if it is not, or goes.
+    def copy(self, pair: int, target: torch.Tensor) -> bool:
+        """Copy an expert's weights from its slot; False if it is not held, or dropped meanwhile.
 
-        Another thread may drop it meanwhile and load something else to the slot.
+        Another thread may drop it during the copy, and load another expert into the slot.
         """
         held = self._table.get(pair)
         if held is None:
             return False
         gpu, slot = held[0]
-        into.copy_(self.pools[gpu][slot])
+        target.copy_(self.pools[gpu][slot])
         return held[0] in self._table.get(pair, ())
 
-    def drop(self, pair: int, gpu: int, *, keep_slot: bool = False) -> Change:
-        """Take an expert out of the table; its slot is free, or kept until :meth:`release`.
+    def drop(self, pair: int, gpu: int) -> Change:
+        """Take an expert out of the table and free its slot.
 
         Raises
         ------
@@ -188,41 +192,24 @@ class ExpertStore:
         if slot is None:
             raise NotHeld(f"GPU {gpu} does not hold {self._text(pair)}")
         change = Change("drop", pair, gpu, slot)
-        self._enter(change)
-        if not keep_slot:
-            self.release(change)
+        self.apply(change)
+        with self._lock:
+            self._free[gpu].append(slot)
         return change
 
-    def release(self, dropped: Change) -> None:
-        """Free the slot of an expert that was dropped with ``keep_slot``."""
-        with self._lock:
-            self._free[dropped.gpu].append(dropped.slot)
-
     def apply(self, change: Change) -> None:
-        """Enter what another process of the server has loaded or dropped."""
-        self._enter(change)
-
-    def _enter(self, change: Change) -> None:
+        """Update the table by what a process of the server has loaded or dropped."""
         with self._lock:
             held = dict(self._table.get(change.pair, ()))
             if change.kind == "load":
                 held[change.gpu] = change.slot
             else:
                 held.pop(change.gpu, None)
-            # a new tuple in one assignment: threads that compute see the one or the other
+            # one assignment of a new tuple: threads that compute see either the old or the new one
             if held:
                 self._table[change.pair] = tuple(sorted(held.items()))
             else:
                 self._table.pop(change.pair, None)
-
-    def changes(self) -> list[Change]:
-        """The table as loads, in order of (pair, GPU)."""
-        with self._lock:
-            return [
-                Change("load", pair, gpu, slot)
-                for pair, held in sorted(self._table.items())
-                for gpu, slot in held
-            ]
 
     def has(self, pair: int) -> bool:
         """Whether any GPU holds the expert."""
@@ -232,10 +219,6 @@ class ExpertStore:
         """The lowest GPU that holds the expert, or -1."""
         held = self._table.get(pair)
         return held[0][0] if held else -1
-
-    def free_slots(self, gpu: int) -> int:
-        """Slots of a GPU that can be loaded into."""
-        return len(self._free[gpu])
 
     def _text(self, pair: int) -> str:
         return self.shape.spec.pair_text(pair)
@@ -267,7 +250,7 @@ class ExpertStore:
 
 
 def _activation(name: str) -> Any:
-    if name == "silu":  # as transformers has it, whose import takes a worker seconds
+    if name == "silu":  # equal to transformers' own, whose import takes a worker seconds
         return torch.nn.SiLU()
     from transformers.activations import ACT2FN
 
@@ -281,21 +264,21 @@ def _activation(name: str) -> Any:
     return ACT2FN[name]
 
 
-def _require_memory(shared_bytes: int) -> None:
-    """Refuse what cannot be had: touching shared memory that is not there ends the process."""
+def _require_free_memory(shared_bytes: int) -> None:
+    """Refuse too large a store: using shared memory that does not exist ends the process."""
     import psutil
 
     free = psutil.virtual_memory().available
-    where, remedy = "memory", "give the server fewer slots in the cluster file and plan again"
+    place, remedy = "memory", "give the server fewer slots in the cluster file and plan again"
     if os.path.isdir(SHARED_MEMORY):
         system = os.statvfs(SHARED_MEMORY)
-        room = system.f_bavail * system.f_frsize
-        if room < free:
-            free, where = room, SHARED_MEMORY
+        shared_free = system.f_bavail * system.f_frsize
+        if shared_free < free:
+            free, place = shared_free, SHARED_MEMORY
             remedy = f"make {SHARED_MEMORY} larger, or give the server fewer slots"
     if shared_bytes > free:
         raise InputError(
             f"{shared_bytes:,} bytes of experts, and {free:,} bytes are free",
-            source=where,
+            source=place,
             remedy=remedy,
         )

@@ -1,6 +1,6 @@
-"""How the experts of each MoE family are named in its checkpoints.
+"""How each MoE family names the experts in its checkpoints.
 
-Families here have experts of one form, ``down(act(gate(x)) · up(x))`` without biases; in memory
+All families here have experts of one form, ``down(act(gate(x)) · up(x))`` without biases; in memory
 transformers 5 packs them as ``gate_up_proj`` [E, 2·W, H] and ``down_proj`` [E, H, W].
 """
 
@@ -22,8 +22,8 @@ ALL_EXPERTS = re.compile(rf"^{_BLOCK}\.(?P<part>[^.]+)$")
 
 
 @dataclass(frozen=True)
-class Family:
-    """One ``model_type``.
+class CheckpointFamily:
+    """The naming of one ``model_type``.
 
     ``width_key`` is the key of ``config.json`` that holds an expert's width; ``parts`` are the
     modules of an expert as stored, by :data:`PARTS`; ``block`` is the stored name of what
@@ -35,7 +35,7 @@ class Family:
     block: str = "mlp"
 
     def part_of(self, stored: str) -> str:
-        """The part that a stored tensor ``<module>.weight`` is; empty where it is none."""
+        """The part that a stored tensor ``<module>.weight`` holds; empty if it is no part."""
         for part, module in zip(PARTS, self.parts, strict=True):
             if stored == f"{module}.weight":
                 return part
@@ -53,17 +53,17 @@ class Family:
         }
 
 
-FAMILIES: dict[str, Family] = {
-    "mixtral": Family("intermediate_size", ("w1", "w3", "w2"), "block_sparse_moe"),
-    "deepseek_v2": Family(),
-    "deepseek_v3": Family(),
-    "qwen2_moe": Family(),
-    "qwen3_moe": Family(),
-    "olmoe": Family("intermediate_size"),
+FAMILIES: dict[str, CheckpointFamily] = {
+    "mixtral": CheckpointFamily("intermediate_size", ("w1", "w3", "w2"), "block_sparse_moe"),
+    "deepseek_v2": CheckpointFamily(),
+    "deepseek_v3": CheckpointFamily(),
+    "qwen2_moe": CheckpointFamily(),
+    "qwen3_moe": CheckpointFamily(),
+    "olmoe": CheckpointFamily("intermediate_size"),
 }
 
 
-def family_of(model_type: object, source: object) -> Family:
+def family_of(model_type: object, source: object) -> CheckpointFamily:
     """The family of a ``model_type``.
 
     Raises

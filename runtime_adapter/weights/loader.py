@@ -1,44 +1,34 @@
-"""Experts that come to a server's slots while it serves, read from its checkpoint."""
+"""The interface of what brings experts to a server's GPUs while it serves, and removes them."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Protocol
 
-from runtime_adapter.moe.expert_map import ExpertMap
 from runtime_adapter.transport.rendezvous import Rendezvous
-from runtime_adapter.weights.checkpoint import Checkpoint
-from runtime_adapter.weights.expert_store import Change, ExpertStore
+from runtime_adapter.weights.expert_map import ExpertMap
+from runtime_adapter.weights.expert_store import Change
 
 
-class CheckpointLoader:
-    """Reads one expert at a time into the server's store; see :class:`~.agent.Loader`.
+class Loader(Protocol):
+    """Loads experts to a server's GPUs, counted from 0, and drops them."""
 
-    Passed to the worker together with what computes from the same ``store``. The checkpoint is
-    opened there, when the first expert is loaded.
-    """
-
-    def __init__(self, folder: Path, store: ExpertStore) -> None:
-        self.folder = folder
-        self.store = store
-        self._checkpoint: Checkpoint | None = None
-
-    def connect(self, rendezvous: Rendezvous, table: ExpertMap) -> None:
-        """It needs nobody."""
-
-    def load(self, pair: int, gpu: int) -> Change:
-        """Read and enter an expert.
+    def connect(self, rendezvous: Rendezvous, expert_map: ExpertMap) -> None:
+        """Called once before all, in the worker, whose ``expert_map`` says who holds what.
 
         Raises
         ------
-        InputError
-            The checkpoint cannot be read or lacks it, or the GPU has no free slot.
+        RuntimeFailure
+            Another server that it needs is not there in time.
         """
-        if self._checkpoint is None:
-            self._checkpoint = Checkpoint(self.folder)
-        checkpoint = self._checkpoint
-        parts = checkpoint.expert(*divmod(pair, checkpoint.spec.num_experts))
-        return self.store.put(pair, gpu, parts)
+
+    def load(self, pair: int, gpu: int) -> Change:
+        """Load an expert; returns when the expert can be computed with.
+
+        Raises
+        ------
+        PrismError
+            It cannot be loaded; nothing has changed.
+        """
 
     def drop(self, pair: int, gpu: int) -> None:
-        """Free an expert's slot."""
-        self.store.drop(pair, gpu)
+        """Free an expert's slot; the caller knows that nothing computes with it any more."""

@@ -1,4 +1,4 @@
-"""One safetensors file, read by ranges.
+"""Reads tensors, or ranges of them, from a safetensors file.
 
 The file is neither mapped nor read whole: a mapped file counts as memory page by page, and ends the
 process when it is cut while it is served from. Reading is safe from several threads and releases
@@ -35,8 +35,8 @@ _REMEDY = "copy or download the file again"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of the file: ``begin`` and ``end`` are byte positions in the file."""
+class TensorEntry:
+    """A tensor of a file, whose bytes are at ``begin`` to ``end`` of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._fd = open_file(self.path)
-        self.entries: Mapping[str, Entry] = {
+        self.entries: Mapping[str, TensorEntry] = {
             name: self._entry(tensor) for name, tensor in header_of(self._fd, self.path).items()
         }
 
@@ -69,7 +69,7 @@ class TensorFile:
         return TensorFile, (self.path,)  # another process opens the file itself
 
     def read(self, name: str, shape: tuple[int, ...] | None = None, first: int = 0) -> torch.Tensor:
-        """A tensor of the file, or a ``shape`` of its numbers from number ``first`` on.
+        """Read a tensor, or a ``shape`` of its numbers from number ``first`` on.
 
         Raises
         ------
@@ -87,17 +87,17 @@ class TensorFile:
             self._fill(memoryview(raw.numpy()), begin, name)
         return raw.view(entry.dtype).view(shape)
 
-    def _fill(self, into: memoryview, position: int, name: str) -> None:
+    def _fill(self, target: memoryview, position: int, name: str) -> None:
         done = 0
-        while done < len(into):
+        while done < len(target):
             try:
-                got = os.preadv(self._fd, [into[done:]], position + done)
+                num_read = os.preadv(self._fd, [target[done:]], position + done)
             except OSError as error:
                 reason = (error.strerror or str(error)).lower()
                 raise InputError(
                     f"cannot be read: {reason}", source=self.path, place=name, remedy=_REMEDY
                 ) from error
-            if not got:
+            if not num_read:
                 raise InputError(
                     "the file ends within the tensor",
                     source=self.path,
@@ -105,9 +105,9 @@ class TensorFile:
                     expected="the file as it was when it was opened",
                     remedy=_REMEDY,
                 )
-            done += got
+            done += num_read
 
-    def _entry(self, tensor: StoredTensor) -> Entry:
+    def _entry(self, tensor: StoredTensor) -> TensorEntry:
         if tensor.dtype not in DTYPES:
             raise InputError(
                 f"numbers of kind {tensor.dtype!r:.20}",
@@ -117,4 +117,4 @@ class TensorFile:
                 remedy="quantised weights cannot be run here",
             )
         end = tensor.begin + tensor.num_bytes
-        return Entry(DTYPES[tensor.dtype], tensor.shape, tensor.begin, end)
+        return TensorEntry(DTYPES[tensor.dtype], tensor.shape, tensor.begin, end)

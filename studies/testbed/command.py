@@ -1,4 +1,4 @@
-"""The command line of the testbed: one command on every server, its output, its end."""
+"""The command line of the testbed: runs one command on every server and collects its output."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from prism_plan.cli.internal_errors import write_log_line
 from prism_plan.errors import OutputError
 from studies.testbed.testbed import Testbed, check_command
 
-#: What begins each line on standard error.
+#: Begins each line on standard error.
 PROGRAM = "testbed"
-#: Signals that end the testbed; its servers are sent the same one.
-ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Signals that end the testbed, which it passes on to its servers.
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 #: A server that ignores SIGTERM is killed after this.
 KILL_AFTER_S = 5.0
@@ -77,26 +77,26 @@ def cli(
     Exit code: that of the first server that fails, 128 + the signal if one ended it; 2 if there is
     no testbed, 70 an internal error (please report its line).
     """
-    given = None if names is None else names.split(",")
+    name_list = None if names is None else names.split(",")
     if servers is None:
-        servers = 3 if given is None else len(given)
+        servers = 3 if name_list is None else len(name_list)
     check_command(command)
     folder = None if logs is None else _folder(logs)
-    with _Endings() as endings, contextlib.ExitStack() as stack:
-        testbed = Testbed(servers, mbps, names=given, rtt_ms=rtt_ms, burst_kb=burst_kb)
-        pumps: list[threading.Thread] = []
-        # what is removed last is entered first: output is complete once its writers are gone
-        stack.callback(_drain, pumps)
+    with _SignalCatcher() as signals, contextlib.ExitStack() as stack:
+        testbed = Testbed(servers, mbps, names=name_list, rtt_ms=rtt_ms, burst_kb=burst_kb)
+        copiers: list[threading.Thread] = []
+        # entered first, so done last: output is complete once the processes have ended
+        stack.callback(_join, copiers)
         stack.enter_context(testbed)
         running = []
         for index in range(servers):
-            if endings.signum:
+            if signals.signum:
                 break
             with _outputs(folder, testbed.names[index]) as outputs:
                 process = testbed.run(index, command, stdin=subprocess.DEVNULL, **outputs)
             running.append(process)
-            pumps += _pumps(process, testbed.names[index], endings)
-        return _watch(testbed, running, endings, grace_s)
+            copiers += _copy_output(process, testbed.names[index], signals)
+        return _wait_for_servers(testbed, running, signals, grace_s)
 
 
 def main() -> int:
@@ -104,8 +104,8 @@ def main() -> int:
     return run_command(cli, "testbed", program=PROGRAM)
 
 
-class _Endings:
-    """Notes signals instead of being interrupted by them, so that a removal is never cut short."""
+class _SignalCatcher:
+    """Records signals instead of being interrupted by them, so that a removal is completed."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -113,49 +113,52 @@ class _Endings:
         self.reader_gone = threading.Event()
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
-    def __enter__(self) -> _Endings:
-        for signum in ENDINGS:
+    def __enter__(self) -> _SignalCatcher:
+        for signum in END_SIGNALS:
             if signum == signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN:
                 continue  # under nohup
-            self._before[signum] = signal.signal(signum, self._heard)
+            self._before[signum] = signal.signal(signum, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
-    def _heard(self, signum: int, frame: FrameType | None) -> None:
+    def _record(self, signum: int, frame: FrameType | None) -> None:
         self.signum = self.signum or signum
         self.count += 1
 
 
-def _watch(
-    testbed: Testbed, running: list[subprocess.Popen[bytes]], endings: _Endings, grace_s: float
+def _wait_for_servers(
+    testbed: Testbed,
+    running: list[subprocess.Popen[bytes]],
+    signals: _SignalCatcher,
+    grace_s: float,
 ) -> int:
-    """Wait for the servers; the exit code of the testbed."""
+    """Wait for the servers; returns the exit code of the testbed."""
     code = 0
-    while not testbed.wait(0.05) and not endings.signum and not endings.reader_gone.is_set():
+    while not testbed.wait(0.05) and not signals.signum and not signals.reader_gone.is_set():
         if code := _first_failure(testbed, running):
             break
-    if endings.signum:
-        testbed.signal(signal.Signals(endings.signum))
-        code = 128 + endings.signum
-    elif endings.reader_gone.is_set():
+    if signals.signum:
+        testbed.signal(signal.Signals(signals.signum))
+        code = 128 + signals.signum
+    elif signals.reader_gone.is_set():
         testbed.signal(signal.SIGTERM)
         code = 128 + signal.SIGPIPE
     code = code or _first_failure(testbed, running)
-    if not _patient(testbed, endings, grace_s):
+    if not _wait_for_end(testbed, signals, grace_s):
         testbed.signal(signal.SIGTERM)
-        _patient(testbed, endings, KILL_AFTER_S)  # the testbed kills what is left
+        _wait_for_end(testbed, signals, KILL_AFTER_S)  # the testbed kills what is left
     return code
 
 
-def _patient(testbed: Testbed, endings: _Endings, timeout_s: float) -> bool:
-    """Wait until the servers have ended; one more signal ends the wait too."""
-    end = time.monotonic() + timeout_s
-    count = endings.count
+def _wait_for_end(testbed: Testbed, signals: _SignalCatcher, timeout_s: float) -> bool:
+    """Wait until the servers have ended, the time is over, or another signal comes."""
+    deadline = time.monotonic() + timeout_s
+    count = signals.count
     while not testbed.wait(0.05):
-        if time.monotonic() >= end or endings.count > count:
+        if time.monotonic() >= deadline or signals.count > count:
             return False
     return True
 
@@ -172,7 +175,7 @@ def _first_failure(testbed: Testbed, running: list[subprocess.Popen[bytes]]) -> 
 
 @contextlib.contextmanager
 def _outputs(folder: Path | None, name: str) -> Iterator[dict[str, Any]]:
-    """Where a server's output goes."""
+    """The files or pipes to which a server's output goes."""
     if folder is None:
         yield {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return
@@ -192,31 +195,33 @@ def _folder(logs: str) -> Path:
     return folder
 
 
-def _pumps(
-    process: subprocess.Popen[bytes], name: str, endings: _Endings
+def _copy_output(
+    process: subprocess.Popen[bytes], name: str, signals: _SignalCatcher
 ) -> Iterator[threading.Thread]:
     """Start threads that copy a server's output, each line behind its name."""
     for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
         if source is not None:
-            arguments = (source, target.buffer, f"{name}: ".encode(), endings)
-            pump = threading.Thread(target=_pump, args=arguments, daemon=True)
-            pump.start()
-            yield pump
+            arguments = (source, target.buffer, f"{name}: ".encode(), signals)
+            copier = threading.Thread(target=_copy_lines, args=arguments, daemon=True)
+            copier.start()
+            yield copier
 
 
-def _pump(source: IO[bytes], target: IO[bytes], prefix: bytes, endings: _Endings) -> None:
+def _copy_lines(
+    source: IO[bytes], target: IO[bytes], prefix: bytes, signals: _SignalCatcher
+) -> None:
     with source:
         while line := source.readline(65_536):
-            if endings.reader_gone.is_set():
-                continue  # read on, so that no server waits for a full pipe while it is ended
+            if signals.reader_gone.is_set():
+                continue  # read on, so that no server blocks on a full pipe while it is ended
             try:
                 # one write for a line, so that lines of several servers do not mix
                 target.write(prefix + line.rstrip(b"\n") + b"\n")
                 target.flush()
             except (OSError, ValueError):
-                endings.reader_gone.set()
+                signals.reader_gone.set()
 
 
-def _drain(pumps: list[threading.Thread]) -> None:
-    for pump in pumps:
-        pump.join(KILL_AFTER_S)
+def _join(copiers: list[threading.Thread]) -> None:
+    for copier in copiers:
+        copier.join(KILL_AFTER_S)

@@ -7,8 +7,8 @@
 For each round trip every placement is replayed under every seed, planned on one half of the
 requests and replayed with the other. Before and after the runs of a seed the machinery is
 calibrated on a placement made for that, and their prediction is of the mean of both: machines are
-not equally fast all day. A run in which the processors were busy throughout is void and done again,
-for there they are what is measured.
+not equally fast all day. A run in which the processors were busy throughout is void, for then it
+measures them, and is repeated.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,20 +28,19 @@ import click
 
 from prism_plan.errors import InputError, PrismError
 from studies.machine import commit, processor
+from studies.testbed.processors import ProcessorMonitor
 
 SOLVERS = ("uniform", "redundance", "smartmoe", "eplb", "layer-partition", "prism", "exact")
-#: A sample of the processors is saturated from this share of busy time on.
-SATURATED = 0.97
 #: Runs with more saturated samples than this share are void.
 MAX_SATURATED = 0.1
-#: A void run is repeated so often.
-TRIES = 3
+#: A run is tried so often until it is not void.
+MAX_ATTEMPTS = 3
 PORT = 29400
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """What an experiment varies and what it holds."""
+class ExperimentConfig:
+    """What an experiment varies, and what it keeps fixed."""
 
     trace: str
     cluster: str
@@ -55,63 +52,8 @@ class Setting:
     burst_kb: float = 64.0
 
 
-class Processors:
-    """Samples how busy the machine's processors are, in a thread; a context manager."""
-
-    def __init__(self, every_s: float = 0.5) -> None:
-        self._every_s = every_s
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._samples: list[tuple[float, float]] = []
-        self._window = (0.0, math.inf)
-
-    def __enter__(self) -> Processors:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        before = _ticks()
-        while not self._ended.wait(self._every_s):
-            now = _ticks()
-            busy, total = now[0] - before[0], now[1] - before[1]
-            if total:
-                self._samples.append((time.time(), busy / total))
-            before = now
-
-    def only(self, begin_s: float, end_s: float) -> None:
-        """Look at these seconds of ``time.time`` alone, when requests were served."""
-        self._window = (begin_s, end_s)
-
-    @property
-    def samples(self) -> list[float]:
-        """Share of busy time in each interval."""
-        begin_s, end_s = self._window
-        return [share for at, share in self._samples if begin_s + self._every_s <= at <= end_s]
-
-    @property
-    def busy(self) -> float:
-        """Mean share of busy time."""
-        return sum(self.samples) / max(len(self.samples), 1)
-
-    @property
-    def saturated(self) -> float:
-        """Share of samples in which the processors were busy throughout."""
-        return sum(s >= SATURATED for s in self.samples) / max(len(self.samples), 1)
-
-
-def _ticks() -> tuple[int, int]:
-    """Busy and all ticks of the processors since the machine was started."""
-    with open("/proc/stat", encoding="ascii") as stream:
-        values = [int(word) for word in stream.readline().split()[1:9]]
-    return sum(values) - values[3] - values[4], sum(values)
-
-
 def provenance() -> dict[str, Any]:
-    """Where and with what an experiment ran."""
+    """The machine and versions with which an experiment runs."""
     return {
         "commit": commit(),
         "processor": processor(),
@@ -123,11 +65,12 @@ def provenance() -> dict[str, Any]:
 
 
 def run_all(
-    setting: Setting, folder: Path, tell: Any, keep: Any = lambda values: None
+    setting: ExperimentConfig, folder: Path, report: Any, save: Any = lambda values: None
 ) -> dict[str, Any]:
-    """Calibrate, replay and predict; the results' values.
+    """Calibrate, replay and predict; returns the results.
 
-    ``keep`` is handed what there is by then after every run, so that little is lost with a machine.
+    ``report`` gets a line a run; ``save`` gets the results so far after every run, so that little
+    is lost if the machine fails.
 
     Raises
     ------
@@ -138,37 +81,44 @@ def run_all(
     """
     from studies.testbed.testbed import Testbed
 
-    cluster, scored, placements = planned(setting, folder)
+    cluster, scored, placements = plan_placements(setting, folder)
     names = tuple(server.name for server in cluster.servers)
     rows: list[dict[str, Any]] = []
     calibrations: dict[str, Any] = {}
-    told = dataclasses.asdict(setting)
-    told |= {name: Path(told[name]).name for name in ("trace", "cluster")}
+    recorded_setting = dataclasses.asdict(setting)
+    recorded_setting |= {name: Path(recorded_setting[name]).name for name in ("trace", "cluster")}
     values = {
         "provenance": provenance(),
-        "setting": told,
+        "setting": recorded_setting,
         "calibrations": calibrations,
         "rows": rows,
     }
     with Testbed(
         servers=len(names), mbps=setting.mbps, names=names, burst_kb=setting.burst_kb
-    ) as bed:
+    ) as testbed:
         for rtt_ms in setting.rtt_ms:
-            measured = [calibrated(bed, names, folder, setting, scored.model.name, rtt_ms)]
+            measured = [calibrate(testbed, names, folder, setting, scored.model.name, rtt_ms)]
             calibrations[f"{rtt_ms:g}"] = measured
             for seed in setting.seeds:
                 begin = len(rows)
                 for solver in setting.solvers:
-                    rows.append(replay_one(bed, names, folder, setting, solver, seed, rtt_ms))
-                    keep(values)
-                measured.append(calibrated(bed, names, folder, setting, scored.model.name, rtt_ms))
-                predicted = predictions(
-                    placements, scored, cluster, setting.requests, seed, around(measured, -2)
+                    rows.append(replay_one(testbed, names, folder, setting, solver, seed, rtt_ms))
+                    save(values)
+                measured.append(
+                    calibrate(testbed, names, folder, setting, scored.model.name, rtt_ms)
+                )
+                predicted = predict(
+                    placements,
+                    scored,
+                    cluster,
+                    setting.requests,
+                    seed,
+                    mean_calibration(measured, -2),
                 )
                 for row in rows[begin:]:
                     row["predicted"] = predicted[row["solver"]]
-                    tell(_comparison(row))
-                keep(values)
+                    report(_comparison(row))
+                save(values)
     return values
 
 
@@ -181,29 +131,36 @@ def _comparison(row: dict[str, Any]) -> str:
     )
 
 
-def calibrated(
-    bed: Any, names: tuple[str, ...], folder: Path, setting: Setting, model: str, rtt_ms: float
+def calibrate(
+    testbed: Any,
+    names: tuple[str, ...],
+    folder: Path,
+    setting: ExperimentConfig,
+    model: str,
+    rtt_ms: float,
 ) -> dict[str, Any]:
-    """What a calibration measures now."""
+    """Run the command `calibrate` on the testbed; returns the calibration file's values."""
     path = folder / "calibration.json"
     launch(
-        bed, names, folder, "calibrate",
+        testbed, names, folder, "calibrate",
         ["--model", model, "--cluster", setting.cluster, "--rtt-ms", str(rtt_ms), "-o", str(path)],
     )  # fmt: skip
     values: dict[str, Any] = json.loads(path.read_text())
     return values
 
 
-def around(measured: list[dict[str, Any]], first: int) -> Any:
-    """The mean of two calibrations that follow each other, or of one where there are no more."""
+def mean_calibration(measured: list[dict[str, Any]], first: int) -> Any:
+    """The mean of a calibration and the next one, or of the last one alone."""
     from prism_plan.io.calibration import calibration_from_json
     from runtime_adapter.calibrate import averaged
 
     return calibration_from_json(averaged(measured[first:][:2] or measured[-1:]))
 
 
-def planned(setting: Setting, folder: Path) -> tuple[Any, Any, list[tuple[str, Any]]]:
-    """The cluster, the requests that are replayed, and the placements, planned on the others.
+def plan_placements(
+    setting: ExperimentConfig, folder: Path
+) -> tuple[Any, Any, list[tuple[str, Any]]]:
+    """The cluster, the requests to replay, and the placements, planned on the other requests.
 
     What the servers read is written to ``folder``.
     """
@@ -211,8 +168,8 @@ def planned(setting: Setting, folder: Path) -> tuple[Any, Any, list[tuple[str, A
     from prism_plan.io.trace_writer import write_trace
 
     cluster = pp.read_cluster(setting.cluster)
-    planned_on, scored = pp.read_trace(setting.trace).split(0.5, 0)
-    instance = pp.Instance.build(planned_on, cluster)
+    planning_part, scored = pp.read_trace(setting.trace).split(0.5, 0)
+    instance = pp.Instance.build(planning_part, cluster)
     path = folder / "scored.parquet"
     write_trace(path, dataclasses.replace(scored, name="scored.parquet"))
     placements = []
@@ -223,24 +180,24 @@ def planned(setting: Setting, folder: Path) -> tuple[Any, Any, list[tuple[str, A
     return cluster, pp.read_trace(path), placements
 
 
-def predictions(
+def predict(
     placements: list[tuple[str, Any]], scored: Any, cluster: Any, requests: int, seed: int,
     calibration: Any,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """What the simulator says of each placement."""
+    """Simulate each placement; returns the figures to compare, by placement."""
     import prism_plan as pp
 
-    drawn = pp.sample_requests(scored, cluster, requests_per_server=requests, seed=seed)
+    sampled = pp.sample_requests(scored, cluster, requests_per_server=requests, seed=seed)
     options = pp.SimulationOptions(calibration=calibration, seed=seed)
-    report = pp.simulate_placements(placements, drawn, scored, cluster, options).to_json()
+    report = pp.simulate_placements(placements, sampled, scored, cluster, options).to_json()
     keys = (
         "latency_s", "remote_share", "waiting_share", "bytes_sent", "expert_calls", "remote_calls",
     )  # fmt: skip
     return {run["placement"]: {key: run[key] for key in keys} for run in report["runs"]}
 
 
-def recorded(path: str) -> dict[str, Any]:
-    """Results that an experiment has written.
+def read_results(path: str) -> dict[str, Any]:
+    """Read results that an experiment has written.
 
     Raises
     ------
@@ -257,29 +214,29 @@ def recorded(path: str) -> dict[str, Any]:
     return values
 
 
-def predict_again(values: dict[str, Any], setting: Setting, folder: Path) -> None:
+def predict_again(values: dict[str, Any], setting: ExperimentConfig, folder: Path) -> None:
     """Replace the predictions in recorded results by those of the simulator as it is now."""
-    cluster, scored, placements = planned(setting, folder)
+    cluster, scored, placements = plan_placements(setting, folder)
     for rtt_ms in setting.rtt_ms:
         measured = values["calibrations"][f"{rtt_ms:g}"]
         for nth, seed in enumerate(setting.seeds):
-            calibration = around(measured, nth)
-            found = predictions(placements, scored, cluster, setting.requests, seed, calibration)
+            calibration = mean_calibration(measured, nth)
+            predicted = predict(placements, scored, cluster, setting.requests, seed, calibration)
             for row in values["rows"]:
                 if (row["rtt_ms"], row["seed"]) == (rtt_ms, seed):
-                    row["predicted"] = found[row["solver"]]
+                    row["predicted"] = predicted[row["solver"]]
     values["provenance"]["predicted_by"] = commit()
 
 
 def launch(
-    bed: Any, names: tuple[str, ...], folder: Path, command: str, options: list[str]
+    testbed: Any, names: tuple[str, ...], folder: Path, command: str, options: list[str]
 ) -> None:
-    """One command on every server; waits for all.
+    """Run a command of the runtime on every server; waits for all.
 
     Raises
     ------
     PrismError
-        One of them failed; its last line of output is told.
+        One of them failed; its last line of output is in the message.
     """
     processes = []
     for n, name in enumerate(names):
@@ -287,9 +244,9 @@ def launch(
         words = [word.replace("{name}", name) for word in options]
         argv = [
             sys.executable, "-m", "runtime_adapter", command, "--server", name,
-            "--store", f"{bed.address(0)}:{PORT}", "--interface", bed.interface, *words,
+            "--store", f"{testbed.address(0)}:{PORT}", "--interface", testbed.interface, *words,
         ]  # fmt: skip
-        processes.append((name, log, bed.run(n, argv, stdout=log, stderr=log)))
+        processes.append((name, log, testbed.run(n, argv, stdout=log, stderr=log)))
     failed = []
     for name, log, process in processes:
         code = process.wait()
@@ -302,33 +259,33 @@ def launch(
 
 
 def replay_one(
-    bed: Any,
+    testbed: Any,
     names: tuple[str, ...],
     folder: Path,
-    setting: Setting,
+    setting: ExperimentConfig,
     solver: str,
     seed: int,
     rtt_ms: float,
 ) -> dict[str, Any]:
-    """One replay, repeated while it is void."""
+    """Replay one placement, again while the run is void."""
     attempts = 0
     while True:
         attempts += 1
-        lines = [bed.line(n) for n in range(len(names))]
-        with Processors() as processors:
+        lines = [testbed.line(n) for n in range(len(names))]
+        with ProcessorMonitor() as processors:
             launch(
-                bed, names, folder, "replay",
+                testbed, names, folder, "replay",
                 ["--placement", str(folder / f"{solver}.json"),
                  "--trace", str(folder / "scored.parquet"), "--cluster", setting.cluster,
                  "--requests", str(setting.requests), "--seed", str(seed),
                  "--rtt-ms", str(rtt_ms), "--stats", str(folder / "{name}.stats.json"),
                  "-o", str(folder / "{name}.jsonl")],
             )  # fmt: skip
-        frames = [bed.line(n) - lines[n] for n in range(len(names))]
-        measured, window = measured_of(names, folder)
-        processors.only(*window)  # servers that start keep them busy, and serve nobody
+        frames = [testbed.line(n) - lines[n] for n in range(len(names))]
+        measured, window = read_measured(names, folder)
+        processors.restrict(*window)  # without the start of the servers, which keeps them busy
         void = processors.saturated > MAX_SATURATED
-        if not void or attempts == TRIES:
+        if not void or attempts == MAX_ATTEMPTS:
             break
         time.sleep(2)
     return {
@@ -345,8 +302,10 @@ def replay_one(
     }
 
 
-def measured_of(names: tuple[str, ...], folder: Path) -> tuple[dict[str, Any], tuple[float, float]]:
-    """Latencies and counts of all servers of a replay, and from when to when it served."""
+def read_measured(
+    names: tuple[str, ...], folder: Path
+) -> tuple[dict[str, Any], tuple[float, float]]:
+    """Latencies and counts of all servers of a replay, and the period in which it served."""
     import numpy as np
 
     from prism_plan.simulate.report import summary
@@ -405,10 +364,10 @@ def command(**given: Any) -> None:
     """Replay placements on shaped links, and compare with what the simulator predicts."""
     from prism_plan.cli.inputs import require_writable_output
     from prism_plan.io.file_writing import write_bytes
-    from runtime_adapter.cli.options import note
+    from runtime_adapter.cli.options import log_info
 
     require_writable_output(given["output"], given["trace"], given["cluster"])
-    setting = Setting(
+    setting = ExperimentConfig(
         trace=os.path.abspath(given["trace"]),
         cluster=os.path.abspath(given["cluster"]),
         solvers=tuple(word.strip() for word in given["solvers"].split(",") if word.strip()),
@@ -419,25 +378,25 @@ def command(**given: Any) -> None:
     )
     with tempfile.TemporaryDirectory(prefix="prism-experiment-") as folder:
         if given["predict_again"]:
-            values = recorded(given["output"])
+            values = read_results(given["output"])
             for name in ("solvers", "seeds", "rtt_ms", "requests"):  # as it was run
                 setting = dataclasses.replace(setting, **{name: values["setting"][name]})
             predict_again(values, setting, Path(folder))
             write_bytes(given["output"], (json.dumps(values, indent=1) + "\n").encode())
-            note(f"{given['output']}: {len(values['rows'])} runs predicted again")
+            log_info(f"{given['output']}: {len(values['rows'])} runs predicted again")
             return
         values = run_all(
             setting,
             Path(folder),
-            note,
-            lambda found: write_bytes(
-                given["output"], (json.dumps(found, indent=1) + "\n").encode()
+            log_info,
+            lambda results: write_bytes(
+                given["output"], (json.dumps(results, indent=1) + "\n").encode()
             ),
         )
-    note(f"{given['output']}: {len(values['rows'])} runs")
+    log_info(f"{given['output']}: {len(values['rows'])} runs")
 
 
 if __name__ == "__main__":
-    from runtime_adapter.cli import run_and_leave
+    from runtime_adapter.cli import run_and_exit
 
-    run_and_leave(command, "python -m studies.testbed.experiment")
+    run_and_exit(command, "python -m studies.testbed.experiment")

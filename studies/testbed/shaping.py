@@ -1,4 +1,4 @@
-"""A shaped line between a server and the switch, and what has crossed it."""
+"""Shapes the line between a server and the switch by a token bucket, and counts its traffic."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from studies.testbed import namespaces as netns
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A token bucket: its rate, its depth, and how much may wait for it.
+class TokenBucket:
+    """The rate and depth of a token bucket, and how much may wait for it.
 
     1 Mbit/s is 1e6 bits a second and 1 kb is 1000 bytes, as in a cluster file. Rate and bucket
     count whole Ethernet frames. ``queue_kb`` is deep, because a packet that finds it full is lost,
@@ -28,18 +28,20 @@ class Shape:
     queue_kb: float = 16_000.0
 
     def __post_init__(self) -> None:
-        for name, least, most in (
+        for name, minimum, maximum in (
             ("mbps", 0.1, 100_000.0),
             ("burst_kb", 2.0, 100_000.0),
             ("queue_kb", 2.0, 1_000_000.0),
         ):
             value = getattr(self, name)
-            if not least <= value <= most:
-                raise InputError(f"{value:g}", parameter=name, expected=f"{least:g} to {most:g}")
+            if not minimum <= value <= maximum:
+                raise InputError(
+                    f"{value:g}", parameter=name, expected=f"{minimum:g} to {maximum:g}"
+                )
 
     @property
     def largest_packet_bytes(self) -> int:
-        """The largest packet that TCP may hand to the line, to be cut into frames behind it.
+        """The largest packet that TCP may pass to the line, to be cut into frames behind it.
 
         Half a bucket. One that exceeds the bucket is cut before it, at several times the work; and
         one that takes a whole bucket loses tokens whenever the timer that releases it is late.
@@ -56,7 +58,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes and packets sent and received by a server since its testbed began, or in between."""
+    """Bytes and packets that a server has sent and received since its start, or in a period."""
 
     sent_bytes: int
     sent_packets: int
@@ -65,17 +67,17 @@ class Traffic:
     dropped_packets: int
 
     def __sub__(self, earlier: Traffic) -> Traffic:
-        """What has been added since."""
+        """The traffic of the period since then."""
         return Traffic(**{name: now - vars(earlier)[name] for name, now in vars(self).items()})
 
 
 def interface_traffic(namespace: str, interface: str) -> Traffic:
-    """What the interface counts: the kernel's packets, up to 64 KB of one connection in each.
+    """The counters of an interface: the kernel's packets, up to 64 KB of one connection in each.
 
     Such a packet counts its headers once, though on the line every frame has its own; see
     `line_traffic`.
     """
-    (link,) = json.loads(netns.ask("ip", namespace, "-s", "-j", "link", "show", "dev", interface))
+    (link,) = json.loads(netns.query("ip", namespace, "-s", "-j", "link", "show", "dev", interface))
     tx, rx = link["stats64"]["tx"], link["stats64"]["rx"]
     return Traffic(
         tx["bytes"], tx["packets"], rx["bytes"], rx["packets"], tx["dropped"] + rx["dropped"]
@@ -83,7 +85,7 @@ def interface_traffic(namespace: str, interface: str) -> Traffic:
 
 
 def line_traffic(up: tuple[str, str], down: tuple[str, str]) -> Traffic:
-    """What has passed the token buckets: Ethernet frames as a real line would carry them.
+    """The counters of the token buckets: Ethernet frames as a real line would carry them.
 
     ``up`` and ``down`` are the (namespace, interface) whose qdisc shapes each direction.
     """
@@ -98,5 +100,7 @@ def line_traffic(up: tuple[str, str], down: tuple[str, str]) -> Traffic:
 
 
 def _qdisc(namespace: str, interface: str) -> dict[str, int]:
-    (found,) = json.loads(netns.ask("tc", namespace, "-s", "-j", "qdisc", "show", "dev", interface))
+    (found,) = json.loads(
+        netns.query("tc", namespace, "-s", "-j", "qdisc", "show", "dev", interface)
+    )
     return {key: int(found[key]) for key in ("bytes", "packets", "drops")}

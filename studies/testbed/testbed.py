@@ -8,7 +8,7 @@
 
 The bridge has a namespace of its own, so nothing is added to the host's network, and neither its
 firewall nor its addresses play a part. There is no way out of these namespaces. Addresses of
-neighbours are entered by hand and IPv6 is off, so that counters see the servers' traffic only.
+neighbours are static and IPv6 is off, so that counters see the servers' traffic only.
 
 As a command: ``python -m studies.testbed --servers 3 --mbps 500 -- COMMAND...``.
 """
@@ -25,15 +25,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from prism_plan.errors import InputError, PrismError
 from studies.testbed import namespaces as netns
 from studies.testbed.namespaces import TestbedUnavailable
-from studies.testbed.shaping import Shape, Traffic, interface_traffic, line_traffic
+from studies.testbed.shaping import TokenBucket, Traffic, interface_traffic, line_traffic
 
-__all__ = ["INTERFACE", "Shape", "Testbed", "TestbedUnavailable", "Traffic"]
+__all__ = ["INTERFACE", "Testbed", "TestbedUnavailable", "TokenBucket", "Traffic"]
 
 #: The name of a server's interface, inside its namespace.
 INTERFACE = "prism0"
@@ -64,7 +63,7 @@ class Testbed:
     names : sequence of str, optional
         The servers' names; ``server-0`` and so on if not given.
     rtt_ms : float
-        Handed on to the processes, which add it themselves: not every kernel can delay packets.
+        Passed to the processes, which add it themselves: not every kernel can delay packets.
     burst_kb : float
         What may pass a line unshaped after a pause, in 1000 bytes.
     queue_kb : float
@@ -94,12 +93,12 @@ class Testbed:
             raise InputError(f"{servers}", parameter="servers", expected=f"1 to {MAX_SERVERS}")
         if not 0 <= rtt_ms <= 60_000:
             raise InputError(f"{rtt_ms:g}", parameter="rtt_ms", expected="0 to 60000")
-        self.shape = Shape(mbps, burst_kb, queue_kb)
-        self.names = _checked(names, servers)
+        self.bucket = TokenBucket(mbps, burst_kb, queue_kb)
+        self.names = _server_names(names, servers)
         self.rtt_ms = rtt_ms
         self.interface = INTERFACE
-        netns.require()
-        for name in netns.leftovers():
+        netns.require_tools()
+        for name in netns.orphaned():
             netns.remove(name)
         self.network = _free_network()
         self.addresses = tuple(str(self.network[n + 1]) for n in range(servers))
@@ -108,7 +107,7 @@ class Testbed:
         )
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
-            self._build()
+            self._create()
         except BaseException:  # Ctrl-C too must leave nothing behind
             self.close()
             raise
@@ -116,12 +115,7 @@ class Testbed:
     def __enter__(self) -> Testbed:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def address(self, index: int) -> str:
@@ -129,7 +123,7 @@ class Testbed:
         return self.addresses[index]
 
     def environment(self, index: int) -> dict[str, str]:
-        """What a server's processes are told about it."""
+        """The environment variables that describe a server to its processes."""
         return {
             "PRISM_SERVER_INDEX": str(index),
             "PRISM_SERVER_NAME": self.names[index],
@@ -172,11 +166,11 @@ class Testbed:
         return process
 
     def counters(self, index: int) -> Traffic:
-        """What a server's interface has counted: packets of the kernel, each up to 64 KB."""
+        """The counters of a server's interface: packets of the kernel, each up to 64 KB."""
         return interface_traffic(self._namespaces[index], self.interface)
 
     def line(self, index: int) -> Traffic:
-        """What has crossed a server's line: frames with their headers, as the rate counts them."""
+        """The counters of a server's line: frames with their headers, as the rate counts them."""
         return line_traffic(
             (self._namespaces[index], self.interface), (self._switch, f"port{index}")
         )
@@ -198,7 +192,7 @@ class Testbed:
         return True
 
     def close(self) -> None:
-        """Kill every process of the servers and remove all that was made; may be called again.
+        """Kill all processes of the servers and remove all namespaces; may be called again.
 
         Raises
         ------
@@ -210,14 +204,14 @@ class Testbed:
         for name in (*self._namespaces, self._switch):
             try:
                 netns.remove(name)
-            except PrismError as error:  # the others go first
+            except PrismError as error:  # after the others are removed
                 failure = error
         for process in self._processes:
             process.wait()
         if failure is not None:
             raise failure
 
-    def _build(self) -> None:
+    def _create(self) -> None:
         servers = range(len(self.names))
         netns.create(self._switch, SETTINGS)
         netns.configure(
@@ -226,8 +220,8 @@ class Testbed:
             ["link add bridge type bridge stp_state 0 mcast_snooping 0", "link set bridge up"],
         )
         for n in servers:
-            self._build_server(n)
-        netns.configure("tc", self._switch, [self.shape.qdisc(f"port{n}") for n in servers])
+            self._create_server(n)
+        netns.configure("tc", self._switch, [self.bucket.qdisc(f"port{n}") for n in servers])
         netns.configure(
             "bridge",
             self._switch,
@@ -241,7 +235,7 @@ class Testbed:
             ],
         )
 
-    def _build_server(self, n: int) -> None:
+    def _create_server(self, n: int) -> None:
         own = self._namespaces[n]
         netns.create(own, SETTINGS)
         netns.configure(
@@ -255,14 +249,14 @@ class Testbed:
             ],
         )
         others = [m for m in range(len(self.names)) if m != n]
-        netns.configure("tc", own, [self.shape.qdisc(self.interface)])
+        netns.configure("tc", own, [self.bucket.qdisc(self.interface)])
         netns.configure(
             "ip",
             own,
             [
                 "link set lo up",
                 f"address add {self.addresses[n]}/{self.network.prefixlen} dev {self.interface}",
-                f"link set {self.interface} up gso_max_size {self.shape.largest_packet_bytes}",
+                f"link set {self.interface} up gso_max_size {self.bucket.largest_packet_bytes}",
                 *(
                     f"neighbour replace {self.addresses[m]} lladdr {_mac(m)}"
                     f" dev {self.interface} nud permanent"
@@ -286,7 +280,7 @@ def check_command(argv: Sequence[str]) -> None:
         raise InputError(f"no such command: {argv[0]}")
 
 
-def _checked(names: Sequence[str] | None, servers: int) -> tuple[str, ...]:
+def _server_names(names: Sequence[str] | None, servers: int) -> tuple[str, ...]:
     if names is None:
         return tuple(f"server-{n}" for n in range(servers))
     if len(names) != servers:

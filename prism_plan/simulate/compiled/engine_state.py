@@ -205,8 +205,6 @@ def links(f: Fixed, s: State) -> Links:
 
 def fixed(s: Scenario) -> Fixed:
     """The scenario as contiguous arrays of fixed kinds."""
-    cost = s.network.call_cost_s()
-    rank = np.argsort(np.argsort(cost, axis=1, kind="stable"), axis=1)
     prompts = s.requests.prompts
     values = Fixed(
         experts=prompts.experts.astype(np.uint16, copy=False),
@@ -225,7 +223,7 @@ def fixed(s: Scenario) -> Fixed:
         half_rtt_s=s.network.half_rtt_s,
         up_rate=s.network.up_bytes_per_s,
         down_rate=s.network.down_bytes_per_s,
-        link_rank=rank.astype(np.int32),
+        link_rank=s.network.link_rank(),
         kind=s.timing.kind.astype(np.int32),
         size=s.timing.size.astype(np.int32),
         dense_s=s.timing.dense_s,

@@ -1,0 +1,291 @@
+"""The driver's side of a MoE layer: sends a step's calls, computes its own, adds up the answers."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from prism_plan.errors import PrismError
+from prism_plan.model import ModelShape
+from runtime_adapter.moe.compute import Batch, Compute
+from runtime_adapter.moe.counters import Counters
+from runtime_adapter.moe.emulated_gpu import wait_until
+from runtime_adapter.moe.placed_experts import sum_dtype
+from runtime_adapter.moe.router import Router, count_destinations, select_calls
+from runtime_adapter.transport import wire_format as wire
+from runtime_adapter.transport.connection import Connection
+from runtime_adapter.transport.rendezvous import RuntimeFailure, ServerLost
+from runtime_adapter.transport.wire_kernels import pack_calls
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+#: A call whose expert has moved is sent again so often before the request fails.
+MAX_RETRIES = 50
+
+
+@dataclass(eq=False, slots=True)
+class _PendingCall:
+    """A call without an answer yet; ``rows`` of its tokens, None if they are all of the step's."""
+
+    server: int
+    tokens: int
+    rows: Ints | None
+    out_bytes: int
+    back_bytes: int
+    sent: bool
+
+
+class RemoteDispatcher:
+    """One lane of a driver: runs the experts of a layer, here and on other servers.
+
+    ``connections``, all of one kind, lead to the other servers' workers; each has one call in
+    flight, so a driver that serves several requests at once has a dispatcher for each. ``rtt_s`` is
+    added to every call, half each way, where the network does not delay it. ``on_lost`` is called
+    with a server that does not answer within ``timeout_s``; its calls then go to other holders.
+    """
+
+    def __init__(
+        self,
+        model: ModelShape,
+        router: Router,
+        connections: Mapping[int, Connection],
+        compute: Compute,
+        counters: Counters,
+        *,
+        timeout_s: float = 10.0,
+        rtt_s: float = 0.0,
+        on_lost: Callable[[ServerLost], None] = lambda lost: None,
+    ) -> None:
+        self.model = model
+        self.router = router
+        self.connections = connections
+        self.compute = compute
+        self.counters = counters
+        self.timeout = datetime.timedelta(seconds=timeout_s)
+        self.rtt_s = rtt_s
+        self.on_lost = on_lost
+        self.request = 0
+        #: Sequence counter, incremented on entry to and exit from ``layer`` (odd = inside), like a
+        #: seqlock; control/log_follower.py reads it.
+        self.passes = 0
+        self.layer = 0
+        self._bits = wire.id_bits(model.num_experts)
+        self._destinations = np.zeros((len(router.expert_map.servers), 2), np.int64)
+        first = next(iter(connections.values()), None)
+        self._wire_view = Connection.wire_view if first is None else first.wire_view
+        buffer_tokens = [connection.buffer.tokens for connection in connections.values()]
+        #: The longest step that may go to other servers, in tokens.
+        self.max_tokens = min(buffer_tokens, default=sys.maxsize)
+
+    def run(self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats) -> torch.Tensor:
+        """Σ over each token's experts of weight x expert(hidden), [T, H].
+
+        ``hidden`` [T, H], ``experts`` [T, K] ids, ``weights`` [T, K] of a layer position.
+
+        Raises
+        ------
+        ExpertsLost
+            All servers that hold an expert are lost.
+        RuntimeFailure
+            A server answers, but keeps saying that it does not have the expert.
+        StepTooLong
+            Other servers' buffers are too small for so many tokens; nothing has been sent.
+        """
+        wire.require_tokens(self.request, len(hidden), self.max_tokens)
+        self.layer = layer
+        self.passes += 1
+        try:
+            return self._run(
+                layer, hidden, np.ascontiguousarray(experts), np.ascontiguousarray(weights)
+            )
+        finally:
+            self.passes += 1
+
+    def _run(
+        self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats
+    ) -> torch.Tensor:
+        sums, failed = self._send_and_sum(layer, hidden, experts, weights, first=True)
+        retries = 0
+        while failed is not None and failed.any():
+            still_failed = np.zeros_like(failed)
+            # a column at a time, so that no retry has more tokens than the step, for which the
+            # servers' buffers are made; one row a call could have top-k times as many
+            for k in np.flatnonzero(failed.any(axis=0)):
+                token = np.flatnonzero(failed[:, k])
+                rows = torch.from_numpy(token)
+                retried, missing = self._send_and_sum(
+                    layer, hidden[rows], experts[token, k, None], weights[token, k, None]
+                )
+                sums.index_add_(0, rows.to(sums.device), retried)
+                if missing is not None:
+                    still_failed[token, k] = missing[:, 0]
+            failed = still_failed
+            if failed.any():
+                retries += 1
+                self.counters.count(retries=1)
+                if retries > MAX_RETRIES:
+                    raise RuntimeFailure(
+                        f"layer {self.model.moe_layers[layer]}: holders of an expert keep saying "
+                        "that they do not have it"
+                    )
+                time.sleep(0.02)  # the log entries of a move are about to arrive
+        return sums.to(hidden.dtype)
+
+    def _send_and_sum(
+        self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats, *,
+        first: bool = False,
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_] | None]:  # fmt: skip
+        """Send all calls once; returns the sums, and which calls [T, K] were not answered."""
+        rank = self.router.rank
+        chosen = self.router.choose(layer, experts, self.request)
+        remote, waiting, destinations = count_destinations(chosen, rank, self._destinations)
+        pending = self._send_all(layer, hidden, experts, weights, chosen) if remote else []
+        sent_s = time.perf_counter()
+        counted = {
+            "messages": len(pending),
+            "out_bytes": sum(call.out_bytes for call in pending),
+            "back_bytes": sum(call.back_bytes for call in pending),
+        }
+        if first:
+            self.counters.count_calls(layer, experts)
+            counted |= {
+                "calls": chosen.size,
+                "remote_calls": remote,
+                "steps": len(chosen),
+                "waiting": waiting,
+                "destinations": destinations,
+            }
+        self.counters.count(**counted)  # while the others compute
+        sums: torch.Tensor | None = None
+        failed = None
+        try:
+            if remote < chosen.size:
+                num_own = chosen.size - remote
+                batch = self._own_calls(layer, hidden, experts, weights, chosen, num_own)
+                sums = self.compute.partial_sums(batch)
+            computed_s = time.perf_counter()
+            while pending:
+                call = pending.pop(0)
+                if not self._wait_for_answer(call):
+                    calls = chosen == call.server
+                    failed = calls if failed is None else failed | calls
+                elif hidden.dtype.is_floating_point:  # bytes stand for states in a replay
+                    sums = self._add_answer(call, sums, hidden, bool(pending))
+        except BaseException:
+            self._discard_answers(pending)
+            raise
+        if remote and self.rtt_s:
+            wait_until(time.monotonic() + self.rtt_s / 2)
+        self.counters.count(
+            compute_us=round(1e6 * (computed_s - sent_s)),
+            waiting_us=round(1e6 * (time.perf_counter() - computed_s)),
+        )
+        if sums is None:
+            sums = torch.zeros_like(hidden)
+        return sums, failed
+
+    def _own_calls(
+        self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats,
+        chosen: npt.NDArray[np.int32], num_calls: int,
+    ) -> Batch:  # fmt: skip
+        """The calls that this server computes itself."""
+        token, ids = np.empty(num_calls, np.int64), np.empty(num_calls, np.int64)
+        own_weights = np.empty(num_calls, np.float32)
+        select_calls(chosen, self.router.rank, experts, weights, token, ids, own_weights)
+        return Batch(layer, hidden, token, ids, own_weights)
+
+    def _send_all(
+        self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats,
+        chosen: npt.NDArray[np.int32],
+    ) -> list[_PendingCall]:  # fmt: skip
+        states = self._wire_view(hidden)
+        weight_bits = weights.view(np.uint32)
+        pending: list[_PendingCall] = []
+        step_tokens, token_bytes = len(hidden), hidden.shape[1] * hidden.element_size()
+        for server, (tokens, calls) in enumerate(self._destinations.tolist()):
+            if not tokens:
+                continue
+            connection = self.connections[server]
+            rows: Ints | None = np.empty(tokens, np.int64)
+            try:
+                words = connection.words(tokens, calls, token_bytes)
+                if not pack_calls(chosen, server, experts, weight_bits, self._bits, rows, words):
+                    wire.refuse_weights()
+            except PrismError:
+                self._discard_answers(pending)
+                raise
+            if tokens == step_tokens:
+                rows = None
+            sent = True
+            try:
+                connection.send(
+                    wire.Header(wire.CALL, tokens, calls, layer, self.request), states, rows
+                )
+            except RuntimeError as error:
+                sent = False
+                self._lose(server, error)
+            payload = wire.call_bytes(tokens, calls, token_bytes)
+            pending.append(_PendingCall(server, tokens, rows, payload, tokens * token_bytes, sent))
+        return pending
+
+    def _wait_for_answer(self, call: _PendingCall) -> bool:
+        """Wait for an answer; False if there is none, or the expert is not there."""
+        if not call.sent:
+            return False
+        connection = self.connections[call.server]
+        try:
+            header = connection.answer()
+        except RuntimeError as error:
+            connection.reset()
+            self._lose(call.server, error)
+            return False
+        if header.kind == wire.MISSING:
+            return False
+        if header.kind != wire.ANSWER or header.tokens != call.tokens:
+            name = self.router.expert_map.servers[call.server]
+            raise RuntimeFailure(f"server {name!r} could not compute a call; see its messages")
+        return True
+
+    def _discard_answers(self, pending: list[_PendingCall]) -> None:
+        """Receive the answers of a failed step, or the next one would read them as its own."""
+        for call in pending:
+            with contextlib.suppress(PrismError):
+                self._wait_for_answer(call)
+
+    def _add_answer(
+        self, call: _PendingCall, sums: torch.Tensor | None, hidden: torch.Tensor, more: bool
+    ) -> torch.Tensor:
+        """The sums with an answer added; ``more`` is whether other answers may follow."""
+        answer = self.connections[call.server].sums(hidden.dtype, hidden.shape[1])
+        dtype = sum_dtype(hidden.dtype)
+        if call.rows is None:
+            if sums is None:  # a copy, for the next answer overwrites it; in float32 only to add
+                return answer.to(hidden.device, dtype if more else hidden.dtype, copy=True)
+            sums += answer.to(sums.device) if sums.is_cuda else answer
+            return sums
+        if sums is None:
+            sums = torch.zeros_like(hidden, dtype=dtype)
+        rows = torch.from_numpy(call.rows).to(sums.device)
+        sums.index_add_(0, rows, answer.to(device=sums.device, dtype=sums.dtype))
+        return sums
+
+    def _lose(self, server: int, error: Exception) -> None:
+        expert_map = self.router.expert_map
+        if expert_map.lost(server):
+            return
+        expert_map.lose(server)
+        reason = str(error).splitlines()[0]
+        if "imed out" in reason or "timeout" in reason.lower():
+            reason = f"no answer within {self.timeout.total_seconds():g} s"
+        else:
+            reason = "the connection was closed"
+        self.on_lost(ServerLost(server, expert_map.servers[server], reason))

@@ -1,0 +1,118 @@
+"""How a server takes part in a run, and how the experts of the run may move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import InputError
+from prism_plan.evaluate.simulation import SimulationOptions, require_able
+from prism_plan.instance import Instance
+from prism_plan.model import ModelShape, ModelSpec
+from prism_plan.placement import Placement
+from prism_plan.placement_check import violations
+from prism_plan.simulate.network import Network
+from prism_plan.simulate.routing_policies import Route
+from runtime_adapter.control.run_state import SchedulerConfig
+from runtime_adapter.moe.compute import Compute
+from runtime_adapter.transport.nccl_channel import ChannelConfig
+from runtime_adapter.transport.rendezvous import Rendezvous
+from runtime_adapter.weights.loader import Loader
+
+
+@dataclass(frozen=True, eq=False)
+class MigrationConfig:
+    """The loader of this server, and the scheduler, which the first server of the run starts."""
+
+    loader: Loader
+    scheduler: SchedulerConfig
+
+
+@dataclass(frozen=True, eq=False)
+class ServerConfig:
+    """The configuration of a server, for its driver and its worker.
+
+    ``facts`` must be equal on all servers (placement digest, route, ...). Hidden states on the wire
+    have ``width`` numbers of ``dtype`` a token (``torch.uint8`` where nothing is computed);
+    ``max_tokens`` of this server's own steps; ``num_lanes`` requests at once; ``threads`` of the
+    CPU that the worker may use for a call; ``migration`` where experts may move, ``channels`` where
+    states do not travel by gloo.
+    """
+
+    rendezvous: Rendezvous
+    placement: Placement
+    model: ModelShape
+    network: Network
+    compute: Compute
+    facts: dict[str, Any]
+    dtype: torch.dtype
+    width: int
+    max_tokens: int
+    route: Route = "cover"
+    num_lanes: int = 1
+    rtt_s: float = 0.0
+    threads: int = 1
+    migration: MigrationConfig | None = None
+    channels: ChannelConfig | None = None
+
+
+def migration_config(
+    loader: Loader,
+    rendezvous: Rendezvous,
+    placement: Placement,
+    model: ModelSpec,
+    cluster: Cluster | None,
+    options: SimulationOptions,
+    placements_dir: str | None,
+    *,
+    keep_slots: bool = False,
+) -> MigrationConfig:
+    """Let experts move: by reviews if there is a cluster, or when requested.
+
+    With ``keep_slots`` servers have the slots that they started with, however many the cluster's
+    GPUs have room for.
+
+    Raises
+    ------
+    InputError
+        The placement breaks a rule of the cluster.
+    Infeasible
+        A GPU is too small for what must reside on it.
+    UnsupportedFeature
+        The migration policy does not support what the cluster asks.
+    """
+    if cluster is None:
+        shape = (placement.num_servers, model.num_layers, model.num_experts)
+        instance = Instance(
+            model=placement.model,
+            servers=placement.servers,
+            activations=np.zeros(shape),
+            gpu_capacity=placement.gpu_capacity,
+            min_replicas=placement.plan.min_replicas,
+        )
+    else:
+        instance = _instance_of_run(placement, cluster, model)
+        if keep_slots:
+            instance = instance.replace(gpu_capacity=placement.gpu_capacity)
+        if options.migrate != "never":
+            require_able(instance, options)
+    return MigrationConfig(
+        loader,
+        SchedulerConfig(rendezvous, placement, instance, model, cluster, options, placements_dir),
+    )
+
+
+def _instance_of_run(placement: Placement, cluster: Cluster, model: ModelSpec) -> Instance:
+    instance = Instance.of_cluster(cluster, model, min_replicas=placement.plan.min_replicas)
+    for violation in violations(placement, instance=instance)[:1]:
+        raise InputError(
+            violation.message,
+            place="servers",
+            expected=f"a placement by the rules of {cluster.name}, for moves have to keep them",
+            remedy="plan again for this cluster",
+        )
+    return instance

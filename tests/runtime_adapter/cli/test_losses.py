@@ -1,0 +1,70 @@
+"""One lost server ends no other: long prompts after a loss, and a worker that dies in a move."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from runtime_adapter.tokenized_requests import load_tokenizer  # noqa: E402
+from tests.runtime_adapter.checkpoints import committed  # noqa: E402
+from tests.runtime_adapter.cli.test_faults import MODEL, OWN, replicated, start  # noqa: E402
+from tests.runtime_adapter.cli.test_kills import trial  # noqa: E402
+from tests.runtime_adapter.cli.test_serve import alone, lines  # noqa: E402
+from tests.runtime_adapter.servers import Servers, gone  # noqa: E402
+
+#: Tokens of the prompt that follows the loss; with top-k a retry of all its calls has many more
+#: rows than any server has memory for.
+LONG = 98
+
+
+def long_prompt() -> str:
+    """A text of so many tokens."""
+    tokenizer = load_tokenizer(committed(MODEL))
+    text = " ".join(line["prompt"] for line in lines()["narrative"][:5])
+    ids = tokenizer(text)["input_ids"]
+    while len(ids) > LONG:
+        text = text[:-1]
+        ids = tokenizer(text)["input_ids"]
+    return text
+
+
+def test_a_long_prompt_after_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every expert is held twice and one holder is killed: all prompts are answered rightly.
+
+    The loss is found by the prefill itself, for nobody is missed within the timeout. What is said
+    is one line a server: neither gloo nor the store's client writes what it thinks of it, though
+    the user has not told torch to be quiet.
+    """
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    prompt = long_prompt()
+    short = lines()["ascii-word"][0]["prompt"]
+    options = (*OWN, "--timeout", "60")
+    with Servers(tmp_path, replicated(), f"tiny-{MODEL}", *options) as run:
+        processes = start(run, short, ("edge-0", "edge-1"))
+        run.send("edge-2", signal.SIGKILL)
+        for name in ("edge-0", "edge-1"):
+            for which in (1, 2):
+                run.ask(name, {"prompt": prompt, "id": which})
+            run.finish(name)
+        codes = run.codes()
+        assert codes == {"edge-0": 0, "edge-1": 0, "edge-2": -signal.SIGKILL}
+        run.until(lambda: all(map(gone, processes.values())))
+    for name in ("edge-0", "edge-1"):
+        assert [answer["error"] for answer in run.answers(name)] == [None] * 3
+        for answer in run.answers(name):
+            text = short if answer["id"] == "first" else prompt
+            assert answer["tokens"] == alone(MODEL, text, 8)
+        assert run.stats(name)["lost"] == ["edge-2"]
+        assert run.errors(name) == [
+            "prism-runtime: server 'edge-2' is lost: the connection was closed"
+        ]
+
+
+def test_a_worker_that_dies_in_a_move(tmp_path: Path) -> None:
+    """The representative of the 48 trials of test_kills.py: no hang, no healthy process dies."""
+    assert trial(tmp_path, "worker of edge-1", signal.SIGKILL, "moving") <= {0, 5}

@@ -1,0 +1,293 @@
+"""The log, agents, drivers and the scheduler of a migration, without processes or requests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from prism_plan.io.placement import read_placement
+from runtime_adapter.control.event_log import EventLog
+from runtime_adapter.control.log_entries import (
+    DropsAcknowledged,
+    DropsAnnounced,
+    ExpertsLoaded,
+    LogMessage,
+    MigrationStarted,
+    SlotsFreed,
+    StepFailed,
+)
+from runtime_adapter.control.log_follower import LogFollower
+from runtime_adapter.moe.counters import Counters
+from runtime_adapter.weights.expert_map import ExpertMap
+from tests.limits import HANG_S
+from tests.runtime_adapter.control.fleet import MODEL, FakeCompute, Fleet, drawn, placement
+
+CAPACITY = ((8,), (4, 4))
+
+
+def two(*held: list[int]) -> Any:
+    """A placement of two servers with one and two GPUs from the pairs of each GPU."""
+    rows = np.zeros((3, MODEL.num_pairs), bool)
+    for g, pairs in enumerate(held):
+        rows[g, pairs] = True
+    return placement(rows, CAPACITY)
+
+
+#: Each expert once: 0 to 7 on the first server.
+START = two(list(range(8)), [8, 9], [10, 11])
+
+
+def test_all_readers_see_all_entries_in_one_order() -> None:
+    """Writers that race lose no entry and each keep their order; all readers see the same."""
+    fleet = Fleet(START)
+    writers = [fleet.log(f"writer {w}") for w in range(3)]
+    late = fleet.log("late")
+
+    def write(w: int, log: EventLog) -> None:
+        for i in range(40):
+            log.append(LogMessage(f"{w} {i}"))
+
+    threads = [threading.Thread(target=write, args=pair) for pair in enumerate(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    late.follow()
+    fleet.until(lambda: len(fleet.entries_of(LogMessage)) == 120)
+    seen = [late.next(5.0) for _ in range(len(fleet.entries))]
+    assert seen == fleet.entries
+    assert [entry.number for entry in fleet.entries] == list(range(len(fleet.entries)))
+    for w in range(3):
+        written = [e.text for e in fleet.entries_of(LogMessage) if e.text.startswith(f"{w} ")]
+        assert written == [f"{w} {i}" for i in range(40)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_move_leads_to_its_target(seed: int) -> None:
+    """Loaders, workers' and drivers' tables end at the target; on the way nothing is uncovered.
+
+    No GPU ever holds more than its slots, and loads one expert at a time.
+    """
+    start, target = drawn(seed, CAPACITY), drawn(seed + 100, CAPACITY)
+    fleet = Fleet(start)
+    fleet.ask(target)
+    code, text = fleet.moved()
+    assert code == 0, text
+    wanted = target.on_gpu.reshape(3, -1)
+    assert (fleet.held() == wanted).all()
+    assert not fleet.wrong()
+    assert fleet.min_replicas() >= 1
+    for n, server in enumerate(fleet.servers):
+        assert (server.worker_map.held_by(n) == wanted[start.gpus_of(n)]).all()
+        assert (server.driver_map.on_gpu() == wanted).all()
+        assert max(server.loader.most_loading) <= 1
+    drops = [change.step for e in fleet.entries_of(DropsAnnounced) for change in e.experts]
+    freed = [step for e in fleet.entries_of(SlotsFreed) for step in e.steps]
+    assert sorted(drops) == sorted(freed)
+
+
+def test_a_slot_is_not_freed_while_a_layer_may_use_it() -> None:
+    """A driver inside of a layer does not confirm its drops: the expert stays until it is out."""
+    target = two(list(range(7)), [7, 8, 9], [10, 11])
+    fleet = Fleet(START)
+    lane = fleet.servers[1].lane
+    lane.layer, lane.passes = 1, 1  # pair 7 is of layer 1
+    fleet.ask(target)
+    fleet.until(lambda: fleet.entries_of(DropsAnnounced))
+    fleet.until(lambda: [e for e in fleet.entries_of(DropsAcknowledged) if e.server == 0])
+    end = time.monotonic() + 0.3
+    fleet.until(lambda: time.monotonic() > end)
+    assert fleet.servers[0].loader.held[0, 7]
+    assert fleet.servers[0].worker_map.gpu_of[0, 7] == 0  # the worker still answers
+    assert fleet.servers[1].driver_map.gpu_of[0, 7] == -1  # though nobody calls any more
+    lane.passes = 2
+    assert fleet.moved()[0] == 0
+    assert not fleet.servers[0].loader.held[0, 7]
+
+
+def test_other_layers_hold_up_no_drop() -> None:
+    """A driver that is in another layer, for however long, confirms; and so when it goes on."""
+    fleet = Fleet(START)
+    lane = fleet.servers[1].lane
+    lane.layer, lane.passes = 0, 1
+    fleet.ask(two(list(range(7)), [7, 8, 9], [10, 11]))
+    assert fleet.moved()[0] == 0
+    assert not fleet.servers[0].loader.held[0, 7]
+    assert lane.passes == 1
+
+
+def test_a_driver_that_hangs_is_not_waited_for() -> None:
+    """Another server's driver that confirms nothing delays a drop by the timeout, and no longer."""
+    fleet = Fleet(START, silent=[1], timeout_s=1.0)
+    fleet.ask(two(list(range(7)), [7, 8, 9], [10, 11]))
+    assert fleet.moved()[0] == 0
+    assert not fleet.servers[0].loader.held[0, 7]
+
+
+@pytest.mark.parametrize("failing", range(0, 8, 2))
+def test_a_load_that_fails_abandons_the_move(failing: int, tmp_path: Path) -> None:
+    """Whichever load fails: everything stays covered, all agree on what stands, a move works."""
+    start, target = drawn(1, CAPACITY), drawn(101, CAPACITY)
+    fleet = Fleet(start, folder=str(tmp_path))
+    loads = [0]
+
+    def fails(pair: int, gpu: int) -> bool:
+        loads[0] += 1
+        return loads[0] == failing + 1
+
+    for server in fleet.servers:
+        server.loader.fails = fails
+    fleet.ask(target)
+    code, text = fleet.moved()
+    assert code == 5
+    assert "missing tensor" in text
+    assert "model.safetensors: missing tensor" in (*fleet.servers[0].said, *fleet.servers[1].said)
+    assert fleet.min_replicas() >= 1
+    stands = read_placement(tmp_path / "placement-1.json")
+    assert (fleet.held() == stands.on_gpu.reshape(3, -1)).all()
+    assert stands.plan.solver == "interrupted"
+    fleet.ask(target, "2")  # from what stands
+    assert fleet.moved("2")[0] == 0
+    assert (fleet.held() == target.on_gpu.reshape(3, -1)).all()
+    assert not fleet.wrong()
+
+
+def test_a_server_that_can_load_nothing_says_so_once_a_move() -> None:
+    """Loads that had begun fail as well; its log names the reason once, and not those of others."""
+    said: list[str] = []
+    nobody: Any = None  # it is not followed here
+    expert_map = ExpertMap(START)
+    follower = LogFollower(
+        0, START, expert_map, FakeCompute(), Counters(2, 6), [], nobody, said.append
+    )
+    for number, (server, plan) in enumerate([("s0", 1), ("s0", 1), ("s1", 1), ("s0", 2)]):
+        reason = f"{server}: no folder"
+        follower.handle(StepFailed(plan, number, server, reason, number=number))
+    assert said == ["s0: no folder", "s0: no folder"]
+
+
+def test_a_lost_server_ends_the_move() -> None:
+    """A server without signs of life: the move is abandoned by name, then others go on."""
+    rows = np.ones((3, MODEL.num_pairs), bool)
+    capacity = ((12,), (12,), (12,))
+    start = placement(rows, capacity)
+    rows = rows.copy()
+    rows[0, :4] = rows[1, 4:8] = rows[2, 8:] = False
+    start, target = placement(rows, capacity), start
+    fleet = Fleet(start, timeout_s=1.0)
+    fleet.servers[2].loader.hold.clear()  # it never gets anywhere
+    fleet.ask(target)
+    fleet.until(lambda: fleet.entries_of(ExpertsLoaded))
+    fleet.servers[2].sends_heartbeats = False
+    code, text = fleet.moved()
+    assert (code, text.endswith("server 's2' is lost")) == (5, True)
+    fleet.ask(target, "2")
+    code, text = fleet.moved("2")
+    assert code == 2
+    assert "for s2 is lost" in text
+    left = np.array([[j % 2 == g for j in range(12)] for g in range(2)])
+    fleet.ask(placement(left, capacity[:2]), "3")
+    assert fleet.moved("3")[0] == 0
+    assert (fleet.held()[:2] == left).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "words"),
+    [
+        (two(list(range(8)), [8, 9], [10]), 2, "layer 3 expert 5 is held nowhere"),
+        (placement(np.ones((3, 12), bool), ((12,), (12, 12))), 2, "holds 12 slots"),
+        (placement(np.ones((2, 12), bool), ((12,), (12,))), 2, "GPUs per server"),
+        (placement(np.ones((1, 12), bool), ((12,),)), 2, "['s0', 's1']"),
+        (
+            two(list(range(8)), [8, 9], [10, 11]).replace(
+                model=MODEL.__class__("other", (1, 3), 6, 2, (1_000_000,) * 2)
+            ),
+            2,
+            "other",
+        ),
+    ],
+)
+def test_what_cannot_be_moved_to_is_refused(target: Any, code: int, words: str) -> None:
+    """One line says why, and nothing moves."""
+    fleet = Fleet(START)
+    fleet.ask(target)
+    found, text = fleet.moved()
+    assert found == code
+    assert text.startswith("refused: ")
+    assert words in text
+    assert not fleet.entries_of(MigrationStarted)
+
+
+def test_the_worker_map_is_never_seen_half_changed() -> None:
+    """A reader that looks at any moment finds a holder of an expert that always has one."""
+    expert_map = ExpertMap(placement(np.ones((3, 12), bool), ((12,), (12, 12))))
+    wrong, over = [], threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            if expert_map.gpu_of[1, 5] < 0 or expert_map.num_replicas[5] < 1:
+                wrong.append(1)
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for i in range(3000):
+        expert_map.change(1, 5, bool(i % 2))
+        expert_map.change(0, 5, bool(i % 3))
+    over.set()
+    reader.join()
+    assert not wrong
+
+
+SCHEDULED = """
+import multiprocessing, time
+import numpy as np
+from prism_plan.instance import Instance
+from runtime_adapter.control import scheduler
+from runtime_adapter.control.event_log import StoreLost
+from runtime_adapter.transport.rendezvous import Rendezvous
+from tests.runtime_adapter.control.fleet import MODEL
+from tests.runtime_adapter.control.test_migration_control import START
+
+def lose(self):
+    time.sleep(0.5)  # the other thread is at work
+    raise StoreLost
+
+def run(port):
+    scheduler.HEARTBEAT_INTERVAL_S = 0.0  # its second thread is always in a call of the store
+    scheduler.Scheduler.run = lose
+    instance = Instance(MODEL, START.servers, np.zeros((2, 2, 6)), START.gpu_capacity)
+    rendezvous = Rendezvous(2, 0, port=port, rendezvous_timeout_s=60.0)
+    scheduler.run_scheduler(scheduler.SchedulerConfig(rendezvous, START, instance))
+
+if __name__ == "__main__":
+    from torch.distributed import TCPStore
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    process = multiprocessing.get_context("spawn").Process(target=run, args=(store.port,))
+    process.start()
+    process.join()
+    print(process.exitcode)
+"""
+
+
+def test_a_scheduler_without_a_store_ends_in_good_order(tmp_path: Path) -> None:
+    """Its other thread may be in a call of the store; the process must not abort at its end.
+
+    A process that is ended by returning unwinds such threads inside C++, which calls terminate.
+    """
+    script = tmp_path / "scheduled.py"
+    script.write_text(SCHEDULED)
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True, timeout=HANG_S,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+    )  # fmt: skip
+    assert (result.stdout, result.stderr) == ("0\n", "")
