@@ -23,7 +23,7 @@ from scipy.optimize import brentq
 
 from prism_plan.cluster import Cluster
 from prism_plan.model import ModelSpec
-from prism_plan.placement import Placement, Plan
+from prism_plan.placement import Placement, Plan, gpu_offsets
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.timing import Timing, timing
 from runtime_adapter.moe.dispatch import Dispatcher
@@ -124,7 +124,7 @@ def calibration(
 ) -> dict[str, Any]:
     """The values of a calibration file (see :mod:`prism_plan.io.calibration`)."""
     table = timing(cluster, model, max(TOKENS))
-    first_gpu = np.cumsum([0] + [len(s.gpus) for s in cluster.servers[:-1]]).tolist()
+    first_gpu = gpu_offsets(len(server.gpus) for server in cluster.servers)[:-1].tolist()
     token_bytes = model.hidden_size * model.dtype_bytes
     local = {t: _experts_s(table, model, t, 0) for t in TOKENS}
     dense_s = {t: max(measured.local_s[t] - local[t], 0.0) for t in TOKENS}

@@ -530,7 +530,7 @@ class _Runner:
         while not done:
             with contextlib.nullcontext() if compiled else _whole_events():
                 done = self.engine.advance(until_s, _EVENTS[self.options.engine])
-            self.progress(self.engine.finished)
+            self.progress(self.engine.num_finished)
             if time.monotonic() > self.deadline and not (done and math.isinf(until_s)):
                 raise _TimeIsUp
 
@@ -540,11 +540,11 @@ class _Runner:
         statistics = self.options.counting().start(self.instance.activations.shape)
         current = self.placement.replace(gpu_capacity=self.instance.gpu_capacity)
         reviews = 0
-        while not self.engine.arrivals_done:
+        while not self.engine.all_finished:
             reviews += 1
             at_s = reviews * every_s
             self._advance(at_s)
-            if self.engine.arrivals_done:
+            if self.engine.all_finished:
                 break
             statistics.add(self.engine.take_calls(), every_s)
             if self.engine.migrating:
@@ -591,9 +591,9 @@ class _Runner:
     def _outcome(self) -> Outcome:
         """What was measured until the last event, not until the review that found nothing left."""
         outcome = self.engine.outcome()
-        if not self.engine.arrivals_done or self.engine.migrating:
+        if not self.engine.all_finished or self.engine.migrating:
             return outcome
-        end_s = max(float(outcome.done_s.max(initial=0.0)), self.engine.migrated_s)
+        end_s = max(float(outcome.done_s.max(initial=0.0)), self.engine.migration_end_s)
         return dataclasses.replace(outcome, now_s=min(outcome.now_s, end_s))
 
     def _note_end_of_migration(self) -> None:
@@ -604,6 +604,6 @@ class _Runner:
             if self.migrations[index].decision == "move":
                 if self.migrations[index].finished_at_s is None:
                     self.migrations[index] = dataclasses.replace(
-                        self.migrations[index], finished_at_s=self.engine.migrated_s
+                        self.migrations[index], finished_at_s=self.engine.migration_end_s
                     )
                 break

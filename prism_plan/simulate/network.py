@@ -96,11 +96,16 @@ class Network:
             short_bytes=_not_negative(link.short_kb, "link.short_kb") * 1e3,
         )
 
-    def call_cost_s(self) -> Floats:
-        """Seconds of a call of one token on idle links, without compute, [N, N].
+    def link_rank(self) -> npt.NDArray[np.int32]:
+        """Rank of each receiver (column) for a sender by :meth:`call_cost_s`, int32 [N, N].
 
-        Route ``nearest`` goes by this.
+        Route ``nearest`` takes the least rank; of equal costs the lower index has the lower rank.
         """
+        order = np.argsort(self.call_cost_s(), axis=1, kind="stable")
+        return np.argsort(order, axis=1).astype(np.int32)
+
+    def call_cost_s(self) -> Floats:
+        """Seconds of a call of one token on idle links, without compute, [N, N]."""
         back = self.seconds_per_byte.T * self.token_bytes
         out = self.seconds_per_byte * (self.token_bytes + BYTES_PER_CALL)
         return self.half_rtt_s + self.half_rtt_s.T + out + back

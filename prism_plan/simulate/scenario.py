@@ -1,4 +1,4 @@
-"""All that one simulation run depends on, validated."""
+"""The scenario of one simulation run: everything that it depends on, validated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec, require_same_model
-from prism_plan.placement import Placement
+from prism_plan.placement import Placement, gpu_offsets
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.requests import Requests
@@ -25,9 +25,9 @@ class Scenario:
     """One placement on one cluster under given requests.
 
     ``execution`` int32 [N, L] is the execution server: where the dense part of a layer runs, and
-    its KV cache lives, for requests of each home server (DESIGN section 4, rule 6). The hidden
-    states of a step travel where it changes from one layer to the next, and home at the end.
-    With ``offload`` servers do not help each other: what is not resident is loaded from host
+    its KV cache lives, for requests of each home server (docs/design.md, section 4, rule 6). The
+    hidden states of a step travel where it changes from one layer to the next, and home at the
+    end. With ``offload`` servers do not help each other: what is not resident is loaded from host
     memory (rule 8), and the placement says what is resident at the start.
     ``load_blocks_compute`` bool [G]: loads occupy the GPU as work does. ``dense_gpu`` int32 [N]:
     index of the GPU that does each server's dense work.
@@ -98,6 +98,7 @@ class Scenario:
             _require_covered(placement, requests)
         else:
             _require_slots(placement)
+        first_gpu = gpu_offsets(len(server.gpus) for server in cluster.servers)
         where = home_execution(len(names), model.num_layers) if execution is None else execution
         return cls(
             model=model,
@@ -109,7 +110,7 @@ class Scenario:
             route=route,
             execution=where.astype(np.int32),
             offload=offload,
-            dense_gpu=_dense_gpus(cluster),
+            dense_gpu=first_gpu[:-1] + np.array([s.dense_gpu for s in cluster.servers], np.int32),
             load_blocks_compute=np.array(
                 [gpu.load_blocks_compute for server in cluster.servers for gpu in server.gpus]
             ),
@@ -118,17 +119,7 @@ class Scenario:
     @property
     def gpu_start(self) -> Ints:
         """Index of each server's first GPU, and their number at the end, int32 [N + 1]."""
-        numbers = [len(gpus) for gpus in self.placement.gpu_capacity]
-        return np.concatenate([[0], np.cumsum(numbers)]).astype(np.int32)
-
-
-def _dense_gpus(cluster: Cluster) -> Ints:
-    first = 0
-    gpus = []
-    for server in cluster.servers:
-        gpus.append(first + server.dense_gpu)
-        first += len(server.gpus)
-    return np.array(gpus, np.int32)
+        return gpu_offsets(len(gpus) for gpus in self.placement.gpu_capacity)
 
 
 def home_execution(num_servers: int, num_layers: int) -> Ints:

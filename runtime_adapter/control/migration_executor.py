@@ -15,12 +15,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from prism_plan.errors import InputError, PrismError
 from prism_plan.io.migration import migration_from_json
 from prism_plan.migration.plan import MigrationPlan
-from prism_plan.placement import Placement
+from prism_plan.placement import Placement, gpu_offsets
 from prism_plan.placement_diff import Step
 from runtime_adapter.control.event_log import EventLog, StoreLost
 from runtime_adapter.control.log_entries import Bounds, Entry
@@ -181,7 +179,7 @@ class MigrationExecutor:
         self.placement = placement
         self.servers = placement.servers
         counts = [len(gpus) for gpus in placement.gpu_capacity]
-        self.first_gpu = tuple(int(n) for n in np.cumsum([0, *counts[:-1]]))
+        self.first_gpu = tuple(gpu_offsets(counts)[:-1].tolist())
         self.own_gpus = range(self.first_gpu[rank], self.first_gpu[rank] + counts[rank])
         self.loader = loader
         self.table = table

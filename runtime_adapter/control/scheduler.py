@@ -33,7 +33,7 @@ from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration.policy import Review, review
 from prism_plan.model import ModelSpec, require_same_model
 from prism_plan.objective import violations
-from prism_plan.placement import Placement, Plan
+from prism_plan.placement import Placement, Plan, gpu_offsets
 from runtime_adapter.control.event_log import BEAT, EventLog, StoreLost
 from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife
 from runtime_adapter.control.log_entries import Bounds, Entry
@@ -152,7 +152,7 @@ class Scheduler:
         self.standing = config.placement  # how it came about; what is held is in the table
         self.alive = list(range(len(config.placement.servers)))
         counts = [len(gpus) for gpus in config.placement.gpu_capacity]
-        self.first_gpu = tuple(int(n) for n in np.cumsum([0, *counts[:-1]]))
+        self.first_gpu = tuple(gpu_offsets(counts)[:-1].tolist())
         self.events: list[dict[str, Any]] = []
         shape = config.instance.activations.shape
         self._statistics = config.options.counting().start(shape)

@@ -14,9 +14,8 @@ import numpy.typing as npt
 from prism_plan.errors import PrismError
 from prism_plan.jit import jit
 from prism_plan.model import ModelShape
-from prism_plan.simulate.compiled.routing_kernels import COVER, NEAREST, cover, mix
 from prism_plan.simulate.network import Network
-from prism_plan.simulate.routing_policies import ROUTES, Route
+from prism_plan.simulate.routing_policies import ROUTES, Route, choose_holders
 from runtime_adapter.moe.expert_map import ExpertMap
 
 
@@ -45,20 +44,9 @@ def _route(  # pragma: no cover - compiled
                 missing += 1
         if missing == 0:
             continue
-        if route == COVER:
-            cover(few, missing, holder, copies, sent, mask, goals, best)
-        else:
-            for i in range(missing):
-                pair = few[0, i]
-                if route == NEAREST:
-                    chosen = holder[pair, 0]
-                    for other in range(1, copies[pair]):
-                        if link_rank[at, holder[pair, other]] < link_rank[at, chosen]:
-                            chosen = holder[pair, other]
-                else:
-                    which = mix(request, pair) % np.uint64(copies[pair])
-                    chosen = holder[pair, np.int64(which)]
-                few[1, i] = chosen
+        choose_holders(
+            route, request, few, missing, holder, copies, sent, link_rank[at], mask, goals, best,
+        )  # fmt: skip
         for i in range(missing):
             m = few[1, i]
             again = False
@@ -179,9 +167,7 @@ class Router:
         self.rank = rank
         self.model = model
         self.route = ROUTES.index(route)
-        cost = network.call_cost_s()
-        order = np.argsort(np.argsort(cost, axis=1, kind="stable"), axis=1)
-        self.link_rank = order.astype(np.int32)
+        self.link_rank = network.link_rank()
         self.sent = np.zeros(servers, np.int64)
         self._mask = np.zeros(servers, np.int64)
         self._goals = np.zeros(servers, np.int32)

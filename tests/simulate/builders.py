@@ -171,7 +171,7 @@ def lines(*rows: tuple[float, str, int, int, int, int]) -> list[Event]:
 def finished(engine: Engine) -> Outcome:
     """Run to the end; every request is answered."""
     assert engine.advance()
-    assert engine.arrivals_done
+    assert engine.all_finished
     return engine.outcome()
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from prism_plan.objective import remote_score, step_score
 from prism_plan.simulate import events
-from prism_plan.simulate.routing_policies import mix
+from prism_plan.simulate.routing_policies import hash_call
 from prism_plan.simulate.scenario import Scenario
 from prism_plan.token_rates import Workload
 from prism_plan.trace import TokenBatch, trace_from_batches
@@ -81,7 +81,7 @@ def counted(scenario: Scenario) -> dict[str, Any]:
                 for e, held in zip(missing, holders, strict=True):
                     if scenario.route == "spread":
                         pair = layer * local.shape[2] + e
-                        places[e] = sorted(held)[mix(r, pair) % len(held)]
+                        places[e] = sorted(held)[hash_call(r, pair) % len(held)]
                     else:
                         places[e] = min(held, key=lambda m: (cost[at, m], m))
                 for e in token:
