@@ -16,7 +16,8 @@ import torch
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, PrismError
-from prism_plan.evaluate.simulation import SimulationOptions, require_able
+from prism_plan.evaluate.simulation_checks import require_supported_migration
+from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.io.requests import MAX_REQUESTS, Request, request_of
 from prism_plan.placement import Placement
@@ -331,7 +332,7 @@ def moving(
         rules = rules_of(placement, cluster, spec)
         rules = rules.replace(gpu_capacity=placement.gpu_capacity)
         if options.migrate != "never":
-            require_able(rules, options)
+            require_supported_migration(rules, options)
     loader = CheckpointLoader(checkpoint.folder, store)
     return MigrationConfig(
         PeerLoader(loader, placement) if from_peers else loader,

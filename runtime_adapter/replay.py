@@ -14,7 +14,8 @@ import torch
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import PrismError
-from prism_plan.evaluate.simulation import SimulationOptions, require_able
+from prism_plan.evaluate.simulation_checks import require_supported_migration
+from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
@@ -87,7 +88,7 @@ def replay_config(
     if options is not None:
         rules = rules_of(placement, cluster, model)
         if options.migrate != "never":
-            require_able(rules, options)
+            require_supported_migration(rules, options)
         gpus = cluster.servers[rank].gpus
         loader = TimedLoader(
             compute, _load_seconds(cluster, model, rank), [gpu.load_blocks_compute for gpu in gpus]

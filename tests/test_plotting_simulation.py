@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from prism_plan import plotting
 from prism_plan.errors import InputError
 from prism_plan.io.sweep import write_sweep
-from tests.simulation_reports import failed, make_report, make_run, make_sweep
+from tests.evaluate.simulation_reports import failed, make_report, make_run, make_sweep
 from tests.test_plotting import check_readable, legend, title
 
 Run = Callable[..., CompletedProcess[str]]

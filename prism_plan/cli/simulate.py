@@ -16,7 +16,7 @@ from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
-    from prism_plan.evaluate.simulation import EngineName, SimulationOptions
+    from prism_plan.evaluate.simulation_options import EngineName, SimulationOptions
     from prism_plan.placement import Placement
     from prism_plan.simulate.requests import Requests
     from prism_plan.simulate.routing_policies import Route
@@ -337,7 +337,7 @@ def _requests(trace: Trace, cluster: Cluster, given: SimulateOptions) -> Request
 def _planned(
     trace: Trace, cluster: Cluster, names: list[str], given: SimulateOptions
 ) -> list[tuple[str, Placement]]:
-    from prism_plan.evaluate.simulation import offload_placement
+    from prism_plan.evaluate.offload_baseline import offload_placement
     from prism_plan.instance import Instance
     from prism_plan.placement import OFFLOAD
     from prism_plan.solvers import Options, solve

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, PrismError, UnsupportedFeature
-from prism_plan.evaluate.simulation import SimulationOptions
+from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.io.migration import migration_to_json
 from prism_plan.io.placement import placement_from_json, write_placement

@@ -14,13 +14,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from prism_plan.evaluate.offload_baseline import offload_placement
 from prism_plan.evaluate.request_table import write_request_table
-from prism_plan.evaluate.simulation import (
-    SimulationOptions,
-    dump_report,
-    offload_placement,
-    simulate_placements,
-)
+from prism_plan.evaluate.simulation import dump_report, simulate_placements
+from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.io.simulation import simulation_from_json
 from prism_plan.objective import score, step_score
@@ -32,8 +29,7 @@ from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.token_rates import expected_workload
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
-from tests.simulate.builders import drawn_held
-from tests.simulation_material import (
+from tests.evaluate.simulation_material import (
     SPEC,
     counts_of,
     planned,
@@ -43,6 +39,7 @@ from tests.simulation_material import (
     small_trace,
     tokens_of,
 )
+from tests.simulate.builders import drawn_held
 
 #: Prompt tokens and decode steps of requests: both, no steps, nothing but steps, one token.
 LENGTHS = ((6, 4), (6, 0), (0, 4), (1, 0), (0, 1))

@@ -17,7 +17,7 @@ from prism_plan.io.comparison import (
 )
 from prism_plan.io.parts import shipped_schema
 
-GOLDEN = Path(__file__).parent / "golden" / "comparison-v1.json"
+GOLDEN = Path(__file__).parent.parent / "golden" / "comparison-v1.json"
 VALUES: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
