@@ -3,7 +3,7 @@
 # make test    install with test tools and run all tests
 # make test-long  run the checks that take minutes (scripted kills and the like)
 # make same BASE=REV  compare an older commit with the working tree, value by value (tests/golden)
-# make lint    style, formatting and types
+# make lint    style, formatting, types and the direction of imports
 # make schemas write the JSON Schemas of prism_plan/schemas anew from the models in prism_plan/io
 # make bench   measure the speeds that tests/benchmarks/README.md promises
 # Only Python (3.11 or newer) and make are needed. PyTorch comes from the package index that pip is
@@ -62,9 +62,10 @@ lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 schemas: $(VENV)/installed
-	$(BIN)/python -m prism_plan.io.schemas
+	$(BIN)/python -m tools.make_schemas
 
 bench: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m tests.benchmarks

@@ -14,8 +14,29 @@ Everything the command line does is a plain call first::
 Names are imported when they are first used, so that ``import prism_plan`` stays quick.
 """
 
+from typing import Any
+
 import lazy_loader
 
+from prism_plan.renamed import renamed_names
+
 __version__ = "0.1.0"
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]
+_current_name = renamed_names(
+    __name__,
+    {
+        "Plan": "SolveReport",
+        "SolverRefused": "UnsupportedFeature",
+        "Step": "MigrationStep",
+        "Workload": "TokenRates",
+        "expected_workload": "expected_token_rates",
+        "load_model": "load_model_spec",
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    if (current := _current_name(name)) in __all__:
+        return _load(current)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)

@@ -84,6 +84,7 @@ from .io.trace_writer import TraceWriter as TraceWriter
 from .io.trace_writer import write_trace as write_trace
 from .migration.order import migration_plan as migration_plan
 from .migration.plan import MigrationPlan as MigrationPlan
+from .migration_step import MigrationStep as MigrationStep
 from .model import PRESETS as PRESETS
 from .model import ModelShape as ModelShape
 from .model import ModelSpec as ModelSpec
@@ -94,9 +95,6 @@ from .objective import (
     StepScore as StepScore,
 )
 from .objective import (
-    Violation as Violation,
-)
-from .objective import (
     remote_score as remote_score,
 )
 from .objective import (
@@ -105,14 +103,12 @@ from .objective import (
 from .objective import (
     step_score as step_score,
 )
-from .objective import (
-    violations as violations,
-)
 from .placement import InputFile as InputFile
 from .placement import Placement as Placement
-from .placement import Plan as Plan
+from .placement import SolveReport as SolveReport
+from .placement_check import Violation as Violation
+from .placement_check import violations as violations
 from .placement_diff import PlacementDiff as PlacementDiff
-from .placement_diff import Step as Step
 from .placement_diff import diff as diff
 from .profiling.hf import HfOptions as HfOptions
 from .profiling.hf import profile_checkpoint as profile_checkpoint
@@ -122,7 +118,6 @@ from .simulate.calibration import Calibration as Calibration
 from .simulate.requests import Prompts as Prompts
 from .simulate.requests import Requests as Requests
 from .simulate.sampling import sample_requests as sample_requests
-from .sizes import load_model as load_model
 from .sizes import load_model_spec as load_model_spec
 from .solvers.contract import Options as Options
 from .solvers.entropy import entropy_counts as entropy_counts
@@ -131,13 +126,13 @@ from .solvers.greedy import greedy_with_coverage as greedy_with_coverage
 from .solvers.registry import SOLVER_NAMES as SOLVER_NAMES
 from .solvers.run import solve as solve
 from .token_rates import (
-    Workload as Workload,
+    TokenRates as TokenRates,
 )
 from .token_rates import (
     activations as activations,
 )
 from .token_rates import (
-    expected_workload as expected_workload,
+    expected_token_rates as expected_token_rates,
 )
 from .trace import (
     TokenBatch as TokenBatch,

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from prism_plan.errors import Infeasible, InputError
-from prism_plan.model import ModelSpec
+from prism_plan.errors import InputError
 
 #: Figures of a GPU and of links for which a default stands in where a cluster file gives none.
 GPU_FIGURES = ("memory_bandwidth_gbs", "tflops", "launch_overhead_us", "load_gbs")
@@ -163,82 +162,3 @@ class Cluster:
     def num_servers(self) -> int:
         """N, the number of servers."""
         return len(self.servers)
-
-
-@dataclass(frozen=True)
-class Resident:
-    """Bytes on one GPU that are not routed experts."""
-
-    dense: int
-    kv: int
-    reserve: int
-
-    @property
-    def total(self) -> int:
-        """All of them together."""
-        return self.dense + self.kv + self.reserve
-
-
-def resident(model: ModelSpec, server: Server, gpu: int) -> Resident:
-    """What is on that GPU besides routed experts: dense part, KV cache, reserve."""
-    own = gpu == server.dense_gpu
-    return Resident(
-        dense=model.dense_bytes if own else 0,
-        kv=server.kv_tokens * model.kv_bytes_per_token if own else 0,
-        reserve=server.gpus[gpu].reserve_bytes,
-    )
-
-
-def resident_bytes(model: ModelSpec, server: Server, gpu: int) -> int:
-    """Bytes on that GPU that are not routed experts: dense part, KV cache, reserve."""
-    return resident(model, server, gpu).total
-
-
-def expert_room_bytes(model: ModelSpec, server: Server, gpu: int) -> int:
-    """Bytes left on a GPU for routed experts (DESIGN section 1, "slots").
-
-    Raises
-    ------
-    Infeasible
-        The GPU is too small for what must reside on it.
-    """
-    needed = resident(model, server, gpu)
-    room = server.gpus[gpu].usable_bytes - needed.total
-    if room < 0:
-        held = "the dense part" if needed.total > needed.reserve else "its reserve"
-        raise Infeasible(
-            f"server {server.name!r} gpu[{gpu}]: {server.gpus[gpu].usable_bytes:,} usable bytes do "
-            f"not hold {held} of {needed.total:,} bytes",
-            shortfall=-room,
-            unit="bytes",
-            remedy="raise memory_gb or memory_fraction, or put dense = true on another GPU",
-        )
-    return room
-
-
-def gpu_slots(model: ModelSpec, server: Server) -> tuple[int, ...]:
-    """How many experts of equal size each GPU of the server holds, [G of the server].
-
-    The floor is taken per GPU: two half experts on two GPUs are no expert.
-
-    Raises
-    ------
-    Infeasible
-        A GPU is too small for the dense part.
-    InputError
-        Experts differ in size, so that "slots" has no meaning.
-    """
-    if not model.equal_expert_bytes:
-        raise InputError(
-            f"experts of {model.name} differ in size by layer",
-            place=f"server {server.name!r}",
-            expected="experts of one size where memory is counted in slots",
-        )
-    size = model.expert_bytes_by_layer[0]
-    counts = []
-    for index, gpu in enumerate(server.gpus):
-        if gpu.slots is not None:
-            counts.append(gpu.slots)
-        else:
-            counts.append(expert_room_bytes(model, server, index) // size)
-    return tuple(counts)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots
+from prism_plan.capacity import gpu_capacity
+from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_REPLICAS, require_places, require_whole
+from prism_plan.limits import MAX_REPLICAS, require_integer, require_places
 from prism_plan.model import ModelShape, ModelSpec
-from prism_plan.token_rates import Workload, activations, expected_workload, require_users
+from prism_plan.rules import rule_triples
+from prism_plan.token_rates import TokenRates, activations, expected_token_rates, require_users
 from prism_plan.trace import Trace
 
 #: Activations are zero or within these bounds, so that sums and ratios of them are numbers too.
@@ -106,8 +108,8 @@ class Instance:
             )
         for n, gpus in enumerate(self.gpu_capacity):
             for capacity in (*gpus, caps[n] or 0):
-                _whole(capacity, f"server {self.servers[n]!r}", 0)
-        require_whole(self.min_replicas, 1, MAX_REPLICAS, "min_replicas")
+                require_integer(capacity, 0, place=f"server {self.servers[n]!r}")
+        require_integer(self.min_replicas, 1, MAX_REPLICAS, "min_replicas")
         for triple in (*self.pinned, *self.forbidden):
             if any(not 0 <= i < size for i, size in zip(triple, shape, strict=True)):
                 raise InputError(f"{triple}", place="rules", expected=f"indices below {shape}")
@@ -162,7 +164,7 @@ class Instance:
         cluster: Cluster,
         *,
         min_replicas: int = 1,
-        load: Workload | None = None,
+        load: TokenRates | None = None,
     ) -> Instance:
         """The problem of serving a trace's tasks on a cluster.
 
@@ -172,7 +174,7 @@ class Instance:
         ------
         InputError
             Nobody asks for an expert (:func:`prism_plan.token_rates.require_users`); see
-            :func:`prism_plan.token_rates.expected_workload` and :meth:`of_cluster`.
+            :func:`prism_plan.token_rates.expected_token_rates` and :meth:`of_cluster`.
         Infeasible
             A GPU is too small for what must reside on it.
         """
@@ -180,7 +182,7 @@ class Instance:
         require_places(cluster.num_servers, model.num_layers, model.num_experts, "servers")
         if load is None:
             require_users(cluster, counts_only=trace.kind == "counts")
-            load = expected_workload(trace, cluster)
+            load = expected_token_rates(trace, cluster)
         calls = activations(trace, load)
         if not calls.any():
             raise InputError(
@@ -222,68 +224,4 @@ class Instance:
             pinned=tuple(rule_triples(cluster, model, "pin")),
             forbidden=tuple(rule_triples(cluster, model, "forbid")),
             layer_caps=tuple(server.layer_cap for server in cluster.servers),
-        )
-
-
-def gpu_capacity(cluster: Cluster, model: ModelSpec) -> tuple[tuple[int, ...], ...]:
-    """What each GPU of each server has for experts: slots, or bytes where experts differ in size.
-
-    Raises
-    ------
-    InputError
-        Slots are given though experts differ in size.
-    Infeasible
-        A GPU is too small for what must reside on it.
-    """
-    if model.equal_expert_bytes:
-        return tuple(gpu_slots(model, server) for server in cluster.servers)
-    for n, server in enumerate(cluster.servers):
-        for g, gpu in enumerate(server.gpus):
-            if gpu.slots is not None:
-                raise InputError(
-                    f"slots = {gpu.slots}",
-                    place=f"server[{n}].gpu[{g}]",
-                    expected="memory_gb, for experts of this model differ in size by layer",
-                )
-    return tuple(
-        tuple(expert_room_bytes(model, server, g) for g in range(len(server.gpus)))
-        for server in cluster.servers
-    )
-
-
-def rule_triples(
-    cluster: Cluster, model: ModelShape, key: Literal["pin", "forbid"]
-) -> list[tuple[int, int, int]]:
-    """(server, layer position, expert) triples of the cluster's rules of one kind.
-
-    Raises
-    ------
-    InputError
-        A rule names a layer or expert that the model does not have.
-    """
-    triples = []
-    position = {layer: at for at, layer in enumerate(model.moe_layers)}
-    for n, server in enumerate(cluster.servers):
-        for layer, expert in getattr(server, key):
-            place = f"server[{n}].{key}"
-            if layer not in position:
-                raise InputError(
-                    f"layer {layer}",
-                    place=place,
-                    expected=f"a MoE layer of {model.name}, {model.layers_text()}",
-                )
-            if expert >= model.num_experts:
-                raise InputError(
-                    f"expert {expert}",
-                    place=place,
-                    expected=f"ids 0..{model.num_experts - 1} of {model.name}",
-                )
-            triples.append((n, position[layer], expert))
-    return triples
-
-
-def _whole(value: object, place: str, least: int) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise InputError(
-            f"{value!r:.60}", place=place, expected=f"a whole number of at least {least}"
         )

@@ -8,6 +8,7 @@ servers) and keep reading a file within about 1 GiB of memory and ten seconds.
 
 from __future__ import annotations
 
+import math
 from numbers import Integral
 
 from prism_plan.errors import InputError
@@ -79,20 +80,29 @@ MAX_FOOTER_BYTES = 16 * MIB
 MAX_ROW_GROUP_BYTES = 512 * MIB
 
 
-def require_whole(value: object, least: int, most: int, parameter: str) -> None:
-    """Refuse a value of a parameter that is no whole number from ``least`` to ``most``.
+def require_integer(
+    value: object,
+    minimum: int,
+    maximum: int | None = None,
+    parameter: str = "",
+    *,
+    place: str = "",
+    kind: type = Integral,
+) -> None:
+    """Refuse a value that is no integer of this ``kind`` from ``minimum`` to ``maximum``.
+
+    ``parameter`` or ``place`` names it in the error.
 
     Raises
     ------
     InputError
-        Names both bounds.
+        Names the bounds.
     """
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not least <= value <= most:  # type: ignore[operator]
+    top = math.inf if maximum is None else maximum
+    if isinstance(value, bool) or not isinstance(value, kind) or not minimum <= value <= top:  # type: ignore[operator]
+        bounds = f"of at least {minimum}" if maximum is None else f"from {minimum:,} to {maximum:,}"
         raise InputError(
-            f"{value!r:.60}",
-            parameter=parameter,
-            expected=f"a whole number from {least:,} to {most:,}",
+            f"{value!r:.60}", parameter=parameter, place=place, expected=f"a whole number {bounds}"
         )
 
 

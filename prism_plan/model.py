@@ -18,6 +18,7 @@ from prism_plan.limits import (
     MAX_NAME_LENGTH,
     MAX_PAIRS,
     require_at_most,
+    require_integer,
 )
 from prism_plan.text import shown
 
@@ -54,36 +55,36 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):
-            _wrong("name", self.name, "a non-empty text")
+            _refuse("name", self.name, "a non-empty text")
         if len(self.name) > MAX_NAME_LENGTH:
-            _wrong("name", self.name, f"at most {MAX_NAME_LENGTH:,} characters")
+            _refuse("name", self.name, f"at most {MAX_NAME_LENGTH:,} characters")
         for field in ("num_experts", "top_k"):
-            _whole(field, getattr(self, field), 1)
+            _require_size(field, getattr(self, field), 1)
         layers = self.moe_layers
         if not isinstance(layers, tuple):
-            _wrong("moe_layers", layers, "a list of decoder indices")
+            _refuse("moe_layers", layers, "a list of decoder indices")
         require_at_most(len(layers), MAX_LAYERS, "layers", place="moe_layers")
         for layer in layers:
-            _whole("moe_layers", layer, 0, 2**31)
+            _require_size("moe_layers", layer, 0, 2**31 - 1)
         if not layers or any(a >= b for a, b in itertools.pairwise(layers)):
-            _wrong("moe_layers", list(layers), "at least one decoder index, ascending")
+            _refuse("moe_layers", list(layers), "at least one decoder index, ascending")
         if self.num_experts > MAX_EXPERTS:
-            _wrong("num_experts", self.num_experts, f"at most {MAX_EXPERTS}")
+            _refuse("num_experts", self.num_experts, f"at most {MAX_EXPERTS}")
         if self.top_k > self.num_experts:
-            _wrong("top_k", self.top_k, f"at most num_experts = {self.num_experts}")
+            _refuse("top_k", self.top_k, f"at most num_experts = {self.num_experts}")
         pairs = f"experts in all ({self.num_experts:,} in each of {len(layers):,} layers)"
         require_at_most(self.num_pairs, MAX_PAIRS, pairs, place="num_experts")
         if isinstance(self.expert_bytes, tuple):
             if len(self.expert_bytes) != len(layers):
-                _wrong(
+                _refuse(
                     "expert_bytes",
                     f"{len(self.expert_bytes)} sizes",
                     f"one size, or one for each of the {len(layers)} MoE layers",
                 )
             for size in self.expert_bytes:
-                _whole("expert_bytes", size, 1)
+                _require_size("expert_bytes", size, 1)
         else:
-            _whole("expert_bytes", self.expert_bytes, 1)
+            _require_size("expert_bytes", self.expert_bytes, 1)
 
     @property
     def num_layers(self) -> int:
@@ -192,24 +193,23 @@ class ModelSpec(ModelShape):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("hidden_size", "dtype_bytes"):
-            _whole(field, getattr(self, field), 1)
+            _require_size(field, getattr(self, field), 1)
         for field in ("dense_bytes", "kv_bytes_per_token", "state_bytes_per_request"):
-            _whole(field, getattr(self, field), 0)
+            _require_size(field, getattr(self, field), 0)
         needed = self.moe_layers[-1] + 1
         if self.num_decoder_layers == 0 and self.num_decoder_layers is not False:
             object.__setattr__(self, "num_decoder_layers", needed)
-        _whole("num_decoder_layers", self.num_decoder_layers, needed, 2**31 + 1)
+        _require_size("num_decoder_layers", self.num_decoder_layers, needed, 2**31)
         if self.attention_flops is not None:
-            _whole("attention_flops", self.attention_flops, 0)
+            _require_size("attention_flops", self.attention_flops, 0)
 
 
-def _wrong(field: str, value: object, expected: str) -> None:
+def _refuse(field: str, value: object, expected: str) -> None:
     raise InputError(shown(value, 80), place=field, expected=expected)
 
 
-def _whole(field: str, value: object, least: int, below: int = 2**53) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < below:
-        _wrong(field, value, f"a whole number from {least:,} to {below - 1:,}")
+def _require_size(field: str, value: object, minimum: int, maximum: int = 2**53 - 1) -> None:
+    require_integer(value, minimum, maximum, place=field, kind=int)  # one that JSON can hold
 
 
 def require_same_model(a: ModelShape, b: ModelShape, *, source: object, other: object) -> None:

@@ -1,7 +1,7 @@
-"""The one definition of remote share, waiting share, destinations and feasibility.
+"""Scores of a placement: remote share, waiting share and destinations (docs/design.md, section 1).
 
-Every number that is printed or written about a placement is computed here from the placement
-itself, whatever the solver said.
+Every score that is printed or written is computed here from the placement itself, whatever the
+solver said.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape, require_same_model
+from prism_plan.model import require_same_model
 from prism_plan.placement import Placement
-from prism_plan.token_rates import Workload
+from prism_plan.token_rates import TokenRates
 from prism_plan.trace import Trace
 
 #: Up to so many candidate servers the smallest cover of a step is found by enumeration.
@@ -119,7 +119,7 @@ def score(placement: Placement, instance: Instance) -> RemoteScore:
     return remote_score(instance.activations, placement.local)
 
 
-def step_score(local: npt.NDArray[np.bool_], trace: Trace, load: Workload) -> StepScore:
+def step_score(local: npt.NDArray[np.bool_], trace: Trace, load: TokenRates) -> StepScore:
     """Waiting and destinations of locality [N, L, E] over every token of a trace.
 
     A token of task t counts at server n with weight rate[n, t] / tokens[t].
@@ -156,109 +156,3 @@ def step_score(local: npt.NDArray[np.bool_], trace: Trace, load: Workload) -> St
     steps = load.rates.sum(axis=1) * layers
     waiting, destinations, greedy = (sums * weight).sum(axis=2)
     return StepScore(steps, waiting, destinations, greedy)
-
-
-# ------------------------------------------------------------------------------------ feasibility
-
-
-@dataclass(frozen=True)
-class Violation:
-    """One constraint that a placement breaks, with the amount in ``unit``."""
-
-    constraint: str
-    where: str
-    amount: int
-    unit: str
-    message: str
-
-
-def violations(
-    placement: Placement, *, min_replicas: int = 1, instance: Instance | None = None
-) -> list[Violation]:
-    """Every constraint that a placement breaks.
-
-    Coverage and the capacities that the placement itself states are always checked; with an
-    ``instance`` also its capacities, replicas, pins, forbidden experts and layer caps.
-    """
-    found = _coverage(placement, max(min_replicas, instance.min_replicas if instance else 1))
-    found += _capacity(placement, placement.gpu_capacity, placement.model, "the placement")
-    if instance is not None:
-        found += _against(placement, instance)
-    return found
-
-
-def _coverage(placement: Placement, min_replicas: int) -> list[Violation]:
-    model = placement.model
-    copies = placement.local.sum(axis=0).ravel()
-    found = []
-    for pair in np.flatnonzero(copies < min_replicas):
-        missing = min_replicas - int(copies[pair])
-        where = model.pair_text(int(pair))
-        held = f"is held by {copies[pair]} servers, {min_replicas} wanted"
-        text = f"{where} {held if copies[pair] else 'is held nowhere'}"
-        name = "min_replicas" if copies[pair] else "coverage"
-        found.append(Violation(name, where, missing, "servers", text))
-    return found
-
-
-def _capacity(
-    placement: Placement,
-    gpu_capacity: tuple[tuple[int, ...], ...],
-    model: ModelShape,
-    source: str,
-) -> list[Violation]:
-    equal = model.equal_expert_bytes
-    size = np.ones(model.num_layers) if equal else np.array(model.expert_bytes_by_layer)
-    unit = "slots" if equal else "bytes"
-    used = placement.on_gpu.sum(axis=2) @ size.astype(np.int64)
-    found = []
-    index = 0
-    for name, gpus in zip(placement.servers, gpu_capacity, strict=True):
-        for g, capacity in enumerate(gpus):
-            over = int(used[index]) - capacity
-            if over > 0:
-                where = f"server {name!r} gpu[{g}]"
-                text = (
-                    f"{where} holds {used[index]:,} {unit} of experts, {source} says {capacity:,}"
-                )
-                found.append(Violation("capacity", where, over, unit, text))
-            index += 1
-    return found
-
-
-def _against(placement: Placement, instance: Instance) -> list[Violation]:
-    require_same_model(
-        placement.model, instance.model, source="placement", other="the planning problem"
-    )
-    if placement.servers != instance.servers:
-        text = f"servers are {list(placement.servers)}, the cluster has {list(instance.servers)}"
-        return [Violation("servers", "servers", 1, "servers", text)]
-    sizes = [len(gpus) for gpus in placement.gpu_capacity]
-    wanted = [len(gpus) for gpus in instance.gpu_capacity]
-    if sizes != wanted:
-        text = f"GPUs per server are {sizes}, the cluster has {wanted}"
-        return [Violation("gpus", "gpus", 1, "servers", text)]
-    found = []
-    if placement.gpu_capacity != instance.gpu_capacity:
-        found += _capacity(placement, instance.gpu_capacity, placement.model, "the cluster")
-    local = placement.local
-    for kind, triples, wanted_state in (
-        ("pin", instance.pinned, True),
-        ("forbid", instance.forbidden, False),
-    ):
-        for n, layer, expert in triples:
-            if bool(local[n, layer, expert]) != wanted_state:
-                pair = placement.model.pair_text(layer * placement.model.num_experts + expert)
-                where = f"server {placement.servers[n]!r} {pair}"
-                text = f"{where} is {'pinned but not' if wanted_state else 'forbidden but'} held"
-                found.append(Violation(kind, where, 1, "experts", text))
-    for n, cap in enumerate(instance.layer_caps):
-        if cap is None:
-            continue
-        for layer, held in enumerate(local[n].sum(axis=1)):
-            if held > cap:
-                number = placement.model.moe_layers[layer]
-                where = f"server {placement.servers[n]!r} layer {number}"
-                text = f"{where} holds {held} experts, layer_cap is {cap}"
-                found.append(Violation("layer_cap", where, int(held) - cap, "experts", text))
-    return found

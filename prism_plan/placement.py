@@ -18,7 +18,7 @@ OFFLOAD = "offload"
 
 
 @dataclass(frozen=True)
-class Plan:
+class SolveReport:
     """How a placement came about. Shares are of the instance that it was planned on.
 
     ``bound`` is a proven lower bound on the remote share of any placement, where one is known;
@@ -47,7 +47,7 @@ class InputFile:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Which GPU holds which (layer, expert). It may be infeasible; `objective.violations` tells.
+    """Which GPU holds which (layer, expert); `placement_check.violations` says if it is feasible.
 
     ``gpu_capacity`` is as in :class:`~prism_plan.instance.Instance`; ``on_gpu`` is bool
     [G, L, E] over the GPUs of all servers in order, copied and made read-only.
@@ -57,7 +57,7 @@ class Placement:
     servers: tuple[str, ...]
     gpu_capacity: tuple[tuple[int, ...], ...]
     on_gpu: npt.NDArray[np.bool_]
-    plan: Plan
+    plan: SolveReport
     inputs: Mapping[str, InputFile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,32 +1,15 @@
-"""What moves between two placements, and one step of moving it."""
+"""The difference between two placements: which experts each server loads, drops or shifts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from prism_plan.model import ModelShape, require_same_model
 from prism_plan.placement import Placement
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Load a pair onto a GPU, or drop it there, once the steps ``needs`` are complete.
-
-    ``gpu`` counts the GPUs of all servers in order, ``pair`` is ``l * E + e``. A load takes its
-    room from its start on, and the copy serves when it is complete; a drop is at once.
-    ``temporary`` steps are no part of the difference between the placements: a copy that only
-    helps others past each other, or a kept copy that makes room for a while.
-    """
-
-    kind: Literal["load", "drop"]
-    gpu: int
-    pair: int
-    needs: tuple[int, ...] = ()
-    temporary: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Iterable
 
 #: Newline, carriage return and tab have names that everybody knows; the others get their number.
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-#: Printable characters of ASCII: text of these alone needs no look at each character.
+#: Names that are written out before "and n more", and characters of each.
+MAX_LISTED, MAX_LISTED_LENGTH = 3, 40
+#: Printable characters of ASCII: text of these alone is not examined character by character.
 _PLAIN = re.compile(r"[\x20-\x7e]*")
 
 
@@ -40,12 +43,12 @@ def printable(text: object) -> str:
     return "".join(c if is_printable(c) else _escape(c) for c in plain)
 
 
-def shown(value: object, most: int = 60) -> str:
+def shown(value: object, max_length: int = 60) -> str:
     """The beginning of a value of a JSON file: true, null, NaN and the like as it spells them."""
     if value is None or isinstance(value, bool | float):
         return json.dumps(value)
     try:
-        return repr(value)[:most]
+        return repr(value)[:max_length]
     except ValueError:  # Python does not print integers of more than 4300 digits
         return "a number of thousands of digits"
 
@@ -53,6 +56,18 @@ def shown(value: object, most: int = 60) -> str:
 def quantity(number: int, noun: str) -> str:
     """A number with its noun: ``"1 task"``, ``"2,000 tasks"``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def shortened(name: str) -> str:
+    """A name of bounded length for a message."""
+    return name if len(name) <= MAX_LISTED_LENGTH else f"{name[: MAX_LISTED_LENGTH - 1]}…"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: the first :data:`MAX_LISTED`, and how many more there are."""
+    short = [shortened(name) for name in names]
+    more = len(short) - MAX_LISTED
+    return ", ".join(short[:MAX_LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def printable_lines(text: str) -> str:

@@ -14,7 +14,7 @@ from prism_plan.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)
-class Workload:
+class TokenRates:
     """Tokens per second of each task at each server.
 
     ``rates`` is float64 [N, tasks], read-only. Where servers give a ``weight``, rates are
@@ -85,7 +85,7 @@ def _without_weight(cluster: Cluster, server: int) -> InputError:
     )
 
 
-def expected_workload(trace: Trace, cluster: Cluster) -> Workload:
+def expected_token_rates(trace: Trace, cluster: Cluster) -> TokenRates:
     """Token rates r·s_t·m_t of DESIGN section 1 (``weight`` replaces their sum over t).
 
     Raises
@@ -109,7 +109,7 @@ def expected_workload(trace: Trace, cluster: Cluster) -> Workload:
             raise _without_rate(cluster, n)
         else:
             rates[n] = tokens / server.arrival_interval_s
-    return Workload(trace.tasks, rates)
+    return TokenRates(trace.tasks, rates)
 
 
 def shares_by_task(trace: Trace, tasks: Mapping[str, float], place: str) -> npt.NDArray[np.float64]:
@@ -140,7 +140,7 @@ def shares_by_task(trace: Trace, tasks: Mapping[str, float], place: str) -> npt.
     return shares
 
 
-def activations(trace: Trace, load: Workload) -> npt.NDArray[np.float64]:
+def activations(trace: Trace, load: TokenRates) -> npt.NDArray[np.float64]:
     """f[n, l, e], expected calls per second, float64 [N, L, E]."""
     calls: npt.NDArray[np.float64] = np.einsum("nt,tle->nle", load.rates, trace.calls_per_token())
     return calls

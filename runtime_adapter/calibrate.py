@@ -23,7 +23,7 @@ from scipy.optimize import brentq
 
 from prism_plan.cluster import Cluster
 from prism_plan.model import ModelSpec
-from prism_plan.placement import Placement, Plan, gpu_offsets
+from prism_plan.placement import Placement, SolveReport, gpu_offsets
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.timing import Timing, timing
 from runtime_adapter.moe.dispatch import Dispatcher
@@ -53,7 +53,7 @@ def calibration_placement(cluster: Cluster, model: ModelSpec) -> Placement:
         servers=tuple(server.name for server in cluster.servers),
         gpu_capacity=capacity,
         on_gpu=on_gpu,
-        plan=Plan(solver="calibration"),
+        plan=SolveReport(solver="calibration"),
     )
 
 

@@ -19,7 +19,7 @@ from prism_plan.errors import InputError, PrismError
 from prism_plan.evaluate.simulation_checks import require_supported_migration
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
-from prism_plan.io.requests import MAX_REQUESTS, Request, request_of
+from prism_plan.io.serve_requests import MAX_REQUESTS, Request, request_from_line
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
 from runtime_adapter.control.rules import rules_of
@@ -137,7 +137,7 @@ def prepare_stream(
                 raise InputError(
                     f"more than {MAX_LINE_BYTES:,} bytes", source=source, place=f"line {number}"
                 )
-            request = request_of(line.decode("utf-8", "replace"), source, number)
+            request = request_from_line(line.decode("utf-8", "replace"), source, number)
             request = replace(request, at_s=max(request.at_s, now_s))
             yield _job(request, at, tokenizer, checkpoint, max_new_tokens, source)
         except InputError as error:

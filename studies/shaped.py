@@ -110,9 +110,9 @@ def draw(found: dict[float, dict[str, Rows]], path: Path) -> None:
     from matplotlib.patches import Patch
 
     from prism_plan.plotting import save, solver_styles
-    from prism_plan.plotting.style import settings
+    from prism_plan.plotting.style import matplotlib_settings
 
-    with settings():
+    with matplotlib_settings():
         figure = Figure(figsize=(11, 4.4), dpi=100, layout="constrained")
         panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
         for axes, (rtt_ms, solvers) in zip(panels, found.items(), strict=True):

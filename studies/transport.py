@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from prism_plan.io.files import write_bytes
+from prism_plan.io.file_writing import write_bytes
 from prism_plan.model import PRESETS
-from prism_plan.placement import Placement, Plan
+from prism_plan.placement import Placement, SolveReport
 from runtime_adapter.driver import even_network
 from runtime_adapter.moe.compute import Batch
 from runtime_adapter.moe.dispatch import Dispatcher
@@ -75,7 +75,7 @@ def server(port: int, rank: int, most_tokens: int) -> Server:
     held = np.zeros((3, *shape), bool)
     held[0, 1:], held[1, 0] = True, True
     capacity = ((MODEL.num_pairs,),) * 3
-    placement = Placement(MODEL.shape(), ("a", "b", "c"), capacity, held, Plan("hand"))
+    placement = Placement(MODEL.shape(), ("a", "b", "c"), capacity, held, SolveReport("hand"))
     config = ServerConfig(
         rendezvous=Rendezvous(3, rank, port=port),
         placement=placement,

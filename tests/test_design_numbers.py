@@ -13,7 +13,7 @@ from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.objective import score, step_score
 from prism_plan.solvers import Options, solve
-from prism_plan.token_rates import expected_workload
+from prism_plan.token_rates import expected_token_rates
 from prism_plan.trace import Trace
 
 pytestmark = pytest.mark.traces
@@ -96,7 +96,7 @@ def test_waiting_share_on_held_out_requests(v2_trace: Trace, slots_cluster: Make
     cluster = slots_cluster(["intent", "law", "summary"], [[542], [542], [542, 693]])
     planned, held = v2_trace.split(0.5, seed=0)
     instance = Instance.build(planned, cluster)
-    load = expected_workload(held, cluster)
+    load = expected_token_rates(held, cluster)
     waiting = {
         name: step_score(solve(instance, name).local, held, load).waiting_share
         for name in ("prism", "exact", "layer-partition")

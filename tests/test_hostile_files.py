@@ -18,10 +18,11 @@ from prism_plan import limits
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.io.files import decode, lines_of, parse_json, read_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.model_spec import spec_from_json
 from prism_plan.io.open_file import OpenFile
 from prism_plan.io.placement import placement_from_json, write_placement
-from prism_plan.io.specs import spec_from_json
+from prism_plan.io.text_files import decode, iterate_lines, read_text
 from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
@@ -317,12 +318,12 @@ def test_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lines_of() -> None:
     """A text is split at line feeds, without an empty line after the last."""
     for text in ("", "a", "a\n", "a\n\nb", "\n", "a\r\nb\n"):
-        assert list(lines_of(text)) == text.removesuffix("\n").split("\n") * bool(text)
+        assert list(iterate_lines(text)) == text.removesuffix("\n").split("\n") * bool(text)
 
 
 def test_wide_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Text whose characters take 2 or 4 bytes in memory may be half or a quarter as long."""
-    monkeypatch.setattr("prism_plan.io.files.MAX_TEXT_BYTES", 16)
+    monkeypatch.setattr("prism_plan.io.text_files.MAX_TEXT_BYTES", 16)
     assert decode(b"x" * 16, "f") == "x" * 16
     for data, most in ((("é" + "x" * 9).encode(), 16), (("ж" + "x" * 9).encode(), 8)):
         if most == 16:
@@ -377,7 +378,7 @@ def test_toml_that_is_broken_in_a_string() -> None:
 @pytest.fixture
 def few_values(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A bound on the memory of values that a short text reaches."""
-    for module in ("files", "io.toml"):
+    for module in ("io.json", "io.toml"):
         monkeypatch.setattr(f"prism_plan.{module}.MAX_VALUE_BYTES", 10_000)
     return
 
@@ -460,7 +461,7 @@ def test_row_group_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A row group that decompresses to more than the bound is refused by number."""
     path = tmp_path / "t.parquet"
     write_trace(path, synthetic_trace(SPEC, ["x"], requests=3))
-    monkeypatch.setattr("prism_plan.io.parquet_input.MAX_ROW_GROUP_BYTES", 100)
+    monkeypatch.setattr("prism_plan.io.parquet.MAX_ROW_GROUP_BYTES", 100)
     with pytest.raises(InputError, match=r"row group 0: .* bytes decompressed; .*at most 100"):
         read_trace(path)
 

@@ -15,8 +15,8 @@ import pytest
 
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.text import is_printable
+from tests.cli.test_commands import SPEC
 from tests.profiling.synthetic import synthetic_trace
-from tests.test_cli import SPEC
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 #: What steers a terminal, reorders, hides, breaks lines, is markup of rich and mathtext of plots.

@@ -16,7 +16,7 @@ from prism_plan.errors import Infeasible, InputError
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.model import ModelShape, ModelSpec
-from prism_plan.token_rates import Workload, activations, expected_workload
+from prism_plan.token_rates import TokenRates, activations, expected_token_rates
 from prism_plan.trace import Trace
 
 SPEC = ModelSpec(
@@ -268,10 +268,10 @@ def test_build() -> None:
 
 def test_build_with_another_load() -> None:
     """A workload that is given replaces the one the cluster file expects."""
-    load = Workload(("law", "code"), np.array([[0.0, 3.0], [0.0, 0.0]]))
+    load = TokenRates(("law", "code"), np.array([[0.0, 3.0], [0.0, 0.0]]))
     whole = Instance.build(trace(), sites(), load=load)
     np.testing.assert_allclose(whole.activations, [3 * trace().counts[1] / 20, np.zeros((3, 4))])
-    expected = activations(trace(), expected_workload(trace(), sites()))
+    expected = activations(trace(), expected_token_rates(trace(), sites()))
     assert not np.allclose(whole.activations, expected)
 
 

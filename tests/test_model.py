@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError, WrongModel
-from prism_plan.io.declared import validated
-from prism_plan.io.specs import Shape, spec_from_json, spec_of
+from prism_plan.io.format_model import validate
+from prism_plan.io.model_spec import ShapePart, spec_from_json, spec_from_part
 from prism_plan.model import PRESETS, ModelShape, ModelSpec, require_same_model
 from prism_plan.sizes import load_model
 
@@ -194,8 +194,8 @@ def test_json_round_trip(model: ModelSpec) -> None:
     """Spec and shape come back from JSON text as they were."""
     assert spec_from_json(json.loads(json.dumps(model.to_json()))) == model
     shape = model.shape()
-    part = Shape.model_validate(json.loads(json.dumps(shape.to_json())))
-    assert spec_of(ModelShape, part, "f") == shape
+    part = ShapePart.model_validate(json.loads(json.dumps(shape.to_json())))
+    assert spec_from_part(ModelShape, part, "f") == shape
 
 
 def test_json_keys() -> None:
@@ -218,7 +218,7 @@ def test_json_missing_unknown_wrong() -> None:
     with pytest.raises(InputError, match="unknown key 'topk', did you mean 'top_k'"):
         spec_from_json({**SPEC.to_json(), "topk": 1})
     with pytest.raises(InputError, match="unknown key 'hidden_size'"):
-        validated(Shape, SPEC.to_json())
+        validate(ShapePart, SPEC.to_json())
     with pytest.raises(InputError, match=r"f: model\.top_k: 9; expected at most num_experts"):
         spec_from_json({**SPEC.to_json(), "top_k": 9}, "f", place="model")
     with pytest.raises(InputError, match="expected an object"):

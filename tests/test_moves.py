@@ -7,7 +7,7 @@ import pytest
 
 from prism_plan.errors import WrongModel
 from prism_plan.model import ModelShape
-from prism_plan.placement import Placement, Plan
+from prism_plan.placement import Placement, SolveReport
 from prism_plan.placement_diff import diff
 
 MODEL = ModelShape("m", (1, 3), 3, 1, (10, 100))
@@ -15,7 +15,7 @@ MODEL = ModelShape("m", (1, 3), 3, 1, (10, 100))
 
 def placed(names: str, gpus: list[int], held: np.ndarray, model: ModelShape = MODEL) -> Placement:
     """A placement of servers with one-letter names and so many GPUs each."""
-    return Placement(model, tuple(names), tuple((9,) * g for g in gpus), held, Plan("hand"))
+    return Placement(model, tuple(names), tuple((9,) * g for g in gpus), held, SolveReport("hand"))
 
 
 def test_nothing_moves_between_equals() -> None:

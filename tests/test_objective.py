@@ -1,4 +1,4 @@
-"""Remote share, waiting share, destinations and violations against plain definitions."""
+"""Remote share, waiting share and destinations against plain definitions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from prism_plan.errors import WrongModel
 from prism_plan.instance import Instance
 from prism_plan.kernels import smallest_cover
 from prism_plan.model import ModelShape, ModelSpec
-from prism_plan.objective import remote_score, score, step_score, violations, worst
-from prism_plan.placement import Placement, Plan
-from prism_plan.solvers import solve
-from prism_plan.token_rates import Workload, expected_workload
+from prism_plan.objective import remote_score, score, step_score, worst
+from prism_plan.placement import Placement, SolveReport
+from prism_plan.token_rates import TokenRates, expected_token_rates
 from prism_plan.trace import Trace
 from tests.profiling.synthetic import synthetic_trace
 
@@ -42,7 +41,7 @@ def trace() -> Trace:
 
 
 def plain_steps(
-    local: np.ndarray, trace: Trace, load: Workload
+    local: np.ndarray, trace: Trace, load: TokenRates
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, waiting steps and destinations per server, token by token as DESIGN defines them."""
     assert trace.batches is not None
@@ -77,7 +76,7 @@ def test_steps_against_the_definition(trace: Trace, seed: int) -> None:
     local = rng.random((servers, 3, 6)) < rng.uniform(0.2, 0.9)
     local[0] |= ~local.any(axis=0)
     rates = rng.random((servers, 2)) * (rng.random((servers, 2)) < 0.7)
-    load = Workload(trace.tasks, rates)
+    load = TokenRates(trace.tasks, rates)
     got = step_score(local, trace, load)
     steps, waiting, destinations = plain_steps(local, trace, load)
     assert got.steps == pytest.approx(steps)
@@ -97,7 +96,7 @@ def test_remote_share_is_the_share_of_tokens_calls(
     rng = np.random.default_rng(seed)
     cluster = slots_cluster(["a", "b", "a"], [[9], [9], [9]])
     instance = Instance.build(trace, cluster)
-    load = expected_workload(trace, cluster)
+    load = expected_token_rates(trace, cluster)
     local = rng.random((3, 3, 6)) < 0.5
     remote = calls = 0.0
     assert trace.batches is not None
@@ -112,7 +111,7 @@ def test_remote_share_is_the_share_of_tokens_calls(
 
 def test_extremes(trace: Trace, slots_cluster: Callable[..., Cluster]) -> None:
     """Everything local: nothing waits. Nothing local but one server: all others wait, on one."""
-    load = expected_workload(trace, slots_cluster(["a", "b"], [[18], [18]]))
+    load = expected_token_rates(trace, slots_cluster(["a", "b"], [[18], [18]]))
     everything = np.ones((2, 3, 6), bool)
     assert step_score(everything, trace, load).waiting_share == 0
     assert step_score(everything, trace, load).mean_destinations == 0
@@ -125,7 +124,7 @@ def test_extremes(trace: Trace, slots_cluster: Callable[..., Cluster]) -> None:
 
 def test_an_expert_held_nowhere_waits_and_goes_nowhere(trace: Trace) -> None:
     """Uncovered experts make steps wait and add no destination."""
-    load = Workload(trace.tasks, np.ones((1, 2)))
+    load = TokenRates(trace.tasks, np.ones((1, 2)))
     got = step_score(np.zeros((1, 3, 6), bool), trace, load)
     assert (got.waiting_share, got.mean_destinations) == (1.0, 0.0)
 
@@ -133,7 +132,7 @@ def test_an_expert_held_nowhere_waits_and_goes_nowhere(trace: Trace) -> None:
 def test_counts_only_has_no_steps(mixtral_trace: Trace) -> None:
     """A counts-only trace does not tell which experts are called together."""
     with pytest.raises(ValueError, match="called together"):
-        step_score(np.ones((1, 32, 8), bool), mixtral_trace, Workload((), np.ones((1, 7))))
+        step_score(np.ones((1, 32, 8), bool), mixtral_trace, TokenRates((), np.ones((1, 7))))
 
 
 def best_cover(masks: list[int], full: int) -> list[int] | None:
@@ -183,9 +182,9 @@ def test_greedy_beyond_sixteen_servers_is_reported() -> None:
     )
     trace = synthetic_trace(spec, ["a"], requests=4, seed=1)
     local = np.random.default_rng(0).random((40, 1, 40)) < 0.6
-    got = step_score(local, trace, Workload(("a",), np.ones((40, 1))))
+    got = step_score(local, trace, TokenRates(("a",), np.ones((40, 1))))
     assert 0 < got.greedy_share <= 1
-    few = step_score(local[:10], trace, Workload(("a",), np.ones((10, 1))))
+    few = step_score(local[:10], trace, TokenRates(("a",), np.ones((10, 1))))
     assert few.greedy_share == 0
 
 
@@ -200,69 +199,13 @@ def test_shares_of_servers_without_calls() -> None:
     assert remote_score(np.zeros((1, 1, 2)), np.zeros((1, 1, 2), bool)).share == 0.0
 
 
-def placed(held: np.ndarray, slots: tuple[tuple[int, ...], ...]) -> Placement:
-    model = ModelShape("m", (3, 4), held.shape[2], 1, 7)
-    names = tuple(f"s{n}" for n in range(len(slots)))
-    return Placement(model, names, slots, held, Plan("hand"))
-
-
-def test_violations_are_named() -> None:
-    """Each broken constraint is found once, with place and amount."""
-    held = np.zeros((3, 2, 2), bool)
-    held[0] = [[True, True], [True, False]]
-    held[2] = [[True, False], [True, False]]
-    placement = placed(held, ((2,), (4, 4)))
-    found = violations(placement)
-    assert [(v.constraint, v.where, v.amount) for v in found] == [
-        ("coverage", "layer 4 expert 1", 1),
-        ("capacity", "server 's0' gpu[0]", 1),
-    ]
-    instance = Instance(
-        placement.model,
-        placement.servers,
-        np.ones((2, 2, 2)),
-        ((2,), (4, 1)),
-        min_replicas=2,
-        pinned=((1, 1, 1),),
-        forbidden=((0, 0, 1),),
-        layer_caps=(1, None),
-    )
-    found = violations(placement, instance=instance)
-    assert [(v.constraint, v.amount) for v in found] == [
-        ("min_replicas", 1),
-        ("coverage", 2),
-        ("capacity", 1),
-        ("capacity", 1),
-        ("capacity", 1),
-        ("pin", 1),
-        ("forbid", 1),
-        ("layer_cap", 1),
-    ]
-    assert "server 's0' layer 3 holds 2 experts, layer_cap is 1" in found[-1].message
-
-
-def test_other_servers_are_a_violation() -> None:
-    """A placement for other servers, or other GPUs, says so instead of being scored."""
-    placement = placed(np.ones((2, 2, 2), bool), ((4,), (4,)))
-    model, f = placement.model, np.ones((2, 2, 2))
-    other = Instance(model, ("x", "y"), f, ((4,), (4,)))
-    assert [v.constraint for v in violations(placement, instance=other)] == ["servers"]
-    gpus = Instance(model, placement.servers, f, ((2, 2), (4,)))
-    assert [v.constraint for v in violations(placement, instance=gpus)] == ["gpus"]
-
-
 def test_another_model_is_refused() -> None:
     """A placement is never scored on another model's problem."""
-    placement = placed(np.ones((1, 2, 2), bool), ((4,),))
+    held = np.ones((1, 2, 2), bool)
+    placement = Placement(
+        ModelShape("m", (3, 4), 2, 1, 7), ("s0",), ((4,),), held, SolveReport("hand")
+    )
     model = ModelShape("other", (3, 4), 2, 1, 7)
     instance = Instance(model, ("s0",), np.ones((1, 2, 2)), ((4,),))
     with pytest.raises(WrongModel, match="name is 'm'; expected 'other'"):
         score(placement, instance)
-
-
-def test_no_violations_of_a_solver() -> None:
-    """What a solver returns breaks nothing, also as seen by the placement alone."""
-    model = ModelShape("m", (0, 1), 4, 2, 7)
-    f = np.random.default_rng(0).random((2, 2, 4))
-    instance = Instance(model, ("a", "b"), f, ((5,), (3, 3)))
-    assert violations(solve(instance, "prism"), instance=instance) == []

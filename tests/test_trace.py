@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.trace import TokenBatch, Totals, Trace, check_experts, trace_from_batches
+from prism_plan.trace import TokenBatch, Trace, first_invalid_selection, trace_from_batches
+from prism_plan.trace_totals import TraceTotals
 
 
 def tiny_model(layers: int = 2, experts: int = 4, top_k: int = 2) -> ModelSpec:
@@ -199,15 +200,19 @@ def test_rows() -> None:
             np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[mask])
 
 
+def add(totals: TraceTotals, batch: TokenBatch) -> None:
+    totals.add(batch.experts, batch.task, batch.request)
+
+
 def test_totals_grow() -> None:
     """Tasks that appear while reading get room, and what was counted stays."""
     model = tiny_model()
-    totals = Totals(model)
+    totals = TraceTotals(model)
     assert totals.requests().tolist() == []
-    totals.add(one_batch(model, 0))
-    totals.add(one_batch(model, 3, request=0, task=1))
-    totals.add(one_batch(model, 4, request=1, task=2))
-    totals.add(one_batch(model, 2, request=2, task=1))
+    add(totals, one_batch(model, 0))
+    add(totals, one_batch(model, 3, request=0, task=1))
+    add(totals, one_batch(model, 4, request=1, task=2))
+    add(totals, one_batch(model, 2, request=2, task=1))
     assert totals.tokens.tolist() == [0, 5, 4]
     assert totals.requests().tolist() == [0, 2, 1]
     assert totals.counts.sum(axis=(1, 2)).tolist() == [0, 5 * 4, 4 * 4]
@@ -230,10 +235,12 @@ SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
 
 @given(st.data(), SHAPES, st.integers(1, 12))
 @settings(max_examples=150, deadline=None)
-def test_check_experts(data: st.DataObject, shape: tuple[int, int, int], experts: int) -> None:
+def test_first_invalid_selection(
+    data: st.DataObject, shape: tuple[int, int, int], experts: int
+) -> None:
     """The first bad selection, if any, is the one that plain loops find."""
     ids = data.draw(hnp.arrays(np.uint16, shape, elements=st.integers(0, experts)))
-    assert check_experts(ids, experts) == first_bad(ids, experts)
+    assert first_invalid_selection(ids, experts) == first_bad(ids, experts)
 
 
 @given(st.data(), st.integers(0, 2**32 - 1))
@@ -243,20 +250,20 @@ def test_planted_fault_is_found(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)
     model = tiny_model(int(rng.integers(1, 5)), int(rng.integers(4, 300)), int(rng.integers(2, 5)))
     ids = draw_experts(rng, int(rng.integers(1, 30)), model)
-    assert check_experts(ids, model.num_experts) is None
+    assert first_invalid_selection(ids, model.num_experts) is None
     row, layer, k = (data.draw(st.integers(0, size - 1)) for size in ids.shape)
     if data.draw(st.booleans()):
         ids[row, layer, k] = data.draw(st.integers(model.num_experts, 65535))
     else:
         other = data.draw(st.integers(0, model.top_k - 1).filter(lambda other: other != k))
         ids[row, layer, k] = ids[row, layer, other]
-    assert check_experts(ids, model.num_experts) == (row, layer)
+    assert first_invalid_selection(ids, model.num_experts) == (row, layer)
 
 
 def test_widest_ids() -> None:
     """With 65,536 experts every uint16 is an id."""
-    assert check_experts(np.array([[[0, 65535]]], np.uint16), 65536) is None
-    assert check_experts(np.array([[[0, 65535]]], np.uint16), 65535) == (0, 0)
+    assert first_invalid_selection(np.array([[[0, 65535]]], np.uint16), 65536) is None
+    assert first_invalid_selection(np.array([[[0, 65535]]], np.uint16), 65535) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
 from prism_plan.simulate.sampling import sample_requests
-from prism_plan.token_rates import activations, expected_workload, require_users
+from prism_plan.token_rates import activations, expected_token_rates, require_users
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
 
 MODEL = ModelSpec(
@@ -63,7 +63,7 @@ def cluster(*servers: dict[str, object]) -> Cluster:
 
 
 def calls(trace: Trace, servers: Cluster) -> np.ndarray:
-    return activations(trace, expected_workload(trace, servers))
+    return activations(trace, expected_token_rates(trace, servers))
 
 
 def recomputed(trace: Trace, server: Server) -> dict[tuple[int, int], float]:
@@ -132,7 +132,7 @@ def test_rates() -> None:
     """Token rates are requests per second by share of requests by mean tokens of the task."""
     trace = mixed_trace()
     shares = {"law": 0.5, "chat": 0.5}
-    load = expected_workload(trace, cluster({"tasks": shares, "arrival_interval_s": 4.0}))
+    load = expected_token_rates(trace, cluster({"tasks": shares, "arrival_interval_s": 4.0}))
     mean = dict(zip(TASKS, trace.mean_tokens(), strict=True))
     assert load.tasks == TASKS
     np.testing.assert_allclose(load.rates, [[mean["law"] / 8, 0, mean["chat"] / 8]])
@@ -163,7 +163,7 @@ def test_longer_requests_weigh_more() -> None:
     """Shares are of requests, so a task of longer requests has more than its share of tokens."""
     trace = mixed_trace()
     sites = cluster({"tasks": {"law": 0.5, "chat": 0.5}, "weight": 1.0})
-    rates = expected_workload(trace, sites).rates[0]
+    rates = expected_token_rates(trace, sites).rates[0]
     mean = trace.mean_tokens()
     assert mean[2] > mean[0]
     assert rates.sum() == pytest.approx(1)
@@ -174,7 +174,7 @@ def test_counts_only() -> None:
     """Counts know no tokens per request: m_t is 1, so shares are shares of tokens."""
     trace = counts_only(mixed_trace())
     sites = cluster({"tasks": {"law": 0.25, "chat": 0.75}, "weight": 2.0})
-    np.testing.assert_allclose(expected_workload(trace, sites).rates, [[0.5, 0, 1.5]])
+    np.testing.assert_allclose(expected_token_rates(trace, sites).rates, [[0.5, 0, 1.5]])
     p = trace.counts / trace.tokens[:, None, None]
     np.testing.assert_allclose(calls(trace, sites)[0], 2 * (0.25 * p[0] + 0.75 * p[2]))
 
@@ -187,7 +187,7 @@ def test_counts_only_needs_weight() -> None:
     trace = counts_only(mixed_trace())
     sites = cluster({}, {"tasks": {"law": 1.0}, "arrival_interval_s": 10.0})
     with pytest.raises(InputError, match="has tasks but no weight; expected weight") as caught:
-        expected_workload(trace, sites)
+        expected_token_rates(trace, sites)
     assert caught.value.place == "server[1]"
     with pytest.raises(InputError, match="has tasks but no weight; expected weight"):
         require_users(sites, counts_only=True)
@@ -235,7 +235,7 @@ def test_refused(server: dict[str, object], place: str, message: str) -> None:
     assert trace.batches is not None
     with_silent = trace_from_batches(MODEL, (*TASKS, "silent"), trace.batches())
     with pytest.raises(InputError, match=message) as caught:
-        expected_workload(with_silent, cluster({}, server))
+        expected_token_rates(with_silent, cluster({}, server))
     assert caught.value.place == place
 
 

@@ -1,1 +1,1 @@
-"""Checks of files and clusters, and what they say of memory and of assumed figures."""
+"""Checks of files, of clusters and of the memory of GPUs; figures that are assumed."""

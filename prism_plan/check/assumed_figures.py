@@ -1,17 +1,12 @@
-"""Which figures of GPUs and links a cluster file leaves to defaults, told in one line."""
+"""Which figures of GPUs and links are defaults, for a cluster file does not give them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link
+from prism_plan.text import listed, shortened
 
 #: Figures that say how fast a GPU computes; the other one says how fast it loads experts.
 COMPUTE_FIGURES = tuple(key for key in GPU_FIGURES if key != "load_gbs")
-#: Names that are written out before "and n more".
-MAX_NAMES = 3
-#: Longer names are cut.
-MAX_LETTERS = 40
 
 
 def assumed_figures(
@@ -60,7 +55,7 @@ def assumed_figures(
 
 
 def _links_used(cluster: Cluster) -> list[str]:
-    """Defaults of links that some pair of servers goes by, in the order of the figures."""
+    """Keys of [link] whose default at least one pair of servers uses, in their order."""
     pairs = cluster.num_servers * (cluster.num_servers - 1) // 2
     own_mbps = sum(pair.bandwidth_mbps is not None for pair in cluster.pair_links)
     own_rtt = sum(pair.rtt_ms is not None for pair in cluster.pair_links)
@@ -74,15 +69,3 @@ def _links_used(cluster: Cluster) -> list[str]:
         "call_overhead_ms": pairs > 0,
     }
     return [key for key in LINK_FIGURES if used[key] and key in cluster.link.assumed]
-
-
-def shortened(name: str) -> str:
-    """A name of bounded length for a message."""
-    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…"
-
-
-def listed(names: Sequence[str] | Iterable[str]) -> str:
-    """Names for a message: the first :data:`MAX_NAMES`, and how many more there are."""
-    shown = [shortened(name) for name in names]
-    more = len(shown) - MAX_NAMES
-    return ", ".join(shown[:MAX_NAMES]) + (f" and {more:,} more" if more > 0 else "")

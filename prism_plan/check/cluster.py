@@ -42,15 +42,15 @@ def require_plannable(
         No placement satisfies the cluster.
     """
     if trace is not None:
-        return require_placement(Instance.build(trace, cluster))
+        return require_feasible_placement(Instance.build(trace, cluster))
     require_users(cluster)
     if model is not None:
-        return require_placement(Instance.of_cluster(cluster, model))
+        return require_feasible_placement(Instance.of_cluster(cluster, model))
     smallest = _smallest_model(cluster)
     if cluster.num_servers * smallest.num_pairs > MAX_TRIPLES:
         return ("pin and forbid not followed: that needs a trace or a model",)
     try:
-        return require_placement(Instance.of_cluster(cluster, smallest))
+        return require_feasible_placement(Instance.of_cluster(cluster, smallest))
     except Infeasible as error:
         raise Infeasible(
             f"whatever the model is, {error.constraint}",
@@ -60,8 +60,8 @@ def require_plannable(
         ) from error
 
 
-def require_placement(instance: Instance) -> tuple[str, ...]:
-    """Refuse an instance that no placement satisfies; tell what could not be decided.
+def require_feasible_placement(instance: Instance) -> tuple[str, ...]:
+    """Refuse an instance that no placement satisfies; gives what could not be decided.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def require_placement(instance: Instance) -> tuple[str, ...]:
 
 
 def _smallest_model(cluster: Cluster) -> ModelSpec:
-    """The least that a model can be with the layers and experts that pin and forbid name.
+    """The smallest model that has the layers and experts that pin and forbid name.
 
     What no placement of it satisfies, none of a larger model does: leave out the other experts.
 

@@ -1,4 +1,4 @@
-"""What lies in the memory of every GPU of a cluster, and whether a KV cache has room beside it."""
+"""How the memory of every GPU is used, and whether a KV cache still fits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from prism_plan.check.assumed_figures import listed, shortened
-from prism_plan.cluster import Cluster, expert_room_bytes, gpu_slots, resident
+from prism_plan.capacity import gpu_capacity, resident_bytes
+from prism_plan.cluster import Cluster
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement
+from prism_plan.text import listed, shortened
 from prism_plan.token_rates import shares_by_task
 from prism_plan.trace import Trace
 
@@ -41,7 +42,7 @@ class GpuMemory:
 
     @property
     def free_bytes(self) -> int | None:
-        """What is left beside all of it; negative where a placement does not fit."""
+        """Bytes that nothing uses; negative where a placement does not fit."""
         if self.usable_bytes is None:
             return None
         resident_bytes = sum(
@@ -70,30 +71,32 @@ def gpu_memory(
     """
     size = np.array(model.expert_bytes_by_layer, np.int64)
     all_bytes = sum(model.expert_bytes_by_layer) * model.num_experts
+    in_slots = model.equal_expert_bytes
     rows: list[GpuMemory] = []
-    for n, server in enumerate(cluster.servers):
-        slots = gpu_slots(model, server) if model.equal_expert_bytes else None
-        for g, gpu in enumerate(server.gpus):
+    for n, (server, capacities) in enumerate(
+        zip(cluster.servers, gpu_capacity(cluster, model), strict=True)
+    ):
+        for g, (gpu, capacity) in enumerate(zip(server.gpus, capacities, strict=True)):
             experts: int | None
             if placement is not None:
                 held = placement.on_gpu[int(placement.gpus_of(n)[g])]
                 experts, expert_bytes = int(held.sum()), int(held.sum(axis=1) @ size)
-            elif slots is not None:
-                experts = min(slots[g], model.num_pairs)
+            elif in_slots:
+                experts = min(capacity, model.num_pairs)
                 expert_bytes = experts * model.expert_bytes_by_layer[0]
             else:
                 experts = None
-                expert_bytes = min(expert_room_bytes(model, server, g), all_bytes)
-            beside = None if gpu.slots is not None else resident(model, server, g)
+                expert_bytes = min(capacity, all_bytes)
+            resident = None if gpu.slots is not None else resident_bytes(model, server, g)
             rows.append(
                 GpuMemory(
                     server=server.name,
                     gpu=g,
-                    usable_bytes=None if beside is None else gpu.usable_bytes,
-                    dense_bytes=None if beside is None else beside.dense,
-                    kv_bytes=None if beside is None else beside.kv,
-                    reserve_bytes=None if beside is None else beside.reserve,
-                    slots=None if slots is None else slots[g],
+                    usable_bytes=None if resident is None else gpu.usable_bytes,
+                    dense_bytes=None if resident is None else resident.dense,
+                    kv_bytes=None if resident is None else resident.kv,
+                    reserve_bytes=None if resident is None else resident.reserve,
+                    slots=capacity if in_slots else None,
                     experts=experts,
                     expert_bytes=expert_bytes,
                 )
@@ -101,7 +104,7 @@ def gpu_memory(
     return tuple(rows)
 
 
-def unreserved(cluster: Cluster, model: ModelSpec | None = None) -> str:
+def missing_kv_reservation(cluster: Cluster, model: ModelSpec | None = None) -> str:
     """A line that names the servers with users whose KV cache has no memory reserved.
 
     Empty where there is none, or where the model is known to keep nothing per token.
@@ -114,7 +117,7 @@ def unreserved(cluster: Cluster, model: ModelSpec | None = None) -> str:
     return f"nothing is reserved for the KV cache of {listed(names)}: kv_tokens is not given or 0"
 
 
-def too_little_left(
+def insufficient_kv_memory(
     cluster: Cluster, model: ModelSpec, memory: Sequence[GpuMemory], trace: Trace | None = None
 ) -> str:
     """A line that names the servers with users where no KV cache of one request fits.

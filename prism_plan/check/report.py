@@ -1,4 +1,4 @@
-"""Is a file of ours valid? If not, where and why."""
+"""Whether a file of any of the formats is valid, and if not, where and why."""
 
 from __future__ import annotations
 
@@ -10,32 +10,38 @@ from typing import Any
 
 import numpy as np
 
-from prism_plan.check.assumed_figures import listed
 from prism_plan.check.cluster import require_plannable
-from prism_plan.check.gpu_memory import GpuMemory, gpu_memory, too_little_left, unreserved
+from prism_plan.check.gpu_memory import (
+    GpuMemory,
+    gpu_memory,
+    insufficient_kv_memory,
+    missing_kv_reservation,
+)
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError
 from prism_plan.instance import Instance
 from prism_plan.io.calibration import calibration_from_json
 from prism_plan.io.cluster import cluster_from_values
 from prism_plan.io.comparison import comparison_from_json
-from prism_plan.io.files import decode, parse_json
+from prism_plan.io.json import parse_json
 from prism_plan.io.migration import migration_from_json
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.parquet_input import MAGIC
+from prism_plan.io.parquet import MAGIC
 from prism_plan.io.phases import schedule_from_values
 from prism_plan.io.placement import placement_from_json
 from prism_plan.io.simulation import simulation_from_json
 from prism_plan.io.sweep import OK, is_sweep, is_sweep_csv, sweep_from_csv, sweep_from_open_file
+from prism_plan.io.text_files import decode
 from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_open_trace
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.model import ModelSpec, require_same_model
-from prism_plan.objective import score, violations
+from prism_plan.objective import score
 from prism_plan.placement import InputFile, Placement
+from prism_plan.placement_check import violations
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.phase_schedule import Schedule
-from prism_plan.text import quantity, shown
+from prism_plan.text import listed, quantity, shown
 from prism_plan.token_rates import require_users
 from prism_plan.trace import Trace
 
@@ -50,8 +56,8 @@ SHARE_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was found in a file. ``problems`` are broken constraints or untrue statements.
+class CheckReport:
+    """The result of checking a file. ``problems`` are violated constraints or false statements.
 
     ``warnings`` are lines, each with the file that it is about, of what makes no file invalid;
     ``memory`` is that of every GPU, where it is known.
@@ -85,8 +91,8 @@ def check_file(
     cluster: tuple[str, Cluster, InputFile] | None = None,
     trace: tuple[str, Trace] | None = None,
     model: tuple[str, ModelSpec] | None = None,
-) -> Report:
-    """Check any file that our commands read or write, told apart by content.
+) -> CheckReport:
+    """Check any file that the commands read or write; the content decides which kind it is.
 
     Kinds: trace, cluster, placement, comparison, simulation, migration, sweep, calibration, phases.
 
@@ -131,7 +137,7 @@ def check_file(
     form = values.get("format") if isinstance(values, Mapping) else None
     if form == "prism-plan/comparison":
         rows = comparison_from_json(values, source=path)["rows"]
-        return Report(name, "comparison", quantity(len(rows), "row"))
+        return CheckReport(name, "comparison", quantity(len(rows), "row"))
     if form == "prism-plan/simulation":
         return _check_simulation(path, simulation_from_json(values, source=path))
     if form == "prism-plan/migration":
@@ -153,7 +159,7 @@ def _check_cluster(
     cluster: Cluster,
     trace: tuple[str, Trace] | None,
     model: tuple[str, ModelSpec] | None,
-) -> Report:
+) -> CheckReport:
     found = trace[1] if trace else None
     spec = found.model if found is not None else model[1] if model else None
     try:
@@ -162,7 +168,7 @@ def _check_cluster(
         raise error.within(path) from error
     memory = () if spec is None else gpu_memory(cluster, spec)
     gpus = sum(len(server.gpus) for server in cluster.servers)
-    return Report(
+    return CheckReport(
         str(path),
         "cluster",
         f"{quantity(cluster.num_servers, 'server')}, {quantity(gpus, 'GPU')}",
@@ -198,23 +204,23 @@ def _warnings(
     memory: Sequence[GpuMemory],
     trace: Trace | None,
 ) -> tuple[str, ...]:
-    lines = [unreserved(cluster, model)]
+    lines = [missing_kv_reservation(cluster, model)]
     if model is not None and memory:
-        lines.append(too_little_left(cluster, model, memory, trace))
+        lines.append(insufficient_kv_memory(cluster, model, memory, trace))
     text = "; ".join(line for line in lines if line)
     return (f"{path}: {text}",) if text else ()
 
 
-def _check_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> Report:
+def _check_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> CheckReport:
     summary = (
         f"{plan.model.name} on {quantity(len(plan.servers), 'server')}, "
         f"{quantity(plan.loads, 'load')} "
         f"({plan.extra_loads:,} of them temporary) and {quantity(plan.drops, 'drop')}"
     )
-    return Report(str(path), "migration", summary)
+    return CheckReport(str(path), "migration", summary)
 
 
-def _check_calibration(path: str | os.PathLike[str], found: Calibration) -> Report:
+def _check_calibration(path: str | os.PathLike[str], found: Calibration) -> CheckReport:
     links = [
         text
         for text, value in (
@@ -228,16 +234,16 @@ def _check_calibration(path: str | os.PathLike[str], found: Calibration) -> Repo
     summary = f"{quantity(len(found.gpus), 'GPU')} by name, {default}" + "".join(
         f", {text}" for text in links
     )
-    return Report(str(path), "calibration", summary)
+    return CheckReport(str(path), "calibration", summary)
 
 
-def _check_phases(path: str | os.PathLike[str], found: Schedule) -> Report:
+def _check_phases(path: str | os.PathLike[str], found: Schedule) -> CheckReport:
     servers = {server for phase in found.phases for server in phase.tasks}
     summary = f"{quantity(len(found.phases), 'phase')}, tasks of {quantity(len(servers), 'server')}"
-    return Report(str(path), "phases", summary)
+    return CheckReport(str(path), "phases", summary)
 
 
-def _check_trace(path: str | os.PathLike[str], trace: Trace) -> Report:
+def _check_trace(path: str | os.PathLike[str], trace: Trace) -> CheckReport:
     calls = int(trace.counts.sum())
     source = trace.provenance.get("source")
     summary = (
@@ -245,22 +251,22 @@ def _check_trace(path: str | os.PathLike[str], trace: Trace) -> Report:
         f"{quantity(int(trace.tokens.sum()), 'token')}, {quantity(calls, 'call')}"
         + (f", source: {source}" if source else "")
     )
-    return Report(str(path), "trace", summary)
+    return CheckReport(str(path), "trace", summary)
 
 
-def _check_simulation(path: str | os.PathLike[str], values: Mapping[str, Any]) -> Report:
+def _check_simulation(path: str | os.PathLike[str], values: Mapping[str, Any]) -> CheckReport:
     runs = values["runs"]
     finished, requests = (sum(run[key] for run in runs) for key in ("finished", "requests"))
     partial = ", interrupted" if values["partial"] else ""
     summary = (
         f"{quantity(len(runs), 'run')}, {finished:,} of {requests:,} requests finished{partial}"
     )
-    return Report(str(path), "simulation", summary)
+    return CheckReport(str(path), "simulation", summary)
 
 
-def _check_sweep(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Report:
+def _check_sweep(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> CheckReport:
     failed = sum(row["status"] != OK for row in rows)
-    return Report(str(path), "sweep", f"{quantity(len(rows), 'run')}, {failed} of them failed")
+    return CheckReport(str(path), "sweep", f"{quantity(len(rows), 'run')}, {failed} of them failed")
 
 
 def _check_placement(
@@ -269,7 +275,7 @@ def _check_placement(
     cluster: tuple[str, Cluster, InputFile] | None,
     trace: tuple[str, Trace] | None,
     model: tuple[str, ModelSpec] | None,
-) -> Report:
+) -> CheckReport:
     plan = placement.plan
     if trace is not None:
         model = (trace[0], trace[1].model)
@@ -277,9 +283,9 @@ def _check_placement(
     notes: list[str] = []
     instance = None
     if cluster is not None:
-        _same_input(placement, cluster[0], cluster[2].sha256, notes)
+        _note_unknown_input(placement, cluster[0], cluster[2].sha256, notes)
     if trace is not None:
-        _same_input(placement, trace[0], trace[1].sha256, notes)
+        _note_unknown_input(placement, trace[0], trace[1].sha256, notes)
     if model is not None:
         require_same_model(placement.model, model[1], source=path, other=model[0])
     if cluster is not None:
@@ -294,7 +300,7 @@ def _check_placement(
     found = violations(placement, min_replicas=plan.min_replicas, instance=instance)
     problems += [violation.message for violation in found]
     if cluster is not None and instance is None:
-        problems += against_cluster(placement, cluster[1])
+        problems += cluster_mismatches(placement, cluster[1])
         notes.append(f"memory and rules of {cluster[0]} not checked: that needs a trace or a model")
     if plan.remote_share is not None and plan.bound is not None:
         slack = plan.remote_share - plan.bound
@@ -329,11 +335,13 @@ def _check_placement(
         f"{int(placement.on_gpu.sum()):,} experts placed, {int(copies.min())} to "
         f"{int(copies.max())} copies"
     )
-    return Report(str(path), "placement", summary, tuple(problems), tuple(notes), warnings, memory)
+    return CheckReport(
+        str(path), "placement", summary, tuple(problems), tuple(notes), warnings, memory
+    )
 
 
-def against_cluster(placement: Placement, cluster: Cluster) -> list[str]:
-    """What can be told without the sizes of the model: servers, GPUs, slots given directly."""
+def cluster_mismatches(placement: Placement, cluster: Cluster) -> list[str]:
+    """Mismatches that need no model sizes: names of servers, numbers of GPUs, explicit slots."""
     names = tuple(server.name for server in cluster.servers)
     if placement.servers != names:
         return [f"servers are {list(placement.servers)}, the cluster has {list(names)}"]
@@ -356,6 +364,6 @@ def against_cluster(placement: Placement, cluster: Cluster) -> list[str]:
     return problems
 
 
-def _same_input(placement: Placement, path: str, digest: str, notes: list[str]) -> None:
+def _note_unknown_input(placement: Placement, path: str, digest: str, notes: list[str]) -> None:
     if placement.inputs and digest not in {file.sha256 for file in placement.inputs.values()}:
         notes.append(f"{path} is not a file that it was planned from")

@@ -14,7 +14,7 @@ def main() -> None:
         print("prism-plan: interrupted; nothing was written", file=sys.stderr)
         code = 130
     if code == 130:
-        # without waiting for the thread of a solver that is slow to hear of it
+        # without waiting for the thread of a solver that is slow to notice it
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -7,12 +7,12 @@
     infeasible                                             3
     a limit or the end of memory, with no result           4
     another server, a port or the store failed             5    (runtime)
-    an internal error: a fault of ours                    70
+    an internal error                                     70
     interrupted                                          130
 
-The first ones are those of :mod:`prism_plan.errors`; any exception that is none of them is a fault
+The first ones are those of :mod:`prism_plan.errors`; any other exception is an internal error
 (:mod:`prism_plan.cli.internal_errors`). Where a message names a parameter of the command, its
-option is told.
+option is printed instead.
 """
 
 from __future__ import annotations
@@ -28,8 +28,14 @@ from types import FrameType
 
 import click
 
-from prism_plan.cli.command_options import option_names, running
-from prism_plan.cli.internal_errors import one_line_each, raised_at, report_fault, say
+from prism_plan.cli.command_options import option_names, running_context
+from prism_plan.cli.internal_errors import (
+    OWN_PACKAGES,
+    error_location,
+    report_internal_error,
+    single_line_messages,
+    write_log_line,
+)
 from prism_plan.errors import LimitReached, OutputError, PrismError
 from prism_plan.jit import before_first_compilation
 
@@ -50,17 +56,17 @@ def run_command(
     """Run a command and return its exit code; every error is one line on standard error.
 
     ``name`` is what usage messages call the command, ``program`` what begins each line.
-    ``interrupted`` is what is said on Ctrl-C and SIGTERM, ``extra`` the extra that is named where
-    one of :data:`EXTRA_MODULES` is missing.
+    ``interrupted`` is the message on Ctrl-C and SIGTERM, ``extra`` the extra to install where one
+    of :data:`EXTRA_MODULES` is missing.
     """
     signal.signal(signal.SIGTERM, _terminate)
     _prepare_streams()
     _announce_compilation(program)
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = list(sys.argv[1:] if arguments is None else arguments)
     names: dict[str, str] = {}
-    with one_line_each(program):
+    with single_line_messages(program):
         try:
-            return _invoke(command, name, given, names)
+            return _invoke(command, name, args, names)
         except BaseException as error:
             return _exit_code(error, name, names, program, interrupted, extra)
 
@@ -79,7 +85,7 @@ def _announce_compilation(program: str) -> None:
     """Say on a terminal why the first run on a machine takes longer."""
     if sys.stderr.isatty():
         before_first_compilation(
-            lambda: say(
+            lambda: write_log_line(
                 program,
                 "compiling for this machine: once after installation, "
                 "a few seconds, for the simulator up to a minute",
@@ -98,7 +104,7 @@ def _invoke(command: click.Command, name: str, arguments: list[str], names: dict
             try:
                 result = command.invoke(context)
             finally:
-                names |= option_names(running(context))
+                names |= option_names(running_context(context))
     finally:
         sys.stdout.flush()
     return result if isinstance(result, int) else 0
@@ -112,7 +118,7 @@ def _exit_code(
     interrupted: str,
     extra: str,
 ) -> int:
-    """Tell what went wrong, in one line; gives the exit code."""
+    """Print what went wrong in one line; gives the exit code."""
     match error:
         case click.exceptions.Exit():
             return error.exit_code
@@ -131,8 +137,8 @@ def _exit_code(
             code, message = 2, error.format_message()
         case KeyboardInterrupt() | click.Abort():
             code, message = INTERRUPTED_EXIT_CODE, interrupted
-        case BrokenPipeError() if _stdout_gone():
-            _discard_stdout()  # the reader has had enough: no more, and no complaint
+        case BrokenPipeError() if _stdout_reader_closed():
+            _discard_stdout()  # as head and less do: no error
             return 0
         case _ if (short := _out_of_memory(error)) is not None:
             code, message = LimitReached.exit_code, short
@@ -140,19 +146,19 @@ def _exit_code(
             code, message = 2, f"{error}; install the extra: pip install 'prism-plan[{extra}]'"
         case OSError() if error.errno is not None and not isinstance(error, BrokenPipeError):
             _discard_stdout()
-            place = _place_of(error)
+            place = _error_place(error)
             reason = (error.strerror or str(error)).lower()
             if place == "standard output" and error.errno == errno.EBADF:
                 reason = "is closed"
             code, message = OutputError.exit_code, f"{place}: {reason}"
         case _:
-            return report_fault(program, error)
-    say(program, message)
+            return report_internal_error(program, error)
+    write_log_line(program, message)
     return code
 
 
 def _out_of_memory(error: BaseException) -> str | None:
-    """What to say where memory has ended, that of a GPU and of a worker process too."""
+    """The message where memory is exhausted: of this process, of a GPU or of a worker process."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & {"MemoryError", "OutOfMemoryError"}:  # the latter is PyTorch's
         return "out of memory; use a smaller trace or cluster, or a larger machine"
@@ -161,20 +167,21 @@ def _out_of_memory(error: BaseException) -> str | None:
     return None
 
 
-def _place_of(error: OSError) -> str:
-    """The file of an error of the system, or what else it was about."""
+def _error_place(error: OSError) -> str:
+    """The file, or other object, that an error of the operating system is about."""
     if error.filename is not None:
         return (
             os.fsdecode(error.filename)
             if isinstance(error.filename, bytes)
             else str(error.filename)
         )
-    own = raised_at(error)
-    return "standard output" if ".cli." in own else f"the operating system, {own}"
+    own = error_location(error)
+    printing = any(f"{package}.cli." in own for package in OWN_PACKAGES)
+    return "standard output" if printing else f"the operating system, {own}"
 
 
-def _stdout_gone() -> bool:
-    """Whether it is standard output whose reader has closed its end, and no other pipe."""
+def _stdout_reader_closed() -> bool:
+    """Whether the pipe that broke is standard output, whose reader has closed its end."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), select.POLLOUT)

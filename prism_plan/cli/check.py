@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from prism_plan.cli.command_options import TableOptions, options_as, told
+from prism_plan.cli.command_options import TableOptions, error_line, options_as
 from prism_plan.cli.tables import format_option
 from prism_plan.errors import PrismError
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(TableOptions):
-    """What ``prism-plan check`` is given."""
+    """The options and arguments of ``prism-plan check``."""
 
     files: tuple[str, ...]
     cluster: str | None
@@ -58,7 +58,7 @@ class CheckOptions(TableOptions):
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @options_as(CheckOptions)
-def command(given: CheckOptions) -> int:
+def command(args: CheckOptions) -> int:
     """Check files: valid? If not, where and why.
 
     All that the commands read and write: traces, clusters, placements, comparisons, simulations,
@@ -71,62 +71,62 @@ def command(given: CheckOptions) -> int:
     placement breaks a constraint or no placement can satisfy a cluster.
     """
     from prism_plan.check.report import check_file
-    from prism_plan.cli.console import load_trace, note, print_json, print_line
-    from prism_plan.cli.inputs import load_cluster, load_spec
+    from prism_plan.cli.console import load_trace, log_info, print_json, print_line
+    from prism_plan.cli.inputs import load_cluster, read_model_spec
 
-    cluster = None if given.cluster is None else (given.cluster, *load_cluster(given.cluster))
-    trace = None if given.trace is None else (given.trace, load_trace(given.trace))
-    model = None if given.model is None else (given.model, load_spec(given.model))
+    cluster = None if args.cluster is None else (args.cluster, *load_cluster(args.cluster))
+    trace = None if args.trace is None else (args.trace, load_trace(args.trace))
+    model = None if args.model is None else (args.model, read_model_spec(args.model))
     code = 0
     found: list[dict[str, Any]] = []
     warnings: dict[str, None] = {}  # in order, and each once for all files
-    for path in given.files:
+    for path in args.files:
         try:
             report = check_file(path, cluster=cluster, trace=trace, model=model)
         except PrismError as error:
             code = 2 if 2 in (code, error.exit_code) else error.exit_code
-            note(told(error))
-            found.append({"file": path, "valid": False, "problems": [told(error)]})
+            log_info(error_line(error))
+            found.append({"file": path, "valid": False, "problems": [error_line(error)]})
             continue
         found.append(report.to_json())
         if report.problems and code == 0:
             code = 3
         for problem in report.problems[:10]:
-            note(f"{path}: {problem}")
+            log_info(f"{path}: {problem}")
         if len(report.problems) > 10:
-            note(f"{path}: and {len(report.problems) - 10} more problems (--json lists all)")
+            log_info(f"{path}: and {len(report.problems) - 10} more problems (--json lists all)")
         warnings.update(dict.fromkeys(report.warnings))
-        if not given.as_json:
+        if not args.as_json:
             verdict = "INVALID" if report.problems else "ok"
-            aside = given.table_format != "table"  # then standard output holds the tables alone
+            aside = args.table_format != "table"  # then standard output holds the tables alone
             print_line(f"{path}: {verdict}: {report.kind}: {report.summary}", err=aside)
             for text in report.notes:
                 print_line(f"{path}: note: {text}", err=aside)
             if report.memory:
-                _print_memory(path, found[-1]["memory"], given.table_format)
+                _print_memory(path, found[-1]["memory"], args.table_format)
     for text in warnings:
-        note(text)
-    if given.as_json:
+        log_info(text)
+    if args.as_json:
         print_json(found)
     return code
 
 
 def _print_memory(path: str, rows: Sequence[Mapping[str, Any]], form: str) -> None:
-    from prism_plan.cli.tables import counts, print_table, sizes, words
+    from prism_plan.cli.tables import count_column, print_table, size_column, text_column
 
     def of(key: str) -> list[Any]:
         return [row[key] for row in rows]
 
     columns = [
-        words("server", "server", of("server")),
-        words("GPU", "gpu", [f"gpu[{number}]" for number in of("gpu")]),
-        sizes("usable", "usable_bytes", of("usable_bytes"), rank=1),
-        sizes("dense", "dense_bytes", of("dense_bytes")),
-        sizes("KV cache", "kv_bytes", of("kv_bytes")),
-        sizes("reserve", "reserve_bytes", of("reserve_bytes"), rank=2),
-        counts("slots", "slots", of("slots"), rank=3),
-        counts("experts", "experts", of("experts")),
-        sizes("their bytes", "expert_bytes", of("expert_bytes"), rank=4),
-        sizes("free", "free_bytes", of("free_bytes")),
+        text_column("server", "server", of("server")),
+        text_column("GPU", "gpu", [f"gpu[{number}]" for number in of("gpu")]),
+        size_column("usable", "usable_bytes", of("usable_bytes"), rank=1),
+        size_column("dense", "dense_bytes", of("dense_bytes")),
+        size_column("KV cache", "kv_bytes", of("kv_bytes")),
+        size_column("reserve", "reserve_bytes", of("reserve_bytes"), rank=2),
+        count_column("slots", "slots", of("slots"), rank=3),
+        count_column("experts", "experts", of("experts")),
+        size_column("their bytes", "expert_bytes", of("expert_bytes"), rank=4),
+        size_column("free", "free_bytes", of("free_bytes")),
     ]
     print_table(columns, title=f"{path}: memory of every GPU", form=form)

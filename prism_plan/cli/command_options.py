@@ -1,7 +1,7 @@
 """The options of a command as one frozen dataclass, and the names that errors give them.
 
-The parameters of a command are called as the library's are: ``--half-life`` is ``half_life_s``. So
-an error of the library that names its parameter can be told by the option.
+The parameters of a command have the names of the library's: ``--half-life`` is ``half_life_s``. So
+an error of the library that names its parameter can name the option instead.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from click.core import ParameterSource
 from prism_plan.errors import InputError, PrismError
 
 #: Under this key the contexts of a command line hold that of the command which runs.
-_RUNNING = "prism_plan.running"
+_RUNNING_CONTEXT = "prism_plan.running"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandOptions:
-    """What a command is given; subclasses have a field for each of its options and arguments.
+    """The options and arguments of a command; subclasses have a field for each of them.
 
-    ``given`` are the names of those that stand on the command line.
+    ``explicit_names`` are those that stand on the command line, and not by default.
     """
 
-    given: frozenset[str]
+    explicit_names: frozenset[str]
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense whatever the files say."""
+        """Refuse combinations of options that are wrong for any content of the files."""
 
     def refuse(self, *names: str, found: str, remedy: str = "leave it out") -> None:
         """Refuse options that were given and would have no effect.
@@ -41,7 +41,7 @@ class CommandOptions:
             Names the first one.
         """
         for name in names:
-            if name in self.given:
+            if name in self.explicit_names:
                 raise InputError(found, parameter=name, remedy=remedy)
 
 
@@ -63,33 +63,33 @@ Result = TypeVar("Result")
 
 
 def options_as(kind: type[Kind]) -> Callable[[Callable[[Kind], Result]], Callable[..., Result]]:
-    """Let click call a command with one ``kind``, whose fields are the command's parameters."""
+    """Decorate a click command so that it is called with its parameters as one ``kind``."""
 
     def decorate(command: Callable[[Kind], Result]) -> Callable[..., Result]:
         @functools.wraps(command)
         def run(**values: Any) -> Result:
             context = click.get_current_context()
-            context.meta[_RUNNING] = context
+            context.meta[_RUNNING_CONTEXT] = context
             given = frozenset(
                 name
                 for name in values
                 if context.get_parameter_source(name) is not ParameterSource.DEFAULT
             )
-            return command(kind(given=given, **values))
+            return command(kind(explicit_names=given, **values))
 
         return run
 
     return decorate
 
 
-def running(context: click.Context) -> click.Context:
+def running_context(context: click.Context) -> click.Context:
     """The context of the command that runs within ``context``."""
-    found: click.Context = context.meta.get(_RUNNING, context)
+    found: click.Context = context.meta.get(_RUNNING_CONTEXT, context)
     return found
 
 
 def option_names(context: click.Context) -> dict[str, str]:
-    """What a user calls the parameters of a command: their options, or the arguments as given."""
+    """Parameter name to what a user typed: the option, or the value of an argument."""
     names = {}
     for parameter in context.command.params:
         name = str(parameter.name)
@@ -103,6 +103,6 @@ def option_names(context: click.Context) -> dict[str, str]:
     return names
 
 
-def told(error: PrismError) -> str:
-    """The line of an error that a command tells itself, before it goes on."""
-    return error.line(option_names(running(click.get_current_context())))
+def error_line(error: PrismError) -> str:
+    """The message of an error that a command prints before it continues."""
+    return error.line(option_names(running_context(click.get_current_context())))

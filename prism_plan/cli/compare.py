@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(TableOptions):
-    """What ``prism-plan compare`` is given."""
+    """The options and arguments of ``prism-plan compare``."""
 
     trace: str
     placements: tuple[str, ...]
@@ -56,7 +56,7 @@ class CompareOptions(TableOptions):
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option("-o", "--output", metavar="R.json", help="Also write the comparison as JSON.")
 @options_as(CompareOptions)
-def command(given: CompareOptions) -> None:
+def command(args: CompareOptions) -> None:
     """Score solvers, and placements that exist, side by side on the same requests.
 
     Remote share, waiting share and destinations are recomputed from each placement; the worst
@@ -64,61 +64,68 @@ def command(given: CompareOptions) -> None:
     """
     import json
 
-    from prism_plan.cli.console import deliver, load_trace, print_json, progress
+    from prism_plan.cli.console import load_trace, print_json, progress, write_output
     from prism_plan.cli.inputs import (
-        blaming,
+        error_source,
         load_cluster,
-        note_seen_requests,
-        solver_names,
-        writable,
+        log_planned_on_scored_requests,
+        parse_solver_names,
+        require_writable_output,
     )
     from prism_plan.evaluate.comparison import compare
     from prism_plan.io.placement import read_placement
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.registry import SOLVER_NAMES
 
-    names = solver_names(given.solvers)
+    names = parse_solver_names(args.solvers)
     if names is not None and "ilp" not in names:
-        given.refuse("backend", found="has no effect without solver ilp")
-    writable(given.output, given.trace, given.cluster, *given.placements)
-    options = Options(seed=given.seed, time_limit_s=given.time_limit_s, backend=given.backend)
-    cluster, _ = load_cluster(given.cluster)
-    existing = [(path, read_placement(path)) for path in given.placements]
-    trace = load_trace(given.trace)
-    note_seen_requests(existing, trace, given.holdout)
+        args.refuse("backend", found="has no effect without solver ilp")
+    require_writable_output(args.output, args.trace, args.cluster, *args.placements)
+    options = Options(seed=args.seed, time_limit_s=args.time_limit_s, backend=args.backend)
+    cluster, _ = load_cluster(args.cluster)
+    existing = [(path, read_placement(path)) for path in args.placements]
+    trace = load_trace(args.trace)
+    log_planned_on_scored_requests(existing, trace, args.holdout)
     total = len(SOLVER_NAMES if names is None else names) + len(existing)
     done = -1
 
     with progress(total, "placements") as update:
 
-        def tell(name: str) -> None:
+        def report_progress(name: str) -> None:
             nonlocal done
             done += 1
             update(name, done)
 
-        with blaming(given.cluster):
+        with error_source(args.cluster):
             result = compare(
                 trace,
                 cluster,
                 solvers=names,
                 placements=existing,
-                holdout=given.holdout,
-                min_replicas=given.min_replicas,
+                holdout=args.holdout,
+                min_replicas=args.min_replicas,
                 options=options,
-                progress=tell,
+                progress=report_progress,
             )
     values = result.to_json()
-    if given.output is not None:
-        deliver(given.output, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
-    if given.as_json and given.output != "-":
+    if args.output is not None:
+        write_output(args.output, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+    if args.as_json and args.output != "-":
         print_json(values)
     else:
-        _print(result, values, form=given.table_format, err=given.output == "-")
+        _print(result, values, form=args.table_format, err=args.output == "-")
 
 
 def _print(result: Comparison, values: dict[str, Any], *, form: str, err: bool) -> None:
-    from prism_plan.cli.console import note
-    from prism_plan.cli.tables import durations, excesses, numbers, print_table, shares, words
+    from prism_plan.cli.console import log_info
+    from prism_plan.cli.tables import (
+        duration_column,
+        excess_column,
+        number_column,
+        print_table,
+        share_column,
+        text_column,
+    )
 
     rows = [row for row in values["rows"] if row["remote_share"] is not None]
     best = min((row["remote_share"] for row in rows), default=0.0)
@@ -132,27 +139,27 @@ def _print(result: Comparison, values: dict[str, Any], *, form: str, err: bool) 
     ]
     above = [None if not best else row["remote_share"] / best - 1 for row in rows]
     columns = [
-        words("placement", "placement", names),
-        shares("remote", "remote_share", of("remote_share")),
-        excesses("vs best", "above_best", above, rank=2),
-        shares("worst", "worst_server_share", of("worst_server_share"), rank=4),
-        words("worst server", "worst_server", of("worst_server"), rank=5),
-        shares("waiting", "waiting_share", of("waiting_share"), rank=1),
-        shares("worst waiting", "worst_waiting_share", of("worst_waiting_share"), rank=6),
-        numbers("dest.", "destinations", of("destinations"), rank=1),
-        durations("solved in", "runtime_s", of("runtime_s"), rank=7),
+        text_column("placement", "placement", names),
+        share_column("remote", "remote_share", of("remote_share")),
+        excess_column("vs best", "above_best", above, rank=2),
+        share_column("worst", "worst_server_share", of("worst_server_share"), rank=4),
+        text_column("worst server", "worst_server", of("worst_server"), rank=5),
+        share_column("waiting", "waiting_share", of("waiting_share"), rank=1),
+        share_column("worst waiting", "worst_waiting_share", of("worst_waiting_share"), rank=6),
+        number_column("dest.", "destinations", of("destinations"), rank=1),
+        duration_column("solved in", "runtime_s", of("runtime_s"), rank=7),
     ]
     title = f"{result.trace} on {result.cluster}"
     if result.holdout is not None:
-        columns.insert(2, shares("as planned", "planned_share", of("planned_share"), rank=3))
+        columns.insert(2, share_column("as planned", "planned_share", of("planned_share"), rank=3))
         title += (
             f": planned on {result.planned_requests} requests, scored on {result.scored_requests}"
         )
     print_table(columns, title=title, form=form, err=err)
     for row in values["rows"]:
         if row["note"]:
-            note(f"{row['name']}: {row['note']}")
+            log_info(f"{row['name']}: {row['log_info']}")
         if (row["destinations_method"] or "exact") != "exact":
-            note(f"{row['name']}: destinations are {row['destinations_method']}")
+            log_info(f"{row['name']}: destinations are {row['destinations_method']}")
     if result.kind == "counts":
-        note("counts-only trace: waiting share and destinations need one token by token")
+        log_info("counts-only trace: waiting share and destinations need one token by token")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.cli.internal_errors import say
-from prism_plan.io.files import write_bytes
+from prism_plan.cli.internal_errors import write_log_line
+from prism_plan.io.file_writing import write_bytes
 from prism_plan.text import printable, printable_json
 
 if TYPE_CHECKING:
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 #: What begins each message.
 PROGRAM = "prism-plan"
 #: Traces of more rows than this are read with a progress bar.
-LONG_TRACE = 200_000
+PROGRESS_BAR_MIN_ROWS = 200_000
 
 
-def note(message: str) -> None:
-    """A message to standard error."""
-    say(PROGRAM, message)
+def log_info(message: str) -> None:
+    """Write a message to standard error."""
+    write_log_line(PROGRAM, message)
 
 
 def print_line(text: str, *, err: bool = False) -> None:
-    """A line of a result on standard output (or error)."""
+    """Print a line of a result on standard output (or error)."""
     click.echo(printable(text), err=err)
 
 
 def print_json(values: Any) -> None:
-    """JSON to standard output."""
+    """Print values as JSON on standard output."""
     text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
     click.echo(printable_json(text))
 
@@ -76,16 +76,16 @@ def load_trace(path: str) -> Trace:
     with contextlib.ExitStack() as stack:
         bars: list[Callable[[str, int], None]] = []
 
-        def tell(done: int, total: int) -> None:
-            if total > LONG_TRACE and not bars:
+        def report_progress(done: int, total: int) -> None:
+            if total > PROGRESS_BAR_MIN_ROWS and not bars:
                 bars.append(stack.enter_context(progress(total, "tokens")))
             for show in bars:
                 show(f"reading {Path(path).name}", done)
 
-        return read_trace(path, tell)
+        return read_trace(path, report_progress)
 
 
-def deliver(output: str, data: bytes) -> None:
+def write_output(output: str, data: bytes) -> None:
     """Write ``data`` to the file ``output``, or to standard output for ``-``.
 
     In a file names stay as they are. What goes to standard output is JSON or a table of numbers.
@@ -99,5 +99,5 @@ def deliver(output: str, data: bytes) -> None:
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """A share for a table."""
+    """A share as text in percent; a dash where there is none."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"

@@ -12,7 +12,7 @@ from prism_plan.cli.tables import format_option
 
 @dataclass(frozen=True, kw_only=True)
 class DiffOptions(TableOptions):
-    """What ``prism-plan diff`` is given."""
+    """The options and arguments of ``prism-plan diff``."""
 
     a: str
     b: str
@@ -24,15 +24,15 @@ class DiffOptions(TableOptions):
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print every moved expert as JSON.")
 @options_as(DiffOptions)
-def command(given: DiffOptions) -> None:
+def command(args: DiffOptions) -> None:
     """Show what moves from placement A to placement B: experts and bytes, per server and layer."""
     from prism_plan.cli.console import print_json
-    from prism_plan.cli.tables import counts, print_table, sizes, words
+    from prism_plan.cli.tables import count_column, print_table, size_column, text_column
     from prism_plan.io.placement import read_placement
     from prism_plan.placement_diff import diff
 
-    result = diff(read_placement(given.a), read_placement(given.b), (given.a, given.b))
-    if given.as_json:
+    result = diff(read_placement(args.a), read_placement(args.b), (args.a, args.b))
+    if args.as_json:
         print_json(result.to_json())
         return
     moved = result.loads | result.shifts
@@ -41,13 +41,15 @@ def command(given: DiffOptions) -> None:
         ("drops", "drops", result.drops),
         ("between GPUs", "between_gpus", result.shifts),
     )
-    columns = [words("server", "server", [*result.servers, "total"])]
+    columns = [text_column("server", "server", [*result.servers, "total"])]
     for heading, key, mask in kinds:
         of_server = [int(mask[n].sum()) for n in range(len(result.servers))]
-        columns.append(counts(heading, key, [*of_server, int(mask.sum())]))
+        columns.append(count_column(heading, key, [*of_server, int(mask.sum())]))
     loaded = [result.bytes_of(moved[n]) for n in range(len(result.servers))]
-    columns.append(sizes("to load", "bytes_to_load", [*loaded, result.bytes_of(moved)], rank=1))
-    print_table(columns, title=f"{given.a} → {given.b}", form=given.table_format)
+    columns.append(
+        size_column("to load", "bytes_to_load", [*loaded, result.bytes_of(moved)], rank=1)
+    )
+    print_table(columns, title=f"{args.a} → {args.b}", form=args.table_format)
     layers = [
         at
         for at in range(len(result.model.moe_layers))
@@ -55,12 +57,12 @@ def command(given: DiffOptions) -> None:
     ]
     if not layers:
         return
-    columns = [words("layer", "layer", [str(result.model.moe_layers[at]) for at in layers])]
+    columns = [text_column("layer", "layer", [str(result.model.moe_layers[at]) for at in layers])]
     for heading, key, mask in kinds:
-        columns.append(counts(heading, key, [int(mask[:, at].sum()) for at in layers]))
+        columns.append(count_column(heading, key, [int(mask[:, at].sum()) for at in layers]))
     size = result.model.expert_bytes_by_layer
     loaded = [size[at] * int(moved[:, at].sum()) for at in layers]
-    columns.append(sizes("to load", "bytes_to_load", loaded, rank=1))
-    if given.table_format == "csv":  # a second table begins after a blank line
+    columns.append(size_column("to load", "bytes_to_load", loaded, rank=1))
+    if args.table_format == "csv":  # a second table begins after a blank line
         click.echo()
-    print_table(columns, form=given.table_format)
+    print_table(columns, form=args.table_format)

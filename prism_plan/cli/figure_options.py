@@ -60,7 +60,7 @@ class PlotOptions(CommandOptions):
             self.refuse("title", found="given with ``no_title``", remedy="leave one of the two out")
 
     def draw(self, figure: Callable[[FigureOptions], Any]) -> None:
-        """Write what ``figure`` draws; errors that name no parameter are about the file.
+        """Write the figure that ``figure`` makes; errors that name no parameter are about the file.
 
         Raises
         ------
@@ -68,7 +68,7 @@ class PlotOptions(CommandOptions):
             The extension, the size or the resolution is wrong, or there is nothing to draw.
         """
         from prism_plan import plotting
-        from prism_plan.cli.inputs import blaming
+        from prism_plan.cli.inputs import error_source
 
         plotting.check_extension(self.output)
         options = plotting.FigureOptions(
@@ -76,7 +76,7 @@ class PlotOptions(CommandOptions):
             size_in=None if self.size_in is None else _size(self.size_in),
             dpi=self.dpi,
         )
-        with blaming(self.file):
+        with error_source(self.file):
             drawn = figure(options)
         plotting.save(drawn, self.output)
 

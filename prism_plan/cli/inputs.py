@@ -1,4 +1,4 @@
-"""Reading a cluster, and errors about it that name its file."""
+"""What several commands read and check first, with errors that name the file or option."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from prism_plan.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
+    from prism_plan.evaluate.simulation_options import SimulationOptions
     from prism_plan.model import ModelSpec
     from prism_plan.placement import InputFile, Placement
     from prism_plan.trace import Trace
 
 
 def load_cluster(path: str) -> tuple[Cluster, InputFile]:
-    """Read a cluster file once, and tell what was read."""
+    """Read a cluster file once; gives the cluster and the identity of the bytes that were read."""
     from prism_plan.io.cluster import parse_cluster
-    from prism_plan.io.files import printable, read_identified
+    from prism_plan.io.text_files import file_name_text, read_text_and_digest
     from prism_plan.placement import InputFile
 
-    text, digest = read_identified(path)
+    text, digest = read_text_and_digest(path)
     if text.lstrip().startswith("{"):
         raise InputError("is a JSON file", source=path, expected="a cluster, which is a TOML file")
-    return parse_cluster(text, source=path), InputFile(printable(path), digest)
+    return parse_cluster(text, source=path), InputFile(file_name_text(path), digest)
 
 
-def load_spec(reference: str) -> ModelSpec:
+def read_model_spec(reference: str) -> ModelSpec:
     """The sizes of the model that ``--model`` names."""
     from prism_plan.sizes import load_model_spec
 
-    with about("model"):
+    with error_parameter("model"):
         return load_model_spec(reference)
 
 
 @contextlib.contextmanager
-def blaming(path: str) -> Iterator[None]:
+def error_source(path: str) -> Iterator[None]:
     """Errors in the block that name no file and no parameter come from ``path``."""
     try:
         yield
@@ -45,7 +46,7 @@ def blaming(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def about(parameter: str) -> Iterator[None]:
+def error_parameter(parameter: str) -> Iterator[None]:
     """Errors in the block that name no file and no parameter are about this parameter."""
     try:
         yield
@@ -53,7 +54,7 @@ def about(parameter: str) -> Iterator[None]:
         raise error.within(parameter=parameter) from error
 
 
-def solver_names(text: str | None) -> list[str] | None:
+def parse_solver_names(text: str | None) -> list[str] | None:
     """The solvers of a list with commas, none for ``""``; ``None`` where there is no list.
 
     Raises
@@ -72,17 +73,17 @@ def solver_names(text: str | None) -> list[str] | None:
             parameter="solvers",
             expected=f"some of {', '.join(SOLVER_NAMES)}",
         )
-    with about("solvers"):
+    with error_parameter("solvers"):
         for name in names:
             get_solver(name)
     return names
 
 
-def note_seen_requests(
+def log_planned_on_scored_requests(
     placements: Sequence[tuple[str, Placement]], trace: Trace, holdout: float | None
 ) -> None:
-    """Say of placements that were planned on the whole trace that they know what is held out."""
-    from prism_plan.cli.console import note
+    """Log which placements were planned on the whole trace, held-out requests included."""
+    from prism_plan.cli.console import log_info
 
     if holdout is None:
         return
@@ -92,38 +93,55 @@ def note_seen_requests(
         if trace.sha256 and getattr(placement.inputs.get("trace"), "sha256", "") == trace.sha256
     ]
     if seen:
-        note(
+        log_info(
             f"{', '.join(seen)}: planned on all of {trace.name}, so on the requests that --holdout "
             "holds out too; compare such figures with no others"
         )
 
 
-def trace_file(trace: Trace) -> InputFile:
+def trace_identity(trace: Trace) -> InputFile:
     """Name and digest of the trace that a placement is planned from."""
     from prism_plan.placement import InputFile
 
     return InputFile(trace.name, trace.sha256)
 
 
-def writable(output: str | None, *inputs: str | None) -> None:
+def require_writable_output(output: str | None, *inputs: str | None) -> None:
     """Fail before long work where the output cannot be written, or is one of the inputs."""
-    from prism_plan.io.files import check_writable, not_over_an_input
+    from prism_plan.io.file_writing import require_not_an_input, require_writable
 
     if output == "":
         raise InputError("empty", parameter="output", expected="the name of a file")
     if output is not None and output != "-":
-        check_writable(output)
-        not_over_an_input(output, [path for path in inputs if path is not None])
+        require_writable(output)
+        require_not_an_input(output, [path for path in inputs if path is not None])
 
 
-def note_assumed(path: str, cluster: Cluster, **uses: bool) -> None:
+def log_assumed_figures(path: str, cluster: Cluster, **uses: bool) -> None:
     """Name the figures that a command uses and the cluster file does not give.
 
     ``uses`` as in :func:`prism_plan.check.assumed_figures.assumed_figures`.
     """
     from prism_plan.check.assumed_figures import assumed_figures
-    from prism_plan.cli.console import note
+    from prism_plan.cli.console import log_info
 
     text = assumed_figures(cluster, **uses)
     if text:
-        note(f"{path}: {text}")
+        log_info(f"{path}: {text}")
+
+
+def log_assumed_simulation_figures(
+    path: str, cluster: Cluster, options: SimulationOptions, offload: Sequence[bool]
+) -> None:
+    """Name the figures that a simulation uses and neither cluster nor calibration gives.
+
+    ``offload`` says of each placement whether it is the baseline, which uses no links.
+    """
+    calibration = options.calibration
+    log_assumed_figures(
+        path,
+        cluster if calibration is None else calibration.with_links(cluster),
+        compute=calibration is None,
+        loads=any(offload) or options.migrate != "never",
+        links=not all(offload),
+    )

@@ -1,8 +1,8 @@
-"""What a process says on standard error, and of faults of its own: one printable line each.
+"""Messages on standard error, internal errors among them: one printable line each.
 
-A fault is an exception that nobody foresaw: an internal check that fires, a library that fails in
-a way we do not know. It is told in one line that asks for a report. The traceback follows only
-where the environment variable ``PRISM_PLAN_TRACEBACK`` is set to something other than ``0``.
+An internal error is an exception that no code expects: an assertion that fails, or a library that
+fails in an unknown way. Its line asks for a report. The traceback is printed only where the
+environment variable ``PRISM_PLAN_TRACEBACK`` is set to something other than ``0``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from prism_plan.errors import PrismError
 from prism_plan.text import printable, printable_lines
 
 #: Exit code of an internal error.
-FAULT_EXIT_CODE = 70
+INTERNAL_ERROR_EXIT_CODE = 70
 #: Set to anything but 0 to see tracebacks of internal errors.
 TRACEBACK_VARIABLE = "PRISM_PLAN_TRACEBACK"
-#: Packages whose frames tell a maintainer most, but for the boundary, which is in all of them.
-_OWN = ("prism_plan", "runtime_adapter")
+#: Our packages, whose frames are named in messages; the boundary is part of every traceback.
+OWN_PACKAGES = ("prism_plan", "runtime_adapter")
 _BOUNDARY = "prism_plan.cli.boundary"
 #: Messages of exceptions are cut to so many characters.
 _MAX_MESSAGE = 300
 
 
-def say(program: str, message: str) -> None:
+def write_log_line(program: str, message: str) -> None:
     """Write one line to standard error; where that is closed, it is lost."""
     line = printable(" ".join(message.split()))
     # ValueError: the stream was closed; AttributeError: there is none
@@ -43,16 +43,16 @@ def say(program: str, message: str) -> None:
         sys.stderr.flush()
 
 
-def report_fault(program: str, error: BaseException) -> int:
-    """Tell of an internal error on standard error; gives the exit code."""
+def report_internal_error(program: str, error: BaseException) -> int:
+    """Print an internal error on standard error; gives the exit code."""
     if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stderr.write(printable_lines("".join(traceback.format_exception(error))))
-    say(program, fault_line(error))
-    return FAULT_EXIT_CODE
+    write_log_line(program, internal_error_line(error))
+    return INTERNAL_ERROR_EXIT_CODE
 
 
-def fault_line(error: BaseException) -> str:
+def internal_error_line(error: BaseException) -> str:
     """An unforeseen exception in one line: its type, message and place, and our version."""
     from prism_plan import __version__
 
@@ -64,22 +64,25 @@ def fault_line(error: BaseException) -> str:
         message = f"{message[:_MAX_MESSAGE]}…"
     what = type(error).__name__ + (f": {message}" if message else "")
     return printable(
-        f"internal error: {what} [{raised_at(error)}, prism-plan {__version__}]; please report "
-        f"this line with the command and its files ({TRACEBACK_VARIABLE}=1 shows the traceback)"
+        f"internal error: {what} [{error_location(error)}, prism-plan {__version__}]; please "
+        "report this line with the command and its files "
+        f"({TRACEBACK_VARIABLE}=1 shows the traceback)"
     )
 
 
-def raised_at(error: BaseException) -> str:
+def error_location(error: BaseException) -> str:
     """Where an exception was raised, as ``module:line``; of a library's, who called it too."""
     places = [
         (frame.f_globals.get("__name__", "?"), line)
         for frame, line in traceback.walk_tb(error.__traceback__)
     ]
-    places += _places_in_another_process(error)
+    places += _worker_process_frames(error)
     if not places:
         return "raised nowhere"
     own = [
-        place for place in places if str(place[0]).split(".")[0] in _OWN and place[0] != _BOUNDARY
+        place
+        for place in places
+        if str(place[0]).split(".")[0] in OWN_PACKAGES and place[0] != _BOUNDARY
     ]
     text = "{}:{}".format(*places[-1])
     if own and own[-1] != places[-1]:
@@ -87,7 +90,7 @@ def raised_at(error: BaseException) -> str:
     return text
 
 
-def _places_in_another_process(error: BaseException) -> list[tuple[str, int]]:
+def _worker_process_frames(error: BaseException) -> list[tuple[str, int]]:
     """Frames of an exception that came from a worker process, which joblib attaches as text."""
     if type(error.__cause__).__name__ not in ("_RemoteTraceback", "RemoteTraceback"):
         return []
@@ -97,23 +100,23 @@ def _places_in_another_process(error: BaseException) -> list[tuple[str, int]]:
 
 def _module_of(path: str) -> str:
     parts = Path(path).with_suffix("").parts
-    at = next((at for at, part in enumerate(parts) if part in _OWN), len(parts) - 1)
+    at = next((at for at, part in enumerate(parts) if part in OWN_PACKAGES), len(parts) - 1)
     return ".".join(parts[at:])
 
 
 @contextlib.contextmanager
-def one_line_each(program: str) -> Iterator[None]:
-    """In the block, warnings, log records and faults of threads are one printable line each.
+def single_line_messages(program: str) -> Iterator[None]:
+    """In the block, warnings, log records and errors of threads are one printable line each.
 
-    They otherwise bring paths, source lines and tracebacks, and the text of files as it is.
+    By default they come with paths, source lines, tracebacks and unprintable text of files.
     """
     last_resort = logging.lastResort
     formatter = None if last_resort is None else last_resort.formatter
     excepthook = threading.excepthook
-    threading.excepthook = partial(_thread_fault, program)
+    threading.excepthook = partial(_report_thread_error, program)
     if last_resort is not None:
-        last_resort.setFormatter(_OneLine())
-    with _warnings_as_lines(program):
+        last_resort.setFormatter(_SingleLineFormatter())
+    with _single_line_warnings(program):
         try:
             yield
         finally:
@@ -123,9 +126,9 @@ def one_line_each(program: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _warnings_as_lines(program: str) -> Iterator[None]:
+def _single_line_warnings(program: str) -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        say(program, f"warning: {category.__name__}: {message}")
+        write_log_line(program, f"warning: {category.__name__}: {message}")
 
     shown = warnings.showwarning
     warnings.showwarning = show
@@ -136,25 +139,25 @@ def _warnings_as_lines(program: str) -> Iterator[None]:
             warnings.showwarning = shown
 
 
-class _OneLine(logging.Formatter):
+class _SingleLineFormatter(logging.Formatter):
     """Log records as one printable line, without the traceback that may be attached."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(" ".join(record.getMessage().split()))
 
 
-def _thread_fault(program: str, args: threading.ExceptHookArgs) -> None:
+def _report_thread_error(program: str, args: threading.ExceptHookArgs) -> None:
     if args.exc_value is not None and not issubclass(args.exc_type, SystemExit):
-        report_fault(program, args.exc_value)
+        report_internal_error(program, args.exc_value)
 
 
 def run_process(program: str, function: Callable[..., None], *arguments: Any) -> None:
     """Run a function as the whole work of a child process: errors are one line and exit code."""
-    with one_line_each(program):
+    with single_line_messages(program):
         try:
             function(*arguments)
         except PrismError as error:
-            say(program, str(error))
+            write_log_line(program, str(error))
             raise SystemExit(error.exit_code) from None
         except Exception as error:
-            raise SystemExit(report_fault(program, error)) from None
+            raise SystemExit(report_internal_error(program, error)) from None

@@ -41,8 +41,8 @@ FILE_WORDS = ("DIR", "FILE", "SOURCE", "CHECKPOINT")
 SOLVER_OPTIONS = ("--solver", "--solvers", "--migrate-solver")
 
 
-def prepare(command: click.Command) -> None:
-    """Give a command, and those below it, help without arguments and completion in shells."""
+def add_completions(command: click.Command) -> None:
+    """Add shell completion to a command and its subcommands; without arguments they print help."""
     for parameter in command.params:
         metavar = (parameter.metavar or "").strip("[].")
         if set(SOLVER_OPTIONS) & set(parameter.opts) and parameter.type is click.STRING:
@@ -53,7 +53,7 @@ def prepare(command: click.Command) -> None:
         command.no_args_is_help = True
     if isinstance(command, click.Group):
         for inner in command.commands.values():
-            prepare(inner)
+            add_completions(inner)
 
 
 def lazy_group(commands: Mapping[str, tuple[str, str]]) -> type[click.Group]:
@@ -67,7 +67,7 @@ def lazy_group(commands: Mapping[str, tuple[str, str]]) -> type[click.Group]:
             if cmd_name not in commands:
                 return None
             found: click.Command = import_module(commands[cmd_name][0]).command
-            prepare(found)
+            add_completions(found)
             return found
 
         def resolve_command(

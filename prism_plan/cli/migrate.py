@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MigrateOptions(TableOptions):
-    """What ``prism-plan migrate`` is given."""
+    """The options and arguments of ``prism-plan migrate``."""
 
     a: str
     b: str
@@ -35,7 +35,7 @@ class MigrateOptions(TableOptions):
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("-o", "--output", metavar="M.json", help="Plan to write; - for stdout.")
 @options_as(MigrateOptions)
-def command(given: MigrateOptions) -> None:
+def command(args: MigrateOptions) -> None:
     """Plan the order of loads and drops that leads from placement A to placement B.
 
     Every expert that A holds stays held by some GPU at every moment, and every GPU within its
@@ -44,27 +44,32 @@ def command(given: MigrateOptions) -> None:
     """
     import numpy as np
 
-    from prism_plan.cli.console import deliver, note
-    from prism_plan.cli.inputs import blaming, load_cluster, note_assumed, writable
-    from prism_plan.instance import rule_triples
+    from prism_plan.cli.console import log_info, write_output
+    from prism_plan.cli.inputs import (
+        error_source,
+        load_cluster,
+        log_assumed_figures,
+        require_writable_output,
+    )
     from prism_plan.io.migration import dump_migration
-    from prism_plan.io.placement import read_identified_placement
+    from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.migration.cost import gpu_load_gbs
     from prism_plan.migration.order import migration_plan
+    from prism_plan.rules import rule_triples
     from prism_plan.text import quantity
 
-    names = (given.a, given.b)
-    writable(given.output, *names, given.cluster)
-    cluster, _ = load_cluster(given.cluster)
-    before, before_file = read_identified_placement(given.a)
-    after, after_file = read_identified_placement(given.b)
-    _require_target(after, cluster, given.b, given.cluster)
+    names = (args.a, args.b)
+    require_writable_output(args.output, *names, args.cluster)
+    cluster, _ = load_cluster(args.cluster)
+    before, before_file = read_placement_and_identity(args.a)
+    after, after_file = read_placement_and_identity(args.b)
+    _require_target(after, cluster, args.b, args.cluster)
     forbidden = np.zeros(after.local.shape, bool)
-    with blaming(given.cluster):
+    with error_source(args.cluster):
         for place in rule_triples(cluster, after.model, "forbid"):
             forbidden[place] = True
     capacity = _capacity(after, cluster)
-    with blaming(given.b):
+    with error_source(args.b):
         plan = migration_plan(
             before, after, gpu_capacity=capacity, forbidden=forbidden, names=names
         )
@@ -74,23 +79,25 @@ def command(given: MigrateOptions) -> None:
         load_s=plan.load_seconds(load_gbs),
     )
     data = dump_migration(plan)
-    if given.output is not None:
-        deliver(given.output, data)
-    note_assumed(given.cluster, cluster, loads=True)
+    if args.output is not None:
+        write_output(args.output, data)
+    log_assumed_figures(args.cluster, cluster, loads=True)
     new = int((after.local.any(axis=0) & ~before.local.any(axis=0)).sum())
     if new:
-        note(f"{quantity(new, 'expert')} held nowhere in {given.a}: missing until loaded")
+        log_info(f"{quantity(new, 'expert')} held nowhere in {args.a}: missing until loaded")
     if plan.extra_loads:
-        note(f"{quantity(plan.extra_loads, 'load')} of temporary copies that lead past full GPUs")
-    if given.as_json and given.output != "-":
-        deliver("-", data)
+        log_info(
+            f"{quantity(plan.extra_loads, 'load')} of temporary copies that lead past full GPUs"
+        )
+    if args.as_json and args.output != "-":
+        write_output("-", data)
     else:
-        _print(
+        _print_plan(
             plan,
             plan.loading_s(load_gbs),
-            f"{given.a} → {given.b}",
-            form=given.table_format,
-            err=given.output == "-",
+            f"{args.a} → {args.b}",
+            form=args.table_format,
+            err=args.output == "-",
         )
 
 
@@ -98,9 +105,9 @@ def _require_target(after: Placement, cluster: Cluster, path: str, cluster_path:
     """Refuse a target that the cluster cannot hold, or that leaves an expert out."""
     import numpy as np
 
-    from prism_plan.check.report import against_cluster
+    from prism_plan.check.report import cluster_mismatches
 
-    for problem in against_cluster(after, cluster)[:1]:
+    for problem in cluster_mismatches(after, cluster)[:1]:
         raise InputError(problem, source=path, remedy=f"plan it for {cluster_path}")
     missing = np.flatnonzero(~after.local.any(axis=0))
     if missing.size:
@@ -125,11 +132,17 @@ def _capacity(after: Placement, cluster: Cluster) -> tuple[tuple[int, ...], ...]
     )
 
 
-def _print(
+def _print_plan(
     plan: MigrationPlan, loading_s: list[float], title: str, *, form: str, err: bool
 ) -> None:
     from prism_plan.cli.console import print_line
-    from prism_plan.cli.tables import counts, durations, print_table, sizes, words
+    from prism_plan.cli.tables import (
+        count_column,
+        duration_column,
+        print_table,
+        size_column,
+        text_column,
+    )
 
     server_of_gpu = plan.server_of_gpu
     sums: list[dict[str, Any]] = [
@@ -150,16 +163,18 @@ def _print(
         return [*(row[key] for row in sums), total]
 
     columns = [
-        words("server", "server", [*plan.servers, "total"]),
-        counts("loads", "loads", of("loads", plan.loads)),
-        counts("drops", "drops", of("drops", plan.drops)),
-        counts("temporary", "temporary", of("temporary", plan.extra_loads), rank=2),
-        sizes("to load", "bytes_to_load", of("bytes", plan.moved_bytes), rank=1),
-        durations("slowest GPU", "slowest_gpu_s", [*slowest, max(loading_s)]),
+        text_column("server", "server", [*plan.servers, "total"]),
+        count_column("loads", "loads", of("loads", plan.loads)),
+        count_column("drops", "drops", of("drops", plan.drops)),
+        count_column("temporary", "temporary", of("temporary", plan.extra_loads), rank=2),
+        size_column("to load", "bytes_to_load", of("bytes", plan.moved_bytes), rank=1),
+        duration_column("slowest GPU", "slowest_gpu_s", [*slowest, max(loading_s)]),
     ]
     print_table(columns, title=title, form=form, err=err)
     if plan.load_s is not None:
-        together, in_turn = durations("", "", [plan.load_s.makespan_s, plan.load_s.sum_s]).cells
+        together, in_turn = duration_column(
+            "", "", [plan.load_s.makespan_s, plan.load_s.sum_s]
+        ).cells
         print_line(
             f"loading takes {together} with all GPUs side by side, {in_turn} one after the other",
             err=err or form != "table",

@@ -33,7 +33,7 @@ OPTIONS_OF = dict.fromkeys(_RUN, ("hf",)) | {"weights": ("hf", "esft"), "tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileOptions(CommandOptions):
-    """What ``prism-plan profile`` is given."""
+    """The options and arguments of ``prism-plan profile``."""
 
     sources: tuple[str, ...]
     form: str
@@ -126,7 +126,7 @@ _SAY_FORMAT = "for a recording say what it is with ``form``"
 @click.option("--trust-remote-code", is_flag=True, help="hf: run code that the checkpoint brings.")
 @click.option("-o", "--output", required=True, metavar="T.parquet", help="Trace to write.")
 @options_as(ProfileOptions)
-def command(given: ProfileOptions) -> None:
+def command(args: ProfileOptions) -> None:
     """Run a checkpoint, or read recordings of a model's routing, into a trace.
 
     SOURCE is a checkpoint folder or hub id (hf), or a file or folder; TASK=SOURCE labels a
@@ -135,103 +135,103 @@ def command(given: ProfileOptions) -> None:
     """
     import dataclasses
 
-    from prism_plan.cli.console import note
-    from prism_plan.cli.inputs import load_spec, writable
+    from prism_plan.cli.console import log_info
+    from prism_plan.cli.inputs import read_model_spec, require_writable_output
     from prism_plan.io.trace_writer import write_trace
     from prism_plan.profiling.sources import parse_source
     from prism_plan.provenance import stamped
     from prism_plan.text import quantity
 
-    if given.form == "hf":
-        _run_checkpoint(given)
+    if args.form == "hf":
+        _record_checkpoint(args)
         return
-    reference = given.model or DEFAULT_MODEL[given.form]
+    reference = args.model or DEFAULT_MODEL[args.form]
     if reference is None:
         raise InputError(
             "not given",
             parameter="model",
-            expected=f"the model that was recorded, for {given.form}",
+            expected=f"the model that was recorded, for {args.form}",
         )
-    spec = load_spec(reference)
-    sources = [parse_source(source) for source in given.sources]
-    writable(given.output, given.model, *(str(source.path) for source in sources))
-    trace = _read(sources, spec, given)
-    write_trace(given.output, dataclasses.replace(trace, provenance=stamped(trace.provenance)))
+    spec = read_model_spec(reference)
+    sources = [parse_source(source) for source in args.sources]
+    require_writable_output(args.output, args.model, *(str(source.path) for source in sources))
+    trace = _import_recordings(sources, spec, args)
+    write_trace(args.output, dataclasses.replace(trace, provenance=stamped(trace.provenance)))
     requests = (
         "" if trace.requests is None else f"{quantity(int(trace.requests.sum()), 'request')}, "
     )
-    note(
-        f"{given.output}: {trace.kind} of {spec.name}, {quantity(len(trace.tasks), 'task')}, "
+    log_info(
+        f"{args.output}: {trace.kind} of {spec.name}, {quantity(len(trace.tasks), 'task')}, "
         f"{requests}{quantity(int(trace.tokens.sum()), 'token')}"
     )
 
 
-def _read(sources: list[Source], spec: ModelSpec, given: ProfileOptions) -> Trace:
-    from prism_plan.cli.console import note, progress
+def _import_recordings(sources: list[Source], spec: ModelSpec, args: ProfileOptions) -> Trace:
+    from prism_plan.cli.console import log_info, progress
 
-    skip_bad = given.skip_bad
-    if given.form == "counts":
+    skip_bad = args.skip_bad
+    if args.form == "counts":
         from prism_plan.profiling.counts import read_counts
 
-        tokens = _numbers(given.tokens)
-        return read_counts(sources, spec, tokens=tokens, skip_bad=skip_bad, notify=note)
-    if given.form == "sglang":
+        tokens = _parse_token_counts(args.tokens)
+        return read_counts(sources, spec, tokens=tokens, skip_bad=skip_bad, notify=log_info)
+    if args.form == "sglang":
         from prism_plan.profiling.sglang import read_sglang
 
-        return read_sglang(sources, spec, skip_bad=skip_bad, notify=note)
-    if given.form == "selections":
+        return read_sglang(sources, spec, skip_bad=skip_bad, notify=log_info)
+    if args.form == "selections":
         from prism_plan.profiling.selections import read_selections
 
-        return read_selections(sources, spec, skip_bad=skip_bad, notify=note)
-    if given.form == "vllm":
+        return read_selections(sources, spec, skip_bad=skip_bad, notify=log_info)
+    if args.form == "vllm":
         from prism_plan.profiling.vllm import read_vllm
 
-        return read_vllm(sources, spec, skip_bad=skip_bad, notify=note)
-    if given.form in ("trtllm", "imatrix") and skip_bad:
-        from prism_plan.io.bad_rows import no_rows
+        return read_vllm(sources, spec, skip_bad=skip_bad, notify=log_info)
+    if args.form in ("trtllm", "imatrix") and skip_bad:
+        from prism_plan.io.bad_rows import rows_cannot_be_skipped
 
-        raise no_rows(sources[0].path)
-    if given.form == "imatrix":
+        raise rows_cannot_be_skipped(sources[0].path)
+    if args.form == "imatrix":
         from prism_plan.profiling.imatrix import read_imatrix
 
-        return read_imatrix(sources, spec, notify=note)
-    if given.form == "trtllm":
+        return read_imatrix(sources, spec, notify=log_info)
+    if args.form == "trtllm":
         from prism_plan.profiling.trtllm import read_trtllm
 
-        return read_trtllm(sources, spec, notify=note)
+        return read_trtllm(sources, spec, notify=log_info)
     from prism_plan.profiling.esft import read_esft
 
-    weights = given.weights is not False
+    weights = args.weights is not False
     with progress(len(sources) * spec.num_layers, "files") as update:
         return read_esft(
-            sources, spec, weights=weights, skip_bad=skip_bad, progress=update, notify=note
+            sources, spec, weights=weights, skip_bad=skip_bad, progress=update, notify=log_info
         )
 
 
-def _run_checkpoint(given: ProfileOptions) -> None:
+def _record_checkpoint(args: ProfileOptions) -> None:
     import time
 
-    from prism_plan.cli.console import note, progress
-    from prism_plan.cli.inputs import load_spec, writable
+    from prism_plan.cli.console import log_info, progress
+    from prism_plan.cli.inputs import read_model_spec, require_writable_output
     from prism_plan.profiling.hf import HfOptions, profile_checkpoint
 
     options = HfOptions(
-        max_new_tokens=given.max_new_tokens,
-        batch_size=given.batch_size,
-        dtype=given.dtype,
-        device=given.device,
-        weights=bool(given.weights),
-        trust_remote_code=given.trust_remote_code,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device=args.device,
+        weights=bool(args.weights),
+        trust_remote_code=args.trust_remote_code,
     )
-    (checkpoint,) = given.sources
-    assert given.prompts is not None
-    writable(given.output, given.prompts, checkpoint, given.model)
-    spec = None if given.model is None else load_spec(given.model)
+    (checkpoint,) = args.sources
+    assert args.prompts is not None
+    require_writable_output(args.output, args.prompts, checkpoint, args.model)
+    spec = None if args.model is None else read_model_spec(args.model)
     begin = time.perf_counter()
     recorded = 0
     with progress(1, "prompts") as update:
 
-        def tell(done: int, total: int, tokens: int) -> None:
+        def report_progress(done: int, total: int, tokens: int) -> None:
             nonlocal recorded
             recorded = tokens
             rate = tokens / max(time.perf_counter() - begin, 1e-9)
@@ -239,19 +239,19 @@ def _run_checkpoint(given: ProfileOptions) -> None:
 
         profile_checkpoint(
             checkpoint,
-            given.prompts,
-            given.output,
+            args.prompts,
+            args.output,
             options,
             spec=spec,
-            resume=given.resume,
-            progress=tell,
-            notify=note,
+            resume=args.resume,
+            progress=report_progress,
+            notify=log_info,
         )
     rate = recorded / (time.perf_counter() - begin)
-    note(f"{given.output}: {recorded:,} tokens recorded, {rate:,.0f} tokens/s with loading")
+    log_info(f"{args.output}: {recorded:,} tokens recorded, {rate:,.0f} tokens/s with loading")
 
 
-def _numbers(texts: tuple[str, ...]) -> dict[str, int]:
+def _parse_token_counts(texts: tuple[str, ...]) -> dict[str, int]:
     numbers = {}
     for text in texts:
         task, _, value = text.rpartition("=")

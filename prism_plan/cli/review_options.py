@@ -1,4 +1,4 @@
-"""Options of reviews that may move experts, of the simulator and of the runtime."""
+"""Options of migration reviews, which the simulator and the runtime share."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _OPTIONS = (
 
 
 def review_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add them to a command, in their order."""
+    """Add the options of migration reviews to a click command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -80,7 +80,7 @@ def review_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewOptions(CommandOptions):
-    """What :func:`review_options` adds; refused where no policy is given."""
+    """The values of :func:`review_options`; refused where no policy is chosen."""
 
     migrate: PolicyName
     migrate_every_s: float
@@ -92,7 +92,7 @@ class ReviewOptions(CommandOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "migrate" not in self.given:  # with a policy `never` that was asked for they may stay
+        if "migrate" not in self.explicit_names:  # an explicit policy `never` allows them
             self.refuse(
                 "migrate_every_s", "statistics", "half_life_s", "horizon_s", "migration_cost",
                 "migrate_solver",

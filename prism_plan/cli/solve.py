@@ -19,7 +19,7 @@ BACKENDS = click.Choice(["highs", "cbc"])
 
 @dataclass(frozen=True, kw_only=True)
 class SolveOptions(TableOptions):
-    """What ``prism-plan solve`` is given."""
+    """The options and arguments of ``prism-plan solve``."""
 
     trace: str
     cluster: str
@@ -27,7 +27,7 @@ class SolveOptions(TableOptions):
     min_replicas: int
     time_limit_s: float | None
     backend: Literal["highs", "cbc"]
-    near: str | None
+    reference: str | None
     load_price: float
     seed: int
     output: str
@@ -60,7 +60,7 @@ class SolveOptions(TableOptions):
 @click.option("--backend", type=BACKENDS, default="highs", show_default=True, help="Of ilp.")
 @click.option(
     "--from",
-    "near",
+    "reference",
     metavar="OLD.json",
     help="Plan near this placement (ilp, exact): of equally good plans the one that loads least.",
 )
@@ -79,11 +79,17 @@ class SolveOptions(TableOptions):
     "-o", "--output", required=True, metavar="P.json", help="Placement to write; - for stdout."
 )
 @options_as(SolveOptions)
-def command(given: SolveOptions) -> None:
+def command(args: SolveOptions) -> None:
     """Plan which GPU holds which expert, for the tasks and servers of a cluster file."""
-    from prism_plan.check.gpu_memory import unreserved
-    from prism_plan.cli.console import deliver, load_trace, note
-    from prism_plan.cli.inputs import about, blaming, load_cluster, trace_file, writable
+    from prism_plan.check.gpu_memory import missing_kv_reservation
+    from prism_plan.cli.console import load_trace, log_info, write_output
+    from prism_plan.cli.inputs import (
+        error_parameter,
+        error_source,
+        load_cluster,
+        require_writable_output,
+        trace_identity,
+    )
     from prism_plan.instance import Instance
     from prism_plan.io.placement import dump_placement, read_placement
     from prism_plan.model import require_same_model
@@ -91,37 +97,45 @@ def command(given: SolveOptions) -> None:
     from prism_plan.solvers.registry import get_solver
     from prism_plan.solvers.run import solve
 
-    with about("solver"):
-        get_solver(given.solver)
-    if given.solver != "ilp":
-        given.refuse("backend", found=f"has no effect on solver {given.solver!r}, only on ilp")
-    writable(given.output, given.trace, given.cluster, given.near)
+    with error_parameter("solver"):
+        get_solver(args.solver)
+    if args.solver != "ilp":
+        args.refuse("backend", found=f"has no effect on solver {args.solver!r}, only on ilp")
+    require_writable_output(args.output, args.trace, args.cluster, args.reference)
     options = Options(
-        seed=given.seed,
-        time_limit_s=given.time_limit_s,
-        backend=given.backend,
-        near=None if given.near is None else read_placement(given.near),
-        load_price=given.load_price,
+        seed=args.seed,
+        time_limit_s=args.time_limit_s,
+        backend=args.backend,
+        reference=None if args.reference is None else read_placement(args.reference),
+        load_price=args.load_price,
     )
-    cluster, cluster_input = load_cluster(given.cluster)
-    trace = load_trace(given.trace)
-    if options.near is not None:
-        require_same_model(options.near.model, trace.model, source=given.near, other=given.trace)
-    inputs = {"trace": trace_file(trace), "cluster": cluster_input}
-    with blaming(given.cluster):
-        instance = Instance.build(trace, cluster, min_replicas=given.min_replicas)
-        placement = solve(instance, given.solver, options, inputs=inputs)
-    deliver(given.output, dump_placement(placement))
-    if reserved := unreserved(cluster, trace.model):
-        note(f"{given.cluster}: {reserved}")
+    cluster, cluster_input = load_cluster(args.cluster)
+    trace = load_trace(args.trace)
+    if options.reference is not None:
+        require_same_model(
+            options.reference.model, trace.model, source=args.reference, other=args.trace
+        )
+    inputs = {"trace": trace_identity(trace), "cluster": cluster_input}
+    with error_source(args.cluster):
+        instance = Instance.build(trace, cluster, min_replicas=args.min_replicas)
+        placement = solve(instance, args.solver, options, inputs=inputs)
+    write_output(args.output, dump_placement(placement))
+    if reserved := missing_kv_reservation(cluster, trace.model):
+        log_info(f"{args.cluster}: {reserved}")
     if placement.plan.termination == "time_limit":
-        note("the time limit ended the search; the gap to the bound is in the file")
-    _summary(placement, instance, given)
+        log_info("the time limit ended the search; the gap to the bound is in the file")
+    _print_summary(placement, instance, args)
 
 
-def _summary(placement: Placement, instance: Instance, given: SolveOptions) -> None:
-    from prism_plan.cli.console import note, percent, print_json
-    from prism_plan.cli.tables import counts, print_table, shares, sizes, words
+def _print_summary(placement: Placement, instance: Instance, args: SolveOptions) -> None:
+    from prism_plan.cli.console import log_info, percent, print_json
+    from prism_plan.cli.tables import (
+        count_column,
+        print_table,
+        share_column,
+        size_column,
+        text_column,
+    )
     from prism_plan.objective import remote_score
     from prism_plan.text import quantity
 
@@ -142,7 +156,7 @@ def _summary(placement: Placement, instance: Instance, given: SolveOptions) -> N
             }
         )
     values = {
-        "file": given.output,
+        "file": args.output,
         "solver": plan.solver,
         "termination": plan.termination,
         "remote_share": plan.remote_share,
@@ -151,18 +165,18 @@ def _summary(placement: Placement, instance: Instance, given: SolveOptions) -> N
         **dict(plan.extra),
         "servers": rows,
     }
-    to_stderr = given.output == "-"
-    if given.as_json and not to_stderr:
+    to_stderr = args.output == "-"
+    if args.as_json and not to_stderr:
         print_json(values)
         return
     capacity = [sum(of_server) for of_server in placement.gpu_capacity]
     columns = [
-        words("server", "server", placement.servers),
-        counts("slots", "slots", capacity)
+        text_column("server", "server", placement.servers),
+        count_column("slots", "slots", capacity)
         if instance.in_slots
-        else sizes("capacity", "capacity_bytes", capacity),
-        counts("experts", "experts", [int(local[n].sum()) for n in range(len(capacity))]),
-        shares("remote share", "remote_share", score.by_server),
+        else size_column("capacity", "capacity_bytes", capacity),
+        count_column("experts", "experts", [int(local[n].sum()) for n in range(len(capacity))]),
+        share_column("remote share", "remote_share", score.by_server),
     ]
     bound = "no bound" if plan.bound is None else f"bound {percent(plan.bound, 4)}"
     if "priced_bound" in plan.extra:
@@ -171,8 +185,8 @@ def _summary(placement: Placement, instance: Instance, given: SolveOptions) -> N
         f"{plan.solver}: {percent(plan.remote_share, 4)} of calls are remote "
         f"({plan.termination}, {bound}, {plan.runtime_s:.3f} s)"
     )
-    print_table(columns, title=title, form=given.table_format, err=to_stderr)
+    print_table(columns, title=title, form=args.table_format, err=to_stderr)
     if "loads" in plan.extra:
-        note(
+        log_info(
             f"{quantity(plan.extra['loads'], 'expert')} to load anew (prism-plan diff tells which)"
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from prism_plan.cli.console import note
+from prism_plan.cli.console import log_info
 from prism_plan.text import printable
 
 #: Values of ``--format``.
@@ -48,7 +48,7 @@ class Column:
         One a row, in base units (seconds, bytes, shares of 1); ``None`` where there is none.
     cells : tuple of str
         The same for people: all cells of a column have one unit and as many decimals.
-    words : bool
+    is_text : bool
         Text, aligned left; numbers are aligned right.
     rank : int
         0: always shown. In a narrow terminal columns of the highest rank are left out first.
@@ -58,7 +58,7 @@ class Column:
     key: str
     values: tuple[Any, ...]
     cells: tuple[str, ...]
-    words: bool = False
+    is_text: bool = False
     rank: int = 0
 
     @property
@@ -76,32 +76,34 @@ def _column(
     return Column(heading, key, tuple(values), cells, **more)
 
 
-def words(heading: str, key: str, values: Sequence[str | None], *, rank: int = 0) -> Column:
+def text_column(heading: str, key: str, values: Sequence[str | None], *, rank: int = 0) -> Column:
     """Names and other texts."""
     shown = [None if value is None else printable(value) for value in values]
-    return _column(printable(heading), key, shown, str, words=True, rank=rank)
+    return _column(printable(heading), key, shown, str, is_text=True, rank=rank)
 
 
-def counts(heading: str, key: str, values: Sequence[int | None], *, rank: int = 0) -> Column:
+def count_column(heading: str, key: str, values: Sequence[int | None], *, rank: int = 0) -> Column:
     """Whole numbers, thousands separated by commas."""
     return _column(heading, key, values, lambda value: f"{value:,}", rank=rank)
 
 
-def numbers(
+def number_column(
     heading: str, key: str, values: Sequence[float | None], *, digits: int = 3, rank: int = 0
 ) -> Column:
     """Numbers without a unit."""
     return _column(heading, key, values, lambda value: f"{value:,.{digits}f}", rank=rank)
 
 
-def shares(
+def share_column(
     heading: str, key: str, values: Sequence[float | None], *, digits: int = 2, rank: int = 0
 ) -> Column:
     """Shares of 1, shown in percent."""
     return _column(heading, key, values, lambda value: f"{100 * value:.{digits}f} %", rank=rank)
 
 
-def excesses(heading: str, key: str, values: Sequence[float | None], *, rank: int = 0) -> Column:
+def excess_column(
+    heading: str, key: str, values: Sequence[float | None], *, rank: int = 0
+) -> Column:
     """By which share of the best value each value lies above it; "best" where that is none."""
 
     def cell(value: float) -> str:
@@ -110,7 +112,9 @@ def excesses(heading: str, key: str, values: Sequence[float | None], *, rank: in
     return _column(heading, key, values, cell, rank=rank)
 
 
-def durations(heading: str, key: str, values: Sequence[float | None], *, rank: int = 0) -> Column:
+def duration_column(
+    heading: str, key: str, values: Sequence[float | None], *, rank: int = 0
+) -> Column:
     """Seconds; all in milliseconds where the longest is shorter than a tenth of a second."""
     longest = max((value for value in values if value is not None), default=0.0)
     if 0 < longest < 0.1:
@@ -118,7 +122,7 @@ def durations(heading: str, key: str, values: Sequence[float | None], *, rank: i
     return _column(heading, key, values, _scaled(1.0, "s", 3 if longest < 1000 else 0), rank=rank)
 
 
-def sizes(heading: str, key: str, values: Sequence[float | None], *, rank: int = 0) -> Column:
+def size_column(heading: str, key: str, values: Sequence[float | None], *, rank: int = 0) -> Column:
     """Bytes; all in the decimal unit that suits the largest."""
     largest = max((abs(value) for value in values if value is not None), default=0)
     unit, factor = [pair for pair in _SIZES if pair[1] <= max(largest, 1)][-1]
@@ -187,14 +191,14 @@ def _print_text(columns: Sequence[Column], title: str, err: bool) -> None:
         console.print(title, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in shown:
-        justify = "left" if column.words else "right"
+        justify = "left" if column.is_text else "right"
         table.add_column(column.heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in _rows(shown):
         table.add_row(*row)
     console.print(table)
     missing = [column.heading for column in columns if column not in shown]
     if missing:
-        note(f"left out for width: {', '.join(missing)}; --format csv has all columns")
+        log_info(f"left out for width: {', '.join(missing)}; --format csv has all columns")
 
 
 # ------------------------------------------------------------------------------------ for machines
@@ -214,7 +218,7 @@ def _markdown(columns: Sequence[Column], title: str) -> str:
 
     text = f"{title}\n\n" if title else ""
     text += line([column.heading for column in columns])
-    text += "|" + "|".join(" --- " if column.words else " ---: " for column in columns) + "|\n"
+    text += "|" + "|".join(" --- " if column.is_text else " ---: " for column in columns) + "|\n"
     return text + "".join(line(row) for row in _rows(columns)) + "\n"
 
 
@@ -235,7 +239,7 @@ def _latex(columns: Sequence[Column], title: str) -> str:
         return " & ".join(map(plain, cells)) + " \\\\\n"
 
     text = f"% {title}\n" if title else ""
-    text += f"\\begin{{tabular}}{{{''.join('l' if c.words else 'r' for c in columns)}}}\n"
+    text += f"\\begin{{tabular}}{{{''.join('l' if c.is_text else 'r' for c in columns)}}}\n"
     text += "\\toprule\n" + line([column.heading for column in columns]) + "\\midrule\n"
     text += "".join(line(row) for row in _rows(columns))
     return text + "\\bottomrule\n\\end{tabular}\n"

@@ -10,10 +10,11 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.instance import Instance
 from prism_plan.model import require_same_model
-from prism_plan.objective import RemoteScore, StepScore, score, step_score, violations, worst
+from prism_plan.objective import RemoteScore, StepScore, score, step_score, worst
 from prism_plan.placement import Placement
+from prism_plan.placement_check import violations
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
-from prism_plan.token_rates import expected_workload
+from prism_plan.token_rates import expected_token_rates
 from prism_plan.trace import Trace
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def compare(
     planned, scored = (trace, trace) if holdout is None else trace.split(holdout, options.seed)
     instance = Instance.build(planned, cluster, min_replicas=min_replicas)
     target = Instance.build(scored, cluster, min_replicas=min_replicas)
-    load = expected_workload(scored, cluster)
+    load = expected_token_rates(scored, cluster)
     rows: list[Row] = []
     for name in SOLVER_NAMES if solvers is None else solvers:
         pairs = instance.num_servers * instance.model.num_pairs

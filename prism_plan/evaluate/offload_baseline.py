@@ -6,7 +6,7 @@ import numpy as np
 
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
-from prism_plan.placement import OFFLOAD, Placement, Plan
+from prism_plan.placement import OFFLOAD, Placement, SolveReport
 from prism_plan.solvers.packing import pack_on_gpus
 
 
@@ -38,5 +38,5 @@ def offload_placement(instance: Instance) -> Placement:
         servers=instance.servers,
         gpu_capacity=instance.gpu_capacity,
         on_gpu=pack_on_gpus(instance, shaped),
-        plan=Plan(solver=OFFLOAD),
+        plan=SolveReport(solver=OFFLOAD),
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prism_plan.io.files import atomic_path
+from prism_plan.io.file_writing import atomic_path
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,7 +15,8 @@ from prism_plan.errors import InputError
 from prism_plan.evaluate.simulation_checks import cluster_rules, prepare, require_few_reviews
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.evaluate.simulation_runner import SimulationRunner
-from prism_plan.io.files import printable, write_bytes
+from prism_plan.io.file_writing import write_bytes
+from prism_plan.io.text_files import file_name_text
 from prism_plan.migration.statistics import Window
 from prism_plan.placement import InputFile, Placement
 from prism_plan.simulate.report import Run, notes
@@ -48,7 +49,7 @@ class Simulation:
         """Plain values, format ``prism-plan/simulation`` version 1."""
         options, timing_name = self.options, "cluster"
         if options.calibration is not None:
-            timing_name = printable(options.calibration.name) or "calibration"
+            timing_name = file_name_text(options.calibration.name) or "calibration"
         values: dict[str, Any] = {
             "format": "prism-plan/simulation",
             "version": 1,

@@ -7,15 +7,15 @@ from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.model import ModelSpec
-from prism_plan.objective import violations
 from prism_plan.placement import OFFLOAD, Placement
+from prism_plan.placement_check import violations
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.scenario import Scenario
 from prism_plan.simulate.timing import timing
-from prism_plan.solvers.contract import Options, Rule
+from prism_plan.solvers.contract import Feature, Options
 from prism_plan.solvers.registry import get_solver, solvers_supporting
-from prism_plan.solvers.run import rules_asked
+from prism_plan.solvers.run import required_features
 from prism_plan.trace import Trace
 
 #: More reviews than this are a mistyped interval: they would take longer than the simulation.
@@ -93,16 +93,16 @@ def require_supported_migration(rules: Instance, options: SimulationOptions) -> 
     if options.migrate == "partial":
         if not rules.in_slots:
             raise UnsupportedFeature(
-                f"``migrate``: 'partial' has no rule for {Rule.UNEQUAL_BYTES}; 'prism' has"
+                f"``migrate``: 'partial' has no rule for {Feature.UNEQUAL_BYTES}; 'prism' has"
             )
         return
-    asked = rules_asked(rules, Options(seed=options.seed))
-    lacking = asked - get_solver(options.migrate_solver).knows
-    if lacking:
+    required = required_features(rules, Options(seed=options.seed))
+    unsupported = required - get_solver(options.migrate_solver).supports
+    if unsupported:
         raise UnsupportedFeature(
             f"``migrate_solver``: {options.migrate_solver!r} has no rule for "
-            f"{' and '.join(sorted(lacking))}; solvers that have: "
-            f"{', '.join(solvers_supporting(asked)) or 'none'}"
+            f"{' and '.join(sorted(unsupported))}; solvers that have: "
+            f"{', '.join(solvers_supporting(required)) or 'none'}"
         )
 
 

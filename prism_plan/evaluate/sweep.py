@@ -23,7 +23,7 @@ from prism_plan.evaluate.sweep_grid import (
 )
 from prism_plan.instance import Instance
 from prism_plan.io.sweep import COLUMNS, OK
-from prism_plan.limits import MAX_REPLICAS, require_whole
+from prism_plan.limits import MAX_REPLICAS, require_integer
 from prism_plan.placement import OFFLOAD, Placement
 from prism_plan.simulate.poisson_arrivals import MAX_REQUESTS
 from prism_plan.simulate.report import Run
@@ -52,11 +52,11 @@ class SweepOptions:
     simulation: SimulationOptions = dataclasses.field(default_factory=SimulationOptions)
 
     def __post_init__(self) -> None:
-        require_whole(self.requests_per_server, 1, MAX_REQUESTS, "requests_per_server")
-        require_whole(self.burst, 1, MAX_REQUESTS, "burst")
-        require_whole(self.decode_tokens, 0, MAX_PROMPT_TOKENS, "decode_tokens")
-        require_whole(self.prompt_tokens, 0, MAX_PROMPT_TOKENS, "prompt_tokens")
-        require_whole(self.min_replicas, 1, MAX_REPLICAS, "min_replicas")
+        require_integer(self.requests_per_server, 1, MAX_REQUESTS, "requests_per_server")
+        require_integer(self.burst, 1, MAX_REQUESTS, "burst")
+        require_integer(self.decode_tokens, 0, MAX_PROMPT_TOKENS, "decode_tokens")
+        require_integer(self.prompt_tokens, 0, MAX_PROMPT_TOKENS, "prompt_tokens")
+        require_integer(self.min_replicas, 1, MAX_REPLICAS, "min_replicas")
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise InputError(
                 f"{self.holdout}", parameter="holdout", expected="a share above 0 and below 1"

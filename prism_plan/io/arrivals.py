@@ -13,15 +13,15 @@ from typing import Annotated
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.io.declared import Declared, NotBlank, validated_line
-from prism_plan.io.files import lines_of, read_text
+from prism_plan.io.format_model import FormatModel, NotBlank, validate_line
+from prism_plan.io.text_files import iterate_lines, read_text
 from prism_plan.limits import MAX_ARRIVALS, require_at_most
 from prism_plan.simulate.arrival_trace import MAX_S, Arrival, FixedArrivals
 
 EXAMPLE = '{"server": …, "at_s": …}'
 
 
-class ArrivalLine(Declared):
+class ArrivalLine(FormatModel):
     """One request: where and when."""
 
     server: NotBlank
@@ -47,9 +47,9 @@ def read_arrivals(path: str | os.PathLike[str]) -> FixedArrivals:
 def parse_arrivals(text: str, source: object = "") -> FixedArrivals:
     """Arrivals from the text of a file; see :func:`read_arrivals`."""
     arrivals = []
-    for number, line in enumerate(lines_of(text), start=1):
+    for number, line in enumerate(iterate_lines(text), start=1):
         if line.strip():
-            found = validated_line(ArrivalLine, line, number, source, EXAMPLE)
+            found = validate_line(ArrivalLine, line, number, source, EXAMPLE)
             server, task = sys.intern(found.server), found.task and sys.intern(found.task)
             arrivals.append(Arrival(server, found.at_s, task, found.request, number))
             require_at_most(len(arrivals), MAX_ARRIVALS, "arrivals", source=source)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from prism_plan.errors import InputError
 
-#: Bad rows of a file that are told with their places; of more only the number is told.
+#: Bad rows of a file that are described with their places; further ones are only counted.
 NUM_EXAMPLES = 3
 
 
 @dataclass
-class _File:
+class _FileRows:
     """What was found in a file: good rows, bad rows, and the errors of the first bad ones."""
 
     good: int = 0
@@ -30,9 +30,9 @@ class BadRows:
     """
 
     skip: bool = False
-    files: dict[Path, _File] = field(default_factory=dict)
+    files: dict[Path, _FileRows] = field(default_factory=dict)
 
-    def leave_out(self, path: Path, error: InputError) -> None:
+    def skip_or_raise(self, path: Path, error: InputError) -> None:
         """Count a bad row of a file.
 
         Raises
@@ -51,8 +51,8 @@ class BadRows:
         """Count good rows of a file."""
         self._of(path).good += rows
 
-    def _of(self, path: Path) -> _File:
-        return self.files.setdefault(path, _File())
+    def _of(self, path: Path) -> _FileRows:
+        return self.files.setdefault(path, _FileRows())
 
     @property
     def number(self) -> int:
@@ -79,7 +79,7 @@ class BadRows:
                 )
 
     def tell(self, notify: Callable[[str], None]) -> None:
-        """Say of each file with bad rows how many there are, and what is wrong with the first."""
+        """Log for each file how many bad rows it has, and what is wrong with the first ones."""
         for path, found in self.files.items():
             if found.bad:
                 reasons = "; ".join(_reason(error, path) for error in found.errors)
@@ -101,7 +101,7 @@ def _reason(error: InputError, path: Path) -> str:
     return f"{name}{error.place}: {error.found}"
 
 
-def no_rows(path: Path) -> InputError:
+def rows_cannot_be_skipped(path: Path) -> InputError:
     """The error of a file whose rows cannot be left out one by one."""
     return InputError(
         "sums, which have no rows that could be left out",

@@ -19,23 +19,24 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, Strict, model_validator
 
-from prism_plan.io.declared import (
+from prism_plan.io.format_model import (
     ABSENT,
-    Declared,
-    Listed,
+    FormatModel,
+    ListOf,
     Version1,
-    refused,
-    shown,
-    validated,
+    short_repr,
+    validate,
+    validation_error,
 )
-from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.text_files import read_text
 from prism_plan.simulate.calibration import LINK_KEYS, Calibration, GpuCurves
 
 
 def _ascending(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     for index, ((a, _), (b, _)) in enumerate(itertools.pairwise(points), start=1):
         if a >= b:
-            raise refused(f"{b} tokens after {a}", "more tokens", index)
+            raise validation_error(f"{b} tokens after {a}", "more tokens", index)
     return points
 
 
@@ -43,17 +44,17 @@ def _ascending(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 Amount = Annotated[float, Field(ge=0, le=1e12)]
 Tokens = Annotated[int, Field(ge=1, lt=2**31)]
 Point = Annotated[tuple[Tokens, Amount], Strict(False)]
-CurvePart = Annotated[Listed[Point], Field(min_length=2), AfterValidator(_ascending)]
+CurvePart = Annotated[ListOf[Point], Field(min_length=2), AfterValidator(_ascending)]
 
 
-class CurvesPart(Declared):
+class CurvesPart(FormatModel):
     """Times of one GPU by tokens: the dense part of one MoE layer, and one expert's batch."""
 
     dense_ms: CurvePart
     expert_ms: CurvePart
 
     def curves(self) -> GpuCurves:
-        """The same in seconds."""
+        """Both curves, with their times in seconds."""
         dense, expert = (
             tuple((tokens, time_ms * 1e-3) for tokens, time_ms in points)
             for points in (self.dense_ms, self.expert_ms)
@@ -61,14 +62,14 @@ class CurvesPart(Declared):
         return GpuCurves(dense_s=dense, expert_s=expert)
 
 
-class ServerPart(Declared):
+class ServerPart(FormatModel):
     """Times of the GPUs of one server, in order."""
 
     name: str
-    gpus: Listed[CurvesPart]
+    gpus: ListOf[CurvesPart]
 
 
-class CalibrationFile(Declared):
+class CalibrationFile(FormatModel):
     """Times and figures of links that were measured."""
 
     format: Literal["prism-plan/calibration"]
@@ -79,7 +80,7 @@ class CalibrationFile(Declared):
     burst_kb: Amount = ABSENT
     short_kb: Amount = ABSENT
     default: CurvesPart | None = None
-    servers: Listed[ServerPart] = Field(default=[])
+    servers: ListOf[ServerPart] = Field(default=[])
     provenance: Any = None
 
     @model_validator(mode="after")
@@ -87,11 +88,13 @@ class CalibrationFile(Declared):
         first: set[str] = set()
         for index, server in enumerate(self.servers):
             if server.name in first and server.gpus:
-                raise refused(f"{shown(server.name)} stands twice", "", "servers", index, "name")
+                raise validation_error(
+                    f"{short_repr(server.name)} stands twice", "", "servers", index, "name"
+                )
             if server.gpus:
                 first.add(server.name)
         if self.default is None and not first:
-            raise refused("no times in it", "default, or servers")
+            raise validation_error("no times in it", "default, or servers")
         return self
 
 
@@ -108,8 +111,8 @@ def read_calibration(path: str | os.PathLike[str]) -> Calibration:
 
 
 def calibration_from_json(values: Any, source: object = "") -> Calibration:
-    """The same from the values of the file; see :func:`read_calibration`."""
-    file = validated(CalibrationFile, values, source=source)
+    """A calibration from the parsed JSON of its file; see :func:`read_calibration`."""
+    file = validate(CalibrationFile, values, source=source)
     return Calibration(
         name=str(source),
         default=file.default.curves() if file.default else None,

@@ -12,56 +12,69 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link, PairLink, Server
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.io.declared import ABSENT, Keyed, Listed, Name, Table, refused, shown, validated
-from prism_plan.io.files import read_text
+from prism_plan.io.format_model import (
+    ABSENT,
+    DictOf,
+    ListOf,
+    Name,
+    TomlTable,
+    short_repr,
+    validate,
+    validation_error,
+)
+from prism_plan.io.text_files import read_text
 from prism_plan.io.toml import parse_toml
 from prism_plan.limits import MAX_GPUS, MAX_NAMES
 
 #: Shares of a server's requests must sum to one within this.
 SHARE_TOLERANCE = 1e-6
 #: No quantity of a file is smaller than this and not zero; products of some still are numbers.
-LEAST = 1e-12
+MIN_QUANTITY = 1e-12
 
 
-def _not_tiny(value: float) -> float:
-    if 0 < value < LEAST:
-        raise refused(shown(value), f"0 or a number of at least {LEAST:g}")
+def _require_zero_or_normal(value: float) -> float:
+    if 0 < value < MIN_QUANTITY:
+        raise validation_error(short_repr(value), f"0 or a number of at least {MIN_QUANTITY:g}")
     return value
 
 
-def _sum_to_one(shares: dict[str, float]) -> dict[str, float]:
+def _require_sum_of_one(shares: dict[str, float]) -> dict[str, float]:
     total = math.fsum(shares.values())
     if shares and abs(total - 1.0) > SHARE_TOLERANCE:
-        raise refused(f"shares sum to {total:g}", "shares of the server's requests that sum to 1")
+        raise validation_error(
+            f"shares sum to {total:g}", "shares of the server's requests that sum to 1"
+        )
     return shares
 
 
-def _each_once(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _require_distinct_pairs(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     seen: set[tuple[int, int]] = set()
     for index, pair in enumerate(pairs):
         if pair in seen:
-            raise refused(shown(list(pair)), "each pair once", index)
+            raise validation_error(short_repr(list(pair)), "each pair once", index)
         seen.add(pair)
     return pairs
 
 
-Amount = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_not_tiny)]
-Rate = Annotated[float, Field(ge=LEAST, le=1e12)]
-Size = Annotated[float, Field(ge=LEAST, le=1e9)]
+Amount = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_require_zero_or_normal)]
+Rate = Annotated[float, Field(ge=MIN_QUANTITY, le=1e12)]
+Size = Annotated[float, Field(ge=MIN_QUANTITY, le=1e9)]
 #: Beyond 2**53 floats and Parquet would lose digits.
 Whole = Annotated[int, Field(ge=0, lt=2**53)]
 AtLeastOne = Annotated[int, Field(ge=1, lt=2**53)]
 #: Shares of a server's requests by task; they sum to one, or there are none.
 TaskShares = Annotated[
-    Keyed[Name, Annotated[float, Field(ge=0, le=1), AfterValidator(_not_tiny)]],
+    DictOf[Name, Annotated[float, Field(ge=0, le=1), AfterValidator(_require_zero_or_normal)]],
     Field(max_length=MAX_NAMES),
-    AfterValidator(_sum_to_one),
+    AfterValidator(_require_sum_of_one),
 ]
 Pair = Annotated[tuple[Whole, Whole], Strict(False)]
-Pairs = Annotated[Listed[Pair], Field(max_length=MAX_NAMES), AfterValidator(_each_once)]
+Pairs = Annotated[
+    ListOf[Pair], Field(max_length=MAX_NAMES), AfterValidator(_require_distinct_pairs)
+]
 
 
-class LinkTable(Table):
+class LinkTable(TomlTable):
     """What any two servers have between them, unless they or their pair say otherwise."""
 
     bandwidth_mbps: Rate = Link.bandwidth_mbps
@@ -71,7 +84,7 @@ class LinkTable(Table):
     short_kb: Amount = Link.short_kb
 
 
-class PairTable(Table):
+class PairTable(TomlTable):
     """Figures of one pair of servers, by their names."""
 
     a: Name
@@ -80,14 +93,14 @@ class PairTable(Table):
     rtt_ms: Amount = ABSENT
 
 
-class GpuTable(Table):
+class GpuTable(TomlTable):
     """A GPU: its memory in units of 1e9 or 2**30 bytes, or the experts that it holds."""
 
     memory_gb: Size = ABSENT
     memory_gib: Size = ABSENT
     slots: Whole = ABSENT
-    memory_fraction: Annotated[float, Field(ge=LEAST, le=1)] = Gpu.memory_fraction
-    reserve_gb: Annotated[float, Field(ge=0, le=1e9), AfterValidator(_not_tiny)] = 0.0
+    memory_fraction: Annotated[float, Field(ge=MIN_QUANTITY, le=1)] = Gpu.memory_fraction
+    reserve_gb: Annotated[float, Field(ge=0, le=1e9), AfterValidator(_require_zero_or_normal)] = 0.0
     dense: bool = False
     load_blocks_compute: bool = False
     memory_bandwidth_gbs: Rate = Gpu.memory_bandwidth_gbs
@@ -100,14 +113,14 @@ class GpuTable(Table):
         sizes = ("memory_gb", "memory_gib", "slots")
         given = [key for key in sizes if key in self.model_fields_set]
         if not given or given[:2] == ["memory_gb", "memory_gib"]:
-            raise refused(
+            raise validation_error(
                 " and ".join(given) or "no memory size",
                 "memory_gb (1e9 bytes) or memory_gib (2**30 bytes), or slots",
             )
         return self
 
 
-class ServerTable(Table):
+class ServerTable(TomlTable):
     """A server, its users and its GPUs."""
 
     name: Name = ""
@@ -121,16 +134,16 @@ class ServerTable(Table):
     layer_cap: Whole = ABSENT
     pin: Pairs = Field(default=[])
     forbid: Pairs = Field(default=[])
-    gpu: Annotated[Listed[GpuTable], Field(max_length=MAX_GPUS)] = Field(default=[])
+    gpu: Annotated[ListOf[GpuTable], Field(max_length=MAX_GPUS)] = Field(default=[])
 
 
-class ClusterFile(Table):
+class ClusterFile(TomlTable):
     """The servers, their GPUs, their links and their users."""
 
     name: Name = ""
     link: LinkTable = LinkTable()
-    server: Annotated[Listed[ServerTable], Field(max_length=MAX_NAMES)] = Field(default=[])
-    links: Listed[PairTable] = Field(default=[])
+    server: Annotated[ListOf[ServerTable], Field(max_length=MAX_NAMES)] = Field(default=[])
+    links: ListOf[PairTable] = Field(default=[])
 
 
 def read_cluster(path: str | os.PathLike[str]) -> Cluster:
@@ -151,7 +164,7 @@ def parse_cluster(text: str, source: object = "") -> Cluster:
 
 def cluster_from_values(values: Mapping[str, Any], source: object = "") -> Cluster:
     """A cluster from the values of its file; see :func:`read_cluster`."""
-    file = validated(ClusterFile, values, source=source)
+    file = validate(ClusterFile, values, source=source)
     servers = tuple(_server(server, index) for index, server in enumerate(file.server))
     try:
         return Cluster(
@@ -174,7 +187,7 @@ def _pair_links(tables: Sequence[PairTable], names: Sequence[str]) -> tuple[Pair
 
         def wrong(key: str, expected: str, table: PairTable = table, at: int = index) -> InputError:
             place = f"links[{at}].{key}"
-            return InputError(shown(getattr(table, key)), place=place, expected=expected)
+            return InputError(short_repr(getattr(table, key)), place=place, expected=expected)
 
         for key, name in (("a", table.a), ("b", table.b)):
             if name not in number:

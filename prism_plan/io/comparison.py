@@ -9,19 +9,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.io.declared import (
+from prism_plan.io.format_model import (
     Amount,
-    Checked,
+    CheckedList,
     Count,
-    Declared,
-    Keyed,
+    DictOf,
+    FormatModel,
     NonEmpty,
     Positive,
     Share,
     Version1,
-    validated,
+    validate,
 )
-from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.text_files import read_text
 
 #: Shares that must agree may differ by rounding.
 TOLERANCE = 1e-9
@@ -29,10 +30,10 @@ TOLERANCE = 1e-9
 _PLACED = ("remote_share_by_server", "termination", "runtime_s")
 _WAITING = ("destinations", "destinations_method", "waiting_share_by_server")
 #: A share for each server; null for one that calls nothing.
-ByServer = Annotated[Keyed[NonEmpty, Share | None], Field(min_length=1)]
+ByServer = Annotated[DictOf[NonEmpty, Share | None], Field(min_length=1)]
 
 
-class RowPart(Declared):
+class RowPart(FormatModel):
     """A placement and its scores; all but the name are null where there is none."""
 
     name: Annotated[NonEmpty, Field(description="Of the solver, or of the placement's file.")]
@@ -64,7 +65,7 @@ class RowPart(Declared):
     note: str = Field(description="Why there is no placement, or empty.")
 
 
-class ComparisonFile(Declared):
+class ComparisonFile(FormatModel):
     """Solvers and existing placements scored side by side on the same requests."""
 
     format: Literal["prism-plan/comparison"]
@@ -79,7 +80,7 @@ class ComparisonFile(Declared):
     scored_requests: Count | None = Field(description="null: a counts-only trace.")
     seed: Count
     min_replicas: Positive
-    rows: Checked[RowPart]
+    rows: CheckedList[RowPart]
 
 
 def read_comparison(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -95,9 +96,9 @@ def read_comparison(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def comparison_from_json(values: Any, source: object = "") -> dict[str, Any]:
-    """The same from the values of the file; see :func:`read_comparison`."""
+    """A comparison from the parsed JSON of its file; see :func:`read_comparison`."""
     remedy = "make comparisons with prism-plan compare -o"
-    validated(ComparisonFile, values, source=source, remedy=remedy)
+    validate(ComparisonFile, values, source=source, remedy=remedy)
     rows = values["rows"]
     try:
         _check_requests(values)
@@ -127,7 +128,7 @@ def _require(holds: bool, found: str, place: str, expected: str) -> None:
 
 
 def _check_requests(values: Mapping[str, Any]) -> None:
-    """Counts-only traces know no requests; without a holdout both parts are all of them."""
+    """Refuse numbers of requests that contradict the kind of trace or the holdout."""
     planned, scored = values["planned_requests"], values["scored_requests"]
     for key in ("planned_requests", "scored_requests"):
         known = values["kind"] == "tokens"
@@ -144,8 +145,8 @@ def _check_requests(values: Mapping[str, Any]) -> None:
 
 def _check_row(row: Mapping[str, Any], kind: str, place: str) -> None:
     """What a schema cannot say: which values of a row belong together."""
-    _together(row, "remote_share", _PLACED, place)
-    _together(row, "waiting_share", _WAITING, place)
+    _require_null_together(row, "remote_share", _PLACED, place)
+    _require_null_together(row, "waiting_share", _WAITING, place)
     placed, waiting = row["remote_share"] is not None, row["waiting_share"] is not None
     wanted = placed and kind == "tokens"
     _require(
@@ -168,8 +169,10 @@ def _check_row(row: Mapping[str, Any], kind: str, place: str) -> None:
     )  # fmt: skip
 
 
-def _together(row: Mapping[str, Any], first: str, others: tuple[str, ...], place: str) -> None:
-    """Values that are known, or null, together."""
+def _require_null_together(
+    row: Mapping[str, Any], first: str, others: tuple[str, ...], place: str
+) -> None:
+    """Refuse a row where some of these values are null and others are not."""
     known = row[first] is not None
     for key in others:
         _require(

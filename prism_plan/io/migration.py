@@ -11,51 +11,53 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from prism_plan.errors import InputError
-from prism_plan.io.declared import (
+from prism_plan.io.common_parts import FileIdentity, indented_json, require_distinct_names
+from prism_plan.io.file_writing import write_bytes
+from prism_plan.io.format_model import (
     Amount,
-    Checked,
+    CheckedList,
     Count,
-    Declared,
-    Listed,
+    FormatModel,
+    ListOf,
     NonEmpty,
     Version1,
-    refused,
-    shown,
-    validated,
+    short_repr,
+    validate,
+    validation_error,
 )
-from prism_plan.io.files import parse_json, read_text, write_bytes
-from prism_plan.io.parts import FileIdentity, different_names, indented
-from prism_plan.io.specs import Shape, spec_of
+from prism_plan.io.json import parse_json
+from prism_plan.io.model_spec import ShapePart, spec_from_part
+from prism_plan.io.text_files import read_text
 from prism_plan.limits import MAX_GPUS, MAX_NAMES
 from prism_plan.migration.plan import LoadTime, MigrationPlan
+from prism_plan.migration_step import MigrationStep
 from prism_plan.model import ModelShape
 from prism_plan.placement import InputFile
-from prism_plan.placement_diff import Step
 
 _COUNTS = ("loads", "drops", "extra_loads", "moved_bytes")
 
 
 def _only_true(temporary: bool) -> bool:
     if not temporary:
-        raise refused("False", "true, or no such key")
+        raise validation_error("False", "true, or no such key")
     return temporary
 
 
-class ServerPart(Declared):
+class ServerPart(FormatModel):
     """A server, by its name and the number of its GPUs."""
 
     name: NonEmpty
     gpus: Annotated[int, Field(ge=1, le=MAX_GPUS)] = Field(description="Number of GPUs.")
 
 
-class LoadTimePart(Declared):
+class LoadTimePart(FormatModel):
     """Seconds of loading: one after the other, and with all GPUs side by side."""
 
     sum: Amount
     makespan: Amount
 
 
-class StepPart(Declared):
+class StepPart(FormatModel):
     """An expert that a GPU loads or drops."""
 
     do: Literal["load", "drop"]
@@ -64,21 +66,21 @@ class StepPart(Declared):
     layer: Count = Field(description="Decoder index.")
     expert: Count
     #: Steps that must be complete before, ascending, counted from 0.
-    needs: Listed[Count]
+    needs: ListOf[Count]
     #: A copy for the time of the move only, or a kept one that makes room for a while.
     temporary: Annotated[bool, AfterValidator(_only_true), WithJsonSchema({"const": True})] = False
 
 
-class MigrationFile(Declared):
+class MigrationFile(FormatModel):
     """In which order experts are loaded and dropped to get from one placement to another."""
 
     format: Literal["prism-plan/migration"]
     version: Version1
-    model: Shape
+    model: ShapePart
     servers: Annotated[
-        Listed[ServerPart],
+        ListOf[ServerPart],
         Field(min_length=1, max_length=MAX_NAMES),
-        AfterValidator(different_names),
+        AfterValidator(require_distinct_names),
     ]
     start: FileIdentity | None = Field(
         alias="from", description="The placement at the start, if it is a file."
@@ -92,14 +94,14 @@ class MigrationFile(Declared):
     moved_bytes: Count = Field(description="Bytes of all loads.")
     load_s: LoadTimePart | None
     #: In an order that is safe; any other that respects the needs is safe too, also side by side.
-    steps: Checked[StepPart]
+    steps: CheckedList[StepPart]
 
 
 # ---------------------------------------------------------------------------------------- writing
 
 
 def migration_to_json(plan: MigrationPlan) -> dict[str, Any]:
-    """The file's values; keys in a fixed order. GPUs are counted within their server."""
+    """The JSON values of a migration file, keys in a fixed order; GPUs numbered within servers."""
     places = [
         (name, gpu) for name, n in zip(plan.servers, plan.gpus, strict=True) for gpu in range(n)
     ]
@@ -139,7 +141,7 @@ def dump_migration(plan: MigrationPlan) -> bytes:
     """The bytes of a migration file: indented, each step on one line."""
     values = migration_to_json(plan)
     steps = values.pop("steps")
-    head = indented(values).removesuffix("\n}")
+    head = indented_json(values).removesuffix("\n}")
     lines = ",".join("\n  " + json.dumps(step, ensure_ascii=False) for step in steps)
     return f'{head},\n "steps": [{lines}\n ]\n}}\n'.encode()
 
@@ -159,7 +161,7 @@ def write_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> None:
 
 
 def read_migration(path: str | os.PathLike[str]) -> MigrationPlan:
-    """Read a migration plan and check its form; :func:`~.plan.check_plan` replays it.
+    """Read a migration plan and check its form.
 
     Raises
     ------
@@ -174,8 +176,8 @@ def read_migration(path: str | os.PathLike[str]) -> MigrationPlan:
 def migration_from_json(values: Any, source: object = "") -> MigrationPlan:
     """The reverse of :func:`migration_to_json`; see :func:`read_migration`."""
     remedy = "make migrations with prism-plan migrate -o"
-    file = validated(MigrationFile, values, source=source, remedy=remedy)
-    model = spec_of(ModelShape, file.model, source)
+    file = validate(MigrationFile, values, source=source, remedy=remedy)
+    model = spec_from_part(ModelShape, file.model, source)
     time, files = file.load_s, {"from": file.start, "to": file.end}
     plan = MigrationPlan(
         model=model,
@@ -201,7 +203,7 @@ def _steps(
     model: ModelShape,
     servers: Sequence[ServerPart],
     source: object,
-) -> tuple[Step, ...]:
+) -> tuple[MigrationStep, ...]:
     number = {server.name: server.gpus for server in servers}
     first_gpu = dict(zip(number, itertools.accumulate(number.values(), initial=0), strict=False))
     position = {layer: at for at, layer in enumerate(model.moe_layers)}
@@ -212,7 +214,7 @@ def _steps(
 
         def wrong(key: str, expected: str, step: Any = step, index: int = index) -> InputError:
             return InputError(
-                shown(step[key]),
+                short_repr(step[key]),
                 source=source,
                 place=f"steps[{index}].{key}",
                 expected=expected,
@@ -233,5 +235,7 @@ def _steps(
         if latest.get((gpu, pair)) == step["do"]:
             raise wrong("do", "loads and drops of an expert on a GPU by turns")
         latest[gpu, pair] = step["do"]
-        found.append(Step(step["do"], gpu, pair, tuple(needs), step.get("temporary", False)))
+        found.append(
+            MigrationStep(step["do"], gpu, pair, tuple(needs), step.get("temporary", False))
+        )
     return tuple(found)

@@ -34,7 +34,7 @@ _KINDS = (
 
 
 def unreadable(error: OSError, path: object) -> InputError:
-    """The error of a file that the system does not let us read."""
+    """The error of a file that the operating system refuses to read."""
     return InputError((error.strerror or str(error)).lower(), source=path, remedy=_REMEDY)
 
 
@@ -43,8 +43,8 @@ class OpenFile:
 
     Regular files are read by ranges, as often as is needed, through the one descriptor. Standard
     input (``-``, ``/dev/stdin``) and other descriptors that the process was given are read once,
-    at most :data:`~prism_plan.limits.MAX_TEXT_BYTES`, and held. Named pipes, devices, sockets and
-    folders are refused without waiting for them.
+    at most :data:`~prism_plan.limits.MAX_TEXT_BYTES`, and kept in memory. Named pipes, devices,
+    sockets and folders are refused without waiting for them.
 
     Sent to another process it is opened there when it is first read, and refused unless it still
     is the same file.
@@ -81,7 +81,7 @@ class OpenFile:
             )
 
     def close(self) -> None:
-        """Close the descriptor; what is held of a stream is given up."""
+        """Close the descriptor and free the bytes that were read of a stream."""
         fd, self._fd, self._held = self._fd, None, None
         if fd is not None:
             os.close(fd)
@@ -100,7 +100,7 @@ class OpenFile:
         return {**self.__dict__, "_fd": None}
 
     def _descriptor(self) -> int:
-        """The descriptor; in another process than that of the constructor, opened now."""
+        """The file descriptor; in a process that the file was sent to, opened at first use."""
         if self._fd is None:
             try:
                 self._fd = _descriptor(self.path)
@@ -306,5 +306,5 @@ def _too_long(path: object, most: int) -> InputError:
 
 
 def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
-    """What stays equal while a file is not written to; renaming and linking leave it."""
+    """Device, inode, size and time of change: they differ once a file was written to."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

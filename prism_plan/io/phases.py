@@ -21,27 +21,27 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from prism_plan.io.cluster import AtLeastOne, Rate, TaskShares
-from prism_plan.io.declared import ABSENT, Keyed, Listed, Table, validated
-from prism_plan.io.files import read_text
+from prism_plan.io.format_model import ABSENT, DictOf, ListOf, TomlTable, validate
+from prism_plan.io.text_files import read_text
 from prism_plan.io.toml import parse_toml
 from prism_plan.limits import MAX_NAMES
 from prism_plan.simulate.phase_schedule import Phase, Schedule
 
 
-class PhaseTable(Table):
+class PhaseTable(TomlTable):
     """What users ask for during so many requests of each server."""
 
     requests: AtLeastOne = ABSENT
     tasks: Annotated[
-        Keyed[str, Annotated[TaskShares, Field(min_length=1)]], Field(max_length=MAX_NAMES)
+        DictOf[str, Annotated[TaskShares, Field(min_length=1)]], Field(max_length=MAX_NAMES)
     ] = Field(default={})
     arrival_interval_s: Rate = ABSENT
 
 
-class PhasesFile(Table):
+class PhasesFile(TomlTable):
     """Phases in order."""
 
-    phase: Annotated[Listed[PhaseTable], Field(max_length=MAX_NAMES)] = Field(default=[])
+    phase: Annotated[ListOf[PhaseTable], Field(max_length=MAX_NAMES)] = Field(default=[])
 
 
 def read_schedule(path: str | os.PathLike[str]) -> Schedule:
@@ -63,5 +63,5 @@ def parse_schedule(text: str, source: object = "") -> Schedule:
 
 def schedule_from_values(values: Mapping[str, Any], source: object = "") -> Schedule:
     """A schedule from the values of its file; see :func:`read_schedule`."""
-    file = validated(PhasesFile, values, source=source)
+    file = validate(PhasesFile, values, source=source)
     return Schedule(tuple(Phase(**dict(phase)) for phase in file.phase), source=str(source))

@@ -19,46 +19,53 @@ from pydantic import (
 )
 
 from prism_plan.errors import InputError
-from prism_plan.io.declared import (
+from prism_plan.io.common_parts import (
+    FileIdentity,
+    indented_json,
+    require_distinct_names,
+    shipped_schema,
+)
+from prism_plan.io.file_writing import write_bytes
+from prism_plan.io.format_model import (
     ABSENT,
     Amount,
     Count,
-    Declared,
-    Keyed,
-    Listed,
+    DictOf,
+    FormatModel,
+    ListOf,
     NonEmpty,
     Positive,
     Share,
     Version1,
-    shown,
-    validated,
+    short_repr,
+    validate,
 )
-from prism_plan.io.files import parse_json, printable, read_identified, read_text, write_bytes
-from prism_plan.io.parts import FileIdentity, different_names, indented, shipped_schema
-from prism_plan.io.specs import Shape, spec_of
+from prism_plan.io.json import parse_json
+from prism_plan.io.model_spec import ShapePart, spec_from_part
+from prism_plan.io.text_files import file_name_text, read_text, read_text_and_digest
 from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_places
 from prism_plan.model import ModelShape
-from prism_plan.placement import InputFile, Placement, Plan, Termination
+from prism_plan.placement import InputFile, Placement, SolveReport, Termination
 
 FORMAT = "prism-plan/placement"
 VERSION = 1
 
 
-def _whole_numbers(ids: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """Ids as they are, of which there are millions; if they are no list of them, pydantic tells."""
+def _skip_validated_integers(ids: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """Accept a list of integers without a copy (there may be millions); pydantic refuses others."""
     return ids if type(ids) is list and set(map(type, ids)) == {int} else handler(ids)
 
 
 LayerId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
 #: Their bounds are checked with those of the model.
 ExpertIds = Annotated[
-    Listed[Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]],
+    ListOf[Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]],
     Field(min_length=1),
-    WrapValidator(_whole_numbers),
+    WrapValidator(_skip_validated_integers),
 ]
 
 
-class GpuPart(Declared):
+class GpuPart(FormatModel):
     """A GPU: what it can hold, as ``slots`` or ``bytes``, and what it holds."""
 
     slots: Count = Field(
@@ -67,20 +74,20 @@ class GpuPart(Declared):
     bytes: Count = Field(
         default=ABSENT, description="Bytes that the GPU has for experts (experts of unequal size)."
     )
-    experts: Keyed[LayerId, ExpertIds] = Field(
+    experts: DictOf[LayerId, ExpertIds] = Field(
         description="Expert ids by decoder layer index, ascending."
     )
 
 
-class ServerPart(Declared):
+class ServerPart(FormatModel):
     """A server and its GPUs."""
 
     name: NonEmpty
-    gpus: Annotated[Listed[GpuPart], Field(min_length=1, max_length=MAX_GPUS)]
+    gpus: Annotated[ListOf[GpuPart], Field(min_length=1, max_length=MAX_GPUS)]
 
 
-class PlanPart(Declared):
-    """How the placement came about. Further keys are kept."""
+class PlanPart(FormatModel):
+    """Which solver made the placement, and how well. Further keys are kept."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -94,20 +101,20 @@ class PlanPart(Declared):
     min_replicas: Positive
 
 
-class PlacementFile(Declared):
+class PlacementFile(FormatModel):
     """Which GPU of which server holds which expert of a Mixture-of-Experts model."""
 
     format: Literal["prism-plan/placement"]
     version: Version1
-    model: Shape
+    model: ShapePart
     servers: Annotated[
-        Listed[ServerPart],
+        ListOf[ServerPart],
         Field(min_length=1, max_length=MAX_NAMES),
-        AfterValidator(different_names),
+        AfterValidator(require_distinct_names),
     ]
     plan: PlanPart
     inputs: Annotated[
-        Keyed[str, FileIdentity], Field(description="The files that it was planned from.")
+        DictOf[str, FileIdentity], Field(description="The files that it was planned from.")
     ]
 
 
@@ -123,7 +130,7 @@ def placement_schema() -> dict[str, Any]:
 
 
 def placement_to_json(placement: Placement) -> dict[str, Any]:
-    """The file's values; keys and lists in a fixed order."""
+    """The JSON values of a placement file, keys and lists in a fixed order."""
     unit = "slots" if placement.model.equal_expert_bytes else "bytes"
     layers = placement.model.moe_layers
     servers = []
@@ -156,7 +163,7 @@ def placement_to_json(placement: Placement) -> dict[str, Any]:
 
 def dump_placement(placement: Placement) -> bytes:
     """The bytes of a placement file: indented, each list of experts on one line."""
-    return (indented(placement_to_json(placement)) + "\n").encode("utf-8")
+    return (indented_json(placement_to_json(placement)) + "\n").encode("utf-8")
 
 
 def write_placement(path: str | os.PathLike[str], placement: Placement) -> None:
@@ -174,7 +181,7 @@ def write_placement(path: str | os.PathLike[str], placement: Placement) -> None:
 
 
 def read_placement(path: str | os.PathLike[str]) -> Placement:
-    """Read a placement and check its form; whether it is feasible, `objective.violations` tells.
+    """Read a placement and check its form; `placement_check.violations` says whether it fits.
 
     Raises
     ------
@@ -185,18 +192,18 @@ def read_placement(path: str | os.PathLike[str]) -> Placement:
     return placement_from_json(parse_json(read_text(path), path), source=path)
 
 
-def read_identified_placement(path: str | os.PathLike[str]) -> tuple[Placement, InputFile]:
-    """A placement, as :func:`read_placement`, and the identity of the bytes that it is of."""
-    text, digest = read_identified(path)
+def read_placement_and_identity(path: str | os.PathLike[str]) -> tuple[Placement, InputFile]:
+    """A placement as :func:`read_placement` gives it, and the identity of its file."""
+    text, digest = read_text_and_digest(path)
     placement = placement_from_json(parse_json(text, path), source=path)
-    return placement, InputFile(printable(path), digest)
+    return placement, InputFile(file_name_text(path), digest)
 
 
 def placement_from_json(values: Any, source: object = "") -> Placement:
     """The reverse of :func:`placement_to_json`; see :func:`read_placement`."""
     remedy = "make placements with prism-plan solve"
-    file = validated(PlacementFile, values, source=source, remedy=remedy)
-    model = spec_of(ModelShape, file.model, source)
+    file = validate(PlacementFile, values, source=source, remedy=remedy)
+    model = spec_from_part(ModelShape, file.model, source)
     num_gpus = sum(len(server.gpus) for server in file.servers)
     require_places(
         num_gpus, model.num_layers, model.num_experts, "GPUs", source=source, place="servers"
@@ -219,9 +226,9 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
                 expected=f"{unit!r}, for the experts are "
                 + ("of one size" if unit == "slots" else "of unequal size"),
             )
-        _hold(held, gpu.experts, model, position, source, f"{place}.experts")
+        _mark_experts(held, gpu.experts, model, position, source, f"{place}.experts")
     extra = file.plan.model_extra or {}
-    _require_numbers(extra, source, "plan")
+    _require_finite_numbers(extra, source, "plan")
     return Placement(
         model=model,
         servers=tuple(server.name for server in file.servers),
@@ -229,22 +236,22 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
             tuple(getattr(gpu, unit) for gpu in server.gpus) for server in file.servers
         ),
         on_gpu=on_gpu,
-        plan=Plan(**{key: getattr(file.plan, key) for key in PLAN_KEYS}, extra=extra),
+        plan=SolveReport(**{key: getattr(file.plan, key) for key in PLAN_KEYS}, extra=extra),
         inputs={key: InputFile(one.name, one.sha256) for key, one in file.inputs.items()},
     )
 
 
-def _require_numbers(values: Any, source: object, place: str) -> None:
-    """Refuse numbers under keys that we do not know that no file of ours could hold."""
+def _require_finite_numbers(values: Any, source: object, place: str) -> None:
+    """Refuse numbers under unknown keys that are infinite or beyond 64 bits."""
     inner: Any = enumerate(values) if isinstance(values, list) else ()
     for key, value in values.items() if isinstance(values, Mapping) else inner:
         at = f"{place}.{key}" if isinstance(key, str) else f"{place}[{key}]"
         if (isinstance(value, int) and abs(value) >= 2**63) or value in (math.inf, -math.inf):
-            raise InputError(shown(value), source=source, place=at, expected="a finite number")
-        _require_numbers(value, source, at)
+            raise InputError(short_repr(value), source=source, place=at, expected="a finite number")
+        _require_finite_numbers(value, source, at)
 
 
-def _hold(
+def _mark_experts(
     held: npt.NDArray[np.bool_],
     experts: Mapping[str, list[int]],
     model: ModelShape,

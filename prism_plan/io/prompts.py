@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prism_plan.errors import InputError
-from prism_plan.io.declared import Declared, NotBlank, validated_line
-from prism_plan.io.lines import text_lines
+from prism_plan.io.format_model import FormatModel, NotBlank, validate_line
+from prism_plan.io.json_lines import text_lines
 from prism_plan.io.open_file import OpenFile
 
 EXAMPLE = '{"prompt": ..., "task": ...}'
 
 
-class PromptLine(Declared):
+class PromptLine(FormatModel):
     """A prompt, and the task that its tokens count for."""
 
     prompt: NotBlank
@@ -50,7 +50,7 @@ def read_prompts(source: str | os.PathLike[str] | OpenFile) -> Iterator[Prompt]:
     found = False
     for number, text in text_lines(source):
         found = True
-        line = validated_line(PromptLine, text, number, source.path, EXAMPLE)
+        line = validate_line(PromptLine, text, number, source.path, EXAMPLE)
         yield Prompt(number, line.prompt, line.task)
     if not found:
         raise InputError("no prompts in it", source=source.path, expected=f"lines {EXAMPLE}")

@@ -10,27 +10,28 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.io.declared import (
+from prism_plan.io.format_model import (
     ABSENT,
     Amount,
-    Checked,
+    CheckedList,
     Count,
-    Declared,
-    Keyed,
-    Listed,
+    DictOf,
+    ExtensibleModel,
+    FormatModel,
+    ListOf,
     NonEmpty,
-    Open,
     Positive,
     Share,
     Version1,
-    validated,
+    validate,
 )
-from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.text_files import read_text
 
 AboveZero = Annotated[float, Field(gt=0)]
 
 
-class TimesPart(Open):
+class TimesPart(ExtensibleModel):
     """Seconds; null where there was nothing to measure."""
 
     mean: Amount | None
@@ -40,15 +41,15 @@ class TimesPart(Open):
     max: Amount | None
 
 
-class GpuPart(Open):
+class GpuPart(ExtensibleModel):
     """A GPU of a server."""
 
     busy: Amount | None
     experts: Count
 
 
-class ServerPart(Open):
-    """What the requests of one server met with, and how busy its parts were."""
+class ServerPart(ExtensibleModel):
+    """Latency and calls of the requests of one server, and the utilisation of its parts."""
 
     name: NonEmpty
     requests: Count
@@ -61,10 +62,10 @@ class ServerPart(Open):
     bytes_received: Count
     uplink_busy: Amount | None
     downlink_busy: Amount | None
-    gpus: Listed[GpuPart]
+    gpus: ListOf[GpuPart]
 
 
-class MigrationPart(Open):
+class MigrationPart(ExtensibleModel):
     """A review of the placement."""
 
     at_s: Amount
@@ -76,7 +77,7 @@ class MigrationPart(Open):
     finished_at_s: Amount | None
 
 
-class LayerPart(Open):
+class LayerPart(ExtensibleModel):
     """Mean latency of a layer over decode steps with so many remote experts."""
 
     remote_experts: Count
@@ -84,15 +85,15 @@ class LayerPart(Open):
     mean: Amount | None
 
 
-class TimelinePart(Open):
+class TimelinePart(ExtensibleModel):
     """By time of arrival, bins from 0."""
 
     bin_s: AboveZero
-    arrivals: Listed[Count]
-    mean_latency_s: Listed[Amount | None]
+    arrivals: ListOf[Count]
+    mean_latency_s: ListOf[Amount | None]
 
 
-class PhasePart(Open):
+class PhasePart(ExtensibleModel):
     """When a phase of the workload began, and what changed with it."""
 
     number: Positive
@@ -100,11 +101,11 @@ class PhasePart(Open):
     #: Arrival of its first request at the last server to reach it.
     everywhere_at_s: Amount
     #: Shares by task of the servers that changed.
-    tasks: Keyed[str, Keyed[str, Share | None]]
+    tasks: DictOf[str, DictOf[str, Share | None]]
     arrival_interval_s: AboveZero | None = Field(description="null: as before.")
 
 
-class RunPart(Open):
+class RunPart(ExtensibleModel):
     """A placement as simulated. A run may have more keys than these."""
 
     #: File name of the placement, or the name of a baseline.
@@ -126,14 +127,14 @@ class RunPart(Open):
     bytes_sent: Count
     #: Share of the busiest place, GPU or link that the arrivals ask for; 1 or more is unstable.
     busiest: Amount | None = None
-    servers: Listed[ServerPart]
+    servers: ListOf[ServerPart]
     #: Reviews of the placement in order of time.
-    migrations: Listed[MigrationPart]
-    layer_latency_s: Listed[LayerPart] = Field(description="From 0 remote experts to top-k.")
+    migrations: ListOf[MigrationPart]
+    layer_latency_s: ListOf[LayerPart] = Field(description="From 0 remote experts to top-k.")
     #: 0 %, 1 %, ..., 100 %; empty if nothing finished.
-    latency_quantiles_s: Listed[Amount]
+    latency_quantiles_s: ListOf[Amount]
     timeline: TimelinePart
-    phases: Listed[PhasePart] = Field(default=[], description="Only with a schedule of phases.")
+    phases: ListOf[PhasePart] = Field(default=[], description="Only with a schedule of phases.")
     loads: Count
     loaded_bytes: Count
     events: Count
@@ -141,7 +142,7 @@ class RunPart(Open):
     runtime_s: Amount
 
 
-class ReviewPart(Open):
+class ReviewPart(ExtensibleModel):
     """How migrations are decided."""
 
     every_s: AboveZero
@@ -151,7 +152,7 @@ class ReviewPart(Open):
     solver: str | None
 
 
-class TracePart(Open):
+class TracePart(ExtensibleModel):
     """The trace whose requests were simulated."""
 
     name: str
@@ -159,14 +160,14 @@ class TracePart(Open):
     kind: Literal["tokens", "counts"]
 
 
-class ClusterPart(Open):
+class ClusterPart(ExtensibleModel):
     """The cluster that was simulated."""
 
     name: str
     sha256: str
 
 
-class SimulationFile(Declared):
+class SimulationFile(FormatModel):
     """Latency of requests under placements, as simulated."""
 
     format: Literal["prism-plan/simulation"]
@@ -179,8 +180,8 @@ class SimulationFile(Declared):
     timing: str = Field(description="'cluster', or the name of the calibration file.")
     trace: TracePart
     cluster: ClusterPart
-    notes: Listed[str]
-    runs: Checked[RunPart]
+    notes: ListOf[str]
+    runs: CheckedList[RunPart]
 
 
 def read_simulation(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -196,16 +197,16 @@ def read_simulation(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def simulation_from_json(values: Any, source: object = "") -> dict[str, Any]:
-    """The same from the values of the file; see :func:`read_simulation`."""
+    """A report from the parsed JSON of its file; see :func:`read_simulation`."""
     remedy = "make reports with prism-plan simulate -o"
-    validated(SimulationFile, values, source=source, remedy=remedy)
+    validate(SimulationFile, values, source=source, remedy=remedy)
     for index, run in enumerate(values["runs"]):
         _check_run(run, source, f"runs[{index}]")
     return dict(values)
 
 
 def _check_run(run: Mapping[str, Any], source: object, place: str) -> None:
-    """What a schema cannot say: which values belong together."""
+    """Refuse values that contradict each other, which a schema cannot express."""
 
     def require(holds: bool, at: str, found: object, expected: str) -> None:
         if not holds:

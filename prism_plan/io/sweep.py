@@ -14,10 +14,11 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, Field
 
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.io.declared import Declared, NotBlank, shown, validated
-from prism_plan.io.files import lines_of, read_text, write_bytes
+from prism_plan.io.file_writing import write_bytes
+from prism_plan.io.format_model import FormatModel, NotBlank, short_repr, validate
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.parquet_input import batches, num_rows, open_parquet
+from prism_plan.io.parquet import batches, num_rows, open_parquet
+from prism_plan.io.text_files import iterate_lines, read_text
 from prism_plan.limits import MAX_CELL, MAX_COLUMNS, MAX_RUNS, require_at_most
 from prism_plan.placement import OFFLOAD
 
@@ -32,13 +33,13 @@ _ROUNDING = 1e-9
 _REMEDY = "make sweeps with prism-plan simulate --sweep"
 
 
-def _plainly_whole(value: Any) -> Any:
-    """Other tools write whole numbers as 300.0."""
+def _integer_if_whole(value: Any) -> Any:
+    """An integral float as int, for other tools write whole numbers as 300.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_plainly_whole)]
-AtLeastOne = Annotated[int, Field(ge=1, lt=2**63), BeforeValidator(_plainly_whole)]
+Whole = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_integer_if_whole)]
+AtLeastOne = Annotated[int, Field(ge=1, lt=2**63), BeforeValidator(_integer_if_whole)]
 #: Conditions have the ranges of :class:`prism_plan.evaluate.sweep_grid.Grid`, which makes them;
 #: null: as in the cluster file.
 Condition = Annotated[float, Field(ge=1e-6, le=1e9)] | None
@@ -50,7 +51,7 @@ def _parts(annotation: Any) -> list[Any]:
     return [annotation, *(part for inner in get_args(annotation) for part in _parts(inner))]
 
 
-class RunRow(Declared):
+class RunRow(FormatModel):
     """A simulated run: conditions, ``status``, and results, which are null where it failed."""
 
     gpus: AtLeastOne
@@ -132,7 +133,7 @@ def dump_sweep(
                 raise InputError(
                     f"key {key!r}{did_you_mean(key, COLUMNS)}", source=source, place=f"row {number}"
                 )
-    values = _checked([{name: row.get(name) for name in COLUMNS} for row in rows], source)
+    values = _validate_rows([{name: row.get(name) for name in COLUMNS} for row in rows], source)
     return _parquet(values) if kind == "parquet" else _csv(values)
 
 
@@ -182,7 +183,7 @@ def read_sweep(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def sweep_from_csv(text: str, source: object = "") -> list[dict[str, Any]]:
     """The rows of a table from the text of a CSV file; see :func:`read_sweep`."""
-    reader = csv.reader((f"{line}\n" for line in lines_of(text)), strict=True)
+    reader = csv.reader((f"{line}\n" for line in iterate_lines(text)), strict=True)
     try:
         lines = (line for line in reader if line)
         header = next(lines, None)
@@ -203,11 +204,11 @@ def sweep_from_csv(text: str, source: object = "") -> list[dict[str, Any]]:
             typed.append({name: _from_text(line[at[name]], kind) for name, kind in COLUMNS.items()})
     except csv.Error as error:
         raise InputError(f"not CSV: {error}", source=source, remedy=_REMEDY) from error
-    return _checked(typed, source, some=True)
+    return _validate_rows(typed, source, some=True)
 
 
 def _from_text(text: str, kind: type) -> Any:
-    """The value that a cell spells; the text itself if it spells none."""
+    """The number that the text of a cell stands for, or the text itself."""
     if kind is str:
         return text
     if not text.strip():
@@ -227,16 +228,16 @@ def sweep_from_open_file(file: OpenFile) -> list[dict[str, Any]]:
         header = (parquet.schema_arrow.metadata or {}).get(METADATA_KEY)
         _require_columns(parquet.schema_arrow.names, source)
         _require_version(header, source)
-        _require_plain(parquet.schema_arrow, source)
+        _require_primitive_columns(parquet.schema_arrow, source)
         require_at_most(num_rows(parquet), MAX_RUNS, "rows", source=source)
         rows: list[dict[str, Any]] = []
         for batch in batches(parquet, _BATCH_ROWS, source=source, columns=list(COLUMNS)):
-            _short_texts(batch, source)
+            _require_short_texts(batch, source)
             rows += batch.to_pylist()
-    return _checked(rows, source, some=True)
+    return _validate_rows(rows, source, some=True)
 
 
-def _require_plain(schema: Any, source: object) -> None:
+def _require_primitive_columns(schema: Any, source: object) -> None:
     """Refuse columns of lists and structures before they are decoded: one value may be of any size.
 
     ``schema`` is that of the columns as they are read, texts as dictionaries.
@@ -254,8 +255,8 @@ def _require_plain(schema: Any, source: object) -> None:
             )
 
 
-def _short_texts(batch: Any, source: object) -> None:
-    """Refuse long texts, which would be made anew in every row."""
+def _require_short_texts(batch: Any, source: object) -> None:
+    """Refuse long texts, which would be copied into every row."""
     import pyarrow.compute as pc
     import pyarrow.types as kinds
 
@@ -321,7 +322,7 @@ def _require_columns(names: Sequence[str], source: object) -> None:
 # --------------------------------------------------------------------------------------- checking
 
 
-def _checked(
+def _validate_rows(
     rows: Sequence[Mapping[str, Any]], source: object, *, some: bool = False
 ) -> list[dict[str, Any]]:
     """The rows with their values of the right kind."""
@@ -329,7 +330,7 @@ def _checked(
         raise InputError("no rows", source=source, expected="a row for each run", remedy=_REMEDY)
     checked = []
     for number, row in enumerate(rows, 1):
-        values = dict(validated(RunRow, row, source=source, part=f"row {number}"))
+        values = dict(validate(RunRow, row, source=source, part=f"row {number}"))
         _check_row(values, source, number)
         checked.append(values)
     return checked
@@ -346,15 +347,18 @@ _ORDERED = (
 
 
 def _check_row(row: Mapping[str, Any], source: object, number: int) -> None:
-    """What the range of a column cannot say: which values of a row belong together."""
+    """Refuse values of a row that contradict each other, which ranges cannot express."""
 
     def require(holds: bool, name: str, expected: str) -> None:
         if not holds:
             raise InputError(
-                shown(row[name]), source=source, place=f"row {number}: {name}", expected=expected
+                short_repr(row[name]),
+                source=source,
+                place=f"row {number}: {name}",
+                expected=expected,
             )
 
-    known = _solvers()
+    known = _solver_names()
     name = row["solver"].removesuffix("+paths")
     close = did_you_mean(name, known)
     require(name in known, "solver", f"one of {', '.join(known)}{close}")
@@ -383,7 +387,7 @@ def _check_row(row: Mapping[str, Any], source: object, number: int) -> None:
         )  # fmt: skip
 
 
-def _solvers() -> tuple[str, ...]:
+def _solver_names() -> tuple[str, ...]:
     """The names that a sweep can have in its column of solvers."""
     from prism_plan.solvers import SOLVER_NAMES
 

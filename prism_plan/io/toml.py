@@ -43,7 +43,7 @@ def parse_toml(text: str, source: object) -> dict[str, Any]:
         values = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
         raise InputError(f"not TOML: {error}", source=source) from error
-    if _depth_exceeds(values, MAX_NESTING):
+    if _is_deeper_than(values, MAX_NESTING):
         raise _too_deep(source)
     return values
 
@@ -80,7 +80,7 @@ def _too_deep(source: object) -> InputError:
     return InputError("nested too deeply", source=source, expected=f"at most {MAX_NESTING} levels")
 
 
-def _depth_exceeds(values: Any, most: int) -> bool:
+def _is_deeper_than(values: Any, most: int) -> bool:
     """Whether tables and lists stand more than ``most`` deep in each other."""
     level = [values]
     for _ in range(most):

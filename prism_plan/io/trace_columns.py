@@ -1,4 +1,4 @@
-"""Columns of a trace file as arrays: numbers, words, and what they may not hold."""
+"""Columns of a trace file as arrays: numbers and dictionary-encoded texts, checked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def require_no_nulls(path: object, batch: Any, first_row: int) -> None:
             )
 
 
-def numbers(column: Any) -> npt.NDArray[Any]:
+def column_values(column: Any) -> npt.NDArray[Any]:
     """The numbers of a column without nulls, not copied.
 
     Unlike ``column.to_numpy()`` this does not make pyarrow import pandas, which takes longer than
@@ -42,7 +42,7 @@ def numbers(column: Any) -> npt.NDArray[Any]:
     return values
 
 
-class Words:
+class StringCodes:
     """Codes for the words of a dictionary column, in the order of the file's dictionaries."""
 
     def __init__(self, path: object, words: Sequence[str] = ()) -> None:
@@ -66,9 +66,9 @@ class Words:
         """
         local = column.dictionary
         if self._dictionary is None or not local.equals(self._dictionary):
-            self._mapping = self._learn(local)
+            self._mapping = self._add_words(local)
             self._dictionary = local
-        indices = numbers(column.indices).astype(np.int64)
+        indices = column_values(column.indices).astype(np.int64)
         if len(indices):
             low, high = indices.min(), indices.max()
             if not 0 <= low <= high < len(local):
@@ -80,8 +80,8 @@ class Words:
         codes: npt.NDArray[np.int32] = self._mapping[indices]
         return codes
 
-    def _learn(self, dictionary: Any) -> npt.NDArray[np.int32]:
-        """The codes of the words of one dictionary: unused ones too, so that tasks keep order."""
+    def _add_words(self, dictionary: Any) -> npt.NDArray[np.int32]:
+        """Codes of all words of one dictionary, used or not, so that tasks keep their order."""
         what = "words in a column of tasks or phases"
         require_at_most(len(dictionary), MAX_NAMES, what, source=self.path)
         if dictionary.nbytes > MAX_NAMES * (MAX_NAME_LENGTH + 8):

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import printable
+from prism_plan.io.call_table import CallTable, check_sums
+from prism_plan.io.model_spec import spec_from_json
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.parquet_input import batches, key_value_metadata, num_rows, open_parquet
-from prism_plan.io.specs import spec_from_json
-from prism_plan.io.trace_columns import Words, numbers, require_no_nulls
-from prism_plan.io.trace_counts import CallTable, check_sums
+from prism_plan.io.parquet import batches, key_value_metadata, num_rows, open_parquet
+from prism_plan.io.text_files import file_name_text
+from prism_plan.io.trace_columns import StringCodes, column_values, require_no_nulls
 from prism_plan.io.trace_schema import (
     BATCH_ROWS,
     REMEDY,
@@ -33,7 +33,8 @@ from prism_plan.limits import (
     require_task_pairs,
 )
 from prism_plan.model import ModelSpec
-from prism_plan.trace import PHASES, TokenBatch, Totals, Trace, bad_selection, check_experts
+from prism_plan.trace import PHASES, TokenBatch, Trace
+from prism_plan.trace_totals import TraceTotals
 
 
 class TraceFile:
@@ -102,7 +103,7 @@ def read_trace(
     """Open a trace file, check all of it in one pass over its rows, and total it.
 
     The tokens themselves stay in the file: memory does not grow with its length, but for eight
-    bytes a token and as many a request. ``progress`` is told (rows read, rows).
+    bytes a token and as many a request. ``progress`` is called with (rows read, all rows).
 
     Raises
     ------
@@ -130,7 +131,7 @@ def read_open_trace(file: OpenFile, progress: Callable[[int, int], None] | None 
     common: dict[str, Any] = {
         "model": model,
         "provenance": dict(provenance),
-        "name": printable(file.path),
+        "name": file_name_text(file.path),
         "sha256": found.sha256(),
     }
     if header["kind"] == "counts":
@@ -159,29 +160,29 @@ def _batch_rows(model: ModelSpec) -> int:
     return max(1, min(BATCH_ROWS, MAX_BATCH_SELECTIONS // width))
 
 
-def _token_batches(file: TraceFile, model: ModelSpec, tasks: Words) -> Iterator[TokenBatch]:
+def _token_batches(file: TraceFile, model: ModelSpec, tasks: StringCodes) -> Iterator[TokenBatch]:
     """Token batches of a file; checks columns, empty values and phases, not the expert ids."""
     shape = (-1, model.num_layers, model.top_k)
     has_weights = "weights" in file.schema.names
     require_columns(file.path, file.schema, token_schema(model, has_weights))
-    phases = Words(file.path)
+    phases = StringCodes(file.path)
     phase_codes = np.zeros(0, np.int8)
     for rows in file.record_batches(_batch_rows(model)):
         phase = phases.codes(rows.column("phase"))
         if len(phases.code_of) != len(phase_codes):
             phase_codes = _phase_codes(file.path, phases)
-        weights = numbers(rows.column("weights").flatten()) if has_weights else None
+        weights = column_values(rows.column("weights").flatten()) if has_weights else None
         yield TokenBatch(
-            request=numbers(rows.column("request")),
-            position=numbers(rows.column("position")),
+            request=column_values(rows.column("request")),
+            position=column_values(rows.column("position")),
             phase=phase_codes[phase],
             task=tasks.codes(rows.column("task")),
-            experts=numbers(rows.column("experts").flatten()).reshape(shape),
+            experts=column_values(rows.column("experts").flatten()).reshape(shape),
             weights=None if weights is None else weights.reshape(shape),
         )
 
 
-def _phase_codes(path: object, phases: Words) -> npt.NDArray[np.int8]:
+def _phase_codes(path: object, phases: StringCodes) -> npt.NDArray[np.int8]:
     """Codes into :data:`~prism_plan.trace.PHASES` of the words of a file's phases, int8 [words]."""
     for word in phases.words:
         if word not in PHASES:
@@ -199,16 +200,15 @@ def _read_tokens(
 ) -> Trace:
     path = file.path
     total = _require_rows(file, model)
-    words = Words(path)
-    totals = Totals(model, source=path)
+    words = StringCodes(path)
+    totals = TraceTotals(model, source=path)
     keys = np.empty(total, np.int64)
     row = 0
     has_weights = False
     for batch in _token_batches(file, model, words):
-        bad = check_experts(batch.experts, model.num_experts)
-        if bad is not None:
-            raise bad_selection(model, batch, bad, row).within(path)
-        _no_negatives(path, batch, row)
+        if error := batch.invalid_selection(model, row):
+            raise error.within(path)
+        _require_not_negative(path, batch, row)
         if batch.weights is not None:
             has_weights = True
             if not (np.isfinite(batch.weights) & (batch.weights >= 0)).all():
@@ -219,17 +219,17 @@ def _read_tokens(
                     expected="finite numbers of at least 0",
                 )
         totals.grow(len(words.code_of))
-        totals.add(batch)
+        totals.add(batch.experts, batch.task, batch.request)
         keys[row : row + len(batch)] = batch.request.astype(np.int64) << 32 | batch.position
         row += len(batch)
         progress(row, total)
     if row == 0:
         raise InputError("the trace has no rows", source=path, remedy=REMEDY)
-    _no_duplicates(path, keys[:row])
+    _require_distinct_tokens(path, keys[:row])
     del keys
     twice = totals.request_of_two_tasks()
     if twice is not None:
-        raise _two_tasks(file, model, twice)
+        raise _two_tasks_error(file, model, twice)
     totals.grow(len(words.code_of))
     used = np.flatnonzero(totals.tokens)  # a dictionary may hold words that no row has
     tasks = tuple(np.array(words.words, object)[used])
@@ -239,7 +239,7 @@ def _read_tokens(
         counts=totals.counts[used],
         tokens=totals.tokens[used],
         requests=totals.requests()[used],
-        batches=lambda: _token_batches(file, model, Words(path, tasks)),
+        batches=lambda: _token_batches(file, model, StringCodes(path, tasks)),
         has_weights=has_weights,
     )
 
@@ -258,9 +258,9 @@ def _require_rows(file: TraceFile, model: ModelSpec) -> int:
     return total
 
 
-def _two_tasks(file: TraceFile, model: ModelSpec, request: int) -> InputError:
+def _two_tasks_error(file: TraceFile, model: ModelSpec, request: int) -> InputError:
     """The error of a request whose rows are of two tasks; names them in the order of the rows."""
-    words = Words(file.path)
+    words = StringCodes(file.path)
     seen: dict[int, None] = {}
     for batch in _token_batches(file, model, words):
         seen.update(dict.fromkeys(batch.task[batch.request == request].tolist()))
@@ -272,7 +272,7 @@ def _two_tasks(file: TraceFile, model: ModelSpec, request: int) -> InputError:
     )
 
 
-def _no_negatives(path: object, batch: TokenBatch, first_row: int) -> None:
+def _require_not_negative(path: object, batch: TokenBatch, first_row: int) -> None:
     for name, column in (("request", batch.request), ("position", batch.position)):
         if (column < 0).any():
             row = int(np.argmax(column < 0))
@@ -284,7 +284,7 @@ def _no_negatives(path: object, batch: TokenBatch, first_row: int) -> None:
             )
 
 
-def _no_duplicates(path: object, keys: npt.NDArray[np.int64]) -> None:
+def _require_distinct_tokens(path: object, keys: npt.NDArray[np.int64]) -> None:
     keys.sort()
     same = np.flatnonzero(keys[1:] == keys[:-1])
     if len(same):
@@ -304,7 +304,7 @@ def _read_counts(file: TraceFile, common: Mapping[str, Any]) -> Trace:
     model: ModelSpec = common["model"]
     tokens = _tokens_by_task(path, file.header.get("tokens"))
     require_task_pairs(len(tokens), model.num_layers, model.num_experts, source=path)
-    words = Words(path)
+    words = StringCodes(path)
     table = CallTable(model, path)
     names: list[str] = []
     number = np.zeros(0, np.int64)
@@ -313,14 +313,16 @@ def _read_counts(file: TraceFile, common: Mapping[str, Any]) -> Trace:
         task = words.codes(rows.column("task"))
         if len(words.code_of) != len(names):
             names = words.words
-            _same_tasks(path, [name for name in names if name not in tokens])
+            _require_same_tasks(path, [name for name in names if name not in tokens])
             number = np.array([tokens[name] for name in names], np.int64)
-        layer, expert, count = (numbers(rows.column(name)) for name in ("layer", "expert", "count"))
+        layer, expert, count = (
+            column_values(rows.column(name)) for name in ("layer", "expert", "count")
+        )
         table.add(names, number, task, layer, expert, count)
     file.close()
     if table.rows == 0:
         raise InputError("the trace has no rows", source=path, remedy=REMEDY)
-    _same_tasks(path, set(tokens) - set(names))
+    _require_same_tasks(path, set(tokens) - set(names))
     counts = table.counts(len(names))
     check_sums(model, names, number, counts, path)
     return Trace(**common, tasks=tuple(names), counts=counts, tokens=number)
@@ -342,7 +344,7 @@ def _tokens_by_task(path: object, tokens: Any) -> Mapping[str, int]:
     return tokens
 
 
-def _same_tasks(path: object, others: Iterable[str]) -> None:
+def _require_same_tasks(path: object, others: Iterable[str]) -> None:
     for word in sorted(others):
         raise InputError(
             f"task {word!r} is in only one of the rows and the tokens per task", source=path

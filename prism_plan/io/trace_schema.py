@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import parse_json
+from prism_plan.io.json import parse_json
 from prism_plan.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def header_bytes(kind: str, model: ModelSpec, provenance: Mapping[str, Any], **m
 
 
 def file_metadata(schema: pa.Schema, header: bytes) -> dict[bytes, bytes]:
-    """Key-value metadata of a file that is closed: ours, and the columns' Arrow types.
+    """Key-value metadata of a finished file: our header, and the columns' Arrow types.
 
     Arrow shows the metadata of the schema that it stores itself, and hides others where there is
     one: the header stands in both, so that every way to read Parquet finds it.

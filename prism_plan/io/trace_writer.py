@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.io.files import atomic_path
+from prism_plan.io.file_writing import atomic_path
 from prism_plan.io.trace_schema import (
     BATCH_ROWS,
     METADATA_KEY,
@@ -23,7 +23,7 @@ from prism_plan.io.trace_schema import (
     token_schema,
 )
 from prism_plan.model import ModelSpec
-from prism_plan.trace import PHASES, TokenBatch, Trace, bad_selection, check_experts, concatenate
+from prism_plan.trace import PHASES, TokenBatch, Trace, concatenate_batches
 
 
 class TraceWriter:
@@ -62,7 +62,7 @@ class TraceWriter:
         encoding = {"weights.list.element": "BYTE_STREAM_SPLIT"} if self.weights else None
         with contextlib.ExitStack() as stack:
             temporary = stack.enter_context(atomic_path(self._path))
-            # pyarrow removes a path that it fails to write, be it a device; a stream it leaves
+            # pyarrow removes a path that it fails to write, even a device, but not a stream
             stream = stack.enter_context(open(temporary, "wb"))
             self._writer = pq.ParquetWriter(
                 stream,
@@ -97,9 +97,8 @@ class TraceWriter:
         InputError
             A selection is out of range or repeated.
         """
-        bad = check_experts(batch.experts, self.model.num_experts)
-        if bad is not None:
-            raise bad_selection(self.model, batch, bad)
+        if error := batch.invalid_selection(self.model):
+            raise error
         numbers = (self._tasks.setdefault(task, len(self._tasks)) for task in tasks)
         codes = np.fromiter(numbers, np.int32, len(tasks))
         self._held.append(dataclasses.replace(batch, task=codes[batch.task]))
@@ -108,13 +107,13 @@ class TraceWriter:
             self._flush()
 
     def _flush(self) -> None:
-        """Write what is held as row groups; small ones would cost space and time."""
+        """Write the buffered batches as row groups, which are large to save space and time."""
         import pyarrow as pa
 
         held, self._held, self._rows = self._held, [], 0
         if not held:
             return
-        batch = concatenate(held) if len(held) > 1 else held[0]
+        batch = concatenate_batches(held) if len(held) > 1 else held[0]
         parts = max(1, len(batch) // BATCH_ROWS)
         bounds = [len(batch) * part // parts for part in range(parts + 1)]
         for start, end in itertools.pairwise(bounds):

@@ -27,8 +27,8 @@ from prism_plan.migration.plan import (
     MigrationPlan,
     endpoints,
 )
+from prism_plan.migration_step import MigrationStep
 from prism_plan.placement import Placement
-from prism_plan.placement_diff import Step
 
 #: A move of a sole copy that others wait for: (GPU that wants it, GPU that holds it, pair).
 Move = tuple[int, int, int]
@@ -43,7 +43,7 @@ def migration_plan(
     priority: npt.ArrayLike | None = None,
     names: tuple[str, str] = NAMES,
 ) -> MigrationPlan:
-    """The steps that lead from ``a`` to ``b``, see :class:`~prism_plan.placement_diff.Step`.
+    """The migration steps that lead from ``a`` to ``b``.
 
     Servers are matched by name and come in the order of ``b``. ``gpu_capacity`` is as in
     :class:`~prism_plan.instance.Instance`, by default that of ``b``. ``forbidden`` bool [N, L, E]
@@ -90,7 +90,7 @@ def _by_gpu(ends: Endpoints, given: npt.ArrayLike | None, name: str, dtype: Any)
     return values
 
 
-def _in_order(steps: Sequence[Step]) -> tuple[Step, ...]:
+def _in_order(steps: Sequence[MigrationStep]) -> tuple[MigrationStep, ...]:
     """The steps, sorted topologically (the earliest made first), with needs renumbered."""
     import networkx as nx
 
@@ -100,7 +100,7 @@ def _in_order(steps: Sequence[Step]) -> tuple[Step, ...]:
     order = list(nx.lexicographical_topological_sort(graph))  # raises where there is a cycle
     place = {index: at for at, index in enumerate(order)}
     return tuple(
-        Step(
+        MigrationStep(
             step.kind,
             step.gpu,
             step.pair,
@@ -132,7 +132,7 @@ class _Way:
     def __init__(self, ends: Endpoints) -> None:
         self.ends = ends
         self._in_slots = ends.model.equal_expert_bytes
-        self.steps: list[Step] = []
+        self.steps: list[MigrationStep] = []
         self.held = ends.had.copy()
         self.free: list[int] = (ends.capacity - ends.had @ ends.size).tolist()
         self.copies: list[dict[int, _Copy]] = [{} for _ in range(ends.had.shape[1])]
@@ -199,7 +199,7 @@ class _Way:
         if last is not None and not self._in_slots:
             needs.add(last)
         index = self._last[g] = len(self.steps)
-        self.steps.append(Step(kind, g, j, tuple(needs), temporary))
+        self.steps.append(MigrationStep(kind, g, j, tuple(needs), temporary))
         return index
 
 

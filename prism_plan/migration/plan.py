@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.migration_step import MigrationStep
 from prism_plan.model import ModelShape, require_same_model
 from prism_plan.placement import InputFile, Placement
-from prism_plan.placement_diff import Step
 
 Bools = npt.NDArray[np.bool_]
 Capacity = Sequence[Sequence[int]]
@@ -43,7 +43,7 @@ class MigrationPlan:
     model: ModelShape
     servers: tuple[str, ...]
     gpus: tuple[int, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[MigrationStep, ...]
     inputs: Mapping[str, InputFile] = field(default_factory=dict)
     load_s: LoadTime | None = None
 
@@ -71,7 +71,7 @@ class MigrationPlan:
         """Index of the server of each GPU, int64 [G]."""
         return np.repeat(np.arange(len(self.gpus)), self.gpus)
 
-    def bytes_of(self, step: Step) -> int:
+    def bytes_of(self, step: MigrationStep) -> int:
         """Size of the step's expert."""
         return self.model.expert_bytes_by_layer[step.pair // self.model.num_experts]
 
@@ -262,46 +262,3 @@ def _names(names: Sequence[str], others: Sequence[str]) -> str:
     """The names, those that the others lack first, cut to a few."""
     ordered = sorted(names, key=lambda name: name in set(others))
     return f"{ordered[:4]}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-# ------------------------------------------------------------------------------------------ replay
-
-
-def check_plan(
-    plan: MigrationPlan, a: Placement, b: Placement, *, gpu_capacity: Capacity | None = None
-) -> list[str]:
-    """Replay the steps in their order; what is wrong, empty if nothing is.
-
-    Every step finds what it needs, no expert of ``a`` is ever without a copy, no GPU is ever over
-    its capacity, and the end is ``b``.
-
-    Raises
-    ------
-    InputError
-        As :func:`endpoints`.
-    """
-    ends = endpoints(a, b, gpu_capacity)
-    held = ends.had.copy()
-    copies = held.sum(axis=0)
-    used = held @ ends.size
-    problems = []
-    for index, step in enumerate(plan.steps):
-        g, j = step.gpu, step.pair
-        what = f"step {index}, {step.kind} of {ends.model.pair_text(j)} on {ends.gpu_text(g)}"
-        if any(not 0 <= need < index for need in step.needs):
-            problems.append(f"{what}: needs a step that is not before it")
-        change = 1 if step.kind == "load" else -1
-        if held[g, j] == (change > 0):
-            problems.append(f"{what}: it is {'already' if change > 0 else 'not'} there")
-            continue
-        held[g, j] = change > 0
-        copies[j] += change
-        used[g] += change * ends.size[j]
-        if not copies[j]:
-            problems.append(f"{what}: no copy is left")
-        if used[g] > ends.capacity[g]:
-            problems.append(f"{what}: over the capacity by {used[g] - ends.capacity[g]:,}")
-    wrong = int((held != ends.has).sum())
-    if wrong:
-        problems.append(f"the end differs from the second placement in {wrong:,} places")
-    return problems

@@ -14,10 +14,11 @@ import numpy.typing as npt
 from prism_plan.errors import InputError, UnsupportedFeature, did_you_mean
 from prism_plan.instance import MIN_CALLS, Instance
 from prism_plan.migration.cost import MigrationCost, communication_s, migration_s
-from prism_plan.objective import remote_score, violations
-from prism_plan.placement import Placement, Plan
-from prism_plan.solvers.certificate import worth_bound
-from prism_plan.solvers.contract import Options, Rule
+from prism_plan.objective import remote_score
+from prism_plan.placement import Placement, SolveReport
+from prism_plan.placement_check import violations
+from prism_plan.solvers.certificate import value_bound
+from prism_plan.solvers.contract import Feature, Options
 from prism_plan.solvers.exact import TOLERANCE, solve_flow
 from prism_plan.solvers.packing import pack_on_gpus
 from prism_plan.solvers.registry import SOLVER_NAMES, solvers_supporting
@@ -242,10 +243,10 @@ def _partial(weighing: _Weighing) -> Review:
     that of a load by itself down to nothing; of unequal GPUs some load on the fastest alone.
     """
     if not weighing.instance.in_slots:
-        able = solvers_supporting(frozenset({Rule.UNEQUAL_BYTES}))
+        able = solvers_supporting(frozenset({Feature.UNEQUAL_BYTES}))
         raise UnsupportedFeature(
-            f"migration policy 'partial' has no rule for {Rule.UNEQUAL_BYTES}; use policy 'prism' "
-            f"with a solver that has: {', '.join(able)}"
+            f"migration policy 'partial' has no rule for {Feature.UNEQUAL_BYTES}; use policy "
+            f"'prism' with a solver that has: {', '.join(able)}"
         )
     best = min(_moves(weighing), key=weighing.total_s, default=weighing.current)
     before_s = weighing.before_s
@@ -304,14 +305,14 @@ def _flow(
     is what a load truly costs.
     """
     current = weighing.current
-    standing = current.local
-    worth = instance.activations * (weighing.call_s * weighing.policy.horizon_s)[:, None, None]
-    worth -= price_s[:, None, None] * ~standing
-    local, prices, _ = solve_flow(instance, worth, standing)
-    least = math.fsum(worth[local])
-    gap = worth_bound(instance, worth, prices) - least
-    proven = exact and gap <= TOLERANCE * float(np.abs(worth[local]).sum())
-    plan = Plan(
+    value = instance.activations * (weighing.call_s * weighing.policy.horizon_s)[:, None, None]
+    held = current.local
+    value -= price_s[:, None, None] * ~held
+    local, prices, _ = solve_flow(instance, value, held)
+    least = math.fsum(value[local])
+    gap = value_bound(instance, value, prices) - least
+    proven = exact and gap <= TOLERANCE * float(np.abs(value[local]).sum())
+    plan = SolveReport(
         solver="partial",
         objective="communication_s + migration_s",
         remote_share=remote_score(instance.activations, local).share,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prism_plan.plotting.parts import narrow
-from prism_plan.plotting.solver_styles import SolverStyle, text_on
+from prism_plan.plotting.parts import is_narrow
+from prism_plan.plotting.solver_styles import SolverStyle, text_colour_on
 from prism_plan.plotting.style import PANEL_PT
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def bar_panels(figure: Figure, count: int) -> list[Axes]:
     """Panels of bars side by side, or below each other where the figure is narrow."""
     # The first panel also has markers and a line, or three bars a row, so it gets more room.
     ratios = [1.35] + [1.0] * (count - 1)
-    if narrow(figure):
+    if is_narrow(figure):
         return figure.subplots(count, 1, squeeze=False)[:, 0].tolist()  # type: ignore[no-any-return]
     grid = figure.subplots(1, count, squeeze=False, width_ratios=ratios)
     return grid[0].tolist()  # type: ignore[no-any-return]
@@ -27,7 +27,7 @@ def bar_panels(figure: Figure, count: int) -> list[Axes]:
 def name_bars(figure: Figure, every: Sequence[Axes], names: Sequence[str]) -> None:
     """Write the names beside the first panel, or beside each where they stand below each other."""
     for axes in every:
-        labels = names if axes is every[0] or narrow(figure) else []
+        labels = names if axes is every[0] or is_narrow(figure) else []
         axes.set_yticks(range(len(names)), labels=labels, fontsize=PANEL_PT, parse_math=False)
 
 
@@ -68,7 +68,7 @@ def value_bars(
         text = f"{known[i]:.1%}" if share else f"{known[i]:.3g}"
         inside = known[i] > 0.2 * limit
         if inside:
-            ink = text_on(styles[i].colour)
+            ink = text_colour_on(styles[i].colour)
             label = label_at(axes, known[i], i, text, -9, "right", ink)
         else:
             label = label_at(axes, max(known[i], most.get(i, 0.0)), i, text, 8, "left", "black")
@@ -94,7 +94,7 @@ def bar_axes(axes: Axes, count: int, limit: float) -> None:
 def label_at(
     axes: Axes, x: float, y: float, text: str, shift_pt: float, side: str, colour: str
 ) -> Any:
-    """A number beside a point, ``shift_pt`` to its right, that ends or begins there."""
+    """Write a number ``shift_pt`` to the right of a point, aligned to end or begin there."""
     return axes.annotate(
         text,
         (x, y),

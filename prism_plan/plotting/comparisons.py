@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
 from prism_plan.plotting.bars import bar_panels, name_bars, value_bars
-from prism_plan.plotting.figure_options import USUAL, FigureOptions
-from prism_plan.plotting.parts import draw_legend, finish, fit, new_figure, room
+from prism_plan.plotting.figure_options import DEFAULT_FIGURE, FigureOptions
+from prism_plan.plotting.parts import (
+    draw_legend,
+    finish_figure,
+    max_characters,
+    new_figure,
+    shorten,
+)
 from prism_plan.plotting.solver_styles import solver_styles
-from prism_plan.plotting.style import settings
+from prism_plan.plotting.style import matplotlib_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +30,7 @@ _PANELS = (
 
 
 def comparison(
-    rows: Sequence[Mapping[str, Any]], title: str = "", *, options: FigureOptions = USUAL
+    rows: Sequence[Mapping[str, Any]], title: str = "", *, options: FigureOptions = DEFAULT_FIGURE
 ) -> Figure:
     """Remote share, waiting share and destinations of several placements, as horizontal bars.
 
@@ -51,13 +57,14 @@ def comparison(
         if key == "remote_share" or any(row.get(key) is not None for row in rows)
     ]
     styles = solver_styles((str(row["name"]), _solver(row)) for row in rows)
-    with settings():
+    with matplotlib_settings():
         figure = new_figure(0.42 * len(rows) + 2.0, options)
         every = bar_panels(figure, len(panels))
         broken = [bool(row.get("violations")) for row in rows]
-        most = min(36, max(room(figure, 36), 16))
+        most = min(36, max(max_characters(figure, 36), 16))
         names = [
-            fit(str(row["name"]), most) + " *" * bad for row, bad in zip(rows, broken, strict=True)
+            shorten(str(row["name"]), most) + " *" * bad
+            for row, bad in zip(rows, broken, strict=True)
         ]
         for axes, (key, label) in zip(every, panels, strict=True):
             remote = key == "remote_share"
@@ -72,12 +79,12 @@ def comparison(
             axes.set_title(label)
         name_bars(figure, every, names)
         _comparison_legend(figure, every[0], rows, any(broken))
-        finish(figure, options, title or "Placements compared")
+        finish_figure(figure, options, title or "Placements compared")
     return figure
 
 
 def _solver(row: Mapping[str, Any]) -> str:
-    """The solver of a row, or "" where the file does not tell."""
+    """The solver of a row, or "" where the file does not say."""
     solver = row.get("solver")
     return solver if isinstance(solver, str) else ""
 

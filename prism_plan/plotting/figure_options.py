@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from prism_plan.errors import InputError
-from prism_plan.limits import require_whole
+from prism_plan.limits import require_integer
 from prism_plan.plotting.style import DPI, WIDTH_IN
 
 MIN_SIDE_IN, MAX_SIDE_IN = 1.0, 100.0
@@ -41,7 +41,7 @@ class FigureOptions:
     dpi: int = DPI
 
     def __post_init__(self) -> None:
-        require_whole(self.dpi, MIN_DPI, MAX_DPI, "dpi")
+        require_integer(self.dpi, MIN_DPI, MAX_DPI, "dpi")
         if self.size_in is not None:
             if not all(MIN_SIDE_IN <= side <= MAX_SIDE_IN for side in self.size_in):
                 raise InputError(
@@ -76,7 +76,7 @@ class FigureOptions:
 
 
 #: What figures are without a choice.
-USUAL = FigureOptions()
+DEFAULT_FIGURE = FigureOptions()
 
 
 def _inches(size: tuple[float, float]) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import atomic_path
-from prism_plan.plotting.style import settings
+from prism_plan.io.file_writing import atomic_path
+from prism_plan.plotting.style import matplotlib_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: What is written for each extension: the metadata that would tell the time is left out.
+#: Metadata of each kind of file: entries that hold the time are left out, so that bytes repeat.
 METADATA: Mapping[str, dict[str, None]] = {
     "png": {"Software": None},
     "svg": {"Date": None},
@@ -52,5 +52,5 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
         The file cannot be written; an earlier one at ``path`` is left as it was.
     """
     kind = check_extension(path)
-    with atomic_path(path) as temporary, settings():
+    with atomic_path(path) as temporary, matplotlib_settings():
         figure.savefig(temporary, format=kind, dpi="figure", metadata=dict(METADATA[kind]))

@@ -43,19 +43,19 @@ def layer_panels(
 
 def expert_axis(axes: Axes, model: ModelShape, *, named: bool = True) -> None:
     """Ticks at experts, with their ids unless the panel below has them."""
-    ticks = spread(model.num_experts, 9)
+    ticks = tick_positions(model.num_experts, 9)
     axes.set_xticks(ticks, labels=[str(e) for e in ticks] if named else [])
     axes.set_xlabel("expert" if named else "")
 
 
 def layer_axis(axes: Axes, model: ModelShape, *, named: bool = True) -> None:
     """Ticks at decoder indices, with their numbers unless the panel to the left has them."""
-    ticks = spread(model.num_layers, 9)
+    ticks = tick_positions(model.num_layers, 9)
     axes.set_yticks(ticks, labels=[str(model.moe_layers[i]) for i in ticks] if named else [])
     axes.set_ylabel("decoder layer" if named else "")
 
 
-def spread(count: int, most: int) -> list[int]:
+def tick_positions(count: int, most: int) -> list[int]:
     """At most ``most`` indices below ``count`` from zero, a round step apart."""
     step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1 << 30) if count <= s * most)
     return list(range(0, count, step))

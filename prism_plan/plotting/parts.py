@@ -37,7 +37,7 @@ def colour_map(name: str, levels: int = 256, under: str | None = None) -> Any:
     return colours.with_extremes(bad=NO_DATA, under=under)
 
 
-def look(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
     """Colour, style and marker of a line; the first 147 differ."""
     again = index // len(LINE_COLOURS)
     return {
@@ -49,7 +49,7 @@ def look(index: int) -> dict[str, Any]:
     }
 
 
-def patch(colour: Any) -> Any:
+def legend_patch(colour: Any) -> Any:
     """A square for a legend."""
     from matplotlib.patches import Patch
 
@@ -70,13 +70,13 @@ def new_figure(height_in: float, options: FigureOptions) -> Figure:
     return Figure(figsize=size, dpi=options.dpi, layout="constrained")
 
 
-def room(figure: Figure, characters: int) -> int:
-    """How many characters fit where ``characters`` do in a figure of the usual width."""
+def max_characters(figure: Figure, characters: int) -> int:
+    """How many characters fit where ``characters`` fit in a figure of the default width."""
     return int(characters * figure.get_figwidth() / WIDTH_IN)
 
 
-def narrow(figure: Figure) -> bool:
-    """Whether panels rather stand below each other than side by side, and a legend below them."""
+def is_narrow(figure: Figure) -> bool:
+    """Whether the figure is so narrow that panels and legend are stacked in one column."""
     return bool(figure.get_figwidth() < 0.6 * WIDTH_IN)
 
 
@@ -84,10 +84,10 @@ def draw_legend(
     figure: Figure, handles: Sequence[Any], labels: Sequence[str], *, beside: bool = False
 ) -> None:
     """Draw a legend below the panels, in rows, or ``beside`` them, in one column."""
-    most = min(40, max(room(figure, 80), 16))
-    longest = max(len(fit(label, most)) for label in labels)
-    beside = beside and not narrow(figure)
-    columns = max(room(figure, 150) // (longest + 8), 1)
+    most = min(40, max(max_characters(figure, 80), 16))
+    longest = max(len(shorten(label, most)) for label in labels)
+    beside = beside and not is_narrow(figure)
+    columns = max(max_characters(figure, 150) // (longest + 8), 1)
     legend = figure.legend(
         handles,
         [str(i) for i in range(len(labels))],
@@ -98,13 +98,15 @@ def draw_legend(
     )
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_parse_math(False)  # "$" and "_" in the name of a task are only letters
-        text.set_text(fit(label, most))
+        text.set_text(shorten(label, most))
 
 
-def finish(figure: Figure, options: FigureOptions, what: str, facts: Iterable[str] = ()) -> None:
-    """Write the title, what the figure shows and what it was made from, and place everything.
+def finish_figure(
+    figure: Figure, options: FigureOptions, what: str, facts: Iterable[str] = ()
+) -> None:
+    """Write the title (``what`` the figure shows and ``facts``), then fix the layout.
 
-    Everything is placed once and for all; laying out anew would move it at every drawing.
+    The layout is computed once: computing it at every drawing would move the panels.
 
     Raises
     ------
@@ -112,7 +114,7 @@ def finish(figure: Figure, options: FigureOptions, what: str, facts: Iterable[st
         The figure is too small for what stands in it.
     """
     if options.title is None:
-        _draw_title(figure, [what, *(fit(fact, 60) for fact in facts if fact)], "  ·  ")
+        _draw_title(figure, [what, *(shorten(fact, 60) for fact in facts if fact)], "  ·  ")
     elif options.title.strip():
         _draw_title(figure, options.title.split(), " ")
     try:
@@ -132,21 +134,21 @@ def finish(figure: Figure, options: FigureOptions, what: str, facts: Iterable[st
 
 def _draw_title(figure: Figure, parts: Sequence[str], between: str) -> None:
     """A title of at most three lines, broken between its parts."""
-    most = max(room(figure, 150), 20)
+    most = max(max_characters(figure, 150), 20)
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + len(between) + len(part) <= most:
             lines[-1] += between + part
         else:
-            lines += textwrap.wrap(fit(part, 3 * most), most)
+            lines += textwrap.wrap(shorten(part, 3 * most), most)
     if len(lines) > 3:
-        lines = [*lines[:2], fit(f"{lines[2]} …", most)]
+        lines = [*lines[:2], shorten(f"{lines[2]} …", most)]
     figure.suptitle(
-        "\n".join(fit(line, most) for line in lines), fontsize=TITLE_PT, parse_math=False
+        "\n".join(shorten(line, most) for line in lines), fontsize=TITLE_PT, parse_math=False
     )
 
 
-def fit(name: str, most: int) -> str:
+def shorten(name: str, most: int) -> str:
     """One printable line of at most ``most`` (at least 8) characters; the middle is cut.
 
     Every text of a file that stands in a figure passes here: a control character has no glyph and
@@ -158,6 +160,6 @@ def fit(name: str, most: int) -> str:
     return f"{name[: most // 2]}…{name[len(name) - (most - most // 2 - 1) :]}"
 
 
-def counted(number: int, noun: str) -> str:
+def quantity_text(number: int, noun: str) -> str:
     """A number of things, in words."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prism_plan.plotting.parts import fit
+from prism_plan.plotting.parts import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,15 +38,15 @@ def mark_phases(panels: Sequence[Axes], phases: Sequence[Phase], end_s: float, m
     """
     from matplotlib.lines import Line2D
 
-    told: dict[tuple[float, float], str] = {}
+    descriptions: dict[tuple[float, float], str] = {}
     numbers: dict[tuple[float, float], int] = {}
     for phase in phases:
         key = (phase["at_s"], phase["everywhere_at_s"])
-        told.setdefault(key, _what(phase))
+        descriptions.setdefault(key, _describe(phase))
         numbers.setdefault(key, phase["number"])
-    if len(told) < 2:
+    if len(descriptions) < 2:
         return None
-    begins = sorted(told)
+    begins = sorted(descriptions)
     for begin in begins:
         if numbers[begin] == 1:
             continue
@@ -61,14 +61,14 @@ def mark_phases(panels: Sequence[Axes], phases: Sequence[Phase], end_s: float, m
         ends = [at_s for at_s, _ in begins[1:]] + [end_s]
         for begin, until_s in zip(begins, ends, strict=True):
             here = int(most * (until_s - begin[0]) / end_s) if begin[0] < end_s else 0
-            name = _name(numbers[begin], told[begin], here - 1)
+            name = _shortened_name(numbers[begin], descriptions[begin], here - 1)
             if name:
                 _write_above(panels[0], begin[0], name)
     return Line2D([], [], color=_COLOUR, linestyle=(0, (5, 3)), linewidth=1.1)
 
 
-def _what(phase: Phase) -> str:
-    """What users ask for from a phase on, as far as it says."""
+def _describe(phase: Phase) -> str:
+    """The tasks and the arrival interval that a phase changes."""
     parts = [
         f"{server} {' + '.join(shares)}" for server, shares in phase["tasks"].items() if shares
     ]
@@ -77,10 +77,10 @@ def _what(phase: Phase) -> str:
     return ", ".join(parts)
 
 
-def _name(number: int, what: str, most: int) -> str:
+def _shortened_name(number: int, what: str, most: int) -> str:
     """The name of a phase in at most so many characters, or nothing where not even its number fits.
 
-    The tasks stand beside the number where there is room to tell more than a few letters of them.
+    The tasks follow the number where more than a few letters of them fit.
     """
     for name, least in (
         (f"phase {number}: {what}" if what else "", 20),
@@ -88,7 +88,7 @@ def _name(number: int, what: str, most: int) -> str:
         (f"{number}", 0),
     ):
         if name and (len(name) <= most or 0 < least <= most):
-            return fit(name, most) if least else name
+            return shorten(name, most) if least else name
     return ""
 
 

@@ -11,19 +11,19 @@ import numpy.typing as npt
 
 from prism_plan.model import ModelShape
 from prism_plan.placement import Placement
-from prism_plan.plotting.figure_options import USUAL, FigureOptions
+from prism_plan.plotting.figure_options import DEFAULT_FIGURE, FigureOptions
 from prism_plan.plotting.panels import expert_axis, layer_axis, layer_panels
 from prism_plan.plotting.parts import (
     colour_map,
-    counted,
     draw_legend,
-    finish,
-    fit,
+    finish_figure,
+    legend_patch,
+    max_characters,
     new_figure,
-    patch,
-    room,
+    quantity_text,
+    shorten,
 )
-from prism_plan.plotting.style import COLOURS, MISSING, settings
+from prism_plan.plotting.style import COLOURS, MISSING, matplotlib_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MAX_SERVER_PANELS = 12
 
 
-def placement_map(placement: Placement, *, options: FigureOptions = USUAL) -> Figure:
+def placement_map(placement: Placement, *, options: FigureOptions = DEFAULT_FIGURE) -> Figure:
     """Which GPU of each server holds which expert, and how many servers hold it.
 
     The image of a server is int [L, E]: 0 not held, 1 + g held by its GPU g, 1 + (its GPUs) held
@@ -52,7 +52,7 @@ def placement_map(placement: Placement, *, options: FigureOptions = USUAL) -> Fi
     share = "" if plan.remote_share is None else f"remote share {plan.remote_share:.1%}"
     inputs = [f"{kind} {file.name}" for kind, file in placement.inputs.items() if file.name]
     facts = (model.name, *inputs, share)
-    with settings():
+    with matplotlib_settings():
         if many:
             figure = _many_servers(model, placement.servers, local, options)
             facts += (f"{placement.num_servers} servers, too many for a panel each",)
@@ -61,7 +61,7 @@ def placement_map(placement: Placement, *, options: FigureOptions = USUAL) -> Fi
             figure, panels, cols = layer_panels(count, model, options, last_right=True)
             _server_panels(figure, panels[:-1], cols, placement)
             _copies_panel(figure, panels[-1], local.sum(axis=0), cols)
-        finish(figure, options, f"Placement by {fit(plan.solver, 40)}", facts)
+        finish_figure(figure, options, f"Placement by {shorten(plan.solver, 40)}", facts)
     return figure
 
 
@@ -86,15 +86,15 @@ def _server_panels(figure: Figure, panels: Sequence[Axes], cols: int, placement:
             aspect="auto",
             interpolation="nearest",
         )
-        held = f"{np.count_nonzero(copies):,} experts on {counted(len(on_gpu), 'GPU')}"
-        name = fit(placement.servers[n], room(figure, 170) // cols - len(held))
+        held = f"{np.count_nonzero(copies):,} experts on {quantity_text(len(on_gpu), 'GPU')}"
+        name = shorten(placement.servers[n], max_characters(figure, 170) // cols - len(held))
         axes.set_title(f"{name}: {held}", parse_math=False)
     labels = ["not held", *(f"GPU {g}" for g in range(most))]
     shades = ["white", *colours]
     if doubled:
         labels.append("several GPUs of the server")
         shades.append("black")
-    draw_legend(figure, [patch(shade) for shade in shades], labels)
+    draw_legend(figure, [legend_patch(shade) for shade in shades], labels)
 
 
 def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64], cols: int) -> None:
@@ -117,7 +117,7 @@ def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64], col
     text = f"copies over servers: mean {copies.mean():.2f}, most {int(copies.max())}"
     if missing:
         text += f"; {missing:,} experts held nowhere"
-    if len(text) > room(figure, 170) // cols:
+    if len(text) > max_characters(figure, 170) // cols:
         text = text.replace("; ", ";\n")
     axes.set_title(text, color=MISSING if missing else "black")
 
@@ -135,9 +135,9 @@ def _many_servers(
     layer_axis(copies, model)
     _copies_panel(figure, copies, local.sum(axis=0), 1)
     bars.bar(range(len(servers)), local.sum(axis=(1, 2)), color=COLOURS[0], width=0.8)
-    step = math.ceil(len(servers) / max(room(figure, 80), 1))
+    step = math.ceil(len(servers) / max(max_characters(figure, 80), 1))
     shown = range(0, len(servers), step)
-    labels = [fit(servers[n], 24) for n in shown]
+    labels = [shorten(servers[n], 24) for n in shown]
     bars.set_xticks(list(shown), labels=labels, rotation=90, parse_math=False)
     bars.set_xlim(-0.7, len(servers) - 0.3)
     bars.set_ylabel("experts held")

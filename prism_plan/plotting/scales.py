@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 LOG_RATIO = 20.0
 
 
-def spans_much(values: Iterable[float], ratio: float = LOG_RATIO) -> bool:
+def needs_log_scale(values: Iterable[float], ratio: float = LOG_RATIO) -> bool:
     """Whether all values are positive and the largest is more than ``ratio`` times the least."""
     known = list(values)
     return bool(known) and min(known) > 0 and max(known) > ratio * min(known)
@@ -46,7 +46,7 @@ def set_axis(axes: Axes, which: str, ticks: Sequence[float], *, log: bool) -> No
     axis.set_ticks([], minor=True)
 
 
-def apart(values: Sequence[float], most: int, *, log: bool) -> list[float]:
+def thin_out(values: Sequence[float], most: int, *, log: bool) -> list[float]:
     """Those of the ascending ``values`` that lie at least 1/``most`` of the axis apart.
 
     The last is kept and the others go before it, so that the ends of a sweep can be read.

@@ -11,12 +11,20 @@ import numpy as np
 
 from prism_plan.errors import InputError
 from prism_plan.plotting.bars import bar_axes, bar_panels, label_at, name_bars, value_bars
-from prism_plan.plotting.figure_options import USUAL, FigureOptions
-from prism_plan.plotting.parts import draw_legend, finish, fit, narrow, new_figure, patch, room
+from prism_plan.plotting.figure_options import DEFAULT_FIGURE, FigureOptions
+from prism_plan.plotting.parts import (
+    draw_legend,
+    finish_figure,
+    is_narrow,
+    legend_patch,
+    max_characters,
+    new_figure,
+    shorten,
+)
 from prism_plan.plotting.phases import mark_phases
-from prism_plan.plotting.scales import log_axis, spans_much
-from prism_plan.plotting.solver_styles import SolverStyle, solver_styles, tint
-from prism_plan.plotting.style import settings
+from prism_plan.plotting.scales import log_axis, needs_log_scale
+from prism_plan.plotting.solver_styles import SolverStyle, lighten, solver_styles
+from prism_plan.plotting.style import matplotlib_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +50,7 @@ _REVIEWS = {
 }
 
 
-def simulation_cdf(report: Mapping[str, Any], *, options: FigureOptions = USUAL) -> Figure:
+def simulation_cdf(report: Mapping[str, Any], *, options: FigureOptions = DEFAULT_FIGURE) -> Figure:
     """Share of requests that took at most so long, one line a run, with its mean marked.
 
     ``report`` holds the values of a simulation report (see `prism_plan.io.simulation`). A line
@@ -59,7 +67,7 @@ def simulation_cdf(report: Mapping[str, Any], *, options: FigureOptions = USUAL)
 
     runs = _finished(report)
     shares = np.linspace(0, 1, 101)
-    with settings():
+    with matplotlib_settings():
         figure = new_figure(max(6.4, 0.25 * len(runs) + 1.5), options)
         axes = figure.subplots()
         handles = []
@@ -76,7 +84,7 @@ def simulation_cdf(report: Mapping[str, Any], *, options: FigureOptions = USUAL)
         draw_legend(figure, handles, [*labels, "markers: mean"], beside=len(labels) > 4)
         every = [value for shown in runs for value in shown.run["latency_quantiles_s"]]
         axes.set_xlabel("latency of a request, arrival to last token (s)")
-        if spans_much(every):
+        if needs_log_scale(every):
             log_axis(axes, "x", min(every) / 1.08, max(every) * 1.08)
             axes.set_xlabel(f"{axes.get_xlabel()}, logarithmic")
         else:
@@ -86,11 +94,13 @@ def simulation_cdf(report: Mapping[str, Any], *, options: FigureOptions = USUAL)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylabel("requests that took no longer")
         _grid(axes)
-        finish(figure, options, "Latency of requests", _facts(report, runs))
+        finish_figure(figure, options, "Latency of requests", _facts(report, runs))
     return figure
 
 
-def simulation_timeline(report: Mapping[str, Any], *, options: FigureOptions = USUAL) -> Figure:
+def simulation_timeline(
+    report: Mapping[str, Any], *, options: FigureOptions = DEFAULT_FIGURE
+) -> Figure:
     """Mean latency of the requests by their time of arrival, one line a run.
 
     A line stands at the middles of the bins, with a gap (NaN) where no request arrived or
@@ -109,7 +119,7 @@ def simulation_timeline(report: Mapping[str, Any], *, options: FigureOptions = U
     below = 0.2 * len(reviewed) + 0.25
     lines = [shown.run["timeline"] for shown in runs]
     end_s = max(max(len(line["arrivals"]), 1) * line["bin_s"] for line in lines)
-    with settings():
+    with matplotlib_settings():
         height = max(5.8 + (below if reviewed else 0.0), 0.25 * len(runs) + 2.0)
         figure = new_figure(height, options)
         if reviewed:
@@ -128,7 +138,7 @@ def simulation_timeline(report: Mapping[str, Any], *, options: FigureOptions = U
         labels = [shown.label for shown in runs]
         _mark_moves(axes, runs)
         if strip is not None:
-            marks = _mark_reviews(strip, reviewed, room(figure, 32))
+            marks = _mark_reviews(strip, reviewed, max_characters(figure, 32))
             handles += marks
             labels += [_REVIEWS[mark.get_label()][1] for mark in marks]
         lowest = strip if strip is not None else axes
@@ -136,25 +146,25 @@ def simulation_timeline(report: Mapping[str, Any], *, options: FigureOptions = U
         axes.set_xlim(0, end_s)
         axes.set_ylabel("mean latency (s)")
         _latency_axis(axes, values)
-        beside = len(labels) > 4 and not narrow(figure)
+        beside = len(labels) > 4 and not is_narrow(figure)
         phases = [phase for shown in runs for phase in shown.run.get("phases", ())]
         phase_mark = mark_phases(
             [axes, *([] if strip is None else [strip])],
             phases,
             end_s,
-            room(figure, 120 if beside else 160),
+            max_characters(figure, 120 if beside else 160),
         )
         if phase_mark is not None:
             handles.append(phase_mark)
             labels.append("phase begins")
         draw_legend(figure, handles, labels, beside=beside)
         _grid(axes)
-        finish(figure, options, "Latency by time of arrival", _facts(report, runs))
+        finish_figure(figure, options, "Latency by time of arrival", _facts(report, runs))
     return figure
 
 
 def layer_latency(
-    report: Mapping[str, Any], *, paper: bool = False, options: FigureOptions = USUAL
+    report: Mapping[str, Any], *, paper: bool = False, options: FigureOptions = DEFAULT_FIGURE
 ) -> Figure:
     """Mean latency of a decode step's layer by the share of its experts that are remote.
 
@@ -176,7 +186,7 @@ def layer_latency(
             "no run with decode steps",
             expected="the latency of layers by remote experts",
         )
-    with settings():
+    with matplotlib_settings():
         figure = new_figure(max(6.0, 0.25 * len(runs) + 1.5), options)
         axes = figure.subplots()
         handles: list[Any] = []
@@ -191,7 +201,7 @@ def layer_latency(
             handles += axes.plot(share, times, **shown.style.line())
             values += times
             least = fewest["remote_experts"]
-            label = f"{fit(shown.label, 24)} (from {least} remote)" if least else shown.label
+            label = f"{shorten(shown.label, 24)} (from {least} remote)" if least else shown.label
             labels.append(label)
         if paper:
             handles.append(
@@ -208,11 +218,13 @@ def layer_latency(
         )
         _latency_axis(axes, values)
         _grid(axes)
-        finish(figure, options, "Latency of a layer by remote share", _facts(report, runs))
+        finish_figure(figure, options, "Latency of a layer by remote share", _facts(report, runs))
     return figure
 
 
-def simulation_bars(report: Mapping[str, Any], *, options: FigureOptions = USUAL) -> Figure:
+def simulation_bars(
+    report: Mapping[str, Any], *, options: FigureOptions = DEFAULT_FIGURE
+) -> Figure:
     """Mean, p95 and p99 latency of each run, and its remote and waiting share, as bars.
 
     Raises
@@ -221,7 +233,7 @@ def simulation_bars(report: Mapping[str, Any], *, options: FigureOptions = USUAL
         See :func:`simulation_cdf`.
     """
     runs = _finished(report)
-    with settings():
+    with matplotlib_settings():
         figure = new_figure(0.62 * len(runs) + 2.0, options)
         every = bar_panels(figure, 3)
         latency, remote, waiting = every
@@ -235,11 +247,11 @@ def simulation_bars(report: Mapping[str, Any], *, options: FigureOptions = USUAL
                 axes, [shown.run[key] for shown in runs], styles=[shown.style for shown in runs]
             )
             axes.set_title(title)
-        most = max(room(figure, 36), 16)
-        name_bars(figure, every, [fit(shown.label, most) for shown in runs])
-        patches = [patch(tint("#000000", white)) for _, white in _BARS]
+        most = max(max_characters(figure, 36), 16)
+        name_bars(figure, every, [shorten(shown.label, most) for shown in runs])
+        patches = [legend_patch(lighten("#000000", white)) for _, white in _BARS]
         draw_legend(figure, patches, [f"{name} latency" for name, _ in _BARS])
-        finish(figure, options, "Runs compared", _facts(report, runs))
+        finish_figure(figure, options, "Runs compared", _facts(report, runs))
     return figure
 
 
@@ -250,8 +262,8 @@ _MARK: dict[str, Any] = {**_EDGE, "linestyle": "none", "zorder": 4}
 
 
 @dataclass(frozen=True, eq=False)
-class _Shown:
-    """A run as it is drawn; it has one look in every figure of a report."""
+class _DrawnRun:
+    """A run with its label and style, which are the same in every figure of a report."""
 
     label: str
     style: SolverStyle
@@ -265,14 +277,14 @@ def _grid(axes: Axes) -> None:
 
 def _latency_axis(axes: Axes, values: Sequence[float]) -> None:
     """A y axis from zero, or a logarithmic one where the values span much."""
-    if spans_much(values):
+    if needs_log_scale(values):
         log_axis(axes, "y", min(values) / 1.15, max(values) * 1.15)
         axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")
     else:
         axes.set_ylim(0, max(values, default=0.0) * 1.08 or 1.0)
 
 
-def _finished(report: Mapping[str, Any]) -> list[_Shown]:
+def _finished(report: Mapping[str, Any]) -> list[_DrawnRun]:
     """The runs of which a request finished."""
     runs = _labelled(report, lambda run: bool(run["latency_quantiles_s"]))
     if not runs:
@@ -284,7 +296,7 @@ def _finished(report: Mapping[str, Any]) -> list[_Shown]:
     return runs
 
 
-def _labelled(report: Mapping[str, Any], wanted: Callable[[Run], bool]) -> list[_Shown]:
+def _labelled(report: Mapping[str, Any], wanted: Callable[[Run], bool]) -> list[_DrawnRun]:
     """The ``wanted`` runs, each with a label and a look of its own, whether or not others are."""
     if len(report["runs"]) > MAX_RUNS:
         raise InputError(
@@ -296,24 +308,24 @@ def _labelled(report: Mapping[str, Any], wanted: Callable[[Run], bool]) -> list[
     for run in report["runs"]:
         label = run["placement"].removesuffix(".json")
         if run["solver"] and run["solver"] not in label:
-            label = f"{fit(label, 20)} ({run['solver']})"
-        labels.append(fit(label, 32))
+            label = f"{shorten(label, 20)} ({run['solver']})"
+        labels.append(shorten(label, 32))
     seen = Counter[str]()
     for i, label in enumerate(labels):
         seen[label] += 1
         labels[i] = f"{label} #{seen[label]}" if seen[label] > 1 else label
     styles = solver_styles((run["placement"], run["solver"]) for run in report["runs"])
     every = zip(labels, styles, report["runs"], strict=True)
-    return [_Shown(label, style, run) for label, style, run in every if wanted(run)]
+    return [_DrawnRun(label, style, run) for label, style, run in every if wanted(run)]
 
 
-def _facts(report: Mapping[str, Any], runs: Sequence[_Shown]) -> list[str]:
+def _facts(report: Mapping[str, Any], runs: Sequence[_DrawnRun]) -> list[str]:
     """What a report was made from, for the title."""
     left_out = len(report["runs"]) - len(runs)
     return [
-        fit(report["trace"]["name"], 28)
+        shorten(report["trace"]["name"], 28)
         + " (drawn tokens)" * (report["trace"]["kind"] == "counts"),
-        fit(report["cluster"]["name"], 28),
+        shorten(report["cluster"]["name"], 28),
         f"route {report['route']}",
         f"migrate {report['migrate']}" if report["migrate"] != "never" else "",
         "interrupted" if report["partial"] else "",
@@ -321,7 +333,7 @@ def _facts(report: Mapping[str, Any], runs: Sequence[_Shown]) -> list[str]:
     ]
 
 
-def _mark_moves(axes: Axes, runs: Sequence[_Shown]) -> None:
+def _mark_moves(axes: Axes, runs: Sequence[_DrawnRun]) -> None:
     """A vertical line for every move; the lines of runs that moved together share the dashes."""
     moves: dict[float, list[str]] = {}
     for shown in runs:
@@ -343,7 +355,7 @@ def _mark_moves(axes: Axes, runs: Sequence[_Shown]) -> None:
             )
 
 
-def _mark_reviews(axes: Axes, reviewed: Sequence[_Shown], most: int) -> list[Any]:
+def _mark_reviews(axes: Axes, reviewed: Sequence[_DrawnRun], most: int) -> list[Any]:
     """A row of marks for each reviewed run; gives one mark of each kind for the legend."""
     from matplotlib.lines import Line2D
 
@@ -364,7 +376,7 @@ def _mark_reviews(axes: Axes, reviewed: Sequence[_Shown], most: int) -> list[Any
                 linestyle="none",
                 label=f"{decision} {shown.label}",
             )
-    names = [fit(shown.label, most) for shown in reviewed]
+    names = [shorten(shown.label, most) for shown in reviewed]
     axes.set_yticks(range(len(reviewed)), labels=names, parse_math=False)
     axes.set_ylim(len(reviewed) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -376,7 +388,7 @@ def _mark_reviews(axes: Axes, reviewed: Sequence[_Shown], most: int) -> list[Any
     ]
 
 
-def _latency_bars(axes: Axes, runs: Sequence[_Shown]) -> None:
+def _latency_bars(axes: Axes, runs: Sequence[_DrawnRun]) -> None:
     """Bars of the statistics of each run, one below the other."""
     height = 0.84 / len(_BARS)
     limit = max(shown.run["latency_s"][name] for shown in runs for name, _ in _BARS) * 1.14 or 1.0
@@ -387,17 +399,17 @@ def _latency_bars(axes: Axes, runs: Sequence[_Shown]) -> None:
             places,
             values,
             height=height * 0.92,
-            color=[tint(shown.style.colour, white) for shown in runs],
+            color=[lighten(shown.style.colour, white) for shown in runs],
             hatch=[shown.style.hatch for shown in runs],
             edgecolor="white",
             linewidth=0,
             zorder=2,
         )
         for value, place in zip(values, places, strict=True):
-            label_at(axes, value, place, _three(value), 4, "left", "black").set_fontsize(8)
+            label_at(axes, value, place, _three_digits(value), 4, "left", "black").set_fontsize(8)
     bar_axes(axes, len(runs), limit)
 
 
-def _three(value: float) -> str:
-    """A number with three digits."""
+def _three_digits(value: float) -> str:
+    """A number with three significant digits."""
     return f"{value:#.3g}" if value < 100 else f"{value:.0f}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 #: The colour of each solver and baseline. Any two differ for readers who see all colours and for
-#: colour-blind readers; tests/test_solver_styles.py measures by how much.
+#: colour-blind readers; tests/plotting/test_solver_styles.py measures by how much.
 SOLVER_COLOURS: Mapping[str, str] = {
     "uniform": "#B0B0B0",
     "redundance": "#56B4E9",
@@ -67,7 +67,7 @@ def solver_styles(placements: Iterable[tuple[str, str]]) -> list[SolverStyle]:
     seen: Counter[str] = Counter()
     styles = []
     for name, solver in placements:
-        known = solver_of(name, solver)
+        known = solver_of_placement(name, solver)
         colour = SOLVER_COLOURS.get(known) or others.setdefault(
             known, OTHER_COLOURS[len(others) % len(OTHER_COLOURS)]
         )
@@ -85,19 +85,19 @@ def solver_styles(placements: Iterable[tuple[str, str]]) -> list[SolverStyle]:
     return styles
 
 
-def solver_of(name: str, solver: str = "") -> str:
-    """The solver whose colour a placement has; where none is told, what its name says."""
-    told = solver or name.rpartition("/")[2].removesuffix(".json")
-    return told.removesuffix(PATHS)
+def solver_of_placement(name: str, solver: str = "") -> str:
+    """The solver whose colour a placement has; where it is unknown, what its name says."""
+    known = solver or name.rpartition("/")[2].removesuffix(".json")
+    return known.removesuffix(PATHS)
 
 
-def tint(colour: str, share: float) -> str:
+def lighten(colour: str, share: float) -> str:
     """The colour with so much white in it, 0 to 1."""
     parts = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
     return "#" + "".join(f"{round(part + (255 - part) * share):02X}" for part in parts)
 
 
-def text_on(colour: str) -> str:
+def text_colour_on(colour: str) -> str:
     """Black or white, whichever is read better on the colour."""
     red, green, blue = (
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4

@@ -1,4 +1,4 @@
-"""How figures look: sizes, colours, fonts; the same whatever the reader's configuration says."""
+"""How figures look: sizes, colours and fonts, independent of the user's configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 DPI = 100
 WIDTH_IN = 15.0
 TITLE_PT, PANEL_PT, TICK_PT = 13, 10, 8
-#: Colours of Okabe and Ito and one of Tol, told apart by colour-blind readers.
+#: Colours of Okabe and Ito and one of Tol: colour-blind readers can distinguish them.
 COLOURS = (
     *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"),
     "#882255",
@@ -38,8 +38,8 @@ SETTINGS = {
 
 
 @contextlib.contextmanager
-def settings() -> Iterator[None]:
-    """The same look and bytes whatever the reader's matplotlib configuration says."""
+def matplotlib_settings() -> Iterator[None]:
+    """Draw with :data:`SETTINGS` whatever the user's matplotlib configuration is."""
     import matplotlib
 
     with matplotlib.rc_context(SETTINGS):

@@ -8,11 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.plotting.figure_options import USUAL, FigureOptions
-from prism_plan.plotting.parts import draw_legend, finish, fit, new_figure, room
-from prism_plan.plotting.scales import apart, log_axis, set_axis, spans_much
+from prism_plan.plotting.figure_options import DEFAULT_FIGURE, FigureOptions
+from prism_plan.plotting.parts import (
+    draw_legend,
+    finish_figure,
+    max_characters,
+    new_figure,
+    shorten,
+)
+from prism_plan.plotting.scales import log_axis, needs_log_scale, set_axis, thin_out
 from prism_plan.plotting.solver_styles import SolverStyle, solver_styles
-from prism_plan.plotting.style import settings
+from prism_plan.plotting.style import matplotlib_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
 MAX_PANELS = 24
 MAX_SOLVERS = 21
 
-#: Conditions of a run, first those that are rather drawn as x: its axis, and how a value is told.
+#: Conditions of a run, in order of preference as x axis: its label, and how a value is written.
 _KEYS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "bandwidth_mbps": ("bandwidth of a server (Mbit/s)", lambda v: f"{v:g} Mbit/s"),
     "gpus": ("GPUs", lambda v: f"{v:g} GPU" + "s" * (v != 1)),
@@ -47,7 +53,7 @@ def sweep_figure(
     panels: str | None = None,
     solvers: Sequence[str] | None = None,
     name: str = "",
-    options: FigureOptions = USUAL,
+    options: FigureOptions = DEFAULT_FIGURE,
 ) -> Figure:
     """Mean latency by a condition ``x``, a line for each solver, a panel for each other condition.
 
@@ -90,19 +96,21 @@ def sweep_figure(
     columns, others = _panel_keys(drawn, x, panels)
     every = list(dict.fromkeys(row["solver"] for row in rows))
     styles = dict(zip(every, solver_styles((solver, solver) for solver in every), strict=True))
-    with settings():
+    with matplotlib_settings():
         figure = _draw(drawn, x, columns, others, styles, options)
         seeds = len({row["seed"] for row in drawn})
-        told = [key for key in _PANEL_ORDER if key not in (x, columns, "servers")]
-        fixed = [key for key in told if len(_values(drawn, key)) == 1 and drawn[0][key] is not None]
+        varied = [key for key in _PANEL_ORDER if key not in (x, columns, "servers")]
+        fixed = [
+            key for key in varied if len(_values(drawn, key)) == 1 and drawn[0][key] is not None
+        ]
         left_out = len(chosen) - len(drawn)
         facts = [
-            fit(name, 40),
-            *(_told(key, drawn[0][key]) for key in fixed),
+            shorten(name, 40),
+            *(_condition_text(key, drawn[0][key]) for key in fixed),
             f"mean of {seeds} seeds, band: least to most" if seeds > 1 else "",
             f"{left_out} of {len(chosen)} runs left out: failed" if left_out else "",
         ]
-        finish(figure, options, f"Mean latency by {_KEYS[x][0].partition(' (')[0]}", facts)
+        finish_figure(figure, options, f"Mean latency by {_KEYS[x][0].partition(' (')[0]}", facts)
     return figure
 
 
@@ -154,7 +162,7 @@ def _panel_keys(rows: Sequence[Row], x: str, panels: str | None) -> tuple[str, l
     return columns, [key for key in swept if key != columns]
 
 
-def _told(key: str, value: float | None) -> str:
+def _condition_text(key: str, value: float | None) -> str:
     return _FROM_FILE[key] if value is None else _KEYS[key][1](value)
 
 
@@ -199,10 +207,12 @@ def _draw(
             lines = _line(axes, [r for r in here if r["solver"] == solver], x, styles[solver])
             if lines:
                 handles.setdefault(solver, lines[0])
-        said = [_told(columns, value)] if columns else []
-        said += [_told(key, part) for key, part in zip(others, rest, strict=True)]
-        axes.set_title(fit(", ".join(said), room(figure, 190) // wide))
-        label = _KEYS[x][0] + ", logarithmic" * _by(axes, rows, x, room(figure, 36) // wide)
+        said = [_condition_text(columns, value)] if columns else []
+        said += [_condition_text(key, part) for key, part in zip(others, rest, strict=True)]
+        axes.set_title(shorten(", ".join(said), max_characters(figure, 190) // wide))
+        label = _KEYS[x][0] + ", logarithmic" * _draw_x_axis(
+            axes, rows, x, max_characters(figure, 36) // wide
+        )
         axes.set_xlabel(label if place + wide >= len(places) else "")
         axes.set_ylabel("mean latency (s)" if place % wide == 0 else "")
     _scale(grid[0], rows)
@@ -225,11 +235,11 @@ def _line(axes: Axes, rows: Sequence[Row], x: str, look: SolverStyle) -> list[An
     return line
 
 
-def _by(axes: Axes, rows: Sequence[Row], x: str, ticks: int) -> bool:
-    """The x axis, whose numbers are the values that were swept; whether it is logarithmic."""
+def _draw_x_axis(axes: Axes, rows: Sequence[Row], x: str, ticks: int) -> bool:
+    """Draw the x axis with ticks at the swept values; gives whether it is logarithmic."""
     at = _values(rows, x)
-    log = spans_much(at, *[4.0] if x in ("gpus", "servers") else [])  # they grow by doubling
-    set_axis(axes, "x", apart(at, max(ticks, 3), log=log), log=log)
+    log = needs_log_scale(at, *[4.0] if x in ("gpus", "servers") else [])  # they grow by doubling
+    set_axis(axes, "x", thin_out(at, max(ticks, 3), log=log), log=log)
     if log:
         axes.set_xlim(at[0] / (at[-1] / at[0]) ** 0.04, at[-1] * (at[-1] / at[0]) ** 0.04)
     else:
@@ -241,9 +251,9 @@ def _by(axes: Axes, rows: Sequence[Row], x: str, ticks: int) -> bool:
 
 
 def _scale(axes: Axes, rows: Sequence[Row]) -> None:
-    """The y axis that all panels share."""
+    """Set the y axis, which all panels share."""
     latency = [row["latency_mean_s"] for row in rows]
-    if spans_much(latency):
+    if needs_log_scale(latency):
         log_axis(axes, "y", min(latency) / 1.15, max(latency) * 1.15)
         axes.set_ylabel("mean latency (s), logarithmic")
     else:

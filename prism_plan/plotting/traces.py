@@ -10,19 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.plotting.figure_options import USUAL, FigureOptions
+from prism_plan.plotting.figure_options import DEFAULT_FIGURE, FigureOptions
 from prism_plan.plotting.panels import layer_panels
 from prism_plan.plotting.parts import (
     colour_map,
     draw_legend,
-    finish,
-    fit,
-    look,
+    finish_figure,
+    legend_patch,
+    line_style,
+    max_characters,
     new_figure,
-    patch,
-    room,
+    shorten,
 )
-from prism_plan.plotting.style import NO_DATA, settings
+from prism_plan.plotting.style import NO_DATA, matplotlib_settings
 from prism_plan.solvers.entropy import layer_entropy
 from prism_plan.trace import Trace
 
@@ -34,7 +34,7 @@ MAX_TASKS = 60
 
 
 def heatmap(
-    trace: Trace, tasks: Sequence[str] | None = None, *, options: FigureOptions = USUAL
+    trace: Trace, tasks: Sequence[str] | None = None, *, options: FigureOptions = DEFAULT_FIGURE
 ) -> Figure:
     """How often each task calls each expert, one panel per task (paper, Fig. 2).
 
@@ -64,14 +64,17 @@ def heatmap(
     def inverse(y: Any) -> Any:
         return np.where(y < 0, y + 1, np.exp(np.maximum(y, 0) * math.log(top)))
 
-    with settings():
+    with matplotlib_settings():
         figure, panels, cols = layer_panels(len(chosen), model, options)
         norm = FuncNorm((forward, inverse), vmin=0.0, vmax=top)
         for axes, task, image in zip(panels, chosen, ratio, strict=True):
             drawn = axes.imshow(
                 image, cmap=colour_map("RdBu_r"), norm=norm, aspect="auto", interpolation="nearest"
             )
-            axes.set_title(fit(trace.tasks[task], room(figure, 160) // cols), parse_math=False)
+            axes.set_title(
+                shorten(trace.tasks[task], max_characters(figure, 160) // cols),
+                parse_math=False,
+            )
         extend = "max" if known.size and known.max() > top else "neither"
         bar = figure.colorbar(
             drawn, ax=panels, extend=extend, fraction=0.03, pad=0.01, aspect=30, shrink=0.9
@@ -82,12 +85,12 @@ def heatmap(
         bar.set_ticks([], minor=True)
         bar.set_label(f"calls of the expert,\ntimes the uniform share 1/{model.num_experts}")
         if not np.isfinite(ratio).all():
-            draw_legend(figure, [patch(NO_DATA)], ["layer without calls"])
-        finish(figure, options, "How often each task calls each expert", _names(trace))
+            draw_legend(figure, [legend_patch(NO_DATA)], ["layer without calls"])
+        finish_figure(figure, options, "How often each task calls each expert", _names(trace))
     return figure
 
 
-def entropy(trace: Trace, *, options: FigureOptions = USUAL) -> Figure:
+def entropy(trace: Trace, *, options: FigureOptions = DEFAULT_FIGURE) -> Figure:
     """Entropy in bits of expert usage by layer, one line per task (paper, Fig. 3).
 
     A line is [L] over decoder indices, with a gap (NaN) at a layer without calls; a dashed line
@@ -106,7 +109,7 @@ def entropy(trace: Trace, *, options: FigureOptions = USUAL) -> Figure:
     bits = np.where(counts.sum(axis=2) > 0, layer_entropy(counts) / math.log(2), np.nan)
     most = math.log2(trace.model.num_experts)
     layers = trace.model.moe_layers
-    with settings():
+    with matplotlib_settings():
         height = max(6.0, 0.25 * len(chosen) + 1.5)
         figure = new_figure(height, options)
         axes = figure.subplots()
@@ -114,7 +117,7 @@ def entropy(trace: Trace, *, options: FigureOptions = USUAL) -> Figure:
             axes.plot(
                 layers,
                 bits[task],
-                **look(i),
+                **line_style(i),
                 label=trace.tasks[task],
             )[0]
             for i, task in enumerate(chosen)
@@ -128,13 +131,13 @@ def entropy(trace: Trace, *, options: FigureOptions = USUAL) -> Figure:
         axes.set_ylim(low - margin, most + margin)
         axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
         axes.xaxis.set_major_locator(
-            MaxNLocator(nbins=max(room(figure, 20), 2), integer=True, min_n_ticks=1)
+            MaxNLocator(nbins=max(max_characters(figure, 20), 2), integer=True, min_n_ticks=1)
         )
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("entropy of expert usage (bits)")
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
-        finish(figure, options, "Entropy of expert usage by layer and task", _names(trace))
+        finish_figure(figure, options, "Entropy of expert usage by layer and task", _names(trace))
     return figure
 
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.packed import read_packed_text
-from prism_plan.io.trace_counts import CallTable, check_sums
+from prism_plan.io.call_table import CallTable, check_sums
+from prism_plan.io.gzip_text import read_maybe_gzipped_text
 from prism_plan.limits import (
     MAX_COLUMNS,
     MAX_NAMES,
@@ -124,7 +124,7 @@ def _read_csv(
 ) -> tuple[list[str], npt.NDArray[np.int64]]:
     """Tasks, and their calls [tasks, L, E]."""
     path = source.path
-    text = (found[0] for found in _LINE.finditer(read_packed_text(path)))
+    text = (found[0] for found in _LINE.finditer(read_maybe_gzipped_text(path)))
     reader = csv.reader(text, strict=True, skipinitialspace=True)
     code_of: dict[str, int] = {}
     rows: list[tuple[int, int, int, int, int]] = []
@@ -151,7 +151,7 @@ def _read_csv(
             try:
                 task, layer, expert, count = _row(cells, header, at, source, place)
             except InputError as error:
-                bad.leave_out(path, error)
+                bad.skip_or_raise(path, error)
                 continue
             if task not in code_of:
                 require_name(task, source=path, place=place)
@@ -232,7 +232,7 @@ def _of_model(
         try:
             calls.add(tasks, None, task, layer, expert, count, line)
         except InputError as error:
-            bad.leave_out(path, error)
+            bad.skip_or_raise(path, error)
     return good
 
 

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.files import lines_of
-from prism_plan.io.packed import read_packed_text
+from prism_plan.io.gzip_text import read_maybe_gzipped_text
+from prism_plan.io.text_files import iterate_lines
 from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.sources import Source, distinct
@@ -29,8 +29,7 @@ from prism_plan.trace import (
     UNKNOWN_PHASE,
     TokenBatch,
     Trace,
-    bad_selection,
-    check_experts,
+    first_invalid_selection,
     trace_from_batches,
 )
 
@@ -104,7 +103,7 @@ def _batches(
             try:
                 batch = _request(source.path, model, folder, index, (request, code), weights)
             except InputError as error:
-                bad.leave_out(source.path, error)
+                bad.skip_or_raise(source.path, error)
                 continue
             bad.keep(source.path)
             yield batch
@@ -139,9 +138,10 @@ def _request(
         experts=experts.reshape(shape),
         weights=gates.reshape(shape) if weights else None,
     )
-    bad = check_experts(batch.experts, model.num_experts)
+    bad = first_invalid_selection(batch.experts, model.num_experts)
     if bad is not None:
-        error = bad_selection(model, batch, bad)
+        error = batch.invalid_selection(model)
+        assert error is not None
         layer = model.moe_layers[bad[1]]
         raise InputError(
             error.found,
@@ -246,7 +246,7 @@ def _read_folder(
 
 def _read_layer(path: Path, model: ModelSpec, bad: BadRows) -> Rows:
     rows: Rows = []
-    for number, line in enumerate(lines_of(read_packed_text(path)), start=1):
+    for number, line in enumerate(iterate_lines(read_maybe_gzipped_text(path)), start=1):
         place = f"line {number}"
         require_at_most(len(line), MAX_LINE_OF_NUMBERS, "characters", source=path, place=place)
         try:

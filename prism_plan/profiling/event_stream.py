@@ -25,7 +25,7 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.lines import parse_line, text_lines
+from prism_plan.io.json_lines import parse_line, text_lines
 from prism_plan.io.open_file import OpenFile
 from prism_plan.profiling.tensors import decode_base64, json_object
 from prism_plan.profiling.unread import ROWS, unread_routing
@@ -55,7 +55,7 @@ def streamed(file: OpenFile, bad: BadRows) -> Iterator[tuple[str, Any]]:
     open_responses: dict[str, tuple[str, dict[str, Any]]] = {}
     ended: set[str] = set()
     spoilt: set[str] = set()
-    for number, line in text_lines(file, lambda error: bad.leave_out(path, error)):
+    for number, line in text_lines(file, lambda error: bad.skip_or_raise(path, error)):
         place = f"line {number}"
         key = ""
         try:
@@ -84,7 +84,7 @@ def streamed(file: OpenFile, bad: BadRows) -> Iterator[tuple[str, Any]]:
             _, whole = open_responses.setdefault(key, (place, {}))
             _merge(whole, chunk, path, place)
         except InputError as error:
-            bad.leave_out(path, error)
+            bad.skip_or_raise(path, error)
             if open_responses.pop(key, None):
                 spoilt.add(key)
     yield from open_responses.values()

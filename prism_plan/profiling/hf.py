@@ -20,7 +20,7 @@ from prism_plan.io.open_file import OpenFile
 from prism_plan.io.prompts import Prompt, read_prompts
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import TraceWriter
-from prism_plan.limits import require_whole
+from prism_plan.limits import require_integer
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.transformers_release import require_transformers
 from prism_plan.provenance import stamped
@@ -61,8 +61,8 @@ class HfOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        require_whole(self.max_new_tokens, 0, MAX_NUMBER, "max_new_tokens")
-        require_whole(self.batch_size, 1, MAX_NUMBER, "batch_size")
+        require_integer(self.max_new_tokens, 0, MAX_NUMBER, "max_new_tokens")
+        require_integer(self.batch_size, 1, MAX_NUMBER, "batch_size")
         if self.dtype not in DTYPES:
             raise InputError(f"{self.dtype!r}", parameter="dtype", expected=", ".join(DTYPES))
 

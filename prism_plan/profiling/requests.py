@@ -20,7 +20,7 @@ from prism_plan.model import ModelSpec
 from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice
 from prism_plan.profiling.rows import NOTHING, RepeatedRows, padding_rows, runs_of_equal_rows
 from prism_plan.profiling.tensors import CHECK_MODEL, DECODE, PREFILL, Notify
-from prism_plan.trace import UNKNOWN_PHASE, TokenBatch, check_experts
+from prism_plan.trace import UNKNOWN_PHASE, TokenBatch, first_invalid_selection
 
 #: So many equal rows at the start of a request are no text: the engine profiled itself at start-up.
 PROFILING_ROWS = 512
@@ -72,7 +72,7 @@ def routed_experts(
             f"token {token[first[0]]} layer {model.moe_layers[first[1]]}",
         )
     experts = np.ascontiguousarray(array, np.uint16)
-    twice = check_experts(experts, model.num_experts)
+    twice = first_invalid_selection(experts, model.num_experts)
     if twice is not None:
         row, at = twice
         ids = experts[row, at].tolist()

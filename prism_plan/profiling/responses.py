@@ -13,10 +13,10 @@ from typing import Any
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.files import parse_json
-from prism_plan.io.lines import json_lines, text_lines
+from prism_plan.io.gzip_text import read_maybe_gzipped_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.json_lines import json_lines, text_lines
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.packed import read_packed_text
 from prism_plan.profiling.event_stream import is_event, streamed
 
 
@@ -52,7 +52,7 @@ def _document(file: OpenFile, first: str) -> Any:
     else:
         return None
     try:
-        value = parse_json(read_packed_text(file), file.path)
+        value = parse_json(read_maybe_gzipped_text(file), file.path)
     except InputError:
         return None  # the reader of lines names what is wrong
     return value if isinstance(value, list | dict) else None

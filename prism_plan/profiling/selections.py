@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.lines import json_lines
+from prism_plan.io.json_lines import json_lines
 from prism_plan.limits import MAX_NAMES, MIB, require_at_most, require_name
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.layers import mtp_layers, mtp_notice
@@ -189,7 +189,7 @@ class _Reader:
                     token = waiting[key] = self._new_token(line)
                 self._put(token, line, path, place)
             except InputError as error:
-                self.bad.leave_out(path, error)
+                self.bad.skip_or_raise(path, error)
                 continue
             token.line = number
             self.bad.keep(path)
@@ -242,7 +242,7 @@ class _Reader:
             self.bad.keep(path, -token.layers.bit_count())
             if (request, position) in done:
                 twice = _twice(names[request][1], position, path, f"line {token.line}")
-                self.bad.leave_out(path, twice)
+                self.bad.skip_or_raise(path, twice)
                 continue
             missing = [layer for at, layer in enumerate(layers) if not token.layers >> at & 1]
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
@@ -254,7 +254,7 @@ class _Reader:
                 f"{self.model.layers_text()}",
                 remedy=f"{CUT_SHORT}, with all layers",
             )
-            self.bad.leave_out(path, error)
+            self.bad.skip_or_raise(path, error)
 
     # ---------------------------------------------------------------------------- requests
 
@@ -291,7 +291,7 @@ class _Reader:
             for at in np.flatnonzero(step == 0).tolist():
                 second = int(rows[at : at + 2, 3].max())
                 twice = _twice(request, int(rows[at, 1]), path, f"line {second}")
-                self.bad.leave_out(path, twice)
+                self.bad.skip_or_raise(path, twice)
             keep = np.concatenate([[True], step != 0])
             rows, experts = rows[keep], experts[keep]
             step = np.diff(rows[:, 1])

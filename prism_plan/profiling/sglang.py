@@ -52,7 +52,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.io.bad_rows import no_rows
+from prism_plan.io.bad_rows import rows_cannot_be_skipped
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.layers import mtp_notice
 from prism_plan.profiling.rows import RepeatedRows
@@ -93,7 +93,7 @@ def read_sglang(
                 raise _mixed(source.path, "a recorder's dump", responses[0].path, "responses")
         return read_responses(sources, model, notify, skip_bad=skip_bad)
     if skip_bad:
-        raise no_rows(sources[0].path)
+        raise rows_cannot_be_skipped(sources[0].path)
     runs = {task: Run(task, model, notify) for task in files}
     first: tuple[Path, str] | None = None
     for task, paths in files.items():

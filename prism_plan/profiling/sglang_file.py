@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import parse_json, refuse_other_encodings
-from prism_plan.io.lines import text_lines
+from prism_plan.io.gzip_text import decompressed_head, is_gzip, read_maybe_gzipped_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.json_lines import text_lines
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.packed import is_packed, read_packed_text, unpacked_head
+from prism_plan.io.text_files import require_not_utf16
 from prism_plan.profiling.event_stream import is_event
 from prism_plan.profiling.sglang_dump import KINDS, load
 from prism_plan.profiling.tensors import CUT_SHORT, parse_npy
@@ -51,7 +52,7 @@ def read_dump(path: Path) -> Mapping[str, Any]:
     if kind == "json":
         return _from_json(path)
     with OpenFile(path) as file:
-        packed = is_packed(file)
+        packed = is_gzip(file)
     if packed:
         raise InputError(
             "compressed with gzip, and no text",
@@ -64,8 +65,8 @@ def read_dump(path: Path) -> Mapping[str, Any]:
 
 def _kind_of(path: Path) -> Kind:
     try:
-        head = unpacked_head(path, _HEAD_BYTES)
-        refuse_other_encodings(head, path)
+        head = decompressed_head(path, _HEAD_BYTES)
+        require_not_utf16(head, path)
     except InputError:
         return "json"  # whose reader names the reason
     if head.startswith(b"PK"):
@@ -89,7 +90,7 @@ def _holds_a_response(path: Path, head: bytes) -> bool:
         try:
             value = parse_json(line, path)
         except InputError:
-            value = parse_json(read_packed_text(path), path)
+            value = parse_json(read_maybe_gzipped_text(path), path)
     except InputError:
         return _A_RESPONSE_KEY.search(head) is not None
     return not set(_RESPONSE_KEYS).isdisjoint(value)
@@ -104,7 +105,7 @@ def _members(path: Path) -> list[str]:
 
 
 def _from_json(path: Path) -> Mapping[str, Any]:
-    values = parse_json(read_packed_text(path), path)
+    values = parse_json(read_maybe_gzipped_text(path), path)
     if not isinstance(values, dict) or COUNTS not in values:
         found = f"keys {', '.join(values)}" if isinstance(values, dict) else type(values).__name__
         placement = isinstance(values, dict) and "physical_to_logical_map" in values

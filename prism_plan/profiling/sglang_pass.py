@@ -21,7 +21,8 @@ from prism_plan.profiling.sglang_dump import (
 )
 from prism_plan.profiling.tensors import CHECK_MODEL, CUT_SHORT
 from prism_plan.text import shown
-from prism_plan.trace import check_experts, require_sum
+from prism_plan.trace import first_invalid_selection
+from prism_plan.trace_totals import require_sum
 
 EXTEND_MODE, DECODE_MODE, MIXED_MODE, IDLE_MODE = 1, 2, 3, 4
 #: Columns of ``topk_ids_of_layer``, whatever the model's top-k.
@@ -131,7 +132,7 @@ def pass_tokens(
     experts = np.ascontiguousarray(
         table[index, rows[..., : model.top_k]].transpose(1, 0, 2), np.uint16
     )
-    twice = check_experts(experts, model.num_experts)
+    twice = first_invalid_selection(experts, model.num_experts)
     if twice is not None and not rows[twice[1], twice[0], : model.top_k].any():
         raise InputError(
             "nothing was recorded (all ids are 0)",

@@ -56,7 +56,7 @@ def read_responses(
                     array = _raw_array(text, model, prompt, generated, path, place)
                     requests.add(task, array, prompt, generated, path, place)
             except InputError as error:
-                bad.leave_out(path, error)
+                bad.skip_or_raise(path, error)
                 continue
             bad.keep(path)
             requests.unread |= unread

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.trace import require_sum
+from prism_plan.trace_totals import require_sum
 
 Counts = npt.NDArray[np.int64]
 #: Trace files hold fewer tokens of a task than this: all whole numbers of our files are below it.

@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.json import parse_json
 from prism_plan.io.open_file import OpenFile
+from prism_plan.io.text_files import read_text
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.added import AddedCounts
 from prism_plan.profiling.layers import decoder_end, mtp_layers, mtp_notice

@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.files import read_bytes
+from prism_plan.io.text_files import read_bytes
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.requests import Requests
 from prism_plan.profiling.responses import responses
@@ -115,14 +115,14 @@ def _add_responses(source: Source, requests: Requests, bad: BadRows) -> None:
             read = {key for recording in recordings for key in recording.read}
             unread = unread_routing(line, read or {f"choices[].{ROWS}"}, path, place)
         except InputError as error:
-            bad.leave_out(path, error)
+            bad.skip_or_raise(path, error)
             continue
         requests.unread |= unread
         for recording in recordings:
             try:
                 _add(requests, task, recording, path)
             except InputError as error:
-                bad.leave_out(path, error)
+                bad.skip_or_raise(path, error)
             else:
                 bad.keep(path)
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.placement_diff import Step
+from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.events import Log
 
 Floats = npt.NDArray[np.float64]
@@ -77,7 +77,7 @@ class Engine(Protocol):
     def migrating(self) -> bool:
         """Whether steps of a migration are not yet complete."""
 
-    def migrate(self, steps: Sequence[Step]) -> None:
+    def migrate(self, steps: Sequence[MigrationStep]) -> None:
         """Start a migration now; the one before must be complete.
 
         A step starts when those that it needs are complete and, for a load, when the GPU's load

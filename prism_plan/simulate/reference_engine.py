@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.placement_diff import Step
+from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate import events
 from prism_plan.simulate.engine import Ints, Outcome
 from prism_plan.simulate.events import Event, Log
@@ -109,7 +109,7 @@ class ReferenceEngine:
         self._tokens_sent = [[0] * servers for _ in range(servers)]
         self._link_rank = scenario.network.link_rank().tolist()
         # migration
-        self._steps: Sequence[Step] = ()
+        self._steps: Sequence[MigrationStep] = ()
         self._open_needs: list[int] = []
         self._dependents: list[list[int]] = []
         self._open_steps = 0
@@ -511,7 +511,7 @@ class ReferenceEngine:
 
     # ---------------------------------------------------------------------------------- migration
 
-    def migrate(self, steps: Sequence[Step]) -> None:
+    def migrate(self, steps: Sequence[MigrationStep]) -> None:
         if self.migrating:
             raise ValueError("a migration is still under way")
         if self.scenario.offload:

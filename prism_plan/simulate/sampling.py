@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_SEED, require_whole
+from prism_plan.limits import MAX_SEED, require_integer
 from prism_plan.simulate.arrival_rates import Demand, demand
 from prism_plan.simulate.arrival_trace import DRAW, MAX_S, Arriving, FixedArrivals, look_up
 from prism_plan.simulate.phase_schedule import PhaseStart, Schedule
@@ -82,11 +82,11 @@ def sample_requests(
         prompt's phases are, or no request results.
     """
     _check_options(duration_s, burst, schedule, arrivals)
-    require_whole(requests_per_server, 1, MAX_REQUESTS, "requests_per_server")
-    require_whole(burst, 1, MAX_REQUESTS, "burst")
-    require_whole(decode_tokens, 0, MAX_PROMPT_TOKENS, "decode_tokens")
-    require_whole(prompt_tokens, 0, MAX_PROMPT_TOKENS, "prompt_tokens")
-    require_whole(seed, 0, MAX_SEED, "seed")
+    require_integer(requests_per_server, 1, MAX_REQUESTS, "requests_per_server")
+    require_integer(burst, 1, MAX_REQUESTS, "burst")
+    require_integer(decode_tokens, 0, MAX_PROMPT_TOKENS, "decode_tokens")
+    require_integer(prompt_tokens, 0, MAX_PROMPT_TOKENS, "prompt_tokens")
+    require_integer(seed, 0, MAX_SEED, "seed")
     if trace.kind == "counts" and prompt_tokens + decode_tokens == 0:
         raise InputError("0, and 0 decode tokens", parameter="prompt_tokens", expected="a token")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.io.files import parse_json, read_text
-from prism_plan.io.specs import spec_from_json
+from prism_plan.io.json import parse_json
+from prism_plan.io.model_spec import spec_from_json
+from prism_plan.io.text_files import read_text
 from prism_plan.model import PRESETS, ModelSpec
 from prism_plan.sizes.checkpoint_folder import cached_repository, model_name, quantisation_beside
 from prism_plan.sizes.config import read_facts

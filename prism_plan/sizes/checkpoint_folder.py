@@ -23,7 +23,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.text_files import read_text
 
 #: Keys of config.json under which a checkpoint says that it is quantised, and who writes them.
 QUANTISATION_KEYS = {

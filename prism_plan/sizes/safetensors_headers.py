@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import decode, parse_json
+from prism_plan.io.json import parse_json
+from prism_plan.io.text_files import decode
 from prism_plan.limits import require_at_most
 from prism_plan.sizes.stored import MAX_TENSORS, StoredTensor
 from prism_plan.sizes.weight_files import INDEX, SINGLE, indexed_files, shards_without_index

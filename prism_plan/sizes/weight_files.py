@@ -7,7 +7,8 @@ import re
 from pathlib import Path, PurePosixPath
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.text_files import read_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

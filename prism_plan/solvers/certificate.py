@@ -1,13 +1,14 @@
-"""A lower bound on the objective that anyone can check, from prices on slots and coverage.
+"""A lower bound on the objective that anyone can check, from dual prices of slots and coverage.
 
-The problem is a linear program (DESIGN section 2). With w[n, j] the worth of holding expert j on
-server n, any prices μ[n] ≥ 0 on slots, ν[n, l] ≥ 0 on layer caps and λ[j] ≥ 0 on coverage give, by
-weak duality,
+The problem is a linear program (docs/design.md, section 2). With w[n, j] the value of holding
+expert j on server n, any prices μ[n] ≥ 0 on slots, ν[n, l] ≥ 0 on layer caps and λ[j] ≥ 0 on
+coverage give, by weak duality,
 
     Σ w·x  ≤  Σ μ[n]·C'[n] + Σ ν[n, l]·cap'[n, l] − min_replicas·Σ λ[j] + Σ_pinned (w + λ)
               + Σ_{n, j open} max(0, w[n, j] + λ[j] − μ[n] − ν[n, l(j)])
 
-for every feasible x, where C' and cap' are what the pins leave. No word of the solver is needed.
+for every feasible x, where C' and cap' are what the pins leave. It needs nothing from the
+solver but the prices.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Prices:
     coverage: Floats
 
 
-def worth_bound(instance: Instance, worth: Floats, prices: Prices) -> float:
-    """Upper bound on Σ worth·x over all feasible placements x; ``worth`` is [N, L, E].
+def value_bound(instance: Instance, value: Floats, prices: Prices) -> float:
+    """Upper bound on Σ value·x over all feasible placements x; ``value`` is [N, L, E].
 
     Raises
     ------
@@ -49,16 +50,16 @@ def worth_bound(instance: Instance, worth: Floats, prices: Prices) -> float:
     caps = np.array(
         [instance.model.num_experts if cap is None else cap for cap in instance.layer_caps]
     )
-    room = caps[:, None] - pinned.sum(axis=2)
+    caps_left = caps[:, None] - pinned.sum(axis=2)
     reduced = (
-        worth + prices.coverage[None] - prices.slot[:, None, None] - prices.layer_cap[:, :, None]
+        value + prices.coverage[None] - prices.slot[:, None, None] - prices.layer_cap[:, :, None]
     )
     return math.fsum(
         [
             *(prices.slot * slots),
-            *(prices.layer_cap * room).ravel(),
+            *(prices.layer_cap * caps_left).ravel(),
             *(-instance.min_replicas * prices.coverage).ravel(),
-            *(worth + prices.coverage[None])[pinned],
+            *(value + prices.coverage[None])[pinned],
             *np.maximum(reduced, 0.0)[open_],
         ]
     )

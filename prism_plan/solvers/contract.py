@@ -1,4 +1,4 @@
-"""What every solver is given and gives back."""
+"""The contract of all solvers: options in, a result out, and the features that each supports."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.instance import MAX_CALLS, Instance
-from prism_plan.limits import MAX_SEED, require_whole
+from prism_plan.limits import MAX_SEED, require_integer
 from prism_plan.placement import Placement, Termination
+from prism_plan.renamed import renamed_fields
 
 
-class Rule(StrEnum):
-    """Parts of the problem that not every solver has a rule for."""
+class Feature(StrEnum):
+    """Parts of a planning problem that not every solver supports."""
 
     MIN_REPLICAS = "min_replicas above 1"
     RULES = "pinned experts, forbidden experts and layer caps"
@@ -25,6 +26,7 @@ class Rule(StrEnum):
     UNEQUAL_BYTES = "experts of unequal size"
 
 
+@renamed_fields(near="reference")
 @dataclass(frozen=True)
 class Options:
     """How to solve. Frozen: the same options can be used for any number of solves.
@@ -37,7 +39,7 @@ class Options:
         Wall time for the search of `ilp`, or ``None``.
     backend
         Of `ilp`: ``"highs"`` or ``"cbc"``.
-    near
+    reference
         An existing placement; each expert that a server would have to load anew costs
         ``load_price``, and among equally good plans the one with fewer loads is taken.
     load_price
@@ -53,11 +55,11 @@ class Options:
     seed: int = 0
     time_limit_s: float | None = None
     backend: Literal["highs", "cbc"] = "highs"
-    near: Placement | None = None
+    reference: Placement | None = None
     load_price: float = 0.0
 
     def __post_init__(self) -> None:
-        require_whole(self.seed, 0, MAX_SEED, "seed")
+        require_integer(self.seed, 0, MAX_SEED, "seed")
         if self.time_limit_s is not None and not 0 < self.time_limit_s < float("inf"):
             raise InputError(
                 f"{self.time_limit_s}", parameter="time_limit_s", expected="seconds above 0"
@@ -70,21 +72,22 @@ class Options:
                 parameter="load_price",
                 expected=f"a number from 0 to {MAX_CALLS:g}",
             )
-        if self.load_price > 0 and self.near is None:
+        if self.load_price > 0 and self.reference is None:
             raise InputError(
                 "a price without a placement to stay near",
                 parameter="load_price",
-                remedy="give the existing placement as ``near``",
+                remedy="give the existing placement as ``reference``",
             )
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
-    """What a solver found.
+class SolverResult:
+    """Which server holds which expert, as a solver found it.
 
     ``local`` is bool [N, L, E]; a solver that decides on GPUs itself gives ``on_gpu`` bool
     [G, L, E] too. ``bound`` is a proven lower bound on the objective (calls per second, loads
-    priced), ``runtime_s`` the time of the search without compilation.
+    priced), ``runtime_s`` the time of the search without compilation, ``extra`` further entries
+    of the :class:`~prism_plan.placement.SolveReport`.
     """
 
     local: npt.NDArray[np.bool_]
@@ -97,16 +100,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Solver:
-    """A function from an instance to an answer, with the rules that it knows.
+    """A function from an instance to a result, with the features that it supports.
 
-    ``summary`` and ``guarantee`` are what the documentation says of it.
+    ``summary`` and ``guarantee`` describe it in the documentation.
     """
 
     name: str
     summary: str
     guarantee: str
-    function: Callable[[Instance, Options], Answer]
-    knows: frozenset[Rule] = frozenset()
+    function: Callable[[Instance, Options], SolverResult]
+    supports: frozenset[Feature] = frozenset()
 
-    def __call__(self, instance: Instance, options: Options) -> Answer:
+    def __call__(self, instance: Instance, options: Options) -> SolverResult:
         return self.function(instance, options)

@@ -73,10 +73,10 @@ def repair_counts(counts: Ints, slots: Ints, experts: int) -> Ints:
     order = np.argsort(-slots, kind="stable")
     while True:
         total = counts.sum(axis=0)
-        short = np.flatnonzero(total < experts)
-        if not len(short):
+        uncovered = np.flatnonzero(total < experts)
+        if not len(uncovered):
             return counts
-        layer = int(short[0])
+        layer = int(uncovered[0])
         surplus = np.maximum(total - experts, 0)
         for n in order:
             donors = np.where(counts[n] > 0, surplus, 0)

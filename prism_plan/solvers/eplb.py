@@ -1,7 +1,7 @@
 """DeepSeek's Expert Parallelism Load Balancer (github.com/deepseek-ai/EPLB), for unequal servers.
 
-:func:`rebalance_experts` is the published algorithm. The solver uses its two steps, replication
-and balanced packing, layer by layer with servers in the place of GPUs; capacities may differ.
+The solver uses the two steps of the published algorithm, replication and balanced packing, layer by
+layer with servers in the place of GPUs; capacities may differ.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.instance import Instance
-from prism_plan.solvers.contract import Answer, Options, Solver
+from prism_plan.solvers.contract import Options, Solver, SolverResult
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
 def replicate_experts(weight: Floats, num_physical: int) -> tuple[Ints, Ints]:
-    """Give each further copy to the expert with the highest load per copy.
+    """Give each further replica to the expert with the highest load per replica.
 
-    ``weight`` [E] is the load of one layer. Returns ``physical_to_logical`` [P] and the copies of
-    each expert [E]. Ties: lowest index. Equals ``replicate_experts`` of EPLB on one row.
+    ``weight`` [E] is the load of one layer. Returns ``physical_to_logical`` [P] and the number of
+    replicas of each expert [E]. Ties: lowest index. Equals EPLB's function on one row.
     """
-    copies = np.ones(len(weight), np.int64)
+    num_replicas = np.ones(len(weight), np.int64)
     physical = list(range(len(weight)))
     for _ in range(len(weight), num_physical):
-        expert = int(np.argmax(weight / copies))
+        expert = int(np.argmax(weight / num_replicas))
         physical.append(expert)
-        copies[expert] += 1
-    return np.array(physical, np.int64), copies
+        num_replicas[expert] += 1
+    return np.array(physical, np.int64), num_replicas
 
 
 def balanced_packing(weight: Floats, capacity: Sequence[int]) -> tuple[Ints, Ints]:
@@ -59,73 +59,24 @@ def balanced_packing(weight: Floats, capacity: Sequence[int]) -> tuple[Ints, Int
     return pack, rank
 
 
-def rebalance_experts(
-    weight: Floats, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
-) -> Ints:
-    """The published algorithm: physical to logical expert, int64 [L, num_replicas].
-
-    ``weight`` [L, E]. Groups of experts are packed onto nodes, experts replicated within nodes,
-    and the copies packed onto GPUs; where groups do not divide evenly, replication is global.
-    Chunk r of a row is GPU r.
-
-    Raises
-    ------
-    ValueError
-        A count does not divide as EPLB requires.
-    """
-    layers, experts = weight.shape
-    if num_groups % num_nodes:
-        num_groups, num_nodes = 1, 1
-    if experts % num_groups or num_gpus % num_nodes or num_replicas % num_gpus:
-        raise ValueError("experts % groups, gpus % nodes and replicas % gpus must be zero")
-    if num_replicas < experts:
-        raise ValueError("fewer replicas than experts")
-    rows = [
-        _rebalance_layer(weight[layer], num_replicas, num_groups, num_nodes, num_gpus)
-        for layer in range(layers)
-    ]
-    return np.stack(rows)
-
-
-def _rebalance_layer(
-    weight: Floats, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
-) -> Ints:
-    group_size = len(weight) // num_groups
-    group_load = weight.reshape(num_groups, group_size).sum(axis=1)
-    node_of_group, rank = balanced_packing(group_load, [num_groups // num_nodes] * num_nodes)
-    per_node, per_gpu = num_replicas // num_nodes, num_replicas // num_gpus
-    result = np.empty(num_replicas, np.int64)
-    for node in range(num_nodes):
-        groups = np.flatnonzero(node_of_group == node)
-        groups = groups[np.argsort(rank[groups])]
-        logical = (groups[:, None] * group_size + np.arange(group_size)).ravel()
-        physical, copies = replicate_experts(weight[logical], per_node)
-        gpu, place = balanced_packing(
-            (weight[logical] / copies)[physical], [per_gpu] * (num_gpus // num_nodes)
-        )
-        result[node * per_node + gpu * per_gpu + place] = logical[physical]
-    return result
-
-
 def layer_slots(slots: Ints, layers: int, experts: int) -> Ints:
-    """Slots of each server for each layer, int64 [N, L].
+    """Divide the slots of each server among the layers, int64 [N, L].
 
-    Evenly, as EPLB has it; what does not divide goes one slot at a time to the layers that have
+    Evenly, as in EPLB; the remainder goes one slot at a time to the layers that have
     the fewest so far, so that every layer has room for all experts if the servers have it at all.
     """
     share = np.zeros((len(slots), layers), np.int64)
     for n, capacity in enumerate(slots):
-        whole, rest = divmod(min(int(capacity), layers * experts), layers)
-        share[n] = whole
-        share[n, np.argsort(share.sum(axis=0), kind="stable")[:rest]] += 1
+        share[n], remainder = divmod(min(int(capacity), layers * experts), layers)
+        share[n, np.argsort(share.sum(axis=0), kind="stable")[:remainder]] += 1
     return share
 
 
-def _solve(instance: Instance, options: Options) -> Answer:
+def _solve(instance: Instance, options: Options) -> SolverResult:
     """Layer by layer: replicate to fill the slots, pack to balance load.
 
-    A second copy on one server serves nobody: it is left out, and its slot goes to the expert of
-    the highest load per copy that the server lacks.
+    A second replica on one server is of no use: it is left out, and its slot goes to the expert of
+    the highest load per replica that the server lacks.
     """
     servers, layers, experts = instance.activations.shape
     load = instance.activations.sum(axis=0)
@@ -134,14 +85,14 @@ def _solve(instance: Instance, options: Options) -> Answer:
     for layer in range(layers):
         used = np.flatnonzero(share[:, layer])
         capacity = share[used, layer]
-        physical, copies = replicate_experts(load[layer], int(capacity.sum()))
-        pack, _ = balanced_packing((load[layer] / copies)[physical], capacity.tolist())
+        physical, replicas_of = replicate_experts(load[layer], int(capacity.sum()))
+        pack, _ = balanced_packing((load[layer] / replicas_of)[physical], capacity.tolist())
         local[used[pack], layer, physical] = True
         for n in used:
             while local[n, layer].sum() < share[n, layer]:
-                per_copy = load[layer] / local[:, layer].sum(axis=0)
-                local[n, layer, np.argmax(np.where(local[n, layer], -1.0, per_copy))] = True
-    return Answer(local)
+                per_replica = load[layer] / local[:, layer].sum(axis=0)
+                local[n, layer, np.argmax(np.where(local[n, layer], -1.0, per_replica))] = True
+    return SolverResult(local)
 
 
 SOLVER = Solver(

@@ -2,64 +2,65 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from prism_plan.feasibility import explain_infeasible
 from prism_plan.instance import Instance
+from prism_plan.model import ModelShape
 from prism_plan.solvers import flow
-from prism_plan.solvers.certificate import Prices, worth_bound
-from prism_plan.solvers.contract import Answer, Options, Rule, Solver
-from prism_plan.solvers.packing import standing_local
+from prism_plan.solvers.certificate import Prices, value_bound
+from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult
+from prism_plan.solvers.packing import reference_local
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-#: Bound and objective agree within this share of all calls, or the answer is not called optimal.
+#: Bound and objective agree within this share of all calls, or the result is not called optimal.
 TOLERANCE = 1e-9
-#: Weights become whole numbers of at most so many bits; paths add up to less than 2**62.
+#: Values become integers of at most so many bits; paths add up to less than 2**62.
 WEIGHT_BITS = 50
 
 
-def _solve(instance: Instance, options: Options) -> Answer:
-    _load_compiled()
+def _solve(instance: Instance, options: Options) -> SolverResult:
+    _compile()
     begin = time.perf_counter()
-    standing = None if options.near is None else standing_local(instance, options.near)
-    worth = instance.activations
-    if standing is not None:
-        worth = worth - options.load_price * ~standing
-    local, prices, work = solve_flow(instance, worth, standing)
+    value, held_before = instance.activations, None
+    if options.reference is not None:
+        held_before = reference_local(instance, options.reference)
+        value = value - options.load_price * ~held_before
+    local, prices, counters = solve_flow(instance, value, held_before)
     total = math.fsum(instance.activations.ravel())
-    objective = total - math.fsum(worth[local])
-    bound = total - worth_bound(instance, worth, prices)
+    objective = total - math.fsum(value[local])
+    bound = total - value_bound(instance, value, prices)
     scale = max(total, options.load_price * int(local.sum()))
     proven = objective - bound <= TOLERANCE * scale
-    if standing is None:
+    if held_before is None:
         _fill_free_slots(instance, local)
     runtime_s = time.perf_counter() - begin
-    return Answer(
+    return SolverResult(
         local=local,
         termination="optimal" if proven else "heuristic",
         bound=objective if proven else bound,
         runtime_s=runtime_s,
         extra={
-            "augmentations": int(work[0]),
-            "expanded": int(work[1]),
+            "augmentations": int(counters[0]),
+            "expanded": int(counters[1]),
             "certificate_gap": max(objective - bound, 0.0),
         },
     )
 
 
 def solve_flow(
-    instance: Instance, worth: Floats, preferred: Bools | None = None
+    instance: Instance, value: Floats, preferred: Bools | None = None
 ) -> tuple[Bools, Prices, npt.NDArray[np.int64]]:
-    """Maximise Σ worth·x over the feasible placements x of an instance of equal expert sizes.
+    """Maximise Σ value·x over the feasible placements x of an instance of equal expert sizes.
 
-    ``worth`` [N, L, E] may be negative; ``preferred`` [N, L, E] breaks ties. Returns x, bool
+    ``value`` [N, L, E] may be negative; ``preferred`` [N, L, E] breaks ties. Returns x, bool
     [N, L, E], the dual prices, and the counts (augmentations, expanded nodes).
 
     Raises
@@ -67,7 +68,7 @@ def solve_flow(
     Infeasible
         No placement satisfies the instance.
     """
-    servers, layers, experts = worth.shape
+    servers, layers, experts = value.shape
     pairs = layers * experts
     capped = any(cap is not None for cap in instance.layer_caps)
     groups, group_size = (layers, experts) if capped else (1, pairs)
@@ -77,53 +78,54 @@ def solve_flow(
         cap[n] = min(group_size, pairs if limit is None else limit)
 
     bits = min(WEIGHT_BITS, 57 - math.ceil(math.log2(2 * servers * (groups + 1))))
-    largest = float(np.abs(worth).max()) or 1.0
+    largest = float(np.abs(value).max()) or 1.0
     scale = 2.0 ** (bits - math.ceil(math.log2(largest)))
-    weight = np.rint(worth.reshape(servers, pairs) * scale).astype(np.int64)
+    weight = np.rint(value.reshape(servers, pairs) * scale).astype(np.int64)
     if preferred is not None:
         weight += 2 * preferred.reshape(servers, pairs)
     state = np.zeros((servers, pairs), np.int8)
     state[instance.mask(instance.pinned).reshape(servers, pairs)] = flow.PINNED
     state[instance.mask(instance.forbidden).reshape(servers, pairs)] = flow.FORBIDDEN
-    most = int(max(1, min(int(slots.max()), group_size))) + 1
-    tables = flow.Tables(
+    max_held = int(max(1, min(int(slots.max()), group_size))) + 1
+    search = flow.FlowState(
         weight=np.ascontiguousarray(weight.T),
         slots=slots,
-        sizes=np.array([group_size, instance.min_replicas]),
-        far=1 << 59,
-        order=np.argsort(-weight, axis=1, kind="stable").astype(np.int32),
+        group_size=group_size,
+        min_replicas=instance.min_replicas,
+        artificial_cost=1 << 59,
+        by_weight=np.argsort(-weight, axis=1, kind="stable").astype(np.int32),
         cap=cap,
         state=np.ascontiguousarray(state.T),
-        held=np.empty((servers, groups, most), np.int32),
-        place=np.full((pairs, servers), -1, np.int32),
-        number=np.zeros((servers, groups), np.int64),
+        held=np.empty((servers, groups, max_held), np.int32),
+        position=np.full((pairs, servers), -1, np.int32),
+        num_held=np.zeros((servers, groups), np.int64),
         used=np.zeros(servers, np.int64),
-        copies=np.zeros(pairs, np.int64),
+        num_replicas=np.zeros(pairs, np.int64),
         potential=np.zeros(servers * (groups + 1), np.int64),
         cheapest=np.full((servers, groups, servers + 1), flow.UNKNOWN, np.int32),
-        cost=np.zeros((servers, groups, servers + 1), np.int64),
-        work=np.zeros(2, np.int64),
+        loss=np.zeros((servers, groups, servers + 1), np.int64),
+        counters=np.zeros(2, np.int64),
     )
-    flow.start(tables)
-    stuck = flow.cover(tables)
-    if stuck >= 0:
+    flow.initialise(search)
+    uncovered = flow.augment(search)
+    if uncovered >= 0:
         explain_infeasible(instance)
-        raise AssertionError(f"no path for {instance.model.pair_text(stuck)}, yet no cut")
-    local = ((tables.state == flow.HELD) | (tables.state == flow.PINNED)).T.reshape(worth.shape)
-    return np.ascontiguousarray(local), _prices(tables, instance, scale), tables.work
+        raise AssertionError(f"no path for {instance.model.pair_text(uncovered)}, yet no cut")
+    local = ((search.state == flow.HELD) | (search.state == flow.PINNED)).T.reshape(value.shape)
+    return np.ascontiguousarray(local), _prices(search, instance, scale), search.counters
 
 
-def _prices(tables: flow.Tables, instance: Instance, scale: float) -> Prices:
-    """Prices from potentials: a slot costs its hub's, a layer cap what its node adds to that."""
+def _prices(search: flow.FlowState, instance: Instance, scale: float) -> Prices:
+    """Dual prices from potentials: a slot has that of its hub, a layer cap what its node adds."""
     servers, layers, experts = instance.activations.shape
-    groups = tables.cap.shape[1]
-    slot = tables.potential[servers * groups :]
-    node = tables.potential[: servers * groups].reshape(servers, groups)
+    groups = search.cap.shape[1]
+    slot = search.potential[servers * groups :]
+    node = search.potential[: servers * groups].reshape(servers, groups)
     above = np.maximum(node - slot[:, None], 0)
-    # what the dearest holder would lose by the price of its slot is paid by coverage
+    # coverage pays what the holder with the dearest slot would lose by the price of that slot
     per_pair = np.repeat(slot[:, None] + above, layers * experts // groups, axis=1)
-    lack = np.where(tables.state.T == flow.HELD, per_pair - tables.weight.T, 0).max(axis=0)
-    coverage = np.where(tables.copies == instance.min_replicas, np.maximum(lack, 0), 0)
+    lack = np.where(search.state.T == flow.HELD, per_pair - search.weight.T, 0).max(axis=0)
+    coverage = np.where(search.num_replicas == instance.min_replicas, np.maximum(lack, 0), 0)
     return Prices(
         slot=slot / scale,
         # without caps there is one group, whose node is never dearer than its hub
@@ -133,43 +135,38 @@ def _prices(tables: flow.Tables, instance: Instance, scale: float) -> Prices:
 
 
 def _fill_free_slots(instance: Instance, local: Bools) -> None:
-    """Free slots hold what the other servers call most: it costs nothing and shortens ways."""
+    """Fill free slots with the experts that all servers together call most.
+
+    Free slots do not change the objective; popular experts in them save message hops.
+    """
     forbidden = instance.mask(instance.forbidden)
-    demand = np.argsort(-instance.activations.sum(axis=0), axis=None, kind="stable")
+    by_demand = np.argsort(-instance.activations.sum(axis=0), axis=None, kind="stable")
     experts = instance.model.num_experts
     for n, slots in enumerate(instance.slots):
         free = int(slots) - int(local[n].sum())
         cap = instance.layer_caps[n]
         if free <= 0:
             continue
-        of_layer = local[n].sum(axis=1)
-        for pair in demand.tolist():
+        num_held = local[n].sum(axis=1)
+        for pair in by_demand.tolist():
             layer, expert = divmod(pair, experts)
             if local[n, layer, expert] or forbidden[n, layer, expert]:
                 continue
-            if cap is not None and of_layer[layer] >= cap:
+            if cap is not None and num_held[layer] >= cap:
                 continue
             local[n, layer, expert] = True
-            of_layer[layer] += 1
+            num_held[layer] += 1
             free -= 1
             if not free:
                 break
 
 
-_compiled: list[bool] = []
-
-
-def _load_compiled() -> None:
-    """Compile, or load from the cache, before the clock starts."""
-    if _compiled:
-        return
-    from prism_plan.model import ModelShape
-
-    model = ModelShape("compile", (0,), 2, 1, 1)
-    activations: Any = np.ones((2, 1, 2))
-    tiny = Instance(model, ("a", "b"), activations, ((1,), (1,)))
+@functools.cache
+def _compile() -> None:
+    """Compile the search, or load it from the cache, before the clock starts."""
+    activations = np.ones((2, 1, 2))
+    tiny = Instance(ModelShape("compile", (0,), 2, 1, 1), ("a", "b"), activations, ((1,), (1,)))
     solve_flow(tiny, tiny.activations)
-    _compiled.append(True)
 
 
 SOLVER = Solver(
@@ -177,5 +174,5 @@ SOLVER = Solver(
     summary="minimum-cost flow by shortest augmenting paths over servers",
     guarantee="optimal, with a certificate (bound == objective)",
     function=_solve,
-    knows=frozenset({Rule.MIN_REPLICAS, Rule.RULES, Rule.LOAD_PRICE}),
+    supports=frozenset({Feature.MIN_REPLICAS, Feature.RULES, Feature.LOAD_PRICE}),
 )

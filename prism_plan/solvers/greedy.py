@@ -14,7 +14,7 @@ from prism_plan.instance import Instance
 def greedy_with_coverage(
     instance: Instance, counts: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Locality bool [N, L, E] with Σ_e local[n, l, e] = counts[n, l] for counts [N, L].
+    """Fill each server's count of each layer: bool [N, L, E], Σ_e local = ``counts`` [N, L].
 
     Each server takes its K[n, l] most used experts of layer l. While an expert of the layer is
     nowhere, the server that holds most duplicates in that layer drops its least used duplicate
@@ -29,22 +29,22 @@ def greedy_with_coverage(
         raise ValueError("a layer has fewer slots than experts")
     local = np.zeros(instance.activations.shape, bool)
     for layer in range(instance.model.num_layers):
-        use = instance.activations[:, layer]
+        calls = instance.activations[:, layer]
         held = local[:, layer]
-        for n, number in enumerate(counts[:, layer]):
-            held[n, np.argsort(-use[n], kind="stable")[:number]] = True
-        _cover(use, held)
+        for n, count in enumerate(counts[:, layer]):
+            held[n, np.argsort(-calls[n], kind="stable")[:count]] = True
+        _repair_coverage(calls, held)
     return local
 
 
-def _cover(use: npt.NDArray[np.float64], held: npt.NDArray[np.bool_]) -> None:
-    """Repair the coverage of one layer in place; ``use`` and ``held`` are [N, E]."""
-    copies = held.sum(axis=0)
-    while not copies.all():
-        duplicate = held & (copies > 1)
+def _repair_coverage(calls: npt.NDArray[np.float64], held: npt.NDArray[np.bool_]) -> None:
+    """Repair the coverage of one layer in place; ``calls`` and ``held`` are [N, E]."""
+    num_replicas = held.sum(axis=0)
+    while not num_replicas.all():
+        duplicate = held & (num_replicas > 1)
         n = int(np.argmax(duplicate.sum(axis=1)))
-        drop = int(np.argmin(np.where(duplicate[n], use[n], np.inf)))
-        take = int(np.argmax(np.where(copies == 0, use[n], -1.0)))
+        drop = int(np.argmin(np.where(duplicate[n], calls[n], np.inf)))
+        take = int(np.argmax(np.where(num_replicas == 0, calls[n], -1.0)))
         held[n, drop], held[n, take] = False, True
-        copies[drop] -= 1
-        copies[take] += 1
+        num_replicas[drop] -= 1
+        num_replicas[take] += 1

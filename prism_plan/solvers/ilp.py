@@ -1,9 +1,9 @@
 """The planning problem as an integer program in PuLP: the referee, and for experts of unequal size.
 
-Back ends: HiGHS and the CBC that comes with PuLP. Both hold a constraint within a tolerance of
-about 1e-6, which is some bytes where experts have millions of them. So an answer is checked in
-whole numbers; one that holds a byte too much is not taken, and the problem is solved once more with
-the capacities written digit by digit, where a tolerance of 1e-6 is far below one byte.
+Back ends: HiGHS and the CBC that comes with PuLP. Both satisfy a constraint within a tolerance of
+about 1e-6, which is some bytes where experts have millions of them. So a result is checked in
+integers; one that holds a byte too much is rejected, and the problem is solved once more with the
+capacities written digit by digit, where a tolerance of 1e-6 is far below one byte.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from prism_plan.errors import Infeasible, LimitReached
 from prism_plan.feasibility import explain_infeasible
 from prism_plan.instance import Instance
 from prism_plan.placement import server_of_gpu
-from prism_plan.solvers.contract import Answer, Options, Rule, Solver
-from prism_plan.solvers.packing import standing_local
+from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult
+from prism_plan.solvers.packing import reference_local
 
 #: A gap of this share of all calls is rounding of the back ends, not distance from the optimum.
 TOLERANCE = 1e-7
 #: Bits of a digit of the capacities in bytes: 2**-10 is a thousand times a back end's tolerance.
 DIGIT_BITS = 10
-#: The largest weight in the objective, so that the back ends' absolute tolerances are small to it.
-LARGEST_WEIGHT = 1000.0
+#: The objective's largest weight after scaling, far above the back ends' absolute tolerances.
+MAX_WEIGHT = 1000.0
 
 
-def _solve(instance: Instance, options: Options) -> Answer:
-    worth = instance.activations
-    if options.near is not None:
-        standing = standing_local(instance, options.near)
-        # too small to outweigh any saving that matters: among equal plans the one with fewer loads
-        tie = 1e-9 * float(worth.max())
-        worth = worth - max(options.load_price, tie) * ~standing
-    scale = LARGEST_WEIGHT / (float(np.abs(worth).max()) or 1.0)
-    found = _search(instance, worth * scale, options)
-    held = found.held
-    if found.infeasible:
+def _solve(instance: Instance, options: Options) -> SolverResult:
+    value = instance.activations
+    if options.reference is not None:
+        loaded = ~reference_local(instance, options.reference)
+        # breaks ties for fewer loads; too small to outweigh any saving that matters
+        tie_break = 1e-9 * float(value.max())
+        value = value - max(options.load_price, tie_break) * loaded
+    scale = MAX_WEIGHT / (float(np.abs(value).max()) or 1.0)
+    result = _solve_to_the_byte(instance, value * scale, options)
+    local = result.local
+    if result.infeasible:
         if instance.in_slots:
             explain_infeasible(instance)
         raise Infeasible(
@@ -59,69 +59,71 @@ def _solve(instance: Instance, options: Options) -> Answer:
             unit="experts at least",
             remedy="add memory",
         )
-    if held is None:
+    if local is None:
         limit = (
             f"{options.time_limit_s:g} s" if options.time_limit_s else "the back end's own limit"
         )
         other = " or use solver exact" if instance.in_slots else ""
         raise LimitReached(
             f"ilp with {options.backend} found no placement within {limit} "
-            f"({found.words}); raise ``time_limit_s``{other}"
+            f"({result.status}); raise ``time_limit_s``{other}"
         )
     total = math.fsum(instance.activations.ravel())
-    if options.near is not None:  # the tie-break is no part of the objective
-        worth = instance.activations - options.load_price * ~standing
-    objective = total - math.fsum(worth[held])
-    lower = -math.inf if found.bound is None else total + found.bound / scale
+    if options.reference is not None:  # the tie-break is no part of the objective
+        value = instance.activations - options.load_price * loaded
+    objective = total - math.fsum(value[local])
+    lower = -math.inf if result.bound is None else total + result.bound / scale
     gap = max(objective - lower, 0.0)
-    optimal = found.finished and gap <= TOLERANCE * max(total, abs(objective))
+    optimal = result.finished and gap <= TOLERANCE * max(total, abs(objective))
     extra: dict[str, Any] = {"backend": options.backend}
     if not optimal and math.isfinite(gap):
         extra["gap"] = gap / abs(objective) if objective else gap
-    return Answer(
-        local=held,
+    return SolverResult(
+        local=local,
         termination="optimal" if optimal else "time_limit",
         bound=objective if optimal else (lower if math.isfinite(lower) else None),
-        on_gpu=found.on_gpu,
+        on_gpu=result.on_gpu,
         extra=extra,
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
-    """How a back end ended, in its own ``words``.
+class _BackendResult:
+    """How one run of a back end ended, with PuLP's name of its ``status``.
 
-    ``held`` bool [N, L, E] and ``on_gpu`` bool [G, L, E] are its best answer, ``None`` without one;
-    ``on_gpu`` also where experts are of one size. ``bound`` is a proven lower bound on the scaled
-    objective, ``finished`` whether the search ended by itself.
+    ``local`` bool [N, L, E] and ``on_gpu`` bool [G, L, E] are its best placement, ``None`` without
+    one; ``on_gpu`` also where experts are of one size. ``bound`` is a proven lower bound on the
+    scaled objective, ``finished`` whether the search ended by itself.
     """
 
     infeasible: bool
     finished: bool
-    words: str
-    held: npt.NDArray[np.bool_] | None
+    status: str
+    local: npt.NDArray[np.bool_] | None
     on_gpu: npt.NDArray[np.bool_] | None
     bound: float | None
 
 
-def _search(instance: Instance, worth: npt.NDArray[np.float64], options: Options) -> _Found:
-    """Minimise −Σ worth·x; the answer fits to the byte.
+def _solve_to_the_byte(
+    instance: Instance, value: npt.NDArray[np.float64], options: Options
+) -> _BackendResult:
+    """Minimise −Σ value·x by a back end, with a result that fits the GPUs to the byte.
 
     Raises
     ------
     LimitReached
-        The back end's answer does not fit even where a byte is far more than its tolerance.
+        The result does not fit even where a byte is far more than the back end's tolerance.
     """
     begin = time.monotonic()
-    found = _run(instance, worth, options, by_digits=False)
-    if _fits(instance, found):
-        return found
+    result = _run_backend(instance, value, options, by_digits=False)
+    if _fits(instance, result):
+        return result
     if options.time_limit_s is not None:
         left_s = max(options.time_limit_s - (time.monotonic() - begin), 1e-3)
         options = dataclasses.replace(options, time_limit_s=left_s)
-    found = _run(instance, worth, options, by_digits=True)
-    if _fits(instance, found):
-        return found
+    result = _run_backend(instance, value, options, by_digits=True)
+    if _fits(instance, result):
+        return result
     other = "cbc" if options.backend == "highs" else "highs"
     raise LimitReached(
         f"ilp with {options.backend} found no placement that fits to the byte; "
@@ -129,59 +131,59 @@ def _search(instance: Instance, worth: npt.NDArray[np.float64], options: Options
     )
 
 
-def _run(
-    instance: Instance, worth: npt.NDArray[np.float64], options: Options, *, by_digits: bool
-) -> _Found:
-    """Run the back end once; see :func:`_model`."""
+def _run_backend(
+    instance: Instance, value: npt.NDArray[np.float64], options: Options, *, by_digits: bool
+) -> _BackendResult:
+    """Run the back end once; see :func:`_build_problem`."""
     import pulp
 
-    problem, variables, gpu_variables = _model(instance, worth, by_digits=by_digits)
-    with _stdout_to_stderr(), tempfile.TemporaryDirectory(prefix="prism-plan-") as folder:
+    problem, variables, gpu_variables = _build_problem(instance, value, by_digits=by_digits)
+    with _silent_stdout(), tempfile.TemporaryDirectory(prefix="prism-plan-") as folder:
         log = Path(folder) / "log"
-        with _ended_with_this():
-            problem.solve(_backend(options, log))
-        bound = _bound(problem, options, log)
+        with _children_killed_on_error():
+            problem.solve(_pulp_solver(options, log))
+        bound = _proven_bound(problem, options, log)
     status = problem.sol_status
-    held = on_gpu = None
+    local = on_gpu = None
     if status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        held = _held(variables, instance)
-        if held is not None and gpu_variables is not None:
-            on_gpu = _held(gpu_variables, instance)
-            held = None if on_gpu is None else held
-    return _Found(
+        local = _binary_values(variables, instance)
+        if local is not None and gpu_variables is not None:
+            on_gpu = _binary_values(gpu_variables, instance)
+            local = None if on_gpu is None else local
+    return _BackendResult(
         # what CBC calls "integer infeasible" PuLP calls no solution found, and infeasible
         infeasible=status == pulp.LpSolutionInfeasible
-        or (held is None and problem.status == pulp.LpStatusInfeasible),
+        or (local is None and problem.status == pulp.LpStatusInfeasible),
         finished=status == pulp.LpSolutionOptimal and problem.status == pulp.LpStatusOptimal,
-        words=pulp.LpSolution[status],
-        held=held,
+        status=pulp.LpSolution[status],
+        local=local,
         on_gpu=on_gpu,
         bound=bound,
     )
 
 
-def _fits(instance: Instance, found: _Found) -> bool:
-    """Whether no GPU holds a byte too much, in whole numbers; true where there is no answer."""
-    if found.on_gpu is None:
+def _fits(instance: Instance, result: _BackendResult) -> bool:
+    """Whether no GPU holds a byte too much, in integers; true where there is no placement."""
+    if result.on_gpu is None:
         return True
-    used = found.on_gpu.sum(axis=2) @ instance.expert_size
-    return bool((used <= [room for gpus in instance.gpu_capacity for room in gpus]).all())
+    used = result.on_gpu.sum(axis=2) @ instance.expert_size
+    return bool((used <= list(itertools.chain(*instance.gpu_capacity))).all())
 
 
-def _model(
-    instance: Instance, worth: npt.NDArray[np.float64], *, by_digits: bool = False
+def _build_problem(
+    instance: Instance, value: npt.NDArray[np.float64], *, by_digits: bool
 ) -> tuple[Any, Any, Any]:
-    """Minimise −Σ worth·x. Variables x[n][j], and per GPU z[g][j] where experts differ in size.
+    """Minimise −Σ value·x. Variables x[n][j], and per GPU z[g][j] where experts differ in size.
 
     ``by_digits`` writes the capacities of GPUs in bytes digit by digit.
     """
     import pulp
 
-    servers, layers, experts = worth.shape
+    servers, layers, experts = value.shape
     pairs = layers * experts
     pinned = instance.mask(instance.pinned).reshape(servers, pairs)
     forbidden = instance.mask(instance.forbidden).reshape(servers, pairs)
-    flat = worth.reshape(servers, pairs).tolist()
+    flat = value.reshape(servers, pairs).tolist()
     problem = pulp.LpProblem("placement", pulp.LpMinimize)
     x = [
         [
@@ -196,8 +198,8 @@ def _model(
         [(x[n][j], -flat[n][j]) for n in range(servers) for j in range(pairs)]
     )
     for j in range(pairs):
-        copies = pulp.LpAffineExpression([(x[n][j], 1) for n in range(servers)])
-        problem += copies >= instance.min_replicas
+        num_replicas = pulp.LpAffineExpression([(x[n][j], 1) for n in range(servers)])
+        problem += num_replicas >= instance.min_replicas
     for n, cap in enumerate(instance.layer_caps):
         for layer in range(layers if cap is not None else 0):
             held = x[n][layer * experts : (layer + 1) * experts]
@@ -206,60 +208,60 @@ def _model(
         for n, slots in enumerate(instance.slots.tolist()):
             problem += pulp.LpAffineExpression([(v, 1) for v in x[n]]) <= slots
         return problem, x, None
-    # bytes in units of their greatest common divisor: of the room only whole units are of use
+    # bytes in units of their greatest common divisor: only whole units of a capacity are of use
     unit = math.gcd(*instance.expert_size.tolist())
     size = np.repeat(instance.expert_size // unit, experts).tolist()
-    owner = server_of_gpu(instance.gpu_capacity).tolist()
-    capacity = [room // unit for gpus in instance.gpu_capacity for room in gpus]
+    server_of = server_of_gpu(instance.gpu_capacity).tolist()
+    capacities = [capacity // unit for gpus in instance.gpu_capacity for capacity in gpus]
     z = [
         [problem.add_variable(f"z_{g}_{j}", 0, 1, "Integer") for j in range(pairs)]
-        for g in range(len(owner))
+        for g in range(len(server_of))
     ]
-    for g, room in enumerate(capacity):
+    for g, capacity in enumerate(capacities):
         if by_digits:
-            _add_capacity_by_digits(problem, z[g], size, room, f"c_{g}")
+            _add_capacity_by_digits(problem, z[g], size, capacity, f"c_{g}")
             continue
         largest = max(size)  # in units of the largest expert the numbers are near one
         used = pulp.LpAffineExpression([(z[g][j], size[j] / largest) for j in range(pairs)])
-        problem += used <= room / largest
+        problem += used <= capacity / largest
     for n in range(servers):
-        gpus = [g for g in range(len(owner)) if owner[g] == n]
+        gpus = [g for g in range(len(server_of)) if server_of[g] == n]
         for j in range(pairs):
             problem += pulp.LpAffineExpression([(z[g][j], 1) for g in gpus]) == x[n][j]
     return problem, x, z
 
 
 def _add_capacity_by_digits(
-    problem: Any, variables: Sequence[Any], size: Sequence[int], room: int, name: str
+    problem: Any, variables: Sequence[Any], size: Sequence[int], capacity: int, name: str
 ) -> None:
-    """Add Σ size·variable ≤ room as one constraint for each digit of the sizes, base B.
+    """Add Σ size·variable ≤ capacity as one constraint for each digit of the sizes, base B.
 
-    With size = high·B + low and room likewise, the sum fits iff a whole number of carries c has
-    Σ low·variable ≤ room_low + B·c and Σ high·variable + c ≤ room_high; the second is split again
-    while it has several digits. Divided by B, a power of two, the coefficients are exact, at most
-    one and whole multiples of 1/B, so that no sum can lie between two of them.
+    With size = high·B + low and capacity likewise, the sum fits iff an integer carry c has
+    Σ low·variable ≤ capacity_low + B·c and Σ high·variable + c ≤ capacity_high; the second is split
+    again while it has several digits. Divided by B, a power of two, the coefficients are exact, at
+    most one and integer multiples of 1/B, so that no sum can lie between two of them.
     """
     import pulp
 
     base = 1 << DIGIT_BITS
-    carried: list[Any] = []  # the carries of the digit before
-    most_carried = 0
+    carry: list[Any] = []  # the variable of the carry from the previous digit, if there is one
+    max_carry = 0
     for digit in itertools.count():
         last = max(size) < base
         low = list(size) if last else [s % base for s in size]
         terms = [(v, s / base) for v, s in zip(variables, low, strict=True)]
-        terms += [(carry, 1 / base) for carry in carried]
+        terms += [(variable, 1 / base) for variable in carry]
         if last:
-            problem += pulp.LpAffineExpression(terms) <= room / base
+            problem += pulp.LpAffineExpression(terms) <= capacity / base
             return
-        most_carried = (sum(low) + most_carried) // base + 1
-        carried = [problem.add_variable(f"{name}_{digit}", 0, most_carried, "Integer")]
-        problem += pulp.LpAffineExpression([*terms, (carried[0], -1)]) <= (room % base) / base
-        size, room = [s // base for s in size], room // base
+        max_carry = (sum(low) + max_carry) // base + 1
+        carry = [problem.add_variable(f"{name}_{digit}", 0, max_carry, "Integer")]
+        problem += pulp.LpAffineExpression([*terms, (carry[0], -1)]) <= (capacity % base) / base
+        size, capacity = [s // base for s in size], capacity // base
 
 
-def _backend(options: Options, log: Path) -> Any:
-    """A back end that stops only at a proven optimum or at the time limit."""
+def _pulp_solver(options: Options, log: Path) -> Any:
+    """The back end as PuLP's solver, which stops only at a proven optimum or at the time limit."""
     import pulp
 
     if options.backend == "highs":
@@ -290,13 +292,13 @@ def _run_interruptibly(highs: Any) -> None:
             thread.join(0.05)
     except BaseException:
         highs.cancelSolve()
-        thread.join(1)  # it may take longer to hear of it; nothing waits for it then
+        thread.join(1)  # it may end later; nothing waits for it
         raise
 
 
 @contextlib.contextmanager
-def _ended_with_this() -> Iterator[None]:
-    """PuLP leaves CBC running when the wait for it is interrupted: end it, whatever happens."""
+def _children_killed_on_error() -> Iterator[None]:
+    """Kill CBC when the wait for it is interrupted, for PuLP leaves it running."""
     import psutil
 
     own = psutil.Process()
@@ -316,8 +318,8 @@ _CBC_RELAXED = re.compile(r"^Continuous objective value is\s+(\S+)", re.MULTILIN
 _CBC_OPTIMAL = re.compile(r"^(?:Result - Optimal solution found|Optimal objective)", re.MULTILINE)
 
 
-def _bound(problem: Any, options: Options, log: Path) -> float | None:
-    """The back end's own proven bound on the scaled objective, if it told one."""
+def _proven_bound(problem: Any, options: Options, log: Path) -> float | None:
+    """The back end's own proven bound on the scaled objective, if it reports one."""
     import pulp
 
     if options.backend == "highs":
@@ -336,25 +338,25 @@ def _bound(problem: Any, options: Options, log: Path) -> float | None:
     return float(found.group(1)) if found else None
 
 
-def _held(variables: Any, instance: Instance) -> npt.NDArray[np.bool_] | None:
+def _binary_values(variables: Any, instance: Instance) -> npt.NDArray[np.bool_] | None:
     """Which variables are 1, bool [N or G, L, E]; ``None`` if some are neither 0 nor 1."""
     values = [[variable.value() for variable in row] for row in variables]
     if any(value is None for row in values for value in row):
         return None
-    found = np.array(values, np.float64).reshape(len(variables), *instance.activations.shape[1:])
-    if np.abs(found - np.rint(found)).max() > 1e-5:
+    array = np.array(values, np.float64).reshape(len(variables), *instance.activations.shape[1:])
+    if np.abs(array - np.rint(array)).max() > 1e-5:
         return None
-    return found > 0.5
+    return array > 0.5
 
 
 @contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """HiGHS prints a banner to file descriptor 1 even when told to be silent; keep it clean."""
+def _silent_stdout() -> Iterator[None]:
+    """Discard what HiGHS prints to file descriptor 1: a banner, even with ``msg=False``."""
     sys.stdout.flush()
     saved = os.dup(1)
     try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), 1)
         yield
     finally:
         os.dup2(saved, 1)
@@ -366,5 +368,5 @@ SOLVER = Solver(
     summary="integer program in PuLP (HiGHS or CBC): the referee on small and medium clusters",
     guarantee="optimal, or the gap that a time limit left; experts of unequal size too",
     function=_solve,
-    knows=frozenset(Rule),
+    supports=frozenset(Feature),
 )

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from prism_plan.instance import Instance
-from prism_plan.solvers.contract import Answer, Options, Solver
+from prism_plan.solvers.contract import Options, Solver, SolverResult
 from prism_plan.solvers.uniform import proportional_quotas
 
 
-def _solve(instance: Instance, options: Options) -> Answer:
+def _solve(instance: Instance, options: Options) -> SolverResult:
     servers, layers, experts = instance.activations.shape
     local = np.zeros((servers, layers, experts), bool)
     free = instance.slots.copy()
 
     # one owner for each layer, in proportion to capacity, contiguous runs in server order
-    fits = free // experts
-    owned = np.minimum(proportional_quotas(layers, free), fits)
-    spare = fits - owned
-    for n in range(servers):  # layers that a quota promised to servers too small for one
-        more = min(int(spare[n]), layers - int(owned.sum()))
-        owned[n] += more
-    owner = np.repeat(np.arange(servers), owned)
+    max_owned = free // experts
+    num_owned = np.minimum(proportional_quotas(layers, free), max_owned)
+    for n in range(servers):  # layers in the quotas of servers that are too small for one
+        num_owned[n] += min(int((max_owned - num_owned)[n]), layers - int(num_owned.sum()))
+    owner = np.repeat(np.arange(servers), num_owned)
     local[owner, np.arange(len(owner))] = True
-    free -= owned * experts
+    free -= num_owned * experts
 
     # layers that no server can own whole are dealt out expert by expert, in index order
     for layer in range(len(owner), layers):
@@ -34,29 +31,23 @@ def _solve(instance: Instance, options: Options) -> Answer:
             free[n] -= 1
 
     # whole-layer copies while they fit: fewest copies first, then lowest index
-    copies = local.all(axis=2).sum(axis=0)
+    num_copies = local.all(axis=2).sum(axis=0)
     for n in range(servers):
         while free[n] >= experts:
             candidates = np.flatnonzero(~local[n].any(axis=1))
             if not len(candidates):
                 break
-            layer = candidates[np.argmin(copies[candidates])]
+            layer = candidates[np.argmin(num_copies[candidates])]
             local[n, layer] = True
-            copies[layer] += 1
+            num_copies[layer] += 1
             free[n] -= experts
 
-    _fill_by_frequency(instance, local, free)
-    return Answer(local)
-
-
-def _fill_by_frequency(
-    instance: Instance, local: npt.NDArray[np.bool_], free: npt.NDArray[np.int64]
-) -> None:
+    # the experts that each server calls most in the slots that are left
     for n, slots in enumerate(free):
         frequency = np.where(local[n], -1.0, instance.activations[n]).ravel()
         order = np.argsort(-frequency, kind="stable")[: int(slots)]
-        flat = local[n].reshape(-1)
-        flat[order[frequency[order] >= 0]] = True
+        local[n].reshape(-1)[order[frequency[order] >= 0]] = True
+    return SolverResult(local)
 
 
 SOLVER = Solver(

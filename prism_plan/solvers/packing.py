@@ -1,8 +1,9 @@
-"""From servers to GPUs: balance the expected load of a server's GPUs."""
+"""Distribute each server's experts over its GPUs so that their expected loads are balanced."""
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +20,41 @@ def expected_load(
     A server serves its own calls of the experts it holds; the calls of servers that do not hold an
     expert are taken to spread evenly over those that do. Zero where a server holds no copy.
     """
-    copies = np.maximum(local.sum(axis=0), 1)
-    from_others = np.where(local, 0.0, activations).sum(axis=0) / copies
+    num_replicas = np.maximum(local.sum(axis=0), 1)
+    from_others = np.where(local, 0.0, activations).sum(axis=0) / num_replicas
     return np.where(local, activations + from_others, 0.0)
 
 
+def assign_to_least_loaded(
+    load: npt.NDArray[np.float64],
+    order: Iterable[int],
+    free: dict[int, int],
+    total: dict[int, float],
+) -> Iterator[tuple[int, int]]:
+    """Assign experts one by one to the least loaded GPU with a free slot; yields (expert, GPU).
+
+    ``load`` [J] is that of each expert, ``order`` lists the experts to assign; ``free`` slots and
+    ``total`` load are by GPU, in ascending order. Ties: lowest GPU.
+    """
+    heap = [(total[g], g) for g in free if free[g]]
+    heapq.heapify(heap)
+    for expert in order:
+        gpu_load, g = heap[0]
+        yield expert, g
+        free[g] -= 1
+        if free[g]:
+            heapq.heapreplace(heap, (gpu_load + float(load[expert]), g))
+        else:
+            heapq.heappop(heap)
+
+
 def pack_on_gpus(
-    instance: Instance, local: npt.NDArray[np.bool_], near: Placement | None = None
+    instance: Instance, local: npt.NDArray[np.bool_], reference: Placement | None = None
 ) -> npt.NDArray[np.bool_]:
     """Put each server's experts on its GPUs, bool [G, L, E] (experts of one size).
 
-    Largest expected load first onto the least loaded GPU with room; ties to the lowest index.
-    Experts that ``near`` already has on a GPU of that server stay there while there is room.
+    Largest expected load first onto the least loaded GPU with a free slot; ties to the lowest
+    index. Experts that ``reference`` has on a GPU of that server stay there while it has slots.
 
     Raises
     ------
@@ -39,59 +63,56 @@ def pack_on_gpus(
     """
     servers, layers, experts = local.shape
     load = expected_load(instance.activations, local).reshape(servers, -1)
-    owner = server_of_gpu(instance.gpu_capacity)
-    packed = np.zeros((len(owner), layers * experts), bool)
-    stay = None if near is None else _standing(instance, near).reshape(len(owner), -1)
+    server_of = server_of_gpu(instance.gpu_capacity)
+    packed = np.zeros((len(server_of), layers * experts), bool)
+    on_reference = None
+    if reference is not None:
+        on_reference = _reference_on_gpu(instance, reference).reshape(len(server_of), -1)
     for n in range(servers):
-        gpus = np.flatnonzero(owner == n)
-        room = dict(zip(gpus.tolist(), instance.gpu_capacity[n], strict=True))
+        gpus = np.flatnonzero(server_of == n).tolist()
+        free = dict(zip(gpus, instance.gpu_capacity[n], strict=True))
         held = np.flatnonzero(local[n])
-        if len(held) > sum(room.values()):
+        if len(held) > sum(free.values()):
             raise ValueError(f"{len(held)} experts do not fit server {instance.servers[n]!r}")
         if len(gpus) == 1:
             packed[gpus[0], held] = True
             continue
         placed = np.zeros(len(held), bool)
-        total = dict.fromkeys(gpus.tolist(), 0.0)
-        if stay is not None:
-            for g in gpus.tolist():
-                kept = np.flatnonzero(stay[g, held] & ~placed)[: room[g]]
+        total = dict.fromkeys(gpus, 0.0)
+        if on_reference is not None:
+            for g in gpus:
+                kept = np.flatnonzero(on_reference[g, held] & ~placed)[: free[g]]
                 packed[g, held[kept]] = True
                 placed[kept] = True
-                room[g] -= len(kept)
+                free[g] -= len(kept)
                 total[g] += float(load[n, held[kept]].sum())
         rest = held[~placed]
-        heap = [(total[g], g) for g in gpus.tolist() if room[g]]
-        heapq.heapify(heap)
-        for pair in rest[np.argsort(-load[n, rest], kind="stable")].tolist():
-            weight, g = heap[0]
+        order = rest[np.argsort(-load[n, rest], kind="stable")].tolist()
+        for pair, g in assign_to_least_loaded(load[n], order, free, total):
             packed[g, pair] = True
-            room[g] -= 1
-            if room[g]:
-                heapq.heapreplace(heap, (weight + float(load[n, pair]), g))
-            else:
-                heapq.heappop(heap)
-    return packed.reshape(len(owner), layers, experts)
+    return packed.reshape(len(server_of), layers, experts)
 
 
-def _standing(instance: Instance, near: Placement) -> npt.NDArray[np.bool_]:
-    """What ``near`` has on each GPU of the instance, matched by server name, bool [G, L, E]."""
-    owner = server_of_gpu(instance.gpu_capacity)
-    standing = np.zeros((len(owner), *near.on_gpu.shape[1:]), bool)
+def _reference_on_gpu(instance: Instance, reference: Placement) -> npt.NDArray[np.bool_]:
+    """What a reference placement has on each GPU of the instance's servers, bool [G, L, E].
+
+    Servers are matched by name, their GPUs by index.
+    """
+    server_of = server_of_gpu(instance.gpu_capacity)
+    on_gpu = np.zeros((len(server_of), *reference.on_gpu.shape[1:]), bool)
     for n, name in enumerate(instance.servers):
-        if name in near.servers:
-            ours = np.flatnonzero(owner == n)
-            theirs = near.gpus_of(near.servers.index(name))
-            both = min(len(ours), len(theirs))
-            standing[ours[:both]] = near.on_gpu[theirs[:both]]
-    return standing
+        if name in reference.servers:
+            gpus = np.flatnonzero(server_of == n)
+            before = reference.gpus_of(reference.servers.index(name))
+            common = min(len(gpus), len(before))
+            on_gpu[gpus[:common]] = reference.on_gpu[before[:common]]
+    return on_gpu
 
 
-def standing_local(instance: Instance, near: Placement) -> npt.NDArray[np.bool_]:
-    """What ``near`` has on each server of the instance, matched by name, bool [N, L, E]."""
-    local = near.local
-    standing = np.zeros((instance.num_servers, *local.shape[1:]), bool)
+def reference_local(instance: Instance, reference: Placement) -> npt.NDArray[np.bool_]:
+    """What a reference placement has on each server of the instance, by name, bool [N, L, E]."""
+    local = np.zeros((instance.num_servers, *reference.on_gpu.shape[1:]), bool)
     for n, name in enumerate(instance.servers):
-        if name in near.servers:
-            standing[n] = local[near.servers.index(name)]
-    return standing
+        if name in reference.servers:
+            local[n] = reference.local[reference.servers.index(name)]
+    return local

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from prism_plan.instance import Instance
-from prism_plan.solvers.contract import Answer, Options, Solver
+from prism_plan.solvers.contract import Options, Solver, SolverResult
 from prism_plan.solvers.entropy import entropy_counts
 from prism_plan.solvers.greedy import greedy_with_coverage
 
 
-def _solve(instance: Instance, options: Options) -> Answer:
-    return Answer(greedy_with_coverage(instance, entropy_counts(instance)))
+def _solve(instance: Instance, options: Options) -> SolverResult:
+    return SolverResult(greedy_with_coverage(instance, entropy_counts(instance)))
 
 
 SOLVER = Solver(

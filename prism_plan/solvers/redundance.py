@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from prism_plan.instance import Instance
-from prism_plan.solvers.contract import Answer, Options, Solver
+from prism_plan.solvers.contract import Options, Solver, SolverResult
 from prism_plan.solvers.uniform import uniform_local
 
 
-def _solve(instance: Instance, options: Options) -> Answer:
+def _solve(instance: Instance, options: Options) -> SolverResult:
     """Documented assumption: each server draws from the experts it lacks, all equally likely.
 
     The expected remote share is 1 − ΣC / (N·J).
@@ -20,7 +20,7 @@ def _solve(instance: Instance, options: Options) -> Answer:
         lacking = np.flatnonzero(~local[n])
         free = int(slots) - int(local[n].sum())
         local[n, rng.permutation(lacking)[:free]] = True
-    return Answer(local.reshape(instance.activations.shape))
+    return SolverResult(local.reshape(instance.activations.shape))
 
 
 SOLVER = Solver(

@@ -1,11 +1,11 @@
-"""Which solvers there are. Modules are imported when a solver is asked for."""
+"""All solvers by name; the module of each is imported on first use."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.solvers.contract import Rule, Solver
+from prism_plan.solvers.contract import Feature, Solver
 
 _MODULES = {
     "uniform": "uniform",
@@ -18,7 +18,7 @@ _MODULES = {
     "exact": "exact",
 }
 
-#: In the order of tables: from naive to exact.
+#: In the order of tables, from naive to exact.
 SOLVER_NAMES = tuple(_MODULES)
 
 
@@ -39,6 +39,6 @@ def get_solver(name: str) -> Solver:
     return solver
 
 
-def solvers_supporting(rules: frozenset[Rule]) -> list[str]:
-    """Names of the solvers that have a rule for all of them."""
-    return [name for name in SOLVER_NAMES if rules <= get_solver(name).knows]
+def solvers_supporting(features: frozenset[Feature]) -> list[str]:
+    """Names of the solvers that support all of these features."""
+    return [name for name in SOLVER_NAMES if features <= get_solver(name).supports]

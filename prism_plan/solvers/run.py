@@ -1,4 +1,4 @@
-"""`solve`: check, search, pack, recompute."""
+"""Solve an instance: check its feasibility, search, pack onto GPUs, check and score the result."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from prism_plan.errors import UnsupportedFeature
 from prism_plan.feasibility import require_feasible
 from prism_plan.instance import Instance
 from prism_plan.model import require_same_model
-from prism_plan.objective import remote_score, violations
-from prism_plan.placement import InputFile, Placement, Plan
-from prism_plan.solvers.contract import Answer, Options, Rule
-from prism_plan.solvers.packing import pack_on_gpus, standing_local
+from prism_plan.objective import remote_score
+from prism_plan.placement import InputFile, Placement, SolveReport
+from prism_plan.placement_check import violations
+from prism_plan.solvers.contract import Feature, Options, SolverResult
+from prism_plan.solvers.packing import pack_on_gpus, reference_local
 from prism_plan.solvers.registry import get_solver, solvers_supporting
 
 
@@ -31,9 +32,9 @@ def solve(
     Raises
     ------
     InputError
-        No such solver; ``options.near`` is of another model.
+        No such solver; ``options.reference`` is of another model.
     UnsupportedFeature
-        The solver has no rule for what the instance asks.
+        The solver does not support what the instance requires.
     Infeasible
         No placement satisfies the instance.
     LimitReached
@@ -41,75 +42,77 @@ def solve(
     """
     options = options or Options()
     chosen = get_solver(solver)
-    if options.near is not None:
+    if options.reference is not None:
         require_same_model(
-            options.near.model, instance.model, source="the placement to stay near", other="trace"
+            options.reference.model,
+            instance.model,
+            source="the placement to stay near",
+            other="trace",
         )
-    asked = rules_asked(instance, options)
-    if not asked <= chosen.knows:
-        able = solvers_supporting(asked) or ["none"]
-        lacking = " and ".join(sorted(asked - chosen.knows))
+    required = required_features(instance, options)
+    if unsupported := required - chosen.supports:
+        alternatives = solvers_supporting(required) or ["none"]
         raise UnsupportedFeature(
-            f"solver {solver!r} has no rule for {lacking}; solvers that have: {', '.join(able)}"
+            f"solver {solver!r} has no rule for {' and '.join(sorted(unsupported))}; "
+            f"solvers that have: {', '.join(alternatives)}"
         )
     require_feasible(instance)
     begin = time.perf_counter()
-    answer = chosen(instance, options)
+    result = chosen(instance, options)
     runtime_s = time.perf_counter() - begin
-    on_gpu = answer.on_gpu
+    on_gpu = result.on_gpu
     if on_gpu is None:
-        on_gpu = pack_on_gpus(instance, answer.local, options.near)
+        on_gpu = pack_on_gpus(instance, result.local, options.reference)
     placement = Placement(
         model=instance.model,
         servers=instance.servers,
         gpu_capacity=instance.gpu_capacity,
         on_gpu=on_gpu,
-        plan=_plan(instance, solver, options, answer, runtime_s),
+        plan=_report(instance, solver, options, result, runtime_s),
         inputs=dict(inputs or {}),
     )
-    broken = violations(placement, instance=instance)
-    if broken:
+    if broken := violations(placement, instance=instance):
         raise AssertionError(f"solver {solver!r} broke a constraint: {broken[0].message}")
     return placement
 
 
-def rules_asked(instance: Instance, options: Options) -> frozenset[Rule]:
-    """The parts of the problem that a solver needs a rule for."""
-    asked = {
-        Rule.MIN_REPLICAS: instance.min_replicas > 1,
-        Rule.RULES: instance.has_rules,
-        Rule.LOAD_PRICE: options.near is not None,
-        Rule.UNEQUAL_BYTES: not instance.in_slots,
+def required_features(instance: Instance, options: Options) -> frozenset[Feature]:
+    """The features that a solver has to support for this instance and these options."""
+    required = {
+        Feature.MIN_REPLICAS: instance.min_replicas > 1,
+        Feature.RULES: instance.has_rules,
+        Feature.LOAD_PRICE: options.reference is not None,
+        Feature.UNEQUAL_BYTES: not instance.in_slots,
     }
-    return frozenset(rule for rule, wanted in asked.items() if wanted)
+    return frozenset(feature for feature in required if required[feature])
 
 
-def _plan(
-    instance: Instance, solver: str, options: Options, answer: Answer, runtime_s: float
-) -> Plan:
-    score = remote_score(instance.activations, answer.local)
+def _report(
+    instance: Instance, solver: str, options: Options, result: SolverResult, runtime_s: float
+) -> SolveReport:
+    score = remote_score(instance.activations, result.local)
     calls = math.fsum(score.calls)
-    extra = dict(answer.extra)
-    bound = None if answer.bound is None or calls == 0 else answer.bound / calls
-    if answer.termination == "optimal":  # proven: the two differ by rounding alone
+    extra = dict(result.extra)
+    bound = None if result.bound is None or calls == 0 else result.bound / calls
+    if result.termination == "optimal":  # proven: the two differ by rounding alone
         bound = score.share
     objective = "remote"
-    if options.near is not None:
-        loads = int((answer.local & ~standing_local(instance, options.near)).sum())
+    if options.reference is not None:
+        loads = int((result.local & ~reference_local(instance, options.reference)).sum())
         extra |= {"load_price": options.load_price, "loads": loads}
         if options.load_price > 0:  # the bound is then one on both terms together
             objective = "remote + load_price·loads"
             extra["priced_objective"] = math.fsum(score.remote) + options.load_price * loads
-            extra["priced_bound"] = answer.bound
+            extra["priced_bound"] = result.bound
             bound = None
-    return Plan(
+    return SolveReport(
         solver=solver,
         objective=objective,
         remote_share=score.share,
         bound=bound,
-        termination=answer.termination,
+        termination=result.termination,
         seed=options.seed,
-        runtime_s=runtime_s if answer.runtime_s is None else answer.runtime_s,
+        runtime_s=runtime_s if result.runtime_s is None else result.runtime_s,
         min_replicas=instance.min_replicas,
         extra=extra,
     )

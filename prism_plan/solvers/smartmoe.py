@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import heapq
-
 import numpy as np
 
 from prism_plan.instance import Instance
 from prism_plan.placement import server_of_gpu
-from prism_plan.solvers.contract import Answer, Options, Solver
+from prism_plan.solvers.contract import Options, Solver, SolverResult
+from prism_plan.solvers.packing import assign_to_least_loaded
 
 
-def _solve(instance: Instance, options: Options) -> Answer:
+def _solve(instance: Instance, options: Options) -> SolverResult:
     """Documented assumption: the GPU is the unit that is balanced, as in SmartMoE.
 
-    Experts by falling total load, each onto the least loaded GPU of the cluster with room.
+    Experts by falling total load, each onto the least loaded GPU of the cluster with a free slot.
     """
-    owner = server_of_gpu(instance.gpu_capacity)
-    room = [capacity for gpus in instance.gpu_capacity for capacity in gpus]
+    server_of = server_of_gpu(instance.gpu_capacity)
+    free = dict(enumerate(slots for gpus in instance.gpu_capacity for slots in gpus))
     load = instance.activations.sum(axis=0).ravel()
     local = np.zeros((instance.num_servers, len(load)), bool)
-    heap = [(0.0, g) for g in range(len(room)) if room[g]]
-    for pair in np.argsort(-load, kind="stable").tolist():
-        total, g = heap[0]
-        local[owner[g], pair] = True
-        room[g] -= 1
-        if room[g]:
-            heapq.heapreplace(heap, (total + float(load[pair]), g))
-        else:
-            heapq.heappop(heap)
-    return Answer(local.reshape(instance.activations.shape))
+    order = np.argsort(-load, kind="stable").tolist()
+    for pair, g in assign_to_least_loaded(load, order, free, dict.fromkeys(free, 0.0)):
+        local[server_of[g], pair] = True
+    return SolverResult(local.reshape(instance.activations.shape))
 
 
 SOLVER = Solver(

@@ -6,22 +6,22 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.instance import Instance
-from prism_plan.solvers.contract import Answer, Options, Solver
+from prism_plan.solvers.contract import Options, Solver, SolverResult
 
 
 def proportional_quotas(total: int, capacity: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """``total`` in whole parts proportional to ``capacity`` [N], by largest remainder.
+    """Split ``total`` into integers proportional to ``capacity`` [N], by largest remainder.
 
     With ``total`` at most the sum of the capacities no part exceeds its capacity. Ties: lowest
     index.
     """
-    everything = int(capacity.sum())
-    if everything == 0:
+    capacity_sum = int(capacity.sum())
+    if capacity_sum == 0:
         return np.zeros_like(capacity)
-    # whole-number arithmetic, so that remainders that are equal compare equal
-    parts = [divmod(total * int(c), everything) for c in capacity]
-    quotas = np.array([whole for whole, _ in parts], np.int64)
-    order = sorted(range(len(parts)), key=lambda n: (-parts[n][1], n))
+    # in integers, so that equal remainders compare equal
+    parts = np.array([divmod(total * int(c), capacity_sum) for c in capacity], np.int64)
+    quotas: npt.NDArray[np.int64] = parts[:, 0]
+    order = np.argsort(-parts[:, 1], kind="stable")
     quotas[order[: total - int(quotas.sum())]] += 1
     return quotas
 
@@ -41,8 +41,8 @@ def uniform_local(instance: Instance) -> npt.NDArray[np.bool_]:
     return local.reshape(instance.activations.shape)
 
 
-def _solve(instance: Instance, options: Options) -> Answer:
-    return Answer(uniform_local(instance))
+def _solve(instance: Instance, options: Options) -> SolverResult:
+    return SolverResult(uniform_local(instance))
 
 
 SOLVER = Solver(

@@ -35,9 +35,14 @@ def command(given: CalibrateOptions) -> None:
 
     import torch
 
-    from prism_plan.cli.inputs import blaming, load_cluster, load_spec, writable
+    from prism_plan.cli.inputs import (
+        error_source,
+        load_cluster,
+        read_model_spec,
+        require_writable_output,
+    )
     from prism_plan.errors import InputError
-    from prism_plan.io.files import write_bytes
+    from prism_plan.io.file_writing import write_bytes
     from prism_plan.simulate.network import Network
     from prism_plan.simulate.timing import timing
     from runtime_adapter.calibrate import TOKENS, calibration, calibration_placement, measure
@@ -47,7 +52,7 @@ def command(given: CalibrateOptions) -> None:
 
     torch.set_num_threads(1)
     cluster, cluster_file = load_cluster(given.cluster)
-    model = load_spec(given.model)
+    model = read_model_spec(given.model)
     rendezvous = given.rendezvous(tuple(server.name for server in cluster.servers))
     if rendezvous.world_size < 2:
         raise InputError("1 server", source=given.cluster, expected="two servers or more")
@@ -59,11 +64,11 @@ def command(given: CalibrateOptions) -> None:
             parameter="model",
             expected="twice as many experts as a token calls",
         )
-    writable(given.output, given.cluster)
+    require_writable_output(given.output, given.cluster)
     placement = calibration_placement(cluster, model)
     first = sum(len(server.gpus) for server in cluster.servers[: rendezvous.rank])
     own = cluster.servers[rendezvous.rank]
-    with blaming(given.cluster):
+    with error_source(given.cluster):
         times = timing(cluster, model, max(TOKENS))
         network = Network.of(cluster, model)
     note_assumed(given.cluster, cluster, compute=True)

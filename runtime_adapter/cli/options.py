@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prism_plan.cli.command_options import CommandOptions
-from prism_plan.cli.internal_errors import say
+from prism_plan.cli.internal_errors import write_log_line
 from prism_plan.cli.review_options import ReviewOptions, review_options
 from prism_plan.errors import InputError, did_you_mean
 from runtime_adapter import PROGRAM
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def note(message: str) -> None:
     """A line to standard error."""
-    say(PROGRAM, message)
+    write_log_line(PROGRAM, message)
 
 
 def note_assumed(path: str, cluster: Cluster, **uses: bool) -> None:

@@ -74,9 +74,9 @@ def command(given: ReplayOptions) -> None:
 
     import torch
 
-    from prism_plan.cli.inputs import blaming, load_cluster, writable
-    from prism_plan.io.files import write_bytes
-    from prism_plan.io.placement import read_identified_placement
+    from prism_plan.cli.inputs import error_source, load_cluster, require_writable_output
+    from prism_plan.io.file_writing import write_bytes
+    from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.io.trace_reader import read_trace
     from prism_plan.simulate.sampling import sample_requests
     from runtime_adapter.replay import replay, replay_config
@@ -84,12 +84,12 @@ def command(given: ReplayOptions) -> None:
 
     torch.set_num_threads(1)
     for output in (given.output, given.stats):
-        writable(output, given.placement, given.trace, given.cluster)
-    placement, placement_file = read_identified_placement(given.placement)
+        require_writable_output(output, given.placement, given.trace, given.cluster)
+    placement, placement_file = read_placement_and_identity(given.placement)
     rendezvous = given.rendezvous(placement.servers)
     trace = read_trace(given.trace)
     cluster, cluster_file = load_cluster(given.cluster)
-    with blaming(given.cluster):
+    with error_source(given.cluster):
         requests = sample_requests(
             trace,
             cluster,
@@ -104,7 +104,7 @@ def command(given: ReplayOptions) -> None:
         "trace": trace.sha256,
         "cluster": cluster_file.sha256,
     } | {name: getattr(given, name) for name in own}
-    with blaming(given.placement):
+    with error_source(given.placement):
         config = replay_config(
             placement,
             requests,

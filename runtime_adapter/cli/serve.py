@@ -9,7 +9,7 @@ import click
 
 from prism_plan.cli.command_options import options_as
 from prism_plan.errors import InputError
-from prism_plan.limits import require_whole
+from prism_plan.limits import require_integer
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
     MeetingOptions,
@@ -51,9 +51,9 @@ class ServeOptions(MeetingOptions, MigrationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole(self.max_new_tokens, 1, 1 << 20, "max_new_tokens")
-        require_whole(self.concurrency, 1, 256, "concurrency")
-        require_whole(self.threads, 1, 1024, "threads")
+        require_integer(self.max_new_tokens, 1, 1 << 20, "max_new_tokens")
+        require_integer(self.concurrency, 1, 256, "concurrency")
+        require_integer(self.threads, 1, 1024, "threads")
         if self.cluster is None:
             for name in ("route", "migrate"):
                 if getattr(self, name) in ("nearest", "prism", "partial"):
@@ -148,10 +148,10 @@ def command(given: ServeOptions) -> None:
 
     import torch
 
-    from prism_plan.cli.inputs import blaming, load_cluster, writable
-    from prism_plan.io.files import write_bytes
-    from prism_plan.io.placement import read_identified_placement
-    from prism_plan.io.requests import read_requests
+    from prism_plan.cli.inputs import error_source, load_cluster, require_writable_output
+    from prism_plan.io.file_writing import write_bytes
+    from prism_plan.io.placement import read_placement_and_identity
+    from prism_plan.io.serve_requests import read_requests
     from prism_plan.profiling.hf import fingerprint
     from prism_plan.simulate.network import Network
     from runtime_adapter.driver import (
@@ -180,9 +180,9 @@ def command(given: ServeOptions) -> None:
 
     files = [given.placement, given.cluster, None if given.streamed else given.requests]
     for output in (given.output, given.stats):
-        writable(output, *files)
+        require_writable_output(output, *files)
     torch.set_num_threads(given.threads)
-    placement, placement_file = read_identified_placement(given.placement)
+    placement, placement_file = read_placement_and_identity(given.placement)
     rendezvous = given.rendezvous(placement.servers)
     requests = [] if given.streamed else read_requests(given.requests)
     checkpoint = Checkpoint(given.checkpoint)
@@ -201,7 +201,7 @@ def command(given: ServeOptions) -> None:
                 source=given.cluster,
                 expected=f"{', '.join(placement.servers)}, as in {given.placement}",
             )
-        with blaming(given.cluster):
+        with error_source(given.cluster):
             network = Network.of(cluster, spec)
     if given.transport == "nccl":
         prepare_nccl(given.interface)  # before anything uses a card
@@ -220,15 +220,15 @@ def command(given: ServeOptions) -> None:
         longest = min(MAX_PROMPT_TOKENS, context)
         if given.max_prompt_tokens is not None:
             longest = given.max_prompt_tokens
-            require_whole(longest, 1, context, "max_prompt_tokens")
+            require_integer(longest, 1, context, "max_prompt_tokens")
     lanes = ThreadLocalDispatcher()
-    with blaming(given.placement):
+    with error_source(given.placement):
         store = load_experts(checkpoint, placement, rendezvous.rank, devices, dtype)
     model = load_model(checkpoint, lanes, dtype, devices[0])
     movable = None
     if given.moves:
         options = given.simulation(route=given.route, seed=given.seed)
-        with blaming(given.placement):
+        with error_source(given.placement):
             movable = moving(
                 rendezvous,
                 placement,

@@ -18,8 +18,8 @@ from typing import Protocol
 from prism_plan.errors import InputError, PrismError
 from prism_plan.io.migration import migration_from_json
 from prism_plan.migration.plan import MigrationPlan
+from prism_plan.migration_step import MigrationStep
 from prism_plan.placement import Placement, gpu_offsets
-from prism_plan.placement_diff import Step
 from runtime_adapter.control.event_log import EventLog, StoreLost
 from runtime_adapter.control.log_entries import Bounds, Entry
 from runtime_adapter.moe.compute import TimedCompute
@@ -145,7 +145,7 @@ class _Work:
     """A plan and how far this server is with its own steps; ``gpu`` by step is that of the run."""
 
     plan: int
-    steps: tuple[Step, ...]
+    steps: tuple[MigrationStep, ...]
     gpu: list[int]
     waiting: list[int]
     done: set[int] = field(default_factory=set)

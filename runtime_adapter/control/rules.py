@@ -9,8 +9,8 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
 from prism_plan.model import ModelSpec
-from prism_plan.objective import violations
 from prism_plan.placement import Placement
+from prism_plan.placement_check import violations
 
 
 def rules_of(placement: Placement, cluster: Cluster, model: ModelSpec) -> Instance:

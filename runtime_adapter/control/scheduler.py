@@ -32,8 +32,8 @@ from prism_plan.migration.order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration.policy import Review, review
 from prism_plan.model import ModelSpec, require_same_model
-from prism_plan.objective import violations
-from prism_plan.placement import Placement, Plan, gpu_offsets
+from prism_plan.placement import Placement, SolveReport, gpu_offsets
+from prism_plan.placement_check import violations
 from runtime_adapter.control.event_log import BEAT, EventLog, StoreLost
 from runtime_adapter.control.liveness import BEAT_GRACE_S, SignsOfLife
 from runtime_adapter.control.log_entries import Bounds, Entry
@@ -534,9 +534,9 @@ class Scheduler:
         if move.asked_by is not None:
             self._answer(move.asked_by, 0 if done else 5, text)
 
-    def _interrupted(self) -> Plan:
+    def _interrupted(self) -> SolveReport:
         old = self.standing.plan
-        return Plan(solver="interrupted", seed=old.seed, min_replicas=old.min_replicas)
+        return SolveReport(solver="interrupted", seed=old.seed, min_replicas=old.min_replicas)
 
     def _write(self) -> str:
         """What stands, as a file of its own; returns its name or what went wrong."""

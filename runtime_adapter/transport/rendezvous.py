@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from prism_plan.errors import InputError, PrismError
-from prism_plan.io.files import parse_json
+from prism_plan.io.json import parse_json
 from runtime_adapter.transport.parallel import in_time
 
 #: Where a server that cannot join says why, so that the others do not wait for it.

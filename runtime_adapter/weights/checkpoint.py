@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from prism_plan.errors import InputError
-from prism_plan.io.files import parse_json, read_text
+from prism_plan.io.json import parse_json
+from prism_plan.io.text_files import read_text
 from prism_plan.model import ModelSpec
 from prism_plan.sizes.checkpoint_folder import (
     Quantisation,

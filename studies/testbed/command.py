@@ -16,7 +16,7 @@ from typing import IO, Any
 import click
 
 from prism_plan.cli.boundary import run_command
-from prism_plan.cli.internal_errors import say
+from prism_plan.cli.internal_errors import write_log_line
 from prism_plan.errors import OutputError
 from studies.testbed.testbed import Testbed, check_command
 
@@ -165,7 +165,7 @@ def _first_failure(testbed: Testbed, running: list[subprocess.Popen[bytes]]) -> 
     for name, process in zip(testbed.names, running, strict=False):
         if code := process.poll():
             cause = f"exit code {code}" if code > 0 else f"signal {-code}"
-            say(PROGRAM, f"{name} ended with {cause}")
+            write_log_line(PROGRAM, f"{name} ended with {cause}")
             return code if code > 0 else 128 - code
     return 0
 

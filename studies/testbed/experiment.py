@@ -247,7 +247,8 @@ def recorded(path: str) -> dict[str, Any]:
     InputError
         The file cannot be read or holds something else.
     """
-    from prism_plan.io.files import parse_json, read_text
+    from prism_plan.io.json import parse_json
+    from prism_plan.io.text_files import read_text
 
     values = parse_json(read_text(path), path)
     keys = {"provenance", "setting", "calibrations", "rows"}
@@ -402,11 +403,11 @@ def _numbers(kind: type) -> Any:
 @click.option("-o", "--output", required=True, metavar="R.json")
 def command(**given: Any) -> None:
     """Replay placements on shaped links, and compare with what the simulator predicts."""
-    from prism_plan.cli.inputs import writable
-    from prism_plan.io.files import write_bytes
+    from prism_plan.cli.inputs import require_writable_output
+    from prism_plan.io.file_writing import write_bytes
     from runtime_adapter.cli.options import note
 
-    writable(given["output"], given["trace"], given["cluster"])
+    require_writable_output(given["output"], given["trace"], given["cluster"])
     setting = Setting(
         trace=os.path.abspath(given["trace"]),
         cluster=os.path.abspath(given["cluster"]),

@@ -13,7 +13,7 @@ from prism_plan.instance import Instance
 from prism_plan.model import ModelSpec
 from prism_plan.objective import score, step_score
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
-from prism_plan.token_rates import expected_workload
+from prism_plan.token_rates import expected_token_rates
 from prism_plan.trace import Trace
 from tests.profiling.synthetic import synthetic_trace
 
@@ -60,7 +60,7 @@ def test_holdout_scores_on_other_requests(trace: Trace, cluster: Cluster) -> Non
     assert row.remote is not None
     assert row.remote.share == score(placement, Instance.build(held, cluster)).share
     assert row.steps is not None
-    load = expected_workload(held, cluster)
+    load = expected_token_rates(held, cluster)
     assert row.steps.waiting_share == step_score(placement.local, held, load).waiting_share
     assert (result.planned_requests, result.scored_requests) == (6, 6)
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from prism_plan.migration.plan import MigrationPlan
+from prism_plan.migration_step import MigrationStep
 from prism_plan.model import ModelShape
-from prism_plan.placement import Placement, Plan
-from prism_plan.placement_diff import Step
+from prism_plan.placement import Placement, SolveReport
 
 
 def placed(
@@ -38,7 +38,7 @@ def placed(
     ends = list(itertools.accumulate(gpus))
     capacity = tuple(tuple(slots[end - n : end]) for n, end in zip(gpus, ends, strict=True))
     shape = (len(slots), model.num_layers, model.num_experts)
-    return Placement(model, tuple(names), capacity, on_gpu.reshape(shape), Plan("hand"))
+    return Placement(model, tuple(names), capacity, on_gpu.reshape(shape), SolveReport("hand"))
 
 
 def flat(placement: Placement) -> np.ndarray:
@@ -60,7 +60,7 @@ def capacities(placement: Placement) -> np.ndarray:
 
 
 def trouble_at(
-    steps: Sequence[Step], done: frozenset[int], a: Placement, b: Placement
+    steps: Sequence[MigrationStep], done: frozenset[int], a: Placement, b: Placement
 ) -> str | None:
     """What is wrong when exactly ``done`` is complete and every load that could run is running."""
     held = flat(a).astype(int)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from prism_plan.errors import Infeasible, InputError, WrongModel
 from prism_plan.migration.order import migration_plan
-from prism_plan.migration.plan import LoadTime, MigrationPlan, check_plan
+from prism_plan.migration.plan import LoadTime, MigrationPlan
+from prism_plan.migration_step import MigrationStep
 from prism_plan.placement import Placement
-from prism_plan.placement_diff import Step
 from tests.migration.moves_by_hand import (
     can_move,
     capacities,
@@ -24,6 +24,7 @@ from tests.migration.moves_by_hand import (
     sizes_of,
     trouble_at,
 )
+from tests.migration.replay import check_plan
 
 
 def story(plan: MigrationPlan) -> list[str]:
@@ -437,11 +438,11 @@ def test_replay_finds_what_is_wrong() -> None:
     b = placed([[1], [0], []], [1, 1, 1], pairs=2)
     good = migration_plan(a, b)
     cases = {
-        "needs a step that is not before it": (Step("load", 2, 0, (0,)), *good.steps[1:]),
+        "needs a step that is not before it": (MigrationStep("load", 2, 0, (0,)), *good.steps[1:]),
         "already there": (good.steps[0], good.steps[0], *good.steps[1:]),
-        "not there": (Step("drop", 2, 0), *good.steps),
+        "not there": (MigrationStep("drop", 2, 0), *good.steps),
         "no copy is left": good.steps[1:],
-        "over the capacity by 1": (Step("load", 0, 1), *good.steps),
+        "over the capacity by 1": (MigrationStep("load", 0, 1), *good.steps),
         "differs from the second placement in 4 places": (),
     }
     for words, steps in cases.items():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from prism_plan.check.report import check_file
 from prism_plan.errors import InputError
+from prism_plan.io.common_parts import shipped_schema
 from prism_plan.io.migration import (
     dump_migration,
     migration_from_json,
@@ -21,12 +22,11 @@ from prism_plan.io.migration import (
     read_migration,
     write_migration,
 )
-from prism_plan.io.parts import shipped_schema
 from prism_plan.migration.order import migration_plan
 from prism_plan.migration.plan import LoadTime, MigrationPlan
+from prism_plan.migration_step import MigrationStep
 from prism_plan.model import ModelShape
 from prism_plan.placement import InputFile
-from prism_plan.placement_diff import Step
 from tests.migration.moves_by_hand import placed
 
 
@@ -47,7 +47,7 @@ def plans(draw: st.DrawFn) -> MigrationPlan:
         latest[place] = not latest[place] if place in latest else draw(st.booleans())
         needs = draw(st.sets(st.integers(0, index - 1))) if index else set()
         kind = "load" if latest[place] else "drop"
-        steps.append(Step(kind, *place, tuple(sorted(needs)), draw(st.booleans())))  # type: ignore[arg-type]
+        steps.append(MigrationStep(kind, *place, tuple(sorted(needs)), draw(st.booleans())))  # type: ignore[arg-type]
     file = st.builds(InputFile, st.text(), st.just("0123456789abcdef" * 4))
     seconds = st.floats(0, 1e9)
     return MigrationPlan(

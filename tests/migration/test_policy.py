@@ -17,8 +17,8 @@ from prism_plan.migration.cost import communication_s, migration_s
 from prism_plan.migration.policy import Policy, Review, review
 from prism_plan.migration.statistics import Counting, Cumulative, Window
 from prism_plan.model import ModelShape
-from prism_plan.objective import violations
-from prism_plan.placement import Placement, Plan, server_of_gpu
+from prism_plan.placement import Placement, SolveReport, server_of_gpu
+from prism_plan.placement_check import violations
 from prism_plan.solvers import solve
 from tests.solvers.instances import random_instance
 
@@ -32,7 +32,7 @@ HORIZON_S = 10.0
 def placed(instance: Instance, on_gpu: np.ndarray) -> Placement:
     """A placement by hand."""
     return Placement(
-        instance.model, instance.servers, instance.gpu_capacity, on_gpu, Plan("by hand")
+        instance.model, instance.servers, instance.gpu_capacity, on_gpu, SolveReport("by hand")
     )
 
 

@@ -20,7 +20,8 @@ from prism_plan.profiling.sglang import read_sglang
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.tokens import sum_calls
 from prism_plan.profiling.trtllm import read_trtllm
-from prism_plan.trace import MAX_SUM, Trace
+from prism_plan.trace import Trace
+from prism_plan.trace_totals import MAX_SUM
 from tests.profiling.recordings import TINY, read, refusal, tiny
 
 TOO_LARGE = "a sum too large to count"

@@ -18,7 +18,7 @@ from prism_plan.errors import InputError
 from prism_plan.instance import Instance
 from prism_plan.io.placement import placement_to_json
 from prism_plan.model import ModelShape
-from prism_plan.placement import Placement, Plan
+from prism_plan.placement import Placement, SolveReport
 from runtime_adapter.control.event_log import Entry, EventLog
 from runtime_adapter.control.log_follower import LogFollower
 from runtime_adapter.control.migration_executor import MigrationExecutor
@@ -45,7 +45,7 @@ def placement(held: npt.ArrayLike, capacity: Sequence[Sequence[int]], **plan: An
         servers=tuple(f"s{n}" for n in range(len(capacity))),
         gpu_capacity=tuple(map(tuple, capacity)),
         on_gpu=np.asarray(held, bool).reshape(-1, 2, 6),
-        plan=Plan("hand", **plan),
+        plan=SolveReport("hand", **plan),
     )
 
 

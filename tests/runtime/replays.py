@@ -22,7 +22,7 @@ from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model import ModelSpec
-from prism_plan.placement import Placement, Plan
+from prism_plan.placement import Placement, SolveReport
 from prism_plan.trace import Trace
 from tests.limits import HANG_S
 from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
@@ -100,7 +100,7 @@ class Material:
                 tuple(gpu.slots or 0 for gpu in server.gpus) for server in servers
             ),
             "on_gpu": np.asarray(held, bool).reshape(-1, SPEC.num_layers, SPEC.num_experts),
-            "plan": Plan("hand"),
+            "plan": SolveReport("hand"),
             **changes,
         }
         made = Placement(**values)

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 
 from prism_plan.errors import PrismError  # noqa: E402
 from prism_plan.io.placement import write_placement  # noqa: E402
-from prism_plan.placement import Placement, Plan  # noqa: E402
+from prism_plan.placement import Placement, SolveReport  # noqa: E402
 from prism_plan.solvers import Options, solve  # noqa: E402
 from runtime_adapter.cli.serve import command  # noqa: E402
 from tests.runtime.checkpoints import TRACES, committed, reference  # noqa: E402
@@ -74,7 +74,7 @@ def fates() -> tuple[str, str, Placement]:
     half = np.indices(only.shape).sum(axis=0) % 2 == 0
     held = np.array([rest & half, rest & ~half, only | (rest & half)])
     slots = tuple((int(one.sum()),) for one in held)
-    return lives, dies, Placement(spec.shape(), NAMES, slots, held, Plan("hand"))
+    return lives, dies, Placement(spec.shape(), NAMES, slots, held, SolveReport("hand"))
 
 
 def replicated() -> Placement:

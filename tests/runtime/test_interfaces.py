@@ -87,7 +87,7 @@ def test_the_system_is_asked_rightly() -> None:
 def test_every_command_that_meets_others_asks() -> None:
     """They read their options in one place, before the store is joined."""
     options = MeetingOptions(
-        given=frozenset(), server="s0", store="127.0.0.1:29400", interface="eth99x",
+        explicit_names=frozenset(), server="s0", store="127.0.0.1:29400", interface="eth99x",
         timeout_s=10.0, rendezvous_timeout_s=60.0, rtt_ms=0.0,
     )  # fmt: skip
     with pytest.raises(InputError, match="interface: no interface 'eth99x'"):

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from prism_plan.errors import InputError, WrongModel  # noqa: E402
-from prism_plan.placement import Placement, Plan  # noqa: E402
+from prism_plan.placement import Placement, SolveReport  # noqa: E402
 from runtime_adapter.moe.placed_experts import LocalDispatcher  # noqa: E402
 from runtime_adapter.moe.placed_model import (  # noqa: E402
     load_experts,
@@ -228,7 +228,7 @@ def placed(checkpoint: Checkpoint, slots: list[int], held: int) -> Placement:
         servers=("edge-0", "edge-1"),
         gpu_capacity=(tuple(slots), (spec.num_pairs,)),
         on_gpu=on_gpu.reshape(3, spec.num_layers, spec.num_experts),
-        plan=Plan("by hand"),
+        plan=SolveReport("by hand"),
     )
 
 

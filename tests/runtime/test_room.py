@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from prism_plan.model import ModelShape  # noqa: E402
-from prism_plan.placement import Placement, Plan  # noqa: E402
+from prism_plan.placement import Placement, SolveReport  # noqa: E402
 from runtime_adapter.driver import even_network  # noqa: E402
 from runtime_adapter.moe.counters import Counters  # noqa: E402
 from runtime_adapter.moe.dispatch import Dispatcher  # noqa: E402
@@ -97,7 +97,7 @@ def dispatcher(*others: Other) -> Dispatcher:
     """Of the first server of three; both others hold every expert."""
     held = np.ones((3, 1, 8), bool)
     held[0] = False
-    placement = Placement(MODEL, ("s0", "s1", "s2"), ((8,), (8,), (8,)), held, Plan("hand"))
+    placement = Placement(MODEL, ("s0", "s1", "s2"), ((8,), (8,), (8,)), held, SolveReport("hand"))
     router = Router(ExpertMap(placement), 0, MODEL, even_network(3, 4 * WIDTH), "spread")
     lines = dict(enumerate(others, start=1))
     return Dispatcher(MODEL, router, lines, Nothing(), Counters(1, 8))

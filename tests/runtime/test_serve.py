@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 import runtime_adapter  # noqa: E402
 from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.io.placement import placement_to_json  # noqa: E402
-from prism_plan.io.requests import read_requests  # noqa: E402
+from prism_plan.io.serve_requests import read_requests  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
 from runtime_adapter.control.move_request import ask  # noqa: E402
 from runtime_adapter.driver import even_network  # noqa: E402

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster, Gpu, Link, Server
 from prism_plan.model import ModelSpec
-from prism_plan.placement import Placement, Plan
+from prism_plan.placement import Placement, SolveReport
 from prism_plan.simulate import events
 from prism_plan.simulate.calibration import Calibration, GpuCurves
 from prism_plan.simulate.compiled.engine import CompiledEngine
@@ -104,7 +104,7 @@ def place(
         for server in cluster.servers
     )
     names = tuple(server.name for server in cluster.servers)
-    return Placement(model, names, slots, np.array(held, bool), Plan("hand"))
+    return Placement(model, names, slots, np.array(held, bool), SolveReport("hand"))
 
 
 def holding(layers: int, experts: int, *gpus: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:

@@ -15,7 +15,7 @@ from prism_plan.objective import remote_score, step_score
 from prism_plan.simulate import events
 from prism_plan.simulate.routing_policies import hash_call
 from prism_plan.simulate.scenario import Scenario
-from prism_plan.token_rates import Workload
+from prism_plan.token_rates import TokenRates
 from prism_plan.trace import TokenBatch, trace_from_batches
 from tests.simulate.builders import ENGINES, drawn_scenario, finished
 
@@ -180,7 +180,7 @@ def test_cover_gives_the_planners_score(engine: Any, seed: int) -> None:
     tasks = tuple(f"of-{n}" for n in range(servers))  # a server's requests are a task of their own
     trace = trace_from_batches(scenario.model, tasks, [batch])
     local = scenario.placement.local
-    score = step_score(local, trace, Workload(tasks, np.diag(trace.tokens.astype(float))))
+    score = step_score(local, trace, TokenRates(tasks, np.diag(trace.tokens.astype(float))))
     np.testing.assert_allclose(outcome.steps, score.steps)
     np.testing.assert_allclose(outcome.waiting, score.waiting)
     np.testing.assert_allclose(outcome.destinations, score.destinations)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prism_plan.cluster import Cluster
-from prism_plan.placement_diff import Step
+from prism_plan.migration_step import MigrationStep
 from tests.simulate.builders import (
     ENGINES,
     EXPERT_BYTES,
@@ -54,7 +54,14 @@ def loaded(run: Any) -> list[tuple[float, int]]:
 def test_loads_come_one_after_the_other(engine: Any) -> None:
     """Three loads on one GPU take turns, one on another runs beside them; bytes are counted."""
     run = started(engine, [])
-    run.migrate([Step("load", 0, 1), Step("load", 0, 2), Step("load", 1, 0), Step("load", 0, 3)])
+    run.migrate(
+        [
+            MigrationStep("load", 0, 1),
+            MigrationStep("load", 0, 2),
+            MigrationStep("load", 1, 0),
+            MigrationStep("load", 0, 3),
+        ]
+    )
     assert run.migrating
     run.advance()
     assert loaded(run) == [(LOAD_S, 0), (LOAD_S, 1), (2 * LOAD_S, 0), (3 * LOAD_S, 0)]
@@ -72,7 +79,7 @@ def test_an_expert_serves_once_it_is_loaded(engine: Any) -> None:
     """
     asks = [Ask(0, at_s, [], [[[1]]]) for at_s in (0.0, LOAD_S - D, 10.0)]
     run = started(engine, asks)
-    run.migrate([Step("load", 0, 1)])
+    run.migrate([MigrationStep("load", 0, 1)])
     assert not run.on_gpu()[0, 0, 1]
     outcome = finished(run)
     assert run.on_gpu()[0, 0, 1]
@@ -84,11 +91,11 @@ def test_an_expert_serves_once_it_is_loaded(engine: Any) -> None:
 def test_steps_wait_for_what_they_need(engine: Any) -> None:
     """A drop after its load, a load after that drop; loads that are ready come in that order."""
     steps = [
-        Step("load", 1, 0),
-        Step("drop", 0, 0, (0,)),
-        Step("load", 0, 1, (1,)),
-        Step("drop", 1, 1, (2, 2, 0)),
-        Step("load", 0, 2),
+        MigrationStep("load", 1, 0),
+        MigrationStep("drop", 0, 0, (0,)),
+        MigrationStep("load", 0, 1, (1,)),
+        MigrationStep("drop", 1, 1, (2, 2, 0)),
+        MigrationStep("load", 0, 2),
     ]
     run = started(engine, [])
     run.migrate(steps)
@@ -111,7 +118,7 @@ def test_drops_are_done_at_once(engine: Any) -> None:
     """A migration of drops alone is over before time goes on, and takes no event."""
     run = started(engine, [], holding(1, 1, [(0, 0)], [(0, 0)]))
     run.advance(3.0)
-    run.migrate([Step("drop", 0, 0)])
+    run.migrate([MigrationStep("drop", 0, 0)])
     assert not run.migrating
     assert run.on_gpu()[:, 0, 0].tolist() == [False, True]
     assert run.outcome().events == 0
@@ -123,9 +130,9 @@ def test_the_only_copy_is_not_dropped(engine: Any, later: bool) -> None:
     run = started(engine, [])
     if not later:
         with pytest.raises(ValueError, match="step 1 drops the only copy of pair 2"):
-            run.migrate([Step("load", 0, 1), Step("drop", 1, 2)])
+            run.migrate([MigrationStep("load", 0, 1), MigrationStep("drop", 1, 2)])
         return
-    run.migrate([Step("load", 0, 1), Step("drop", 1, 2, (0,))])
+    run.migrate([MigrationStep("load", 0, 1), MigrationStep("drop", 1, 2, (0,))])
     with pytest.raises(ValueError, match="step 1 drops the only copy of pair 2"):
         run.advance()
 
@@ -133,7 +140,7 @@ def test_the_only_copy_is_not_dropped(engine: Any, later: bool) -> None:
 def test_dropping_what_is_not_there(engine: Any) -> None:
     """A drop of a copy that the GPU does not hold changes nothing."""
     run = started(engine, [Ask(0, 0.0, [], [[[1]]])])
-    run.migrate([Step("drop", 0, 1), Step("drop", 1, 0)])
+    run.migrate([MigrationStep("drop", 0, 1), MigrationStep("drop", 1, 0)])
     assert run.on_gpu().tolist() == SPLIT.tolist()
     assert finished(run).done_s.tolist() == [D + AWAY]
 
@@ -144,7 +151,7 @@ def test_a_call_under_way_is_answered(engine: Any) -> None:
     asks = [Ask(0, 0.0, [], [[[1]], [[1]]])]
     run = started(engine, asks, held, (1, 1, 1))
     run.advance(D + OVERHEAD_S)
-    run.migrate([Step("drop", 1, 1)])
+    run.migrate([MigrationStep("drop", 1, 1)])
     outcome = finished(run)
     assert outcome.done_s.tolist() == [2 * (D + AWAY)]
     assert outcome.messages[0].tolist() == [0, 1, 1]
@@ -155,7 +162,7 @@ def test_a_copy_on_another_gpu_of_the_server(engine: Any) -> None:
     """Moved from GPU 1 to GPU 0 of one server: computed there from then on, at home all along."""
     held = holding(1, 1, [], [(0, 0)])
     run = started(engine, [Ask(0, 0.0, [], [[[0]]]), Ask(0, 9.0, [], [[[0]]])], held, (2,))
-    run.migrate([Step("load", 0, 0), Step("drop", 1, 0, (0,))])
+    run.migrate([MigrationStep("load", 0, 0), MigrationStep("drop", 1, 0, (0,))])
     outcome = finished(run)
     assert outcome.served.tolist() == [1, 1]
     assert outcome.remote_calls.tolist() == [0]
@@ -165,11 +172,11 @@ def test_a_copy_on_another_gpu_of_the_server(engine: Any) -> None:
 def test_one_migration_at_a_time(engine: Any) -> None:
     """The next may begin when the last is over, and its loads follow."""
     run = started(engine, [])
-    run.migrate([Step("load", 0, 1)])
+    run.migrate([MigrationStep("load", 0, 1)])
     with pytest.raises(ValueError, match="still under way"):
-        run.migrate([Step("load", 0, 2)])
+        run.migrate([MigrationStep("load", 0, 2)])
     run.advance(10.0)
-    run.migrate([Step("load", 0, 2)])
+    run.migrate([MigrationStep("load", 0, 2)])
     run.advance()
     assert loaded(run) == [(LOAD_S, 0), (10.0 + LOAD_S, 0)]
 
@@ -183,7 +190,7 @@ def test_loads_that_block_the_gpu(engine: Any) -> None:
     asks = [Ask(0, 0.0, [], [[[0]]])]
     run = engine(make_scenario(make_model(1, 4), cluster, SPLIT, asks), log=True)
     run.advance(0.5)
-    run.migrate([Step("load", 0, 1), Step("load", 1, 0)])
+    run.migrate([MigrationStep("load", 0, 1), MigrationStep("load", 1, 0)])
     outcome = finished(run)
     # the dense part until 1 s, the load until 5 s, then the expert; server 1 loads from 0.5 s
     assert run.log()[1:] == lines(

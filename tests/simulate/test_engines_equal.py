@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import read_cluster
-from prism_plan.placement_diff import Step
+from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.compiled.engine import CompiledEngine
 from prism_plan.simulate.engine import Engine
 from prism_plan.simulate.reference_engine import ReferenceEngine
@@ -86,23 +86,23 @@ def test_engines_are_equal_under_contention(
     assert_equal(reference, compiled)
 
 
-def drawn_steps(rng: np.random.Generator, held: np.ndarray) -> list[Step]:
+def drawn_steps(rng: np.random.Generator, held: np.ndarray) -> list[MigrationStep]:
     """Loads and drops with needs among the earlier ones; now and then one loses a last copy."""
     gpus, pairs = held.shape
-    steps: list[Step] = []
+    steps: list[MigrationStep] = []
     for _ in range(int(rng.integers(0, 12))):
         needs = tuple(i for i in range(len(steps)) if rng.random() < 0.3)
         pair = int(rng.integers(pairs))
         if rng.random() < 0.6:
-            steps.append(Step("load", int(rng.integers(gpus)), pair, needs))
+            steps.append(MigrationStep("load", int(rng.integers(gpus)), pair, needs))
             continue
         copies = np.flatnonzero(held[:, pair])
         again = [i for i, step in enumerate(steps) if step.kind == "load" and step.pair == pair]
         if len(copies) > 1 or rng.random() < 0.1:
-            steps.append(Step("drop", int(rng.choice(copies)), pair, needs))
+            steps.append(MigrationStep("drop", int(rng.choice(copies)), pair, needs))
             held[steps[-1].gpu, pair] = len(copies) == 1
         elif again and steps[again[0]].gpu != copies[0]:
-            steps.append(Step("drop", int(copies[0]), pair, (*needs, again[0], again[0])))
+            steps.append(MigrationStep("drop", int(copies[0]), pair, (*needs, again[0], again[0])))
     return steps
 
 
@@ -195,7 +195,7 @@ def test_room_grows_for_a_migration() -> None:
     held[0] = True
     scenario = make_scenario(model, make_cluster([1, 1]), held, [Ask(1, 0.0, [], [[[7]]])])
     reference, compiled = both(scenario)
-    steps = [Step("load", 1, pair) for pair in range(200)]
+    steps = [MigrationStep("load", 1, pair) for pair in range(200)]
     for engine in (reference, compiled):
         engine.migrate(steps)
         finished(engine)

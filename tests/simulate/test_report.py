@@ -27,7 +27,7 @@ from prism_plan.simulate.phase_schedule import Phase, Schedule
 from prism_plan.simulate.report import TIMELINE_BINS, Run, _timeline, summary
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import sample_requests
-from prism_plan.token_rates import expected_workload
+from prism_plan.token_rates import expected_token_rates
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
 from tests.evaluate.simulation_material import (
     SPEC,
@@ -181,7 +181,7 @@ def test_shares_are_those_of_the_objective(copies: float, seed: int) -> None:
         ),
     )
     remote = score(placement, Instance.build(seen, weighted))
-    steps = step_score(placement.local, seen, expected_workload(seen, weighted))
+    steps = step_score(placement.local, seen, expected_token_rates(seen, weighted))
     assert run["destinations"] > run["waiting_share"] > run["remote_share"] > 0
     assert run["remote_share"] == pytest.approx(remote.share, rel=1e-12)
     assert run["waiting_share"] == pytest.approx(steps.waiting_share, rel=1e-12)

@@ -21,7 +21,7 @@ from prism_plan.simulate.recorded_prompts import gather_prompts, list_requests
 from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.simulate.synthetic_prompts import POOL
-from prism_plan.trace import PHASES, TokenBatch, Trace, concatenate, trace_from_batches
+from prism_plan.trace import PHASES, TokenBatch, Trace, concatenate_batches, trace_from_batches
 
 MODEL = ModelSpec(
     name="tiny",
@@ -109,7 +109,7 @@ def test_rows_in_any_order(seed: int, parts: int) -> None:
     """However rows and batches are mixed, each prompt has its tokens in order of position."""
     rng = np.random.default_rng(seed)
     whole = [tokens_of(r, r % 3, "p" * (1 + r % 4) + "d" * (r % 3)) for r in (3, 0, 11, 7, 5)]
-    rows = concatenate(whole).rows(rng.permutation(sum(map(len, whole))))
+    rows = concatenate_batches(whole).rows(rng.permutation(sum(map(len, whole))))
     cuts = np.array_split(np.arange(len(rows)), parts)
     prompts = gather([rows.rows(cut) for cut in cuts])
     assert prompts.trace_request.tolist() == [0, 3, 7, 5, 11]  # by task, then by id

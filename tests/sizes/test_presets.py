@@ -30,10 +30,10 @@ def total(spec: ModelSpec) -> int:
 def test_a_preset_is_made_again(name: str) -> None:
     """The configuration in its file gives its sizes; the file keeps the command and the source."""
     pytest.importorskip("transformers")
-    from prism_plan.sizes.make_preset import FOLDER, make
+    from tools.make_preset import FOLDER, make
 
     values = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    assert values["command"] == f"python -m prism_plan.sizes.make_preset {name}"
+    assert values["command"] == f"python -m tools.make_preset {name}"
     assert values["made_from"]
     assert make(name, values["config"]) == PRESETS[name] == load_model_spec(name)
 
@@ -62,7 +62,7 @@ def test_deepseek_v3_fp8_equals_the_published_tensor_counts() -> None:
     F32. They include layer 61, a decoder layer with its own copies of embeddings and head.
     """
     pytest.importorskip("transformers")
-    from prism_plan.sizes.make_preset import FOLDER, make
+    from tools.make_preset import FOLDER, make
 
     config = json.loads((FOLDER / "deepseek-v3-fp8.json").read_text(encoding="utf-8"))["config"]
     one_layer_more = make("x", config | {"num_hidden_layers": 62})

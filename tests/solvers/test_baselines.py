@@ -128,7 +128,7 @@ def test_packing_stays_near() -> None:
     instance = instance_of(RANDOM, [(20, 20), (30, 10), (24, 24)])
     old = solve(instance, "prism")
     moved = instance.replace(activations=np.random.default_rng(2).gamma(0.5, size=RANDOM.shape))
-    new = solve(moved, "exact", Options(near=old))
+    new = solve(moved, "exact", Options(reference=old))
     stayed = old.local & new.local
     for g, n in enumerate(new.server_of_gpu):
         assert (new.on_gpu[g] & stayed[n] == old.on_gpu[g] & stayed[n]).all()

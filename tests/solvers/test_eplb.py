@@ -13,9 +13,9 @@ from prism_plan.solvers import solve
 from prism_plan.solvers.eplb import (
     balanced_packing,
     layer_slots,
-    rebalance_experts,
     replicate_experts,
 )
+from tests.solvers.published_eplb import rebalance_experts
 
 LOAD = np.array(
     [

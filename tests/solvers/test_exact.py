@@ -14,9 +14,9 @@ from scipy.sparse import coo_array
 
 from prism_plan.instance import Instance
 from prism_plan.model import ModelShape
-from prism_plan.objective import violations
+from prism_plan.placement_check import violations
 from prism_plan.solvers import Options, solve
-from prism_plan.solvers.certificate import Prices, worth_bound
+from prism_plan.solvers.certificate import Prices, value_bound
 from prism_plan.solvers.exact import solve_flow
 
 
@@ -75,11 +75,11 @@ def networkx_objective(instance: Instance) -> float:
     return float(instance.activations.sum() + value)
 
 
-def scipy_objective(instance: Instance, worth: np.ndarray) -> float:
-    """Σ worth·x of the optimum of the LP relaxation, by HiGHS through scipy."""
-    servers, layers, experts = worth.shape
+def scipy_objective(instance: Instance, value: np.ndarray) -> float:
+    """Σ value·x of the optimum of the LP relaxation, by HiGHS through scipy."""
+    servers, layers, experts = value.shape
     pairs = layers * experts
-    index = np.arange(worth.size).reshape(servers, pairs)
+    index = np.arange(value.size).reshape(servers, pairs)
     rows, columns, values, right = [], [], [], []
 
     def constraint(variables: np.ndarray, sign: float, limit: float) -> None:
@@ -97,9 +97,9 @@ def scipy_objective(instance: Instance, worth: np.ndarray) -> float:
         constraint(index[:, pair], -1, -float(instance.min_replicas))
     lower = instance.mask(instance.pinned).ravel().astype(float)
     upper = 1.0 - instance.mask(instance.forbidden).ravel()
-    matrix = coo_array((values, (rows, columns)), shape=(len(right), worth.size))
+    matrix = coo_array((values, (rows, columns)), shape=(len(right), value.size))
     result = linprog(
-        -worth.ravel(), A_ub=matrix.tocsr(), b_ub=right, bounds=np.stack([lower, upper], axis=1)
+        -value.ravel(), A_ub=matrix.tocsr(), b_ub=right, bounds=np.stack([lower, upper], axis=1)
     )
     assert result.status == 0, result.message
     return float(-result.fun)
@@ -129,14 +129,14 @@ def test_equals_network_simplex_of_networkx(seed: int, rules: bool) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_worths_below_zero(seed: int) -> None:
+def test_values_below_zero(seed: int) -> None:
     """Where holding an expert costs more than it saves it is held only for coverage."""
     instance = medium(seed)
-    worth = instance.activations - 0.8
-    local, prices, _ = solve_flow(instance, worth)
-    value = math.fsum(worth[local])
-    assert value == pytest.approx(scipy_objective(instance, worth), rel=1e-8)
-    assert worth_bound(instance, worth, prices) == pytest.approx(value, rel=1e-9)
+    value = instance.activations - 0.8
+    local, prices, _ = solve_flow(instance, value)
+    best = math.fsum(value[local])
+    assert best == pytest.approx(scipy_objective(instance, value), rel=1e-8)
+    assert value_bound(instance, value, prices) == pytest.approx(best, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -145,7 +145,7 @@ def test_certificate_needs_no_word_of_the_solver(seed: int, rules: bool) -> None
     """The bound from prices meets the objective, so the placement is proven optimal."""
     instance = medium(seed, rules=rules)
     local, prices, _ = solve_flow(instance, instance.activations)
-    bound = worth_bound(instance, instance.activations, prices)
+    bound = value_bound(instance, instance.activations, prices)
     assert bound == pytest.approx(math.fsum(instance.activations[local]), rel=1e-11)
 
 
@@ -162,7 +162,7 @@ def test_any_prices_give_a_bound(seed: int, scale: float, rules: bool) -> None:
         coverage=rng.random((layers, experts)) * scale,
     )
     best = math.fsum(instance.activations[solve(instance, "exact").local])
-    assert worth_bound(instance, instance.activations, prices) >= best - 1e-9
+    assert value_bound(instance, instance.activations, prices) >= best - 1e-9
 
 
 @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
@@ -171,7 +171,7 @@ def test_prices_that_bound_nothing_are_refused(wrong: float) -> None:
     instance = medium(0)
     prices = Prices(np.full(7, wrong), np.zeros((7, 5)), np.zeros((5, 12)))
     with pytest.raises(ValueError, match="finite and not negative"):
-        worth_bound(instance, instance.activations, prices)
+        value_bound(instance, instance.activations, prices)
 
 
 def test_without_coverage_pressure_each_server_takes_its_best() -> None:
@@ -203,7 +203,7 @@ def test_a_price_keeps_experts_where_they_are() -> None:
     old = solve(instance.replace(activations=rng.gamma(0.5, size=instance.activations.shape)))
     loads = []
     for price in (0.0, 0.2, 1.0, 1e3):
-        placement = solve(instance, "exact", Options(near=old, load_price=price))
+        placement = solve(instance, "exact", Options(reference=old, load_price=price))
         loads.append(int((placement.local & ~old.local).sum()))
     assert loads == sorted(loads, reverse=True)
     assert loads[0] > loads[-1] == 0

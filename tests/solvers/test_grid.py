@@ -10,9 +10,10 @@ import pytest
 from prism_plan.errors import Infeasible, UnsupportedFeature
 from prism_plan.instance import Instance
 from prism_plan.model import ModelShape
-from prism_plan.objective import remote_score, violations
-from prism_plan.solvers import SOLVER_NAMES, Options, Rule, get_solver, solve, solvers_supporting
-from prism_plan.solvers.brute_force import SOLVER as BRUTE_FORCE
+from prism_plan.objective import remote_score
+from prism_plan.placement_check import violations
+from prism_plan.solvers import SOLVER_NAMES, Feature, Options, get_solver, solve, solvers_supporting
+from tests.solvers.brute_force import SOLVER as BRUTE_FORCE
 from tests.solvers.instances import random_instance
 
 HEURISTICS = [name for name in SOLVER_NAMES if name not in ("exact", "ilp")]
@@ -141,9 +142,9 @@ def test_near_an_existing_placement(seed: int) -> None:
             break
         except Infeasible:
             continue
-    best = BRUTE_FORCE(instance, Options(near=old, load_price=0.7))
+    best = BRUTE_FORCE(instance, Options(reference=old, load_price=0.7))
     for name in ("exact", "ilp"):
-        placement = solve(instance, name, Options(near=old, load_price=0.7))
+        placement = solve(instance, name, Options(reference=old, load_price=0.7))
         loads = int((placement.local & ~old.local).sum())
         value = float(instance.activations[~placement.local].sum()) + 0.7 * loads
         assert value == pytest.approx(best.bound, abs=1e-9), name
@@ -162,10 +163,10 @@ def test_near_without_a_price_loads_least(seed: int) -> None:
             instance.servers
         ))  # fmt: skip
     old = solve(instance.replace(activations=rng.random(instance.activations.shape)))
-    best = BRUTE_FORCE(instance, Options(near=old))
+    best = BRUTE_FORCE(instance, Options(reference=old))
     fewest = int((best.local & ~old.local).sum())
     for name in ("exact", "ilp"):
-        placement = solve(instance, name, Options(near=old))
+        placement = solve(instance, name, Options(reference=old))
         assert placement.plan.remote_share == pytest.approx(brute_share(instance), abs=1e-9)
         assert int((placement.local & ~old.local).sum()) == fewest, name
 
@@ -217,7 +218,7 @@ def test_heuristics_refuse_what_they_have_no_rule_for(solver: str) -> None:
         (instance.replace(pinned=((0, 0, 1),)), Options()),
         (instance.replace(forbidden=((0, 0, 1),)), Options()),
         (instance.replace(layer_caps=(1, None)), Options()),
-        (instance, Options(near=old)),
+        (instance, Options(reference=old)),
     ]
     for changed, options in asked:
         with pytest.raises(UnsupportedFeature, match="solvers that have: ilp, exact"):
@@ -226,9 +227,9 @@ def test_heuristics_refuse_what_they_have_no_rule_for(solver: str) -> None:
 
 def test_knowledge_is_declared() -> None:
     """The exact flow knows all rules but unequal sizes; the ILP knows all."""
-    assert get_solver("ilp").knows == frozenset(Rule)
-    assert get_solver("exact").knows == frozenset(Rule) - {Rule.UNEQUAL_BYTES}
-    assert solvers_supporting(frozenset({Rule.UNEQUAL_BYTES})) == ["ilp"]
+    assert get_solver("ilp").supports == frozenset(Feature)
+    assert get_solver("exact").supports == frozenset(Feature) - {Feature.UNEQUAL_BYTES}
+    assert solvers_supporting(frozenset({Feature.UNEQUAL_BYTES})) == ["ilp"]
 
 
 @pytest.mark.parametrize("solver", SOLVER_NAMES)

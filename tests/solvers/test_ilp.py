@@ -11,7 +11,7 @@ import pytest
 from prism_plan.errors import LimitReached
 from prism_plan.instance import Instance
 from prism_plan.model import ModelShape
-from prism_plan.objective import violations
+from prism_plan.placement_check import violations
 from prism_plan.solvers import Options, solve
 
 

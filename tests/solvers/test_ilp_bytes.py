@@ -10,9 +10,9 @@ import pytest
 from prism_plan.errors import Infeasible, LimitReached
 from prism_plan.instance import Instance
 from prism_plan.model import ModelShape
-from prism_plan.objective import violations
+from prism_plan.placement_check import violations
 from prism_plan.solvers import Options, ilp, solve
-from prism_plan.solvers.brute_force import SOLVER as BRUTE_FORCE
+from tests.solvers.brute_force import SOLVER as BRUTE_FORCE
 
 Backend = Literal["highs", "cbc"]
 BACKENDS: tuple[Backend, ...] = ("highs", "cbc")
@@ -70,14 +70,14 @@ def test_as_good_as_brute_force_to_the_byte(seed: int) -> None:
 def test_the_instances_need_the_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those instances both back ends answer some with a byte too much at first."""
     again: set[str] = set()
-    run = ilp._run
+    run = ilp._run_backend
 
-    def counted(instance: Instance, worth: object, options: Options, *, by_digits: bool) -> object:
+    def counted(instance: Instance, value: object, options: Options, *, by_digits: bool) -> object:
         if by_digits:
             again.add(options.backend)
-        return run(instance, worth, options, by_digits=by_digits)  # type: ignore[arg-type]
+        return run(instance, value, options, by_digits=by_digits)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ilp, "_run", counted)
+    monkeypatch.setattr(ilp, "_run_backend", counted)
     for seed in range(12):
         for backend in BACKENDS:
             try:
@@ -105,7 +105,7 @@ def test_room_for_three_layers_less_a_byte(backend: Backend, spare: int) -> None
 
 def test_an_answer_that_never_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A back end that gives a byte too much in both forms is told of in a line, not believed."""
-    monkeypatch.setattr(ilp, "_fits", lambda instance, found: False)
+    monkeypatch.setattr(ilp, "_fits", lambda instance, result: False)
     with pytest.raises(LimitReached, match="ilp with highs found no placement that fits to the b"):
         solve(tight(4), "ilp")
 

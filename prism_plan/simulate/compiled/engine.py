@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.placement_diff import Step
+from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.compiled import engine_state, event_loop
 from prism_plan.simulate.compiled.heap import push_event
 from prism_plan.simulate.compiled.migration_kernels import start_steps
@@ -102,7 +102,7 @@ class CompiledEngine:
     def migration_end_s(self) -> float:
         return float(self._state.clock_s[1])
 
-    def migrate(self, steps: Sequence[Step]) -> None:
+    def migrate(self, steps: Sequence[MigrationStep]) -> None:
         if self.migrating:
             raise ValueError("a migration is still under way")
         if self.scenario.offload:

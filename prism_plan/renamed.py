@@ -1,0 +1,61 @@
+"""Public names and fields that were renamed: the old ones work in this version, with a warning."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=type)
+
+
+def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], str]:
+    """A function that gives the present name for an old one, with a ``DeprecationWarning``.
+
+    Parameters
+    ----------
+    module
+        Whose names they are, for the warning.
+    names
+        The present name of each old one. Other names are given back as they are.
+    """
+
+    def current_name(name: str) -> str:
+        if name not in names:
+            return name
+        _warn(f"{module}.{name}", names[name], 4)
+        return names[name]
+
+    return current_name
+
+
+def renamed_fields(**names: str) -> Callable[[C], C]:
+    """A decorator of dataclasses: fields may be given and read by their old ``names`` too."""
+
+    def decorate(cls: C) -> C:
+        init = cls.__init__  # type: ignore[misc]
+
+        @functools.wraps(init)
+        def renaming_init(self: Any, *args: Any, **values: Any) -> None:
+            for old in names.keys() & values.keys():
+                _warn(f"{cls.__name__}.{old}", names[old], 3)
+                values[names[old]] = values.pop(old)
+            init(self, *args, **values)
+
+        cls.__init__ = renaming_init  # type: ignore[misc]
+        for old, new in names.items():
+            setattr(cls, old, property(functools.partial(_read, cls.__name__, old, new)))
+        return cls
+
+    return decorate
+
+
+def _read(owner: str, old: str, new: str, instance: Any) -> Any:
+    _warn(f"{owner}.{old}", new, 3)
+    return getattr(instance, new)
+
+
+def _warn(old: str, new: str, level: int) -> None:
+    """Warn in the name of the caller that stands ``level`` frames above."""
+    warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=level)

@@ -1,0 +1,580 @@
+"""`check` of clusters: users, what no solver can plan for, the memory of every GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from prism_plan.check.cluster import _smallest_model, require_feasible_placement, require_plannable
+from prism_plan.check.gpu_memory import gpu_memory, insufficient_kv_memory, missing_kv_reservation
+from prism_plan.cluster import Cluster, Gpu, Server
+from prism_plan.errors import Infeasible, InputError, PrismError
+from prism_plan.feasibility import first_fit
+from prism_plan.instance import Instance
+from prism_plan.io.cluster import parse_cluster
+from prism_plan.io.placement import read_placement, write_placement
+from prism_plan.io.simulation import read_simulation
+from prism_plan.io.trace_writer import write_trace
+from prism_plan.model import ModelSpec
+from prism_plan.placement_check import violations
+from prism_plan.solvers import solve
+from prism_plan.token_rates import require_users
+from prism_plan.trace import Trace
+from tests.evaluate.simulation_material import invoke
+from tests.profiling.synthetic import synthetic_trace
+
+Run = Callable[..., CompletedProcess[str]]
+SPEC = ModelSpec(
+    name="tiny",
+    moe_layers=(1, 2),
+    num_experts=3,
+    top_k=2,
+    hidden_size=8,
+    dtype_bytes=2,
+    expert_bytes=100,
+    dense_bytes=250,
+    kv_bytes_per_token=10,
+)
+UNEQUAL = dataclasses.replace(SPEC, expert_bytes=(100, 150))
+TRACES = {
+    spec.expert_bytes: synthetic_trace(spec, ["x", "y"], requests=3) for spec in (SPEC, UNEQUAL)
+}
+#: Room for 7 and 2 + 3 of the model's 6 experts, and 50 bytes beside the first server's.
+CLUSTER = """\
+name = "small"
+[[server]]
+name = "a"
+arrival_interval_s = 10.0
+tasks = { x = 1.0 }
+[[server.gpu]]
+memory_gb = 1e-6
+[[server]]
+name = "b"
+arrival_interval_s = 10.0
+tasks = { y = 1.0 }
+kv_tokens = 20
+[[server.gpu]]
+memory_gb = 0.7e-6
+reserve_gb = 0.05e-6
+[[server.gpu]]
+slots = 3
+"""
+
+
+def without_tasks(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if "tasks" not in line)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder with a trace, a model spec, a cluster and a placement for it."""
+    trace = TRACES[SPEC.expert_bytes]
+    write_trace(tmp_path / "t.parquet", trace)
+    (tmp_path / "m.json").write_text(json.dumps(SPEC.to_json()))
+    (tmp_path / "c.toml").write_text(CLUSTER)
+    instance = Instance.build(trace, parse_cluster(CLUSTER))
+    write_placement(tmp_path / "p.json", solve(instance, "exact"))
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------ clusters and users
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "check": ("check", "c.toml"),
+    "check with a trace": ("check", "c.toml", "--trace", "t.parquet"),
+    "check with a model": ("check", "c.toml", "--model", "m.json"),
+    "check of a placement": ("check", "p.json", "--cluster", "c.toml"),
+    "solve": ("solve", "t.parquet", "--cluster", "c.toml", "-o", "q.json"),
+    "compare": ("compare", "t.parquet", "--cluster", "c.toml"),
+    "simulate": ("simulate", "p.json", "--trace", "t.parquet", "--cluster", "c.toml"),
+    "simulate solvers": ("simulate", "--solvers", "exact", "--trace", "t.parquet", "--cluster",
+                         "c.toml"),
+    "sweep": ("simulate", "--sweep", "solver=exact", "--trace", "t.parquet", "--cluster", "c.toml",
+              "-o", "s.csv"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_cluster_without_users_is_refused(prism_plan: Run, here: Path, command: str) -> None:
+    """No server with tasks: exit 2 and one line that names the file; nothing is written."""
+    (here / "c.toml").write_text(without_tasks(CLUSTER))
+    before = sorted(here.iterdir())
+    if " " in command:
+        result = invoke(here, *COMMANDS[command])
+    else:
+        result = prism_plan(*COMMANDS[command], cwd=here)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("prism-plan: c.toml: server: no server has tasks, so ")
+    assert len(result.stderr.splitlines()) == 1
+    assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "simulate"])
+def test_weights_of_zero_are_no_users(here: Path, command: str) -> None:
+    """Weight 0 at every server with tasks: no plan is better than another, so exit 2."""
+    (here / "c.toml").write_text(CLUSTER.replace("arrival", "weight = 0.0\narrival"))
+    result = invoke(here, *COMMANDS[command])
+    assert result.returncode == 2
+    assert "c.toml: server[0].weight: 0, as of every server with tasks" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_rate_is_missing(here: Path) -> None:
+    """Tasks without a rate and without a weight are refused by `check` as by `solve`."""
+    (here / "c.toml").write_text(CLUSTER.replace("arrival_interval_s = 10.0", "", 1))
+    for command in ("check", "solve", "compare"):
+        result = invoke(here, *COMMANDS[command])
+        assert result.returncode == 2
+        assert "c.toml: server[0]: server 'a' has tasks but no arrival rate" in result.stderr
+
+
+def test_single_servers_may_be_without_users(here: Path) -> None:
+    """One server of two without tasks is legal in every command."""
+    text = CLUSTER.replace("tasks = { y = 1.0 }\n", "")
+    (here / "c.toml").write_text(text)
+    for command, arguments in COMMANDS.items():
+        result = invoke(here, *arguments)
+        assert result.returncode == 0, (command, result.stderr)
+
+
+def test_moving_experts_needs_no_users(here: Path) -> None:
+    """`migrate` asks what a cluster can load, not who uses it."""
+    (here / "c.toml").write_text(without_tasks(CLUSTER))
+    result = invoke(here, "migrate", "p.json", "p.json", "--cluster", "c.toml")
+    assert result.returncode == 0, result.stderr
+
+
+def test_arrivals_may_bring_the_users(here: Path) -> None:
+    """A file of arrivals that names tasks says who asks: no tasks of the cluster are needed."""
+    (here / "c.toml").write_text(without_tasks(CLUSTER))
+    (here / "a.jsonl").write_text('{"server": "a", "at_s": 0.5, "task": "x"}\n')
+    result = invoke(here, *COMMANDS["simulate"], "--arrivals", "a.jsonl", "-o", "s.json")
+    assert result.returncode == 0, result.stderr
+    assert read_simulation(here / "s.json")["runs"][0]["requests"] == 1
+
+
+ASKS = {"tasks": {"x": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("users", "refused"),
+    [
+        ([{}], "no server has tasks"),
+        ([{"tasks": {"x": 0.0}, "weight": 1.0}], "no server has tasks"),
+        ([{}, ASKS | {"weight": 0.0}], "0, as of every server"),
+        ([ASKS], "no arrival rate"),
+        ([ASKS | {"weight": 0.0}, ASKS | {"weight": 0.5}], ""),
+        ([ASKS | {"weight": 0.0}, ASKS | {"arrival_interval_s": 1.0}], ""),
+        ([{}, ASKS | {"arrival_interval_s": 1.0}], ""),
+    ],
+)  # fmt: skip
+def test_the_rule(users: list[dict[str, Any]], refused: str) -> None:
+    """Some server has a task of a share above 0 and asks at a rate above 0."""
+    servers = [Server(f"s{n}", (Gpu(slots=1),), **of_one) for n, of_one in enumerate(users)]
+    cluster = Cluster("c", tuple(servers))
+    if refused:
+        with pytest.raises(InputError, match=refused):
+            require_users(cluster)
+    else:
+        require_users(cluster)
+
+
+def test_tasks_that_call_nothing() -> None:
+    """Tokens without calls, which a counts-only trace can state, leave nothing to plan."""
+    trace = Trace(SPEC, ("x",), np.zeros((1, 2, 3), np.int64), np.array([5]))
+    cluster = Cluster("c", (Server("a", (Gpu(slots=9),), {"x": 1.0}, weight=1.0),))
+    with pytest.raises(InputError, match="call no expert in the trace"):
+        Instance.build(trace, cluster)
+
+
+# ------------------------------------------------------------- what no solver can plan for, alone
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "words"),
+    [
+        ("memory_gb = 1e-6", "slots = 0\n[[server.gpu]]\nslots = 0", 0, ()),
+        ("memory_gb = 1e-6", "memory_gb = 1e-6\nreserve_gb = 2e-6", 3, ("its reserve of 2,000",)),
+        ("memory_gb = 1e-6", "slots = 1", 0, ()),
+        ('name = "a"', 'name = "a"\npin = [[1, 0], [1, 1]]\nlayer_cap = 1', 3, ("layer_cap 1",)),
+        ('name = "a"', 'name = "a"\npin = [[1, 70000]]', 2, ("server[0].pin: expert 70000",)),
+        ('name = "a"', 'name = "a"\nforbid = [[2147483648, 0]]', 2, ("server[0].forbid: layer",)),
+    ],
+    ids=["one server empty", "reserve", "few slots", "pins over cap", "expert", "layer"],
+)
+def test_cluster_alone(here: Path, old: str, new: str, code: int, words: tuple[str, ...]) -> None:
+    """What `solve` refuses whatever the trace is, `check` refuses without one."""
+    (here / "c.toml").write_text(CLUSTER.replace(old, new))
+    result = invoke(here, "check", "c.toml")
+    assert result.returncode == code, result.stderr
+    for word in words:
+        assert word in result.stderr
+    if code:
+        assert result.stderr.startswith("prism-plan: c.toml: ")
+
+
+@pytest.mark.parametrize(
+    ("servers", "words"),
+    [
+        (("slots = 0", "slots = 0"), "coverage"),
+        (("slots = 1", "slots = 2"), "layer 1 expert 0, layer 1 expert 1"),
+    ],
+    ids=["no slots", "fewer slots than the rules name"],
+)
+def test_too_few_slots_for_any_model(
+    prism_plan: Run, here: Path, servers: tuple[str, str], words: str
+) -> None:
+    """Slots that fall short of the layers and experts that rules name fall short of any model."""
+    rules = "" if words == "coverage" else "pin = [[1, 3]]"
+    users = "weight = 1.0\ntasks = { x = 1.0 }"
+    text = "".join(
+        f'[[server]]\nname = "{name}"\n{users}\n{rule}\n[[server.gpu]]\n{gpu}\n'
+        for name, gpu, rule in zip("ab", servers, (rules, ""), strict=True)
+    )
+    (here / "c.toml").write_text(text)
+    result = prism_plan("check", "c.toml", cwd=here)
+    assert result.returncode == 3
+    assert result.stderr.startswith("prism-plan: c.toml: infeasible: whatever the model is, ")
+    assert words in result.stderr
+    assert invoke(here, *COMMANDS["solve"]).returncode in (2, 3)  # 2: no expert 3 in its model
+
+
+def test_forbidden_everywhere(here: Path) -> None:
+    """An expert that every server forbids has no place, whatever the model is."""
+    text = CLUSTER.replace("[[server]]\n", "[[server]]\nforbid = [[1, 0]]\n")
+    (here / "c.toml").write_text(text)
+    for more in ((), ("--trace", "t.parquet"), ("--model", "m.json")):
+        result = invoke(here, "check", "c.toml", *more)
+        assert result.returncode == 3
+        assert "layer 1 expert 0 want 1 copies" in result.stderr
+
+
+# ------------------------------------------------------------------------ check and solve agree
+
+PAIRS = st.lists(st.tuples(st.integers(1, 2), st.integers(0, 2)), max_size=2, unique=True)
+GPUS = st.one_of(
+    st.builds(Gpu, slots=st.integers(0, 5)),
+    st.builds(
+        Gpu,
+        memory_bytes=st.integers(200, 900),
+        reserve_bytes=st.sampled_from([0, 0, 50, 400]),
+    ),
+)
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> Cluster:
+    """One to three servers with scarce memory, rules, and users of some of them."""
+    servers = []
+    for n in range(draw(st.integers(1, 3))):
+        pins, forbidden = draw(PAIRS), draw(PAIRS)
+        servers.append(
+            Server(
+                f"s{n}",
+                tuple(draw(st.lists(GPUS, min_size=1, max_size=2))),
+                draw(st.sampled_from([{}, {"x": 1.0}, {"x": 0.5, "y": 0.5}, {"z": 1.0}])),
+                arrival_interval_s=draw(st.sampled_from([None, 1.0, 1.0])),
+                weight=draw(st.sampled_from([None, None, 0.0, 1.0])),
+                kv_tokens=draw(st.sampled_from([0, 5])),
+                pin=tuple(pins) if draw(st.booleans()) else (),
+                forbid=tuple(pair for pair in forbidden if pair not in pins),
+                layer_cap=draw(st.sampled_from([None, None, 0, 1, 2])),
+            )
+        )
+    return Cluster("c", tuple(servers))
+
+
+def verdict(work: Callable[[], object]) -> int:
+    """The exit code of some work."""
+    try:
+        work()
+    except PrismError as error:
+        return error.exit_code
+    return 0
+
+
+@given(cluster=clusters(), unequal=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_check_says_what_solve_says(cluster: Cluster, unequal: bool) -> None:
+    """With a trace `check` and `solve` (by a solver that knows all rules) have one exit code."""
+    trace = TRACES[UNEQUAL.expert_bytes if unequal else SPEC.expert_bytes]
+
+    def plan() -> None:
+        solve(Instance.build(trace, cluster), "ilp" if unequal else "exact")
+
+    with_trace = verdict(lambda: require_plannable(cluster, trace=trace))
+    assert with_trace == verdict(plan)
+    with_model = verdict(lambda: require_plannable(cluster, model=trace.model))
+    alone = verdict(lambda: require_plannable(cluster))
+    assert not with_model or with_trace  # what is refused with less is refused with more
+    assert not alone or with_model
+
+
+@given(cluster=clusters())
+@settings(max_examples=100, deadline=None)
+def test_alone_refuses_no_more(cluster: Cluster) -> None:
+    """Some model and trace can be planned for whenever a cluster alone is accepted."""
+    assume(all("z" not in server.tasks for server in cluster.servers))
+    smallest = _smallest_model(cluster)
+    trace = synthetic_trace(smallest, ["x", "y"], requests=2)
+    alone = verdict(lambda: require_plannable(cluster))
+    assert alone == verdict(lambda: solve(Instance.build(trace, cluster), "exact"))
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_first_fit_proves(seed: int) -> None:
+    """Where first fit finds places for experts of unequal size, the integer program does too."""
+    rng = np.random.default_rng(seed)
+    shape = (2, 2, 3)
+    rules = [tuple(map(int, triple)) for triple in np.argwhere(rng.random(shape) < 0.2)]
+    cut = int(rng.integers(0, len(rules) + 1))
+    instance = Instance(
+        model=UNEQUAL.shape(),
+        servers=("a", "b"),
+        activations=np.zeros(shape),
+        gpu_capacity=tuple(
+            tuple(int(room) for room in rng.integers(0, 600, rng.integers(1, 3))) for _ in "ab"
+        ),
+        min_replicas=int(rng.integers(1, 3)),
+        pinned=tuple(rules[:cut]),  # type: ignore[arg-type]
+        forbidden=tuple(rules[cut:]),  # type: ignore[arg-type]
+        layer_caps=(int(rng.integers(1, 4)), None),
+    )
+    if first_fit(instance):
+        assert violations(solve(instance, "ilp"), instance=instance) == []
+
+
+def test_what_only_packing_forbids() -> None:
+    """Bytes enough in sum, but no GPU for the last whole expert: found out without a trace."""
+    model = dataclasses.replace(UNEQUAL, dense_bytes=0)  # 3 experts of 100 and 3 of 150 bytes
+    gpus = (Gpu(memory_bytes=249),) * 3 + (Gpu(memory_bytes=99),)
+    server = Server("a", gpus, {"x": 1.0}, weight=1.0)
+    instance = Instance.of_cluster(Cluster("c", (server,)), model)
+    assert sum(instance.gpu_capacity[0]) > 3 * 100 + 3 * 150
+    with pytest.raises(Infeasible, match="no packing of whole experts"):
+        require_feasible_placement(instance)
+
+
+def test_rules_beyond_memory_are_told() -> None:
+    """Without a model, pins of so many layers and experts are not followed, and `check` says so."""
+    pins = tuple((layer, 65535) for layer in range(60))
+    servers = (
+        Server("a", (Gpu(slots=1),), {"x": 1.0}, weight=1.0, pin=pins),
+        *(Server(name, (Gpu(slots=1),)) for name in "bc"),
+    )
+    cluster = Cluster("c", servers)
+    assert require_plannable(cluster) == (
+        "pin and forbid not followed: that needs a trace or a model",
+    )
+
+
+def test_check_with_a_trace_refuses_what_solve_refuses(here: Path) -> None:
+    """Both commands end with one code and one line, whether the tasks or the memory is wrong."""
+    for old, new, code in (
+        ("{ x = 1.0 }", "{ w = 1.0 }", 2),
+        ("memory_gb = 1e-6", "memory_gb = 0.1e-6", 3),
+        ("memory_gb = 1e-6", "memory_gb = 0.3e-6", 3),
+        ('name = "a"', 'name = "a"\npin = [[9, 0]]', 2),
+    ):
+        (here / "c.toml").write_text(CLUSTER.replace(old, new).replace("slots = 3", "slots = 1"))
+        checked = invoke(here, *COMMANDS["check with a trace"])
+        solved = invoke(here, *COMMANDS["solve"])
+        assert checked.returncode == solved.returncode == code
+        assert checked.stderr == solved.stderr
+        assert len(checked.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def test_memory_by_hand() -> None:
+    """Usable bytes are dense part, KV cache, reserve, experts and what is free, on each GPU."""
+    rows = [row.to_json() for row in gpu_memory(parse_cluster(CLUSTER), SPEC)]
+    assert rows == [
+        {
+            "server": "a", "gpu": 0, "usable_bytes": 1000, "dense_bytes": 250, "kv_bytes": 0,
+            "reserve_bytes": 0, "slots": 7, "experts": 6, "expert_bytes": 600, "free_bytes": 150,
+        },
+        {
+            "server": "b", "gpu": 0, "usable_bytes": 700, "dense_bytes": 250, "kv_bytes": 200,
+            "reserve_bytes": 50, "slots": 2, "experts": 2, "expert_bytes": 200, "free_bytes": 0,
+        },
+        {
+            "server": "b", "gpu": 1, "usable_bytes": None, "dense_bytes": None, "kv_bytes": None,
+            "reserve_bytes": None, "slots": 3, "experts": 3, "expert_bytes": 300,
+            "free_bytes": None,
+        },
+    ]  # fmt: skip
+
+
+def test_memory_of_unequal_experts() -> None:
+    """There are no slots then: a GPU can be full of experts, and hold no more than all of them."""
+    text = CLUSTER.replace("slots = 3", "memory_gb = 2e-6")
+    rows = gpu_memory(parse_cluster(text), UNEQUAL)
+    assert [(row.slots, row.experts) for row in rows] == [(None, None)] * 3
+    assert [row.expert_bytes for row in rows] == [750, 200, 750]
+    assert [row.free_bytes for row in rows] == [0, 0, 1250]
+
+
+@pytest.mark.parametrize(
+    "with_sizes", [("--trace", "t.parquet"), ("--model", "m.json")], ids=["trace", "model"]
+)
+def test_check_prints_the_memory(prism_plan: Run, here: Path, with_sizes: tuple[str, ...]) -> None:
+    """One row a GPU, the numbers of `--json`; GPUs that give slots are noted, not guessed."""
+    result = prism_plan("check", "c.toml", *with_sizes, cwd=here)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines() if " gpu[" in line and "B" in line]
+    assert rows == [
+        [
+            "a",
+            "gpu[0]",
+            "1.00",
+            "kB",
+            "250",
+            "B",
+            "0",
+            "B",
+            "0",
+            "B",
+            "7",
+            "6",
+            "600",
+            "B",
+            "150",
+            "B",
+        ],
+        [
+            "b",
+            "gpu[0]",
+            "0.70",
+            "kB",
+            "250",
+            "B",
+            "200",
+            "B",
+            "50",
+            "B",
+            "2",
+            "2",
+            "200",
+            "B",
+            "0",
+            "B",
+        ],
+        ["b", "gpu[1]", "–", "–", "–", "–", "3", "3", "300", "B", "–"],
+    ]
+    assert "note: slots are given for b gpu[1]: the KV cache" in result.stdout
+    printed = invoke(here, "check", "c.toml", *with_sizes, "--json")
+    values = json.loads(printed.stdout)[0]
+    memory = gpu_memory(parse_cluster(CLUSTER), SPEC)
+    assert values["memory"] == [row.to_json() for row in memory]
+    assert values["warnings"] == [result.stderr.strip().removeprefix("prism-plan: ")]
+
+
+def test_memory_of_a_placement(here: Path) -> None:
+    """A placement's experts are counted as they lie, not as they could."""
+    sparse = read_placement(here / "p.json")
+    held = sparse.on_gpu.copy()
+    held[0] = False
+    held[0, 0, :2] = True
+    write_placement(here / "p.json", sparse.replace(on_gpu=held))
+    for with_sizes in (("--trace", "t.parquet"), ("--model", "m.json")):
+        result = invoke(here, "check", "p.json", "--cluster", "c.toml", *with_sizes, "--json")
+        rows = json.loads(result.stdout)[0]["memory"]
+        assert (rows[0]["experts"], rows[0]["expert_bytes"]) == (2, 200)
+        assert rows[0]["free_bytes"] == 1000 - 250 - 200
+        assert [row["experts"] for row in rows[1:]] == held[1:].sum(axis=(1, 2)).tolist()
+
+
+def test_a_placement_against_a_model(here: Path) -> None:
+    """Sizes alone are enough to find a GPU too full; the remote share is then not recomputed."""
+    result = invoke(here, "check", "p.json", "--cluster", "c.toml", "--model", "m.json")
+    assert result.returncode == 0, result.stderr
+    assert "remote_share not recomputed" in result.stdout
+    (here / "c.toml").write_text(CLUSTER.replace("memory_gb = 1e-6", "memory_gb = 0.4e-6"))
+    result = invoke(here, "check", "p.json", "--cluster", "c.toml", "--model", "m.json")
+    assert result.returncode == 3
+    assert "holds 6 slots of experts, the cluster says 1" in result.stderr
+
+
+def test_a_model_or_a_trace_needs_a_cluster(here: Path) -> None:
+    """Neither says anything of other files, and together they would say the model twice."""
+    for options, words in (
+        (("--trace", "t.parquet"), "--trace needs --cluster"),
+        (("--model", "m.json"), "--model needs --cluster"),
+        (("--cluster", "c.toml", "--trace", "t.parquet", "--model", "m.json"), "--model with"),
+    ):
+        result = invoke(here, "check", "p.json", *options)
+        assert result.returncode == 2
+        assert words in result.stderr
+
+
+# ------------------------------------------------------------------------------------ KV caches
+
+
+def test_no_kv_cache_is_reserved() -> None:
+    """Servers with users and without kv_tokens are named in one line of bounded length."""
+    assert missing_kv_reservation(parse_cluster(CLUSTER)) == (
+        "nothing is reserved for the KV cache of a: kv_tokens is not given or 0"
+    )
+    servers = tuple(Server(f"s{n}", (Gpu(slots=1),), {"x": 1.0} if n else {}) for n in range(100))
+    assert "of s1, s2, s3 and 96 more:" in missing_kv_reservation(Cluster("c", servers))
+    stateless = dataclasses.replace(SPEC, kv_bytes_per_token=0)
+    assert missing_kv_reservation(Cluster("c", servers), stateless) == ""
+
+
+def test_nothing_is_left_for_a_kv_cache() -> None:
+    """Too little is left where reserved and free bytes hold less than a mean request's cache."""
+    trace = TRACES[SPEC.expert_bytes]
+    assert trace.requests is not None
+    tokens = -(-int(trace.tokens[0]) // int(trace.requests[0]))  # of task x, all requests alike
+    assert trace.tokens[0] == tokens * trace.requests[0]
+    need = tokens * SPEC.kv_bytes_per_token
+    for room, short in ((need, False), (need - 1, True)):
+        gpu = Gpu(memory_bytes=SPEC.dense_bytes + 600 + room)  # all 6 experts fit
+        cluster = Cluster("c", (Server("a", (gpu,), {"x": 1.0}, weight=1.0),))
+        assert gpu_memory(cluster, SPEC)[0].free_bytes == room
+        found = insufficient_kv_memory(cluster, SPEC, gpu_memory(cluster, SPEC), trace)
+        assert bool(found) == short
+        assert (
+            insufficient_kv_memory(cluster, SPEC, gpu_memory(cluster, SPEC)) == ""
+        )  # for one token
+    assert found == (
+        f"nothing is left for a KV cache on a gpu[0] ({room:,} bytes, a request of {tokens:,} "
+        f"tokens needs {need:,})"
+    )
+
+
+def test_kv_warnings_of_the_commands(prism_plan: Run, here: Path) -> None:
+    """`check` and `solve` warn on standard error and end well; one line a file."""
+    full = CLUSTER.replace("memory_gb = 1e-6", "memory_gb = 0.555e-6")  # 3 experts and 5 bytes
+    (here / "c.toml").write_text(full)
+    reserved = "prism-plan: c.toml: nothing is reserved for the KV cache of a: kv_tokens is not"
+    checked = prism_plan("check", "c.toml", "--model", "m.json", cwd=here)
+    assert checked.returncode == 0
+    (line,) = checked.stderr.splitlines()
+    assert line.startswith(reserved)
+    assert line.endswith("left for a KV cache on a gpu[0] (5 bytes, a token needs 10)")
+    for result in (
+        invoke(here, "check", "c.toml"),
+        prism_plan(*COMMANDS["solve"], cwd=here),
+    ):
+        assert result.returncode == 0
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(reserved)
+        assert line.endswith("given or 0")
+    text = CLUSTER.replace('name = "a"', 'name = "a"\nkv_tokens = 30')
+    (here / "c.toml").write_text(text)
+    for arguments in (("check", "c.toml", "--model", "m.json"), COMMANDS["solve"]):
+        assert invoke(here, *arguments).stderr == ""

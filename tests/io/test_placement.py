@@ -1,0 +1,147 @@
+"""Placement files: exact round trips, the schema, the golden file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prism_plan.errors import InputError
+from prism_plan.io.placement import (
+    dump_placement,
+    placement_to_json,
+    read_placement,
+    write_placement,
+)
+from prism_plan.model import ModelShape
+from prism_plan.placement import InputFile, Placement, SolveReport
+from prism_plan.placement_check import violations
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "placement-v1.json"
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> Placement:
+    """Any placement, feasible or not, of equal or unequal sizes."""
+    layers = sorted(draw(st.sets(st.integers(0, 90), min_size=1, max_size=4)))
+    experts = draw(st.integers(1, 9))
+    sizes = st.integers(1, 2**40)
+    many = st.lists(sizes, min_size=len(layers), max_size=len(layers)).map(tuple)
+    model = ModelShape(
+        draw(st.text(min_size=1, max_size=8)),
+        tuple(layers),
+        experts,
+        draw(st.integers(1, experts)),
+        draw(sizes | many),
+    )
+    names = draw(st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=3, unique=True))
+    capacity = tuple(
+        tuple(draw(st.lists(st.integers(0, 2**50), min_size=1, max_size=3))) for _ in names
+    )
+    seed = draw(st.integers(0, 2**32))
+    gpus = sum(map(len, capacity))
+    held = np.random.default_rng(seed).random((gpus, len(layers), experts)) < 0.4
+    share = st.none() | st.floats(0, 1)
+    plan = SolveReport(
+        solver=draw(st.text(min_size=1, max_size=8)),
+        remote_share=draw(share),
+        bound=draw(share),
+        termination=draw(st.sampled_from(["optimal", "heuristic", "time_limit"])),
+        seed=draw(st.integers(0, 2**62)),
+        runtime_s=draw(st.floats(0, 1e6)),
+        min_replicas=draw(st.integers(1, 5)),
+        extra=draw(st.dictionaries(st.sampled_from(["gap", "note"]), st.floats(0, 9) | st.text())),
+    )
+    inputs = {"trace": InputFile(draw(st.text()), "0123456789abcdef" * 4)}
+    return Placement(model, tuple(names), capacity, held, plan, inputs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(placement=placements())
+def test_round_trip_is_exact(
+    placement: Placement, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Reading what was written gives every field back, and writing that the same bytes."""
+    path = tmp_path_factory.mktemp("placement") / "p.json"
+    write_placement(path, placement)
+    again = read_placement(path)
+    assert (again.on_gpu == placement.on_gpu).all()
+    for field in ("model", "servers", "gpu_capacity", "plan", "inputs"):
+        assert getattr(again, field) == getattr(placement, field)
+    assert dump_placement(again) == path.read_bytes()
+
+
+def test_golden_version_1() -> None:
+    """A version-1 file loads for ever, byte for byte, with the content it had."""
+    placement = read_placement(GOLDEN)
+    assert dump_placement(placement) == GOLDEN.read_bytes()
+    assert placement.model == ModelShape("deepseek-v2-lite", (1, 2), 64, 6, 17301504)
+    assert placement.servers == ("edge-0", "edge-1")
+    assert placement.gpu_capacity == ((70,), (40, 40))
+    assert int(placement.on_gpu.sum()) == 150
+    assert placement.plan.solver == "exact"
+    assert placement.plan.bound == placement.plan.remote_share
+    assert violations(placement, min_replicas=1) == []
+
+
+def test_the_file_reads_as_documented() -> None:
+    """Keys are those of DESIGN section 6, in its order; expert lists are sorted, on one line."""
+    values = json.loads(GOLDEN.read_text())
+    assert list(values) == ["format", "version", "model", "servers", "plan", "inputs"]
+    assert list(values["model"]) == ["name", "moe_layers", "num_experts", "top_k", "expert_bytes"]
+    gpu = values["servers"][0]["gpus"][0]
+    assert list(gpu) == ["slots", "experts"]
+    assert set(gpu["experts"]) <= {"1", "2"}
+    assert all(ids == sorted(set(ids)) for ids in gpu["experts"].values())
+    first = gpu["experts"]["1"]
+    assert f'"1": [{",".join(map(str, first))}]' in GOLDEN.read_text()
+
+
+MUTATIONS = {
+    "format": (["format"], "other", "format"),
+    "version": (["version"], 2, "newer prism-plan"),
+    "true is not version 1": (["version"], True, "version"),
+    "layer": (["servers", 0, "gpus", 0, "experts"], {"7": [1]}, "MoE layer of deepseek-v2-lite"),
+    "leading zero": (["servers", 0, "gpus", 0, "experts"], {"01": [1]}, "experts"),
+    "expert": (["servers", 0, "gpus", 0, "experts", "1"], [3, 64], "expert 64; expected ids 0..63"),
+    "order": (["servers", 0, "gpus", 0, "experts", "1"], [5, 3], "expert 3 after 5"),
+    "twice": (["servers", 0, "gpus", 0, "experts", "1"], [5, 5], "each once"),
+    "name taken": (["servers", 1, "name"], "edge-0", "taken by servers"),
+    "share": (["plan", "remote_share"], 1.5, "remote_share"),
+    "word": (["plan", "termination"], "perfect", "termination"),
+    "layers": (["model", "moe_layers"], [2, 1], "ascending"),
+}
+
+
+@pytest.mark.parametrize("case", list(MUTATIONS))
+def test_what_is_wrong_is_named(case: str, tmp_path: Path) -> None:
+    """A wrong value is refused with its place."""
+    path, value, words = MUTATIONS[case]
+    values = json.loads(GOLDEN.read_text())
+    target = values
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps(values))
+    with pytest.raises(InputError) as caught:
+        read_placement(file)
+    assert words in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_json_values_are_plain() -> None:
+    """No numpy number reaches the file's values."""
+
+    def plain(value: object) -> bool:
+        if isinstance(value, dict):
+            return all(type(k) is str and plain(v) for k, v in value.items())
+        if isinstance(value, list):
+            return all(map(plain, value))
+        return value is None or type(value) in (str, int, float, bool)
+
+    assert plain(placement_to_json(read_placement(GOLDEN)))

@@ -1,0 +1,1 @@
+"""Tools of whoever develops prism-plan; not part of the wheel."""
