@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.simulate.random_streams import Source, stream
+from prism_plan.simulate.random_streams import RandomSource, random_stream
 from prism_plan.simulate.requests import Prompts
 from prism_plan.trace import Trace
 
@@ -132,7 +132,7 @@ def draw_prompts(
     experts = np.empty((len(task) * length, model.num_layers, model.top_k), np.uint16)
     units = {code: task_units(trace, code) for code in np.unique(task).tolist()}
     for index, (code, at) in enumerate(zip(task.tolist(), number.tolist(), strict=True)):
-        rng = stream(seed, Source.DRAWING, code, at)
+        rng = random_stream(seed, RandomSource.DRAWING, code, at)
         rows = slice(index * length, (index + 1) * length)
         experts[rows] = draw_tokens(rng, units[code], model.top_k, length)
     return Prompts(

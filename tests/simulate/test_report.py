@@ -22,7 +22,7 @@ from prism_plan.instance import Instance
 from prism_plan.io.simulation import simulation_from_json
 from prism_plan.objective import score, step_score
 from prism_plan.placement import Placement
-from prism_plan.simulate.arrival_trace import Arrival, FixedArrivals
+from prism_plan.simulate.arrival_trace import Arrival, ArrivalTrace
 from prism_plan.simulate.phase_schedule import Phase, Schedule
 from prism_plan.simulate.report import TIMELINE_BINS, Run, _timeline, summary
 from prism_plan.simulate.requests import Requests
@@ -234,7 +234,7 @@ def at_times(times_s: dict[str, list[float]]) -> Run:
     """A run with requests of the servers at these times."""
     trace, cluster = small_trace(), small_cluster()
     arrivals = [Arrival(server, at) for server, of_it in times_s.items() for at in of_it]
-    requests = sampled(trace, cluster, arrivals=FixedArrivals(tuple(arrivals)))
+    requests = sampled(trace, cluster, arrivals=ArrivalTrace(tuple(arrivals)))
     found = simulate_placements(planned(trace, cluster, "exact"), requests, trace, cluster)
     return found.runs[0]
 
