@@ -19,80 +19,51 @@ if TYPE_CHECKING:
 
     Row = Mapping[str, Any]
 
-#: The columns of a comparison: one row a placement, and one a placement and server.
-_COMPARED: Mapping[str, str] = {
-    "solver": "string",
-    "remote_share": "float64",
-    "worst_server": "string",
-    "worst_server_share": "float64",
-    "waiting_share": "float64",
-    "worst_waiting_server": "string",
-    "worst_waiting_share": "float64",
-    "destinations": "float64",
-    "destinations_method": "string",
-    "planned_share": "float64",
-    "bound": "float64",
-    "termination": "string",
-    "runtime_s": "float64",
-    "violations": "Int64",
-    "note": "string",
-}
-_COMPARED_SERVERS: Mapping[str, str] = {"remote_share": "float64", "waiting_share": "float64"}
-
 #: Times of a report, each with these statistics.
 _STATISTICS = ("mean", "p50", "p95", "p99", "max")
 
 
-def _times(*names: str) -> dict[str, str]:
-    return {f"{name}_{statistic}_s": "float64" for name in names for statistic in _STATISTICS}
+def _typed(dtype: str, names: str) -> dict[str, str]:
+    """Columns of one dtype; ``names`` has a space between two."""
+    return dict.fromkeys(names.split(), dtype)
 
 
+def _times(names: str) -> dict[str, str]:
+    return {f"{name}_{part}_s": "float64" for name in names.split() for part in _STATISTICS}
+
+
+#: The columns of a comparison: one row a placement, and one a placement and server.
+_COMPARED: Mapping[str, str] = {
+    **{"solver": "string", "remote_share": "float64"},
+    **{"worst_server": "string", "worst_server_share": "float64", "waiting_share": "float64"},
+    **{"worst_waiting_server": "string", "worst_waiting_share": "float64"},
+    **{"destinations": "float64", "destinations_method": "string"},
+    **{"planned_share": "float64", "bound": "float64", "termination": "string"},
+    **{"runtime_s": "float64", "violations": "Int64", "note": "string"},
+}
+_COMPARED_SERVERS: Mapping[str, str] = _typed("float64", "remote_share waiting_share")
 #: The columns of a simulation: one row a run, a run and server, and a run and review.
 _RUNS: Mapping[str, str] = {
-    "solver": "string",
-    "partial": "bool",
-    "requests": "int64",
-    "finished": "int64",
-    **_times("latency", "ttft", "tpot", "queueing"),
-    "remote_share": "float64",
-    "waiting_share": "float64",
-    "destinations": "float64",
-    "busiest": "float64",
-    "expert_calls": "int64",
-    "remote_calls": "int64",
-    "messages": "int64",
-    "bytes_sent": "int64",
-    "loads": "int64",
-    "loaded_bytes": "int64",
-    "reviews": "int64",
-    "moves": "int64",
-    "moved_experts": "int64",
-    "moved_bytes": "int64",
-    "events": "int64",
-    "simulated_s": "float64",
-    "runtime_s": "float64",
+    **{"solver": "string", "partial": "bool"},
+    **_typed("int64", "requests finished"),
+    **_times("latency ttft tpot queueing"),
+    **_typed("float64", "remote_share waiting_share destinations busiest"),
+    **_typed("int64", "expert_calls remote_calls messages bytes_sent loads loaded_bytes"),
+    **_typed("int64", "reviews moves moved_experts moved_bytes events"),
+    **_typed("float64", "simulated_s runtime_s"),
 }
 _SERVERS: Mapping[str, str] = {
-    "requests": "int64",
+    **_typed("int64", "requests"),
     **_times("latency"),
-    "utilisation": "float64",
-    "remote_share": "float64",
-    "waiting_share": "float64",
-    "destinations": "float64",
-    "bytes_sent": "int64",
-    "bytes_received": "int64",
-    "uplink_busy": "float64",
-    "downlink_busy": "float64",
-    "gpus": "int64",
-    "experts": "int64",
+    **_typed("float64", "utilisation remote_share waiting_share destinations"),
+    **_typed("int64", "bytes_sent bytes_received"),
+    **_typed("float64", "uplink_busy downlink_busy"),
+    **_typed("int64", "gpus experts"),
 }
 _REVIEWS: Mapping[str, str] = {
-    "decision": "string",
-    "moved_experts": "int64",
-    "moved_bytes": "int64",
-    "saving_s": "float64",
-    "cost_s": "float64",
-    "finished_at_s": "float64",
+    **{"decision": "string"},
+    **_typed("int64", "moved_experts moved_bytes"),
+    **_typed("float64", "saving_s cost_s finished_at_s"),
 }
 
 

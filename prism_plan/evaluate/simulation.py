@@ -19,7 +19,7 @@ from prism_plan.io.file_writing import write_bytes
 from prism_plan.io.text_files import file_name_text
 from prism_plan.migration.statistics import Window
 from prism_plan.placement import InputFile, Placement
-from prism_plan.simulate.report import Run, notes
+from prism_plan.simulate.report import SimulationRun, notes
 from prism_plan.simulate.requests import Requests
 from prism_plan.trace import Trace
 
@@ -35,7 +35,7 @@ class Simulation:
     limit.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[SimulationRun, ...]
     options: SimulationOptions
     seed: int
     trace: InputFile
@@ -151,7 +151,7 @@ def simulate_placements(
             prepared.append(prepare(placement, requests, trace.model, rules, cluster, options))
         except InputError as error:
             raise error.within(name) from error
-    runs: list[Run] = []
+    runs: list[SimulationRun] = []
     interrupted = False
     try:
         for (name, placement), (scenario, own_rules) in zip(placements, prepared, strict=True):

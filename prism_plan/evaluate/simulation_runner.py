@@ -22,7 +22,7 @@ from prism_plan.placement import Placement
 from prism_plan.simulate.compiled.engine import CHUNK, CompiledEngine
 from prism_plan.simulate.engine import Engine, Outcome
 from prism_plan.simulate.reference_engine import ReferenceEngine
-from prism_plan.simulate.report import Migration, Run
+from prism_plan.simulate.report import ReviewRecord, SimulationRun
 from prism_plan.simulate.scenario import Scenario
 
 ENGINES: Mapping[str, Callable[[Scenario], Engine]] = {
@@ -81,13 +81,13 @@ class SimulationRunner:
         self.progress = progress
         self.deadline = deadline
         self.engine: Engine = ENGINES[options.engine](scenario)
-        self.migrations: list[Migration] = []
+        self.migrations: list[ReviewRecord] = []
         self.notes: list[str] = []
         self.interrupted = False
         self.call_s = call_seconds(cluster, scenario.model)
         self.load_gbs = gpu_load_gbs(cluster)
 
-    def run(self) -> Run:
+    def run(self) -> SimulationRun:
         """Simulate; Ctrl-C is raised before the first event, and later ends the run."""
         begin = time.perf_counter()
         partial = False
@@ -103,7 +103,7 @@ class SimulationRunner:
                 raise
             partial = self.interrupted = True
         self._record_migration_end()
-        return Run(
+        return SimulationRun(
             placement=self.name,
             solver=self.placement.plan.solver,
             scenario=self.scenario,
@@ -139,7 +139,7 @@ class SimulationRunner:
                 break
             statistics.add(self.engine.take_calls(), every_s)
             if self.engine.migrating:
-                self.migrations.append(Migration(at_s, 0, 0, "busy", None, None))
+                self.migrations.append(ReviewRecord(at_s, 0, 0, "busy", None, None))
                 continue
             self._record_migration_end()
             rates = statistics.rates()
@@ -152,7 +152,7 @@ class SimulationRunner:
                 decision = "stay"
             moved = decision == "move"
             self.migrations.append(
-                Migration(
+                ReviewRecord(
                     at_s=at_s,
                     moved_experts=found.moved_experts if moved else 0,
                     moved_bytes=found.moved_bytes if moved else 0,

@@ -26,7 +26,7 @@ from prism_plan.io.sweep import COLUMNS, OK
 from prism_plan.limits import MAX_REPLICAS, require_integer
 from prism_plan.placement import OFFLOAD, Placement
 from prism_plan.simulate.poisson_arrivals import MAX_REQUESTS
-from prism_plan.simulate.report import Run
+from prism_plan.simulate.report import SimulationRun
 from prism_plan.simulate.sampling import MAX_PROMPT_TOKENS, sample_requests
 from prism_plan.solvers import Options, solve
 from prism_plan.token_rates import require_users
@@ -184,7 +184,7 @@ def _run(
     bandwidth_mbps: float | None,
     arrival_interval_s: float | None,
     options: SweepOptions,
-) -> Run:
+) -> SimulationRun:
     target = vary_cluster(
         cluster,
         gpus=block.gpus,

@@ -30,10 +30,6 @@ LOADED = 7
 #: A transfer has ended: the uplink and the downlink that it held are free.
 FREED = 8
 
-KINDS = (
-    *("arrival", "dense", "local", "send", "arrived", "computed", "returned", "loaded"),
-    "freed",
-)
 #: Of events at one time, ends of loads and transfers are processed first and arrivals last, so that
 #: the others find the places and links that are free at that time. Lowest first.
 PRIORITY = np.array([2, 1, 1, 1, 1, 1, 1, 0, 0], np.int8)
@@ -55,12 +51,6 @@ class Event(NamedTuple):
     layer: int
     at: int
     to: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.time_s:.9g} {KINDS[self.kind]} request {self.request} layer {self.layer} "
-            f"at {self.at} to {self.to}"
-        )
 
 
 Log = list[Event]

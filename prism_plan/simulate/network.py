@@ -14,27 +14,26 @@ from prism_plan.model import ModelSpec
 
 Floats = npt.NDArray[np.float64]
 
-#: Bytes that name one expert for one token in a message: id and gate weight (DESIGN section 4).
+#: Bytes of one expert call of a token in a message: id and gate weight (docs/design.md, section 4).
 BYTES_PER_CALL = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """What a message between two servers costs (DESIGN section 4, rule 3).
+    """What a message between two servers costs (docs/design.md, section 4, rule 3).
 
-    A message begins when its sender's uplink and its receiver's downlink are both free; of those
-    that wait, the one that was ready first. One that cannot begin yet does not hold up those
-    behind it: with many servers, queues that block each other would stop a cluster whose links
-    are idle.
+    A message starts when its sender's uplink and its receiver's downlink are both free; of those
+    that wait, the one that was ready first. One that cannot start yet does not block those behind
+    it: with many servers, queues that block each other would stop a cluster whose links are idle.
 
     ``seconds_per_byte`` [N, N] from sender (row) to receiver at the lowest rate of the sender's
     uplink, the receiver's downlink and the cap of the pair; ``half_rtt_s`` [N, N];
     ``up_bytes_per_s`` and ``down_bytes_per_s`` [N], the ports' own rates, at which their token
     buckets of ``burst_bytes`` fill; ``call_overhead_s``, paid once per call at the sender;
-    messages below ``short_bytes`` wait for each other, but not for longer ones, nor those for them:
-    TCP shares a line. What is under way of a long one beside it delays a short one, at most by the
-    time of ``short_bytes``, so much as the kernel queues for the line at once;
-    ``token_bytes``, a token's hidden state. Diagonals are zero. Arrays are read-only.
+    messages below ``short_bytes`` wait for each other, but not for longer ones, nor those for them,
+    because TCP shares a line. A long message under way delays a short one by at most the time of
+    ``short_bytes``, as much as the kernel queues for the line at once; ``token_bytes``, a token's
+    hidden state. Diagonals are zero. Arrays are read-only.
     """
 
     seconds_per_byte: Floats

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +80,7 @@ class ReferenceEngine:
         gpus = len(scenario.timing.kind)
         requests = len(scenario.requests)
         self.now = 0.0
-        self._heap: list[tuple[float, int, int, int, object]] = []
+        self._heap: list[tuple[float, int, int, int, Any]] = []
         self._num_pushed = 0
         self._processed = 0
         self._log: Log | None = [] if log else None
@@ -150,49 +151,46 @@ class ReferenceEngine:
             self.now = max(self.now, until_s)
         return True
 
-    def _push(self, time_s: float, kind: int, subject: object) -> None:
+    def _push(self, time_s: float, kind: int, subject: Any) -> None:
         heapq.heappush(
             self._heap, (time_s, int(events.PRIORITY[kind]), self._num_pushed, kind, subject)
         )
         self._num_pushed += 1
 
-    def _process(self, kind: int, subject: object) -> None:
-        if isinstance(subject, _Message):
-            where = (subject.request, subject.layer, subject.at, subject.to)
-        elif kind == events.ARRIVAL:
-            assert isinstance(subject, int)
-            home = int(self.scenario.requests.home[subject])
-            where = (subject, -1, home, home)
-        elif kind == events.LOADED:
-            assert isinstance(subject, int)
-            gpu = self._steps[subject].gpu
-            where = (-1, -1, self._server_of_gpu[gpu], gpu)
-        else:
-            assert isinstance(subject, _ActiveRequest)
-            where = (subject.number, subject.layer, subject.location, subject.location)
+    def _process(self, kind: int, subject: Any) -> None:
         if self._log is not None:
-            self._log.append(Event(self.now, kind, *where))
+            self._log.append(Event(self.now, kind, *self._where(kind, subject)))
         if kind == events.ARRIVAL:
-            self._receive_request(subject)  # type: ignore[arg-type]
+            self._receive_request(subject)
         elif kind == events.DENSE:
-            self._route(subject)  # type: ignore[arg-type]
+            self._route(subject)
         elif kind == events.LOCAL:
-            self._complete_part(subject)  # type: ignore[arg-type]
+            self._complete_part(subject)
         elif kind == events.SEND:
-            self._start_or_enqueue(subject)  # type: ignore[arg-type]
+            self._start_or_enqueue(subject)
         elif kind == events.ARRIVED:
-            self._receive(subject)  # type: ignore[arg-type]
+            self._receive(subject)
         elif kind == events.COMPUTED:
-            assert isinstance(subject, _Message)
             subject.returning = True
             self._start_or_enqueue(subject)
         elif kind == events.RETURNED:
-            assert isinstance(subject, _Message)
             self._complete_part(self._admitted[subject.request])
         elif kind == events.FREED:
-            self._release_ports(subject)  # type: ignore[arg-type]
+            self._release_ports(subject)
         else:
-            self._complete_load(subject)  # type: ignore[arg-type]
+            self._complete_load(subject)
+
+    def _where(self, kind: int, subject: Any) -> tuple[int, int, int, int]:
+        """Request, layer and places of an event, as in :class:`prism_plan.simulate.events.Event`."""
+        if kind == events.ARRIVAL:
+            home = int(self.scenario.requests.home[subject])
+            return subject, -1, home, home
+        if kind == events.LOADED:
+            gpu = self._steps[subject].gpu
+            return -1, -1, self._server_of_gpu[gpu], gpu
+        if kind in (events.DENSE, events.LOCAL):
+            return subject.number, subject.layer, subject.location, subject.location
+        return subject.request, subject.layer, subject.at, subject.to
 
     # ----------------------------------------------------------------------------------- requests
 

@@ -1,4 +1,4 @@
-"""What users are told of a run: latencies, shares, traffic, from what an engine has measured."""
+"""The report of a simulated run: latencies, shares and traffic, from an engine's measurements."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LITTLE_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Migration:
-    """One review: what was decided, and for a move when its last step was done.
+class ReviewRecord:
+    """One review: its decision, and the end of the migration where that was a move.
 
-    ``saving_s`` and ``cost_s`` are those of the move that was weighed, ``None`` where the review
-    weighed none because the move before was still under way.
+    ``saving_s`` and ``cost_s`` are those of the move that was considered, ``None`` where the review
+    considered none because the migration before was still under way.
     """
 
     at_s: float
@@ -40,15 +40,15 @@ class Migration:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """One placement's simulation."""
+class SimulationRun:
+    """The simulated run of one placement: its scenario, measurements and reviews."""
 
     placement: str
     solver: str
     scenario: Scenario
     outcome: Outcome
     experts: npt.NDArray[np.int64]
-    migrations: tuple[Migration, ...] = ()
+    migrations: tuple[ReviewRecord, ...] = ()
     partial: bool = False
     runtime_s: float = 0.0
     notes: tuple[str, ...] = ()
@@ -77,10 +77,10 @@ class Run:
         return self.outcome.start_s - self.scenario.requests.arrival_s
 
     def utilisation(self) -> list[float | None]:
-        """Share of its places that each server's users need: rate x mean service / concurrency.
+        """Utilisation of each server's admission slots: rate x mean service / concurrency.
 
         At 1 or more, requests arrive faster than they are served and the queue grows without end.
-        ``None`` where nothing finished or no rate can be told.
+        ``None`` where nothing finished or no rate is known.
         """
         requests, outcome = self.scenario.requests, self.outcome
         service_s = outcome.done_s - outcome.start_s
@@ -93,12 +93,12 @@ class Run:
             found.append(float(served.mean()) * rate / places if known and rate else None)
         return found
 
-    def offered(self) -> dict[str, float]:
-        """How much of each place, GPU and link the arrivals ask for, by its name.
+    def offered_load(self) -> dict[str, float]:
+        """Utilisation of every server's admission slots, GPUs and links by the arrivals, by name.
 
         Of GPUs and links: their busy time over the time in which that many requests arrive. At 1 or
-        more the load is unstable: queues grow as long as requests arrive, however many places
-        (``concurrency``) there are. Of a partial run, over the simulated time.
+        more the load is unstable: queues grow as long as requests arrive, whatever the
+        ``concurrency``. Of a partial run, over the simulated time.
         """
         names = self.scenario.placement.servers
         found = {
@@ -131,7 +131,7 @@ class Run:
         return max(spans, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as in DESIGN section 6."""
+        """Plain values, as in docs/design.md, section 6."""
         self._require_littles_law()
         requests, outcome = self.scenario.requests, self.outcome
         phases = [start.to_json() for start in requests.phases]
@@ -152,7 +152,7 @@ class Run:
             "remote_calls": int(outcome.remote_calls.sum()),
             "messages": int(outcome.messages.sum()),
             "bytes_sent": int(outcome.bytes_out.sum()),
-            "busiest": max(self.offered().values(), default=None),
+            "busiest": max(self.offered_load().values(), default=None),
             "servers": self._servers(),
             "migrations": [vars(migration) for migration in self.migrations],
             "layer_latency_s": [
@@ -209,7 +209,7 @@ class Run:
         return rows
 
     def _require_littles_law(self) -> None:
-        """Σ of the times that requests spent = ∫ of their number, at every server and always."""
+        """Check that requests' times at a server add up to the integral of their number."""
         requests, outcome = self.scenario.requests, self.outcome
         end_s = np.where(np.isfinite(outcome.done_s), outcome.done_s, outcome.now_s)
         spent_s = np.maximum(end_s - requests.arrival_s, 0.0)
@@ -271,17 +271,17 @@ def _timeline(arrival_s: Floats, latency_s: Floats) -> dict[str, Any]:
 
 def _round_up(seconds: float) -> float:
     """The next of 1, 2, 5, 10, ... times a power of ten."""
-    if seconds < 1e-9:  # far below what powers of ten can express there is nothing to tell apart
+    if seconds < 1e-9:  # below what powers of ten can express
         return 1.0
     power = 10.0 ** math.floor(math.log10(seconds))
     return next(step * power for step in (1.0, 2.0, 5.0, 10.0, 20.0) if step * power >= seconds)
 
 
-def notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader of the runs has to know: overloaded servers, routing that was drawn."""
+def notes(runs: Sequence[SimulationRun]) -> list[str]:
+    """Warnings about the runs: overloaded servers, routes drawn from counts."""
     found = []
     for run in runs:
-        asked = sorted(run.offered().items(), key=lambda item: -item[1])
+        asked = sorted(run.offered_load().items(), key=lambda item: -item[1])
         over = [f"{name} {share:.2f}" for name, share in asked if share >= 1]
         if over:
             shown = ", ".join(over[:5]) + (f" and {len(over) - 5} more" if len(over) > 5 else "")

@@ -14,7 +14,7 @@ import pytest
 
 import prism_plan as pp
 from prism_plan.errors import InputError
-from prism_plan.evaluate.comparison import Row
+from prism_plan.evaluate.comparison import ComparisonRow
 from prism_plan.io.sweep import COLUMNS
 from tests.evaluate.simulation_material import simulated, small_cluster, small_trace
 from tests.evaluate.simulation_reports import failed, make_report, make_run, make_sweep
@@ -77,7 +77,7 @@ def test_a_comparison_by_server(comparison: pp.Comparison) -> None:
 def test_a_comparison_of_a_file(tmp_path: Path, comparison: pp.Comparison) -> None:
     """A file gives the frame that was written; a row without placement has missing values."""
     values = comparison.to_json()
-    values["rows"].append(Row("pinned", note="refused").to_json())
+    values["rows"].append(ComparisonRow("pinned", note="refused").to_json())
     (tmp_path / "r.json").write_text(json.dumps(values))
     frame = pp.comparison_frame(pp.read_comparison(tmp_path / "r.json"))
     pd.testing.assert_frame_equal(frame.iloc[:3], comparison.to_frame())

@@ -24,7 +24,7 @@ from prism_plan.objective import score, step_score
 from prism_plan.placement import Placement
 from prism_plan.simulate.arrival_trace import Arrival, ArrivalTrace
 from prism_plan.simulate.phase_schedule import Phase, Schedule
-from prism_plan.simulate.report import TIMELINE_BINS, Run, _timeline, summary
+from prism_plan.simulate.report import TIMELINE_BINS, SimulationRun, _timeline, summary
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.token_rates import expected_token_rates
@@ -230,7 +230,7 @@ def test_utilisation(concurrency: int) -> None:
     assert run.utilisation()[0] == pytest.approx(expected, rel=1e-12)
 
 
-def at_times(times_s: dict[str, list[float]]) -> Run:
+def at_times(times_s: dict[str, list[float]]) -> SimulationRun:
     """A run with requests of the servers at these times."""
     trace, cluster = small_trace(), small_cluster()
     arrivals = [Arrival(server, at) for server, of_it in times_s.items() for at in of_it]
@@ -272,7 +272,7 @@ def test_overload_is_told_however_many_places_there_are() -> None:
     )
     result = simulated(small_trace(), crowded, "exact", number=60)
     run = result.runs[0]
-    offered = run.offered()
+    offered = run.offered_load()
     assert max(share for share in run.utilisation() if share is not None) < 1
     span_s = max(
         (run.scenario.requests.home == n).sum() / run.scenario.requests.rate[n] for n in range(2)
