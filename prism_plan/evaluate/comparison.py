@@ -134,7 +134,8 @@ def compare(
     """Plan with each solver, and score the results and existing placements alike.
 
     With ``holdout`` the solvers plan on one part of each task's requests and all placements are
-    scored on the rest. ``solvers`` of ``None`` is all of them (without `ilp` where it would take minutes).
+    scored on the rest. ``solvers`` of ``None`` is all of them, without `ilp` where it would take
+    minutes.
 
     Raises
     ------

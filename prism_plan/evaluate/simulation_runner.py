@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from prism_plan.cluster import Cluster
@@ -59,33 +60,26 @@ def _signals_deferred() -> Iterator[None]:
         handlers[signaled[0]](*signaled)
 
 
+@dataclass(eq=False)
 class SimulationRunner:
     """Simulates one placement from the first arrival to the last request, with reviews."""
 
-    def __init__(
-        self,
-        name: str,
-        placement: Placement,
-        scenario: Scenario,
-        instance: Instance,
-        cluster: Cluster,
-        options: SimulationOptions,
-        progress: Callable[[int], None],
-        deadline: float,
-    ) -> None:
-        self.name = name
-        self.placement = placement
-        self.scenario = scenario
-        self.instance = instance
-        self.options = options
-        self.progress = progress
-        self.deadline = deadline
-        self.engine: Engine = ENGINES[options.engine](scenario)
+    name: str
+    placement: Placement
+    scenario: Scenario
+    instance: Instance
+    cluster: Cluster
+    options: SimulationOptions
+    progress: Callable[[int], None]
+    deadline: float
+
+    def __post_init__(self) -> None:
+        self.engine: Engine = ENGINES[self.options.engine](self.scenario)
         self.migrations: list[ReviewRecord] = []
         self.notes: list[str] = []
         self.interrupted = False
-        self.call_s = call_seconds(cluster, scenario.model)
-        self.load_gbs = gpu_load_gbs(cluster)
+        self.call_s = call_seconds(self.cluster, self.scenario.model)
+        self.load_gbs = gpu_load_gbs(self.cluster)
 
     def run(self) -> SimulationRun:
         """Simulate; Ctrl-C is raised before the first event, and later ends the run."""

@@ -181,7 +181,7 @@ class ReferenceEngine:
             self._complete_load(subject)
 
     def _where(self, kind: int, subject: Any) -> tuple[int, int, int, int]:
-        """Request, layer and places of an event, as in :class:`prism_plan.simulate.events.Event`."""
+        """Request, layer, at and to of an event for the log."""
         if kind == events.ARRIVAL:
             home = int(self.scenario.requests.home[subject])
             return subject, -1, home, home

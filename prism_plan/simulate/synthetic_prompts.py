@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec
 from prism_plan.simulate.random_streams import RandomSource, random_stream
 from prism_plan.simulate.requests import Prompts
 from prism_plan.trace import Trace
@@ -65,7 +64,7 @@ def inclusion_units(
     return np.array(units, np.int64)
 
 
-def systematic(
+def systematic_sample(
     units: npt.NDArray[np.int64],
     order: npt.NDArray[np.int64],
     start: npt.NDArray[np.int64],
@@ -105,7 +104,7 @@ def draw_tokens(
         order = rng.permuted(np.tile(np.arange(num_experts), (rows, 1)), axis=1)
         start = rng.integers(0, UNIT, rows)
         lengths = np.tile(units, (len(block), 1))
-        block[:] = systematic(lengths, order, start, top_k).reshape(block.shape)
+        block[:] = systematic_sample(lengths, order, start, top_k).reshape(block.shape)
     return drawn
 
 
@@ -155,20 +154,17 @@ def task_units(trace: Trace, task: int) -> npt.NDArray[np.int64]:
     InputError
         In some layer fewer than K experts have calls.
     """
-    return np.array(
-        [_layer_units(trace.model, trace, task, layer) for layer in range(trace.model.num_layers)]
-    )
-
-
-def _layer_units(model: ModelSpec, trace: Trace, task: int, layer: int) -> npt.NDArray[np.int64]:
-    counts = trace.counts[task, layer]
-    called = int((counts > 0).sum())
-    if called < model.top_k:
-        raise InputError(
-            f"calls of {called} experts",
-            source=trace.name or "trace",
-            place=f"task {trace.tasks[task]!r} layer {model.moe_layers[layer]}",
-            expected=f"at least {model.top_k}, for a token calls {model.top_k} different experts",
-            remedy="profile more tokens of the task",
-        )
-    return inclusion_units(counts, model.top_k)
+    model, units = trace.model, []
+    for layer, counts in enumerate(trace.counts[task]):
+        called = int((counts > 0).sum())
+        if called < model.top_k:
+            raise InputError(
+                f"calls of {called} experts",
+                source=trace.name or "trace",
+                place=f"task {trace.tasks[task]!r} layer {model.moe_layers[layer]}",
+                expected=f"at least {model.top_k}, "
+                f"for a token calls {model.top_k} different experts",
+                remedy="profile more tokens of the task",
+            )
+        units.append(inclusion_units(counts, model.top_k))
+    return np.array(units)

@@ -222,30 +222,19 @@ def transfer_arrays(scenario: ScenarioArrays, state: EngineState) -> TransferArr
 def scenario_arrays(s: Scenario) -> ScenarioArrays:
     """The scenario as contiguous, read-only arrays, so that all have one compiled signature."""
     prompts, requests, network, timing = s.requests.prompts, s.requests, s.network, s.timing
+    sources: tuple[tuple[Any, str], ...] = (
+        (prompts, "experts first_row prefill_tokens decode_tokens"),
+        (requests, "home arrival_s prompt"),
+        (s, "execution concurrency dense_gpu gpu_start load_blocks_compute"),
+        (network, "seconds_per_byte half_rtt_s up_bytes_per_s down_bytes_per_s"),
+        (timing, "dense_s expert_s load_s"),
+    )
     values: dict[str, Any] = {
-        "experts": prompts.experts,
-        "first_row": prompts.first_row,
-        "prefill_tokens": prompts.prefill_tokens,
-        "decode_tokens": prompts.decode_tokens,
-        "home": requests.home,
-        "arrival_s": requests.arrival_s,
-        "prompt": requests.prompt,
-        "execution": s.execution,
-        "concurrency": s.concurrency,
-        "dense_gpu": s.dense_gpu,
-        "gpu_start": s.gpu_start,
+        **{name: getattr(source, name) for source, names in sources for name in names.split()},
         "server_of_gpu": s.placement.server_of_gpu,
-        "seconds_per_byte": network.seconds_per_byte,
-        "half_rtt_s": network.half_rtt_s,
-        "up_bytes_per_s": network.up_bytes_per_s,
-        "down_bytes_per_s": network.down_bytes_per_s,
         "link_rank": network.link_rank(),
         "gpu_kind": timing.kind,
         "size_class": timing.size,
-        "dense_s": timing.dense_s,
-        "expert_s": timing.expert_s,
-        "load_s": timing.load_s,
-        "load_blocks_compute": s.load_blocks_compute,
         "expert_bytes": s.model.expert_bytes_by_layer,
     }
     hints = get_type_hints(ScenarioArrays, include_extras=True)
@@ -253,11 +242,10 @@ def scenario_arrays(s: Scenario) -> ScenarioArrays:
         array = np.ascontiguousarray(value, hints[name].__metadata__[0]).view()
         array.setflags(write=False)
         values[name] = array
+    for name in ("call_overhead_s", "burst_bytes", "short_bytes"):
+        values[name] = float(getattr(network, name))
     return ScenarioArrays(
         **values,
-        call_overhead_s=float(network.call_overhead_s),
-        burst_bytes=float(network.burst_bytes),
-        short_bytes=float(network.short_bytes),
         token_bytes=int(network.token_bytes),
         num_experts=int(s.model.num_experts),
         route=ROUTES.index(s.route),
