@@ -174,7 +174,7 @@ def simulate_placements(
         interrupted = True
     partial = len(runs) < len(prepared) or any(run.partial for run in runs)
     files = dict(inputs or {})
-    found = [f"{run.placement}: {note}" for run in runs for note in run.notes]
+    own_notes = [f"{run.placement}: {note}" for run in runs for note in run.notes]
     return Simulation(
         runs=tuple(runs),
         options=options,
@@ -183,7 +183,7 @@ def simulate_placements(
         kind=trace.kind,
         cluster=files.get("cluster", InputFile(cluster.name, "")),
         partial=partial,
-        notes=(*found, *notes(runs)),
+        notes=(*own_notes, *notes(runs)),
         interrupted=interrupted,
     )
 

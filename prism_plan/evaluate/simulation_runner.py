@@ -137,10 +137,12 @@ class SimulationRunner:
                 continue
             self._record_migration_end()
             rates = statistics.rates()
-            found = review(policy, current, rates, self.instance, self.call_s, self.load_gbs)
-            decision = found.decision
-            if found.target is not None and self._start_migration(current, found.target, rates):
-                current = found.target
+            reviewed = review(policy, current, rates, self.instance, self.call_s, self.load_gbs)
+            decision = reviewed.decision
+            if reviewed.target is not None and self._start_migration(
+                current, reviewed.target, rates
+            ):
+                current = reviewed.target
                 statistics.moved()
             else:
                 decision = "stay"
@@ -148,11 +150,11 @@ class SimulationRunner:
             self.migrations.append(
                 ReviewRecord(
                     at_s=at_s,
-                    moved_experts=found.moved_experts if moved else 0,
-                    moved_bytes=found.moved_bytes if moved else 0,
+                    moved_experts=reviewed.moved_experts if moved else 0,
+                    moved_bytes=reviewed.moved_bytes if moved else 0,
                     decision=decision,
-                    saving_s=found.saving_s,
-                    cost_s=found.cost_s,
+                    saving_s=reviewed.saving_s,
+                    cost_s=reviewed.cost_s,
                 )
             )
         self._advance(math.inf)

@@ -152,8 +152,8 @@ def _block_rows(
         else:
             placement = solve(instance, block.solver, Options(seed=block.seed))
         solve_s = time.perf_counter() - begin
-    except PrismError as found:
-        error = found
+    except PrismError as raised:
+        error = raised
     rows = []
     for bandwidth, interval in conditions:
         row = {
@@ -170,8 +170,8 @@ def _block_rows(
             try:
                 run = _run(scored, cluster, placement, block, bandwidth, interval, options)
                 row |= _results(run.to_json()) | {"solve_s": solve_s}
-            except PrismError as found:
-                row["status"] = found.line(names)
+            except PrismError as raised:
+                row["status"] = raised.line(names)
         rows.append({name: row.get(name) for name in COLUMNS})
     return rows
 
@@ -205,12 +205,12 @@ def _run(
     if calibration is not None:
         calibration = vary_calibration(calibration, cluster, num_copies(cluster, block.gpus))
     simulation = dataclasses.replace(options.simulation, seed=block.seed, calibration=calibration)
-    found = simulate_placements([(block.solver, placement)], requests, trace, target, simulation)
-    if found.interrupted:
+    result = simulate_placements([(block.solver, placement)], requests, trace, target, simulation)
+    if result.interrupted:
         raise KeyboardInterrupt
-    if found.partial:
+    if result.partial:
         raise LimitReached(f"the time limit of {simulation.time_limit_s:g} s was reached")
-    return found.runs[0]
+    return result.runs[0]
 
 
 def _results(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def parse_grid(texts: Sequence[str]) -> Grid:
     keys = [field.name for field in dataclasses.fields(Grid)]
     values: dict[str, Any] = {}
     for text in texts:
-        key, equals, listed = text.partition("=")
+        key, equals, listing = text.partition("=")
         key = key.strip()
         if not equals or key not in keys or key in values:
             twice = " stands twice" if key in values else did_you_mean(key, keys)
@@ -113,7 +113,7 @@ def parse_grid(texts: Sequence[str]) -> Grid:
                 parameter="grid",
                 expected=f"KEY=VALUE,VALUE,... with KEY of {', '.join(keys)}",
             )
-        words = [word.strip() for word in listed.split(",") if word.strip()]
+        words = [word.strip() for word in listing.split(",") if word.strip()]
         if not words:
             raise InputError(f"{text!r:.60}", parameter="grid", place=key, expected="values")
         values[key] = tuple(dict.fromkeys(_value(key, word) for word in words))

@@ -72,8 +72,8 @@ def arrival_rates(trace: Trace, cluster: Cluster, schedule: Schedule | None = No
             for n, server in enumerate(cluster.servers)
         ]
     )
-    given = [server.arrival_interval_s for server in cluster.servers]
-    interval_s = np.array([np.nan if value is None else value for value in given])
+    intervals = [server.arrival_interval_s for server in cluster.servers]
+    interval_s = np.array([np.nan if value is None else value for value in intervals])
     all_shares, all_intervals = [], []
     for index, phase in enumerate(phases):
         for name, tasks in phase.tasks.items():

@@ -113,7 +113,7 @@ def resolve_arrivals(
                 remedy=error.remedy,
             ) from error
         rows[n].append((arrival.at_s, task, prompt))
-    return [_in_order(of_server) for of_server in rows]
+    return [_in_order(own) for own in rows]
 
 
 def _in_order(rows: list[tuple[float, int, int]]) -> ServerArrivals:

@@ -33,9 +33,9 @@ def list_trace_requests(trace: Trace) -> TraceRequests:
     keys, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for batch in trace.batches():
         key = batch.task.astype(np.int64) << 32 | batch.request.astype(np.int64)
-        found, number = np.unique(key, return_counts=True)
-        keys.append(found)
-        counts.append(number)
+        distinct, count = np.unique(key, return_counts=True)
+        keys.append(distinct)
+        counts.append(count)
     key, inverse = np.unique(np.concatenate(keys), return_inverse=True)
     tokens = np.zeros(len(key), np.int64)
     np.add.at(tokens, inverse, np.concatenate(counts))

@@ -84,14 +84,14 @@ class SimulationRun:
         """
         requests, outcome = self.scenario.requests, self.outcome
         service_s = outcome.done_s - outcome.start_s
-        found: list[float | None] = []
+        utilisations: list[float | None] = []
         for n, places in enumerate(self.scenario.concurrency):
             own = requests.home == n
             served = service_s[own & np.isfinite(service_s)]
             rate = _rate(requests, n, own)
             known = len(served) > 0 and rate is not None
-            found.append(float(served.mean()) * rate / places if known and rate else None)
-        return found
+            utilisations.append(float(served.mean()) * rate / places if known and rate else None)
+        return utilisations
 
     def offered_load(self) -> dict[str, float]:
         """Utilisation of every server's admission slots, GPUs and links by the arrivals, by name.
@@ -101,21 +101,23 @@ class SimulationRun:
         ``concurrency``. Of a partial run, over the simulated time.
         """
         names = self.scenario.placement.servers
-        found = {
+        load_by_name = {
             name: share
             for name, share in zip(names, self.utilisation(), strict=True)
             if share is not None
         }
         span_s = self._span_s()
         if not span_s:
-            return found
+            return load_by_name
         outcome, start = self.outcome, self.scenario.gpu_start
         for n, name in enumerate(names):
             for g in range(int(start[n]), int(start[n + 1])):
-                found[f"{name} gpu[{g - int(start[n])}]"] = float(outcome.gpu_busy_s[g] / span_s)
-            found[f"{name} uplink"] = float(outcome.up_busy_s[n] / span_s)
-            found[f"{name} downlink"] = float(outcome.down_busy_s[n] / span_s)
-        return found
+                load_by_name[f"{name} gpu[{g - int(start[n])}]"] = float(
+                    outcome.gpu_busy_s[g] / span_s
+                )
+            load_by_name[f"{name} uplink"] = float(outcome.up_busy_s[n] / span_s)
+            load_by_name[f"{name} downlink"] = float(outcome.down_busy_s[n] / span_s)
+        return load_by_name
 
     def _span_s(self) -> float | None:
         """Seconds in which that many requests arrive at their rates."""
@@ -279,19 +281,21 @@ def _round_up(seconds: float) -> float:
 
 def notes(runs: Sequence[SimulationRun]) -> list[str]:
     """Warnings about the runs: overloaded servers, routes drawn from counts."""
-    found = []
+    warnings = []
     for run in runs:
-        asked = sorted(run.offered_load().items(), key=lambda item: -item[1])
-        over = [f"{name} {share:.2f}" for name, share in asked if share >= 1]
-        if over:
-            shown = ", ".join(over[:5]) + (f" and {len(over) - 5} more" if len(over) > 5 else "")
-            found.append(
+        loads = sorted(run.offered_load().items(), key=lambda item: -item[1])
+        unstable = [f"{name} {share:.2f}" for name, share in loads if share >= 1]
+        if unstable:
+            shown = ", ".join(unstable[:5]) + (
+                f" and {len(unstable) - 5} more" if len(unstable) > 5 else ""
+            )
+            warnings.append(
                 f"{run.placement}: unstable load: requests arrive faster than they are served "
                 f"(utilisation {shown}); latencies grow with the length of the run"
             )
     if runs and not runs[0].scenario.requests.prompts.co_activation:
-        found.append(
+        warnings.append(
             "tokens were drawn from counts: which experts a token calls together is not real, so "
             "waiting shares, destinations and latencies are not those of the model"
         )
-    return found
+    return warnings

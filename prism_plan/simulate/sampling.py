@@ -149,13 +149,13 @@ def _phase_starts(
     schedule: Schedule | None, rates: ArrivalRates, by_server: Sequence[ServerArrivals]
 ) -> tuple[PhaseStart, ...]:
     """When each phase that some server reached began."""
-    found = []
+    starts = []
     for number, phase in enumerate(() if schedule is None else schedule.phases, 1):
         first = int(rates.first_request[number - 1])
         begun_s = [float(server.at_s[first]) for server in by_server if len(server.at_s) > first]
         if begun_s:
-            found.append(PhaseStart(number, min(begun_s), max(begun_s), phase))
-    return tuple(found)
+            starts.append(PhaseStart(number, min(begun_s), max(begun_s), phase))
+    return tuple(starts)
 
 
 def _random_times(

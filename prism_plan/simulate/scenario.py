@@ -27,10 +27,10 @@ class Scenario:
     ``execution`` int32 [N, L] is the execution server: where the dense part of a layer runs, and
     its KV cache lives, for requests of each home server (docs/design.md, section 4, rule 6). The
     hidden states of a step travel where it changes from one layer to the next, and home at the
-    end. With ``offload`` servers do not help each other: what is not resident is loaded from host
-    memory (rule 8), and the placement says what is resident at the start.
+    end. With ``offload`` servers do not call each other: an expert that is not resident is loaded
+    from host memory (rule 8), and the placement has the experts resident at the start.
     ``load_blocks_compute`` bool [G]: loads occupy the GPU as work does. ``dense_gpu`` int32 [N]:
-    index of the GPU that does each server's dense work.
+    index of the GPU that computes each server's dense parts.
     """
 
     model: ModelSpec
@@ -58,7 +58,7 @@ class Scenario:
         execution: Ints | None = None,
         offload: bool = False,
     ) -> Scenario:
-        """Put a run together.
+        """Build and validate the scenario of a run.
 
         Raises
         ------
@@ -153,11 +153,11 @@ def _require_slots(placement: Placement) -> None:
 
 def _require_covered(placement: Placement, requests: Requests) -> None:
     called = called_pairs(requests, placement.model.num_experts)
-    lacking = np.flatnonzero(called & ~placement.local.any(axis=0))
-    if len(lacking):
-        more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+    uncovered = np.flatnonzero(called & ~placement.local.any(axis=0))
+    if len(uncovered):
+        more = f" (and {len(uncovered) - 1} more)" if len(uncovered) > 1 else ""
         raise InputError(
-            f"{placement.model.pair_text(int(lacking[0]))}{more} is called and held nowhere",
+            f"{placement.model.pair_text(int(uncovered[0]))}{more} is called and held nowhere",
             place="servers",
             expected="a server for every expert that the trace calls",
             remedy="plan again with this trace",

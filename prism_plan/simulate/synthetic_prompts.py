@@ -1,6 +1,6 @@
 """Tokens drawn from counts: K different experts a layer, each as often as it was counted.
 
-A counts-only trace tells how often each expert was called and not which were called together. Each
+A counts-only trace has how often each expert was called, not which were called together. Each
 token draws its experts of a layer by systematic sampling (Madow, 1949): lay the experts, in random
 order, end to end on a line, each as long as its inclusion probability, and take those that a comb
 of K teeth, one apart, falls on. As no expert is longer than the gap between teeth, all K differ,
