@@ -202,7 +202,7 @@ def sweep_frame(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def require_request_level(level: str) -> bool:
-    """Whether ``level`` is "request", which only a simulation in memory has."""
+    """Check ``level``; returns whether it is "request", which only a simulation in memory has."""
     _require_level(level, ("placement", "server", "review", "request"))
     return level == "request"
 
@@ -217,7 +217,7 @@ def _require_level(level: str, known: Sequence[str]) -> None:
 
 
 def _statistics(values: Row) -> dict[str, Any]:
-    """Times of a report, one key a statistic."""
+    """Flatten the times of a report to one key a statistic."""
     return {
         f"{name.removesuffix('_s')}_{statistic}_s": values[name][statistic]
         for name in ("latency_s", "ttft_s", "tpot_s", "queueing_s")
@@ -227,7 +227,7 @@ def _statistics(values: Row) -> dict[str, Any]:
 
 
 def _migrations(run: Row) -> dict[str, int]:
-    """What the reviews of a run decided, together."""
+    """Totals of the reviews and migrations of a run."""
     moves = [review for review in run["migrations"] if review["decision"] == "move"]
     return {
         "reviews": len(run["migrations"]),
@@ -238,7 +238,7 @@ def _migrations(run: Row) -> dict[str, int]:
 
 
 def _frame(rows: Sequence[Row], dtypes: Mapping[str, str], *index: str) -> pd.DataFrame:
-    """A frame of these columns with their dtypes; keys that a row lacks are missing values."""
+    """A frame of these columns with their dtypes; a key that a row lacks is a missing value."""
     import pandas as pd
 
     columns = {
@@ -258,7 +258,7 @@ def _frame(rows: Sequence[Row], dtypes: Mapping[str, str], *index: str) -> pd.Da
 
 
 def _values(values: Iterable[Any], name: str, dtype: str) -> list[Any]:
-    """The values of a column, checked, for files that hold more than plots need are read too."""
+    """The checked values of a column, for not every value of a file that is read was checked."""
     kind: Any = {"string": str, "bool": bool, "float64": int | float}.get(dtype, int)
     missing = math.nan if dtype == "float64" else None
     checked = []

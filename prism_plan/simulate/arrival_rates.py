@@ -44,7 +44,7 @@ class ArrivalRates:
         return bool(self.shares[0, server].any())
 
     def server_rates(self) -> npt.NDArray[np.float64] | None:
-        """Requests per second of each server, [N], or ``None`` where a phase changes them."""
+        """Requests per second of each server, [N], or ``None`` if they change between phases."""
         users = self.shares[0].any(axis=1)
         interval_s = self.interval_s[:, users]
         if (interval_s != interval_s[0]).any():
@@ -55,7 +55,7 @@ class ArrivalRates:
 
 
 def arrival_rates(trace: Trace, cluster: Cluster, schedule: Schedule | None = None) -> ArrivalRates:
-    """The cluster's users, changed by the phases of a schedule.
+    """Task shares and intervals of the cluster's users in every phase of a schedule.
 
     Raises
     ------

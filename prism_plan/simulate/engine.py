@@ -55,6 +55,15 @@ class Outcome:
     now_s: float
 
 
+def step_dependencies(steps: Sequence[MigrationStep]) -> tuple[list[int], list[list[int]]]:
+    """How many steps each step of a migration needs, and which steps need it."""
+    dependents: list[list[int]] = [[] for _ in steps]
+    for index, step in enumerate(steps):
+        for need in set(step.needs):
+            dependents[need].append(index)
+    return [len(set(step.needs)) for step in steps], dependents
+
+
 class Engine(Protocol):
     """Runs a scenario from its first arrival to its last event."""
 

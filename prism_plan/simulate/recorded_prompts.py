@@ -28,7 +28,7 @@ class TraceRequests:
 
 
 def list_trace_requests(trace: Trace) -> TraceRequests:
-    """Ids, tasks and lengths, in one pass over the trace that keeps no experts."""
+    """List ids, tasks and lengths of a trace's requests, in one pass that keeps no experts."""
     assert trace.batches is not None
     keys, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for batch in trace.batches():
@@ -51,7 +51,7 @@ def list_trace_requests(trace: Trace) -> TraceRequests:
 def gather_prompts(
     trace: Trace, requests: TraceRequests, chosen: npt.NDArray[np.int64], decode_tokens: int
 ) -> Prompts:
-    """The tokens of the ``chosen`` [P] requests (indices, ascending), by position.
+    """Read the prompts of the ``chosen`` [P] requests (indices, ascending), tokens by position.
 
     Where the phases of all tokens of a request are recorded, they hold. Where one is unknown, the
     last ``decode_tokens``, at most half of the request, are decode steps.

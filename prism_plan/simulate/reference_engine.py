@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate import events
-from prism_plan.simulate.engine import Ints, Outcome
+from prism_plan.simulate.engine import Ints, Outcome, step_dependencies
 from prism_plan.simulate.events import Event, Log
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.offload_slots import Slot, initial_slots
@@ -515,11 +515,7 @@ class ReferenceEngine:
         if self.scenario.offload:
             raise ValueError("offloading servers keep what they use; there is nothing to migrate")
         self._steps = steps
-        self._open_needs = [len(set(step.needs)) for step in steps]
-        self._dependents = [[] for _ in steps]
-        for index, step in enumerate(steps):
-            for need in set(step.needs):
-                self._dependents[need].append(index)
+        self._open_needs, self._dependents = step_dependencies(steps)
         self._open_steps = len(steps)
         self._start_steps(deque(i for i, needs in enumerate(self._open_needs) if needs == 0))
 

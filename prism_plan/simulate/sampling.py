@@ -45,7 +45,7 @@ def sample_requests(
     prompt_tokens: int = 128,
     seed: int = 0,
 ) -> Requests:
-    """Requests of all servers: when they arrive, of which task, and which prompt they are.
+    """Sample the requests of all servers: their arrival times, tasks and prompts.
 
     Each choice has a random stream of its own for each server, so that a change to one leaves the
     others: another number of servers, tasks or bursts does not change what else arrives, and a
@@ -161,7 +161,7 @@ def _phase_starts(
 def _random_times(
     rates: ArrivalRates, n: int, number: int | None, duration_s: float | None, burst: int, seed: int
 ) -> npt.NDArray[np.float64]:
-    """When the requests of server ``n`` arrive: the first ``number``, or all in the duration."""
+    """Draw the arrival times of server ``n``: the first ``number``, or all in the duration."""
     if not rates.has_users(n):
         return np.zeros(0)
 
@@ -183,7 +183,7 @@ def _sample_prompts(
     first_prompt: npt.NDArray[np.int64],
     seed: int,
 ) -> npt.NDArray[np.int64]:
-    """The prompt of each request of server ``n``, an index into all prompts, [n of it].
+    """Draw the prompt of each request of server ``n``, an index into all prompts, [n of it].
 
     Those of task t are ``first_prompt[t]`` to ``first_prompt[t + 1]``. One number is drawn for each
     request, used or not, so that fixing one does not change the others.

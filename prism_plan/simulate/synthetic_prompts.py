@@ -1,4 +1,4 @@
-"""Tokens drawn from counts: K different experts a layer, each as often as it was counted.
+"""Synthetic prompts of a counts-only trace: tokens whose experts are drawn by their counts.
 
 A counts-only trace has how often each expert was called, not which were called together. Each
 token draws its experts of a layer by systematic sampling (Madow, 1949): lay the experts, in random
@@ -29,10 +29,10 @@ BLOCK = 2**21
 def inclusion_units(
     counts: npt.NDArray[np.int64], top_k: int, unit: int = UNIT
 ) -> npt.NDArray[np.int64]:
-    """Inclusion probabilities K · counts / sum of one layer, in whole parts of ``unit``, [E].
+    """The probability that a token calls each expert of a layer, in whole parts of ``unit``, [E].
 
-    What is beyond one (``unit``) is spread over the other experts in proportion to their counts.
-    They sum to K · ``unit`` exactly.
+    It is K · counts / sum; what is beyond one (``unit``) is spread over the other experts in
+    proportion to their counts. The probabilities sum to K · ``unit`` exactly.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def systematic_sample(
     top_k: int,
     unit: int = UNIT,
 ) -> npt.NDArray[np.int64]:
-    """The experts under a comb that begins at ``start``, [R, K].
+    """Draw K experts a row by systematic sampling with a comb that begins at ``start``, [R, K].
 
     Shapes: ``units`` [R, E], each row summing to K · ``unit``; ``order`` [R, E], a permutation of
     the experts a row; ``start`` [R], 0 to ``unit`` - 1.
@@ -91,7 +91,7 @@ def draw_tokens(
     top_k: int,
     tokens: int,
 ) -> npt.NDArray[np.uint16]:
-    """Experts of T tokens, [T, L, K], by the inclusion ``units`` [L, E] of each layer.
+    """Draw the experts of T tokens, [T, L, K], by the inclusion ``units`` [L, E] of each layer.
 
     Every token and layer has a random order and a random start of its own.
     """
@@ -117,7 +117,7 @@ def draw_prompts(
     decode_tokens: int,
     seed: int,
 ) -> Prompts:
-    """P prompts, each the ``number`` [P] of the pool of its ``task`` [P].
+    """Draw P prompts, each with its ``task`` [P] and its ``number`` [P] among those of the task.
 
     A prompt depends on the seed, its task and its number alone.
 
@@ -147,7 +147,7 @@ def draw_prompts(
 
 
 def task_units(trace: Trace, task: int) -> npt.NDArray[np.int64]:
-    """Inclusion units of every layer of a task, [L, E].
+    """The :func:`inclusion_units` of every layer of a task, [L, E].
 
     Raises
     ------

@@ -14,7 +14,7 @@ from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.compiled import engine_state, event_loop
 from prism_plan.simulate.compiled.heap import push_event
 from prism_plan.simulate.compiled.migration_kernels import start_steps
-from prism_plan.simulate.engine import Ints, Outcome
+from prism_plan.simulate.engine import Ints, Outcome, step_dependencies
 from prism_plan.simulate.events import ARRIVAL, Event, Log
 from prism_plan.simulate.scenario import Scenario
 
@@ -107,11 +107,8 @@ class CompiledEngine:
             raise ValueError("a migration is still under way")
         if self.scenario.offload:
             raise ValueError("offloading servers keep what they use; there is nothing to migrate")
-        open_needs = np.array([len(set(step.needs)) for step in steps], np.int32)
-        dependents: list[list[int]] = [[] for _ in steps]
-        for index, step in enumerate(steps):
-            for need in set(step.needs):
-                dependents[need].append(index)
+        num_needs, dependents = step_dependencies(steps)
+        open_needs = np.array(num_needs, np.int32)
         start = np.concatenate([[0], np.cumsum([len(own) for own in dependents])])
         queue = np.zeros(len(steps), np.int32)
         ready = np.flatnonzero(open_needs == 0)
