@@ -47,14 +47,9 @@ from .evaluate.frames import (
 from .evaluate.frames import (
     sweep_frame as sweep_frame,
 )
+from .evaluate.offload_baseline import offload_placement as offload_placement
 from .evaluate.simulation import (
     Simulation as Simulation,
-)
-from .evaluate.simulation import (
-    SimulationOptions as SimulationOptions,
-)
-from .evaluate.simulation import (
-    offload_placement as offload_placement,
 )
 from .evaluate.simulation import (
     simulate_placements as simulate_placements,
@@ -62,8 +57,9 @@ from .evaluate.simulation import (
 from .evaluate.simulation import (
     write_simulation as write_simulation,
 )
-from .evaluate.sweep import Grid as Grid
+from .evaluate.simulation_options import SimulationOptions as SimulationOptions
 from .evaluate.sweep import SweepOptions as SweepOptions
+from .evaluate.sweep_grid import Grid as Grid
 from .instance import Instance as Instance
 from .io.calibration import read_calibration as read_calibration
 from .io.cluster import parse_cluster as parse_cluster

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -102,6 +102,11 @@ class Placement:
     def gpus_of(self, server: int) -> npt.NDArray[np.int64]:
         """Indices into the G axis of the GPUs of a server."""
         return np.flatnonzero(self.server_of_gpu == server)
+
+
+def gpu_offsets(num_gpus: Iterable[int]) -> npt.NDArray[np.int32]:
+    """Index of each server's first GPU in the order of all, and their number, int32 [N + 1]."""
+    return np.cumsum([0, *num_gpus], dtype=np.int32)
 
 
 def server_of_gpu(gpu_capacity: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:

@@ -12,7 +12,7 @@ import torch
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import PrismError
-from prism_plan.evaluate.simulation import SimulationOptions
+from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network

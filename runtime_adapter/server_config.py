@@ -10,7 +10,8 @@ import torch
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
-from prism_plan.evaluate.simulation import SimulationOptions, require_able
+from prism_plan.evaluate.simulation_checks import require_supported_migration
+from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.model import ModelShape, ModelSpec
 from prism_plan.placement import Placement
@@ -99,7 +100,7 @@ def migration_config(
         if keep_slots:
             instance = instance.replace(gpu_capacity=placement.gpu_capacity)
         if options.migrate != "never":
-            require_able(instance, options)
+            require_supported_migration(instance, options)
     return MigrationConfig(
         loader,
         SchedulerConfig(rendezvous, placement, instance, model, cluster, options, placements_dir),

@@ -13,7 +13,7 @@ from prism_plan.cli.command_options import CommandOptions
 from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
-    from prism_plan.evaluate.simulation import SimulationOptions
+    from prism_plan.evaluate.simulation_options import SimulationOptions
     from prism_plan.migration.cost import MigrationCost
     from prism_plan.migration.policy import PolicyName
 
@@ -113,7 +113,7 @@ class ReviewOptions(CommandOptions):
         InputError
             A value is out of range.
         """
-        from prism_plan.evaluate.simulation import SimulationOptions
+        from prism_plan.evaluate.simulation_options import SimulationOptions
 
         return SimulationOptions(
             migrate=self.migrate,

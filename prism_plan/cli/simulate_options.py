@@ -11,7 +11,7 @@ from prism_plan.cli.review_options import ReviewOptions
 from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
-    from prism_plan.evaluate.simulation import EngineName, SimulationOptions
+    from prism_plan.evaluate.simulation_options import EngineName, SimulationOptions
     from prism_plan.simulate.routing_policies import Route
 
 

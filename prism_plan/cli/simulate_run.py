@@ -121,7 +121,7 @@ def _sample_requests(trace: Trace, cluster: Cluster, args: SimulateOptions) -> R
 def _plan_placements(
     trace: Trace, cluster: Cluster, names: list[str], args: SimulateOptions
 ) -> list[tuple[str, Placement]]:
-    from prism_plan.evaluate.simulation import offload_placement
+    from prism_plan.evaluate.offload_baseline import offload_placement
     from prism_plan.instance import Instance
     from prism_plan.placement import OFFLOAD
     from prism_plan.solvers import Options, solve

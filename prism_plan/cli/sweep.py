@@ -25,7 +25,8 @@ def run_sweep(args: SimulateOptions) -> int:
         require_writable_output,
     )
     from prism_plan.errors import InputError
-    from prism_plan.evaluate.sweep import Grid, SweepOptions, parse_grid, sweep, varied
+    from prism_plan.evaluate.sweep import SweepOptions, sweep
+    from prism_plan.evaluate.sweep_grid import Grid, parse_grid, vary_cluster
     from prism_plan.io.sweep import OK, dump_sweep, sweep_kind
     from prism_plan.placement import OFFLOAD
 
@@ -68,7 +69,7 @@ def run_sweep(args: SimulateOptions) -> int:
         raise KeyboardInterrupt
     write_output(output, dump_sweep(rows, kind, source=output))
     if None not in grid.bandwidth_mbps:
-        cluster = varied(cluster, bandwidth_mbps=grid.bandwidth_mbps[0])
+        cluster = vary_cluster(cluster, bandwidth_mbps=grid.bandwidth_mbps[0])
     offload = [solver == OFFLOAD for solver in grid.solver]
     log_assumed_simulation_figures(args.cluster, cluster, options.simulation, offload)
     failed = [row for row in rows if row["status"] != OK]

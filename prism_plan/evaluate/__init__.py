@@ -1,1 +1,1 @@
-"""Placements evaluated: compared, simulated, swept over conditions; tables of results."""
+"""Evaluation of placements: comparison, simulation, sweeps, and their results as tables."""

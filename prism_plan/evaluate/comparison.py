@@ -1,4 +1,4 @@
-"""Solvers and existing placements scored side by side on the same requests."""
+"""Compares solvers and existing placements by their scores on the same requests."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ILP_PAIRS = 50_000
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
-    """One placement of a comparison, or why there is none (``note``).
+class ComparisonRow:
+    """One placement of a comparison, or the reason why there is none (``note``).
 
-    Scores are of the requests that are scored on; ``planned_share`` is the remote share on those
-    that the solver saw.
+    Scores are on the scored requests; ``planned_share`` is the remote share on the requests that
+    the solver planned with.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Row:
             "worst_waiting_server": servers[worst_waiting[0]] if worst_waiting else None,
             "worst_waiting_share": worst_waiting[1] if worst_waiting else None,
             "destinations": steps.mean_destinations if steps else None,
-            "destinations_method": _method(steps),
+            "destinations_method": _destinations_method(steps),
             "remote_share_by_server": (
                 dict(zip(servers, remote.by_server, strict=True)) if remote else None
             ),
@@ -72,7 +72,7 @@ class Row:
         }
 
 
-def _method(steps: StepScore | None) -> str | None:
+def _destinations_method(steps: StepScore | None) -> str | None:
     if steps is None:
         return None
     if steps.greedy_share == 0:
@@ -82,9 +82,9 @@ def _method(steps: StepScore | None) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Rows of a comparison, and what they were scored on."""
+    """The rows of a comparison, and the inputs that they were scored on."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ComparisonRow, ...]
     trace: str
     cluster: str
     kind: str
@@ -131,10 +131,11 @@ def compare(
     options: Options | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Comparison:
-    """Plan with each solver and score the results, and placements that exist, alike.
+    """Plan with each solver, and score the results and existing placements alike.
 
-    With ``holdout`` the solvers see one part of each task's requests and all placements are scored
-    on the rest. ``solvers`` of ``None`` is all of them (but `ilp` where it would take minutes).
+    With ``holdout`` the solvers plan on one part of each task's requests and all placements are
+    scored on the rest. ``solvers`` of ``None`` is all of them, without `ilp` where it would take
+    minutes.
 
     Raises
     ------
@@ -149,12 +150,12 @@ def compare(
     instance = Instance.build(planned, cluster, min_replicas=min_replicas)
     target = Instance.build(scored, cluster, min_replicas=min_replicas)
     token_rates = expected_token_rates(scored, cluster)
-    rows: list[Row] = []
+    rows: list[ComparisonRow] = []
     for name in SOLVER_NAMES if solvers is None else solvers:
         pairs = instance.num_servers * instance.model.num_pairs
         if solvers is None and name == "ilp" and pairs > ILP_PAIRS:
             note = f"left out beyond {ILP_PAIRS:,} pairs; it runs where ``solvers`` names it"
-            rows.append(Row(name, note=note))
+            rows.append(ComparisonRow(name, note=note))
             continue
         progress(name)
         try:
@@ -162,9 +163,9 @@ def compare(
         except UnsupportedFeature as error:
             if solvers is not None and len(solvers) == 1:
                 raise
-            rows.append(Row(name, note=str(error)))
+            rows.append(ComparisonRow(name, note=str(error)))
             continue
-        rows.append(_row(name, placement, target, scored, token_rates))
+        rows.append(_score_row(name, placement, target, scored, token_rates))
     for name, placement in placements:
         progress(name)
         require_same_model(placement.model, trace.model, source=name, other=trace.name)
@@ -175,7 +176,7 @@ def compare(
                 place="servers",
                 expected=f"those of {cluster.name}, in order: {', '.join(instance.servers)}",
             )
-        rows.append(_row(name, placement, target, scored, token_rates))
+        rows.append(_score_row(name, placement, target, scored, token_rates))
     return Comparison(
         rows=tuple(rows),
         trace=trace.name,
@@ -189,11 +190,11 @@ def compare(
     )
 
 
-def _row(
+def _score_row(
     name: str, placement: Placement, target: Instance, scored: Trace, token_rates: TokenRates
-) -> Row:
+) -> ComparisonRow:
     has_steps = scored.kind == "tokens"
-    return Row(
+    return ComparisonRow(
         name=name,
         placement=placement,
         remote=score(placement, target),

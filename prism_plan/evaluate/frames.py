@@ -19,80 +19,51 @@ if TYPE_CHECKING:
 
     Row = Mapping[str, Any]
 
-#: The columns of a comparison: one row a placement, and one a placement and server.
-_COMPARED: Mapping[str, str] = {
-    "solver": "string",
-    "remote_share": "float64",
-    "worst_server": "string",
-    "worst_server_share": "float64",
-    "waiting_share": "float64",
-    "worst_waiting_server": "string",
-    "worst_waiting_share": "float64",
-    "destinations": "float64",
-    "destinations_method": "string",
-    "planned_share": "float64",
-    "bound": "float64",
-    "termination": "string",
-    "runtime_s": "float64",
-    "violations": "Int64",
-    "note": "string",
-}
-_COMPARED_SERVERS: Mapping[str, str] = {"remote_share": "float64", "waiting_share": "float64"}
-
 #: Times of a report, each with these statistics.
 _STATISTICS = ("mean", "p50", "p95", "p99", "max")
 
 
-def _times(*names: str) -> dict[str, str]:
-    return {f"{name}_{statistic}_s": "float64" for name in names for statistic in _STATISTICS}
+def _typed(dtype: str, names: str) -> dict[str, str]:
+    """Columns of one dtype; ``names`` has a space between two."""
+    return dict.fromkeys(names.split(), dtype)
 
 
+def _times(names: str) -> dict[str, str]:
+    return {f"{name}_{part}_s": "float64" for name in names.split() for part in _STATISTICS}
+
+
+#: The columns of a comparison: one row a placement, and one a placement and server.
+_COMPARED: Mapping[str, str] = {
+    **{"solver": "string", "remote_share": "float64"},
+    **{"worst_server": "string", "worst_server_share": "float64", "waiting_share": "float64"},
+    **{"worst_waiting_server": "string", "worst_waiting_share": "float64"},
+    **{"destinations": "float64", "destinations_method": "string"},
+    **{"planned_share": "float64", "bound": "float64", "termination": "string"},
+    **{"runtime_s": "float64", "violations": "Int64", "note": "string"},
+}
+_COMPARED_SERVERS: Mapping[str, str] = _typed("float64", "remote_share waiting_share")
 #: The columns of a simulation: one row a run, a run and server, and a run and review.
 _RUNS: Mapping[str, str] = {
-    "solver": "string",
-    "partial": "bool",
-    "requests": "int64",
-    "finished": "int64",
-    **_times("latency", "ttft", "tpot", "queueing"),
-    "remote_share": "float64",
-    "waiting_share": "float64",
-    "destinations": "float64",
-    "busiest": "float64",
-    "expert_calls": "int64",
-    "remote_calls": "int64",
-    "messages": "int64",
-    "bytes_sent": "int64",
-    "loads": "int64",
-    "loaded_bytes": "int64",
-    "reviews": "int64",
-    "moves": "int64",
-    "moved_experts": "int64",
-    "moved_bytes": "int64",
-    "events": "int64",
-    "simulated_s": "float64",
-    "runtime_s": "float64",
+    **{"solver": "string", "partial": "bool"},
+    **_typed("int64", "requests finished"),
+    **_times("latency ttft tpot queueing"),
+    **_typed("float64", "remote_share waiting_share destinations busiest"),
+    **_typed("int64", "expert_calls remote_calls messages bytes_sent loads loaded_bytes"),
+    **_typed("int64", "reviews moves moved_experts moved_bytes events"),
+    **_typed("float64", "simulated_s runtime_s"),
 }
 _SERVERS: Mapping[str, str] = {
-    "requests": "int64",
+    **_typed("int64", "requests"),
     **_times("latency"),
-    "utilisation": "float64",
-    "remote_share": "float64",
-    "waiting_share": "float64",
-    "destinations": "float64",
-    "bytes_sent": "int64",
-    "bytes_received": "int64",
-    "uplink_busy": "float64",
-    "downlink_busy": "float64",
-    "gpus": "int64",
-    "experts": "int64",
+    **_typed("float64", "utilisation remote_share waiting_share destinations"),
+    **_typed("int64", "bytes_sent bytes_received"),
+    **_typed("float64", "uplink_busy downlink_busy"),
+    **_typed("int64", "gpus experts"),
 }
 _REVIEWS: Mapping[str, str] = {
-    "decision": "string",
-    "moved_experts": "int64",
-    "moved_bytes": "int64",
-    "saving_s": "float64",
-    "cost_s": "float64",
-    "finished_at_s": "float64",
+    **{"decision": "string"},
+    **_typed("int64", "moved_experts moved_bytes"),
+    **_typed("float64", "saving_s cost_s finished_at_s"),
 }
 
 
@@ -231,7 +202,7 @@ def sweep_frame(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def require_request_level(level: str) -> bool:
-    """Whether ``level`` is "request", which only a simulation in memory has."""
+    """Check ``level``; returns whether it is "request", which only a simulation in memory has."""
     _require_level(level, ("placement", "server", "review", "request"))
     return level == "request"
 
@@ -246,7 +217,7 @@ def _require_level(level: str, known: Sequence[str]) -> None:
 
 
 def _statistics(values: Row) -> dict[str, Any]:
-    """Times of a report, one key a statistic."""
+    """Flatten the times of a report to one key a statistic."""
     return {
         f"{name.removesuffix('_s')}_{statistic}_s": values[name][statistic]
         for name in ("latency_s", "ttft_s", "tpot_s", "queueing_s")
@@ -256,7 +227,7 @@ def _statistics(values: Row) -> dict[str, Any]:
 
 
 def _migrations(run: Row) -> dict[str, int]:
-    """What the reviews of a run decided, together."""
+    """Totals of the reviews and migrations of a run."""
     moves = [review for review in run["migrations"] if review["decision"] == "move"]
     return {
         "reviews": len(run["migrations"]),
@@ -267,7 +238,7 @@ def _migrations(run: Row) -> dict[str, int]:
 
 
 def _frame(rows: Sequence[Row], dtypes: Mapping[str, str], *index: str) -> pd.DataFrame:
-    """A frame of these columns with their dtypes; keys that a row lacks are missing values."""
+    """A frame of these columns with their dtypes; a key that a row lacks is a missing value."""
     import pandas as pd
 
     columns = {
@@ -287,7 +258,7 @@ def _frame(rows: Sequence[Row], dtypes: Mapping[str, str], *index: str) -> pd.Da
 
 
 def _values(values: Iterable[Any], name: str, dtype: str) -> list[Any]:
-    """The values of a column, checked, for files that hold more than plots need are read too."""
+    """The checked values of a column, for not every value of a file that is read was checked."""
     kind: Any = {"string": str, "bool": bool, "float64": int | float}.get(dtype, int)
     missing = math.nan if dtype == "float64" else None
     checked = []

@@ -1,4 +1,4 @@
-"""One row a request: what users of a simulation make their own statistics from."""
+"""The table of a simulation's requests, one row each, for statistics of one's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def request_table(simulation: Simulation) -> pa.Table:
     """Every request of every run, in order of runs and arrivals.
 
     Columns: run, placement, request, server, task, trace_request, prefill_tokens, decode_tokens,
-    arrival_s, start_s, first_token_s, done_s (null where it did not come to pass).
+    arrival_s, start_s, first_token_s, done_s (null where it did not happen).
     """
     import pyarrow as pa
 

@@ -16,7 +16,7 @@ from prism_plan.errors import InputError
 from prism_plan.io.format_model import FormatModel, NotBlank, validate_line
 from prism_plan.io.text_files import iterate_lines, read_text
 from prism_plan.limits import MAX_ARRIVALS, require_at_most
-from prism_plan.simulate.arrival_trace import MAX_S, Arrival, FixedArrivals
+from prism_plan.simulate.arrival_trace import MAX_S, Arrival, ArrivalTrace
 
 EXAMPLE = '{"server": …, "at_s": …}'
 
@@ -32,7 +32,7 @@ class ArrivalLine(FormatModel):
     )
 
 
-def read_arrivals(path: str | os.PathLike[str]) -> FixedArrivals:
+def read_arrivals(path: str | os.PathLike[str]) -> ArrivalTrace:
     """Read and check a file of arrivals; blank lines are skipped.
 
     Raises
@@ -44,7 +44,7 @@ def read_arrivals(path: str | os.PathLike[str]) -> FixedArrivals:
     return parse_arrivals(read_text(path), source=path)
 
 
-def parse_arrivals(text: str, source: object = "") -> FixedArrivals:
+def parse_arrivals(text: str, source: object = "") -> ArrivalTrace:
     """Arrivals from the text of a file; see :func:`read_arrivals`."""
     arrivals = []
     for number, line in enumerate(iterate_lines(text), start=1):
@@ -55,4 +55,4 @@ def parse_arrivals(text: str, source: object = "") -> FixedArrivals:
             require_at_most(len(arrivals), MAX_ARRIVALS, "arrivals", source=source)
     if not arrivals:
         raise InputError("no arrivals", source=source, expected=f"lines {EXAMPLE}")
-    return FixedArrivals(tuple(arrivals), source=str(source))
+    return ArrivalTrace(tuple(arrivals), source=str(source))

@@ -40,8 +40,8 @@ def _integer_if_whole(value: Any) -> Any:
 
 Whole = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_integer_if_whole)]
 AtLeastOne = Annotated[int, Field(ge=1, lt=2**63), BeforeValidator(_integer_if_whole)]
-#: Conditions have the ranges of :class:`prism_plan.evaluate.sweep.Grid`, which makes them; null: as
-#: in the cluster file.
+#: Conditions have the ranges of :class:`prism_plan.evaluate.sweep_grid.Grid`, which makes them;
+#: null: as in the cluster file.
 Condition = Annotated[float, Field(ge=1e-6, le=1e9)] | None
 Amount = Annotated[float, Field(ge=0, lt=2**63)] | None
 Share = Annotated[float, Field(ge=0, le=1)] | None

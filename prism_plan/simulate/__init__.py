@@ -1,1 +1,1 @@
-"""What a placement means in seconds: a discrete-event simulation of a cluster."""
+"""A discrete-event simulation of a cluster that serves requests under a placement."""

@@ -1,4 +1,4 @@
-"""What each server's users ask for, phase by phase, in the codes of a trace."""
+"""Arrival rates and task shares of each server's users, phase by phase."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from prism_plan.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)
-class Demand:
-    """Shares and intervals in F phases.
+class ArrivalRates:
+    """Task shares and mean intervals of each server's requests in F phases.
 
     Attributes
     ----------
-    first : int64 [F]
+    first_request : int64 [F]
         Number of the first request (0-based, of each server) of a phase.
-    end : int or None
-        Number of requests of a server that the phases hold; ``None`` is without end.
+    max_requests : int or None
+        Requests of a server in all phases; ``None`` is without end.
     shares : float64 [F, N, tasks]
-        Of a server's requests; all zero for a server without users.
+        Share of each task in a server's requests; all zero for a server without users.
     interval_s : float64 [F, N]
         Mean seconds between requests, NaN where not given.
     """
 
-    first: npt.NDArray[np.int64]
-    end: int | None
+    first_request: npt.NDArray[np.int64]
+    max_requests: int | None
     shares: npt.NDArray[np.float64]
     interval_s: npt.NDArray[np.float64]
 
     def phase_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The phase of requests of these numbers, [n]."""
-        return np.searchsorted(self.first, numbers, side="right") - 1
+        return np.searchsorted(self.first_request, numbers, side="right") - 1
 
     def has_users(self, server: int) -> bool:
         """Whether the server has requests of its own."""
         return bool(self.shares[0, server].any())
 
-    def rate(self) -> npt.NDArray[np.float64] | None:
-        """Requests per second of each server, [N], or ``None`` where a phase changes them."""
+    def server_rates(self) -> npt.NDArray[np.float64] | None:
+        """Requests per second of each server, [N], or ``None`` if they change between phases."""
         users = self.shares[0].any(axis=1)
         interval_s = self.interval_s[:, users]
         if (interval_s != interval_s[0]).any():
@@ -54,8 +54,8 @@ class Demand:
         return rate
 
 
-def demand(trace: Trace, cluster: Cluster, schedule: Schedule | None = None) -> Demand:
-    """The cluster's users, changed by the phases of a schedule.
+def arrival_rates(trace: Trace, cluster: Cluster, schedule: Schedule | None = None) -> ArrivalRates:
+    """Task shares and intervals of the cluster's users in every phase of a schedule.
 
     Raises
     ------
@@ -72,8 +72,8 @@ def demand(trace: Trace, cluster: Cluster, schedule: Schedule | None = None) -> 
             for n, server in enumerate(cluster.servers)
         ]
     )
-    given = [server.arrival_interval_s for server in cluster.servers]
-    interval_s = np.array([np.nan if value is None else value for value in given])
+    intervals = [server.arrival_interval_s for server in cluster.servers]
+    interval_s = np.array([np.nan if value is None else value for value in intervals])
     all_shares, all_intervals = [], []
     for index, phase in enumerate(phases):
         for name, tasks in phase.tasks.items():
@@ -105,9 +105,9 @@ def demand(trace: Trace, cluster: Cluster, schedule: Schedule | None = None) -> 
         all_shares.append(shares)
         all_intervals.append(interval_s)
     ends = np.cumsum([phase.requests or 0 for phase in phases])
-    return Demand(
-        first=np.concatenate([[0], ends[:-1]]).astype(np.int64),
-        end=None if phases[-1].requests is None else int(ends[-1]),
+    return ArrivalRates(
+        first_request=np.concatenate([[0], ends[:-1]]).astype(np.int64),
+        max_requests=None if phases[-1].requests is None else int(ends[-1]),
         shares=np.array(all_shares),
         interval_s=np.array(all_intervals),
     )

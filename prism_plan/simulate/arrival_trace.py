@@ -1,4 +1,4 @@
-"""Arrivals from a file, looked up in the cluster and the trace."""
+"""Arrivals at given times, whose servers, tasks and requests are found in cluster and trace."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.simulate.arrival_rates import Demand
-from prism_plan.simulate.recorded_prompts import RequestList
+from prism_plan.simulate.arrival_rates import ArrivalRates
+from prism_plan.simulate.recorded_prompts import TraceRequests
 from prism_plan.trace import Trace
 
-#: In place of a code or an index: it is to be drawn.
+#: In place of a task or a prompt that is not given: it is drawn at random.
 DRAW = -1
 #: Times beyond this, in seconds, are a mistake.
 MAX_S = 1e12
@@ -21,7 +21,7 @@ MAX_S = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request: where and when; its task and its id in the trace where they are given.
+    """One request: its server and time; its task and its id in the trace where they are given.
 
     Raises
     ------
@@ -45,39 +45,39 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class FixedArrivals:
-    """Requests at fixed times, in any order; ``source`` is the file, for errors."""
+class ArrivalTrace:
+    """Requests at given times, in any order; ``source`` is the file, for errors."""
 
     arrivals: tuple[Arrival, ...]
     source: str = ""
 
 
 @dataclass(frozen=True, eq=False)
-class Arriving:
-    """The n requests of one server in order.
+class ServerArrivals:
+    """The n requests of one server in order of arrival.
 
-    ``at_s`` float64 [n]; ``task`` int64 [n] and ``entry`` int64 [n], an index into the pool of all
-    prompts, are :data:`DRAW` where they are not fixed.
+    ``at_s`` float64 [n]; ``task`` int64 [n] and ``prompt`` int64 [n], an index into all prompts,
+    are :data:`DRAW` where they are not given.
     """
 
     at_s: npt.NDArray[np.float64]
     task: npt.NDArray[np.int64]
-    entry: npt.NDArray[np.int64]
+    prompt: npt.NDArray[np.int64]
 
     @classmethod
-    def drawn(cls, at_s: npt.NDArray[np.float64]) -> Arriving:
+    def at_times(cls, at_s: npt.NDArray[np.float64]) -> ServerArrivals:
         """Requests of which only the times are known."""
-        nothing = np.full(len(at_s), DRAW, np.int64)
-        return cls(at_s, nothing, nothing)
+        drawn = np.full(len(at_s), DRAW, np.int64)
+        return cls(at_s, drawn, drawn)
 
 
-def look_up(
-    fixed: FixedArrivals,
+def resolve_arrivals(
+    arrivals: ArrivalTrace,
     cluster: Cluster,
     trace: Trace,
-    want: Demand,
-    listed: RequestList | None,
-) -> list[Arriving]:
+    rates: ArrivalRates,
+    recorded: TraceRequests | None,
+) -> list[ServerArrivals]:
     """The arrivals of each server; the order of the lines does not matter.
 
     Raises
@@ -87,18 +87,18 @@ def look_up(
         a server without tasks to draw from.
     """
     names = {server.name: n for n, server in enumerate(cluster.servers)}
-    entry_of: dict[int, int] = {}
-    if listed is not None and any(arrival.request is not None for arrival in fixed.arrivals):
-        entry_of = {request: at for at, request in enumerate(listed.request.tolist())}
+    prompt_of: dict[int, int] = {}
+    if recorded is not None and any(arrival.request is not None for arrival in arrivals.arrivals):
+        prompt_of = {request: at for at, request in enumerate(recorded.request.tolist())}
     rows: list[list[tuple[float, int, int]]] = [[] for _ in names]
-    for arrival in fixed.arrivals:
+    for arrival in arrivals.arrivals:
         try:
             n = _server(arrival, names, cluster)
             task = _task(arrival, trace)
-            entry = DRAW
+            prompt = DRAW
             if arrival.request is not None:
-                entry = _entry(arrival, trace, listed, entry_of, task)
-            elif task == DRAW and not want.has_users(n):
+                prompt = _prompt(arrival, trace, recorded, prompt_of, task)
+            elif task == DRAW and not rates.has_users(n):
                 raise InputError(
                     f"server {arrival.server!r} has no tasks",
                     expected="a task in this line, or tasks of the server in the cluster file",
@@ -107,19 +107,19 @@ def look_up(
             place = ": ".join(part for part in (f"line {arrival.line}", error.place) if part)
             raise InputError(
                 error.found,
-                source=fixed.source,
+                source=arrivals.source,
                 place=place,
                 expected=error.expected,
                 remedy=error.remedy,
             ) from error
-        rows[n].append((arrival.at_s, task, entry))
-    return [_in_order(of_server) for of_server in rows]
+        rows[n].append((arrival.at_s, task, prompt))
+    return [_in_order(own) for own in rows]
 
 
-def _in_order(rows: list[tuple[float, int, int]]) -> Arriving:
+def _in_order(rows: list[tuple[float, int, int]]) -> ServerArrivals:
     """Sorted by all that is known of them, so that equal times do not depend on the file."""
     rows = sorted(rows)
-    return Arriving(
+    return ServerArrivals(
         np.array([row[0] for row in rows], np.float64),
         np.array([row[1] for row in rows], np.int64),
         np.array([row[2] for row in rows], np.int64),
@@ -149,33 +149,33 @@ def _task(arrival: Arrival, trace: Trace) -> int:
     return trace.tasks.index(arrival.task)
 
 
-def _entry(
+def _prompt(
     arrival: Arrival,
     trace: Trace,
-    listed: RequestList | None,
-    entry_of: dict[int, int],
+    recorded: TraceRequests | None,
+    prompt_of: dict[int, int],
     task: int,
 ) -> int:
     name = trace.name or "the trace"
-    if listed is None:
+    if recorded is None:
         raise InputError(
             f"{arrival.request}",
             place="request",
             expected="no request, for a counts-only trace has none",
             remedy="leave request out of all lines",
         )
-    entry = entry_of.get(arrival.request or 0)
-    if entry is None:
+    prompt = prompt_of.get(arrival.request or 0)
+    if prompt is None:
         raise InputError(
             f"unknown request {arrival.request}",
             place="request",
-            expected=f"one of the {len(entry_of):,} requests of {name}, "
-            f"{listed.request.min()} to {listed.request.max()}",
+            expected=f"one of the {len(prompt_of):,} requests of {name}, "
+            f"{recorded.request.min()} to {recorded.request.max()}",
         )
-    if task not in (DRAW, listed.task[entry]):
+    if task not in (DRAW, recorded.task[prompt]):
         raise InputError(
-            f"request {arrival.request} is of task {trace.tasks[listed.task[entry]]!r}",
+            f"request {arrival.request} is of task {trace.tasks[recorded.task[prompt]]!r}",
             place="request",
             expected=f"a request of task {arrival.task!r}",
         )
-    return entry
+    return prompt

@@ -1,6 +1,6 @@
-"""Measured times in place of the cluster file's figures.
+"""A calibration: measured times that replace the figures of the cluster file.
 
-A calibration is what a runtime measured on the real machines: the time of one layer's dense part
+A runtime measured them on the real machines: the time of one layer's dense part
 and of one expert's batch by number of tokens, the overhead of a call, and the links.
 """
 
@@ -23,7 +23,7 @@ LINK_KEYS = ("call_overhead_ms", "bandwidth_mbps", "rtt_ms", "burst_kb", "short_
 
 @dataclass(frozen=True)
 class GpuCurves:
-    """Times of one GPU: the dense part of one MoE layer, and one expert's batch."""
+    """Measured times of one GPU: of the dense part of one MoE layer, and of one expert's batch."""
 
     dense_s: Curve
     expert_s: Curve
@@ -31,7 +31,9 @@ class GpuCurves:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured times. ``gpus`` by (server name, GPU index); ``default`` for all others.
+    """Measured times of GPUs and links.
+
+    ``gpus`` has them by (server name, GPU index), ``default`` those of all other GPUs.
 
     ``call_overhead_ms``, ``bandwidth_mbps``, ``rtt_ms``, ``burst_kb`` and ``short_kb`` replace
     those of the cluster's ``[link]`` table where they are given.
@@ -76,12 +78,12 @@ class Calibration:
         return self.with_links(cluster)
 
     def with_links(self, cluster: Cluster) -> Cluster:
-        """As :meth:`applied`, whatever GPUs there are times of."""
+        """As :meth:`applied`, without a check of the servers and GPUs that were measured."""
         measured = {key: getattr(self, key) for key in LINK_KEYS if getattr(self, key) is not None}
         return dataclasses.replace(cluster, link=with_figures(cluster.link, **measured))
 
     def _require_known(self, cluster: Cluster) -> None:
-        """A name that is spelled otherwise would leave its server at the default unnoticed."""
+        """Refuse unknown names: a misspelt one would leave its server at the default unnoticed."""
         servers = {server.name: server for server in cluster.servers}
         for name, gpu in self.gpus:
             place = f"servers[{name!r:.60}]"

@@ -1,4 +1,4 @@
-"""What an engine is given during a run, and what it has measured at the end."""
+"""The protocol of the two simulation engines, and the measurements that they return."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Everything that was measured; times in seconds.
+    """The measurements of a run; times in seconds.
 
-    Of R requests: ``start_s``, ``first_token_s`` and ``done_s`` [R], NaN where it did not come to
-    pass. Of N servers, by home: ``calls``, ``remote_calls`` (expert calls), ``steps`` (token and
+    Of R requests: ``start_s``, ``first_token_s`` and ``done_s`` [R], NaN where it did not
+    happen. Of N servers, by home: ``calls``, ``remote_calls`` (expert calls), ``steps`` (token and
     layer), ``waiting`` of them with a remote expert, ``destinations`` (servers that tokens were
     sent to); ``present_s``, the integral over time of the requests at the server. By place:
     ``bytes_out``, ``bytes_in``, ``up_busy_s``, ``down_busy_s`` [N], ``messages`` [N, N] calls sent
@@ -55,48 +55,57 @@ class Outcome:
     now_s: float
 
 
+def step_dependencies(steps: Sequence[MigrationStep]) -> tuple[list[int], list[list[int]]]:
+    """How many steps each step of a migration needs, and which steps need it."""
+    dependents: list[list[int]] = [[] for _ in steps]
+    for index, step in enumerate(steps):
+        for need in set(step.needs):
+            dependents[need].append(index)
+    return [len(set(step.needs)) for step in steps], dependents
+
+
 class Engine(Protocol):
     """Runs a scenario from its first arrival to its last event."""
 
     def advance(self, until_s: float = math.inf, max_events: int | None = None) -> bool:
-        """Take all events up to and including ``until_s``, at most ``max_events`` of them.
+        """Process all events up to and including ``until_s``, at most ``max_events`` of them.
 
-        Returns whether that was all: False if ``max_events`` ended it. A finite ``until_s`` that
-        was reached is the time from then on.
+        Returns False if ``max_events`` ended it, else True; the time is then ``until_s``, if that
+        is finite.
         """
 
     @property
-    def arrivals_done(self) -> bool:
+    def all_finished(self) -> bool:
         """Whether every request has been answered."""
 
     @property
-    def finished(self) -> int:
-        """Requests that have been answered."""
+    def num_finished(self) -> int:
+        """How many requests have been answered."""
 
     @property
     def migrating(self) -> bool:
-        """Whether steps of a migration are still to be done."""
+        """Whether steps of a migration are not yet complete."""
 
     def migrate(self, steps: Sequence[MigrationStep]) -> None:
-        """Begin a migration now; the one before must be over.
+        """Start a migration now; the one before must be complete.
 
-        A step begins when those that it needs are done and, for a load, when the GPU's load channel
-        is free. A loaded expert serves from then on; a dropped one takes no new calls, and those
-        under way to it are answered.
+        A step starts when those that it needs are complete and, for a load, when the GPU's load
+        channel is free. A loaded expert serves from then on; a dropped one receives no new calls,
+        and those under way to it are answered.
         """
 
     @property
-    def migrated_s(self) -> float:
-        """When the last step of the latest migration was done."""
+    def migration_end_s(self) -> float:
+        """Time at which the last step of the latest migration was complete."""
 
     def take_calls(self) -> Ints:
-        """Expert calls by home server since this was last asked, [N, L, E]."""
+        """Expert calls by home server since the last call of this method, [N, L, E]."""
 
     def on_gpu(self) -> npt.NDArray[np.bool_]:
         """Which GPU serves which expert now, [G, L, E]."""
 
     def outcome(self) -> Outcome:
-        """What has been measured so far."""
+        """The measurements so far."""
 
     def log(self) -> Log:
         """The events so far, if logging was asked for."""

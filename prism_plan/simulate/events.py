@@ -1,7 +1,8 @@
 """Events, their order, and the log that tests compare.
 
-A heap entry is (time, rank, number, kind, subject): entries of one time are taken by the rank of
-their kind, then in the order in which they were pushed, so the order is total and runs repeat.
+A heap entry is (time, priority, number, kind, subject): entries of one time are processed by the
+priority of their kind, then in the order in which they were pushed, so the order is total and runs
+repeat.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 #: A request arrives at its home server.
 ARRIVAL = 0
@@ -30,14 +30,10 @@ LOADED = 7
 #: A transfer has ended: the uplink and the downlink that it held are free.
 FREED = 8
 
-KINDS = (
-    *("arrival", "dense", "local", "send", "arrived", "computed", "returned", "loaded"),
-    "freed",
-)
-#: At one time loads and transfers are finished first and arrivals come last, so that what happens
-#: meets the places and links that are free at that time.
-RANK = np.array([2, 1, 1, 1, 1, 1, 1, 0, 0], np.int8)
-RANK.setflags(write=False)
+#: Of events at one time, ends of loads and transfers are processed first and arrivals last, so that
+#: the others find the places and links that are free at that time. Lowest first.
+PRIORITY = np.array([2, 1, 1, 1, 1, 1, 1, 0, 0], np.int8)
+PRIORITY.setflags(write=False)
 
 
 class Event(NamedTuple):
@@ -56,20 +52,5 @@ class Event(NamedTuple):
     at: int
     to: int
 
-    def __str__(self) -> str:
-        return (
-            f"{self.time_s:.9g} {KINDS[self.kind]} request {self.request} layer {self.layer} "
-            f"at {self.at} to {self.to}"
-        )
-
 
 Log = list[Event]
-LOG_DTYPE = np.dtype(
-    [("time_s", "f8"), ("kind", "i4"), ("request", "i4"), ("layer", "i4"), ("at", "i4"),
-     ("to", "i4")]
-)  # fmt: skip
-
-
-def log_from(rows: npt.NDArray[np.void]) -> Log:
-    """A log from rows of :data:`LOG_DTYPE`."""
-    return [Event(*row) for row in rows.tolist()]

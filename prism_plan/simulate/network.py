@@ -14,7 +14,7 @@ from prism_plan.model import ModelSpec
 
 Floats = npt.NDArray[np.float64]
 
-#: Bytes of an expert's id and gate weight for one token in a message (docs/design.md, section 4).
+#: Bytes of one expert call of a token in a message: id and gate weight (docs/design.md, section 4).
 BYTES_PER_CALL = 4
 
 
@@ -22,19 +22,18 @@ BYTES_PER_CALL = 4
 class Network:
     """What a message between two servers costs (docs/design.md, section 4, rule 3).
 
-    A message begins when its sender's uplink and its receiver's downlink are both free; of those
-    that wait, the one that was ready first. One that cannot begin yet does not hold up those
-    behind it: with many servers, queues that block each other would stop a cluster whose links
-    are idle.
+    A message starts when its sender's uplink and its receiver's downlink are both free; of those
+    that wait, the one that was ready first. One that cannot start yet does not block those behind
+    it: with many servers, queues that block each other would stop a cluster whose links are idle.
 
     ``seconds_per_byte`` [N, N] from sender (row) to receiver at the lowest rate of the sender's
     uplink, the receiver's downlink and the cap of the pair; ``half_rtt_s`` [N, N];
     ``up_bytes_per_s`` and ``down_bytes_per_s`` [N], the ports' own rates, at which their token
     buckets of ``burst_bytes`` fill; ``call_overhead_s``, paid once per call at the sender;
-    messages below ``short_bytes`` wait for each other, but not for longer ones, nor those for them:
-    TCP shares a line. What is under way of a long one beside it delays a short one, at most by the
-    time of ``short_bytes``, so much as the kernel queues for the line at once;
-    ``token_bytes``, a token's hidden state. Diagonals are zero. Arrays are read-only.
+    messages below ``short_bytes`` wait for each other, but not for longer ones, nor those for them,
+    because TCP shares a line. A long message under way delays a short one by at most the time of
+    ``short_bytes``, as much as the kernel queues for the line at once; ``token_bytes``, a token's
+    hidden state. Diagonals are zero. Arrays are read-only.
     """
 
     seconds_per_byte: Floats
@@ -96,16 +95,19 @@ class Network:
             short_bytes=_not_negative(link.short_kb, "link.short_kb") * 1e3,
         )
 
+    def link_rank(self) -> npt.NDArray[np.int32]:
+        """Rank of each receiver (column) for a sender by :meth:`call_cost_s`, int32 [N, N].
+
+        Route ``nearest`` takes the least rank; of equal costs the lower index has the lower rank.
+        """
+        order = np.argsort(self.call_cost_s(), axis=1, kind="stable")
+        return np.argsort(order, axis=1).astype(np.int32)
+
     def call_cost_s(self) -> Floats:
         """Seconds of a call of one token on idle links, without compute, [N, N]."""
         back = self.seconds_per_byte.T * self.token_bytes
         out = self.seconds_per_byte * (self.token_bytes + BYTES_PER_CALL)
         return self.half_rtt_s + self.half_rtt_s.T + out + back
-
-    def link_rank(self) -> npt.NDArray[np.int32]:
-        """Rank of each server by :meth:`call_cost_s` from a server, ties by index, int32 [N, N]."""
-        order = np.argsort(self.call_cost_s(), axis=1, kind="stable")
-        return np.argsort(order, axis=1).astype(np.int32)
 
 
 def _positive(value: float, place: str) -> float:

@@ -1,4 +1,4 @@
-"""A phase schedule: "tasks A for 200 requests, then B"."""
+"""A phase schedule: how tasks and arrival rates change, e.g. "tasks A for 200 requests, then B"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prism_plan.errors import InputError
 
 @dataclass(frozen=True)
 class Phase:
-    """What users ask for during so many ``requests`` of each server.
+    """The task shares and arrival interval during ``requests`` requests of each server.
 
     ``tasks`` are shares by task of the servers that change; the others keep what they had.
     ``arrival_interval_s`` holds for all servers from this phase on; ``None`` keeps it. Only the
@@ -25,7 +25,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class PhaseStart:
-    """When a phase began for the requests of a simulation.
+    """The times at which a phase of the schedule began in a simulation.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class PhaseStart:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Phases in order; ``source`` is the file they come from, for errors.
+    """The phases of a simulation in order; ``source`` is their file, for errors.
 
     Raises
     ------

@@ -19,7 +19,7 @@ Intervals = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]
 def arrivals_by_number(
     rng: np.random.Generator, interval_s: Intervals, number: int, burst: int = 1
 ) -> npt.NDArray[np.float64]:
-    """Times of the first ``number`` requests, float64 [number], not falling.
+    """Draw the arrival times of the first ``number`` requests, float64 [number], not falling.
 
     ``burst`` requests arrive at once and bursts are ``burst`` times as far apart, so the mean rate
     is the same. A gap has the interval of the first request after it.
@@ -31,7 +31,7 @@ def arrivals_by_number(
 def arrivals_before(
     rng: np.random.Generator, interval_s: Intervals, duration_s: float, burst: int = 1
 ) -> npt.NDArray[np.float64]:
-    """Times of all requests before ``duration_s``; they begin like :func:`arrivals_by_number`.
+    """Draw the arrival times before ``duration_s``, which begin like :func:`arrivals_by_number`.
 
     Raises
     ------

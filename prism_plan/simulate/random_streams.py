@@ -1,4 +1,8 @@
-"""One random stream for each source of chance and server, all from one seed."""
+"""Random generators of the simulator, one for each source of randomness and server.
+
+This is the one place where ``--seed`` (``seed`` of :func:`prism_plan.sample_requests`) becomes
+generators; every random choice of arrivals, tasks, prompts and drawn tokens takes its own here.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ from enum import IntEnum
 import numpy as np
 
 
-class Source(IntEnum):
-    """What a stream decides. The numbers are part of what a seed means: never reuse one."""
+class RandomSource(IntEnum):
+    """What a generator decides. The numbers are part of what a seed means: never reuse one."""
 
     ARRIVALS = 0
     TASKS = 1
@@ -16,9 +20,9 @@ class Source(IntEnum):
     DRAWING = 3
 
 
-def stream(seed: int, source: Source, *key: int) -> np.random.Generator:
+def random_stream(seed: int, source: RandomSource, *key: int) -> np.random.Generator:
     """The generator of ``source`` for the server (or task and prompt) that ``key`` names.
 
-    Streams do not depend on each other: whatever is drawn from one leaves the others as they are.
+    Streams are independent: what is drawn from one does not change the others.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(int(source), *key)))

@@ -1,4 +1,4 @@
-"""Prompts from a token-level trace: a list of its requests, and the tokens of those sampled."""
+"""Prompts of a token-level trace: its requests, and the tokens of those that are sampled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DECODE_PHASE = PHASES.index("decode")
 
 
 @dataclass(frozen=True, eq=False)
-class RequestList:
+class TraceRequests:
     """The Q requests of a trace in order of (task, id); arrays int64 [Q].
 
     ``first`` int64 [tasks + 1]: those of task t are ``first[t]`` to ``first[t + 1]``.
@@ -27,20 +27,20 @@ class RequestList:
     first: npt.NDArray[np.int64]
 
 
-def list_requests(trace: Trace) -> RequestList:
-    """Ids, tasks and lengths, in one pass over the trace that keeps no experts."""
+def list_trace_requests(trace: Trace) -> TraceRequests:
+    """List ids, tasks and lengths of a trace's requests, in one pass that keeps no experts."""
     assert trace.batches is not None
     keys, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for batch in trace.batches():
         key = batch.task.astype(np.int64) << 32 | batch.request.astype(np.int64)
-        found, number = np.unique(key, return_counts=True)
-        keys.append(found)
-        counts.append(number)
+        distinct, count = np.unique(key, return_counts=True)
+        keys.append(distinct)
+        counts.append(count)
     key, inverse = np.unique(np.concatenate(keys), return_inverse=True)
     tokens = np.zeros(len(key), np.int64)
     np.add.at(tokens, inverse, np.concatenate(counts))
     task = key >> 32
-    return RequestList(
+    return TraceRequests(
         request=key & 0xFFFFFFFF,
         task=task,
         tokens=tokens,
@@ -49,11 +49,11 @@ def list_requests(trace: Trace) -> RequestList:
 
 
 def gather_prompts(
-    trace: Trace, requests: RequestList, chosen: npt.NDArray[np.int64], decode_tokens: int
+    trace: Trace, requests: TraceRequests, chosen: npt.NDArray[np.int64], decode_tokens: int
 ) -> Prompts:
-    """The tokens of the ``chosen`` [P] requests (indices, ascending), by position.
+    """Read the prompts of the ``chosen`` [P] requests (indices, ascending), tokens by position.
 
-    Where a request's tokens all tell their phase, that is what they are. Where one does not, the
+    Where the phases of all tokens of a request are recorded, they hold. Where one is unknown, the
     last ``decode_tokens``, at most half of the request, are decode steps.
 
     Raises
@@ -95,8 +95,8 @@ def gather_prompts(
             expected="prefill tokens before decode tokens",
             remedy="record the phases anew, or mark them unknown",
         )
-    told = np.bincount(owner, phase == DECODE_PHASE, minlength=len(chosen)).astype(np.int64)
-    decode = np.where(unknown, np.minimum(decode_tokens, length // 2), told)
+    recorded = np.bincount(owner, phase == DECODE_PHASE, minlength=len(chosen)).astype(np.int64)
+    decode = np.where(unknown, np.minimum(decode_tokens, length // 2), recorded)
     return Prompts(
         tasks=trace.tasks,
         task=requests.task[chosen].astype(np.int32),

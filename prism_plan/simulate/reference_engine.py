@@ -1,12 +1,13 @@
 """The simulator in plain Python: the definition of what a run is.
 
-It is written to be read, and the compiled engine must equal it, event for event. Times are sums
-and maxima of the scenario's tables, taken in one fixed order, so that both engines give the same
+It is written to be read; the compiled engine must equal it, event for event. Times are sums and
+maxima of the scenario's tables, taken in one fixed order, so that both engines give the same
 numbers to the last bit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from collections import deque
@@ -19,28 +20,29 @@ import numpy.typing as npt
 
 from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate import events
-from prism_plan.simulate.engine import Ints, Outcome
+from prism_plan.simulate.engine import Ints, Outcome, step_dependencies
 from prism_plan.simulate.events import Event, Log
 from prism_plan.simulate.network import BYTES_PER_CALL
+from prism_plan.simulate.offload_slots import Slot, initial_slots
 from prism_plan.simulate.routing_policies import cover, nearest, spread
 from prism_plan.simulate.scenario import Scenario
 
 
 @dataclass
-class _Running:
-    """A request that has been admitted: where it is in its steps and layers."""
+class _ActiveRequest:
+    """An admitted request: its location, and where it is in its steps and layers."""
 
     number: int
     home: int
-    at: int
-    row: int
-    tokens: int
+    location: int
+    token_row: int
+    step_tokens: int
     steps_left: int
-    decode: bool
+    decoding: bool
     layer: int = 0
-    parts: int = 0
-    layer_began_s: float = 0.0
-    remote: int = 0
+    pending_parts: int = 0
+    layer_start_s: float = 0.0
+    remote_experts: int = 0
 
 
 @dataclass
@@ -51,68 +53,70 @@ class _Message:
     layer: int
     at: int
     to: int
-    out_bytes: int
-    back_bytes: int = 0
-    jobs: dict[int, float] = field(default_factory=dict)
+    message_bytes: int
+    reply_bytes: int = 0
+    gpu_work_s: dict[int, float] = field(default_factory=dict)
     hop: bool = False
-    back: bool = False
+    returning: bool = False
 
     @property
     def ends(self) -> tuple[int, int]:
         """Sender and receiver of the transfer that is next or under way."""
-        return (self.to, self.at) if self.back else (self.at, self.to)
+        return (self.to, self.at) if self.returning else (self.at, self.to)
+
+    @property
+    def payload(self) -> int:
+        """Bytes of that transfer."""
+        return self.reply_bytes if self.returning else self.message_bytes
 
 
 class ReferenceEngine:
     """See :class:`prism_plan.simulate.engine.Engine`."""
 
     def __init__(self, scenario: Scenario, *, log: bool = False) -> None:
-        self.s = scenario
+        self.scenario = scenario
         servers, layers = scenario.execution.shape
         experts = scenario.model.num_experts
         gpus = len(scenario.timing.kind)
         requests = len(scenario.requests)
         self.now = 0.0
-        self._heap: list[tuple[float, int, int, int, object]] = []
-        self._pushed = 0
-        self._taken = 0
+        self._heap: list[tuple[float, int, int, int, Any]] = []
+        self._num_pushed = 0
+        self._processed = 0
         self._log: Log | None = [] if log else None
-        # what is where
-        self._held = scenario.placement.on_gpu.reshape(gpus, -1).copy()
+        # the placement
+        self._gpu_holds = scenario.placement.on_gpu.reshape(gpus, -1).copy()
         self._server_of_gpu = scenario.placement.server_of_gpu.tolist()
         self._gpu_start = scenario.gpu_start.tolist()
-        # servers
-        self._queue: list[deque[int]] = [deque() for _ in range(servers)]
-        self._active = [0] * servers
-        self._running: dict[int, _Running] = {}
-        self._present = [0] * servers
-        self._present_since = [0.0] * servers
-        # work and links: when each is free next
-        self._gpu_free = [0.0] * gpus
-        self._load_free = [0.0] * gpus
-        # the second row of each: short messages have ports of their own
+        # requests at their home servers
+        self._admission_queue: list[deque[int]] = [deque() for _ in range(servers)]
+        self._num_active = [0] * servers
+        self._admitted: dict[int, _ActiveRequest] = {}
+        self._num_present = [0] * servers
+        self._present_since_s = [0.0] * servers
+        # GPUs: when the compute queue and the load channel are free next
+        self._gpu_free_s = [0.0] * gpus
+        self._load_free_s = [0.0] * gpus
+        # ports; in row 1 those of short messages
         self._up_busy = [[False] * servers for _ in range(2)]
         self._down_busy = [[False] * servers for _ in range(2)]
-        self._up_until = [0.0] * servers  # of long ones
-        self._down_until = [0.0] * servers
-        self._waiting: list[_Message] = []  # for links, in the order in which they were ready
+        self._up_free_s = [0.0] * servers  # when a long message releases the port
+        self._down_free_s = [0.0] * servers
+        self._waiting_messages: list[_Message] = []  # in the order in which they were ready
         self._bucket = {
             port: [[scenario.network.burst_bytes, 0.0] for _ in range(servers)]
             for port in ("up", "down")
         }
-        self._sent = [[0] * servers for _ in range(servers)]
-        self._rank = scenario.network.link_rank().tolist()
+        self._tokens_sent = [[0] * servers for _ in range(servers)]
+        self._link_rank = scenario.network.link_rank().tolist()
         # migration
         self._steps: Sequence[MigrationStep] = ()
-        self._lacking: list[int] = []
+        self._open_needs: list[int] = []
         self._dependents: list[list[int]] = []
         self._open_steps = 0
-        self.migrated_s = 0.0
-        # the slots of `offload`: (expert or -1, end of its last use, GPU) in order of the GPUs
-        self._slots: list[list[list[float]]] = []
-        if scenario.offload:
-            self._fill_slots()
-        # what is measured
+        self.migration_end_s = 0.0
+        self._slots = initial_slots(scenario.placement) if scenario.offload else []
+        # measurements
         self.start_s = np.full(requests, np.nan)
         self.first_token_s = np.full(requests, np.nan)
         self.done_s = np.full(requests, np.nan)
@@ -127,10 +131,10 @@ class ReferenceEngine:
         self.layer_s = [0.0] * (scenario.model.top_k + 1)
         self.loads = 0
         self.loaded_bytes = 0
-        self._calls = np.zeros((servers, layers, experts), np.int64)
-        self._arrived = 0
-        self._finished = 0
-        self._next_arrival()
+        self._recent_calls = np.zeros((servers, layers, experts), np.int64)
+        self._num_arrived = 0
+        self._num_finished = 0
+        self._push_next_arrival()
 
     # ----------------------------------------------------------------------------------- the loop
 
@@ -141,286 +145,306 @@ class ReferenceEngine:
                 return False
             left -= 1
             self.now, _, _, kind, subject = heapq.heappop(self._heap)
-            self._taken += 1
-            self._take(kind, subject)
+            self._processed += 1
+            self._process(kind, subject)
         if math.isfinite(until_s):
             self.now = max(self.now, until_s)
         return True
 
-    def _push(self, time_s: float, kind: int, subject: object) -> None:
-        heapq.heappush(self._heap, (time_s, int(events.RANK[kind]), self._pushed, kind, subject))
-        self._pushed += 1
+    def _push(self, time_s: float, kind: int, subject: Any) -> None:
+        heapq.heappush(
+            self._heap, (time_s, int(events.PRIORITY[kind]), self._num_pushed, kind, subject)
+        )
+        self._num_pushed += 1
 
-    def _take(self, kind: int, subject: object) -> None:
-        if isinstance(subject, _Message):
-            where = (subject.request, subject.layer, subject.at, subject.to)
-        elif kind == events.ARRIVAL:
-            assert isinstance(subject, int)
-            home = int(self.s.requests.home[subject])
-            where = (subject, -1, home, home)
-        elif kind == events.LOADED:
-            assert isinstance(subject, int)
-            gpu = self._steps[subject].gpu
-            where = (-1, -1, self._server_of_gpu[gpu], gpu)
-        else:
-            assert isinstance(subject, _Running)
-            where = (subject.number, subject.layer, subject.at, subject.at)
+    def _process(self, kind: int, subject: Any) -> None:
         if self._log is not None:
-            self._log.append(Event(self.now, kind, *where))
+            self._log.append(Event(self.now, kind, *self._where(kind, subject)))
         if kind == events.ARRIVAL:
-            self._arrive(subject)  # type: ignore[arg-type]
+            self._receive_request(subject)
         elif kind == events.DENSE:
-            self._route(subject)  # type: ignore[arg-type]
+            self._route(subject)
         elif kind == events.LOCAL:
-            self._part_done(subject)  # type: ignore[arg-type]
+            self._complete_part(subject)
         elif kind == events.SEND:
-            self._begin_transfer(subject)  # type: ignore[arg-type]
+            self._start_or_enqueue(subject)
         elif kind == events.ARRIVED:
-            self._serve(subject)  # type: ignore[arg-type]
+            self._receive(subject)
         elif kind == events.COMPUTED:
-            assert isinstance(subject, _Message)
-            subject.back = True
-            self._begin_transfer(subject)
+            subject.returning = True
+            self._start_or_enqueue(subject)
         elif kind == events.RETURNED:
-            assert isinstance(subject, _Message)
-            self._part_done(self._running[subject.request])
+            self._complete_part(self._admitted[subject.request])
         elif kind == events.FREED:
-            self._freed(subject)  # type: ignore[arg-type]
+            self._release_ports(subject)
         else:
-            self._loaded(subject)  # type: ignore[arg-type]
+            self._complete_load(subject)
+
+    def _where(self, kind: int, subject: Any) -> tuple[int, int, int, int]:
+        """Request, layer, at and to of an event for the log."""
+        if kind == events.ARRIVAL:
+            home = int(self.scenario.requests.home[subject])
+            return subject, -1, home, home
+        if kind == events.LOADED:
+            gpu = self._steps[subject].gpu
+            return -1, -1, self._server_of_gpu[gpu], gpu
+        if kind in (events.DENSE, events.LOCAL):
+            return subject.number, subject.layer, subject.location, subject.location
+        return subject.request, subject.layer, subject.at, subject.to
 
     # ----------------------------------------------------------------------------------- requests
 
-    def _next_arrival(self) -> None:
-        """Arrivals are in the heap one at a time."""
-        number = self._arrived
-        if number < len(self.s.requests):
-            self._push(float(self.s.requests.arrival_s[number]), events.ARRIVAL, number)
-        self._arrived += 1
+    def _push_next_arrival(self) -> None:
+        """Push the next arrival, for arrivals are in the heap one at a time."""
+        number = self._num_arrived
+        if number < len(self.scenario.requests):
+            self._push(float(self.scenario.requests.arrival_s[number]), events.ARRIVAL, number)
+        self._num_arrived += 1
 
-    def _arrive(self, number: int) -> None:
-        self._next_arrival()
-        home = int(self.s.requests.home[number])
+    def _receive_request(self, number: int) -> None:
+        self._push_next_arrival()
+        home = int(self.scenario.requests.home[number])
         self._count_present(home, 1)
-        if self._active[home] < self.s.concurrency[home]:
+        if self._num_active[home] < self.scenario.concurrency[home]:
             self._admit(number)
         else:
-            self._queue[home].append(number)
+            self._admission_queue[home].append(number)
 
     def _count_present(self, home: int, change: int) -> None:
-        passed = self.now - self._present_since[home]
-        self.present_s[home] += self._present[home] * passed
-        self._present_since[home] = self.now
-        self._present[home] += change
+        passed = self.now - self._present_since_s[home]
+        self.present_s[home] += self._num_present[home] * passed
+        self._present_since_s[home] = self.now
+        self._num_present[home] += change
 
     def _admit(self, number: int) -> None:
-        prompts = self.s.requests.prompts
-        prompt = int(self.s.requests.prompt[number])
-        home = int(self.s.requests.home[number])
+        prompts = self.scenario.requests.prompts
+        prompt = int(self.scenario.requests.prompt[number])
+        home = int(self.scenario.requests.home[number])
         prefill = int(prompts.prefill_tokens[prompt])
         decode = int(prompts.decode_tokens[prompt])
-        self._active[home] += 1
+        self._num_active[home] += 1
         self.start_s[number] = self.now
-        request = _Running(
+        request = _ActiveRequest(
             number=number,
             home=home,
-            at=home,
-            row=int(prompts.first_row[prompt]),
-            tokens=prefill or 1,
+            location=home,
+            token_row=int(prompts.first_row[prompt]),
+            step_tokens=prefill or 1,
             steps_left=decode + (prefill > 0),
-            decode=prefill == 0,
+            decoding=prefill == 0,
         )
-        self._running[number] = request
+        self._admitted[number] = request
         self._begin_layer(request)
 
-    def _begin_layer(self, request: _Running) -> None:
-        request.layer_began_s = self.now
-        self._go_on(request)
+    def _begin_layer(self, request: _ActiveRequest) -> None:
+        request.layer_start_s = self.now
+        self._enter_layer(request)
 
-    def _go_on(self, request: _Running) -> None:
-        """Be where the layer executes; then the dense part begins, or the step is over."""
-        home_again = request.layer == self.s.model.num_layers
-        target = request.home if home_again else int(self.s.execution[request.home, request.layer])
-        if request.at != target:
-            payload = request.tokens * self.s.network.token_bytes
-            hop = _Message(request.number, request.layer, request.at, target, payload, hop=True)
-            self._push(self.now + self.s.network.call_overhead_s, events.SEND, hop)
+    def _enter_layer(self, request: _ActiveRequest) -> None:
+        """Move to where the layer executes and start its dense part, or end the step."""
+        scenario, layer = self.scenario, request.layer
+        home_again = layer == scenario.model.num_layers
+        target = request.home if home_again else int(scenario.execution[request.home, layer])
+        if request.location != target:
+            payload = request.step_tokens * scenario.network.token_bytes
+            hop = _Message(request.number, layer, request.location, target, payload, hop=True)
+            self._push(self.now + scenario.network.call_overhead_s, events.SEND, hop)
         elif home_again:
             self._end_step(request)
         else:
-            gpu = int(self.s.dense_gpu[request.at])
-            work_s = float(self.s.timing.dense_s[self.s.timing.kind[gpu], request.tokens])
-            self._push(self._work(gpu, work_s), events.DENSE, request)
+            gpu, timing = int(scenario.dense_gpu[request.location]), scenario.timing
+            work_s = float(timing.dense_s[timing.kind[gpu], request.step_tokens])
+            self._push(self._compute(gpu, work_s), events.DENSE, request)
 
-    def _part_done(self, request: _Running) -> None:
-        request.parts -= 1
-        if request.parts:
+    def _complete_part(self, request: _ActiveRequest) -> None:
+        request.pending_parts -= 1
+        if request.pending_parts:
             return
-        if request.decode:
-            self.layer_steps[request.remote] += 1
-            self.layer_s[request.remote] += self.now - request.layer_began_s
+        if request.decoding:
+            self.layer_steps[request.remote_experts] += 1
+            self.layer_s[request.remote_experts] += self.now - request.layer_start_s
         request.layer += 1
         self._begin_layer(request)
 
-    def _end_step(self, request: _Running) -> None:
+    def _end_step(self, request: _ActiveRequest) -> None:
         number = request.number
         if math.isnan(self.first_token_s[number]):
             self.first_token_s[number] = self.now
         request.steps_left -= 1
         if request.steps_left:
-            request.row += request.tokens
-            request.tokens = 1
-            request.decode = True
+            request.token_row += request.step_tokens
+            request.step_tokens = 1
+            request.decoding = True
             request.layer = 0
             self._begin_layer(request)
             return
         self.done_s[number] = self.now
-        self._finished += 1
-        del self._running[number]
+        self._num_finished += 1
+        del self._admitted[number]
         home = request.home
         self._count_present(home, -1)
-        self._active[home] -= 1
-        if self._queue[home]:
-            self._admit(self._queue[home].popleft())
+        self._num_active[home] -= 1
+        if self._admission_queue[home]:
+            self._admit(self._admission_queue[home].popleft())
 
     # ------------------------------------------------------------------------------------ routing
 
-    def _route(self, request: _Running) -> None:
-        """Split the step's tokens by destination, begin local work and send the messages."""
-        at, layer = request.at, request.layer
-        experts = self.s.model.num_experts
+    def _route(self, request: _ActiveRequest) -> None:
+        """Split the step's tokens by destination, start the local experts and send the messages."""
+        at, layer = request.location, request.layer
+        experts = self.scenario.model.num_experts
         first = layer * experts
-        rows = self.s.requests.prompts.experts[request.row : request.row + request.tokens, layer]
+        tokens = slice(request.token_row, request.token_row + request.step_tokens)
+        rows = self.scenario.requests.prompts.experts[tokens, layer]
         batches: dict[int, dict[int, int]] = {}  # server -> expert -> tokens, by first call
         tokens_to: dict[int, int] = {}
         remote = 0
         for token in rows.tolist():
             missing = []
             for e in token:
-                self._calls[request.home, layer, e] += 1
-                if self.s.offload or self._gpu_of(at, first + e) >= 0:
-                    of = batches.setdefault(at, {})
-                    of[e] = of.get(e, 0) + 1
+                self._recent_calls[request.home, layer, e] += 1
+                if self.scenario.offload or self._first_gpu(at, first + e) >= 0:
+                    batch = batches.setdefault(at, {})
+                    batch[e] = batch.get(e, 0) + 1
                 else:
                     missing.append(e)
             remote += len(missing)
-            place = self._place(request.number, at, [first + e for e in missing])
+            place = self._choose_holders(request.number, at, [first + e for e in missing])
             for e, m in zip(missing, place, strict=True):
-                of = batches.setdefault(m, {})
-                of[e] = of.get(e, 0) + 1
+                batch = batches.setdefault(m, {})
+                batch[e] = batch.get(e, 0) + 1
             for m in set(place):
                 tokens_to[m] = tokens_to.get(m, 0) + 1
-                self._sent[at][m] += 1
+                self._tokens_sent[at][m] += 1
             self.waiting[request.home] += bool(missing)
             self.destinations[request.home] += len(set(place))
         self.calls[request.home] += rows.size
         self.remote_calls[request.home] += remote
         self.steps[request.home] += len(rows)
-        request.remote = remote
-        request.parts = len(batches)
+        request.remote_experts = remote
+        request.pending_parts = len(batches)
         if at in batches:
-            if self.s.offload:
-                end_s = self._offloaded(at, layer, batches[at])
+            if self.scenario.offload:
+                end_s = self._compute_with_offload(at, layer, batches[at])
             else:
-                jobs = self._jobs(at, layer, batches[at])
-                end_s = max(self._work(gpu, work_s) for gpu, work_s in sorted(jobs.items()))
+                end_s = self._compute_all(self._gpu_work_s(at, layer, batches[at]))
             self._push(end_s, events.LOCAL, request)
         for m in sorted(tokens_to):
             named = sum(batches[m].values())
-            states = tokens_to[m] * self.s.network.token_bytes
+            states = tokens_to[m] * self.scenario.network.token_bytes
             message = _Message(
                 request=request.number,
                 layer=layer,
                 at=at,
                 to=m,
-                out_bytes=states + BYTES_PER_CALL * named,
-                back_bytes=states,
-                jobs=self._jobs(m, layer, batches[m]),
+                message_bytes=states + BYTES_PER_CALL * named,
+                reply_bytes=states,
+                gpu_work_s=self._gpu_work_s(m, layer, batches[m]),
             )
             self.messages[at, m] += 1
-            self._push(self.now + self.s.network.call_overhead_s, events.SEND, message)
+            self._push(self.now + self.scenario.network.call_overhead_s, events.SEND, message)
 
-    def _place(self, number: int, at: int, pairs: list[int]) -> list[int]:
+    def _choose_holders(self, number: int, at: int, pairs: list[int]) -> list[int]:
         holders = [self._holders(pair) for pair in pairs]
-        if self.s.route == "spread":
+        if self.scenario.route == "spread":
             return [spread(number, p, held) for p, held in zip(pairs, holders, strict=True)]
-        if self.s.route == "nearest":
-            return [nearest(self._rank[at], held) for held in holders]
-        return cover(holders, self._sent[at])
+        if self.scenario.route == "nearest":
+            return [nearest(self._link_rank[at], held) for held in holders]
+        return cover(holders, self._tokens_sent[at])
 
-    def _gpu_of(self, server: int, pair: int) -> int:
+    def _first_gpu(self, server: int, pair: int) -> int:
         """The first GPU of the server that holds the expert, or -1."""
         for gpu in range(self._gpu_start[server], self._gpu_start[server + 1]):
-            if self._held[gpu, pair]:
+            if self._gpu_holds[gpu, pair]:
                 return gpu
         return -1
 
     def _holders(self, pair: int) -> list[int]:
-        return sorted({self._server_of_gpu[g] for g in np.flatnonzero(self._held[:, pair])})
+        return sorted({self._server_of_gpu[g] for g in np.flatnonzero(self._gpu_holds[:, pair])})
 
-    def _jobs(self, server: int, layer: int, batch: dict[int, int]) -> dict[int, float]:
-        """Seconds of work on each GPU of a server, experts in the order of their first call."""
-        jobs: dict[int, float] = {}
+    def _gpu_work_s(self, server: int, layer: int, batch: dict[int, int]) -> dict[int, float]:
+        """Seconds of work on each GPU of a server, added in the order of first calls."""
+        work_s: dict[int, float] = {}
         for e, tokens in batch.items():
-            gpu = self._gpu_of(server, layer * self.s.model.num_experts + e)
-            jobs[gpu] = jobs.get(gpu, 0.0) + self._expert_s(gpu, layer, tokens)
+            gpu = self._first_gpu(server, layer * self.scenario.model.num_experts + e)
+            work_s[gpu] = work_s.get(gpu, 0.0) + self._expert_s(gpu, layer, tokens)
             self.served[gpu] += tokens
-        return jobs
+        return work_s
 
     def _expert_s(self, gpu: int, layer: int, tokens: int) -> float:
-        timing = self.s.timing
+        timing = self.scenario.timing
         return float(timing.expert_s[timing.kind[gpu], timing.size[layer], tokens])
 
-    def _work(self, gpu: int, work_s: float) -> float:
-        """Queue work on a GPU now; returns its end."""
-        end_s = max(self.now, self._gpu_free[gpu]) + work_s
-        self._gpu_free[gpu] = end_s
+    def _compute(self, gpu: int, work_s: float, earliest_s: float | None = None) -> float:
+        """Queue work on a GPU, to start now or at ``earliest_s``; returns its end."""
+        end_s = max(self.now if earliest_s is None else earliest_s, self._gpu_free_s[gpu]) + work_s
+        self._gpu_free_s[gpu] = end_s
         self.gpu_busy_s[gpu] += work_s
         return end_s
 
+    def _compute_all(self, gpu_work_s: dict[int, float]) -> float:
+        """Queue work on the GPUs of a server; returns the end of the last."""
+        return max(self._compute(gpu, work_s) for gpu, work_s in sorted(gpu_work_s.items()))
+
+    def _load(self, gpu: int, layer: int, earliest_s: float) -> float:
+        """Queue a load of an expert on the load channel of a GPU; returns its end."""
+        load_s = float(self.scenario.timing.load_s[gpu, layer])
+        start_s = max(earliest_s, self._load_free_s[gpu])
+        if self.scenario.load_blocks_compute[gpu]:
+            start_s = max(start_s, self._gpu_free_s[gpu])
+            self._gpu_free_s[gpu] = start_s + load_s
+            self.gpu_busy_s[gpu] += load_s
+        self._load_free_s[gpu] = start_s + load_s
+        self.loads += 1
+        self.loaded_bytes += self.scenario.model.expert_bytes_by_layer[layer]
+        return start_s + load_s
+
     # ----------------------------------------------------------------------------------- messages
 
-    def _begin_transfer(self, message: _Message) -> None:
-        """Hold the sender's uplink and the receiver's downlink together, or wait for both.
+    def _start_or_enqueue(self, message: _Message) -> None:
+        """Acquire the sender's uplink and the receiver's downlink together, or wait for both.
 
-        Of the messages that wait, the one that was ready first begins when both are free; one that
-        cannot begin yet does not hold up those behind it. Short ones and long ones wait apart.
+        Of the waiting messages, the one that was ready first starts when both are free; one that
+        cannot start yet does not block those behind it. Short and long messages wait apart.
         """
         a, b = message.ends
-        payload = message.back_bytes if message.back else message.out_bytes
-        short = int(payload < self.s.network.short_bytes)
+        payload = message.payload
+        short = int(payload < self.scenario.network.short_bytes)
         if self._up_busy[short][a] or self._down_busy[short][b]:
-            self._waiting.append(message)
+            self._waiting_messages.append(message)
             return
         self._up_busy[short][a] = self._down_busy[short][b] = True
         alone = not (self._up_busy[1 - short][a] or self._down_busy[1 - short][b])
-        held_s = self._held_s(a, b, payload, alone=alone)
+        held_s = self._hold_time_s(a, b, payload, alone=alone)
         self.up_busy_s[a] += held_s
         self.down_busy_s[b] += held_s
         self.bytes_out[a] += payload
         self.bytes_in[b] += payload
         end_s = self.now + held_s
-        there_s = end_s + float(self.s.network.half_rtt_s[a, b])
+        arrival_s = end_s + float(self.scenario.network.half_rtt_s[a, b])
         if short:
-            there_s += self._passing_s(a, b)
+            arrival_s += self._long_message_delay_s(a, b)
         else:
-            self._up_until[a] = self._down_until[b] = end_s
+            self._up_free_s[a] = self._down_free_s[b] = end_s
         self._push(end_s, events.FREED, message)
-        self._push(there_s, events.RETURNED if message.back else events.ARRIVED, message)
+        self._push(arrival_s, events.RETURNED if message.returning else events.ARRIVED, message)
 
-    def _passing_s(self, a: int, b: int) -> float:
-        """How long a short message is delayed by the long ones that are under way beside it."""
+    def _long_message_delay_s(self, a: int, b: int) -> float:
+        """Seconds by which the long messages under way on the same lines delay a short one."""
         left_s = 0.0
         if self._up_busy[0][a]:
-            left_s = self._up_until[a] - self.now
+            left_s = self._up_free_s[a] - self.now
         if self._down_busy[0][b]:
-            left_s = max(left_s, self._down_until[b] - self.now)
-        network = self.s.network
+            left_s = max(left_s, self._down_free_s[b] - self.now)
+        network = self.scenario.network
         return min(left_s, network.short_bytes * float(network.seconds_per_byte[a, b]))
 
-    def _held_s(self, a: int, b: int, payload: int, *, alone: bool) -> float:
-        """How long a transfer that begins now holds the links, ``alone`` or beside another."""
-        network = self.s.network
+    def _hold_time_s(self, a: int, b: int, payload: int, *, alone: bool) -> float:
+        """Seconds for which a transfer that starts now holds its ports.
+
+        Only one that is ``alone`` on both lines may use what is in the token buckets.
+        """
+        network = self.scenario.network
         per_byte = float(network.seconds_per_byte[a, b])
         if network.burst_bytes == 0 or not alone:
             return payload * per_byte
@@ -439,84 +463,48 @@ class ReferenceEngine:
             bucket[1] = self.now + held_s
         return held_s
 
-    def _freed(self, message: _Message) -> None:
+    def _release_ports(self, message: _Message) -> None:
         a, b = message.ends
-        payload = message.back_bytes if message.back else message.out_bytes
-        short = int(payload < self.s.network.short_bytes)
+        short = int(message.payload < self.scenario.network.short_bytes)
         self._up_busy[short][a] = self._down_busy[short][b] = False
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting_messages = self._waiting_messages, []
         for other in waiting:
-            self._begin_transfer(other)  # or wait on
+            self._start_or_enqueue(other)
 
-    def _serve(self, message: _Message) -> None:
+    def _receive(self, message: _Message) -> None:
         if message.hop:
-            request = self._running[message.request]
-            request.at = message.to
-            self._go_on(request)
+            request = self._admitted[message.request]
+            request.location = message.to
+            self._enter_layer(request)
             return
-        end_s = max(self._work(gpu, work_s) for gpu, work_s in sorted(message.jobs.items()))
-        self._push(end_s, events.COMPUTED, message)
+        self._push(self._compute_all(message.gpu_work_s), events.COMPUTED, message)
 
     # ------------------------------------------------------------------------------------ offload
 
-    def _fill_slots(self) -> None:
-        """Give every server its slots, GPU by GPU, with the experts of the placement in them.
-
-        A second copy on one server would never be used: its slot begins empty.
-        """
-        gpu = 0
-        for capacities in self.s.placement.gpu_capacity:
-            slots: list[list[float]] = []
-            resident: set[int] = set()
-            for capacity in capacities:
-                held = [p for p in np.flatnonzero(self._held[gpu]).tolist() if p not in resident]
-                held = held[:capacity]
-                resident.update(held)
-                slots += [[pair, -1.0, gpu] for pair in held]
-                slots += [[-1, -2.0, gpu] for _ in range(capacity - len(held))]  # before all others
-                gpu += 1
-            self._slots.append(slots)
-
-    def _offloaded(self, at: int, layer: int, batch: dict[int, int]) -> float:
+    def _compute_with_offload(self, at: int, layer: int, batch: dict[int, int]) -> float:
         """Compute resident experts, then load and compute the others, in the order of their calls.
 
         A load takes the slot whose last use ended first (empty ones first, then lowest slot) and
-        begins when that use has ended and the load channel is free; its work keeps its place in
+        starts when that use has ended and the load channel is free; its work keeps its place in
         the GPU's queue.
         """
         slots = self._slots[at]
-        first = layer * self.s.model.num_experts
-        where = {int(pair): i for i, (pair, _, _) in enumerate(slots) if pair >= 0}
+        first = layer * self.scenario.model.num_experts
+        resident = {slot.pair: i for i, slot in enumerate(slots) if slot.pair >= 0}
         ends = []
-        for e, tokens in batch.items():
-            if first + e in where:
-                slot = slots[where[first + e]]
-                gpu = int(slot[2])
-                slot[1] = self._work(gpu, self._expert_s(gpu, layer, tokens))
-                self.served[gpu] += tokens
-                ends.append(slot[1])
-        for e, tokens in batch.items():
-            if first + e in where:
-                continue
-            slot = min(slots, key=lambda s: s[1])
-            gpu = int(slot[2])
-            begin_s = max(self.now, self._load_free[gpu], slot[1])
-            load_s = float(self.s.timing.load_s[gpu, layer])
-            if self.s.load_blocks_compute[gpu]:
-                begin_s = max(begin_s, self._gpu_free[gpu])
-                self._gpu_free[gpu] = begin_s + load_s
-                self.gpu_busy_s[gpu] += load_s
-            loaded_s = begin_s + load_s
-            self._load_free[gpu] = loaded_s
-            work_s = self._expert_s(gpu, layer, tokens)
-            end_s = max(loaded_s, self._gpu_free[gpu]) + work_s
-            self._gpu_free[gpu] = end_s
-            self.gpu_busy_s[gpu] += work_s
-            self.served[gpu] += tokens
-            slot[0], slot[1] = first + e, end_s
-            ends.append(end_s)
-            self.loads += 1
-            self.loaded_bytes += self.s.model.expert_bytes_by_layer[layer]
+        loads_last = sorted(batch, key=lambda e: first + e not in resident)
+        for e in loads_last:
+            if first + e in resident:
+                i, earliest_s = resident[first + e], self.now
+            else:
+                i = min(range(len(slots)), key=lambda i: slots[i].used_s)
+                earliest_s = max(self.now, slots[i].used_s)
+                earliest_s = self._load(slots[i].gpu, layer, earliest_s)
+            gpu = slots[i].gpu
+            work_s = self._expert_s(gpu, layer, batch[e])
+            slots[i] = Slot(first + e, self._compute(gpu, work_s, earliest_s), gpu)
+            self.served[gpu] += batch[e]
+            ends.append(slots[i].used_s)
         return max(ends)
 
     # ---------------------------------------------------------------------------------- migration
@@ -524,107 +512,78 @@ class ReferenceEngine:
     def migrate(self, steps: Sequence[MigrationStep]) -> None:
         if self.migrating:
             raise ValueError("a migration is still under way")
-        if self.s.offload:
+        if self.scenario.offload:
             raise ValueError("offloading servers keep what they use; there is nothing to migrate")
         self._steps = steps
-        self._lacking = [len(set(step.needs)) for step in steps]
-        self._dependents = [[] for _ in steps]
-        for index, step in enumerate(steps):
-            for need in set(step.needs):
-                self._dependents[need].append(index)
+        self._open_needs, self._dependents = step_dependencies(steps)
         self._open_steps = len(steps)
-        self._begin(deque(i for i, lacking in enumerate(self._lacking) if lacking == 0))
+        self._start_steps(deque(i for i, needs in enumerate(self._open_needs) if needs == 0))
 
-    def _begin(self, ready: deque[int]) -> None:
-        """Begin the steps that may begin, and those that may after a drop, first come first."""
+    def _start_steps(self, ready: deque[int]) -> None:
+        """Start the ready steps and those that their drops make ready, first come first served."""
         while ready:
             index = ready.popleft()
             step = self._steps[index]
             if step.kind == "load":
-                self._begin_load(index, step)
+                layer = step.pair // self.scenario.model.num_experts
+                self._push(self._load(step.gpu, layer, self.now), events.LOADED, index)
                 continue
-            self._held[step.gpu, step.pair] = False
-            if not self._held[:, step.pair].any():
+            self._gpu_holds[step.gpu, step.pair] = False
+            if not self._gpu_holds[:, step.pair].any():
                 raise ValueError(f"step {index} drops the only copy of pair {step.pair}")
-            ready.extend(self._step_over(index))
+            ready.extend(self._complete_step(index))
 
-    def _begin_load(self, index: int, step: MigrationStep) -> None:
-        layer = step.pair // self.s.model.num_experts
-        begin_s = max(self.now, self._load_free[step.gpu])
-        load_s = float(self.s.timing.load_s[step.gpu, layer])
-        if self.s.load_blocks_compute[step.gpu]:
-            begin_s = max(begin_s, self._gpu_free[step.gpu])
-            self._gpu_free[step.gpu] = begin_s + load_s
-            self.gpu_busy_s[step.gpu] += load_s
-        self._load_free[step.gpu] = begin_s + load_s
-        self.loads += 1
-        self.loaded_bytes += self.s.model.expert_bytes_by_layer[layer]
-        self._push(begin_s + load_s, events.LOADED, index)
-
-    def _loaded(self, index: int) -> None:
+    def _complete_load(self, index: int) -> None:
         step = self._steps[index]
-        self._held[step.gpu, step.pair] = True
-        self._begin(deque(self._step_over(index)))
+        self._gpu_holds[step.gpu, step.pair] = True
+        self._start_steps(deque(self._complete_step(index)))
 
-    def _step_over(self, index: int) -> list[int]:
-        """Steps that lacked only this one."""
+    def _complete_step(self, index: int) -> list[int]:
+        """Mark a step complete; returns the steps whose last open need it was."""
         self._open_steps -= 1
         if not self._open_steps:
-            self.migrated_s = self.now
+            self.migration_end_s = self.now
         ready = []
         for dependent in self._dependents[index]:
-            self._lacking[dependent] -= 1
-            if self._lacking[dependent] == 0:
+            self._open_needs[dependent] -= 1
+            if self._open_needs[dependent] == 0:
                 ready.append(dependent)
         return ready
 
-    # -------------------------------------------------------------------------------- what is asked
+    # --------------------------------------------------------------------------------- the protocol
 
     @property
-    def arrivals_done(self) -> bool:
-        return self._finished == len(self.s.requests)
+    def all_finished(self) -> bool:
+        return self._num_finished == len(self.scenario.requests)
 
     @property
-    def finished(self) -> int:
-        return self._finished
+    def num_finished(self) -> int:
+        return self._num_finished
 
     @property
     def migrating(self) -> bool:
         return self._open_steps > 0
 
     def take_calls(self) -> Ints:
-        taken = self._calls.copy()
-        self._calls[:] = 0
+        taken = self._recent_calls.copy()
+        self._recent_calls[:] = 0
         return taken
 
     def on_gpu(self) -> npt.NDArray[np.bool_]:
-        return self._held.reshape(self.s.placement.on_gpu.shape).copy()
+        return self._gpu_holds.reshape(self.scenario.placement.on_gpu.shape).copy()
 
     def log(self) -> Log:
         return list(self._log or ())
 
     def outcome(self) -> Outcome:
-        for home in range(len(self._present)):
+        for home in range(len(self._num_present)):
             self._count_present(home, 0)
-        whole: dict[str, Any] = {
-            name: np.array(getattr(self, name), np.int64)
-            for name in (
-                "calls", "remote_calls", "steps", "waiting", "destinations", "bytes_out",
-                "bytes_in", "messages", "served", "layer_steps",
-            )
-        }  # fmt: skip
-        times: dict[str, Any] = {
-            name: np.array(getattr(self, name), np.float64)
-            for name in (
-                "start_s", "first_token_s", "done_s", "present_s", "up_busy_s", "down_busy_s",
-                "gpu_busy_s", "layer_s",
-            )
-        }  # fmt: skip
+        scalars = ("loads", "loaded_bytes", "events", "now_s")
+        measured = [f.name for f in dataclasses.fields(Outcome) if f.name not in scalars]
         return Outcome(
-            **whole,
-            **times,
+            **{name: np.array(getattr(self, name)) for name in measured},
             loads=self.loads,
             loaded_bytes=self.loaded_bytes,
-            events=self._taken,
+            events=self._processed,
             now_s=self.now,
         )

@@ -1,4 +1,4 @@
-"""What users are told of a run: latencies, shares, traffic, from what an engine has measured."""
+"""The report of a simulated run: latencies, shares and traffic, from an engine's measurements."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LITTLE_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Migration:
-    """One review: what was decided, and for a move when its last step was done.
+class ReviewRecord:
+    """One review: its decision, and the end of the migration where that was a move.
 
-    ``saving_s`` and ``cost_s`` are those of the move that was weighed, ``None`` where the review
-    weighed none because the move before was still under way.
+    ``saving_s`` and ``cost_s`` are those of the move that was considered, ``None`` where the review
+    considered none because the migration before was still under way.
     """
 
     at_s: float
@@ -40,15 +40,15 @@ class Migration:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """One placement's simulation."""
+class SimulationRun:
+    """The simulated run of one placement: its scenario, measurements and reviews."""
 
     placement: str
     solver: str
     scenario: Scenario
     outcome: Outcome
     experts: npt.NDArray[np.int64]
-    migrations: tuple[Migration, ...] = ()
+    migrations: tuple[ReviewRecord, ...] = ()
     partial: bool = False
     runtime_s: float = 0.0
     notes: tuple[str, ...] = ()
@@ -77,45 +77,47 @@ class Run:
         return self.outcome.start_s - self.scenario.requests.arrival_s
 
     def utilisation(self) -> list[float | None]:
-        """Share of its places that each server's users need: rate x mean service / concurrency.
+        """Utilisation of each server's admission slots: rate x mean service / concurrency.
 
         At 1 or more, requests arrive faster than they are served and the queue grows without end.
-        ``None`` where nothing finished or no rate can be told.
+        ``None`` where nothing finished or no rate is known.
         """
         requests, outcome = self.scenario.requests, self.outcome
         service_s = outcome.done_s - outcome.start_s
-        found: list[float | None] = []
+        utilisations: list[float | None] = []
         for n, places in enumerate(self.scenario.concurrency):
             own = requests.home == n
             served = service_s[own & np.isfinite(service_s)]
             rate = _rate(requests, n, own)
             known = len(served) > 0 and rate is not None
-            found.append(float(served.mean()) * rate / places if known and rate else None)
-        return found
+            utilisations.append(float(served.mean()) * rate / places if known and rate else None)
+        return utilisations
 
-    def offered(self) -> dict[str, float]:
-        """How much of each place, GPU and link the arrivals ask for, by its name.
+    def offered_load(self) -> dict[str, float]:
+        """Utilisation of every server's admission slots, GPUs and links by the arrivals, by name.
 
         Of GPUs and links: their busy time over the time in which that many requests arrive. At 1 or
-        more the load is unstable: queues grow as long as requests arrive, however many places
-        (``concurrency``) there are. Of a partial run, over the simulated time.
+        more the load is unstable: queues grow as long as requests arrive, whatever the
+        ``concurrency``. Of a partial run, over the simulated time.
         """
         names = self.scenario.placement.servers
-        found = {
+        load_by_name = {
             name: share
             for name, share in zip(names, self.utilisation(), strict=True)
             if share is not None
         }
         span_s = self._span_s()
         if not span_s:
-            return found
+            return load_by_name
         outcome, start = self.outcome, self.scenario.gpu_start
         for n, name in enumerate(names):
             for g in range(int(start[n]), int(start[n + 1])):
-                found[f"{name} gpu[{g - int(start[n])}]"] = float(outcome.gpu_busy_s[g] / span_s)
-            found[f"{name} uplink"] = float(outcome.up_busy_s[n] / span_s)
-            found[f"{name} downlink"] = float(outcome.down_busy_s[n] / span_s)
-        return found
+                load_by_name[f"{name} gpu[{g - int(start[n])}]"] = float(
+                    outcome.gpu_busy_s[g] / span_s
+                )
+            load_by_name[f"{name} uplink"] = float(outcome.up_busy_s[n] / span_s)
+            load_by_name[f"{name} downlink"] = float(outcome.down_busy_s[n] / span_s)
+        return load_by_name
 
     def _span_s(self) -> float | None:
         """Seconds in which that many requests arrive at their rates."""
@@ -152,7 +154,7 @@ class Run:
             "remote_calls": int(outcome.remote_calls.sum()),
             "messages": int(outcome.messages.sum()),
             "bytes_sent": int(outcome.bytes_out.sum()),
-            "busiest": max(self.offered().values(), default=None),
+            "busiest": max(self.offered_load().values(), default=None),
             "servers": self._servers(),
             "migrations": [vars(migration) for migration in self.migrations],
             "layer_latency_s": [
@@ -209,7 +211,7 @@ class Run:
         return rows
 
     def _require_littles_law(self) -> None:
-        """Σ of the times that requests spent = ∫ of their number, at every server and always."""
+        """Check that requests' times at a server add up to the integral of their number."""
         requests, outcome = self.scenario.requests, self.outcome
         end_s = np.where(np.isfinite(outcome.done_s), outcome.done_s, outcome.now_s)
         spent_s = np.maximum(end_s - requests.arrival_s, 0.0)
@@ -271,27 +273,29 @@ def _timeline(arrival_s: Floats, latency_s: Floats) -> dict[str, Any]:
 
 def _round_up(seconds: float) -> float:
     """The next of 1, 2, 5, 10, ... times a power of ten."""
-    if seconds < 1e-9:  # far below what powers of ten can express there is nothing to tell apart
+    if seconds < 1e-9:  # below what powers of ten can express
         return 1.0
     power = 10.0 ** math.floor(math.log10(seconds))
     return next(step * power for step in (1.0, 2.0, 5.0, 10.0, 20.0) if step * power >= seconds)
 
 
-def notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader of the runs has to know: overloaded servers, routing that was drawn."""
-    found = []
+def notes(runs: Sequence[SimulationRun]) -> list[str]:
+    """Warnings about the runs: overloaded servers, routes drawn from counts."""
+    warnings = []
     for run in runs:
-        asked = sorted(run.offered().items(), key=lambda item: -item[1])
-        over = [f"{name} {share:.2f}" for name, share in asked if share >= 1]
-        if over:
-            shown = ", ".join(over[:5]) + (f" and {len(over) - 5} more" if len(over) > 5 else "")
-            found.append(
+        loads = sorted(run.offered_load().items(), key=lambda item: -item[1])
+        unstable = [f"{name} {share:.2f}" for name, share in loads if share >= 1]
+        if unstable:
+            shown = ", ".join(unstable[:5]) + (
+                f" and {len(unstable) - 5} more" if len(unstable) > 5 else ""
+            )
+            warnings.append(
                 f"{run.placement}: unstable load: requests arrive faster than they are served "
                 f"(utilisation {shown}); latencies grow with the length of the run"
             )
     if runs and not runs[0].scenario.requests.prompts.co_activation:
-        found.append(
+        warnings.append(
             "tokens were drawn from counts: which experts a token calls together is not real, so "
             "waiting shares, destinations and latencies are not those of the model"
         )
-    return found
+    return warnings

@@ -1,4 +1,4 @@
-"""What the servers' users ask for: requests, and the prompts they are copies of."""
+"""The requests of a simulation, and the prompts that they are copies of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prism_plan.simulate.phase_schedule import PhaseStart
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """The pool of P prompts that requests are sampled from; arrays are read-only.
+    """The P prompts that requests are copies of; arrays are read-only.
 
     Attributes
     ----------
@@ -48,15 +48,7 @@ class Prompts:
             raise ValueError("a prompt needs at least one token")
         if np.any(self.first_row < 0) or np.any(self.first_row + lengths > len(self.experts)):
             raise ValueError(f"prompts reach beyond the {len(self.experts)} rows")
-        for array in (
-            self.task,
-            self.trace_request,
-            self.first_row,
-            self.prefill_tokens,
-            self.decode_tokens,
-            self.experts,
-        ):
-            array.setflags(write=False)
+        _make_read_only(self)
 
     def __len__(self) -> int:
         return len(self.task)
@@ -95,9 +87,13 @@ class Requests:
     def __post_init__(self) -> None:
         if np.any(np.diff(self.arrival_s) < 0):
             raise ValueError("requests are not in order of arrival")
-        for array in (self.home, self.arrival_s, self.prompt, self.rate):
-            if array is not None:
-                array.setflags(write=False)
+        _make_read_only(self)
 
     def __len__(self) -> int:
         return len(self.home)
+
+
+def _make_read_only(record: Prompts | Requests) -> None:
+    for value in vars(record).values():
+        if isinstance(value, np.ndarray):
+            value.setflags(write=False)

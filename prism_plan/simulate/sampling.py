@@ -1,4 +1,4 @@
-"""The requests of a simulation, sampled from a trace by a cluster's users."""
+"""Samples the requests of a simulation: arrivals, tasks and prompts of every server."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ import numpy.typing as npt
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_SEED, require_integer
-from prism_plan.simulate.arrival_rates import Demand, demand
-from prism_plan.simulate.arrival_trace import DRAW, MAX_S, Arriving, FixedArrivals, look_up
+from prism_plan.simulate.arrival_rates import ArrivalRates, arrival_rates
+from prism_plan.simulate.arrival_trace import (
+    DRAW,
+    MAX_S,
+    ArrivalTrace,
+    ServerArrivals,
+    resolve_arrivals,
+)
 from prism_plan.simulate.phase_schedule import PhaseStart, Schedule
 from prism_plan.simulate.poisson_arrivals import MAX_REQUESTS, arrivals_before, arrivals_by_number
-from prism_plan.simulate.random_streams import Source, stream
-from prism_plan.simulate.recorded_prompts import RequestList, gather_prompts, list_requests
+from prism_plan.simulate.random_streams import RandomSource, random_stream
+from prism_plan.simulate.recorded_prompts import gather_prompts, list_trace_requests
 from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.synthetic_prompts import POOL, draw_prompts
 from prism_plan.trace import Trace
@@ -34,12 +40,12 @@ def sample_requests(
     duration_s: float | None = None,
     burst: int = 1,
     schedule: Schedule | None = None,
-    arrivals: FixedArrivals | None = None,
+    arrivals: ArrivalTrace | None = None,
     decode_tokens: int = 32,
     prompt_tokens: int = 128,
     seed: int = 0,
 ) -> Requests:
-    """Requests of all servers: when they arrive, of which task, and which prompt they are.
+    """Sample the requests of all servers: their arrival times, tasks and prompts.
 
     Each choice has a random stream of its own for each server, so that a change to one leaves the
     others: another number of servers, tasks or bursts does not change what else arrives, and a
@@ -60,15 +66,15 @@ def sample_requests(
         So many requests arrive at once; bursts are so many times as far apart.
     schedule : Schedule, optional
         Changes of tasks and intervals by the number of the request.
-    arrivals : FixedArrivals, optional
+    arrivals : ArrivalTrace, optional
         Fixed times in place of random ones.
     decode_tokens : int
-        Where the trace does not tell phases, the last so many tokens of a request, at most half of
-        it, are decode steps; and the decode steps of a drawn prompt.
+        Decode steps of a drawn prompt; where the trace does not record phases, the last so many
+        tokens of a request, at most half of it, are decode steps.
     prompt_tokens : int
         Prefill tokens of a drawn prompt.
     seed : int
-        Of all streams.
+        Seed of all streams (:mod:`prism_plan.simulate.random_streams`).
 
     Returns
     -------
@@ -90,31 +96,43 @@ def sample_requests(
     if trace.kind == "counts" and prompt_tokens + decode_tokens == 0:
         raise InputError("0, and 0 decode tokens", parameter="prompt_tokens", expected="a token")
 
-    want = demand(trace, cluster, schedule)
-    listed = list_requests(trace) if trace.kind == "tokens" else None
-    first = np.arange(len(trace.tasks) + 1) * POOL if listed is None else listed.first
+    rates = arrival_rates(trace, cluster, schedule)
+    recorded = list_trace_requests(trace) if trace.kind == "tokens" else None
+    first_prompt = np.arange(len(trace.tasks) + 1) * POOL if recorded is None else recorded.first
     if arrivals is not None:
-        arriving = look_up(arrivals, cluster, trace, want, listed)
+        by_server = resolve_arrivals(arrivals, cluster, trace, rates, recorded)
     else:
-        _check_users(cluster, want, counts_only=trace.kind == "counts")
+        _check_users(cluster, rates, counts_only=trace.kind == "counts")
         number = requests_per_server if duration_s is None else None
-        _check_reach(schedule, want, number)
-        arriving = [
-            Arriving.drawn(_random_times(want, n, number, duration_s, burst, seed))
+        _check_reach(schedule, rates, number)
+        by_server = [
+            ServerArrivals.at_times(_random_times(rates, n, number, duration_s, burst, seed))
             for n in range(cluster.num_servers)
         ]
-    _check_within(schedule, cluster, want, arriving)
-    if not any(len(of_server.at_s) for of_server in arriving):
+    _check_within(schedule, cluster, rates, by_server)
+    if not any(len(own.at_s) for own in by_server):
         raise InputError(
             f"no request arrives before {duration_s:g} s",
             parameter="duration_s",
             remedy="simulate a longer time",
         )
-    entries = [_entries(want, n, of_server, first, seed) for n, of_server in enumerate(arriving)]
-    chosen, prompt = np.unique(np.concatenate(entries), return_inverse=True)
-    prompts = _prompts(trace, listed, chosen, prompt_tokens, decode_tokens, seed)
-    home = np.repeat(np.arange(len(arriving)), [len(of_server.at_s) for of_server in arriving])
-    at_s = np.concatenate([of_server.at_s for of_server in arriving])
+    sampled = [
+        _sample_prompts(rates, n, own, first_prompt, seed) for n, own in enumerate(by_server)
+    ]
+    chosen, prompt = np.unique(np.concatenate(sampled), return_inverse=True)
+    if recorded is not None:
+        prompts = gather_prompts(trace, recorded, chosen, decode_tokens)
+    else:
+        prompts = draw_prompts(
+            trace,
+            (chosen // POOL).astype(np.int32),
+            (chosen % POOL).astype(np.int32),
+            prefill_tokens=prompt_tokens,
+            decode_tokens=decode_tokens,
+            seed=seed,
+        )
+    home = np.repeat(np.arange(len(by_server)), [len(own.at_s) for own in by_server])
+    at_s = np.concatenate([own.at_s for own in by_server])
     order = np.lexsort((home, at_s))  # stable: a server's requests stay in order
     return Requests(
         servers=tuple(server.name for server in cluster.servers),
@@ -122,84 +140,67 @@ def sample_requests(
         home=home[order].astype(np.int32),
         arrival_s=at_s[order],
         prompt=prompt.reshape(-1)[order].astype(np.int32),
-        rate=None if arrivals is not None else want.rate(),
-        phases=_phase_starts(schedule, want, arriving),
+        rate=None if arrivals is not None else rates.server_rates(),
+        phases=_phase_starts(schedule, rates, by_server),
     )
 
 
 def _phase_starts(
-    schedule: Schedule | None, want: Demand, arriving: Sequence[Arriving]
+    schedule: Schedule | None, rates: ArrivalRates, by_server: Sequence[ServerArrivals]
 ) -> tuple[PhaseStart, ...]:
-    """When the phases that some server reached began."""
-    found = []
+    """When each phase that some server reached began."""
+    starts = []
     for number, phase in enumerate(() if schedule is None else schedule.phases, 1):
-        first = int(want.first[number - 1])
-        begun_s = [float(server.at_s[first]) for server in arriving if len(server.at_s) > first]
+        first = int(rates.first_request[number - 1])
+        begun_s = [float(server.at_s[first]) for server in by_server if len(server.at_s) > first]
         if begun_s:
-            found.append(PhaseStart(number, min(begun_s), max(begun_s), phase))
-    return tuple(found)
+            starts.append(PhaseStart(number, min(begun_s), max(begun_s), phase))
+    return tuple(starts)
 
 
 def _random_times(
-    want: Demand, n: int, number: int | None, duration_s: float | None, burst: int, seed: int
+    rates: ArrivalRates, n: int, number: int | None, duration_s: float | None, burst: int, seed: int
 ) -> npt.NDArray[np.float64]:
-    """When the requests of server ``n`` arrive: the first ``number``, or all in the duration."""
-    if not want.has_users(n):
+    """Draw the arrival times of server ``n``: the first ``number``, or all in the duration."""
+    if not rates.has_users(n):
         return np.zeros(0)
 
     def interval_s(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        means: npt.NDArray[np.float64] = want.interval_s[want.phase_of(numbers), n]
+        means: npt.NDArray[np.float64] = rates.interval_s[rates.phase_of(numbers), n]
         return means
 
-    rng = stream(seed, Source.ARRIVALS, n)
+    rng = random_stream(seed, RandomSource.ARRIVALS, n)
     if number is not None:
         return arrivals_by_number(rng, interval_s, number, burst)
     assert duration_s is not None
     return arrivals_before(rng, interval_s, duration_s, burst)
 
 
-def _entries(
-    want: Demand, n: int, arriving: Arriving, first: npt.NDArray[np.int64], seed: int
-) -> npt.NDArray[np.int64]:
-    """Which entry of the pool each request of server ``n`` is, [n of it].
-
-    Those of task t are ``first[t]`` to ``first[t + 1]``. One number is drawn for each request,
-    used or not, so that fixing one does not change the others.
-    """
-    number = len(arriving.at_s)
-    phase = want.phase_of(np.arange(number, dtype=np.int64))
-    by_share = stream(seed, Source.TASKS, n).random(number)
-    uniform = stream(seed, Source.PROMPTS, n).random(number)
-    task = arriving.task.copy()
-    for f in np.unique(phase):
-        draw = (phase == f) & (task == DRAW) & (arriving.entry == DRAW)
-        if draw.any():
-            upto = np.cumsum(want.shares[f, n])
-            task[draw] = np.searchsorted(upto / upto[-1], by_share[draw], side="right")
-    size = first[task + 1] - first[task]  # of no meaning where the entry is fixed
-    entry = first[task] + (uniform * size).astype(np.int64)
-    return np.where(arriving.entry == DRAW, entry, arriving.entry)
-
-
-def _prompts(
-    trace: Trace,
-    listed: RequestList | None,
-    chosen: npt.NDArray[np.int64],
-    prompt_tokens: int,
-    decode_tokens: int,
+def _sample_prompts(
+    rates: ArrivalRates,
+    n: int,
+    arrivals: ServerArrivals,
+    first_prompt: npt.NDArray[np.int64],
     seed: int,
-) -> Prompts:
-    """The chosen entries of the pool."""
-    if listed is not None:
-        return gather_prompts(trace, listed, chosen, decode_tokens)
-    return draw_prompts(
-        trace,
-        (chosen // POOL).astype(np.int32),
-        (chosen % POOL).astype(np.int32),
-        prefill_tokens=prompt_tokens,
-        decode_tokens=decode_tokens,
-        seed=seed,
-    )
+) -> npt.NDArray[np.int64]:
+    """Draw the prompt of each request of server ``n``, an index into all prompts, [n of it].
+
+    Those of task t are ``first_prompt[t]`` to ``first_prompt[t + 1]``. One number is drawn for each
+    request, used or not, so that fixing one does not change the others.
+    """
+    number = len(arrivals.at_s)
+    phase = rates.phase_of(np.arange(number, dtype=np.int64))
+    by_share = random_stream(seed, RandomSource.TASKS, n).random(number)
+    uniform = random_stream(seed, RandomSource.PROMPTS, n).random(number)
+    task = arrivals.task.copy()
+    for f in np.unique(phase):
+        draw = (phase == f) & (task == DRAW) & (arrivals.prompt == DRAW)
+        if draw.any():
+            upto = np.cumsum(rates.shares[f, n])
+            task[draw] = np.searchsorted(upto / upto[-1], by_share[draw], side="right")
+    size = first_prompt[task + 1] - first_prompt[task]  # not used where the prompt is given
+    prompt = first_prompt[task] + (uniform * size).astype(np.int64)
+    return np.where(arrivals.prompt == DRAW, prompt, arrivals.prompt)
 
 
 # ---------------------------------------------------------------------------------------- checks
@@ -209,9 +210,9 @@ def _check_options(
     duration_s: float | None,
     burst: int,
     schedule: Schedule | None,
-    arrivals: FixedArrivals | None,
+    arrivals: ArrivalTrace | None,
 ) -> None:
-    """Options that contradict each other, and the one that is no whole number."""
+    """Refuse a duration out of range, and options that contradict each other."""
     if duration_s is not None and not 0 < duration_s <= MAX_S:  # NaN is neither
         raise InputError(
             f"{duration_s}", parameter="duration_s", expected=f"seconds above 0, at most {MAX_S:g}"
@@ -234,11 +235,11 @@ def _check_options(
             )
 
 
-def _check_users(cluster: Cluster, want: Demand, *, counts_only: bool) -> None:
-    """Some server has users, and each that has tells how often they come."""
+def _check_users(cluster: Cluster, rates: ArrivalRates, *, counts_only: bool) -> None:
+    """Require that some server has users, and mean intervals of all that have."""
     for n, server in enumerate(cluster.servers):
-        interval_s = want.interval_s[:, n]
-        if want.has_users(n) and not ((interval_s > 0) & np.isfinite(interval_s)).all():
+        interval_s = rates.interval_s[:, n]
+        if rates.has_users(n) and not ((interval_s > 0) & np.isfinite(interval_s)).all():
             given = server.arrival_interval_s
             both = counts_only and server.weight is None
             raise InputError(
@@ -250,7 +251,7 @@ def _check_users(cluster: Cluster, want: Demand, *, counts_only: bool) -> None:
                 if both
                 else "`weight` is for planning, the simulator needs times",
             )
-    if not any(want.has_users(n) for n in range(cluster.num_servers)):
+    if not any(rates.has_users(n) for n in range(cluster.num_servers)):
         raise InputError(
             "no server has tasks, so no request arrives",
             place="server",
@@ -258,27 +259,33 @@ def _check_users(cluster: Cluster, want: Demand, *, counts_only: bool) -> None:
         )
 
 
-def _check_reach(schedule: Schedule | None, want: Demand, number: int | None) -> None:
-    """So many requests reach the last phase: else it would silently be left out."""
-    if schedule is not None and number is not None and number <= want.first[-1]:
+def _check_reach(schedule: Schedule | None, rates: ArrivalRates, number: int | None) -> None:
+    """Require that requests reach the last phase, which would else be left out silently."""
+    first = int(rates.first_request[-1])
+    if schedule is not None and number is not None and number <= first:
         raise InputError(
-            f"{number:,} requests of each server end before phase[{len(want.first) - 1}], which "
-            f"begins after {want.first[-1]:,}",
+            f"{number:,} requests of each server end before "
+            f"phase[{len(rates.first_request) - 1}], which begins after {first:,}",
             parameter="requests_per_server",
-            expected=f"more than {want.first[-1]:,} for this schedule",
+            expected=f"more than {first:,} for this schedule",
         )
 
 
 def _check_within(
-    schedule: Schedule | None, cluster: Cluster, want: Demand, arriving: Sequence[Arriving]
+    schedule: Schedule | None,
+    cluster: Cluster,
+    rates: ArrivalRates,
+    by_server: Sequence[ServerArrivals],
 ) -> None:
-    """No server has more requests than the phases hold."""
-    for server, of_server in zip(cluster.servers, arriving, strict=True):
-        if schedule is not None and want.end is not None and len(of_server.at_s) > want.end:
+    """Require that no server has more requests than the phases have."""
+    if schedule is None or rates.max_requests is None:
+        return
+    for server, own in zip(cluster.servers, by_server, strict=True):
+        if len(own.at_s) > rates.max_requests:
             raise InputError(
-                f"the phases hold {want.end:,} requests of a server, and {server.name!r} has "
-                f"{len(of_server.at_s):,}",
+                f"the phases hold {rates.max_requests:,} requests of a server, and "
+                f"{server.name!r} has {len(own.at_s):,}",
                 source=schedule.source,
-                place=f"phase[{len(want.first) - 1}].requests",
+                place=f"phase[{len(rates.first_request) - 1}].requests",
                 remedy="leave it out of the last phase, which then lasts until the end",
             )

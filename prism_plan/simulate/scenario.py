@@ -1,4 +1,4 @@
-"""All that one simulation run depends on, validated."""
+"""The scenario of one simulation run: everything that it depends on, validated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec, require_same_model
-from prism_plan.placement import Placement
+from prism_plan.placement import Placement, gpu_offsets
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.requests import Requests
@@ -26,11 +26,11 @@ class Scenario:
 
     ``execution`` int32 [N, L] is the execution server: where the dense part of a layer runs, and
     its KV cache lives, for requests of each home server (docs/design.md, section 4, rule 6). The
-    hidden states of a step travel where it changes from one layer to the next, and home at the end.
-    With ``offload`` servers do not help each other: what is not resident is loaded from host
-    memory (rule 8), and the placement says what is resident at the start.
+    hidden states of a step travel where it changes from one layer to the next, and home at the
+    end. With ``offload`` servers do not call each other: an expert that is not resident is loaded
+    from host memory (rule 8), and the placement has the experts resident at the start.
     ``load_blocks_compute`` bool [G]: loads occupy the GPU as work does. ``dense_gpu`` int32 [N]:
-    index of the GPU that does each server's dense work.
+    index of the GPU that computes each server's dense parts.
     """
 
     model: ModelSpec
@@ -58,7 +58,7 @@ class Scenario:
         execution: Ints | None = None,
         offload: bool = False,
     ) -> Scenario:
-        """Put a run together.
+        """Build and validate the scenario of a run.
 
         Raises
         ------
@@ -98,6 +98,7 @@ class Scenario:
             _require_covered(placement, requests)
         else:
             _require_slots(placement)
+        first_gpu = gpu_offsets(len(server.gpus) for server in cluster.servers)
         where = home_execution(len(names), model.num_layers) if execution is None else execution
         return cls(
             model=model,
@@ -109,7 +110,7 @@ class Scenario:
             route=route,
             execution=where.astype(np.int32),
             offload=offload,
-            dense_gpu=_dense_gpus(cluster),
+            dense_gpu=first_gpu[:-1] + np.array([s.dense_gpu for s in cluster.servers], np.int32),
             load_blocks_compute=np.array(
                 [gpu.load_blocks_compute for server in cluster.servers for gpu in server.gpus]
             ),
@@ -118,17 +119,7 @@ class Scenario:
     @property
     def gpu_start(self) -> Ints:
         """Index of each server's first GPU, and their number at the end, int32 [N + 1]."""
-        numbers = [len(gpus) for gpus in self.placement.gpu_capacity]
-        return np.concatenate([[0], np.cumsum(numbers)]).astype(np.int32)
-
-
-def _dense_gpus(cluster: Cluster) -> Ints:
-    first = 0
-    gpus = []
-    for server in cluster.servers:
-        gpus.append(first + server.dense_gpu)
-        first += len(server.gpus)
-    return np.array(gpus, np.int32)
+        return gpu_offsets(len(gpus) for gpus in self.placement.gpu_capacity)
 
 
 def home_execution(num_servers: int, num_layers: int) -> Ints:
@@ -162,11 +153,11 @@ def _require_slots(placement: Placement) -> None:
 
 def _require_covered(placement: Placement, requests: Requests) -> None:
     called = called_pairs(requests, placement.model.num_experts)
-    lacking = np.flatnonzero(called & ~placement.local.any(axis=0))
-    if len(lacking):
-        more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+    uncovered = np.flatnonzero(called & ~placement.local.any(axis=0))
+    if len(uncovered):
+        more = f" (and {len(uncovered) - 1} more)" if len(uncovered) > 1 else ""
         raise InputError(
-            f"{placement.model.pair_text(int(lacking[0]))}{more} is called and held nowhere",
+            f"{placement.model.pair_text(int(uncovered[0]))}{more} is called and held nowhere",
             place="servers",
             expected="a server for every expert that the trace calls",
             remedy="plan again with this trace",

@@ -1,6 +1,6 @@
-"""Tokens drawn from counts: K different experts a layer, each as often as it was counted.
+"""Synthetic prompts of a counts-only trace: tokens whose experts are drawn by their counts.
 
-A counts-only trace tells how often each expert was called and not which were called together. Each
+A counts-only trace has how often each expert was called, not which were called together. Each
 token draws its experts of a layer by systematic sampling (Madow, 1949): lay the experts, in random
 order, end to end on a line, each as long as its inclusion probability, and take those that a comb
 of K teeth, one apart, falls on. As no expert is longer than the gap between teeth, all K differ,
@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec
-from prism_plan.simulate.random_streams import Source, stream
+from prism_plan.simulate.random_streams import RandomSource, random_stream
 from prism_plan.simulate.requests import Prompts
 from prism_plan.trace import Trace
 
@@ -30,10 +29,10 @@ BLOCK = 2**21
 def inclusion_units(
     counts: npt.NDArray[np.int64], top_k: int, unit: int = UNIT
 ) -> npt.NDArray[np.int64]:
-    """Inclusion probabilities K · counts / sum of one layer, in whole parts of ``unit``, [E].
+    """The probability that a token calls each expert of a layer, in whole parts of ``unit``, [E].
 
-    What is beyond one (``unit``) is spread over the other experts in proportion to their counts.
-    They sum to K · ``unit`` exactly.
+    It is K · counts / sum; what is beyond one (``unit``) is spread over the other experts in
+    proportion to their counts. The probabilities sum to K · ``unit`` exactly.
 
     Raises
     ------
@@ -65,14 +64,14 @@ def inclusion_units(
     return np.array(units, np.int64)
 
 
-def systematic(
+def systematic_sample(
     units: npt.NDArray[np.int64],
     order: npt.NDArray[np.int64],
     start: npt.NDArray[np.int64],
     top_k: int,
     unit: int = UNIT,
 ) -> npt.NDArray[np.int64]:
-    """The experts under a comb that begins at ``start``, [R, K].
+    """Draw K experts a row by systematic sampling with a comb that begins at ``start``, [R, K].
 
     Shapes: ``units`` [R, E], each row summing to K · ``unit``; ``order`` [R, E], a permutation of
     the experts a row; ``start`` [R], 0 to ``unit`` - 1.
@@ -92,7 +91,7 @@ def draw_tokens(
     top_k: int,
     tokens: int,
 ) -> npt.NDArray[np.uint16]:
-    """Experts of T tokens, [T, L, K], by the inclusion ``units`` [L, E] of each layer.
+    """Draw the experts of T tokens, [T, L, K], by the inclusion ``units`` [L, E] of each layer.
 
     Every token and layer has a random order and a random start of its own.
     """
@@ -105,7 +104,7 @@ def draw_tokens(
         order = rng.permuted(np.tile(np.arange(num_experts), (rows, 1)), axis=1)
         start = rng.integers(0, UNIT, rows)
         lengths = np.tile(units, (len(block), 1))
-        block[:] = systematic(lengths, order, start, top_k).reshape(block.shape)
+        block[:] = systematic_sample(lengths, order, start, top_k).reshape(block.shape)
     return drawn
 
 
@@ -118,7 +117,7 @@ def draw_prompts(
     decode_tokens: int,
     seed: int,
 ) -> Prompts:
-    """P prompts, each the ``number`` [P] of the pool of its ``task`` [P].
+    """Draw P prompts, each with its ``task`` [P] and its ``number`` [P] among those of the task.
 
     A prompt depends on the seed, its task and its number alone.
 
@@ -132,7 +131,7 @@ def draw_prompts(
     experts = np.empty((len(task) * length, model.num_layers, model.top_k), np.uint16)
     units = {code: task_units(trace, code) for code in np.unique(task).tolist()}
     for index, (code, at) in enumerate(zip(task.tolist(), number.tolist(), strict=True)):
-        rng = stream(seed, Source.DRAWING, code, at)
+        rng = random_stream(seed, RandomSource.DRAWING, code, at)
         rows = slice(index * length, (index + 1) * length)
         experts[rows] = draw_tokens(rng, units[code], model.top_k, length)
     return Prompts(
@@ -148,27 +147,24 @@ def draw_prompts(
 
 
 def task_units(trace: Trace, task: int) -> npt.NDArray[np.int64]:
-    """Inclusion units of every layer of a task, [L, E].
+    """The :func:`inclusion_units` of every layer of a task, [L, E].
 
     Raises
     ------
     InputError
         In some layer fewer than K experts have calls.
     """
-    return np.array(
-        [_layer_units(trace.model, trace, task, layer) for layer in range(trace.model.num_layers)]
-    )
-
-
-def _layer_units(model: ModelSpec, trace: Trace, task: int, layer: int) -> npt.NDArray[np.int64]:
-    counts = trace.counts[task, layer]
-    called = int((counts > 0).sum())
-    if called < model.top_k:
-        raise InputError(
-            f"calls of {called} experts",
-            source=trace.name or "trace",
-            place=f"task {trace.tasks[task]!r} layer {model.moe_layers[layer]}",
-            expected=f"at least {model.top_k}, for a token calls {model.top_k} different experts",
-            remedy="profile more tokens of the task",
-        )
-    return inclusion_units(counts, model.top_k)
+    model, units = trace.model, []
+    for layer, counts in enumerate(trace.counts[task]):
+        called = int((counts > 0).sum())
+        if called < model.top_k:
+            raise InputError(
+                f"calls of {called} experts",
+                source=trace.name or "trace",
+                place=f"task {trace.tasks[task]!r} layer {model.moe_layers[layer]}",
+                expected=f"at least {model.top_k}, "
+                f"for a token calls {model.top_k} different experts",
+                remedy="profile more tokens of the task",
+            )
+        units.append(inclusion_units(counts, model.top_k))
+    return np.array(units)

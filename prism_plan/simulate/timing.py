@@ -1,4 +1,4 @@
-"""How long GPUs work: from the figures of the cluster file, or from a calibration."""
+"""GPU times by number of tokens: a roofline from the cluster file's figures, or a calibration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from prism_plan.cluster import Cluster, Gpu
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.simulate.calibration import Calibration, Curve, GpuCurves
+from prism_plan.simulate.calibration import Calibration, Curve
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class Timing:
-    """Seconds of GPU work by number of tokens, in tables that all engines share.
+    """Tables of GPU times by number of tokens, which both engines and the runtime use.
 
     ``kind`` int32 [G] is the row of each GPU (GPUs that are alike share one); ``dense_s``
     [kinds, T + 1] the dense part of one MoE layer; ``expert_s`` [kinds, sizes, T + 1] one
@@ -63,29 +63,20 @@ def timing(
     for index, (n, g, gpu) in enumerate(gpus):
         _require_figures(gpu, f"server[{n}].gpu[{g}]")
         curves = None if calibration is None else calibration.of(cluster.servers[n].name, g)
-        key = _figures(gpu) if curves is None else curves
+        figures = (gpu.memory_bandwidth_gbs, gpu.tflops, gpu.launch_overhead_us)
+        key = figures if curves is None else curves
         if key not in rows:
             rows[key] = len(dense)
-            dense.append(_dense(model, gpu, curves, counts))
-            expert.append([_expert(model, gpu, curves, int(b), counts) for b in sizes])
+            if curves is None:
+                dense.append(roofline_dense_s(model, gpu, counts))
+                expert.append([roofline_expert_s(model, gpu, int(b), counts) for b in sizes])
+            else:
+                dense.append(interpolate(curves.dense_s, counts))
+                expert.append([interpolate(curves.expert_s, counts)] * len(sizes))
         kind[index] = rows[key]
     layer_bytes = np.array(model.expert_bytes_by_layer, np.float64)
     load_s = np.array([layer_bytes / (gpu.load_gbs * 1e9) for _, _, gpu in gpus])
     return Timing(kind, size.astype(np.int32), np.array(dense), np.array(expert), load_s)
-
-
-def _dense(model: ModelSpec, gpu: Gpu, curves: GpuCurves | None, counts: Floats) -> Floats:
-    if curves is not None:
-        return at(curves.dense_s, counts)
-    return roofline_dense_s(model, gpu, counts)
-
-
-def _expert(
-    model: ModelSpec, gpu: Gpu, curves: GpuCurves | None, expert_bytes: int, counts: Floats
-) -> Floats:
-    if curves is not None:
-        return at(curves.expert_s, counts)
-    return roofline_expert_s(model, gpu, expert_bytes, counts)
 
 
 def roofline_dense_s(model: ModelSpec, gpu: Gpu, tokens: Floats) -> Floats:
@@ -98,7 +89,7 @@ def roofline_dense_s(model: ModelSpec, gpu: Gpu, tokens: Floats) -> Floats:
 
 
 def roofline_expert_s(model: ModelSpec, gpu: Gpu, expert_bytes: int, tokens: Floats) -> Floats:
-    """Seconds of one expert's batch of tokens, same shape (docs/design.md, section 4, rule 4)."""
+    """Seconds of one expert's batch by tokens, same shape (docs/design.md, section 4, rule 4)."""
     return _roofline_s(gpu, expert_bytes, model.dtype_bytes, tokens)
 
 
@@ -112,19 +103,15 @@ def _roofline_s(gpu: Gpu, weight_bytes: float, dtype_bytes: int, tokens: Floats)
     return gpu.launch_overhead_us * 1e-6 + np.maximum(read_s, flops / (gpu.tflops * 1e12))
 
 
-def at(curve: Curve, tokens: Floats) -> Floats:
-    """Seconds at numbers of tokens: linear between the points of a curve.
+def interpolate(curve: Curve, tokens: Floats) -> Floats:
+    """Seconds at numbers of tokens, interpolated linearly between the points of a curve.
 
-    Before the first point its value; beyond the last the slope of the last two goes on.
+    Before the first point its value; beyond the last, the slope of the last two points.
     """
     x, y = np.array(curve, np.float64).T
     slope = max((y[-1] - y[-2]) / (x[-1] - x[-2]), 0.0)
     beyond: Floats = np.interp(tokens, x, y) + slope * np.maximum(tokens - x[-1], 0.0)
     return beyond
-
-
-def _figures(gpu: Gpu) -> tuple[float, float, float]:
-    return gpu.memory_bandwidth_gbs, gpu.tflops, gpu.launch_overhead_us
 
 
 def _require_figures(gpu: Gpu, place: str) -> None:

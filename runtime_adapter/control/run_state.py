@@ -11,7 +11,7 @@ import numpy as np
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
-from prism_plan.evaluate.simulation import SimulationOptions
+from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement

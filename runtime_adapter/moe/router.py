@@ -16,9 +16,8 @@ import numpy.typing as npt
 from prism_plan.errors import PrismError
 from prism_plan.jit import jit
 from prism_plan.model import ModelShape
-from prism_plan.simulate.compiled.routing_kernels import COVER, NEAREST, cover, mix
 from prism_plan.simulate.network import Network
-from prism_plan.simulate.routing_policies import ROUTES, Route
+from prism_plan.simulate.routing_policies import ROUTES, Route, choose_holders
 from runtime_adapter.transport.wire_kernels import pack_calls
 from runtime_adapter.weights.expert_map import ExpertMap
 
@@ -37,7 +36,8 @@ def _route(  # pragma: no cover - compiled
 
     ``first`` is the layer's first pair. ``missing`` int64 [3, K] are scratch rows of the token's
     experts that are not here: pair, chosen server, position in the token's list; ``mask``,
-    ``candidates`` and ``best`` are scratch of :func:`cover`.
+    ``candidates`` and ``best`` are working memory of
+    :func:`~prism_plan.simulate.routing_policies.choose_holders`.
     """
     tokens, top_k = experts.shape
     for t in range(tokens):
@@ -54,20 +54,10 @@ def _route(  # pragma: no cover - compiled
                 num_missing += 1
         if num_missing == 0:
             continue
-        if route == COVER:
-            cover(missing, num_missing, holder, num_replicas, sent, mask, candidates, best)
-        else:
-            for i in range(num_missing):
-                pair = missing[0, i]
-                if route == NEAREST:
-                    server = holder[pair, 0]
-                    for other in range(1, num_replicas[pair]):
-                        if link_rank[rank, holder[pair, other]] < link_rank[rank, server]:
-                            server = holder[pair, other]
-                else:
-                    which = mix(request, pair) % np.uint64(num_replicas[pair])
-                    server = holder[pair, np.int64(which)]
-                missing[1, i] = server
+        choose_holders(
+            route, request, missing, num_missing, holder, num_replicas, sent, link_rank[rank], mask,
+            candidates, best,
+        )  # fmt: skip
         for i in range(num_missing):
             server = missing[1, i]
             repeated = False

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prism_plan.cluster import Cluster, Gpu, Link, Server
-from prism_plan.evaluate.simulation import offload_placement
+from prism_plan.evaluate.offload_baseline import offload_placement
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.simulate.compiled.engine import CompiledEngine

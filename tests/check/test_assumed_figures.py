@@ -12,12 +12,19 @@ import pytest
 
 from prism_plan.check.assumed_figures import assumed_figures
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link, Server, with_figures
-from prism_plan.evaluate.sweep import varied
+from prism_plan.evaluate.sweep_grid import vary_cluster
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.simulate.calibration import Calibration
-from tests.simulation_material import CLUSTER, GIVEN, invoke, planned, small_cluster, small_trace
+from tests.evaluate.simulation_material import (
+    CLUSTER,
+    GIVEN,
+    invoke,
+    planned,
+    small_cluster,
+    small_trace,
+)
 
 Run = Callable[..., CompletedProcess[str]]
 ALL = {"compute": True, "loads": True, "links": True}
@@ -125,7 +132,9 @@ def test_replaced_figures_are_given() -> None:
     """What a sweep or a calibration sets is no assumption; other fields can change freely."""
     cluster = parse_cluster(CLUSTER.replace("bandwidth_mbps = 100", ""))
     assert "bandwidth_mbps 1000" in assumed_figures(cluster, links=True)
-    assert "bandwidth" not in assumed_figures(varied(cluster, bandwidth_mbps=500.0), links=True)
+    assert "bandwidth" not in assumed_figures(
+        vary_cluster(cluster, bandwidth_mbps=500.0), links=True
+    )
     measured = Calibration(rtt_ms=2.0, call_overhead_ms=0.1).applied(cluster)
     assert assumed_figures(measured, links=True).endswith(": bandwidth_mbps 1000 of links")
     assert measured.link.rtt_ms == 2.0

@@ -29,8 +29,8 @@ from prism_plan.placement_check import violations
 from prism_plan.solvers import solve
 from prism_plan.token_rates import require_users
 from prism_plan.trace import Trace
+from tests.evaluate.simulation_material import invoke
 from tests.profiling.synthetic import synthetic_trace
-from tests.simulation_material import invoke
 
 Run = Callable[..., CompletedProcess[str]]
 SPEC = ModelSpec(

@@ -18,7 +18,7 @@ from prism_plan.cli.boundary import run_command
 from prism_plan.cli.command_options import option_names
 from prism_plan.cli.main import cli
 from prism_plan.errors import InputError, LimitReached, UnsupportedFeature
-from prism_plan.evaluate.simulation import SimulationOptions
+from prism_plan.evaluate.simulation_options import SimulationOptions
 from runtime_adapter.cli import cli as runtime_cli
 from studies.testbed import command as testbed_command
 

@@ -23,6 +23,7 @@ from prism_plan.io.placement import write_placement
 from prism_plan.io.sweep import write_sweep
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.plotting import FigureOptions
+from tests.evaluate.simulation_reports import make_report, make_run, make_sweep
 from tests.plotting.test_plotting import (
     ROWS,
     check_readable,
@@ -32,7 +33,6 @@ from tests.plotting.test_plotting import (
     title,
 )
 from tests.profiling.synthetic import synthetic_trace
-from tests.simulation_reports import make_report, make_run, make_sweep
 
 Run = Callable[..., CompletedProcess[str]]
 SOLVERS = ("uniform", "eplb", "layer-partition", "prism", "exact")

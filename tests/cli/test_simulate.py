@@ -26,8 +26,7 @@ from prism_plan.io.simulation import read_simulation
 from prism_plan.io.sweep import read_sweep, sweep_from_csv
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
-from tests.limits import HANG_S
-from tests.simulation_material import (
+from tests.evaluate.simulation_material import (
     GIVEN,
     counts_of,
     invoke,
@@ -37,6 +36,7 @@ from tests.simulation_material import (
     small_trace,
     without_times,
 )
+from tests.limits import HANG_S
 
 Run = Callable[..., CompletedProcess[str]]
 #: Both are needed by every simulation.

@@ -15,8 +15,15 @@ import pytest
 
 from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_writer import write_trace
+from tests.evaluate.simulation_material import (
+    CLUSTER,
+    SPEC,
+    invoke,
+    planned,
+    small_cluster,
+    small_trace,
+)
 from tests.profiling.synthetic import synthetic_trace
-from tests.simulation_material import CLUSTER, SPEC, invoke, planned, small_cluster, small_trace
 
 Run = Callable[..., CompletedProcess[str]]
 #: A message longer than this is no longer one line to a reader.
@@ -425,7 +432,7 @@ def test_through_the_installed_command(prism_plan: Run, work: Path, what: str) -
     "where",
     [
         "prism_plan.simulate.sampling.sample_requests",
-        "prism_plan.evaluate.simulation._Runner._advance",
+        "prism_plan.evaluate.simulation_runner.SimulationRunner._advance",
     ],
 )
 def test_ctrl_c_before_anything_is_simulated(work: Path, where: str) -> None:

@@ -15,7 +15,7 @@ from prism_plan.check.report import check_file
 from prism_plan.errors import InputError
 from prism_plan.io.common_parts import shipped_schema
 from prism_plan.io.simulation import read_simulation, simulation_from_json
-from tests.simulation_reports import make_report, make_run
+from tests.evaluate.simulation_reports import make_report, make_run
 
 REPORT = make_report(
     [make_run("exact.json", moves=[300], stays=[600], busy=[900]), make_run("none", finished=0)]

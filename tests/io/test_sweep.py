@@ -21,7 +21,7 @@ from prism_plan.io.sweep import (
     sweep_from_csv,
     write_sweep,
 )
-from tests.simulation_reports import failed, make_sweep
+from tests.evaluate.simulation_reports import failed, make_sweep
 
 ROWS = make_sweep([4, 16], [100, None], [None, 8.0], [0.3], ["eplb", "exact"], seeds=2)
 ROWS[3] = failed(ROWS[3], 'unstable: "edge-0", 1.3 times busy')

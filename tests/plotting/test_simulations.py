@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from prism_plan import plotting
 from prism_plan.errors import InputError
 from prism_plan.io.sweep import write_sweep
+from tests.evaluate.simulation_reports import failed, make_report, make_run, make_sweep
 from tests.plotting.test_plotting import check_readable, legend, title
-from tests.simulation_reports import failed, make_report, make_run, make_sweep
 
 Run = Callable[..., CompletedProcess[str]]
 FIGURES = [

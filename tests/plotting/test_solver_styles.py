@@ -18,7 +18,7 @@ from prism_plan.placement import OFFLOAD
 from prism_plan.plotting import OTHER_COLOURS, SOLVER_COLOURS, solver_styles
 from prism_plan.plotting.solver_styles import lighten, text_colour_on
 from prism_plan.solvers import SOLVER_NAMES
-from tests.simulation_reports import make_report, make_run, make_sweep
+from tests.evaluate.simulation_reports import make_report, make_run, make_sweep
 
 #: What of linear red, green and blue each kind of reader sees, at its strongest (Machado, Oliveira
 #: and Fernandes, 2009).

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from prism_plan.cluster import Cluster, Gpu, Link, Server
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement, SolveReport
-from prism_plan.simulate import events
 from prism_plan.simulate.calibration import Calibration, GpuCurves
 from prism_plan.simulate.compiled.engine import CompiledEngine
 from prism_plan.simulate.engine import Engine, Outcome
@@ -22,6 +21,11 @@ from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.routing_policies import ROUTES
 from prism_plan.simulate.scenario import Scenario
 
+#: Kinds of events by number, as tests spell them.
+KINDS = (
+    *("arrival", "dense", "local", "send", "arrived", "computed", "returned", "loaded"),
+    "freed",
+)
 ENGINES: list[Any] = [ReferenceEngine, CompiledEngine]
 
 #: A token calls experts [L][K].
@@ -165,13 +169,13 @@ def make_scenario(
 
 def lines(*rows: tuple[float, str, int, int, int, int]) -> list[Event]:
     """A log from (time, kind, request, layer, at, to), in the order in which it happens."""
-    return [Event(at_s, events.KINDS.index(kind), *rest) for at_s, kind, *rest in rows]
+    return [Event(at_s, KINDS.index(kind), *rest) for at_s, kind, *rest in rows]
 
 
 def finished(engine: Engine) -> Outcome:
     """Run to the end; every request is answered."""
     assert engine.advance()
-    assert engine.arrivals_done
+    assert engine.all_finished
     return engine.outcome()
 
 

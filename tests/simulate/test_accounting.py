@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.objective import remote_score, step_score
-from prism_plan.simulate import events
-from prism_plan.simulate.routing_policies import mix
+from prism_plan.simulate.routing_policies import hash_call
 from prism_plan.simulate.scenario import Scenario
 from prism_plan.token_rates import TokenRates
 from prism_plan.trace import TokenBatch, trace_from_batches
-from tests.simulate.builders import ENGINES, drawn_scenario, finished
+from tests.simulate.builders import ENGINES, KINDS, drawn_scenario, finished
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -81,7 +80,7 @@ def counted(scenario: Scenario) -> dict[str, Any]:
                 for e, held in zip(missing, holders, strict=True):
                     if scenario.route == "spread":
                         pair = layer * local.shape[2] + e
-                        places[e] = sorted(held)[mix(r, pair) % len(held)]
+                        places[e] = sorted(held)[hash_call(r, pair) % len(held)]
                     else:
                         places[e] = min(held, key=lambda m: (cost[at, m], m))
                 for e in token:
@@ -146,7 +145,7 @@ def test_traffic_adds_up(engine: Any, seed: int, home: bool) -> None:
     assert outcome.bytes_out.sum() == outcome.bytes_in.sum() == total
     assert outcome.served.sum() == outcome.calls.sum()
     log = run.log()
-    returned = Counter((e.at, e.to) for e in log if events.KINDS[e.kind] == "returned")
+    returned = Counter((e.at, e.to) for e in log if KINDS[e.kind] == "returned")
     for (a, b), number in np.ndenumerate(outcome.messages):
         assert returned[a, b] == number
     assert outcome.events == len(log)

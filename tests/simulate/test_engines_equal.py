@@ -47,7 +47,7 @@ def assert_equal(a: Engine, b: Engine) -> None:
     assert differing(a.outcome(), b.outcome()) == []
     np.testing.assert_array_equal(a.take_calls(), b.take_calls())
     np.testing.assert_array_equal(a.on_gpu(), b.on_gpu())
-    assert (a.arrivals_done, a.migrating) == (b.arrivals_done, b.migrating)
+    assert (a.all_finished, a.migrating) == (b.all_finished, b.migrating)
 
 
 @settings(max_examples=200, deadline=None)
@@ -176,11 +176,15 @@ def test_room_grows_where_it_runs_out() -> None:
     far = dataclasses.replace(LINK, rtt_ms=1e6)
     scenario = make_scenario(model, make_cluster([2, 2, 2], far, concurrency=400), held, asks)
     reference, compiled = both(scenario)
-    room = {name: len(getattr(compiled._state, name)) for name in ("heap_s", "m_request", "log_s")}
+
+    def room() -> tuple[int, int, int]:
+        state = compiled._state
+        return len(state.heap.time_s), len(state.message_request), len(state.log_s)
+
+    before = room()
     finished(reference)
     finished(compiled)
-    for name, before in room.items():
-        assert len(getattr(compiled._state, name)) >= 4 * before, name
+    assert all(after >= 4 * first for after, first in zip(room(), before, strict=True))
     assert_equal(reference, compiled)
 
 
@@ -205,7 +209,7 @@ def test_nothing_to_do() -> None:
     scenario = make_scenario(model, make_cluster([1]), holding(1, 1, [(0, 0)]), [])
     for engine in both(scenario):
         assert engine.advance(3.0)
-        assert engine.arrivals_done
+        assert engine.all_finished
         outcome = engine.outcome()
         assert (outcome.now_s, outcome.events, outcome.present_s.tolist()) == (3.0, 0, [0.0])
 

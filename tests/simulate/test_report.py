@@ -14,26 +14,22 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from prism_plan.evaluate.offload_baseline import offload_placement
 from prism_plan.evaluate.request_table import write_request_table
-from prism_plan.evaluate.simulation import (
-    SimulationOptions,
-    dump_report,
-    offload_placement,
-    simulate_placements,
-)
+from prism_plan.evaluate.simulation import dump_report, simulate_placements
+from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.io.simulation import simulation_from_json
 from prism_plan.objective import score, step_score
 from prism_plan.placement import Placement
-from prism_plan.simulate.arrival_trace import Arrival, FixedArrivals
+from prism_plan.simulate.arrival_trace import Arrival, ArrivalTrace
 from prism_plan.simulate.phase_schedule import Phase, Schedule
-from prism_plan.simulate.report import TIMELINE_BINS, Run, _timeline, summary
+from prism_plan.simulate.report import TIMELINE_BINS, SimulationRun, _timeline, summary
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.token_rates import expected_token_rates
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
-from tests.simulate.builders import drawn_held
-from tests.simulation_material import (
+from tests.evaluate.simulation_material import (
     SPEC,
     counts_of,
     planned,
@@ -43,6 +39,7 @@ from tests.simulation_material import (
     small_trace,
     tokens_of,
 )
+from tests.simulate.builders import drawn_held
 
 #: Prompt tokens and decode steps of requests: both, no steps, nothing but steps, one token.
 LENGTHS = ((6, 4), (6, 0), (0, 4), (1, 0), (0, 1))
@@ -233,11 +230,11 @@ def test_utilisation(concurrency: int) -> None:
     assert run.utilisation()[0] == pytest.approx(expected, rel=1e-12)
 
 
-def at_times(times_s: dict[str, list[float]]) -> Run:
+def at_times(times_s: dict[str, list[float]]) -> SimulationRun:
     """A run with requests of the servers at these times."""
     trace, cluster = small_trace(), small_cluster()
     arrivals = [Arrival(server, at) for server, of_it in times_s.items() for at in of_it]
-    requests = sampled(trace, cluster, arrivals=FixedArrivals(tuple(arrivals)))
+    requests = sampled(trace, cluster, arrivals=ArrivalTrace(tuple(arrivals)))
     found = simulate_placements(planned(trace, cluster, "exact"), requests, trace, cluster)
     return found.runs[0]
 
@@ -275,7 +272,7 @@ def test_overload_is_told_however_many_places_there_are() -> None:
     )
     result = simulated(small_trace(), crowded, "exact", number=60)
     run = result.runs[0]
-    offered = run.offered()
+    offered = run.offered_load()
     assert max(share for share in run.utilisation() if share is not None) < 1
     span_s = max(
         (run.scenario.requests.home == n).sum() / run.scenario.requests.rate[n] for n in range(2)

@@ -13,7 +13,7 @@ from prism_plan.errors import InputError
 from prism_plan.model import PRESETS
 from prism_plan.simulate.calibration import Calibration, GpuCurves
 from prism_plan.simulate.scenario import Scenario
-from prism_plan.simulate.timing import at, roofline_dense_s, roofline_expert_s, timing
+from prism_plan.simulate.timing import interpolate, roofline_dense_s, roofline_expert_s, timing
 from tests.simulate.builders import Ask, make_model, make_requests, place
 
 V2 = PRESETS["deepseek-v2-lite"]
@@ -78,9 +78,9 @@ def test_gpus_alike_share_a_row() -> None:
 
 def test_between_and_beyond_the_points() -> None:
     """Linear between points, constant before the first, the last slope beyond the last."""
-    got = at(CURVES.dense_s, np.array([0.0, 1, 2, 3, 4, 6, 8, 9, 16]))
+    got = interpolate(CURVES.dense_s, np.array([0.0, 1, 2, 3, 4, 6, 8, 9, 16]))
     assert got.tolist() == [1.0, 1.0, 1.0, 2.0, 3.0, 3.5, 4.0, 4.25, 6.0]
-    falling = at(((1, 2.0), (3, 1.0)), np.array([2.0, 3, 100]))
+    falling = interpolate(((1, 2.0), (3, 1.0)), np.array([2.0, 3, 100]))
     assert falling.tolist() == [1.5, 1.0, 1.0]  # a falling end does not fall below zero
 
 

@@ -1,7 +1,8 @@
-"""The compiled engine: the arrays of `tables` and the loop of `loop` behind the Engine protocol."""
+"""The compiled engine: the event loop and its arrays behind the Engine protocol."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -10,20 +11,23 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.migration_step import MigrationStep
-from prism_plan.simulate.compiled import engine_state as tables
-from prism_plan.simulate.compiled import event_loop as loop
-from prism_plan.simulate.compiled.heap import push
-from prism_plan.simulate.compiled.migration_kernels import begin_steps
-from prism_plan.simulate.engine import Ints, Outcome
-from prism_plan.simulate.events import ARRIVAL, RANK, Event, Log
+from prism_plan.simulate.compiled import engine_state, event_loop
+from prism_plan.simulate.compiled.heap import push_event
+from prism_plan.simulate.compiled.migration_kernels import start_steps
+from prism_plan.simulate.engine import Ints, Outcome, step_dependencies
+from prism_plan.simulate.events import ARRIVAL, Event, Log
 from prism_plan.simulate.scenario import Scenario
 
 #: Route `cover` tries every set of a token's missing experts; 2^K of them.
 MAX_TOP_K = 16
-#: Between two looks at the clock and at Ctrl-C.
+#: Events between two checks of the clock and of Ctrl-C.
 CHUNK = 200_000
 
-_FULL = {loop.HEAP_FULL: "heap", loop.MESSAGES_FULL: "messages", loop.LOG_FULL: "log"}
+_FULL = {
+    event_loop.HEAP_FULL: "heap",
+    event_loop.MESSAGES_FULL: "messages",
+    event_loop.LOG_FULL: "log",
+}
 
 
 class CompiledEngine:
@@ -43,125 +47,112 @@ class CompiledEngine:
                 expected=f"at most {MAX_TOP_K} for route cover",
                 remedy="use nearest or spread",
             )
-        self.s = scenario
-        self._fixed = tables.fixed(scenario)
-        self._set(tables.state(scenario, log=log))
+        self.scenario = scenario
+        self._arrays = engine_state.scenario_arrays(scenario)
+        self._set(engine_state.initial_state(scenario, log=log))
         if len(scenario.requests):
-            push(
-                self._state.heap_s,
-                self._state.heap_key,
-                self._state.heap_what,
-                self._state.number,
-                float(scenario.requests.arrival_s[0]),
-                int(RANK[ARRIVAL]),
-                ARRIVAL,
-                0,
-            )
+            push_event(float(scenario.requests.arrival_s[0]), ARRIVAL, 0, *self._state.heap)
 
-    def _set(self, state: tables.State) -> None:
+    def _set(self, state: engine_state.EngineState) -> None:
         self._state = state
-        self._links = tables.links(self._fixed, state)
+        self._links = engine_state.transfer_arrays(self._arrays, state)
 
     def advance(self, until_s: float = math.inf, max_events: int | None = None) -> bool:
         left = max_events
         while True:
-            before = int(self._state.number[tables.TAKEN])
-            most = CHUNK if left is None else min(left, CHUNK)
-            code = loop.run(self._fixed, self._state, self._links, until_s, most)
+            before = self._counter(engine_state.PROCESSED)
+            chunk = CHUNK if left is None else min(left, CHUNK)
+            reason = event_loop.run_events(self._arrays, self._state, self._links, until_s, chunk)
             if left is not None:
-                left -= int(self._state.number[tables.TAKEN]) - before
-            if code == loop.ALL:
+                left -= self._counter(engine_state.PROCESSED) - before
+            if reason == event_loop.NO_EVENT_LEFT:
                 break
-            if code == loop.MOST:
+            if reason == event_loop.LIMIT_REACHED:
                 if left == 0:
                     return False
-            elif code == loop.UNCOVERED:
-                raise self._uncovered()
+            elif reason == event_loop.LAST_REPLICA_DROPPED:
+                raise self._last_replica_dropped()
             else:
-                self._set(tables.grown(self._state, _FULL[code]))
+                self._set(engine_state.grow(self._state, _FULL[reason]))
         if math.isfinite(until_s):
-            self._state.now[0] = max(self._state.now[0], until_s)
+            self._state.clock_s[0] = max(self._state.clock_s[0], until_s)
         return True
 
-    def _uncovered(self) -> ValueError:
-        index = int(self._state.number[tables.ERROR])
+    def _counter(self, position: int) -> int:
+        return int(self._state.counter[position])
+
+    def _last_replica_dropped(self) -> ValueError:
+        index = self._counter(engine_state.FAILED_STEP)
         pair = int(self._state.step_pair[index])
         return ValueError(f"step {index} drops the only copy of pair {pair}")
 
     @property
-    def arrivals_done(self) -> bool:
-        return self.finished == len(self.s.requests)
+    def all_finished(self) -> bool:
+        return self.num_finished == len(self.scenario.requests)
 
     @property
-    def finished(self) -> int:
-        return int(self._state.number[tables.FINISHED])
+    def num_finished(self) -> int:
+        return self._counter(engine_state.FINISHED)
 
     @property
     def migrating(self) -> bool:
-        return int(self._state.number[tables.OPEN_STEPS]) > 0
+        return self._counter(engine_state.OPEN_STEPS) > 0
 
     @property
-    def migrated_s(self) -> float:
-        return float(self._state.now[1])
+    def migration_end_s(self) -> float:
+        return float(self._state.clock_s[1])
 
     def migrate(self, steps: Sequence[MigrationStep]) -> None:
         if self.migrating:
             raise ValueError("a migration is still under way")
-        if self.s.offload:
+        if self.scenario.offload:
             raise ValueError("offloading servers keep what they use; there is nothing to migrate")
-        lacking = np.array([len(set(step.needs)) for step in steps], np.int32)
-        following: list[list[int]] = [[] for _ in steps]
-        for index, step in enumerate(steps):
-            for need in set(step.needs):
-                following[need].append(index)
-        start = np.concatenate([[0], np.cumsum([len(f) for f in following])])
+        num_needs, dependents = step_dependencies(steps)
+        open_needs = np.array(num_needs, np.int32)
+        start = np.concatenate([[0], np.cumsum([len(own) for own in dependents])])
         queue = np.zeros(len(steps), np.int32)
-        ready = np.flatnonzero(lacking == 0)
+        ready = np.flatnonzero(open_needs == 0)
         queue[: len(ready)] = ready
         self._state = self._state._replace(
-            step_load=np.array([step.kind == "load" for step in steps], np.bool_),
+            step_is_load=np.array([step.kind == "load" for step in steps], np.bool_),
             step_gpu=np.array([step.gpu for step in steps], np.int32),
             step_pair=np.array([step.pair for step in steps], np.int64),
-            step_lacking=lacking,
-            step_start=start.astype(np.int64),
-            step_next=np.array([i for f in following for i in f], np.int32),
-            step_queue=queue,
+            step_open_needs=open_needs,
+            step_dependents_start=start.astype(np.int64),
+            step_dependents=np.array([i for own in dependents for i in own], np.int32),
+            ready_steps=queue,
         )
-        self._state.number[tables.OPEN_STEPS] = len(steps)
-        while len(self._state.heap_s) - int(self._state.number[tables.HEAP]) <= len(steps):
-            self._set(tables.grown(self._state, "heap"))
-        if not begin_steps(self._fixed, self._state, len(ready)):
-            raise self._uncovered()
+        self._state.counter[engine_state.OPEN_STEPS] = len(steps)
+        while len(self._state.heap.time_s) - int(self._state.heap.counts[0]) <= len(steps):
+            self._set(engine_state.grow(self._state, "heap"))
+        if not start_steps(self._arrays, self._state, len(ready)):
+            raise self._last_replica_dropped()
 
     def take_calls(self) -> Ints:
-        taken: Ints = self._state.called.copy()
-        self._state.called[:] = 0
+        taken: Ints = self._state.recent_calls.copy()
+        self._state.recent_calls[:] = 0
         return taken
 
     def on_gpu(self) -> npt.NDArray[np.bool_]:
-        held: npt.NDArray[np.bool_] = self._state.held.copy()
-        return held.reshape(self.s.placement.on_gpu.shape)
+        held: npt.NDArray[np.bool_] = self._state.gpu_holds.copy()
+        return held.reshape(self.scenario.placement.on_gpu.shape)
 
     def log(self) -> Log:
-        lines = int(self._state.number[tables.LOGGED])
+        lines = self._counter(engine_state.LOG_LINES)
         times = self._state.log_s[:lines].tolist()
-        whats = self._state.log_what[:lines].tolist()
-        return [Event(time_s, *what) for time_s, what in zip(times, whats, strict=True)]
+        events = self._state.log_event[:lines].tolist()
+        return [Event(time_s, *event) for time_s, event in zip(times, events, strict=True)]
 
     def outcome(self) -> Outcome:
         s = self._state
-        now = float(s.now[0])
-        s.present_s[:] += s.present * (now - s.present_since)
-        s.present_since[:] = now
-        names = (
-            "start_s", "first_token_s", "done_s", "calls", "remote_calls", "steps", "waiting",
-            "destinations", "present_s", "bytes_out", "bytes_in", "up_busy_s", "down_busy_s",
-            "messages", "gpu_busy_s", "served", "layer_steps", "layer_s",
-        )  # fmt: skip
+        now_s = float(s.clock_s[0])
+        s.present_s[:] += s.num_present * (now_s - s.present_since_s)
+        s.present_since_s[:] = now_s
+        measured = [field.name for field in dataclasses.fields(Outcome) if hasattr(s, field.name)]
         return Outcome(
-            **{name: getattr(s, name).copy() for name in names},
-            loads=int(s.number[tables.LOADS]),
-            loaded_bytes=int(s.number[tables.LOADED_BYTES]),
-            events=int(s.number[tables.TAKEN]),
-            now_s=now,
+            **{name: getattr(s, name).copy() for name in measured},
+            loads=self._counter(engine_state.LOADS),
+            loaded_bytes=self._counter(engine_state.LOADED_BYTES),
+            events=self._counter(engine_state.PROCESSED),
+            now_s=now_s,
         )

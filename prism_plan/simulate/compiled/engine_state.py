@@ -1,444 +1,323 @@
-"""The compiled engine's memory: what does not change during a run, and what does."""
+"""The arrays of the compiled engine: the scenario, which a run reads, and the state that it writes.
+
+Dimensions in the annotations of fields: N servers, G GPUs, L layers, E experts, J = L * E pairs,
+K top-k, R requests, P prompts, T tokens of a step, M messages.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import namedtuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import numpy as np
 
-from prism_plan.simulate.events import RANK
+from prism_plan.simulate.compiled.heap import Heap
+from prism_plan.simulate.offload_slots import initial_slots
 from prism_plan.simulate.routing_policies import ROUTES
 from prism_plan.simulate.scenario import Scenario
 
 Array = Any
 
-#: Positions in `State.number`.
+#: Positions in `EngineState.counter`: events processed, the latest request that arrived, requests
+#: that are finished, unused messages, steps of a migration not yet complete, experts loaded and
+#: their bytes, lines of the log, the step that dropped a last replica, messages that ever waited.
 (
-    PUSHED, TAKEN, HEAP, SEEN, FINISHED, FREE, OPEN_STEPS, LOADS, LOADED_BYTES, LOGGED, ERROR,
-    QUEUED,
-) = range(12)  # fmt: skip
-NUMBERS = 12
+    PROCESSED, LATEST_ARRIVAL, FINISHED, FREE_MESSAGES, OPEN_STEPS, LOADS, LOADED_BYTES, LOG_LINES,
+    FAILED_STEP, ENQUEUED,
+) = range(10)  # fmt: skip
 
-#: Log columns, in order: kind, request, layer, at, to.
-LOG_COLUMNS = 5
+i4, i8, f8 = np.int32, np.int64, np.float64
 
 
-class Fixed(NamedTuple):
-    """What a run reads; shapes as in Scenario, Network, Timing and Prompts.
+class ScenarioArrays(NamedTuple):
+    """What a run reads; see Scenario, Requests, Prompts, Network and Timing."""
 
-    ``server`` int32 [G]; ``link_rank`` int32 [N, N] by cost of a call; ``scalars`` float64 [3]:
-    call overhead, burst, below which messages are short; ``sizes`` int64 [5]: experts E, bytes of
-    a hidden state, route (position in ROUTES), offload, most GPUs of a server.
-    """
+    # Prompts
+    experts: Annotated[Array, np.uint16, "rows, L, K"]
+    first_row: Annotated[Array, i8, "P"]
+    prefill_tokens: Annotated[Array, i4, "P"]
+    decode_tokens: Annotated[Array, i4, "P"]
 
-    experts: Array
-    first_row: Array
-    prefill: Array
-    decode: Array
-    home: Array
-    arrival_s: Array
-    prompt: Array
-    execution: Array
-    concurrency: Array
-    dense_gpu: Array
-    gpu_start: Array
-    server: Array
-    seconds_per_byte: Array
-    half_rtt_s: Array
-    up_rate: Array
-    down_rate: Array
-    link_rank: Array
-    kind: Array
-    size: Array
-    dense_s: Array
-    expert_s: Array
-    load_s: Array
-    blocks: Array
-    expert_bytes: Array
-    rank: Array
-    scalars: Array
-    sizes: Array
+    # Requests, in order of arrival
+    home: Annotated[Array, i4, "R"]
+    arrival_s: Annotated[Array, f8, "R"]
+    prompt: Annotated[Array, i4, "R"]
 
+    # Servers and GPUs
+    execution: Annotated[Array, i4, "N, L"]
+    concurrency: Annotated[Array, i8, "N"]
+    dense_gpu: Annotated[Array, i4, "N"]
+    gpu_start: Annotated[Array, i4, "N + 1"]
+    server_of_gpu: Annotated[Array, i4, "G"]
 
-class State(NamedTuple):
-    """What a run writes.
+    # Network; link_rank orders the servers of a row by cost of a call
+    seconds_per_byte: Annotated[Array, f8, "N, N"]
+    half_rtt_s: Annotated[Array, f8, "N, N"]
+    up_bytes_per_s: Annotated[Array, f8, "N"]
+    down_bytes_per_s: Annotated[Array, f8, "N"]
+    link_rank: Annotated[Array, i4, "N, N"]
+    call_overhead_s: float
+    burst_bytes: float
+    short_bytes: float
+    token_bytes: int
 
-    ``now`` [2]: the time, and when the latest migration was done. Heap: ``heap_s``, ``heap_key``
-    (rank and number), ``heap_what`` (kind and subject). Requests [R]: ``at`` to
-    ``next_waiting``, the last a list of those that wait at each server between ``head`` and
-    ``tail`` [N]. Messages [M]: ``m_...``, ``m_work`` [M, GPUs of a server], -1 where a GPU has
-    none; ``m_free`` those unused; ``m_next``, ``m_before`` [M, 2] link those that wait for an
-    uplink, and for a downlink, between ``port_first`` and ``port_last`` [2, 2 N] of the port,
-    of which those from N on are for short messages; ``port_until`` when a port is free.
-    Holders: ``held`` [G, J], ``gpu_of`` [N, J] first GPU or -1, ``holder`` [J, N] servers
-    ascending, ``copies`` [J]. Scratch of one routing: ``count`` and ``order`` [N, E],
-    ``touched``, ``tokens_to``, ``goals``, ``mask`` [N], ``few`` [3, K], ``best`` [3, 2^K].
-    Migration: ``step_...``. Offload: ``slot_...``, ``slot_of`` [N, J].
-    The others are measurements named as in Outcome.
-    """
+    # Timing: each GPU's row and each layer's column of expert_s
+    gpu_kind: Annotated[Array, i4, "G"]
+    size_class: Annotated[Array, i4, "L"]
+    dense_s: Annotated[Array, f8, "kinds, T + 1"]
+    expert_s: Annotated[Array, f8, "kinds, sizes, T + 1"]
+    load_s: Annotated[Array, f8, "G, L"]
+    load_blocks_compute: Annotated[Array, np.bool_, "G"]
+    expert_bytes: Annotated[Array, i8, "L"]
 
-    now: Array
-    number: Array
-    heap_s: Array
-    heap_key: Array
-    heap_what: Array
-    at: Array
-    row: Array
-    tokens: Array
-    left: Array
-    decoding: Array
-    layer: Array
-    parts: Array
-    began_s: Array
-    remote: Array
-    next_waiting: Array
-    head: Array
-    tail: Array
-    active: Array
-    present: Array
-    present_since: Array
-    present_s: Array
-    gpu_free: Array
-    load_free: Array
-    port_busy: Array
-    port_first: Array
-    port_last: Array
-    port_until: Array
-    bucket: Array
-    sent: Array
-    held: Array
-    gpu_of: Array
-    holder: Array
-    copies: Array
-    m_request: Array
-    m_layer: Array
-    m_at: Array
-    m_to: Array
-    m_out: Array
-    m_back: Array
-    m_hop: Array
-    m_returning: Array
-    m_ready: Array
-    m_next: Array
-    m_before: Array
-    m_work: Array
-    m_free: Array
-    count: Array
-    order: Array
-    touched: Array
-    tokens_to: Array
-    goals: Array
-    mask: Array
-    few: Array
-    best: Array
-    step_load: Array
-    step_gpu: Array
-    step_pair: Array
-    step_lacking: Array
-    step_start: Array
-    step_next: Array
-    step_queue: Array
-    slot_first: Array
-    slot_pair: Array
-    slot_end: Array
-    slot_gpu: Array
-    slot_of: Array
-    start_s: Array
-    first_token_s: Array
-    done_s: Array
-    calls: Array
-    remote_calls: Array
-    steps: Array
-    waiting: Array
-    destinations: Array
-    bytes_out: Array
-    bytes_in: Array
-    up_busy_s: Array
-    down_busy_s: Array
-    messages: Array
-    gpu_busy_s: Array
-    served: Array
-    layer_steps: Array
-    layer_s: Array
-    called: Array
-    log_s: Array
-    log_what: Array
+    # Model and rules; route is a position in ROUTES
+    num_experts: int
+    route: int
+    offload: bool
 
 
-class Links(NamedTuple):
-    """What transfers read and write: some arrays of `Fixed` and `State`, by the same names."""
+class EngineState(NamedTuple):
+    """What a run writes; measurements are named as in Outcome."""
 
-    seconds_per_byte: Array
-    half_rtt_s: Array
-    up_rate: Array
-    down_rate: Array
-    scalars: Array
-    rank: Array
-    now: Array
-    number: Array
-    heap_s: Array
-    heap_key: Array
-    heap_what: Array
-    port_busy: Array
-    port_first: Array
-    port_last: Array
-    port_until: Array
-    bucket: Array
-    m_at: Array
-    m_to: Array
-    m_out: Array
-    m_back: Array
-    m_returning: Array
-    m_ready: Array
-    m_next: Array
-    m_before: Array
-    up_busy_s: Array
-    down_busy_s: Array
-    bytes_out: Array
-    bytes_in: Array
+    heap: Heap
+    # The current time, and the time at which the latest migration was complete
+    clock_s: Annotated[Array, f8, 2]
+    counter: Annotated[Array, i8, 10]
+
+    # Requests: where each is in its steps and layers; pending_parts are batches of the layer that
+    # are not yet computed, next_queued links the requests that wait for admission at a server
+    location: Annotated[Array, i4, "R"]
+    token_row: Annotated[Array, i8, "R"]
+    step_tokens: Annotated[Array, i4, "R"]
+    steps_left: Annotated[Array, i4, "R"]
+    decoding: Annotated[Array, np.bool_, "R"]
+    layer: Annotated[Array, i4, "R"]
+    pending_parts: Annotated[Array, i4, "R"]
+    layer_start_s: Annotated[Array, f8, "R"]
+    remote_experts: Annotated[Array, i4, "R"]
+    next_queued: Annotated[Array, i4, "R"]
+
+    # Servers: the admission queue, and the requests that are admitted, and present
+    queue_head: Annotated[Array, i4, "N"]
+    queue_tail: Annotated[Array, i4, "N"]
+    num_active: Annotated[Array, i8, "N"]
+    num_present: Annotated[Array, i8, "N"]
+    present_since_s: Annotated[Array, f8, "N"]
+    present_s: Annotated[Array, f8, "N"]
+
+    # GPUs: when the compute queue and the load channel are free next
+    gpu_free_s: Annotated[Array, f8, "G"]
+    load_free_s: Annotated[Array, f8, "G"]
+
+    # Ports: uplinks in row 0, downlinks in row 1; those from N on are for short messages. A queue
+    # lists messages in the order in which they were ready
+    port_busy: Annotated[Array, np.bool_, 2, "2N"]
+    port_queue_head: Annotated[Array, i4, 2, "2N"]
+    port_queue_tail: Annotated[Array, i4, 2, "2N"]
+    port_free_s: Annotated[Array, f8, 2, "2N"]
+    # Token buckets: level and time of it, of the uplink, then of the downlink
+    bucket: Annotated[Array, f8, 4, "N"]
+    # Tokens sent from row to column so far, by which `cover` breaks ties
+    tokens_sent: Annotated[Array, i8, "N", "N"]
+
+    # Placement: gpu_holds as the placement has it; first_gpu of the server that holds the pair, or
+    # -1; holders of the pair, ascending, the first num_replicas of the row
+    gpu_holds: Annotated[Array, np.bool_, "G", "J"]
+    first_gpu: Annotated[Array, i4, "N", "J"]
+    holders: Annotated[Array, i4, "J", "N"]
+    num_replicas: Annotated[Array, i4, "J"]
+
+    # Messages: calls, and hidden states on their way to the next layer's server (message_hop);
+    # message_ready numbers them in the order in which they began to wait; next and previous link
+    # the queues of an uplink (column 0) and a downlink (1); message_work_s is of each GPU of the
+    # receiver, -1 where it has none; free_messages are the unused ones
+    message_request: Annotated[Array, i4, "M"]
+    message_layer: Annotated[Array, i4, "M"]
+    message_from: Annotated[Array, i4, "M"]
+    message_to: Annotated[Array, i4, "M"]
+    message_bytes: Annotated[Array, i8, "M"]
+    reply_bytes: Annotated[Array, i8, "M"]
+    message_hop: Annotated[Array, np.bool_, "M"]
+    message_returning: Annotated[Array, np.bool_, "M"]
+    message_ready: Annotated[Array, i8, "M"]
+    message_next: Annotated[Array, i4, "M", 2]
+    message_previous: Annotated[Array, i4, "M", 2]
+    message_work_s: Annotated[Array, f8, "M", "gpus"]
+    free_messages: Annotated[Array, i4, "M"]
+
+    # Working memory of the routing of a step: tokens of each expert by destination, the experts in
+    # the order of their first call, how many there are, tokens that go to a server; the other
+    # four are those of routing_policies.choose_holders
+    token_count: Annotated[Array, i4, "N", "E"]
+    expert_order: Annotated[Array, i4, "N", "E"]
+    distinct_experts: Annotated[Array, i4, "N"]
+    tokens_to: Annotated[Array, i4, "N"]
+    missing_experts: Annotated[Array, i8, 2, "K"]
+    held_mask: Annotated[Array, i8, "N"]
+    candidate_servers: Annotated[Array, i4, "N"]
+    cover_table: Annotated[Array, i8, 3, "2^K"]
+
+    # Steps of the migration under way: a load or a drop of a pair on a GPU; needs that are not
+    # complete; the steps that need it are step_dependents[start[i]:start[i + 1]]; ready_steps is
+    # the queue of those that can start
+    step_is_load: Annotated[Array, np.bool_, 0]
+    step_gpu: Annotated[Array, i4, 0]
+    step_pair: Annotated[Array, i8, 0]
+    step_open_needs: Annotated[Array, i4, 0]
+    step_dependents_start: Annotated[Array, i8, 1]
+    step_dependents: Annotated[Array, i4, 0]
+    ready_steps: Annotated[Array, i4, 0]
+
+    # Slots of the baseline `offload`: those of a server are slot_start[n]:slot_start[n + 1]; a
+    # slot's pair or -1, the end of its last use, its GPU; and the slot of a pair at a server or -1
+    slot_start: Annotated[Array, i8, "N + 1"]
+    slot_pair: Annotated[Array, i8, "slots"]
+    slot_used_s: Annotated[Array, f8, "slots"]
+    slot_gpu: Annotated[Array, i4, "slots"]
+    slot_of: Annotated[Array, i4, "N", "J where offloading"]
+
+    # Measurements of requests, of home servers, of places, of layers
+    start_s: Annotated[Array, f8, "R"]
+    first_token_s: Annotated[Array, f8, "R"]
+    done_s: Annotated[Array, f8, "R"]
+    calls: Annotated[Array, i8, "N"]
+    remote_calls: Annotated[Array, i8, "N"]
+    steps: Annotated[Array, i8, "N"]
+    waiting: Annotated[Array, i8, "N"]
+    destinations: Annotated[Array, i8, "N"]
+    bytes_out: Annotated[Array, i8, "N"]
+    bytes_in: Annotated[Array, i8, "N"]
+    up_busy_s: Annotated[Array, f8, "N"]
+    down_busy_s: Annotated[Array, f8, "N"]
+    messages: Annotated[Array, i8, "N", "N"]
+    gpu_busy_s: Annotated[Array, f8, "G"]
+    served: Annotated[Array, i8, "G"]
+    layer_steps: Annotated[Array, i8, "K + 1"]
+    layer_s: Annotated[Array, f8, "K + 1"]
+    # Calls by home server since they were last taken
+    recent_calls: Annotated[Array, i8, "N", "L", "E"]
+
+    # Log: time; kind, request, layer, from, to of an event
+    log_s: Annotated[Array, f8, "lines"]
+    log_event: Annotated[Array, i4, "lines", 5]
 
 
-def links(f: Fixed, s: State) -> Links:
+#: What transfers read and write: these fields of ScenarioArrays and EngineState.
+TransferArrays = namedtuple(
+    "TransferArrays",
+    "seconds_per_byte half_rtt_s up_bytes_per_s down_bytes_per_s burst_bytes short_bytes "
+    "clock_s counter heap port_busy port_queue_head "
+    "port_queue_tail port_free_s bucket message_from message_to message_bytes reply_bytes "
+    "message_returning message_ready message_next message_previous up_busy_s down_busy_s "
+    "bytes_out bytes_in",
+)
+
+
+def transfer_arrays(scenario: ScenarioArrays, state: EngineState) -> TransferArrays:
     """The arrays of transfers."""
-    return Links(*(getattr(f if name in Fixed._fields else s, name) for name in Links._fields))
+    own = scenario._asdict() | state._asdict()
+    return TransferArrays(*(own[name] for name in TransferArrays._fields))
 
 
-def fixed(s: Scenario) -> Fixed:
-    """The scenario as contiguous arrays of fixed kinds."""
-    prompts = s.requests.prompts
-    values = Fixed(
-        experts=prompts.experts.astype(np.uint16, copy=False),
-        first_row=prompts.first_row.astype(np.int64),
-        prefill=prompts.prefill_tokens.astype(np.int32),
-        decode=prompts.decode_tokens.astype(np.int32),
-        home=s.requests.home.astype(np.int32),
-        arrival_s=s.requests.arrival_s.astype(np.float64),
-        prompt=s.requests.prompt.astype(np.int32),
-        execution=s.execution.astype(np.int32),
-        concurrency=np.array(s.concurrency, np.int64),
-        dense_gpu=s.dense_gpu.astype(np.int32),
-        gpu_start=s.gpu_start.astype(np.int32),
-        server=s.placement.server_of_gpu.astype(np.int32),
-        seconds_per_byte=s.network.seconds_per_byte,
-        half_rtt_s=s.network.half_rtt_s,
-        up_rate=s.network.up_bytes_per_s,
-        down_rate=s.network.down_bytes_per_s,
-        link_rank=s.network.link_rank(),
-        kind=s.timing.kind.astype(np.int32),
-        size=s.timing.size.astype(np.int32),
-        dense_s=s.timing.dense_s,
-        expert_s=s.timing.expert_s,
-        load_s=s.timing.load_s,
-        blocks=s.load_blocks_compute.astype(np.bool_),
-        expert_bytes=np.array(s.model.expert_bytes_by_layer, np.int64),
-        rank=RANK.astype(np.int64),
-        scalars=np.array(
-            [s.network.call_overhead_s, s.network.burst_bytes, s.network.short_bytes], np.float64
-        ),
-        sizes=np.array(
-            [
-                s.model.num_experts,
-                s.network.token_bytes,
-                ROUTES.index(s.route),
-                int(s.offload),
-                max(map(len, s.placement.gpu_capacity)),
-            ],
-            np.int64,
-        ),
+def scenario_arrays(s: Scenario) -> ScenarioArrays:
+    """The scenario as contiguous, read-only arrays, so that all have one compiled signature."""
+    prompts, requests, network, timing = s.requests.prompts, s.requests, s.network, s.timing
+    sources: tuple[tuple[Any, str], ...] = (
+        (prompts, "experts first_row prefill_tokens decode_tokens"),
+        (requests, "home arrival_s prompt"),
+        (s, "execution concurrency dense_gpu gpu_start load_blocks_compute"),
+        (network, "seconds_per_byte half_rtt_s up_bytes_per_s down_bytes_per_s"),
+        (timing, "dense_s expert_s load_s"),
     )
-    # one signature for all scenarios: contiguous, and read-only as the compiler sees them
-    arrays = []
-    for array in values:
-        array = np.ascontiguousarray(array)
-        if array.flags.writeable:
-            array = array.view()
-            array.setflags(write=False)
-        arrays.append(array)
-    return Fixed(*arrays)
+    values: dict[str, Any] = {
+        **{name: getattr(source, name) for source, names in sources for name in names.split()},
+        "server_of_gpu": s.placement.server_of_gpu,
+        "link_rank": network.link_rank(),
+        "gpu_kind": timing.kind,
+        "size_class": timing.size,
+        "expert_bytes": s.model.expert_bytes_by_layer,
+    }
+    hints = get_type_hints(ScenarioArrays, include_extras=True)
+    for name, value in values.items():
+        array = np.ascontiguousarray(value, hints[name].__metadata__[0]).view()
+        array.setflags(write=False)
+        values[name] = array
+    for name in ("call_overhead_s", "burst_bytes", "short_bytes"):
+        values[name] = float(getattr(network, name))
+    return ScenarioArrays(
+        **values,
+        token_bytes=int(network.token_bytes),
+        num_experts=int(s.model.num_experts),
+        route=ROUTES.index(s.route),
+        offload=bool(s.offload),
+    )
 
 
-def state(s: Scenario, *, log: bool) -> State:
-    """Empty memory for a run: nothing has arrived, every queue is empty."""
+def initial_state(s: Scenario, *, log: bool) -> EngineState:
+    """The state before the first event: nothing has arrived, every queue is empty."""
     servers, layers = s.execution.shape
     experts, top_k = s.model.num_experts, s.model.top_k
-    pairs = layers * experts
-    gpus = len(s.timing.kind)
-    requests = len(s.requests)
+    pairs, requests, gpus = layers * experts, len(s.requests), len(s.timing.kind)
     room = 64 + 4 * servers
-    most_gpus = max(map(len, s.placement.gpu_capacity))
-    held = s.placement.on_gpu.reshape(gpus, pairs).copy()
-    gpu_of, holder, copies = _holders(held, s.placement.server_of_gpu, servers)
-    slots = _slots(s, held) if s.offload else _no_slots(servers)
-    slot_of = np.full((servers, pairs if s.offload else 0), -1, np.int32)
-    if s.offload:
-        for n in range(servers):
-            for i in range(int(slots[0][n]), int(slots[0][n + 1])):
-                if slots[1][i] >= 0:
-                    slot_of[n, slots[1][i]] = i
-    bucket = np.zeros((4, servers))  # level and time, up and down
-    bucket[0] = bucket[2] = s.network.burst_bytes
-    i4, i8, f8 = np.int32, np.int64, np.float64
-    number = np.zeros(NUMBERS, i8)
-    number[FREE] = room
-    return State(
-        now=np.zeros(2),
-        number=number,
-        heap_s=np.empty(room, f8),
-        heap_key=np.empty(room, i8),
-        heap_what=np.empty(room, i8),
-        at=np.zeros(requests, i4),
-        row=np.zeros(requests, i8),
-        tokens=np.zeros(requests, i4),
-        left=np.zeros(requests, i4),
-        decoding=np.zeros(requests, np.bool_),
-        layer=np.zeros(requests, i4),
-        parts=np.zeros(requests, i4),
-        began_s=np.zeros(requests, f8),
-        remote=np.zeros(requests, i4),
-        next_waiting=np.full(requests, -1, i4),
-        head=np.full(servers, -1, i4),
-        tail=np.full(servers, -1, i4),
-        active=np.zeros(servers, i8),
-        present=np.zeros(servers, i8),
-        present_since=np.zeros(servers, f8),
-        present_s=np.zeros(servers, f8),
-        gpu_free=np.zeros(gpus, f8),
-        load_free=np.zeros(gpus, f8),
-        port_busy=np.zeros((2, 2 * servers), np.bool_),
-        port_first=np.full((2, 2 * servers), -1, i4),
-        port_last=np.full((2, 2 * servers), -1, i4),
-        port_until=np.zeros((2, 2 * servers)),
-        bucket=bucket,
-        sent=np.zeros((servers, servers), i8),
-        held=held,
-        gpu_of=gpu_of,
-        holder=holder,
-        copies=copies,
-        m_request=np.zeros(room, i4),
-        m_layer=np.zeros(room, i4),
-        m_at=np.zeros(room, i4),
-        m_to=np.zeros(room, i4),
-        m_out=np.zeros(room, i8),
-        m_back=np.zeros(room, i8),
-        m_hop=np.zeros(room, np.bool_),
-        m_returning=np.zeros(room, np.bool_),
-        m_ready=np.zeros(room, i8),
-        m_next=np.full((room, 2), -1, i4),
-        m_before=np.full((room, 2), -1, i4),
-        m_work=np.full((room, most_gpus), -1.0),
-        m_free=np.arange(room, dtype=i4)[::-1].copy(),
-        count=np.zeros((servers, experts), i4),
-        order=np.zeros((servers, experts), i4),
-        touched=np.zeros(servers, i4),
-        tokens_to=np.zeros(servers, i4),
-        goals=np.zeros(servers, i4),
-        mask=np.zeros(servers, i8),
-        few=np.zeros((3, max(top_k, 1)), i8),
-        best=np.zeros((3, 1 << top_k if s.route == "cover" else 1), i8),
-        **no_steps(),
-        slot_first=slots[0],
-        slot_pair=slots[1],
-        slot_end=slots[2],
-        slot_gpu=slots[3],
-        slot_of=slot_of,
-        start_s=np.full(requests, np.nan),
-        first_token_s=np.full(requests, np.nan),
-        done_s=np.full(requests, np.nan),
-        calls=np.zeros(servers, i8),
-        remote_calls=np.zeros(servers, i8),
-        steps=np.zeros(servers, i8),
-        waiting=np.zeros(servers, i8),
-        destinations=np.zeros(servers, i8),
-        bytes_out=np.zeros(servers, i8),
-        bytes_in=np.zeros(servers, i8),
-        up_busy_s=np.zeros(servers, f8),
-        down_busy_s=np.zeros(servers, f8),
-        messages=np.zeros((servers, servers), i8),
-        gpu_busy_s=np.zeros(gpus, f8),
-        served=np.zeros(gpus, i8),
-        layer_steps=np.zeros(top_k + 1, i8),
-        layer_s=np.zeros(top_k + 1, f8),
-        called=np.zeros((servers, layers, experts), i8),
-        log_s=np.zeros(1024 if log else 0, f8),
-        log_what=np.zeros((1024 if log else 0, LOG_COLUMNS), i4),
-    )
-
-
-def no_steps() -> dict[str, Array]:
-    """A migration of no steps."""
-    return {
-        "step_load": np.zeros(0, np.bool_),
-        "step_gpu": np.zeros(0, np.int32),
-        "step_pair": np.zeros(0, np.int64),
-        "step_lacking": np.zeros(0, np.int32),
-        "step_start": np.zeros(1, np.int64),
-        "step_next": np.zeros(0, np.int32),
-        "step_queue": np.zeros(0, np.int32),
-    }
-
-
-def _holders(held: Array, server: Array, servers: int) -> tuple[Array, Array, Array]:
-    """First GPU of each server [N, J], holders [J, N] ascending and their number [J]."""
-    gpus, pairs = held.shape
-    gpu_of = np.full((servers, pairs), -1, np.int32)
+    slots = initial_slots(s.placement) if s.offload else [[] for _ in range(servers)]
+    all_slots = [slot for own in slots for slot in own]
+    sizes = {
+        "N": servers, "2N": 2 * servers, "N + 1": servers + 1, "G": gpus, "L": layers,
+        "E": experts, "J": pairs, "K": max(top_k, 1), "K + 1": top_k + 1,
+        "2^K": 1 << top_k if s.route == "cover" else 1, "R": requests, "M": room,
+        "gpus": max(map(len, s.placement.gpu_capacity)), "slots": len(all_slots),
+        "J where offloading": pairs if s.offload else 0, "lines": 1024 if log else 0,
+    }  # fmt: skip
+    hints = get_type_hints(EngineState, include_extras=True)
+    arrays: dict[str, Any] = {"heap": Heap.empty(room)}
+    for name in EngineState._fields[1:]:
+        kind, *shape = hints[name].__metadata__
+        arrays[name] = np.zeros([sizes.get(size, size) for size in shape], kind)
+    for name in (
+        "next_queued", "queue_head", "queue_tail", "port_queue_head", "port_queue_tail",
+        "message_next", "message_previous", "message_work_s", "slot_of",
+    ):  # fmt: skip
+        arrays[name][:] = -1
+    for name in ("start_s", "first_token_s", "done_s"):
+        arrays[name][:] = np.nan
+    arrays["counter"][FREE_MESSAGES] = room
+    arrays["free_messages"][:] = np.arange(room)[::-1]
+    arrays["bucket"][[0, 2]] = s.network.burst_bytes
+    held = s.placement.on_gpu.reshape(gpus, pairs)
+    arrays["gpu_holds"][:] = held
+    first_gpu = arrays["first_gpu"]
+    first_gpu[:] = -1
     for g in range(gpus - 1, -1, -1):
-        gpu_of[server[g], held[g]] = g
-    local = gpu_of >= 0
-    holder = np.argsort(~local.T, axis=1, kind="stable").astype(np.int32)
-    return gpu_of, np.ascontiguousarray(holder), local.sum(axis=0).astype(np.int32)
+        first_gpu[s.placement.server_of_gpu[g], held[g]] = g
+    arrays["holders"][:] = np.argsort(first_gpu.T < 0, axis=1, kind="stable")
+    arrays["num_replicas"][:] = (first_gpu >= 0).sum(axis=0)
+    arrays["slot_start"][1:] = np.cumsum([len(own) for own in slots])
+    for i, slot in enumerate(all_slots):
+        arrays["slot_pair"][i], arrays["slot_used_s"][i], arrays["slot_gpu"][i] = slot
+        if slot.pair >= 0:
+            arrays["slot_of"][s.placement.server_of_gpu[slot.gpu], slot.pair] = i
+    return EngineState(**arrays)
 
 
-def _slots(s: Scenario, held: Array) -> tuple[Array, Array, Array, Array]:
-    """The slots of every server, GPU by GPU: where each server's begin, expert, last use, GPU."""
-    first, pair, gpu_of = [0], [], []
-    gpu = 0
-    for capacities in s.placement.gpu_capacity:
-        resident: set[int] = set()
-        for capacity in capacities:
-            experts = [p for p in np.flatnonzero(held[gpu]).tolist() if p not in resident]
-            experts = experts[:capacity]
-            resident.update(experts)
-            pair += experts + [-1] * (capacity - len(experts))
-            gpu_of += [gpu] * capacity
-            gpu += 1
-        first.append(len(pair))
-    return (
-        np.array(first, np.int64),
-        np.array(pair, np.int64),
-        np.where(np.array(pair) < 0, -2.0, -1.0),  # empty ones go first
-        np.array(gpu_of, np.int32),
-    )
-
-
-def _no_slots(servers: int) -> tuple[Array, Array, Array, Array]:
-    return (
-        np.zeros(servers + 1, np.int64),
-        np.zeros(0, np.int64),
-        np.zeros(0),
-        np.zeros(0, np.int32),
-    )
-
-
-def grown(s: State, which: str) -> State:
+def grow(s: EngineState, which: str) -> EngineState:
     """The same state with twice the room for events, messages or log lines."""
     if which == "heap":
-        return s._replace(
-            heap_s=_twice(s.heap_s), heap_key=_twice(s.heap_key), heap_what=_twice(s.heap_what)
-        )
-    if which == "log":
-        return s._replace(log_s=_twice(s.log_s), log_what=_twice(s.log_what))
-    old = len(s.m_request)
-    names = ("m_request", "m_layer", "m_at", "m_to", "m_out", "m_back", "m_hop",
-             "m_returning", "m_ready", "m_next", "m_before", "m_work")  # fmt: skip
+        time_s, key, event = map(_twice, s.heap[:3])
+        return s._replace(heap=s.heap._replace(time_s=time_s, key=key, event=event))
+    prefixes = ("log_",) if which == "log" else ("message_", "reply_bytes")
+    names = [name for name in s._fields if name.startswith(prefixes)]
     more = s._replace(**{name: _twice(getattr(s, name)) for name in names})
-    more.m_work[old:] = -1.0
-    more.m_next[old:] = more.m_before[old:] = -1
+    if which == "log":
+        return more
+    old = len(s.message_request)
+    more.message_work_s[old:] = -1.0
+    more.message_next[old:] = more.message_previous[old:] = -1
     free = np.empty(2 * old, np.int32)
-    unused = int(s.number[FREE])
+    unused = int(s.counter[FREE_MESSAGES])
     free[:old] = np.arange(2 * old - 1, old - 1, -1)  # the new ones, below those on top
-    free[old : old + unused] = s.m_free[:unused]
-    s.number[FREE] = old + unused
-    return more._replace(m_free=free)
+    free[old : old + unused] = s.free_messages[:unused]
+    s.counter[FREE_MESSAGES] = old + unused
+    return more._replace(free_messages=free)
 
 
 def _twice(array: Array) -> Array:

@@ -1,8 +1,7 @@
-"""The compiled event loop. Plain arithmetic on the arrays of `tables`; no randomness, no objects.
+"""The compiled event loop: arithmetic on the arrays of `engine_state`, no randomness, no objects.
 
 It does what :mod:`prism_plan.simulate.reference_engine` does, in the same order, so that both give
-the same events and the same numbers to the last bit. What an event sets off for its request is a
-chain of actions: part done → go on → admit the next.
+the same events and the same numbers to the last bit.
 """
 
 from __future__ import annotations
@@ -12,21 +11,19 @@ import numpy as np
 from prism_plan.jit import jit
 from prism_plan.simulate.compiled.engine_state import (
     FINISHED,
-    FREE,
-    HEAP,
-    LOGGED,
+    FREE_MESSAGES,
+    LATEST_ARRIVAL,
+    LOG_LINES,
     OPEN_STEPS,
-    SEEN,
-    TAKEN,
-    Fixed,
-    Links,
-    State,
-)  # fmt: skip
-from prism_plan.simulate.compiled.heap import KIND_SHIFT, drop_first, push
-from prism_plan.simulate.compiled.migration_kernels import begin_steps, hold, step_over
-from prism_plan.simulate.compiled.offload_kernels import offloaded
-from prism_plan.simulate.compiled.routing_kernels import COVER, NEAREST, cover, mix
-from prism_plan.simulate.compiled.transfer_kernels import ask, free_ports
+    PROCESSED,
+    EngineState,
+    ScenarioArrays,
+    TransferArrays,
+)
+from prism_plan.simulate.compiled.heap import KIND_SHIFT, push_event, remove_first_event
+from prism_plan.simulate.compiled.migration_kernels import add_replica, complete_step, start_steps
+from prism_plan.simulate.compiled.offload_kernels import compute_with_offload
+from prism_plan.simulate.compiled.transfer_kernels import release_ports, start_or_enqueue
 from prism_plan.simulate.events import (
     ARRIVAL,
     ARRIVED,
@@ -37,334 +34,351 @@ from prism_plan.simulate.events import (
     LOCAL,
     RETURNED,
     SEND,
-)  # fmt: skip
+)
 from prism_plan.simulate.network import BYTES_PER_CALL
+from prism_plan.simulate.routing_policies import choose_holders
 
-#: What :func:`run` says at its end.
-ALL, MOST, HEAP_FULL, MESSAGES_FULL, LOG_FULL, UNCOVERED = 0, 1, 2, 3, 4, 5
-
-NOTHING, PART_DONE, GO_ON, ADMIT = 0, 1, 2, 3
+#: Why :func:`run_events` returned.
+NO_EVENT_LEFT, LIMIT_REACHED, HEAP_FULL, MESSAGES_FULL, LOG_FULL, LAST_REPLICA_DROPPED = range(6)
+#: What an event causes next for its request.
+NOTHING, COMPLETE_PART, ENTER_LAYER, ADMIT = range(4)
 
 
 @jit
-def run(
-    f: Fixed, s: State, t: Links, until_s: float, most: int
-) -> int:  # pragma: no cover - compiled
-    """Take the events up to ``until_s``, at most ``most``; returns why it ended."""
-    # by local names: looked up in the tuple inside the loop, arrays cost three times as much
-    experts, token_bytes, route, offload = f.sizes[0], f.sizes[1], f.sizes[2], f.sizes[3] == 1
-    overhead_s = f.scalars[0]
-    servers, layers = f.execution.shape
-    top_k = f.experts.shape[2]
-    rows_of, home_of, rank = f.experts, f.home, f.rank
-    kind_of, size_of, dense_s, expert_s = f.kind, f.size, f.dense_s, f.expert_s
-    gpu_start = f.gpu_start
-    number, heap_s, heap_key, heap_what = s.number, s.heap_s, s.heap_key, s.heap_what
-    gpu_free, gpu_busy_s, served = s.gpu_free, s.gpu_busy_s, s.served
-    gpu_of, holder, copies, sent = s.gpu_of, s.holder, s.copies, s.sent
-    count, order, touched, tokens_to = s.count, s.order, s.touched, s.tokens_to
-    goals, few, called = s.goals, s.few, s.called
-    m_work = s.m_work
-    logging = len(s.log_s) > 0
-    taken = 0
-    while number[HEAP] > 0:
+def run_events(  # pragma: no cover - compiled
+    scenario: ScenarioArrays, state: EngineState, links: TransferArrays, until_s: float,
+    max_events: int,
+) -> int:  # fmt: skip
+    """Process the events up to ``until_s``, at most ``max_events``; return why it ended.
+
+    An event may cause a chain of actions for its request: a part of a layer is complete, the
+    request enters the next layer, another request is admitted. This is one long function because
+    split into helpers it ran 1.9 times slower, with helpers that are called and with inlined ones.
+    """
+    # local names: looked up in the tuples inside the loop, arrays cost three times as much
+    experts, token_bytes = scenario.num_experts, scenario.token_bytes
+    route, offload = scenario.route, scenario.offload
+    overhead_s = scenario.call_overhead_s
+    servers, layers = scenario.execution.shape
+    top_k = scenario.experts.shape[2]
+    rows_of, home_of = scenario.experts, scenario.home
+    kind_of, size_of = scenario.gpu_kind, scenario.size_class
+    dense_s, expert_s, gpu_start = scenario.dense_s, scenario.expert_s, scenario.gpu_start
+    counter, heap = state.counter, state.heap
+    heap_s, heap_key, heap_event = heap.time_s, heap.key, heap.event
+    heap_counts, priority = heap.counts, heap.priority
+    gpu_free_s, gpu_busy_s, served = state.gpu_free_s, state.gpu_busy_s, state.served
+    first_gpu, holders, num_replicas = state.first_gpu, state.holders, state.num_replicas
+    token_count, expert_order = state.token_count, state.expert_order
+    distinct_experts, tokens_to = state.distinct_experts, state.tokens_to
+    tokens_sent, missing_experts = state.tokens_sent, state.missing_experts
+    link_rank, held_mask = scenario.link_rank, state.held_mask
+    candidate_servers, cover_table = state.candidate_servers, state.cover_table
+    recent_calls, message_work_s = state.recent_calls, state.message_work_s
+    logging = len(state.log_s) > 0
+    processed = 0
+    while heap_counts[0] > 0:
         now = heap_s[0]
         if now > until_s:
             break
-        if taken >= most:
-            return MOST
-        if len(heap_s) - number[HEAP] < servers + 8 + number[OPEN_STEPS]:
+        if processed >= max_events:
+            return LIMIT_REACHED
+        if len(heap_s) - heap_counts[0] < servers + 8 + counter[OPEN_STEPS]:
             return HEAP_FULL
-        if number[FREE] < servers + 1:
+        if counter[FREE_MESSAGES] < servers + 1:
             return MESSAGES_FULL
-        if logging and number[LOGGED] == len(s.log_s):
+        if logging and counter[LOG_LINES] == len(state.log_s):
             return LOG_FULL
-        kind = heap_what[0] >> KIND_SHIFT
-        subject = heap_what[0] & 0xFFFFFFFF
-        drop_first(heap_s, heap_key, heap_what, number)
-        s.now[0] = now
-        taken += 1
-        number[TAKEN] += 1
+        kind = heap_event[0] >> KIND_SHIFT
+        subject = heap_event[0] & 0xFFFFFFFF
+        remove_first_event(heap_s, heap_key, heap_event, heap_counts)
+        state.clock_s[0] = now
+        processed += 1
+        counter[PROCESSED] += 1
         if logging:
-            line = number[LOGGED]
-            number[LOGGED] += 1
-            s.log_s[line] = now
-            what = s.log_what[line]
-            what[0] = kind
+            line = counter[LOG_LINES]
+            counter[LOG_LINES] += 1
+            state.log_s[line] = now
+            fields = state.log_event[line]
+            fields[0] = kind
             if kind == ARRIVAL:
-                what[1], what[2], what[3], what[4] = subject, -1, home_of[subject], home_of[subject]
+                home = home_of[subject]
+                fields[1], fields[2], fields[3], fields[4] = subject, -1, home, home
             elif kind == LOADED:
-                g = s.step_gpu[subject]
-                what[1], what[2], what[3], what[4] = -1, -1, f.server[g], g
+                g = state.step_gpu[subject]
+                fields[1], fields[2], fields[3], fields[4] = -1, -1, scenario.server_of_gpu[g], g
             elif kind in (DENSE, LOCAL):
-                what[1], what[2] = subject, s.layer[subject]
-                what[3], what[4] = s.at[subject], s.at[subject]
+                fields[1], fields[2] = subject, state.layer[subject]
+                fields[3], fields[4] = state.location[subject], state.location[subject]
             else:
-                what[1], what[2] = s.m_request[subject], s.m_layer[subject]
-                what[3], what[4] = s.m_at[subject], s.m_to[subject]
+                fields[1], fields[2] = state.message_request[subject], state.message_layer[subject]
+                fields[3], fields[4] = state.message_from[subject], state.message_to[subject]
         action = NOTHING
         r = np.int64(subject)
 
         if kind == DENSE:
             # -------------------------------------------------------------- route the step's tokens
-            at = s.at[r]
+            at = state.location[r]
             home = home_of[r]
-            layer = s.layer[r]
+            layer = state.layer[r]
             first = layer * experts
-            row = s.row[r]
-            tokens = s.tokens[r]
+            row = state.token_row[r]
+            tokens = state.step_tokens[r]
             remote = 0
             for token in range(row, row + tokens):
                 missing = 0
                 for k in range(top_k):
                     e = np.int64(rows_of[token, layer, k])
-                    called[home, layer, e] += 1
-                    if offload or gpu_of[at, first + e] >= 0:
-                        if count[at, e] == 0:
-                            order[at, touched[at]] = e
-                            touched[at] += 1
-                        count[at, e] += 1
+                    recent_calls[home, layer, e] += 1
+                    if offload or first_gpu[at, first + e] >= 0:
+                        if token_count[at, e] == 0:
+                            expert_order[at, distinct_experts[at]] = e
+                            distinct_experts[at] += 1
+                        token_count[at, e] += 1
                     else:
-                        few[0, missing] = first + e
+                        missing_experts[0, missing] = first + e
                         missing += 1
                 if missing == 0:
                     continue
                 remote += missing
-                if route == COVER:
-                    cover(few, missing, holder, copies, sent[at], s.mask, goals, s.best)
-                elif route == NEAREST:
-                    for k in range(missing):
-                        pair = few[0, k]
-                        chosen = holder[pair, 0]
-                        for i in range(1, copies[pair]):
-                            if f.link_rank[at, holder[pair, i]] < f.link_rank[at, chosen]:
-                                chosen = holder[pair, i]
-                        few[1, k] = chosen
-                else:
-                    for k in range(missing):
-                        pair = few[0, k]
-                        which = mix(r, pair) % np.uint64(copies[pair])
-                        few[1, k] = holder[pair, np.int64(which)]
-                different = 0
+                choose_holders(
+                    route, r, missing_experts, missing, holders, num_replicas, tokens_sent[at],
+                    link_rank[at], held_mask, candidate_servers, cover_table,
+                )  # fmt: skip
+                num_servers = 0
                 for k in range(missing):
-                    m = few[1, k]
-                    e = few[0, k] - first
-                    if count[m, e] == 0:
-                        order[m, touched[m]] = e
-                        touched[m] += 1
-                    count[m, e] += 1
-                    again = False
+                    m = missing_experts[1, k]
+                    e = missing_experts[0, k] - first
+                    if token_count[m, e] == 0:
+                        expert_order[m, distinct_experts[m]] = e
+                        distinct_experts[m] += 1
+                    token_count[m, e] += 1
+                    seen = False
                     for before in range(k):
-                        if few[1, before] == m:
-                            again = True
-                    if not again:
-                        different += 1
+                        if missing_experts[1, before] == m:
+                            seen = True
+                    if not seen:
+                        num_servers += 1
                         tokens_to[m] += 1
-                        sent[at, m] += 1
-                s.waiting[home] += 1
-                s.destinations[home] += different
-            s.calls[home] += tokens * top_k
-            s.remote_calls[home] += remote
-            s.steps[home] += tokens
-            s.remote[r] = remote
+                        tokens_sent[at, m] += 1
+                state.waiting[home] += 1
+                state.destinations[home] += num_servers
+            state.calls[home] += tokens * top_k
+            state.remote_calls[home] += remote
+            state.steps[home] += tokens
+            state.remote_experts[r] = remote
             parts = 0
-            if touched[at] > 0:
+            if distinct_experts[at] > 0:
                 parts = 1
                 if offload:
-                    end_s = offloaded(f, s, at, layer)
+                    end_s = compute_with_offload(scenario, state, at, layer)
                 else:
                     end_s = 0.0
-                    work = m_work[s.m_free[number[FREE] - 1]]  # an unused message's, as scratch
-                    for i in range(touched[at]):
-                        e = order[at, i]
-                        g = gpu_of[at, first + e]
+                    # the entry of an unused message serves as working memory
+                    work = message_work_s[state.free_messages[counter[FREE_MESSAGES] - 1]]
+                    for i in range(distinct_experts[at]):
+                        e = expert_order[at, i]
+                        g = first_gpu[at, first + e]
                         local_gpu = g - gpu_start[at]
                         if work[local_gpu] < 0:
                             work[local_gpu] = 0.0
-                        work[local_gpu] += expert_s[kind_of[g], size_of[layer], count[at, e]]
-                        served[g] += count[at, e]
+                        work[local_gpu] += expert_s[kind_of[g], size_of[layer], token_count[at, e]]
+                        served[g] += token_count[at, e]
                     for g in range(gpu_start[at], gpu_start[at + 1]):
                         work_s = work[g - gpu_start[at]]
                         if work_s >= 0:
-                            gpu_free[g] = max(now, gpu_free[g]) + work_s
+                            gpu_free_s[g] = max(now, gpu_free_s[g]) + work_s
                             gpu_busy_s[g] += work_s
-                            end_s = max(end_s, gpu_free[g])
+                            end_s = max(end_s, gpu_free_s[g])
                             work[g - gpu_start[at]] = -1.0
-                push(heap_s, heap_key, heap_what, number, end_s, rank[LOCAL], LOCAL, r)
-                for i in range(touched[at]):
-                    count[at, order[at, i]] = 0
-                touched[at] = 0
+                push_event(end_s, LOCAL, r, heap_s, heap_key, heap_event, heap_counts, priority)
+                for i in range(distinct_experts[at]):
+                    token_count[at, expert_order[at, i]] = 0
+                distinct_experts[at] = 0
             if remote > 0:
                 for m in range(servers):
                     if tokens_to[m] == 0:
                         continue
                     parts += 1
-                    number[FREE] -= 1
-                    message = s.m_free[number[FREE]]
-                    work = m_work[message]
+                    counter[FREE_MESSAGES] -= 1
+                    message = state.free_messages[counter[FREE_MESSAGES]]
+                    work = message_work_s[message]
                     named = 0
-                    for i in range(touched[m]):
-                        e = order[m, i]
-                        g = gpu_of[m, first + e]
+                    for i in range(distinct_experts[m]):
+                        e = expert_order[m, i]
+                        g = first_gpu[m, first + e]
                         remote_gpu = g - gpu_start[m]
                         if work[remote_gpu] < 0:
                             work[remote_gpu] = 0.0
-                        work[remote_gpu] += expert_s[kind_of[g], size_of[layer], count[m, e]]
-                        served[g] += count[m, e]
-                        named += count[m, e]
-                        count[m, e] = 0
-                    touched[m] = 0
+                        work[remote_gpu] += expert_s[kind_of[g], size_of[layer], token_count[m, e]]
+                        served[g] += token_count[m, e]
+                        named += token_count[m, e]
+                        token_count[m, e] = 0
+                    distinct_experts[m] = 0
                     states = tokens_to[m] * token_bytes
                     tokens_to[m] = 0
-                    s.m_request[message] = r
-                    s.m_layer[message] = layer
-                    s.m_at[message] = at
-                    s.m_to[message] = m
-                    s.m_out[message] = states + BYTES_PER_CALL * named
-                    s.m_back[message] = states
-                    s.m_hop[message] = False
-                    s.m_returning[message] = False
-                    s.messages[at, m] += 1
-                    push(heap_s, heap_key, heap_what, number, now + overhead_s, rank[SEND], SEND,
-                         message)  # fmt: skip
-            s.parts[r] = parts
+                    state.message_request[message] = r
+                    state.message_layer[message] = layer
+                    state.message_from[message] = at
+                    state.message_to[message] = m
+                    state.message_bytes[message] = states + BYTES_PER_CALL * named
+                    state.reply_bytes[message] = states
+                    state.message_hop[message] = False
+                    state.message_returning[message] = False
+                    state.messages[at, m] += 1
+                    push_event(
+                        now + overhead_s, SEND, message,
+                        heap_s, heap_key, heap_event, heap_counts, priority,
+                    )  # fmt: skip
+            state.pending_parts[r] = parts
 
         elif kind == LOCAL:
-            action = PART_DONE
+            action = COMPLETE_PART
 
         elif kind == SEND:
-            ask(t, r, s.m_at[r], s.m_to[r])
+            start_or_enqueue(links, r, state.message_from[r], state.message_to[r])
 
         elif kind == FREED:
-            if s.m_returning[r]:
-                free_ports(t, r, s.m_to[r], s.m_at[r])
+            if state.message_returning[r]:
+                release_ports(links, r, state.message_to[r], state.message_from[r])
             else:
-                free_ports(t, r, s.m_at[r], s.m_to[r])
+                release_ports(links, r, state.message_from[r], state.message_to[r])
 
         elif kind == ARRIVED:
-            m = s.m_to[r]
-            if s.m_hop[r]:
-                s.m_free[number[FREE]] = r
-                number[FREE] += 1
-                r = np.int64(s.m_request[r])
-                s.at[r] = m
-                action = GO_ON
+            m = state.message_to[r]
+            if state.message_hop[r]:
+                state.free_messages[counter[FREE_MESSAGES]] = r
+                counter[FREE_MESSAGES] += 1
+                r = np.int64(state.message_request[r])
+                state.location[r] = m
+                action = ENTER_LAYER
             else:
                 end_s = 0.0
-                work = m_work[r]
+                work = message_work_s[r]
                 for g in range(gpu_start[m], gpu_start[m + 1]):
                     work_s = work[g - gpu_start[m]]
                     if work_s >= 0:
-                        gpu_free[g] = max(now, gpu_free[g]) + work_s
+                        gpu_free_s[g] = max(now, gpu_free_s[g]) + work_s
                         gpu_busy_s[g] += work_s
-                        end_s = max(end_s, gpu_free[g])
+                        end_s = max(end_s, gpu_free_s[g])
                         work[g - gpu_start[m]] = -1.0
-                push(heap_s, heap_key, heap_what, number, end_s, rank[COMPUTED], COMPUTED, r)
+                push_event(end_s, COMPUTED, r, heap_s, heap_key, heap_event, heap_counts, priority)
 
         elif kind == COMPUTED:
-            s.m_returning[r] = True
-            ask(t, r, s.m_to[r], s.m_at[r])
+            state.message_returning[r] = True
+            start_or_enqueue(links, r, state.message_to[r], state.message_from[r])
 
         elif kind == RETURNED:
-            s.m_free[number[FREE]] = r
-            number[FREE] += 1
-            r = np.int64(s.m_request[r])
-            action = PART_DONE
+            state.free_messages[counter[FREE_MESSAGES]] = r
+            counter[FREE_MESSAGES] += 1
+            r = np.int64(state.message_request[r])
+            action = COMPLETE_PART
 
         elif kind == ARRIVAL:
-            number[SEEN] += 1
-            if number[SEEN] < len(home_of):
-                push(heap_s, heap_key, heap_what, number, f.arrival_s[number[SEEN]],
-                     rank[ARRIVAL], ARRIVAL, number[SEEN])  # fmt: skip
+            counter[LATEST_ARRIVAL] += 1
+            following = counter[LATEST_ARRIVAL]
+            if following < len(home_of):
+                push_event(
+                    scenario.arrival_s[following], ARRIVAL, following,
+                    heap_s, heap_key, heap_event, heap_counts, priority,
+                )  # fmt: skip
             home = home_of[r]
-            s.present_s[home] += s.present[home] * (now - s.present_since[home])
-            s.present_since[home] = now
-            s.present[home] += 1
-            if s.active[home] < f.concurrency[home]:
+            state.present_s[home] += state.num_present[home] * (now - state.present_since_s[home])
+            state.present_since_s[home] = now
+            state.num_present[home] += 1
+            if state.num_active[home] < scenario.concurrency[home]:
                 action = ADMIT
-            elif s.head[home] < 0:
-                s.head[home] = r
-                s.tail[home] = r
+            elif state.queue_head[home] < 0:
+                state.queue_head[home] = r
+                state.queue_tail[home] = r
             else:
-                s.next_waiting[s.tail[home]] = r
-                s.tail[home] = r
+                state.next_queued[state.queue_tail[home]] = r
+                state.queue_tail[home] = r
 
         else:  # LOADED
-            g = s.step_gpu[subject]
-            hold(g, s.step_pair[subject], s.held, gpu_of, holder, copies, gpu_start, f.server[g])
-            if not begin_steps(f, s, step_over(s, subject, 0)):
-                return UNCOVERED
+            g = state.step_gpu[subject]
+            add_replica(
+                g, state.step_pair[subject], state.gpu_holds, first_gpu, holders, num_replicas,
+                scenario.server_of_gpu[g],
+            )  # fmt: skip
+            if not start_steps(scenario, state, complete_step(state, subject, 0)):
+                return LAST_REPLICA_DROPPED
 
-        # ------------------------------------------------------ what follows for the request
+        # ------------------------------------------------ the actions that the event causes
         while action != NOTHING:
-            if action == PART_DONE:
-                s.parts[r] -= 1
+            if action == COMPLETE_PART:
+                state.pending_parts[r] -= 1
                 action = NOTHING
-                if s.parts[r] == 0:
-                    if s.decoding[r]:
-                        s.layer_steps[s.remote[r]] += 1
-                        s.layer_s[s.remote[r]] += now - s.began_s[r]
-                    s.layer[r] += 1
-                    s.began_s[r] = now
-                    action = GO_ON
+                if state.pending_parts[r] == 0:
+                    if state.decoding[r]:
+                        state.layer_steps[state.remote_experts[r]] += 1
+                        state.layer_s[state.remote_experts[r]] += now - state.layer_start_s[r]
+                    state.layer[r] += 1
+                    state.layer_start_s[r] = now
+                    action = ENTER_LAYER
             elif action == ADMIT:
                 home = home_of[r]
-                prompt = f.prompt[r]
-                prefill = f.prefill[prompt]
-                s.active[home] += 1
-                s.start_s[r] = now
-                s.at[r] = home
-                s.row[r] = f.first_row[prompt]
-                s.tokens[r] = prefill if prefill > 0 else 1
-                s.left[r] = f.decode[prompt] + (1 if prefill > 0 else 0)
-                s.decoding[r] = prefill == 0
-                s.layer[r] = 0
-                s.began_s[r] = now
-                action = GO_ON
+                prompt = scenario.prompt[r]
+                prefill = scenario.prefill_tokens[prompt]
+                state.num_active[home] += 1
+                state.start_s[r] = now
+                state.location[r] = home
+                state.token_row[r] = scenario.first_row[prompt]
+                state.step_tokens[r] = prefill if prefill > 0 else 1
+                state.steps_left[r] = scenario.decode_tokens[prompt] + (1 if prefill > 0 else 0)
+                state.decoding[r] = prefill == 0
+                state.layer[r] = 0
+                state.layer_start_s[r] = now
+                action = ENTER_LAYER
             else:
                 action = NOTHING
                 home = home_of[r]
-                at = s.at[r]
-                over = s.layer[r] == layers
-                target = home if over else f.execution[home, s.layer[r]]
+                at = state.location[r]
+                step_done = state.layer[r] == layers
+                target = home if step_done else scenario.execution[home, state.layer[r]]
                 if at != target:
-                    number[FREE] -= 1
-                    message = s.m_free[number[FREE]]
-                    s.m_request[message] = r
-                    s.m_layer[message] = s.layer[r]
-                    s.m_at[message] = at
-                    s.m_to[message] = target
-                    s.m_out[message] = s.tokens[r] * token_bytes
-                    s.m_hop[message] = True
-                    s.m_returning[message] = False
-                    push(heap_s, heap_key, heap_what, number, now + overhead_s, rank[SEND], SEND,
-                         message)  # fmt: skip
-                elif not over:
-                    g = f.dense_gpu[at]
-                    work_s = dense_s[kind_of[g], s.tokens[r]]
-                    gpu_free[g] = max(now, gpu_free[g]) + work_s
+                    counter[FREE_MESSAGES] -= 1
+                    message = state.free_messages[counter[FREE_MESSAGES]]
+                    state.message_request[message] = r
+                    state.message_layer[message] = state.layer[r]
+                    state.message_from[message] = at
+                    state.message_to[message] = target
+                    state.message_bytes[message] = state.step_tokens[r] * token_bytes
+                    state.message_hop[message] = True
+                    state.message_returning[message] = False
+                    push_event(
+                        now + overhead_s, SEND, message,
+                        heap_s, heap_key, heap_event, heap_counts, priority,
+                    )  # fmt: skip
+                elif not step_done:
+                    g = scenario.dense_gpu[at]
+                    work_s = dense_s[kind_of[g], state.step_tokens[r]]
+                    gpu_free_s[g] = max(now, gpu_free_s[g]) + work_s
                     gpu_busy_s[g] += work_s
-                    push(heap_s, heap_key, heap_what, number, gpu_free[g], rank[DENSE], DENSE, r)
+                    push_event(
+                        gpu_free_s[g], DENSE, r, heap_s, heap_key, heap_event, heap_counts, priority
+                    )
                 else:
-                    if np.isnan(s.first_token_s[r]):
-                        s.first_token_s[r] = now
-                    s.left[r] -= 1
-                    if s.left[r] > 0:
-                        s.row[r] += s.tokens[r]
-                        s.tokens[r] = 1
-                        s.decoding[r] = True
-                        s.layer[r] = 0
-                        s.began_s[r] = now
-                        action = GO_ON
+                    if np.isnan(state.first_token_s[r]):
+                        state.first_token_s[r] = now
+                    state.steps_left[r] -= 1
+                    if state.steps_left[r] > 0:
+                        state.token_row[r] += state.step_tokens[r]
+                        state.step_tokens[r] = 1
+                        state.decoding[r] = True
+                        state.layer[r] = 0
+                        state.layer_start_s[r] = now
+                        action = ENTER_LAYER
                     else:
-                        s.done_s[r] = now
-                        number[FINISHED] += 1
-                        s.present_s[home] += s.present[home] * (now - s.present_since[home])
-                        s.present_since[home] = now
-                        s.present[home] -= 1
-                        s.active[home] -= 1
-                        if s.head[home] >= 0:
-                            r = np.int64(s.head[home])
-                            s.head[home] = s.next_waiting[r]
+                        state.done_s[r] = now
+                        counter[FINISHED] += 1
+                        passed_s = now - state.present_since_s[home]
+                        state.present_s[home] += state.num_present[home] * passed_s
+                        state.present_since_s[home] = now
+                        state.num_present[home] -= 1
+                        state.num_active[home] -= 1
+                        if state.queue_head[home] >= 0:
+                            r = np.int64(state.queue_head[home])
+                            state.queue_head[home] = state.next_queued[r]
                             action = ADMIT
-    return ALL
+    return NO_EVENT_LEFT

@@ -1,75 +1,94 @@
-"""The event heap of the compiled engine: four children a node, entries in a total order."""
+"""The event heap of the compiled engine: a 4-ary heap of entries in a total order."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from prism_plan.jit import jit
-from prism_plan.simulate.compiled.engine_state import HEAP, PUSHED
+from prism_plan.simulate.events import PRIORITY
 
 Array = Any
 
-#: A key is the rank of the kind, then the number of the push; what happens is kind and subject.
+#: A key is the priority of the kind, and in the lower bits the number of the push.
 NUMBER_BITS = 56
+#: An event is its kind, and in the lower bits its subject: a request, a message or a step.
 KIND_SHIFT = 32
 
 
+class Heap(NamedTuple):
+    """Arrays [H] of entries, first in the order of (time, key).
+
+    ``counts`` int64 [2]: entries in the heap, events ever pushed. ``priority`` int64 by kind.
+    """
+
+    time_s: Array
+    key: Array
+    event: Array
+    counts: Array
+    priority: Array
+
+    @classmethod
+    def empty(cls, room: int) -> Heap:
+        """A heap with room for so many entries."""
+        times, keys, events = np.zeros(room), np.zeros(room, np.int64), np.zeros(room, np.int64)
+        return cls(times, keys, events, np.zeros(2, np.int64), PRIORITY.astype(np.int64))
+
+
 @jit
-def push(  # pragma: no cover - compiled
-    heap_s: Array, heap_key: Array, heap_what: Array, number: Array, time_s: float, rank: int,
-    kind: int, subject: Any,
+def push_event(  # pragma: no cover - compiled
+    at_s: float, kind: int, subject: Any,
+    time_s: Array, keys: Array, events: Array, counts: Array, priority: Array,
 ) -> None:  # fmt: skip
-    """Add an event to the heap."""
-    key = (np.int64(rank) << NUMBER_BITS) | number[PUSHED]
-    what = (np.int64(kind) << KIND_SHIFT) | np.int64(subject)
-    number[PUSHED] += 1
-    i = number[HEAP]
-    number[HEAP] += 1
+    """Add an event to the heap, whose arrays are passed one by one, which is faster."""
+    key = (priority[kind] << NUMBER_BITS) | counts[1]
+    event = (np.int64(kind) << KIND_SHIFT) | np.int64(subject)
+    i = counts[0]
+    counts[0] += 1
+    counts[1] += 1
     while i > 0:
         above = (i - 1) >> 2
-        if heap_s[above] < time_s or (heap_s[above] == time_s and heap_key[above] < key):
+        if time_s[above] < at_s or (time_s[above] == at_s and keys[above] < key):
             break
-        heap_s[i] = heap_s[above]
-        heap_key[i] = heap_key[above]
-        heap_what[i] = heap_what[above]
+        time_s[i] = time_s[above]
+        keys[i] = keys[above]
+        events[i] = events[above]
         i = above
-    heap_s[i] = time_s
-    heap_key[i] = key
-    heap_what[i] = what
+    time_s[i] = at_s
+    keys[i] = key
+    events[i] = event
 
 
 @jit
-def drop_first(  # pragma: no cover - compiled
-    heap_s: Array, heap_key: Array, heap_what: Array, number: Array
+def remove_first_event(  # pragma: no cover - compiled
+    time_s: Array, keys: Array, events: Array, counts: Array
 ) -> None:
-    """Take the first event out of the heap (of four children a node)."""
-    number[HEAP] -= 1
-    size = number[HEAP]
+    """Remove the first event of the heap."""
+    counts[0] -= 1
+    size = counts[0]
     if size == 0:
         return
-    time_s = heap_s[size]
-    key = heap_key[size]
-    what = heap_what[size]
+    at_s = time_s[size]
+    key = keys[size]
+    event = events[size]
     i = 0
     while True:
         first = 4 * i + 1
         if first >= size:
             break
         least = first
-        last = min(first + 4, size)
-        for child in range(first + 1, last):
-            if heap_s[child] < heap_s[least] or (
-                heap_s[child] == heap_s[least] and heap_key[child] < heap_key[least]
+        for child in range(first + 1, min(first + 4, size)):
+            if time_s[child] < time_s[least] or (
+                time_s[child] == time_s[least] and keys[child] < keys[least]
             ):
                 least = child
-        if time_s < heap_s[least] or (time_s == heap_s[least] and key < heap_key[least]):
+        if at_s < time_s[least] or (at_s == time_s[least] and key < keys[least]):
             break
-        heap_s[i] = heap_s[least]
-        heap_key[i] = heap_key[least]
-        heap_what[i] = heap_what[least]
+        time_s[i] = time_s[least]
+        keys[i] = keys[least]
+        events[i] = events[least]
         i = least
-    heap_s[i] = time_s
-    heap_key[i] = key
-    heap_what[i] = what
+    time_s[i] = at_s
+    keys[i] = key
+    events[i] = event

@@ -1,4 +1,4 @@
-"""Experts that move in the compiled engine: holders, and the steps of a migration."""
+"""Migration in the compiled engine: replicas that come and go, and the steps that move them."""
 
 from __future__ import annotations
 
@@ -6,103 +6,122 @@ from typing import Any
 
 from prism_plan.jit import jit
 from prism_plan.simulate.compiled.engine_state import (
-    ERROR,
+    FAILED_STEP,
     LOADED_BYTES,
     LOADS,
     OPEN_STEPS,
-    Fixed,
-    State,
+    EngineState,
+    ScenarioArrays,
 )
-from prism_plan.simulate.compiled.heap import push
+from prism_plan.simulate.compiled.heap import push_event
 from prism_plan.simulate.events import LOADED
 
 Array = Any
 
 
 @jit
-def hold(  # pragma: no cover - compiled
-    g: int, pair: int, held: Array, gpu_of: Array, holder: Array, copies: Array, gpu_start: Array,
+def add_replica(  # pragma: no cover - compiled
+    g: int, pair: int, gpu_holds: Array, first_gpu: Array, holders: Array, num_replicas: Array,
     n: int,
 ) -> None:  # fmt: skip
-    """GPU g of server n has a pair from now on."""
-    held[g, pair] = True
-    if gpu_of[n, pair] < 0:
-        i = copies[pair]
-        while i > 0 and holder[pair, i - 1] > n:
-            holder[pair, i] = holder[pair, i - 1]
+    """Record that GPU g of server n holds a pair from now on."""
+    gpu_holds[g, pair] = True
+    if first_gpu[n, pair] < 0:
+        i = num_replicas[pair]
+        while i > 0 and holders[pair, i - 1] > n:
+            holders[pair, i] = holders[pair, i - 1]
             i -= 1
-        holder[pair, i] = n
-        copies[pair] += 1
-        gpu_of[n, pair] = g
-    elif g < gpu_of[n, pair]:
-        gpu_of[n, pair] = g
+        holders[pair, i] = n
+        num_replicas[pair] += 1
+        first_gpu[n, pair] = g
+    elif g < first_gpu[n, pair]:
+        first_gpu[n, pair] = g
 
 
 @jit
-def let_go(  # pragma: no cover - compiled
-    g: int, pair: int, held: Array, gpu_of: Array, holder: Array, copies: Array, gpu_start: Array,
-    n: int,
+def release_replica(  # pragma: no cover - compiled
+    g: int, pair: int, gpu_holds: Array, first_gpu: Array, holders: Array, num_replicas: Array,
+    gpu_start: Array, n: int,
 ) -> None:  # fmt: skip
-    """GPU g of server n has a pair no longer."""
-    if not held[g, pair]:
+    """Record that GPU g of server n no longer holds a pair."""
+    if not gpu_holds[g, pair]:
         return
-    held[g, pair] = False
-    gpu_of[n, pair] = -1
+    gpu_holds[g, pair] = False
+    first_gpu[n, pair] = -1
     for other in range(gpu_start[n], gpu_start[n + 1]):
-        if held[other, pair]:
-            gpu_of[n, pair] = other
+        if gpu_holds[other, pair]:
+            first_gpu[n, pair] = other
             return
     i = 0
-    while holder[pair, i] != n:
+    while holders[pair, i] != n:
         i += 1
-    copies[pair] -= 1
-    while i < copies[pair]:
-        holder[pair, i] = holder[pair, i + 1]
+    num_replicas[pair] -= 1
+    while i < num_replicas[pair]:
+        holders[pair, i] = holders[pair, i + 1]
         i += 1
 
 
 @jit
-def begin_steps(f: Fixed, s: State, waiting: int) -> bool:  # pragma: no cover - compiled
-    """Begin the ``waiting`` steps in ``step_queue`` and what follows; False: a pair was lost."""
-    experts = f.sizes[0]
-    now = s.now[0]
+def start_load(  # pragma: no cover - compiled
+    scenario: ScenarioArrays, state: EngineState, g: int, layer: int, earliest_s: float
+) -> float:
+    """Load an expert of a layer onto GPU g when its load channel is free; return the end."""
+    load_s = scenario.load_s[g, layer]
+    start_s = max(earliest_s, state.load_free_s[g])
+    if scenario.load_blocks_compute[g]:
+        start_s = max(start_s, state.gpu_free_s[g])
+        state.gpu_free_s[g] = start_s + load_s
+        state.gpu_busy_s[g] += load_s
+    state.load_free_s[g] = start_s + load_s
+    state.counter[LOADS] += 1
+    state.counter[LOADED_BYTES] += scenario.expert_bytes[layer]
+    return start_s + load_s  # type: ignore[no-any-return]
+
+
+@jit
+def start_steps(  # pragma: no cover - compiled
+    scenario: ScenarioArrays, state: EngineState, num_ready: int
+) -> bool:
+    """Start the first ``num_ready`` of ``ready_steps``, and those that their drops make ready.
+
+    Returns False where a step drops the last replica of a pair.
+    """
     i = 0
-    while i < waiting:
-        index = s.step_queue[i]
+    while i < num_ready:
+        index = state.ready_steps[i]
         i += 1
-        g = s.step_gpu[index]
-        pair = s.step_pair[index]
-        if s.step_load[index]:
-            load_s = f.load_s[g, pair // experts]
-            begin_s = max(now, s.load_free[g])
-            if f.blocks[g]:
-                begin_s = max(begin_s, s.gpu_free[g])
-                s.gpu_free[g] = begin_s + load_s
-                s.gpu_busy_s[g] += load_s
-            s.load_free[g] = begin_s + load_s
-            s.number[LOADS] += 1
-            s.number[LOADED_BYTES] += f.expert_bytes[pair // experts]
-            push(s.heap_s, s.heap_key, s.heap_what, s.number, begin_s + load_s, f.rank[LOADED],
-                 LOADED, index)  # fmt: skip
+        g = state.step_gpu[index]
+        pair = state.step_pair[index]
+        if state.step_is_load[index]:
+            end_s = start_load(scenario, state, g, pair // scenario.num_experts, state.clock_s[0])
+            heap = state.heap
+            push_event(
+                end_s, LOADED, index, heap.time_s, heap.key, heap.event, heap.counts, heap.priority
+            )
             continue
-        let_go(g, pair, s.held, s.gpu_of, s.holder, s.copies, f.gpu_start, f.server[g])
-        if s.copies[pair] == 0:
-            s.number[ERROR] = index
+        release_replica(
+            g, pair, state.gpu_holds, state.first_gpu, state.holders, state.num_replicas,
+            scenario.gpu_start, scenario.server_of_gpu[g],
+        )  # fmt: skip
+        if state.num_replicas[pair] == 0:
+            state.counter[FAILED_STEP] = index
             return False
-        waiting = step_over(s, index, waiting)
+        num_ready = complete_step(state, index, num_ready)
     return True
 
 
 @jit
-def step_over(s: State, index: int, waiting: int) -> int:  # pragma: no cover - compiled
-    """Queue the steps that lacked only this one behind the ``waiting``; returns their number."""
-    s.number[OPEN_STEPS] -= 1
-    if s.number[OPEN_STEPS] == 0:
-        s.now[1] = s.now[0]
-    for i in range(s.step_start[index], s.step_start[index + 1]):
-        other = s.step_next[i]
-        s.step_lacking[other] -= 1
-        if s.step_lacking[other] == 0:
-            s.step_queue[waiting] = other
-            waiting += 1
-    return waiting
+def complete_step(  # pragma: no cover - compiled
+    state: EngineState, index: int, num_ready: int
+) -> int:
+    """Append to ``ready_steps`` those that needed only this step; return how many there are."""
+    state.counter[OPEN_STEPS] -= 1
+    if state.counter[OPEN_STEPS] == 0:
+        state.clock_s[1] = state.clock_s[0]
+    for i in range(state.step_dependents_start[index], state.step_dependents_start[index + 1]):
+        other = state.step_dependents[i]
+        state.step_open_needs[other] -= 1
+        if state.step_open_needs[other] == 0:
+            state.ready_steps[num_ready] = other
+            num_ready += 1
+    return num_ready

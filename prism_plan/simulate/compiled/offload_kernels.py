@@ -1,4 +1,4 @@
-"""The baseline `offload` in the compiled engine: least recently used slots."""
+"""The baseline `offload` in the compiled engine: an expert replaces the least recently used one."""
 
 from __future__ import annotations
 
@@ -7,58 +7,51 @@ from typing import Any
 import numpy as np
 
 from prism_plan.jit import jit
-from prism_plan.simulate.compiled.engine_state import LOADED_BYTES, LOADS, Fixed, State
+from prism_plan.simulate.compiled.engine_state import EngineState, ScenarioArrays
+from prism_plan.simulate.compiled.migration_kernels import start_load
 
 Array = Any
 
 
 @jit
-def offloaded(  # pragma: no cover - compiled
-    f: Fixed, s: State, at: int, layer: int
+def compute_with_offload(  # pragma: no cover - compiled
+    scenario: ScenarioArrays, state: EngineState, at: int, layer: int
 ) -> float:
     """Compute resident experts, then load and compute the others; see the reference engine."""
-    now = s.now[0]
-    first = layer * f.sizes[0]
+    now = state.clock_s[0]
+    first = layer * scenario.num_experts
     end_s = 0.0
-    for missing in range(2):
-        for i in range(s.touched[at]):
-            e = s.order[at, i]
-            tokens = s.count[at, e]
-            if tokens == 0:  # it was resident, and is done
+    for loads in range(2):
+        for i in range(state.distinct_experts[at]):
+            e = state.expert_order[at, i]
+            tokens = state.token_count[at, e]
+            if tokens == 0:  # it is resident, and computed
                 continue
-            slot = s.slot_of[at, first + e]
-            if missing == 0:
+            slot = state.slot_of[at, first + e]
+            if loads == 0:
                 if slot < 0:
                     continue
-                s.count[at, e] = 0
-                g = s.slot_gpu[slot]
-                work_s = f.expert_s[f.kind[g], f.size[layer], tokens]
-                done_s = max(now, s.gpu_free[g]) + work_s
+                state.token_count[at, e] = 0
+                g = state.slot_gpu[slot]
+                work_s = scenario.expert_s[scenario.gpu_kind[g], scenario.size_class[layer], tokens]
+                done_s = max(now, state.gpu_free_s[g]) + work_s
             else:
-                slot = np.int32(s.slot_first[at])
-                for other in range(s.slot_first[at] + 1, s.slot_first[at + 1]):
-                    if s.slot_end[other] < s.slot_end[slot]:
+                slot = np.int32(state.slot_start[at])
+                for other in range(state.slot_start[at] + 1, state.slot_start[at + 1]):
+                    if state.slot_used_s[other] < state.slot_used_s[slot]:
                         slot = np.int32(other)
-                g = s.slot_gpu[slot]
-                load_s = f.load_s[g, layer]
-                begin_s = max(now, s.load_free[g], s.slot_end[slot])
-                if f.blocks[g]:
-                    begin_s = max(begin_s, s.gpu_free[g])
-                    s.gpu_free[g] = begin_s + load_s
-                    s.gpu_busy_s[g] += load_s
-                loaded_s = begin_s + load_s
-                s.load_free[g] = loaded_s
-                work_s = f.expert_s[f.kind[g], f.size[layer], tokens]
-                done_s = max(loaded_s, s.gpu_free[g]) + work_s
-                if s.slot_pair[slot] >= 0:
-                    s.slot_of[at, s.slot_pair[slot]] = -1
-                s.slot_pair[slot] = first + e
-                s.slot_of[at, first + e] = slot
-                s.number[LOADS] += 1
-                s.number[LOADED_BYTES] += f.expert_bytes[layer]
-            s.gpu_free[g] = done_s
-            s.gpu_busy_s[g] += work_s
-            s.served[g] += tokens
-            s.slot_end[slot] = done_s
+                g = state.slot_gpu[slot]
+                earliest_s = max(now, state.slot_used_s[slot])
+                loaded_s = start_load(scenario, state, g, layer, earliest_s)
+                work_s = scenario.expert_s[scenario.gpu_kind[g], scenario.size_class[layer], tokens]
+                done_s = max(loaded_s, state.gpu_free_s[g]) + work_s
+                if state.slot_pair[slot] >= 0:
+                    state.slot_of[at, state.slot_pair[slot]] = -1
+                state.slot_pair[slot] = first + e
+                state.slot_of[at, first + e] = slot
+            state.gpu_free_s[g] = done_s
+            state.gpu_busy_s[g] += work_s
+            state.served[g] += tokens
+            state.slot_used_s[slot] = done_s
             end_s = max(end_s, done_s)
     return end_s

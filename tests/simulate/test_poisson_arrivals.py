@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
 from prism_plan.io.arrivals import parse_arrivals, read_arrivals
-from prism_plan.simulate.arrival_trace import Arrival, FixedArrivals
+from prism_plan.simulate.arrival_trace import Arrival, ArrivalTrace
 from prism_plan.simulate.poisson_arrivals import Intervals, arrivals_before, arrivals_by_number
-from prism_plan.simulate.random_streams import Source, stream
+from prism_plan.simulate.random_streams import RandomSource, random_stream
 
 
 def every(seconds: float) -> Intervals:
@@ -23,7 +23,7 @@ def every(seconds: float) -> Intervals:
 
 
 def generator(seed: int = 0) -> np.random.Generator:
-    return stream(seed, Source.ARRIVALS, 0)
+    return random_stream(seed, RandomSource.ARRIVALS, 0)
 
 
 def test_gaps_are_exponential() -> None:
@@ -122,7 +122,7 @@ def test_read_arrivals(tmp_path: Path) -> None:
         '{"server": "edge-0", "at_s": 1.5, "task": "law", "request": 17}\n\n'
         '{"at_s": 0, "server": "edge-1"}\r\n'
     )
-    assert read_arrivals(path) == FixedArrivals(
+    assert read_arrivals(path) == ArrivalTrace(
         (Arrival("edge-0", 1.5, "law", 17, 1), Arrival("edge-1", 0.0, None, None, 3)), str(path)
     )
 

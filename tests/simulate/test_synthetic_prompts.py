@@ -18,7 +18,7 @@ from prism_plan.simulate.synthetic_prompts import (
     draw_prompts,
     draw_tokens,
     inclusion_units,
-    systematic,
+    systematic_sample,
     task_units,
 )
 from prism_plan.trace import Trace
@@ -95,7 +95,7 @@ def test_inclusion_is_exact_in_any_order(case: tuple[list[int], int], random: ob
     order = np.arange(len(counts))
     random.shuffle(order)  # type: ignore[attr-defined]
     rows = np.tile(units, (unit, 1))
-    taken = systematic(rows, np.tile(order, (unit, 1)), np.arange(unit), top_k, unit=unit)
+    taken = systematic_sample(rows, np.tile(order, (unit, 1)), np.arange(unit), top_k, unit=unit)
     assert all(len(set(row)) == top_k for row in taken.tolist())
     np.testing.assert_array_equal(np.bincount(taken.ravel(), minlength=len(counts)), units)
 
@@ -104,7 +104,7 @@ def test_systematic_by_hand() -> None:
     """The comb lies over the experts in the given order: here 2, 0, 1 with lengths 1, 4, 3."""
     units = np.array([[4, 3, 1]] * 4)
     order = np.array([[2, 0, 1]] * 4)
-    taken = systematic(units, order, np.array([0, 1, 2, 3]), 2, unit=4)
+    taken = systematic_sample(units, order, np.array([0, 1, 2, 3]), 2, unit=4)
     assert taken.tolist() == [[2, 0], [0, 1], [0, 1], [0, 1]]
 
 

@@ -15,21 +15,17 @@ import pytest
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, UnsupportedFeature, WrongModel
 from prism_plan.evaluate import simulation
-from prism_plan.evaluate.simulation import (
-    Simulation,
-    SimulationOptions,
-    dump_report,
-    offload_placement,
-    simulate_placements,
-)
+from prism_plan.evaluate.offload_baseline import offload_placement
+from prism_plan.evaluate.simulation import Simulation, dump_report, simulate_placements
+from prism_plan.evaluate.simulation_options import SimulationOptions
+from prism_plan.evaluate.simulation_runner import SimulationRunner
 from prism_plan.instance import Instance
 from prism_plan.placement import Placement
 from prism_plan.simulate.phase_schedule import Phase, Schedule
 from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.requests import Requests
 from prism_plan.trace import Trace
-from tests.profiling.synthetic import synthetic_trace
-from tests.simulation_material import (
+from tests.evaluate.simulation_material import (
     SPEC,
     planned,
     sampled,
@@ -38,6 +34,7 @@ from tests.simulation_material import (
     small_trace,
     without_times,
 )
+from tests.profiling.synthetic import synthetic_trace
 
 #: After 150 requests of each server the users of a and b have swapped their tasks.
 SHIFT = Schedule(
@@ -197,7 +194,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The runners of the simulations to come, with what their engines and reviews saw."""
     made: list[Any] = []
 
-    class Runner(simulation._Runner):
+    class Runner(SimulationRunner):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.taken = 0
@@ -212,13 +209,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             self.engine.take_calls = take_calls  # type: ignore[method-assign]
             made.append(self)
 
-        def _move(self, current: Placement, target: Placement, rates: Any) -> bool:
-            moving = super()._move(current, target, rates)
+        def _start_migration(self, current: Placement, target: Placement, rates: Any) -> bool:
+            moving = super()._start_migration(current, target, rates)
             if moving:
                 self.targets.append(target)
             return moving
 
-    monkeypatch.setattr(simulation, "_Runner", Runner)
+    monkeypatch.setattr(simulation, "SimulationRunner", Runner)
     return made
 
 
@@ -352,7 +349,7 @@ def test_ctrl_c_within_an_event_of_the_plain_engine(
 ) -> None:
     """Ctrl-C takes effect between events: the partial report is sound, the handler is as before."""
     begun = ended = 0
-    take = ReferenceEngine._take
+    take = ReferenceEngine._process
 
     def taking(self: Any, *args: Any) -> None:
         nonlocal begun, ended
@@ -362,7 +359,7 @@ def test_ctrl_c_within_an_event_of_the_plain_engine(
         take(self, *args)
         ended += 1
 
-    monkeypatch.setattr(ReferenceEngine, "_take", taking)
+    monkeypatch.setattr(ReferenceEngine, "_process", taking)
     result = simulated(small_trace(), small_cluster(), "exact", number=300, engine="reference")
     assert result.partial
     assert result.interrupted
@@ -375,7 +372,7 @@ def test_ctrl_c_within_an_event_of_the_plain_engine(
 @pytest.mark.parametrize("when", ["first", "between", "second"])
 def test_ctrl_c_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """Finished runs are kept; before the first event there is nothing to keep."""
-    begin = simulation._Runner.__init__
+    begin = SimulationRunner.__init__
     runners: list[Any] = []
 
     def beginning(self: Any, *args: Any) -> None:
@@ -389,7 +386,7 @@ def test_ctrl_c_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch, when: str) -
     def interrupting(done: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulation._Runner, "__init__", beginning)
+    monkeypatch.setattr(SimulationRunner, "__init__", beginning)
     if when == "first":
         with pytest.raises(KeyboardInterrupt):
             simulated(small_trace(), small_cluster(), "exact", "prism", "uniform")

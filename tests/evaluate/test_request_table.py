@@ -11,7 +11,7 @@ import pytest
 
 from prism_plan.errors import OutputError
 from prism_plan.evaluate.request_table import write_request_table
-from tests.simulation_material import simulated, small_cluster, small_trace
+from tests.evaluate.simulation_material import simulated, small_cluster, small_trace
 
 TYPES = {
     "run": pa.int32(),

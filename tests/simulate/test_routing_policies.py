@@ -4,38 +4,52 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_plan.simulate import routing_policies as routes
-from prism_plan.simulate.compiled import routing_kernels as choosing
-from prism_plan.simulate.routing_policies import mix, nearest, spread
+from prism_plan.simulate.routing_policies import (
+    COVER,
+    NEAREST,
+    ROUTES,
+    choose_holders,
+    cover,
+    hash_call,
+    hash_call_compiled,
+    nearest,
+    spread,
+)
 
 
-def compiled_cover(holders: Sequence[Sequence[int]], sent: Sequence[int]) -> list[int]:
-    """`choosing.cover` on arrays made for it; checks that it leaves its scratch memory clean."""
+def compiled_choice(
+    route: int, holders: Sequence[Sequence[int]], sent: Sequence[int], link_rank: Sequence[int] = ()
+) -> list[int]:
+    """`choose_holders` of request 3 on arrays made for it; it leaves its working memory clean."""
     missing, servers = len(holders), len(sent)
-    few = np.zeros((3, missing), np.int64)
-    few[0] = np.arange(missing)
+    missing_experts = np.zeros((2, missing), np.int64)
+    missing_experts[0] = np.arange(missing)
     holder = np.zeros((missing, servers), np.int32)
     for k, held in enumerate(holders):
         holder[k, : len(held)] = held
-    mask = np.zeros(servers, np.int64)
-    choosing.cover(
-        few,
+    held_mask = np.zeros(servers, np.int64)
+    choose_holders(
+        route,
+        np.int64(3),
+        missing_experts,
         missing,
         holder,
         np.array([len(held) for held in holders], np.int32),
         np.array(sent, np.int64),
-        mask,
+        np.array(link_rank or range(servers), np.int32),
+        held_mask,
         np.zeros(servers, np.int32),
         np.zeros((3, 1 << missing), np.int64),
     )
-    assert not mask.any()
-    return [int(m) for m in few[1]]
+    assert not held_mask.any()
+    return [int(m) for m in missing_experts[1]]
 
 
 @st.composite
@@ -54,7 +68,7 @@ def tokens(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
 def test_compiled_cover_is_the_definition(token: tuple[list[list[int]], list[int]]) -> None:
     """The recursion over subsets places every expert where the enumeration does."""
     holders, sent = token
-    assert compiled_cover(holders, sent) == routes.cover(holders, sent)
+    assert compiled_choice(COVER, holders, sent) == cover(holders, sent)
 
 
 @settings(max_examples=120, deadline=None)
@@ -62,7 +76,7 @@ def test_compiled_cover_is_the_definition(token: tuple[list[list[int]], list[int
 def test_cover_promises(token: tuple[list[list[int]], list[int]]) -> None:
     """Each expert goes to a holder; no set of fewer servers would do, none as small sent less."""
     holders, sent = token
-    place = routes.cover(holders, sent)
+    place = cover(holders, sent)
     assert all(m in held for m, held in zip(place, holders, strict=True))
     used = set(place)
     # every assignment of experts to holders, were it not for the number of them: all subsets
@@ -75,12 +89,12 @@ def test_cover_promises(token: tuple[list[list[int]], list[int]]) -> None:
 
 def test_cover_by_hand() -> None:
     """One server for both beats the nearer two; ties go to the idler, then to the lower server."""
-    assert routes.cover([[0, 2], [1, 2]], [0, 0, 100]) == [2, 2]
-    assert routes.cover([[0, 1], [0, 1]], [5, 4]) == [1, 1]
-    assert routes.cover([[0, 1], [0, 1]], [5, 5]) == [0, 0]
+    assert cover([[0, 2], [1, 2]], [0, 0, 100]) == [2, 2]
+    assert cover([[0, 1], [0, 1]], [5, 4]) == [1, 1]
+    assert cover([[0, 1], [0, 1]], [5, 5]) == [0, 0]
     # {0, 2} and {1, 2} are smallest; 1 has sent less, and serves what it holds before 2 does
-    assert routes.cover([[0, 1], [2], [1, 2]], [3, 1, 9]) == [1, 2, 1]
-    assert routes.cover([], [1, 2]) == []
+    assert cover([[0, 1], [2], [1, 2]], [3, 1, 9]) == [1, 2, 1]
+    assert cover([], [1, 2]) == []
 
 
 def splitmix(request: int, pair: int) -> int:
@@ -95,10 +109,10 @@ def splitmix(request: int, pair: int) -> int:
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1))
-def test_mix_is_the_same_everywhere(request: int, pair: int) -> None:
+def test_the_hash_is_the_same_everywhere(request: int, pair: int) -> None:
     """Python's whole numbers, numpy's 64 bits and the compiled code give one hash."""
-    assert mix(request, pair) == splitmix(request, pair)
-    assert int(choosing.mix(np.int64(request), np.int64(pair))) == mix(request, pair)
+    assert hash_call(request, pair) == splitmix(request, pair)
+    assert int(hash_call_compiled(np.int64(request), np.int64(pair))) == hash_call(request, pair)
 
 
 @pytest.mark.parametrize("number", [2, 3, 5])
@@ -121,6 +135,20 @@ def test_spread_is_a_function_of_request_and_expert() -> None:
     """A later step of the same request asks the same server for the same expert."""
     assert spread(5, 9, [1, 2, 3]) == spread(5, 9, [1, 2, 3])
     assert len({spread(request, 9, [1, 2, 3]) for request in range(20)}) == 3
+
+
+@settings(max_examples=120, deadline=None)
+@given(tokens(), st.randoms(use_true_random=False))
+def test_compiled_nearest_and_spread_are_the_definitions(
+    token: tuple[list[list[int]], list[int]], random: Random
+) -> None:
+    """Compiled code chooses the same holders for any ranks of links."""
+    holders, sent = token
+    link_rank = random.sample(range(len(sent)), len(sent))
+    near = [nearest(link_rank, held) for held in holders]
+    assert compiled_choice(NEAREST, holders, sent, link_rank) == near
+    hashed = [spread(3, pair, held) for pair, held in enumerate(holders)]
+    assert compiled_choice(ROUTES.index("spread"), holders, sent) == hashed
 
 
 def test_nearest() -> None:

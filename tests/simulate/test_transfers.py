@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from prism_plan.cluster import Cluster
 from prism_plan.simulate.compiled.engine import CompiledEngine
-from prism_plan.simulate.events import KINDS, Log
+from prism_plan.simulate.events import Log
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.scenario import Scenario
@@ -28,6 +28,7 @@ from tests.simulate.builders import (
     BYTES_PER_S,
     ENGINES,
     HALF_RTT_S,
+    KINDS,
     LINK,
     OVERHEAD_S,
     Ask,

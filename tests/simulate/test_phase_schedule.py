@@ -11,7 +11,7 @@ from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
 from prism_plan.io.phases import parse_schedule, read_schedule
 from prism_plan.model import ModelSpec
-from prism_plan.simulate.arrival_rates import demand
+from prism_plan.simulate.arrival_rates import arrival_rates
 from prism_plan.simulate.phase_schedule import Phase, Schedule
 from prism_plan.trace import Trace
 
@@ -89,7 +89,7 @@ def test_impossible_schedule(phases: tuple[Phase, ...], place: str) -> None:
     assert caught.value.place == place
 
 
-# -------------------------------------------------------------------------------------- demand
+# -------------------------------------------------------------------------------------- rates
 
 MODEL = ModelSpec(
     name="tiny",
@@ -125,46 +125,51 @@ SITES = (
 
 def test_demand_without_schedule() -> None:
     """One endless phase with what the cluster file says."""
-    want = demand(trace(), cluster(*SITES))
-    assert (want.first.tolist(), want.end) == ([0], None)
-    np.testing.assert_array_equal(want.shares, [[[0, 1, 0], [0.5, 0.5, 0], [0, 0, 0]]])
-    np.testing.assert_array_equal(want.interval_s, [[10, 20, np.nan]])
-    assert [want.has_users(n) for n in range(3)] == [True, True, False]
-    np.testing.assert_allclose(want.rate(), [0.1, 0.05, 0])
+    rates = arrival_rates(trace(), cluster(*SITES))
+    assert (rates.first_request.tolist(), rates.max_requests) == ([0], None)
+    np.testing.assert_array_equal(rates.shares, [[[0, 1, 0], [0.5, 0.5, 0], [0, 0, 0]]])
+    np.testing.assert_array_equal(rates.interval_s, [[10, 20, np.nan]])
+    assert [rates.has_users(n) for n in range(3)] == [True, True, False]
+    np.testing.assert_allclose(rates.server_rates(), [0.1, 0.05, 0])
 
 
 def test_demand_by_phase() -> None:
     """Servers that are not named keep their tasks, an interval stays until it is changed."""
-    want = demand(trace(), cluster(*SITES), parse_schedule(SHIFT))
-    assert (want.first.tolist(), want.end) == ([0, 200, 250], None)
+    rates = arrival_rates(trace(), cluster(*SITES), parse_schedule(SHIFT))
+    assert (rates.first_request.tolist(), rates.max_requests) == ([0, 200, 250], None)
     nobody = [0, 0, 0]
     np.testing.assert_array_equal(
-        want.shares,
+        rates.shares,
         [
             [[1, 0, 0], [0.5, 0.5, 0], nobody],
             [[0.75, 0.25, 0], [0, 1, 0], nobody],
             [[0.75, 0.25, 0], [0, 1, 0], nobody],
         ],
     )
-    np.testing.assert_array_equal(want.interval_s, [[10, 20, np.nan], [2.5] * 3, [2.5] * 3])
+    np.testing.assert_array_equal(rates.interval_s, [[10, 20, np.nan], [2.5] * 3, [2.5] * 3])
     numbers = np.array([0, 199, 200, 249, 250, 10_000])
-    assert want.phase_of(numbers).tolist() == [0, 0, 1, 1, 2, 2]
+    assert rates.phase_of(numbers).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_rate_needs_one_interval() -> None:
     """A change of tasks keeps the rate of requests, a change of intervals has none."""
     sites = cluster(*SITES)
     tasks = Schedule((Phase(5), Phase(tasks={"edge-0": {"intent": 1.0}})))
-    np.testing.assert_allclose(demand(trace(), sites, tasks).rate(), [0.1, 0.05, 0])
-    assert demand(trace(), sites, Schedule((Phase(5), Phase(None, {}, 3.0)))).rate() is None
+    np.testing.assert_allclose(arrival_rates(trace(), sites, tasks).server_rates(), [0.1, 0.05, 0])
+    assert (
+        arrival_rates(trace(), sites, Schedule((Phase(5), Phase(None, {}, 3.0)))).server_rates()
+        is None
+    )
     from_start = Schedule((Phase(5, {}, 4.0), Phase()))
-    np.testing.assert_allclose(demand(trace(), sites, from_start).rate(), [0.25, 0.25, 0])
+    np.testing.assert_allclose(
+        arrival_rates(trace(), sites, from_start).server_rates(), [0.25, 0.25, 0]
+    )
 
 
 def test_end_of_a_bounded_schedule() -> None:
     """Where the last phase tells its requests, the schedule ends after all of them."""
-    want = demand(trace(), cluster(*SITES), Schedule((Phase(5), Phase(7))))
-    assert (want.first.tolist(), want.end) == ([0, 5], 12)
+    rates = arrival_rates(trace(), cluster(*SITES), Schedule((Phase(5), Phase(7))))
+    assert (rates.first_request.tolist(), rates.max_requests) == ([0, 5], 12)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +186,11 @@ def test_unknown_names(tasks: dict[str, dict[str, float]], place: str, message: 
     """Names that cluster or trace do not have are told with the schedule's file and place."""
     schedule = Schedule((Phase(5), Phase(tasks=tasks)), "shift.toml")
     with pytest.raises(InputError, match=message) as caught:
-        demand(trace(), cluster(*SITES), schedule)
+        arrival_rates(trace(), cluster(*SITES), schedule)
     assert (caught.value.source, caught.value.place) == ("shift.toml", place)
 
 
 def test_users_by_the_first_phase() -> None:
     """A server without tasks in the cluster file may get them in the first phase."""
     schedule = Schedule((Phase(5, {"edge-2": {"law": 1.0}}, 1.0), Phase()))
-    assert demand(trace(), cluster(*SITES), schedule).has_users(2)
+    assert arrival_rates(trace(), cluster(*SITES), schedule).has_users(2)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
-from prism_plan.simulate.arrival_trace import Arrival, FixedArrivals
+from prism_plan.simulate.arrival_trace import Arrival, ArrivalTrace
 from prism_plan.simulate.phase_schedule import Phase, Schedule
-from prism_plan.simulate.recorded_prompts import gather_prompts, list_requests
+from prism_plan.simulate.recorded_prompts import gather_prompts, list_trace_requests
 from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.simulate.synthetic_prompts import POOL
@@ -99,7 +99,7 @@ def tokens(prompts: Prompts, index: int) -> np.ndarray:
 def gather(batches: Sequence[TokenBatch], decode_tokens: int = 32) -> Prompts:
     """All requests of a trace of these batches."""
     trace = trace_from_batches(MODEL, TASKS, batches, name="few")
-    listed = list_requests(trace)
+    listed = list_trace_requests(trace)
     return gather_prompts(trace, listed, np.arange(len(listed.request)), decode_tokens)
 
 
@@ -161,7 +161,7 @@ def test_list_of_requests() -> None:
     """Ids by task and in order, lengths, also of requests that lie in two batches."""
     batches = [tokens_of(9, 0, "pp"), tokens_of(2, 2, "pdd"), tokens_of(5, 0, "p")]
     late = tokens_of(9, 0, "pppp").rows(slice(2, 4))
-    listed = list_requests(trace_from_batches(MODEL, TASKS, [*batches, late]))
+    listed = list_trace_requests(trace_from_batches(MODEL, TASKS, [*batches, late]))
     assert listed.request.tolist() == [5, 9, 2]
     assert listed.task.tolist() == [0, 0, 2]
     assert listed.tokens.tolist() == [1, 4, 3]
@@ -250,7 +250,7 @@ def test_types_and_order() -> None:
 def test_ties_go_by_server() -> None:
     """At equal times requests come in order of their server."""
     at = [(2.0, 1), (1.0, 1), (1.0, 0), (2.0, 0), (1.0, 1)]
-    fixed = FixedArrivals(tuple(Arrival(f"edge-{n}", at_s) for at_s, n in at))
+    fixed = ArrivalTrace(tuple(Arrival(f"edge-{n}", at_s) for at_s, n in at))
     requests = sample_requests(mixed_trace(), cluster(LAW, CODE), arrivals=fixed)
     assert requests.arrival_s.tolist() == [1, 1, 1, 2, 2]
     assert requests.home.tolist() == [0, 1, 1, 0, 1]
@@ -445,7 +445,7 @@ LINES = (
 def test_fixed_times() -> None:
     """Times, tasks and requests of the file are kept, what it leaves out is drawn."""
     sites = cluster(LAW, {})
-    requests = sample_requests(mixed_trace(), sites, arrivals=FixedArrivals(LINES))
+    requests = sample_requests(mixed_trace(), sites, arrivals=ArrivalTrace(LINES))
     first, second = of_server(requests, 0), of_server(requests, 1)
     assert [r[:2] for r in first] == [(0.0, "code"), (3.0, "law"), (3.0, "law")]
     assert first[0][2] == 7
@@ -460,8 +460,8 @@ def test_fixed_times() -> None:
 def test_order_of_lines(lines: list[Arrival]) -> None:
     """The order of the lines changes nothing."""
     sites = cluster(LAW, {})
-    here = sample_requests(mixed_trace(), sites, arrivals=FixedArrivals(tuple(lines)))
-    there = sample_requests(mixed_trace(), sites, arrivals=FixedArrivals(LINES))
+    here = sample_requests(mixed_trace(), sites, arrivals=ArrivalTrace(tuple(lines)))
+    there = sample_requests(mixed_trace(), sites, arrivals=ArrivalTrace(LINES))
     for n in range(2):
         assert of_server(here, n) == of_server(there, n)
 
@@ -478,7 +478,7 @@ def test_order_of_lines(lines: list[Arrival]) -> None:
 )
 def test_unknown_in_fixed_times(arrival: Arrival, place: str, message: str) -> None:
     """Names and ids that cluster or trace do not have are told with file and line."""
-    fixed = FixedArrivals((*LINES, arrival), "times.jsonl")
+    fixed = ArrivalTrace((*LINES, arrival), "times.jsonl")
     with pytest.raises(InputError, match=message) as caught:
         sample_requests(mixed_trace(), cluster(LAW, {}), arrivals=fixed)
     assert (caught.value.source, caught.value.place) == ("times.jsonl", place)
@@ -488,14 +488,14 @@ def test_counts_have_no_request_ids() -> None:
     """An id means nothing in a counts-only trace; times and tasks do."""
     trace = counts_only(mixed_trace())
     with pytest.raises(InputError, match="a counts-only trace has none"):
-        sample_requests(trace, cluster(LAW, {}), arrivals=FixedArrivals(LINES))
+        sample_requests(trace, cluster(LAW, {}), arrivals=ArrivalTrace(LINES))
     without = tuple(dataclasses.replace(line, request=None) for line in LINES)
-    assert len(sample_requests(trace, cluster(LAW, {}), arrivals=FixedArrivals(without))) == 6
+    assert len(sample_requests(trace, cluster(LAW, {}), arrivals=ArrivalTrace(without))) == 6
 
 
 def test_fixed_times_follow_a_schedule() -> None:
     """Tasks that the file leaves out are those of the phase of the request's number."""
-    fixed = FixedArrivals(tuple(Arrival("edge-0", float(at)) for at in range(6)))
+    fixed = ArrivalTrace(tuple(Arrival("edge-0", float(at)) for at in range(6)))
     schedule = Schedule((Phase(2), Phase(None, {"edge-0": {"chat": 1.0}})))
     requests = sample_requests(mixed_trace(), cluster(LAW), arrivals=fixed, schedule=schedule)
     assert [r[1] for r in of_server(requests, 0)] == ["law"] * 2 + ["chat"] * 4
@@ -518,7 +518,7 @@ def test_fixed_times_leave_nothing_to_draw(
 ) -> None:
     """What says when requests arrive contradicts a file that says it too."""
     with pytest.raises(InputError, match="fixed times") as caught:
-        sample_requests(mixed_trace(), cluster(LAW, {}), arrivals=FixedArrivals(LINES), **options)
+        sample_requests(mixed_trace(), cluster(LAW, {}), arrivals=ArrivalTrace(LINES), **options)
     assert (caught.value.source or caught.value.parameter, caught.value.place) == (source, place)
 
 

@@ -14,10 +14,10 @@ import pytest
 
 import prism_plan as pp
 from prism_plan.errors import InputError
-from prism_plan.evaluate.comparison import Row
+from prism_plan.evaluate.comparison import ComparisonRow
 from prism_plan.io.sweep import COLUMNS
-from tests.simulation_material import simulated, small_cluster, small_trace
-from tests.simulation_reports import failed, make_report, make_run, make_sweep
+from tests.evaluate.simulation_material import simulated, small_cluster, small_trace
+from tests.evaluate.simulation_reports import failed, make_report, make_run, make_sweep
 
 RUNS = [make_run("exact.json", moves=[300, 900], stays=[600], busy=[1200]), make_run("p", "prism")]
 EMPTY = make_run("none", "", finished=0)
@@ -77,7 +77,7 @@ def test_a_comparison_by_server(comparison: pp.Comparison) -> None:
 def test_a_comparison_of_a_file(tmp_path: Path, comparison: pp.Comparison) -> None:
     """A file gives the frame that was written; a row without placement has missing values."""
     values = comparison.to_json()
-    values["rows"].append(Row("pinned", note="refused").to_json())
+    values["rows"].append(ComparisonRow("pinned", note="refused").to_json())
     (tmp_path / "r.json").write_text(json.dumps(values))
     frame = pp.comparison_frame(pp.read_comparison(tmp_path / "r.json"))
     pd.testing.assert_frame_equal(frame.iloc[:3], comparison.to_frame())
@@ -211,7 +211,8 @@ def test_pandas_is_loaded_when_a_frame_is_made(tmp_path: Path) -> None:
     """Reading, planning, comparing, simulating and writing load no pandas; a frame does."""
     pp.write_trace(tmp_path / "t.parquet", small_trace())
     program = (
-        "import sys\nimport prism_plan as pp\nfrom tests.simulation_material import small_cluster\n"
+        "import sys\nimport prism_plan as pp\n"
+        "from tests.evaluate.simulation_material import small_cluster\n"
         "trace, cluster = pp.read_trace(sys.argv[1]), small_cluster()\n"
         "comparison = pp.compare(trace, cluster, solvers=['prism', 'exact', 'ilp'])\n"
         "placement = pp.solve(pp.Instance.build(trace, cluster))\n"

@@ -13,22 +13,21 @@ import pytest
 
 from prism_plan.cluster import Cluster, PairLink
 from prism_plan.errors import InputError
-from prism_plan.evaluate import simulation
-from prism_plan.evaluate.simulation import (
-    OFFLOAD,
-    SimulationOptions,
-    offload_placement,
-    simulate_placements,
-)
-from prism_plan.evaluate.sweep import Grid, SweepOptions, parse_grid, sweep, varied
+from prism_plan.evaluate.offload_baseline import offload_placement
+from prism_plan.evaluate.simulation import simulate_placements
+from prism_plan.evaluate.simulation_options import SimulationOptions
+from prism_plan.evaluate.simulation_runner import SimulationRunner
+from prism_plan.evaluate.sweep import SweepOptions, sweep
+from prism_plan.evaluate.sweep_grid import Grid, parse_grid, vary_cluster
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.sweep import COLUMNS, dump_sweep, read_sweep, sweep_from_csv, write_sweep
+from prism_plan.placement import OFFLOAD
 from prism_plan.simulate.calibration import Calibration, GpuCurves
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.solvers import Options, solve
 from prism_plan.trace import Trace
-from tests.simulation_material import counts_of, small_cluster, small_trace
+from tests.evaluate.simulation_material import counts_of, small_cluster, small_trace
 
 TIMES = ("solve_s", "runtime_s")
 #: Two servers of one GPU: with all memory 15 experts beside the dense part, with half of it 5.
@@ -240,7 +239,7 @@ def test_time_limit_fails_the_cell() -> None:
 def test_ctrl_c_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted run is no row; those before it have been given."""
     made = 0
-    advance = simulation._Runner._advance
+    advance = SimulationRunner._advance
 
     def advancing(self: Any, until_s: float) -> None:
         nonlocal made
@@ -249,7 +248,7 @@ def test_ctrl_c_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
         if made == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulation._Runner, "_advance", advancing)
+    monkeypatch.setattr(SimulationRunner, "_advance", advancing)
     rows = []
     grid = Grid(solver=("exact",), seed=tuple(range(5)))
     with pytest.raises(KeyboardInterrupt):
@@ -276,7 +275,7 @@ def test_copies_are_measured_as_their_server() -> None:
     cluster = memory_cluster()
     rows = rows_of(small_trace(), cluster, Grid(gpus=(2, 6), solver=("exact",)), measured())
     assert [row["status"] for row in rows] == ["ok", "ok"]
-    large = varied(cluster, gpus=6)
+    large = vary_cluster(cluster, gpus=6)
     curves = measured().simulation.calibration.gpus  # type: ignore[union-attr]
     by_hand = {
         (f"{name}.{i}" if i else name, 0): curves[name, 0] for name in "ab" for i in range(3)
@@ -324,7 +323,7 @@ def test_files_hold_the_rows(tmp_path: Path, kind: str) -> None:
 def test_repeated_clusters() -> None:
     """Copies of servers have names of their own, and pairs keep their links within a copy."""
     cluster = dataclasses.replace(small_cluster(), pair_links=(PairLink(0, 2, 7.0, 3.0),))
-    large = varied(cluster, gpus=12)
+    large = vary_cluster(cluster, gpus=12)
     assert [server.name for server in large.servers] == [
         "a", "b", "c", "a.1", "b.1", "c.1", "a.2", "b.2", "c.2",
     ]  # fmt: skip
@@ -332,15 +331,15 @@ def test_repeated_clusters() -> None:
         own = cluster.servers[n % 3]
         assert dataclasses.replace(server, name=own.name) == own
     assert large.pair_links == tuple(PairLink(a, a + 2, 7.0, 3.0) for a in (0, 3, 6))
-    assert varied(cluster) == cluster
-    assert varied(cluster, gpus=4) == cluster
+    assert vary_cluster(cluster) == cluster
+    assert vary_cluster(cluster, gpus=4) == cluster
 
 
 @pytest.mark.parametrize("gpus", [1, 3, 5, 6])
 def test_no_multiple(gpus: int) -> None:
     """GPUs that are no multiple of the cluster's, or fewer, are refused."""
     with pytest.raises(InputError, match="whole multiples of the 4 GPUs of small"):
-        varied(small_cluster(), gpus=gpus)
+        vary_cluster(small_cluster(), gpus=gpus)
 
 
 def test_varied_figures() -> None:
@@ -348,7 +347,7 @@ def test_varied_figures() -> None:
     cluster = memory_cluster()
     own = dataclasses.replace(cluster.servers[0], uplink_mbps=5.0)
     cluster = dataclasses.replace(cluster, servers=(own, cluster.servers[1]))
-    found = varied(cluster, bandwidth_mbps=9.0, arrival_interval_s=4.0, memory_fraction=0.25)
+    found = vary_cluster(cluster, bandwidth_mbps=9.0, arrival_interval_s=4.0, memory_fraction=0.25)
     assert (found.link.bandwidth_mbps, found.servers[0].uplink_mbps) == (9.0, 5.0)
     assert {server.arrival_interval_s for server in found.servers} == {4.0}
     assert {gpu.memory_fraction for s in found.servers for gpu in s.gpus} == {0.25}

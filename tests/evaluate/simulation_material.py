@@ -16,7 +16,8 @@ import numpy as np
 
 from prism_plan.cli.main import run
 from prism_plan.cluster import Cluster
-from prism_plan.evaluate.simulation import SimulationOptions, simulate_placements
+from prism_plan.evaluate.simulation import simulate_placements
+from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.model import ModelSpec

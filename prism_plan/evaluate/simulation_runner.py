@@ -1,0 +1,196 @@
+"""Runs the simulation of one placement: events, reviews and migrations until the last request."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import Infeasible
+from prism_plan.evaluate.simulation_options import SimulationOptions
+from prism_plan.instance import Instance
+from prism_plan.migration.cost import call_seconds, gpu_load_gbs
+from prism_plan.migration.order.find_order import migration_plan
+from prism_plan.migration.policy import review
+from prism_plan.placement import Placement
+from prism_plan.simulate.compiled.engine import CHUNK, CompiledEngine
+from prism_plan.simulate.engine import Engine, Outcome
+from prism_plan.simulate.reference_engine import ReferenceEngine
+from prism_plan.simulate.report import ReviewRecord, SimulationRun
+from prism_plan.simulate.scenario import Scenario
+
+ENGINES: Mapping[str, Callable[[Scenario], Engine]] = {
+    "compiled": CompiledEngine,
+    "reference": ReferenceEngine,
+}
+#: Events between two checks of the clock; the reference engine is hundreds of times slower.
+REFERENCE_CHUNK = 2000
+
+
+class _TimeLimitReached(Exception):
+    """The wall-clock time limit of the simulation."""
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Defer Ctrl-C and SIGTERM to the end of the block, so that no event is left half processed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # other threads receive no signals
+        return
+    handlers: dict[int, Any] = {}
+    received: list[tuple[Any, ...]] = []
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, lambda *signaled: received.append(signaled))
+        yield
+    finally:
+        for which, handler in handlers.items():
+            signal.signal(which, handler)
+    for signaled in received:
+        handlers[signaled[0]](*signaled)
+
+
+@dataclass(eq=False)
+class SimulationRunner:
+    """Simulates one placement from the first arrival to the last request, with reviews."""
+
+    name: str
+    placement: Placement
+    scenario: Scenario
+    instance: Instance
+    cluster: Cluster
+    options: SimulationOptions
+    progress: Callable[[int], None]
+    deadline: float
+
+    def __post_init__(self) -> None:
+        self.engine: Engine = ENGINES[self.options.engine](self.scenario)
+        self.migrations: list[ReviewRecord] = []
+        self.notes: list[str] = []
+        self.interrupted = False
+        self.call_s = call_seconds(self.cluster, self.scenario.model)
+        self.load_gbs = gpu_load_gbs(self.cluster)
+
+    def run(self) -> SimulationRun:
+        """Simulate; Ctrl-C is raised before the first event, and later ends the run."""
+        begin = time.perf_counter()
+        partial = False
+        try:
+            if self.options.migrate == "never" or self.scenario.offload:
+                self._advance(math.inf)
+            else:
+                self._advance_with_reviews()
+        except _TimeLimitReached:
+            partial = True
+        except KeyboardInterrupt:
+            if not self.engine.outcome().events:
+                raise
+            partial = self.interrupted = True
+        self._record_migration_end()
+        return SimulationRun(
+            placement=self.name,
+            solver=self.placement.plan.solver,
+            scenario=self.scenario,
+            outcome=self._outcome(),
+            experts=self.engine.on_gpu().sum(axis=(1, 2)),
+            migrations=tuple(self.migrations),
+            partial=partial,
+            runtime_s=time.perf_counter() - begin,
+            notes=tuple(dict.fromkeys(self.notes)),
+        )
+
+    def _advance(self, until_s: float) -> None:
+        compiled = self.options.engine == "compiled"  # it returns to Python only between events
+        done = False
+        while not done:
+            with contextlib.nullcontext() if compiled else _signals_deferred():
+                done = self.engine.advance(until_s, CHUNK if compiled else REFERENCE_CHUNK)
+            self.progress(self.engine.num_finished)
+            if time.monotonic() > self.deadline and not (done and math.isinf(until_s)):
+                raise _TimeLimitReached
+
+    def _advance_with_reviews(self) -> None:
+        every_s = self.options.migrate_every_s
+        policy = self.options.policy()
+        statistics = self.options.counting().start(self.instance.activations.shape)
+        current = self.placement.replace(gpu_capacity=self.instance.gpu_capacity)
+        reviews = 0
+        while not self.engine.all_finished:
+            reviews += 1
+            at_s = reviews * every_s
+            self._advance(at_s)
+            if self.engine.all_finished:
+                break
+            statistics.add(self.engine.take_calls(), every_s)
+            if self.engine.migrating:
+                self.migrations.append(ReviewRecord(at_s, 0, 0, "busy", None, None))
+                continue
+            self._record_migration_end()
+            rates = statistics.rates()
+            reviewed = review(policy, current, rates, self.instance, self.call_s, self.load_gbs)
+            decision = reviewed.decision
+            if reviewed.target is not None and self._start_migration(
+                current, reviewed.target, rates
+            ):
+                current = reviewed.target
+                statistics.moved()
+            else:
+                decision = "stay"
+            moved = decision == "move"
+            self.migrations.append(
+                ReviewRecord(
+                    at_s=at_s,
+                    moved_experts=reviewed.moved_experts if moved else 0,
+                    moved_bytes=reviewed.moved_bytes if moved else 0,
+                    decision=decision,
+                    saving_s=reviewed.saving_s,
+                    cost_s=reviewed.cost_s,
+                )
+            )
+        self._advance(math.inf)
+
+    def _start_migration(self, current: Placement, target: Placement, rates: Any) -> bool:
+        """Start a migration; False if there is no order in which its steps can be done."""
+        try:
+            plan = migration_plan(
+                current,
+                target,
+                gpu_capacity=self.instance.gpu_capacity,
+                forbidden=self.instance.mask(self.instance.forbidden),
+                priority=rates,
+            )
+        except Infeasible as error:
+            self.notes.append(f"a move was not made: {error}")
+            return False
+        self.engine.migrate(plan.steps)
+        return True
+
+    def _outcome(self) -> Outcome:
+        """The measurements up to the last event rather than the last review."""
+        outcome = self.engine.outcome()
+        if not self.engine.all_finished or self.engine.migrating:
+            return outcome
+        end_s = max(float(outcome.done_s.max(initial=0.0)), self.engine.migration_end_s)
+        return dataclasses.replace(outcome, now_s=min(outcome.now_s, end_s))
+
+    def _record_migration_end(self) -> None:
+        """Enter the end of the latest migration into its review, once it is complete."""
+        if self.engine.migrating:
+            return
+        for index, migration in reversed(list(enumerate(self.migrations))):
+            if migration.decision == "move":
+                if migration.finished_at_s is None:
+                    self.migrations[index] = dataclasses.replace(
+                        migration, finished_at_s=self.engine.migration_end_s
+                    )
+                break
