@@ -12,7 +12,7 @@ import numpy as np
 
 
 class RandomSource(IntEnum):
-    """What a generator of the simulator decides. The numbers are part of a seed: never reuse one."""
+    """What a generator of the simulator decides; never reuse a number, which is part of a seed."""
 
     ARRIVALS = 0
     TASKS = 1
