@@ -57,6 +57,8 @@ class OpenFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        # a worker process that it is sent to may be in another folder
+        self._absolute_path = self.path if _number(self.path) is not None else os.path.abspath(path)
         self._fd: int | None = None
         self._held: bytes | None = None
         try:
@@ -103,7 +105,7 @@ class OpenFile:
         """The file descriptor; in a process that the file was sent to, opened at first use."""
         if self._fd is None:
             try:
-                self._fd = _descriptor(self.path)
+                self._fd = _descriptor(self._absolute_path)
             except OSError as error:
                 raise unreadable(error, self.path) from error
             self.require_unchanged()

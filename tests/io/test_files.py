@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import stat
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from prism_plan.errors import InputError, OutputError
 from prism_plan.io.file_writing import atomic_path, require_writable, write_bytes
 from prism_plan.io.json import parse_json
+from prism_plan.io.open_file import OpenFile
 from prism_plan.io.text_files import read_text, sha256
 
 
@@ -313,3 +315,19 @@ def test_same_key_in_different_objects() -> None:
         "a": {"a": 1},
         "b": [{"a": 2}, {"a": 3}],
     }
+
+
+def test_a_file_sent_to_another_folder_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker process in another folder opens the file that was meant, given by a relative name."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "elsewhere" / "a.txt").write_text("two")
+    monkeypatch.chdir(tmp_path)
+    with OpenFile("a.txt") as file:
+        sent = pickle.dumps(file)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pickle.loads(sent) as received:
+        assert received.read() == b"one"
+        assert received.path == "a.txt"
