@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.model import ModelSpec
+from prism_plan.seeds import random_generator
 from prism_plan.trace_totals import TraceTotals, distinct_keys, request_keys, require_sum
 
 #: Names of the phase codes, in code order.
@@ -173,7 +174,7 @@ class Trace:
         found += [request_keys(batch.task, batch.request) for batch in self.batches()]
         keys = distinct_keys(found)
         first = np.searchsorted(keys >> 32, np.arange(len(self.tasks) + 1))
-        rng = np.random.default_rng(seed)
+        rng = random_generator(seed)
         held_out = [np.zeros(0, np.int64)]
         for code, task in enumerate(self.tasks):
             ids = keys[first[code] : first[code + 1]] & 0xFFFFFFFF

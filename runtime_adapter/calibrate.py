@@ -25,6 +25,7 @@ from scipy.optimize import brentq
 from prism_plan.cluster import Cluster
 from prism_plan.model import ModelSpec
 from prism_plan.placement import Placement, SolveReport
+from prism_plan.seeds import random_generator
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.timing import Timing, timing
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
@@ -78,7 +79,7 @@ class Measured:
 
 def measure(lane: RemoteDispatcher, model: ModelSpec, width: int, seed: int = 0) -> Measured:
     """Time steps of one layer on an idle cluster."""
-    rng = np.random.default_rng(seed)
+    rng = random_generator(seed)
     num_servers = len(lane.router.expert_map.servers)
     holder = _holders(num_servers, model)
     experts_of = {kind: np.flatnonzero(holder == n) for n, kind in enumerate(("local", "remote"))}

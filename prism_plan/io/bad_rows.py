@@ -47,7 +47,7 @@ class BadRows:
         if len(found.errors) < NUM_EXAMPLES:
             found.errors.append(error)
 
-    def keep(self, path: Path, rows: int = 1) -> None:
+    def count_good(self, path: Path, rows: int = 1) -> None:
         """Count good rows of a file."""
         self._of(path).good += rows
 
@@ -78,7 +78,7 @@ class BadRows:
                     remedy=first.remedy,
                 )
 
-    def tell(self, notify: Callable[[str], None]) -> None:
+    def report(self, notify: Callable[[str], None]) -> None:
         """Log for each file how many bad rows it has, and what is wrong with the first ones."""
         for path, found in self.files.items():
             if found.bad:

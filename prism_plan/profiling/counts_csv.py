@@ -68,7 +68,7 @@ def read_counts(
     for source in sources:
         for task, calls in zip(*_read_csv(source, model, bad), strict=True):
             added.add(task, calls, source)
-    bad.tell(notify)
+    bad.report(notify)
     tasks = list(added.calls)
     added.require_every_layer(model)
     require_task_pairs(len(tasks), model.num_layers, model.num_experts)
@@ -139,7 +139,7 @@ def _read_csv(source: Source, model: ModelSpec, bad: BadRows) -> tuple[list[str]
         if columns.size:
             task_code, layers, experts, counts, lines = columns
             calls.add(list(code_of), None, task_code, layers, experts, counts, lines)
-            bad.keep(path, len(lines))
+            bad.count_good(path, len(lines))
 
     try:
         lines = ([cell.strip() for cell in cells] for cells in reader)

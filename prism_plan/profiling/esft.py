@@ -72,7 +72,7 @@ def read_esft(
     bad = BadRows(skip_bad)
     batches = list(_batches(sources, model, weights, bad, progress))
     bad.require_good()
-    bad.tell(notify)
+    bad.report(notify)
     return trace_from_batches(
         model,
         tasks,
@@ -102,7 +102,7 @@ def _batches(
             except InputError as error:
                 bad.skip_or_raise(source.path, error)
                 continue
-            bad.keep(source.path)
+            bad.count_good(source.path)
             yield batch
             request += 1
 

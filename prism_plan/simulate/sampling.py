@@ -10,6 +10,7 @@ import numpy.typing as npt
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
 from prism_plan.limits import MAX_SEED, require_integer
+from prism_plan.seeds import RandomSource, random_stream
 from prism_plan.simulate.arrival_rates import ArrivalRates, arrival_rates
 from prism_plan.simulate.arrival_trace import (
     DRAW,
@@ -20,7 +21,6 @@ from prism_plan.simulate.arrival_trace import (
 )
 from prism_plan.simulate.phase_schedule import PhaseStart, Schedule
 from prism_plan.simulate.poisson_arrivals import MAX_REQUESTS, arrivals_before, arrivals_by_number
-from prism_plan.simulate.random_streams import RandomSource, random_stream
 from prism_plan.simulate.recorded_prompts import gather_prompts, list_trace_requests
 from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.synthetic_prompts import POOL, draw_prompts
@@ -74,7 +74,7 @@ def sample_requests(
     prompt_tokens : int
         Prefill tokens of a drawn prompt.
     seed : int
-        Seed of all streams (:mod:`prism_plan.simulate.random_streams`).
+        Seed of all streams (:mod:`prism_plan.seeds`).
 
     Returns
     -------

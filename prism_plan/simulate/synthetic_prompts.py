@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.simulate.random_streams import RandomSource, random_stream
+from prism_plan.seeds import RandomSource, random_stream
 from prism_plan.simulate.requests import Prompts
 from prism_plan.trace import Trace
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from prism_plan.instance import Instance
+from prism_plan.seeds import random_generator
 from prism_plan.solvers.contract import Options, Solver, SolverResult
 from prism_plan.solvers.uniform import uniform_local
 
@@ -14,7 +15,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
 
     The expected remote share is 1 − ΣC / (N·J).
     """
-    rng = np.random.default_rng(options.seed)
+    rng = random_generator(options.seed)
     local = uniform_local(instance).reshape(instance.num_servers, -1)
     for n, slots in enumerate(instance.slots):
         lacking = np.flatnonzero(~local[n])

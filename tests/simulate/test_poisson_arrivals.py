@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
 from prism_plan.io.arrivals import parse_arrivals, read_arrivals
+from prism_plan.seeds import RandomSource, random_stream
 from prism_plan.simulate.arrival_trace import Arrival, ArrivalTrace
 from prism_plan.simulate.poisson_arrivals import Intervals, arrivals_before, arrivals_by_number
-from prism_plan.simulate.random_streams import RandomSource, random_stream
 
 
 def every(seconds: float) -> Intervals:

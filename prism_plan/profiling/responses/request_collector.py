@@ -111,7 +111,7 @@ class RequestCollector(RequestBatches):
         bad.require_good()
         for text in self._notices(sources[0].path):
             notify(text)
-        bad.tell(notify)
+        bad.report(notify)
         left_out = {"padding_rows_left_out": self.padding_rows, "repeated_rows": self.repeated.rows}
         return trace_from_batches(
             self.model,

@@ -79,7 +79,7 @@ def read_selections(
     if not requests.batches:
         expected = f"lines {example_line(model)}"
         raise Location(sources[0].path).error("no selections in it", expected)
-    bad.tell(notify)
+    bad.report(notify)
     for text in [*reader.notices(), *requests.layer_notices()]:
         notify(text)
     repeated = requests.repeated.rows
@@ -191,7 +191,7 @@ class _Reader:
                 self.bad.skip_or_raise(path, error)
                 continue
             token.line = int(place.removeprefix("line "))
-            self.bad.keep(path)
+            self.bad.count_good(path)
             if token.layers == self._all_layers:
                 complete.add(*key, incomplete.pop(key))
             elif len(incomplete) > max_incomplete:
@@ -232,7 +232,7 @@ class _Reader:
         model = self.model
         done = complete.among(incomplete)
         for (request, position), token in incomplete.items():
-            self.bad.keep(path, -token.layers.bit_count())
+            self.bad.count_good(path, -token.layers.bit_count())
             at, name = Location(path, f"line {token.line}"), names[request][1]
             if (request, position) in done:
                 self.bad.skip_or_raise(path, _twice(name, position, at))

@@ -55,7 +55,7 @@ def read_sglang_responses(
             except InputError as error:
                 bad.skip_or_raise(path, error)
                 continue
-            bad.keep(path)
+            bad.count_good(path)
             requests.unread |= unread
             requests.without_routing += text is None
     provenance = {"mode": "responses", "files": [source.path.name for source in sources]}

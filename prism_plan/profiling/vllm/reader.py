@@ -111,7 +111,7 @@ def _add_responses(source: Source, requests: RequestCollector, bad: BadRows) -> 
             except InputError as error:
                 bad.skip_or_raise(path, error)
             else:
-                bad.keep(path)
+                bad.count_good(path)
 
 
 @dataclass(frozen=True)

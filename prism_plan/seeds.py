@@ -1,7 +1,7 @@
-"""Random generators of the simulator, one for each source of randomness and server.
+"""Random generators, the one place where ``--seed`` enters: every random choice takes its own here.
 
-This is the one place where ``--seed`` (``seed`` of :func:`prism_plan.sample_requests`) becomes
-generators; every random choice of arrivals, tasks, prompts and drawn tokens takes its own here.
+Solvers, the split of a trace and calibration draw from one generator of the seed; the simulator has
+one for each source of randomness and server, so that all placements see the same requests.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ import numpy as np
 
 
 class RandomSource(IntEnum):
-    """What a generator decides. The numbers are part of what a seed means: never reuse one."""
+    """What a generator of the simulator decides; never reuse a number, which is part of a seed."""
 
     ARRIVALS = 0
     TASKS = 1
     PROMPTS = 2
     DRAWING = 3
+
+
+def random_generator(seed: int) -> np.random.Generator:
+    """The generator of a seed."""
+    return np.random.default_rng(seed)
 
 
 def random_stream(seed: int, source: RandomSource, *key: int) -> np.random.Generator:
