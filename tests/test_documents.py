@@ -53,6 +53,15 @@ def test_named_files_exist(document: str) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_the_architecture_names_files_that_exist() -> None:
+    """Its paths are relative to the repository or to one of the two packages."""
+    homes = (ROOT, ROOT / "prism_plan", ROOT / "runtime_adapter")
+    paths = re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", prose("docs/architecture.md"))
+    assert len(paths) > 20
+    for path in paths:
+        assert any((home / path).exists() for home in homes), path
+
+
 def test_citations_of_the_design_name_a_section() -> None:
     """Sections of docs/design.md that code cites exist."""
     design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
