@@ -320,7 +320,7 @@ def test_same_key_in_different_objects() -> None:
 def test_a_file_sent_to_another_folder_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker process in another folder opens the file that was meant, given by a relative name."""
+    """A worker process in another folder opens the file that a relative name meant."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "elsewhere" / "a.txt").write_text("two")
