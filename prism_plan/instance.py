@@ -81,7 +81,7 @@ class Instance:
         num_gpus = sum(map(len, self.gpu_capacity))
         require_array_size(num_gpus, *shape[1:], "GPUs", place="servers")
         if len(set(self.servers)) != len(self.servers):
-            raise InputError("a name stands twice", place="servers", expected="different names")
+            raise InputError("a name is duplicated", place="servers", expected="different names")
         try:
             calls = np.array(self.activations, dtype=np.float64)
         except (TypeError, ValueError) as error:

@@ -51,7 +51,7 @@ def _check_coverage(placement: Placement, min_replicas: int) -> list[Violation]:
         constraint, state = "coverage", "is held nowhere"
         if held_by:
             constraint = "min_replicas"
-            state = f"is held by {held_by} servers, {min_replicas} wanted"
+            state = f"is held by {held_by} servers, {min_replicas} required"
         missing = min_replicas - held_by
         found.append(Violation(constraint, where, missing, "servers", f"{where} {state}"))
     return found

@@ -44,7 +44,7 @@ def require_users(cluster: Cluster, *, counts_only: bool = False) -> None:
     users = [n for n, server in enumerate(cluster.servers) if server.has_users]
     if not users:
         raise InputError(
-            "no server has tasks, so nobody asks for an expert",
+            "no server has tasks, so no expert is called",
             place="server",
             expected="users of at least one server",
             remedy="give it tasks = { TASK = 1.0 }, and arrival_interval_s or weight",
@@ -57,7 +57,7 @@ def require_users(cluster: Cluster, *, counts_only: bool = False) -> None:
                 raise _missing_rate(cluster, n)
     if all(cluster.servers[n].weight == 0 for n in users):
         raise InputError(
-            "0, as of every server with tasks, so nobody asks for an expert",
+            "0, as of every server with tasks, so no expert is called",
             place=f"server[{users[0]}].weight",
             expected="a weight above 0 of at least one server with tasks",
         )
@@ -78,7 +78,7 @@ def _missing_weight(cluster: Cluster, server: int) -> InputError:
         f"server {cluster.servers[server].name!r} has tasks but no weight"
         + (" and no arrival_interval_s" if no_rate else ""),
         place=f"server[{server}]",
-        expected="weight, a relative token rate, for a counts-only trace tells no tokens a request"
+        expected="weight, a relative token rate, for a counts-only trace has no tokens per request"
         + ("; to simulate also arrival_interval_s" if no_rate else ""),
         remedy="give weight = 1.0 to servers that serve equally many tokens",
     )

@@ -183,7 +183,7 @@ class LocalServer:
         try:
             if not ready.poll(timeout_s):
                 raise RuntimeFailure(
-                    "its worker did not meet those of all other servers within "
+                    "its expert worker was not connected to all other servers within "
                     f"{timeout_s:g} s; see whether one of them hangs"
                 )
             failure = ready.recv()

@@ -113,7 +113,7 @@ def _instance_of_run(placement: Placement, cluster: Cluster, model: ModelSpec) -
         raise InputError(
             violation.message,
             place="servers",
-            expected=f"a placement by the rules of {cluster.name}, for moves have to keep them",
+            expected=f"a placement within the rules of {cluster.name}, which migrations must keep",
             remedy="plan again for this cluster",
         )
     return instance

@@ -151,7 +151,7 @@ class Watchdog:
         elif detector.silent_s(self._rendezvous.rank, heartbeat) > self.hang_timeout_s:
             self._worker_alive = False
             self._report(
-                f"its worker gives no sign of life for {self.hang_timeout_s:g} s: the others take "
+                f"its worker has sent no heartbeat for {self.hang_timeout_s:g} s: the others take "
                 "this server for lost"
             )
 
@@ -168,7 +168,7 @@ class Watchdog:
         self._hung_drivers.add(n)
         self._report(
             f"server {self._expert_map.servers[n]!r}: the process that serves its requests gives "
-            f"no sign of life for {self.hang_timeout_s:g} s; nobody waits for them"
+            f"no heartbeat for {self.hang_timeout_s:g} s; they are no longer waited for"
         )
 
     def _check_scheduler_process(self) -> None:
@@ -218,7 +218,7 @@ class Watchdog:
         limit_s = self._limit_s(heartbeat, self._rendezvous.timeout_s, started=started)
         if silent_s > limit_s and not finished and not self._expert_map.lost(n):
             self._expert_map.lose(n)
-            reason = f"no sign of life for {self._rendezvous.timeout_s:g} s"
+            reason = f"no heartbeat for {self._rendezvous.timeout_s:g} s"
             self.lose(ServerLost(n, self._expert_map.servers[n], reason))
 
     def _check_scheduler(self, detector: FailureDetector, heartbeat: bytes) -> None:
@@ -229,7 +229,7 @@ class Watchdog:
             return  # it has ended, which was reported
         if self.scheduler_responds and not responds and self._rendezvous.rank == 0:
             self._report(
-                f"the scheduler gives no sign of life for {self.hang_timeout_s:g} s: no migrations "
+                f"the scheduler has sent no heartbeat for {self.hang_timeout_s:g} s: no migrations "
                 "until it does"
             )
         self.scheduler_responds = responds

@@ -58,7 +58,7 @@ def with_value(value: float) -> np.ndarray:
     ("changes", "message"),
     [
         ({"servers": ()}, "servers: no servers"),
-        ({"servers": ("north", "north")}, "servers: a name stands twice"),
+        ({"servers": ("north", "north")}, "servers: a name is duplicated"),
         ({"servers": ("north", "south", "east")}, "activations: shape (2, 3, 4); expected (3, 3"),
         ({"activations": np.ones((2, 4, 3))}, "activations: shape (2, 4, 3); expected (2, 3, 4)"),
         ({"activations": [[1.0], [2.0, 3.0]]}, "activations: "),

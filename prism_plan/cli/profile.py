@@ -122,7 +122,7 @@ _SAY_FORMAT = "for a recording say what it is with ``form``"
     help="hf: of the weights; auto is the checkpoint's own.",
 )
 @click.option("--device", default="auto", show_default=True, help="hf: auto, cpu, cuda:0, ...")
-@click.option("--resume", is_flag=True, help="hf: go on with a partial trace at the output.")
+@click.option("--resume", is_flag=True, help="hf: continue with a partial trace at the output.")
 @click.option("--trust-remote-code", is_flag=True, help="hf: run code that the checkpoint brings.")
 @click.option("-o", "--output", required=True, metavar="T.parquet", help="Trace to write.")
 @options_as(ProfileOptions)

@@ -23,7 +23,7 @@ _OPTIONS = (
         type=click.Choice(["never", "prism", "partial"]),
         default="never",
         show_default=True,
-        help="Policy of the reviews that may move experts.",
+        help="Migration policy, applied at each review.",
     ),
     click.option(
         "--migrate-every",
@@ -52,21 +52,21 @@ _OPTIONS = (
         "horizon_s",
         type=float,
         metavar="S",
-        help="A move must pay within; default: --migrate-every.",
+        help="A move must save its cost within this; default: --migrate-every.",
     ),
     click.option(
         "--migration-cost",
         type=click.Choice(["sum", "max"]),
         default="sum",
         show_default=True,
-        help="Of loads: all added up, or the busiest GPU's.",
+        help="Time of loads: sum over experts, or maximum over GPUs.",
     ),
     click.option(
         "--migrate-solver",
         default="prism",
         show_default=True,
         metavar="NAME",
-        help="Plans what policy prism may adopt.",
+        help="Solver of the candidates of policy prism.",
     ),
 )
 

@@ -36,7 +36,9 @@ from prism_plan.cli.tables import format_option
     metavar="S",
     help="Instead: all arrivals before this time.",
 )
-@click.option("--burst", default=1, show_default=True, metavar="B", help="Arrive at once.")
+@click.option(
+    "--burst", default=1, show_default=True, metavar="B", help="Requests that arrive together."
+)
 @click.option("--arrivals", metavar="F.jsonl", help="Fixed times instead of Poisson arrivals.")
 @click.option(
     "--phases", "schedule", metavar="F.toml", help="Tasks that change after so many requests."
@@ -46,7 +48,7 @@ from prism_plan.cli.tables import format_option
     default=32,
     show_default=True,
     metavar="N",
-    help="Last tokens of a request that are decode steps, if the trace does not tell.",
+    help="Last tokens of a request that are decode steps, if the trace has no phases.",
 )
 @click.option(
     "--prompt-tokens",
@@ -60,7 +62,7 @@ from prism_plan.cli.tables import format_option
     type=click.Choice(["cover", "nearest", "spread"]),
     default="cover",
     show_default=True,
-    help="Where a call goes that several servers could serve.",
+    help="Routing policy for experts that several servers hold.",
 )
 @click.option("--calibration", metavar="F.json", help="Measured times instead of the cluster's.")
 @review_options

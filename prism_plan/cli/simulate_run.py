@@ -169,7 +169,7 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
     ]
     number = runs[0]["requests"] if runs else 0
     place = f"{values['trace']['name']} on {values['cluster']['name']}"
-    title = f"{place}: {quantity(number, 'request')}; 'sent' is of one request"
+    title = f"{place}: {quantity(number, 'request')}; 'sent' is per request"
     print_table(columns, title=title, form=form, err=err)
     if values["migrate"] != "never":
         _print_migrations(values, form=form, err=err)

@@ -187,6 +187,4 @@ def _print_summary(placement: Placement, instance: Instance, args: SolveOptions)
     )
     print_table(columns, title=title, form=args.table_format, err=to_stderr)
     if "loads" in plan.extra:
-        log_info(
-            f"{quantity(plan.extra['loads'], 'expert')} to load anew (prism-plan diff tells which)"
-        )
+        log_info(f"{quantity(plan.extra['loads'], 'expert')} to load (prism-plan diff lists them)")

@@ -76,7 +76,8 @@ def prepare(
             raise InputError(
                 violation.message,
                 place="servers",
-                expected=f"a placement by the rules of {cluster.name}, for moves have to keep them",
+                expected=f"a placement within the rules of {cluster.name}, "
+                "which migrations must keep",
                 remedy="plan again for this cluster",
             )
     return scenario, rules
@@ -93,15 +94,15 @@ def require_supported_migration(rules: Instance, options: SimulationOptions) -> 
     if options.migrate == "partial":
         if not rules.in_slots:
             raise UnsupportedFeature(
-                f"``migrate``: 'partial' has no rule for {Feature.UNEQUAL_BYTES}; 'prism' has"
+                f"``migrate``: 'partial' does not support {Feature.UNEQUAL_BYTES}; 'prism' does"
             )
         return
     required = required_features(rules, Options(seed=options.seed))
     unsupported = required - get_solver(options.migrate_solver).supports
     if unsupported:
         raise UnsupportedFeature(
-            f"``migrate_solver``: {options.migrate_solver!r} has no rule for "
-            f"{' and '.join(sorted(unsupported))}; solvers that have: "
+            f"``migrate_solver``: {options.migrate_solver!r} does not support "
+            f"{' and '.join(sorted(unsupported))}; supported by: "
             f"{', '.join(solvers_supporting(required)) or 'none'}"
         )
 

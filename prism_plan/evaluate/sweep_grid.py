@@ -99,7 +99,7 @@ def parse_grid(texts: Sequence[str]) -> Grid:
     Raises
     ------
     InputError
-        An unknown key, one that stands twice, a value that is no number, and as :class:`Grid`.
+        An unknown key, one that is duplicated, a value that is no number, and as :class:`Grid`.
     """
     keys = [field.name for field in dataclasses.fields(Grid)]
     values: dict[str, Any] = {}
@@ -107,7 +107,7 @@ def parse_grid(texts: Sequence[str]) -> Grid:
         key, equals, listing = text.partition("=")
         key = key.strip()
         if not equals or key not in keys or key in values:
-            twice = " stands twice" if key in values else did_you_mean(key, keys)
+            twice = " is duplicated" if key in values else did_you_mean(key, keys)
             raise InputError(
                 f"{text!r:.60}{twice}",
                 parameter="grid",

@@ -89,7 +89,7 @@ class CalibrationFile(FormatModel):
         for index, server in enumerate(self.servers):
             if server.name in first and server.gpus:
                 raise validation_error(
-                    f"{short_repr(server.name)} stands twice", "", "servers", index, "name"
+                    f"{short_repr(server.name)} is duplicated", "", "servers", index, "name"
                 )
             if server.gpus:
                 first.add(server.name)

@@ -37,7 +37,7 @@ def decompressed(file: OpenFile) -> IO[bytes]:
     Raises
     ------
     InputError
-        While reading: the file is cut short or damaged, or unpacks to too much.
+        While reading: the file is truncated or damaged, or unpacks to too much.
     """
     if is_gzip(file):
         return io.BufferedReader(_BoundedGzipStream(file), MIB)
@@ -99,7 +99,7 @@ class _BoundedGzipStream(io.RawIOBase):
             raise InputError(
                 f"not a whole gzip file: {error}",
                 source=self._path,
-                remedy="the file may be cut short; record or copy it again",
+                remedy="the file may be truncated; record or copy it again",
             ) from error
         self._read += len(data)
         if self._read > self._most:

@@ -61,7 +61,7 @@ def _refuse_lone_surrogates(values: Any, source: object, place: str) -> None:
             _refuse_lone_surrogates(value, source, f"{place}[{index}]")
     elif isinstance(values, str) and _SURROGATE.search(values):
         raise InputError(
-            f"{values!r:.60} has half a character",
+            f"{values!r:.60} has an unpaired surrogate",
             source=source,
             place=place,
             expected="text that UTF-8 can hold",
@@ -103,7 +103,7 @@ def parse_json(text: str, source: object, *, non_finite: bool = False) -> Any:
         for key, value in pairs:
             if key in seen:
                 raise InputError(
-                    f"key {key!r} stands twice in one object",
+                    f"key {key!r} is duplicated in one object",
                     source=source,
                     remedy="remove one of the two",
                 )
@@ -137,7 +137,7 @@ def parse_json(text: str, source: object, *, non_finite: bool = False) -> Any:
             f"not JSON: {error.msg}",
             source=source,
             place=f"line {error.lineno} column {error.colno}",
-            remedy="the file may be cut short; write it again",
+            remedy="the file may be truncated; write it again",
         ) from error
     except ValueError as error:  # an integer of thousands of digits
         raise InputError(

@@ -117,7 +117,7 @@ class OpenFile:
         return len(self._held) if self._held is not None else self._identity[2]
 
     def require_unchanged(self) -> None:
-        """Refuse to go on with a file that was written to since it was opened.
+        """Refuse to continue with a file that was written to since it was opened.
 
         Raises
         ------

@@ -34,7 +34,7 @@ def open_parquet(
     Raises
     ------
     InputError
-        No Parquet, cut short or damaged; a footer, a number of columns or a row group beyond the
+        No Parquet, truncated or damaged; a footer, a number of columns or a row group beyond the
         bounds of :mod:`prism_plan.limits`.
     """
     import pyarrow as pa
@@ -62,7 +62,7 @@ def open_parquet(
         raise InputError(
             f"not a readable Parquet file: {(str(error).splitlines() or [''])[0]}",
             source=file.path,
-            remedy=f"it may be cut short, damaged or of another kind; {remedy}",
+            remedy=f"it may be truncated, damaged or of another kind; {remedy}",
         ) from error
 
 
@@ -115,7 +115,7 @@ def _check_columns(
     for name, times in Counter(schema.names).items():
         if times > 1:
             raise InputError(
-                f"column {name!r} stands twice", source=file.path, expected="each column once"
+                f"column {name!r} is duplicated", source=file.path, expected="each column once"
             )
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)

@@ -306,7 +306,7 @@ def _require_columns(names: Sequence[str], source: object) -> None:
     for name, times in Counter(names).items():
         if times > 1:
             raise InputError(
-                f"column {name!r} stands twice", source=source, expected="each column once"
+                f"column {name!r} is duplicated", source=source, expected="each column once"
             )
     others = [name for name in names if name not in COLUMNS]
     for name in COLUMNS:

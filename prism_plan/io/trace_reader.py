@@ -60,7 +60,7 @@ class TraceFile:
     Raises
     ------
     InputError
-        Not Parquet, cut short, not one of our traces, or of a newer version.
+        Not Parquet, truncated, not one of our traces, or of a newer version.
     """
 
     def __init__(self, file: OpenFile) -> None:
@@ -108,7 +108,7 @@ def read_trace(
     Raises
     ------
     InputError
-        Not Parquet, cut short, not one of our traces, a newer version, a wrong column, an expert
+        Not Parquet, truncated, not one of our traces, a newer version, a wrong column, an expert
         or layer that the model does not have, a negative count, a duplicate row, a size beyond the
         bounds of :mod:`prism_plan.limits`; the file is written to while it is read.
     """
@@ -290,7 +290,7 @@ def _require_distinct_tokens(path: object, keys: npt.NDArray[np.int64]) -> None:
     if len(same):
         key = int(keys[same[0]])
         raise InputError(
-            f"request {key >> 32} position {key & 0xFFFFFFFF} stands twice",
+            f"request {key >> 32} position {key & 0xFFFFFFFF} is duplicated",
             source=path,
             expected="each token once",
         )

@@ -122,7 +122,7 @@ def parse_header(metadata: Mapping[bytes, bytes], path: object) -> dict[str, Any
 
 
 def require_columns(path: object, found: pa.Schema, wanted: pa.Schema) -> None:
-    """Refuse a file whose columns are not the wanted ones, whatever their order.
+    """Refuse a file whose columns are not the expected ones, whatever their order.
 
     Raises
     ------

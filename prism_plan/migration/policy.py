@@ -234,7 +234,7 @@ def _partial(costs: _CostModel) -> Review:
     if not costs.instance.in_slots:
         solvers = solvers_supporting(frozenset({Feature.UNEQUAL_BYTES}))
         raise UnsupportedFeature(
-            f"migration policy 'partial' has no rule for {Feature.UNEQUAL_BYTES}; use policy "
+            f"migration policy 'partial' does not support {Feature.UNEQUAL_BYTES}; use policy "
             f"'prism' with a solver that has: {', '.join(solvers)}"
         )
     best = min(_candidates(costs), key=costs.total_s, default=costs.current)

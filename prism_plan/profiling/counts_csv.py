@@ -60,7 +60,7 @@ def read_counts(
     ------
     InputError
         A column is missing, a value is not a whole number, NaN or negative, a layer or expert is
-        not of the model, a key stands twice, a task has no calls in some layer, a sum is too large,
+        not of the model, a key is duplicated, a task has no calls in a layer, a sum is too large,
         a task without a label comes from two sources.
     """
     added = TaskCounts()
@@ -195,7 +195,7 @@ def _row(
 ) -> tuple[str, int, int, str]:
     """Task, layer, expert, and the text of the count of a row."""
     if len(cells) != len(header):
-        raise at.error(f"{len(cells)} values", f"{len(header)}", "the file may be cut short")
+        raise at.error(f"{len(cells)} values", f"{len(header)}", "the file may be truncated")
     values = [cells[i] for i in indices]
     task = label if label is not None else values.pop(0)
     if not task.strip():

@@ -151,7 +151,7 @@ def _numbers(text: str, pattern: str, dtype: type[np.generic], at: Location) -> 
     words = text.split("\t")
     if not re.fullmatch(f"{pattern}(\t{pattern})*", text):
         index = next(i for i, word in enumerate(words) if not re.fullmatch(pattern, word))
-        remedy = "the file may be cut short or damaged"
+        remedy = "the file may be truncated or damaged"
         raise at.within(f"number {index + 1}").error(f"{words[index]!r:.40}", "a number", remedy)
     return np.array(words, dtype=dtype)
 
@@ -164,7 +164,7 @@ def _same_tokens(
             raise Location(folder / f"expert_weights_{layer}.txt", f"line {index + 1}").error(
                 f"{len(row) // model.top_k} tokens",
                 f"{len(ids[0]) // model.top_k}, as in layer {model.moe_layers[0]}",
-                "the file may be cut short",
+                "the file may be truncated",
             )
     return len(ids[0]) // model.top_k
 
@@ -216,7 +216,7 @@ def _read_folder(
             raise Location(found[layer]).error(
                 f"{len(rows)} requests",
                 f"{len(layers[0])}, as in layer {model.moe_layers[0]}",
-                "the file may be cut short",
+                "the file may be truncated",
             )
     if not layers[0]:
         raise Location(folder).error("no requests in it")
@@ -243,7 +243,7 @@ def _read_line(line: str, model: ModelSpec, at: Location) -> Row:
         raise at.error(
             "no two tabs between ids and gate weights",
             "ids, two tabs, weights",
-            "the file may be cut short",
+            "the file may be truncated",
         )
     ids = _numbers(ids_text, ID, np.int64, Location(at.source, f"{at.place}: ids"))
     gates = _numbers(weights_text, WEIGHT, np.float64, Location(at.source, f"{at.place}: weights"))
@@ -251,7 +251,7 @@ def _read_line(line: str, model: ModelSpec, at: Location) -> Row:
         raise at.error(
             f"{len(ids)} ids and {len(gates)} weights",
             f"as many of both, {model.top_k} a token",
-            "the line may be cut short, or ``model`` is not the model that was recorded",
+            "the line may be truncated, or ``model`` is not the model that was recorded",
         )
     if ids.min() < 0 or ids.max() >= model.num_experts:
         bad = int(np.argmax((ids < 0) | (ids >= model.num_experts)))

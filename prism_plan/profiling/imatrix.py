@@ -32,7 +32,7 @@ from prism_plan.limits import require_at_most
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, trace_from_counts
 from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers
-from prism_plan.profiling.common.messages import CHECK_MODEL, CUT_SHORT, Notify
+from prism_plan.profiling.common.messages import CHECK_MODEL, TRUNCATED, Notify
 from prism_plan.profiling.common.task_counts import add_up_sources
 from prism_plan.profiling.sources import Source, paths_by_task
 from prism_plan.trace import Trace
@@ -58,7 +58,7 @@ def read_imatrix(
     Raises
     ------
     InputError
-        No GGUF file, of the older format or made from it, cut short, or of another model; the
+        No GGUF file, of the older format or made from it, truncated, or of another model; the
         package ``gguf`` is not installed.
     """
     paths = paths_by_task(sources)
@@ -89,7 +89,7 @@ def _calls(
         if not np.array_equal(others, counts):
             expert = int(np.argmax(others != counts))
             found = f"{counts[expert]:,} calls of expert {expert}"
-            raise at.error(found, f"{others[expert]:,}, as in {known}", CUT_SHORT)
+            raise at.error(found, f"{others[expert]:,}, as in {known}", TRUNCATED)
     if not by_layer:
         raise Location(path).error(
             "no counts of experts in it",
@@ -129,7 +129,7 @@ def _expert_counts(values: npt.NDArray[Any], model: ModelSpec, at: Location) -> 
     if not good.all():
         expert = int(np.argmin(good))
         raise at.within(f"expert {expert}").error(
-            f"{flat[expert]:g} calls", "a whole number of at least 0 and below 2^53", CUT_SHORT
+            f"{flat[expert]:g} calls", "a whole number of at least 0 and below 2^53", TRUNCATED
         )
     return flat.astype(np.int64)
 
@@ -153,7 +153,7 @@ def _check_tokens(
             raise Location(path, name).error(
                 f"{total:,.0f} calls of {max(num_tokens):,.0f} tokens",
                 f"{model.top_k} a token, top-k of {model.name}",
-                f"{CHECK_MODEL}; if it goes on from a file of the older format, {AGAIN}",
+                f"{CHECK_MODEL}; if it continues from a file of the older format, {AGAIN}",
             )
 
 
@@ -189,7 +189,7 @@ def _load_counts(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any
         except Exception as error:  # hostile bytes make the reader raise anything
             raise Location(path).error(
                 f"not a readable GGUF file ({type(error).__name__}: {error!s:.80})",
-                remedy=CUT_SHORT,
+                remedy=TRUNCATED,
             ) from error
         file.require_unchanged()
     return tensors, keys
@@ -204,7 +204,7 @@ def _check_header(file: OpenFile, path: Path) -> None:
     def read(form: str, at: int) -> int:
         data = file.pread(struct.calcsize(form), min(at, file.size))
         if len(data) < struct.calcsize(form):
-            raise Location(path).error("the file ends within its header", remedy=CUT_SHORT)
+            raise Location(path).error("the file ends within its header", remedy=TRUNCATED)
         return int(struct.unpack(form, data)[0])
 
     def text_end(at: int) -> int:
@@ -246,4 +246,4 @@ def _check_header(file: OpenFile, path: Path) -> None:
             for _ in range(count):
                 at = text_end(at)
         else:
-            raise Location(path).error(f"a value of type {kind}", remedy=CUT_SHORT)
+            raise Location(path).error(f"a value of type {kind}", remedy=TRUNCATED)

@@ -28,7 +28,7 @@ from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, sum_calls, trace_from_counts
 from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers
 from prism_plan.profiling.common.json_fields import json_object
-from prism_plan.profiling.common.messages import CHECK_MODEL, CUT_SHORT, Notify
+from prism_plan.profiling.common.messages import CHECK_MODEL, TRUNCATED, Notify
 from prism_plan.profiling.common.task_counts import add_up_sources
 from prism_plan.profiling.sources import Source, paths_by_task
 from prism_plan.text import shown
@@ -48,7 +48,7 @@ def read_trtllm(
     Raises
     ------
     InputError
-        A file is missing, cut short or foreign; a tensor, layer or count is not of the model.
+        A file is missing, truncated or foreign; a tensor, layer or count is not of the model.
     """
     paths = paths_by_task(sources)
     calls = add_up_sources(sources, model, _read_folder, notify)
@@ -143,7 +143,7 @@ def _add_rank(
                 counts[row] = sum_calls(both, Location(path))[0]
     except (SafetensorError, OSError) as error:
         raise Location(path).error(
-            f"not a readable safetensors file: {error}", remedy=CUT_SHORT
+            f"not a readable safetensors file: {error}", remedy=TRUNCATED
         ) from error
 
 

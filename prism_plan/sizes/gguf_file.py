@@ -28,7 +28,7 @@ def spec_from_gguf(path: str | os.PathLike[str]) -> ModelSpec:
     Raises
     ------
     InputError
-        The package ``gguf`` is not installed; a file cannot be read, is cut short, or is no GGUF
+        The package ``gguf`` is not installed; a file cannot be read, is truncated, or is no GGUF
         file; a part is missing; it has no MoE layers.
     """
     path = Path(path)

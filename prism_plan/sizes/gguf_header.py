@@ -58,7 +58,7 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
     Raises
     ------
     InputError
-        The package ``gguf`` is not installed; the file cannot be read, is cut short, or is no GGUF
+        The package ``gguf`` is not installed; the file cannot be read, is truncated, or is no GGUF
         file.
     """
     try:

@@ -37,7 +37,7 @@ def tensors_of_folder(folder: Path) -> Iterator[StoredTensor]:
     Raises
     ------
     InputError
-        There are none; one is missing, cut short or damaged; a tensor is not where the index says.
+        There are none; one is missing, truncated or damaged; a tensor is not where the index says.
     """
     if (folder / SINGLE).is_file():
         yield from read_header(folder / SINGLE).values()
@@ -70,7 +70,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     Raises
     ------
     InputError
-        The file cannot be read, is cut short, or its header is not that of a safetensors file.
+        The file cannot be read, is truncated, or its header is not that of a safetensors file.
     """
     fd = open_file(path)
     try:
@@ -99,7 +99,7 @@ def header_of(fd: int, path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     Raises
     ------
     InputError
-        The file is cut short, or its header is not that of a safetensors file.
+        The file is truncated, or its header is not that of a safetensors file.
     """
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):

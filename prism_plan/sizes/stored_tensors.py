@@ -194,7 +194,7 @@ def _language_model(
         if number >= MAX_TENSORS:
             require_at_most(number + 1, MAX_TENSORS, "tensors", source=source)
         if tensor.name in names:
-            raise Location(source, tensor.name).error("stands twice", "each tensor once")
+            raise Location(source, tensor.name).error("is duplicated", "each tensor once")
         names.add(tensor.name)
         if OTHER_PARTS.search(tensor.name) and not LAYER.search(tensor.name):
             continue

@@ -97,7 +97,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
 
 SOLVER = Solver(
     name="eplb",
-    summary="DeepSeek's EPLB: replicate the busiest experts, pack to balance load",
+    summary="DeepSeek's EPLB: replicate the most loaded experts, pack to balance load",
     guarantee="feasible; the published algorithm on equal servers; blind to locality",
     function=_solve,
 )

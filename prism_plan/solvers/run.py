@@ -53,8 +53,8 @@ def solve(
     if unsupported := required - chosen.supports:
         alternatives = solvers_supporting(required) or ["none"]
         raise UnsupportedFeature(
-            f"solver {solver!r} has no rule for {' and '.join(sorted(unsupported))}; "
-            f"solvers that have: {', '.join(alternatives)}"
+            f"solver {solver!r} does not support {' and '.join(sorted(unsupported))}; "
+            f"supported by: {', '.join(alternatives)}"
         )
     require_feasible(instance)
     begin = time.perf_counter()

@@ -21,14 +21,14 @@ class MoveOptions(CommandOptions):
 
 @click.command("move")
 @store_option
-@click.option("--placement", required=True, metavar="NEW.json", help="Where to.")
+@click.option("--placement", required=True, metavar="NEW.json", help="Target placement.")
 @click.option(
     "--join",
     "rendezvous_timeout_s",
     default=10.0,
     show_default=True,
     metavar="S",
-    help="For the store.",
+    help="Seconds to wait for the store.",
 )
 @options_as(MoveOptions)
 def command(args: MoveOptions) -> None:

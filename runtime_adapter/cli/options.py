@@ -53,7 +53,7 @@ store_option = click.option(
     default="127.0.0.1:29400",
     show_default=True,
     metavar="HOST:PORT",
-    help="Address on the first server where all servers meet; it alone listens there.",
+    help="Rendezvous address; the first server listens there.",
 )
 
 #: Options of every command that joins a run as a server.
@@ -67,7 +67,7 @@ rendezvous_options = _options(
         default=10.0,
         show_default=True,
         metavar="S",
-        help="Then a server is lost.",
+        help="Seconds without an answer after which a server is lost.",
     ),
     click.option(
         "--join",
@@ -75,10 +75,10 @@ rendezvous_options = _options(
         default=60.0,
         show_default=True,
         metavar="S",
-        help="Then all must be there.",
+        help="Seconds within which all servers must join.",
     ),
     click.option(
-        "--rtt-ms", default=0.0, show_default=True, help="Added to every call, where wanted."
+        "--rtt-ms", default=0.0, show_default=True, help="Artificial delay of every call."
     ),
 )
 
@@ -86,7 +86,7 @@ rendezvous_options = _options(
 #: Options of the commands that serve: whether experts move, as in `prism-plan simulate`.
 migration_options = _options(
     review_options,
-    click.option("--movable", is_flag=True, help="Follow the command move, even without reviews."),
+    click.option("--movable", is_flag=True, help="Accept the command move, also without reviews."),
     click.option(
         "--placements-dir",
         metavar="DIR",

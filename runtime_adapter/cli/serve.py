@@ -114,7 +114,7 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
     type=click.Choice(["gloo", "nccl", "split"]),
     default="gloo",
     show_default=True,
-    help="nccl: states go from card to card; split: nccl's protocol over gloo, to try it.",
+    help="nccl: states go from GPU to GPU; split: its protocol over gloo, for tests.",
 )
 @click.option(
     "--route", type=click.Choice(["cover", "nearest", "spread"]), default="cover", show_default=True
@@ -140,7 +140,7 @@ def command(args: ServeOptions) -> None:
     """Serve a checkpoint, this server's experts and requests.
 
     All servers get the same files and options but for --server, --requests, --device, --threads
-    and outputs. A line of requests is {"prompt": text} and, where wanted, "task", "id", "at_s" (its
+    and outputs. A line of requests is {"prompt": text} and, optionally "task", "id", "at_s" (its
     arrival, in seconds from the start) and "max_new_tokens"; decoding is greedy. A server without
     requests of its own answers the others until all have done theirs. With --requests - each line
     of standard input arrives when it is read, and the end of the input ends this server's requests.

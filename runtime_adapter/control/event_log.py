@@ -30,7 +30,7 @@ _EMPTY_ENTRY_INTERVAL_S = 0.05
 
 
 class StoreLost(RuntimeFailure):
-    """The store is gone, and with it the log."""
+    """The store is lost, and with it the log."""
 
     def __init__(self) -> None:
         super().__init__("the store of the run is gone")

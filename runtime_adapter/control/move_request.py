@@ -69,8 +69,8 @@ def request_move(
                 )
             if detector.silent_s(SCHEDULER_HEARTBEAT, heartbeat) > limit_s:
                 raise RuntimeFailure(
-                    f"the scheduler of the run gives no sign of life for {limit_s:g} s; the run "
-                    "goes on, and some experts may have moved"
+                    f"the scheduler of the run has sent no heartbeat for {limit_s:g} s; the run "
+                    "continues, and some experts may have moved"
                 )
     except StoreLost as error:
         raise RuntimeFailure("the run ended before the move did") from error

@@ -85,7 +85,7 @@ class RunState:
     def hung_text(self, server: int) -> str:
         """The line about a server whose driver hangs."""
         name = self.config.placement.servers[server]
-        return f"the process that serves the requests of {name!r} gives no sign of life"
+        return f"the process that serves the requests of {name!r} has sent no heartbeat"
 
     @property
     def instance(self) -> Instance:

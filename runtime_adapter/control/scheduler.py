@@ -71,7 +71,7 @@ class Scheduler:
         self._requested_moves: list[str] = []
 
     def run(self) -> None:
-        """Run until the store is gone."""
+        """Run until the store is lost."""
         while True:
             self.run_once(POLL_INTERVAL_S)
 

@@ -191,10 +191,10 @@ def require_device(channels: ChannelConfig) -> None:
         )
     if channels.backend == "nccl" and kind != "cuda":
         raise InputError(
-            "nccl carries states between CUDA cards, and this server has none "
+            "nccl carries states between CUDA GPUs, and this server has none "
             f"(``device`` is {kind})",
             parameter="transport",
-            remedy="give every server a card, or use ``transport`` gloo",
+            remedy="give every server a GPU, or use ``transport`` gloo",
         )
     if channels.backend == "nccl" and not dist.is_nccl_available():
         raise InputError(
@@ -239,9 +239,9 @@ def require_own_card(
         )
         if n != rendezvous.rank and found == card:
             raise InputError(
-                f"server {names[rendezvous.rank]!r} has the card of server {name!r}",
+                f"server {names[rendezvous.rank]!r} has the GPU of server {name!r}",
                 parameter="transport",
                 place="nccl",
-                expected="a card of its own for every server",
+                expected="a GPU of its own for every server",
                 remedy="give another ``device``, or use ``transport`` gloo",
             )

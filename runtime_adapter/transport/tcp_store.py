@@ -114,7 +114,7 @@ def call_store(operation: Callable[[], T], timeout_s: float = STORE_TIMEOUT_S) -
     Raises
     ------
     RuntimeFailure
-        The store is gone, or does not answer within ``timeout_s``.
+        The store is lost, or does not answer within ``timeout_s``.
     """
     try:
         return run_with_timeout(operation, timeout_s)
@@ -123,7 +123,7 @@ def call_store(operation: Callable[[], T], timeout_s: float = STORE_TIMEOUT_S) -
             f"the store does not answer within {timeout_s:g} s; see whether the first server hangs"
         ) from error
     except (dist.DistError, RuntimeError) as error:
-        raise RuntimeFailure("the store is gone; see what the first server says") from error
+        raise RuntimeFailure("the store is lost; see what the first server says") from error
 
 
 def put_json(store: dist.Store, key: str, values: Any) -> None:
@@ -209,7 +209,7 @@ def require_same_run(
         This server was started for another number of servers, another placement, model or options,
         or a second server has this name.
     RuntimeFailure
-        The store is gone or hangs, or holds something else than facts.
+        The store is lost or hangs, or holds something else than facts.
     """
     if call_store(partial(store.add, f"joined/{rendezvous.rank}", 1)) != 1:
         raise NameTaken(

@@ -92,7 +92,7 @@ class Checkpoint:
     ------
     InputError
         No such folder; a family that cannot be run; quantised or pickled weights; a file that is
-        missing, cut short or outside the folder; a tensor of an expert that is missing or has
+        missing, truncated or outside the folder; a tensor of an expert that is missing or has
         another shape.
     """
 

@@ -74,7 +74,7 @@ def server_devices(num_gpus: int, device: str = "auto") -> list[torch.device]:
     found = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", device)
     if found is None:
         raise InputError(
-            f"{device!r:.60}", parameter="device", expected="auto, cpu, cuda, or a card like cuda:0"
+            f"{device!r:.60}", parameter="device", expected="auto, cpu, cuda, or a GPU like cuda:0"
         )
     cards = list(range(num_gpus)) if found[1] is None else [int(found[1])] * num_gpus
     if max(cards, default=-1) >= num_cards:
@@ -82,7 +82,7 @@ def server_devices(num_gpus: int, device: str = "auto") -> list[torch.device]:
             f"{device} needs {max(cards) + 1} CUDA devices",
             parameter="device",
             expected=f"at most the {num_cards} that are here",
-            remedy="cuda:0 lets the server's GPUs share one card, cpu does without",
+            remedy="cuda:0 lets the server's GPUs share one, cpu does without",
         )
     return [torch.device("cuda", card) for card in cards]
 

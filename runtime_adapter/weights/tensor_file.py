@@ -50,7 +50,7 @@ class TensorFile:
     Raises
     ------
     InputError
-        The file cannot be read, is cut short, or its header is not that of a safetensors file.
+        The file cannot be read, is truncated, or its header is not that of a safetensors file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

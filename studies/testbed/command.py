@@ -38,7 +38,7 @@ KILL_AFTER_S = 5.0
     type=float,
     default=0.0,
     show_default=True,
-    help="Told to the servers as PRISM_RTT_MS, which add it themselves.",
+    help="Passed to the servers as PRISM_RTT_MS, which add it themselves.",
 )
 @click.option(
     "--burst-kb",
@@ -53,7 +53,7 @@ KILL_AFTER_S = 5.0
     type=float,
     default=10.0,
     show_default=True,
-    help="How long others may go on after a server has failed, or all after a signal.",
+    help="How long others may continue after a server has failed, or all after a signal.",
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def cli(

@@ -85,7 +85,7 @@ def test_good_files_are_good(files: dict[str, Path]) -> None:
         ({"remote_share": 0.9, "termination": "heuristic"}, "plan.remote_share says 0.9"),
         ({"bound": 0.99}, "lies below its bound"),
         ({"bound": 0.0}, "called optimal, but remote_share exceeds its bound"),
-        ({"min_replicas": 2}, "2 wanted"),
+        ({"min_replicas": 2}, "2 required"),
     ],
 )
 def test_untrue_statements(files: dict[str, Path], changes: dict[str, Any], words: str) -> None:

@@ -269,7 +269,7 @@ def test_time_limit_without_placement(work: Path) -> None:
 
 
 def test_solver_without_rule(work: Path) -> None:
-    """A solver that has no rule for what is asked names those that have."""
+    """A solver that does not support what is asked names those that have."""
     result = run(work, *SOLVE, "--solver", "prism", "--min-replicas", "2", "-o", "o.json")
     assert_one_line_error(result, 2, "'prism'", "exact")
 
@@ -760,7 +760,7 @@ def test_wrong_placement(material: Path, tmp_path: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ('{"format": 1, "format": 2}', "'format' stands twice"),
+        ('{"format": 1, "format": 2}', "'format' is duplicated"),
         ('{"format": NaN}', "NaN"),
         ("", "line 1"),
         ("\0\1", "line 1"),

@@ -371,7 +371,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown key": ((*GRID, "--sweep", "gpu=4"), ("--sweep", "did you mean 'gpus'")),
     "half a seed": ((*GRID, "--sweep", "seed=1.5"), ("--sweep: seed: '1.5'", "whole number")),
     "no solver": (("--sweep", "gpus=4"), ("--sweep: solver: no solver",)),
-    "solvers twice": ((*GRID, "--solvers", "prism"), ("solver=prism' stands twice",)),
+    "solvers twice": ((*GRID, "--solvers", "prism"), ("solver=prism' is duplicated",)),
     "no request": ((*GRID, "--requests", "0"), ("--requests: 0",)),
     "no burst": ((*GRID, "--burst", "0"), ("--burst: 0",)),
     "no replicas": ((*GRID, "--min-replicas", "0"), ("--min-replicas: 0",)),

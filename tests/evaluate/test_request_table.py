@@ -66,7 +66,7 @@ def test_all_runs_have_the_same_requests(tmp_path: Path) -> None:
 
 
 def test_what_did_not_come_to_pass_is_null(tmp_path: Path) -> None:
-    """Of a run that was cut short, times that never came are null, not NaN."""
+    """Of a run that was truncated, times that never came are null, not NaN."""
     result = simulated(
         small_trace(), small_cluster(), "exact",
         number=1000, engine="reference", time_limit_s=1e-9,

@@ -575,7 +575,7 @@ def test_experts_of_unequal_size_have_no_partial_move() -> None:
     )
     plans, requests = planned(trace, cluster, "ilp"), sampled(trace, cluster, 2)
     with pytest.raises(
-        UnsupportedFeature, match=r"^migrate: 'partial' has no rule for .*unequal size"
+        UnsupportedFeature, match=r"^migrate: 'partial' does not support .*unequal size"
     ):
         simulate_placements(plans, requests, trace, cluster, SimulationOptions(migrate="partial"))
     options = SimulationOptions(migrate="prism", migrate_solver="ilp", migrate_every_s=0.01)

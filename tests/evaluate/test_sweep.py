@@ -368,7 +368,7 @@ def test_grid_from_texts() -> None:
         (["gpu=4", "solver=exact"], "did you mean 'gpus'"),
         (["gpus"], "KEY=VALUE"),
         (["=4"], "KEY=VALUE"),
-        (["solver=exact", "solver=prism"], "stands twice"),
+        (["solver=exact", "solver=prism"], "is duplicated"),
         (["solver="], "expected values"),
         (["solver=,"], "expected values"),
         (["solver=exakt"], "did you mean 'exact'"),

@@ -88,5 +88,5 @@ def test_rows_without_a_placement_are_read() -> None:
     values["rows"][0] = {
         key: None if key not in ("name", "violations", "note") else value
         for key, value in values["rows"][0].items()
-    } | {"note": "it has no rule for that"}
+    } | {"note": "it does not support that"}
     assert comparison_from_json(values) == values

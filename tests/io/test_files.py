@@ -280,9 +280,9 @@ def test_json_cut_short(value: object, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1, "a": 1}', "f: key 'a' stands twice"),
-        ('[{"b": {"c": 1, "d": 2, "c": 3}}]', "f: key 'c' stands twice"),
-        ('{"a": 1, "\\u0061": 2}', "f: key 'a' stands twice"),
+        ('{"a": 1, "a": 1}', "f: key 'a' is duplicated"),
+        ('[{"b": {"c": 1, "d": 2, "c": 3}}]', "f: key 'c' is duplicated"),
+        ('{"a": 1, "\\u0061": 2}', "f: key 'a' is duplicated"),
         ("[NaN]", "f: NaN is not JSON"),
         ('{"a": -Infinity}', "f: -Infinity is not JSON, under key 'a'"),
         ('{"a": [1, {"b": [0, NaN]}]}', "f: NaN is not JSON, under key 'a[1].b[1]'"),

@@ -144,7 +144,7 @@ def test_an_unknown_key_is_not_written() -> None:
         (lambda text: "", "not CSV: an empty file"),
         (lambda text: text.partition("\n")[0], "no rows; expected a row for each run"),
         (lambda text: text.replace("bandwidth_", "bandwith_"), "did you mean 'bandwith_mbps'"),
-        (lambda text: text.replace("servers", "gpus", 1), "column 'gpus' stands twice"),
+        (lambda text: text.replace("servers", "gpus", 1), "column 'gpus' is duplicated"),
         (lambda text: text.replace("\n4,2,100.0", "\nfour,2,100.0", 1), "row 1: gpus: 'fou"),
         (lambda text: text.replace("\n4,2,", "\n4,", 1), "row 1: 22 values; expected 23"),
         (lambda text: text.replace("\n4,2,100.0", "\n4,2,nan", 1), "bandwidth_mbps: nan"),

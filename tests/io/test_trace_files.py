@@ -420,7 +420,7 @@ def test_file_of_another_tool(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"position": pa.array([1, 0, 1], pa.int32())}, "request 5 position 1 stands twice"),
+        ({"position": pa.array([1, 0, 1], pa.int32())}, "request 5 position 1 is duplicated"),
         ({"task": pa.array(["b", "a", "a"])}, "request 5 has tasks 'b' and 'a'"),
         ({"request": pa.array([5, -1, 5], pa.int32())}, "row 1 column 'request': -1"),
         ({"phase": pa.array(["decode", "Decode", "prefill"])}, "phase 'Decode'"),

@@ -551,7 +551,7 @@ def test_prism_refuses_what_its_solver_has_no_rule_for() -> None:
     """The refusal names solvers that know; with such a solver the policy works."""
     instance, standing = medium(np.random.default_rng(2), rules=True)
     arguments = (standing, instance.activations, instance, np.ones(4), np.full(6, 1e-6))
-    with pytest.raises(UnsupportedFeature, match=r"solver 'prism' has no rule for .*exact"):
+    with pytest.raises(UnsupportedFeature, match=r"solver 'prism' does not support .*exact"):
         review(Policy("prism", 100.0), *arguments)
     found = review(Policy("prism", 100.0, solver="exact"), *arguments)
     assert found.target is not None

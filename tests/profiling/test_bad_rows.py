@@ -169,7 +169,7 @@ def test_lines_of_tables(tmp_path: Path, line: str) -> None:
     ],
 )
 def test_lines_without_which_sums_are_wrong(tmp_path: Path, line: str, words: str) -> None:
-    """A count that is too large or stands twice is not left out: the sum would be another."""
+    """A count that is too large or is duplicated is not left out: the sum would be another."""
     path = tmp_path / "c.csv"
     path.write_text(TABLE.format(line))
     with pytest.raises(InputError) as caught:

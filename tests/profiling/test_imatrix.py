@@ -134,7 +134,7 @@ def test_counts_that_cannot_be(tmp_path: Path, change: Counts, words: str) -> No
 
 
 def test_a_layer_is_missing(tmp_path: Path) -> None:
-    """A file without a layer of the model is of another model or cut short."""
+    """A file without a layer of the model is of another model or truncated."""
     counts = counts_of(routing(50, model=MODEL)[:, :1], layers=(1,))
     message = refusal(read_imatrix, write(tmp_path / "i.gguf", counts), model=MODEL)
     assert "task 'law' has no calls in layer 2" in message

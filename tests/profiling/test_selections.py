@@ -192,7 +192,7 @@ def test_duplicates_and_gaps(tmp_path: Path) -> None:
     message = refusal(read_selections, lines(path, *ALL[:5], *ALL[6:]))
     assert "line 5: request 'r1' token 2 lacks layers 1; expected a line for each" in message
     message = refusal(read_selections, lines(path, *ALL[:4], *ALL[6:]))
-    assert "line 6: request 'r1' goes on with token 3; expected token 2 after token 1" in message
+    assert "line 6: request 'r1' continues with token 3; expected token 2 after token 1" in message
 
 
 def test_one_layer_alone(tmp_path: Path) -> None:

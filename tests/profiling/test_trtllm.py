@@ -177,7 +177,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"num_experts": 6}', "\x00", "NaN"])
 def test_bad_meta_info_is_refused(tmp_path: Path, text: str) -> None:
-    """meta_info.json that is cut short or of another form is one line of error."""
+    """meta_info.json that is truncated or of another form is one line of error."""
     folder = write(tmp_path / "chat", recording())
     (folder / "meta_info.json").write_text(text)
     assert "meta_info.json" in refusal(folder)

@@ -115,7 +115,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "a server twice": (
         {**HEAD, "servers": [{"name": "a", "gpus": [GPU]}, {"name": "a", "gpus": [GPU]}]},
-        "servers[1].name: 'a' stands twice",
+        "servers[1].name: 'a' is duplicated",
     ),
 }
 

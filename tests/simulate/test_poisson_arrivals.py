@@ -158,7 +158,7 @@ GOOD = '{"server": "a", "at_s": 1}'
             "expected less than 2,147",
         ),
         ('{"server": "a", "at_s": 1, "tusk": "b"}', "line 2", "did you mean 'task'"),
-        ('{"server": "a", "server": "b", "at_s": 1}', "line 2", "stands twice"),
+        ('{"server": "a", "server": "b", "at_s": 1}', "line 2", "is duplicated"),
         ('{"server": "a", "at_s": 1', "line 2", "not JSON"),
         ("[1]", "line 2", "expected an object"),
     ],

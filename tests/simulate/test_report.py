@@ -340,7 +340,7 @@ def test_phases_begin_with_their_first_requests() -> None:
 
 
 def test_schema_accepts_partial_and_empty_reports() -> None:
-    """A run that the time limit cut short is valid; times of nothing are null."""
+    """A run that the time limit truncated is valid; times of nothing are null."""
     result = simulated(
         small_trace(), small_cluster(), "exact", "prism",
         number=1000, engine="reference", time_limit_s=1e-9,

@@ -172,7 +172,7 @@ def test_tensors_that_make_no_model_are_refused(case: str) -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    """A layer without tensors, an expert that one layer lacks, a tensor that stands twice."""
+    """A layer without tensors, an expert that one layer lacks, a tensor that is duplicated."""
     with pytest.raises(InputError, match="layer 3 has no tensors; expected the 4 decoder layers"):
         spec(SMALL, num_hidden_layers=4)
     for gone in ("model.layers.2.mlp.experts.3", "model.layers.1.mlp.experts.0"):
@@ -181,7 +181,7 @@ def test_what_is_missing_is_named() -> None:
             spec({name: one for name, one in SMALL.items() if not name.startswith(gone)})
     facts = read_facts(CONFIG, source="config.json")
     stored = [StoredTensor(name, "U8", *one) for name, one in SMALL.items()]
-    with pytest.raises(InputError, match=r"lm_head\.weight: stands twice"):
+    with pytest.raises(InputError, match=r"lm_head\.weight: is duplicated"):
         spec_from_tensors([*stored, stored[-1]], facts, name="x", source="file")
 
 

@@ -204,7 +204,7 @@ def test_unequal_sizes_are_refused(solver: str) -> None:
     """Solvers that count slots refuse experts of unequal size and name the one that does not."""
     model = ModelShape("mixed", (0, 1), 2, 1, (100, 50))
     instance = Instance(model, ("a",), np.ones((1, 2, 2)), ((400,),))
-    with pytest.raises(UnsupportedFeature, match=r"unequal size; solvers that have: ilp"):
+    with pytest.raises(UnsupportedFeature, match=r"unequal size; supported by: ilp"):
         solve(instance, solver)
 
 
@@ -221,7 +221,7 @@ def test_heuristics_refuse_what_they_have_no_rule_for(solver: str) -> None:
         (instance, Options(reference=old)),
     ]
     for changed, options in problems:
-        with pytest.raises(UnsupportedFeature, match="solvers that have: ilp, exact"):
+        with pytest.raises(UnsupportedFeature, match="supported by: ilp, exact"):
             solve(changed, solver, options)
 
 

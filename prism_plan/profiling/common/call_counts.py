@@ -51,7 +51,7 @@ def require_every_layer(task: str, calls: Counts, model: ModelSpec, source: obje
         raise Location(source).error(
             f"task {task!r} has no calls in layer {model.moe_layers[int(np.argmin(per_layer))]}",
             f"calls in every MoE layer of {model.name}, {model.layers_text()}",
-            f"it may be cut short; {CHECK_MODEL}",
+            f"it may be truncated; {CHECK_MODEL}",
         )
 
 

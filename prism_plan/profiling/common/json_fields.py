@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_plan.io.location import Location
-from prism_plan.profiling.common.messages import CUT_SHORT
+from prism_plan.profiling.common.messages import TRUNCATED
 from prism_plan.profiling.sources import default_task
 from prism_plan.text import shown
 
@@ -25,7 +25,7 @@ def decode_base64(text: str, at: Location) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise at.error(f"{text[:20]!r} is not base64: {error}", remedy=CUT_SHORT) from error
+        raise at.error(f"{text[:20]!r} is not base64: {error}", remedy=TRUNCATED) from error
 
 
 def optional_count(values: Mapping[str, Any], key: str, at: Location) -> int | None:

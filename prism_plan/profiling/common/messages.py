@@ -7,5 +7,5 @@ from collections.abc import Callable
 #: Called with each notice to the user: what was left out or looks wrong.
 Notify = Callable[[str], None]
 
-CUT_SHORT = "the file may be cut short; record or copy it again"
+TRUNCATED = "the file may be truncated; record or copy it again"
 CHECK_MODEL = "check that ``model`` is the model that was recorded"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.io.location import Location
-from prism_plan.profiling.common.messages import CUT_SHORT
+from prism_plan.profiling.common.messages import TRUNCATED
 
 _NPY_HEADER = re.compile(
     r"\{'descr': '([|<>])([A-Za-z])(\d{1,4})?', 'fortran_order': (True|False), "
@@ -27,10 +27,10 @@ def parse_npy(data: bytes, at: Location) -> npt.NDArray[Any]:
     Raises
     ------
     InputError
-        Not .npy, cut short, or not whole numbers (Python objects included).
+        Not .npy, truncated, or not whole numbers (Python objects included).
     """
     if data[:6] != b"\x93NUMPY" or len(data) < 12:
-        raise at.error("not a .npy array", "NumPy's .npy format", CUT_SHORT)
+        raise at.error("not a .npy array", "NumPy's .npy format", TRUNCATED)
     start, width = (10, 2) if data[6] == 1 else (12, 4)
     end = start + int.from_bytes(data[start - width : start], "little")
     header = data[start:end].decode("latin-1")
@@ -38,7 +38,7 @@ def parse_npy(data: bytes, at: Location) -> npt.NDArray[Any]:
     if match is None:
         kind = re.search(r"'descr': (.{1,40}?), 'fortran", header)
         found = f"an array of {kind.group(1)}" if kind else "the .npy header does not parse"
-        raise at.error(found, "an array of whole numbers", CUT_SHORT)
+        raise at.error(found, "an array of whole numbers", TRUNCATED)
     byte_order, letter, size, fortran, dims = match.groups()
     if f"{letter}{size}" not in _INTEGER_TYPES:
         raise at.error(
@@ -49,10 +49,10 @@ def parse_npy(data: bytes, at: Location) -> npt.NDArray[Any]:
     shape = tuple(int(word) for word in dims.replace(" ", "").split(",") if word)
     # NumPy multiplies the dimensions even of an array without elements
     if len(shape) > _MAX_DIMENSIONS or math.prod(filter(None, shape)) >= 2**40:
-        raise at.error(f"an array of shape {shape!s:.60}", "[tokens, layers, top-k]", CUT_SHORT)
+        raise at.error(f"an array of shape {shape!s:.60}", "[tokens, layers, top-k]", TRUNCATED)
     needed = math.prod(shape) * int(size)
     if len(data) - end != needed:
         found = f"{len(data) - end} bytes of data"
-        raise at.error(found, f"{needed} for shape {shape}", CUT_SHORT)
+        raise at.error(found, f"{needed} for shape {shape}", TRUNCATED)
     flat = np.frombuffer(data, np.dtype(f"{byte_order}{letter}{size}"), offset=end)
     return flat.reshape(shape, order="F" if fortran == "True" else "C")

@@ -110,7 +110,7 @@ def _profile(
             assert earlier.batches is not None
             for rows in earlier.batches():
                 writer.write(rows, earlier.tasks)
-            notify(f"going on after {done} of {total} prompts")
+            notify(f"continuing after {done} of {total} prompts")
         # rows of a batch are written when it is complete, or they would be in the trace twice
         # after an interruption and a continuation
         pending: list[tuple[TokenBatch, tuple[str, ...]]] = []
@@ -140,7 +140,7 @@ def _profile(
                     raise LimitReached("out of memory; lower ``batch_size``") from error
                 writer.provenance |= {"partial": True, "prompts_done": done}
     if stopped is not None:
-        kept = f"{output} holds the first {done} of {total} prompts; go on with ``resume``"
+        kept = f"{output} holds the first {done} of {total} prompts; continue with ``resume``"
         if isinstance(stopped, KeyboardInterrupt):
             raise Interrupted(f"interrupted; {kept}")
         raise LimitReached(f"out of memory; {kept} and a lower ``batch_size``") from stopped
@@ -190,7 +190,7 @@ def _earlier(output: str | os.PathLike[str], run: _Run) -> Trace | None:
             raise Location(output, "provenance").error(
                 f"{key} is {trace.provenance.get(key)!r:.80}",
                 f"{value!r:.80}, as in this run",
-                "``resume`` goes on with the same checkpoint, prompts and options",
+                "``resume`` continues with the same checkpoint, prompts and options",
             )
     if not trace.provenance.get("partial"):
         raise Location(output).error("is complete", "a partial trace")

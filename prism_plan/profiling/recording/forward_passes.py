@@ -101,7 +101,7 @@ class RowBuilder:
             self._alive[:] = True  # another turn of a conversation
         if first.tasks is None and len(self._requests) != sequences:
             raise Location("forward pass").error(
-                f"{sequences} sequences go on with a cache of {len(self._requests)}",
+                f"{sequences} sequences continue with a cache of {len(self._requests)}",
                 "the same sequences in the same order",
             )
         # real [steps, B, S]: neither padding nor fed after the sequence's end

@@ -76,7 +76,7 @@ def merge_streams(file: OpenFile, bad: BadRows) -> Iterator[tuple[Location, Any]
                 continue
             if key in ended:
                 raise at.error(
-                    f"response {key!r:.60} goes on after a [DONE]",
+                    f"response {key!r:.60} continues after a [DONE]",
                     "the streams one after the other",
                     "write each stream to a file of its own",
                 )

@@ -32,7 +32,7 @@ from prism_plan.io.location import Location
 from prism_plan.limits import MIB
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers
-from prism_plan.profiling.common.messages import CUT_SHORT, Notify
+from prism_plan.profiling.common.messages import TRUNCATED, Notify
 from prism_plan.profiling.common.request_batches import RequestBatches
 from prism_plan.profiling.selections.line_parser import Line, LineParser, example_line
 from prism_plan.profiling.sources import Source, paths_by_task
@@ -66,7 +66,7 @@ def read_selections(
     Raises
     ------
     InputError
-        A line is not JSON, lacks a key, is of another model or stands twice; a token lacks a
+        A line is not JSON, lacks a key, is of another model or is duplicated; a token lacks a
         layer; a request lacks a token; too many tokens are incomplete at once. Names the line.
     """
     paths_by_task(sources)  # refuses two unlabelled files of one name
@@ -244,7 +244,7 @@ class _Reader:
             error = at.error(
                 f"request {name!r} token {position} lacks layers {shown}",
                 f"a line for each MoE layer of {model.name}, {model.layers_text()}",
-                f"{CUT_SHORT}, with all layers",
+                f"{TRUNCATED}, with all layers",
             )
             self.bad.skip_or_raise(path, error)
 
@@ -266,7 +266,7 @@ class _Reader:
     def _require_gapless(
         self, rows: npt.NDArray[np.int64], experts: Ids, request: str | int, path: Path
     ) -> tuple[npt.NDArray[np.int64], Ids]:
-        """The tokens of a request; refuses or counts those that stand twice or are missing."""
+        """The tokens of a request; refuses or counts duplicate or missing ones."""
         step = np.diff(rows[:, 1])
         if not step.all():
             for i in np.flatnonzero(step == 0).tolist():
@@ -280,9 +280,9 @@ class _Reader:
             i = int(np.argmax(step > 1))
             if not self.bad.skip:
                 raise Location(path, f"line {rows[i + 1, 3]}").error(
-                    f"request {request!r} goes on with token {rows[i + 1, 1]}",
+                    f"request {request!r} continues with token {rows[i + 1, 1]}",
                     f"token {rows[i, 1] + 1} after token {rows[i, 1]}",
-                    CUT_SHORT,
+                    TRUNCATED,
                 )
             self.num_missing_tokens += int((step[step > 1] - 1).sum())
         return rows, experts

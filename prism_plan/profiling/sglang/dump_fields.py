@@ -13,7 +13,7 @@ from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.extra_layers import split_mtp_layers
 from prism_plan.profiling.common.json_fields import optional_count
-from prism_plan.profiling.common.messages import CHECK_MODEL, CUT_SHORT
+from prism_plan.profiling.common.messages import CHECK_MODEL, TRUNCATED
 
 
 def recorder_mode(dump: Mapping[str, Any], path: Path) -> str:
@@ -68,7 +68,7 @@ def array_of(values: Mapping[str, Any], key: str, dims: str, at: Location) -> np
         raise at.error(f"{tensor!r:.60}", f"a tensor {expected}") from error
     if array is None or array.dtype.kind not in "iu" or array.ndim not in ranks:
         found = kind if array is None else f"{kind} {list(array.shape)}"
-        raise at.error(found, f"whole numbers {expected}", CUT_SHORT)
+        raise at.error(found, f"whole numbers {expected}", TRUNCATED)
     return np.asarray(array)
 
 

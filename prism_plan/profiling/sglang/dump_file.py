@@ -19,7 +19,7 @@ from prism_plan.io.json import parse_json
 from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
 from prism_plan.limits import MIB
-from prism_plan.profiling.common.messages import CUT_SHORT
+from prism_plan.profiling.common.messages import TRUNCATED
 from prism_plan.profiling.common.npy import parse_npy
 from prism_plan.profiling.sglang.file_kind import COUNTS, file_kind
 
@@ -82,7 +82,7 @@ def _from_torch(path: Path) -> Mapping[str, Any]:
                 "use files that the recorder itself wrote",
             ) from error
         raise Location(path).error(
-            f"not a readable PyTorch file ({type(error).__name__})", KINDS, CUT_SHORT
+            f"not a readable PyTorch file ({type(error).__name__})", KINDS, TRUNCATED
         ) from error
     if not isinstance(dump, dict):
         raise Location(path).error(
@@ -158,7 +158,7 @@ def _from_npz(path: Path) -> Mapping[str, Any]:
         RuntimeError,
     ) as error:
         raise Location(path).error(
-            f"not a readable .npz file: {error}", remedy=CUT_SHORT
+            f"not a readable .npz file: {error}", remedy=TRUNCATED
         ) from error
     rank = values.pop("rank", np.zeros((), np.int64))
     if rank.ndim:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from prism_plan.io.location import Location
 from prism_plan.model import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts
-from prism_plan.profiling.common.messages import CHECK_MODEL, CUT_SHORT
+from prism_plan.profiling.common.messages import CHECK_MODEL, TRUNCATED
 from prism_plan.profiling.sglang.dump_fields import (
     array_of,
     require_decoder_layers,
@@ -162,7 +162,7 @@ def _extend_lengths(
     lengths: list[int] = _numbers(record, "extend_seq_lens", None, at).tolist()
     if sum(lengths) > len(recorded) or recorded[sum(lengths) :].any():
         found = f"lengths of {sum(lengths)} tokens together"
-        raise at.within("'extend_seq_lens'").error(found, f"{len(recorded)}", CUT_SHORT)
+        raise at.within("'extend_seq_lens'").error(found, f"{len(recorded)}", TRUNCATED)
     start = 0
     for length in lengths:
         piece = positions[start : start + length]
@@ -191,7 +191,7 @@ def _numbers(
         raise at_key.error(shown(values), "a list of whole numbers of at least 0")
     if length is not None and len(array) != length:
         expected = f"{length}, one for each token of 'topk_ids_of_layer'"
-        raise at_key.error(f"{len(array)} numbers", expected, CUT_SHORT)
+        raise at_key.error(f"{len(array)} numbers", expected, TRUNCATED)
     if array.size and key != "input_ids" and array.max() >= 2**31:
         raise at_key.error(f"{array.max()}", "numbers below 2^31")
     return array.astype(np.int64)

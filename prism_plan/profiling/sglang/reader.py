@@ -87,7 +87,7 @@ def read_sglang(
     Raises
     ------
     InputError
-        A file is cut short, holds code, mixes modes or is of another model.
+        A file is truncated, holds code, mixes modes or is of another model.
     """
     paths = paths_by_task(sources)
     responses = [s for s in sources if s.path.is_file() and file_kind(s.path) == "responses"]

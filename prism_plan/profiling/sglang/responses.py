@@ -18,7 +18,7 @@ from prism_plan.profiling.common.json_fields import (
     optional_count,
     task_of,
 )
-from prism_plan.profiling.common.messages import CHECK_MODEL, CUT_SHORT, Notify
+from prism_plan.profiling.common.messages import CHECK_MODEL, TRUNCATED, Notify
 from prism_plan.profiling.responses.request_collector import RequestCollector, TokenCounts
 from prism_plan.profiling.responses.response_files import read_responses
 from prism_plan.profiling.responses.routed_experts import Array
@@ -101,7 +101,7 @@ def _parse_rows(text: str, model: ModelSpec, counts: TokenCounts, at: Location) 
         raise at.within("'routed_experts'").error(
             f"{len(data)} bytes",
             f"a multiple of {row}: int32 of {layers} layers, top-{model.top_k}",
-            f"{CHECK_MODEL}; {CUT_SHORT}",
+            f"{CHECK_MODEL}; {TRUNCATED}",
         )
     return np.frombuffer(data, "<i4").reshape(-1, layers, model.top_k)
 

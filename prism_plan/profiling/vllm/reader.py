@@ -70,7 +70,7 @@ def read_vllm(
     Raises
     ------
     InputError
-        No responses or .npy, cut short, no routed experts in it, or of another model.
+        No responses or .npy, truncated, no routed experts in it, or of another model.
     """
     paths_by_task(sources)  # refuses two unlabelled files of one name
     requests = RequestCollector(model)

@@ -123,7 +123,7 @@ def test_interrupted_and_resumed(prompts: Path, tmp_path: Path) -> None:
 def test_interrupted_within_a_batch(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch that was cut short leaves no rows, however many of them were recorded already."""
+    """A batch that was truncated leaves no rows, however many of them were recorded already."""
     from prism_plan.profiling.recording import checkpoint_run, recorder
 
     monkeypatch.setattr(recorder, "FLUSH_TOKENS", 1)  # hand on every pass at once
@@ -228,7 +228,7 @@ LINES: dict[str, tuple[str, str]] = {
     "more keys": ('{"prompt": "a", "task": "t", "id": 1}\n', "line 1: unknown key 'id'"),
     "empty prompt": ('\n{"prompt": " ", "task": "t"}\n', "line 2: prompt: ' '"),
     "a number": ('{"prompt": 5, "task": "t"}\n', "line 1: prompt: 5"),
-    "twice": ('{"prompt": "a", "prompt": "b", "task": "t"}\n', "stands twice"),
+    "twice": ('{"prompt": "a", "prompt": "b", "task": "t"}\n', "is duplicated"),
     "nothing": ("\n\n", "no prompts in it"),
     "too long": (json.dumps({"prompt": "ab " * 4000, "task": "t"}) + "\n", "the model's context"),
 }

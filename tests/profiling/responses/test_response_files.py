@@ -222,7 +222,7 @@ def test_rows_so_far(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("chunks", "words"),
     [
-        ([*generate(0, ROWS[0]), "[DONE]", *generate(0, ROWS[0])], "'r0' goes on after a [DONE]"),
+        ([*generate(0, ROWS[0]), "[DONE]", *generate(0, ROWS[0])], "'r0' continues after a [DONE]"),
         ([{"error": {"message": "out of memory"}}], "an error of the server: {'message': 'out of"),
         ([5], "line 4: 5; expected a JSON object"),
         ([{"id": "a", "choices": 5}], "'choices': 5; expected a list of choices"),

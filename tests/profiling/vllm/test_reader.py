@@ -355,7 +355,7 @@ def test_bad_json_names_line_and_column(tmp_path: Path) -> None:
     for text, words in [
         (b"{", "line 2 column 2: not JSON"),
         (b'{"routed_experts": NaN}', "line 2: NaN is not JSON"),
-        (b'{"a": 1, "a": 2}', "line 2: key 'a' stands twice"),
+        (b'{"a": 1, "a": 2}', "line 2: key 'a' is duplicated"),
         (b'"\xff"', "line 2: byte 1 is not UTF-8"),
         (b"[" * 100_000, "line 2: nested too deeply"),
     ]:

@@ -90,4 +90,4 @@ def test_two_servers_on_one_card_are_told(model: str, tmp_path: Path) -> None:
             run.start(name, [], "--device", "cuda:0")
         assert set(run.codes().values()) == {2}
     for name in placement.servers:
-        assert "has the card of server" in " ".join(run.errors(name))
+        assert "has the GPU of server" in " ".join(run.errors(name))

@@ -196,7 +196,7 @@ def test_a_driver_that_hangs_alone(tmp_path: Path) -> None:
             assert answer["tokens"] == alone(MODEL, prompt, 8)
         assert run.errors(name) == [
             "prism-runtime: server 'edge-2': the process that serves its requests gives no sign of "
-            "life for 5 s; nobody waits for them"
+            "life for 5 s; they are no longer waited for"
         ]
 
 
@@ -398,8 +398,8 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         ({"route": "nearest"}, "route: nearest needs to know the links; expected cluster"),
         (
             {"device": "cpu", "transport": "nccl"},
-            "transport: nccl carries states between CUDA cards, and this server has none "
-            "(device is cpu); give every server a card, or use transport gloo",
+            "transport: nccl carries states between CUDA GPUs, and this server has none "
+            "(device is cpu); give every server a GPU, or use transport gloo",
         ),
         ({"device": "tpu"}, "device: 'tpu'; expected auto, cpu, cuda"),
         ({"store": "nowhere"}, "store: 'nowhere'; expected HOST:PORT"),

@@ -205,10 +205,10 @@ def test_a_driver_that_hangs_while_its_own_experts_are_dropped() -> None:
     fleet.ask(TARGET)
     code, text = fleet.moved()
     assert code == 5
-    assert "the process that serves the requests of 's0' gives no sign of life" in text
+    assert "the process that serves the requests of 's0' has sent no heartbeat" in text
     fleet.ask(TARGET, "2")
     assert fleet.moved("2") == (
-        5, "refused: the process that serves the requests of 's0' gives no sign of life"
+        5, "refused: the process that serves the requests of 's0' has sent no heartbeat"
     )  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def test_a_request_to_a_scheduler_that_hangs(monkeypatch: pytest.MonkeyPatch) ->
     fleet._host.set(SCHEDULER_HEARTBEAT, "7")
     said: list[str] = []
     write(fleet, b"no JSON")
-    with pytest.raises(RuntimeFailure, match=r"scheduler of the run gives no sign of life for 2"):
+    with pytest.raises(RuntimeFailure, match=r"scheduler of the run has sent no heartbeat for 2"):
         request_move(replace(fleet.rendezvous, rank=-1), placement_to_json(TARGET), said.append)
     assert len(said) == 1
     fleet._host.set("movable", "false")

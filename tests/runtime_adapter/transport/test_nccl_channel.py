@@ -193,7 +193,7 @@ def test_a_card_is_of_one_server(cards: str) -> None:
     said = run_in_parallel([check(rank) for rank in range(3)])
     for rank, other in itertools.permutations(range(3), 2):
         if cards[rank] == cards[other]:
-            assert f"server {names[rank]!r} has the card of server" in said[rank]
+            assert f"server {names[rank]!r} has the GPU of server" in said[rank]
             assert "use transport gloo" in said[rank]
     assert [bool(text) for text in said] == [cards.count(card) > 1 for card in cards]
 

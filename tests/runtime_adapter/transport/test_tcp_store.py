@@ -52,7 +52,7 @@ def test_a_store_that_hangs_or_ends() -> None:
             call_store(lambda: asking.check(["known"]), 0.5)
         os.kill(process.pid, signal.SIGKILL)
         process.join(LIMIT_S)
-        with pytest.raises(RuntimeFailure, match="the store is gone; see what the first server"):
+        with pytest.raises(RuntimeFailure, match="the store is lost; see what the first server"):
             wait_for_json(other, "known", LIMIT_S)
         with pytest.raises(RuntimeFailure, match="the store is gone"):
             put_json(other, "known", 2)
