@@ -14,6 +14,7 @@ from prism_plan.model import ModelSpec
 from prism_plan.sizes.checkpoint_name import checkpoint_name
 from prism_plan.sizes.model_facts import ModelFacts, read_facts
 from prism_plan.sizes.stored_tensors import StoredTensor, spec_from_tensors
+from prism_plan.torch_private import loaded_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +31,8 @@ def spec_from_loaded_model(model: PreTrainedModel, name: str = "") -> ModelSpec:
         The model has no MoE layers, or its sizes make no sense.
     """
     config = model.config
-    loaded_from = os.fspath(getattr(config, "_name_or_path", "") or "")
-    origin = checkpoint_name(loaded_from) if loaded_from else ""
+    checkpoint = os.fspath(loaded_from(config) or "")
+    origin = checkpoint_name(checkpoint) if checkpoint else ""
     name = name or origin or str(config.model_type)
     facts = facts_of_model(model, {}, source=name)
     return spec_from_tensors(tensors_of_model(model, facts), facts, name=name, source=name)

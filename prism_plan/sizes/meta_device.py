@@ -29,6 +29,7 @@ from prism_plan.sizes.model_facts import (
 from prism_plan.sizes.quantisation import QUANTISATION_KEYS
 from prism_plan.sizes.stored_tensors import BY_HAND, spec_from_tensors
 from prism_plan.text import shown
+from prism_plan.torch_private import decode_special_floats, model_from_config
 
 CHECKPOINT_OR_BY_HAND = f"give the checkpoint (its folder or hub id), or {BY_HAND}"
 #: Bound on the layers that are built; each takes milliseconds and some 100 kB.
@@ -139,7 +140,7 @@ def build_meta_model(chain: list[Config], dtype: str, source: object) -> Any:
                 if hf_config is not None and kind is not None:
                     _require_keys(hf_config, config)
                     with torch.device("meta"):
-                        return kind._from_config(hf_config, dtype=getattr(torch, dtype))
+                        return model_from_config(kind, hf_config, getattr(torch, dtype))
     finally:
         logging.set_verbosity(level)
     family = str(chain[-1].values.get("model_type") or "")
@@ -168,7 +169,7 @@ def _configuration(config: Config, chain: list[Config], transformers: Any) -> An
     outside = {"tie_word_embeddings": tied} if (tied := tied_embeddings(chain)) is not None else {}
     left_out = ("model_type", "dtype", "torch_dtype", "quantization_config")
     values = {key: one for key, one in config.values.items() if key not in left_out}
-    values = kind._decode_special_floats({**values, **outside})
+    values = decode_special_floats(kind, {**values, **outside})
     return kind.from_dict(values)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
 from prism_plan.io.location import Location
-from prism_plan.profiling.recording.private_attributes import is_expert_parallel
+from prism_plan.torch_private import is_expert_parallel
 
 if TYPE_CHECKING:
     import torch

@@ -34,11 +34,11 @@ from prism_plan.profiling.recording.expert_modules import (
 )
 from prism_plan.profiling.recording.forward_passes import ForwardPass, RowBuilder
 from prism_plan.profiling.recording.pass_checks import padding_mask, require_start
-from prism_plan.profiling.recording.private_attributes import require_uncompiled
 from prism_plan.profiling.recording.transformers_release import require_transformers
 from prism_plan.provenance import stamped
 from prism_plan.sizes.load import load_model_spec
 from prism_plan.sizes.loaded_model import spec_from_loaded_model
+from prism_plan.torch_private import is_compiled
 from prism_plan.trace import TokenBatch
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Recorder:
         """
         experts = find_experts(self._model)
         self._require_spec(experts)
-        require_uncompiled(self._model)
+        self._require_uncompiled()
         decoder = decoder_of(self._model)
         cache_argument(decoder)  # refuses an unknown one
         handles = []
@@ -148,6 +148,16 @@ class Recorder:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _require_uncompiled(self) -> None:
+        """Refuse compiled modules: hooks may be left out, and graphs overwrite what hooks kept."""
+        for name, module in self._model.named_modules():
+            if is_compiled(module):
+                raise Location("record").error(
+                    f"{name or 'the model'} is compiled",
+                    "a model that runs as written",
+                    "record before torch.compile",
+                )
 
     def _require_spec(self, experts: dict[int, ExpertsModule]) -> None:
         if tuple(experts) != self.spec.moe_layers:
