@@ -18,7 +18,7 @@ from typing import Any
 
 import lazy_loader
 
-from prism_plan.renamed import renamed_names
+from prism_plan.deprecated_names import renamed_names
 
 __version__ = "0.1.0"
 _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -38,13 +38,13 @@ from .errors import (
 )
 from .evaluate.comparison import Comparison as Comparison
 from .evaluate.comparison import compare as compare
-from .evaluate.frames import (
+from .evaluate.data_frames import (
     comparison_frame as comparison_frame,
 )
-from .evaluate.frames import (
+from .evaluate.data_frames import (
     simulation_frame as simulation_frame,
 )
-from .evaluate.frames import (
+from .evaluate.data_frames import (
     sweep_frame as sweep_frame,
 )
 from .evaluate.offload_baseline import offload_placement as offload_placement
@@ -85,9 +85,9 @@ from .io.trace_writer import write_trace as write_trace
 from .migration.order.find_order import migration_plan as migration_plan
 from .migration.plan import MigrationPlan as MigrationPlan
 from .migration_step import MigrationStep as MigrationStep
-from .model import PRESETS as PRESETS
-from .model import ModelShape as ModelShape
-from .model import ModelSpec as ModelSpec
+from .model_spec import PRESETS as PRESETS
+from .model_spec import ModelShape as ModelShape
+from .model_spec import ModelSpec as ModelSpec
 from .objective import (
     RemoteScore as RemoteScore,
 )

@@ -27,7 +27,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from prism_plan.text import printable
+from prism_plan.printable_text import printable
 
 #: A parameter in a message.
 _PARAMETER = re.compile("``([a-z][a-z0-9_]*)``")

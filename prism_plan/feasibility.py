@@ -8,7 +8,7 @@ import numpy.typing as npt
 from prism_plan.errors import Infeasible
 from prism_plan.instance import Instance
 from prism_plan.placement import server_of_gpu
-from prism_plan.text import listed
+from prism_plan.printable_text import listed
 
 
 def require_feasible(instance: Instance) -> None:

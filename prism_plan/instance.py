@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.capacity import gpu_capacity
 from prism_plan.cluster import Cluster
+from prism_plan.deprecated_names import renamed_parameters
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_REPLICAS, require_array_size, require_integer
-from prism_plan.model import ModelShape, ModelSpec
-from prism_plan.renamed import renamed_parameters
-from prism_plan.rules import rule_triples
+from prism_plan.expert_capacity import gpu_capacity
+from prism_plan.input_limits import MAX_REPLICAS, require_array_size, require_integer
+from prism_plan.model_spec import ModelShape, ModelSpec
+from prism_plan.placement_rules import rule_triples
 from prism_plan.token_rates import TokenRates, activations, expected_token_rates, require_users
 from prism_plan.trace import Trace
 
@@ -30,31 +30,34 @@ Pairs = Sequence[tuple[int, int, int]]
 class Instance:
     """A planning problem (docs/design.md, section 2). Immutable; `replace` makes a changed copy.
 
+    Whether any placement satisfies it is not checked here (:mod:`prism_plan.feasibility`).
+
     Parameters
     ----------
     model
-        Layers, experts and sizes.
+        MoE layers, experts, top-k and bytes per expert.
     servers
-        Names, [N].
+        Names, [N], all different.
     activations
-        f[n, l, e], expected calls per second of expert e of MoE layer position l caused by
-        requests of server n; float64 [N, L, E], finite and not negative; copied and made
-        read-only.
+        f[n, l, e], expected calls of expert e of MoE layer position l caused by requests of server
+        n: per second, or relative where servers give a ``weight``. float64 [N, L, E], each 0 or
+        from MIN_CALLS to MAX_CALLS; copied and made read-only.
     gpu_capacity
-        For each server the capacity of each of its GPUs: in experts ("slots") where experts are
-        of one size, else in bytes.
+        For each server what each of its GPUs has for experts: a number of them ("slots") where
+        all are of one size, else bytes.
     min_replicas
-        The least number of servers that hold each expert.
+        The least number of servers that hold each (layer, expert) pair.
     pinned, forbidden
         (server, layer position, expert) triples that must, or must not, be held.
     layer_caps
-        For each server the most experts of any one layer, or ``None``.
+        For each server the most experts of any one layer, or ``None``; empty for no caps.
 
     Raises
     ------
     InputError
-        Shapes disagree, a number is NaN, infinite or negative, a rule names a server, layer or
-        expert that is not there, or contradicts another.
+        No server or a name twice, shapes disagree, the problem is too large, a number is not
+        allowed, a rule names a server, layer or expert that is not there, or a triple is both
+        pinned and forbidden.
     """
 
     model: ModelShape

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.deprecated_names import renamed_parameters
 from prism_plan.instance import Instance
-from prism_plan.model import require_same_model
+from prism_plan.model_spec import require_same_model
 from prism_plan.placement import Placement
-from prism_plan.renamed import renamed_parameters
 from prism_plan.token_rates import TokenRates
 from prism_plan.trace import Trace
 
@@ -132,7 +132,7 @@ def step_score(local: npt.NDArray[np.bool_], trace: Trace, token_rates: TokenRat
     ValueError
         The trace is counts-only: it does not record which experts are called together.
     """
-    from prism_plan.kernels import score_steps
+    from prism_plan.compiled_loops import score_steps
 
     if trace.batches is None:
         raise ValueError("a counts-only trace does not record which experts are called together")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 
 Termination = Literal["optimal", "heuristic", "time_limit"]
 #: The ``solver`` of the baseline in which servers do not call each other.

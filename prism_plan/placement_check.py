@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prism_plan.instance import Instance
-from prism_plan.model import require_same_model
+from prism_plan.model_spec import require_same_model
 from prism_plan.placement import Placement
 
 
@@ -60,7 +60,11 @@ def _check_coverage(placement: Placement, min_replicas: int) -> list[Violation]:
 def _check_memory(
     placement: Placement, gpu_capacity: tuple[tuple[int, ...], ...], source: str
 ) -> list[Violation]:
-    """Whether what each GPU holds fits its capacity, in slots or bytes; ``source`` states it."""
+    """One violation for each GPU whose experts exceed its capacity in ``gpu_capacity``.
+
+    Sizes are in slots if all experts are of one size, else in bytes. ``source`` says in messages
+    whose capacities these are, such as "the cluster".
+    """
     model = placement.model
     equal = model.equal_expert_bytes
     size = np.array((1,) * model.num_layers if equal else model.expert_bytes_by_layer, np.int64)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.model import ModelShape, require_same_model
+from prism_plan.model_spec import ModelShape, require_same_model
 from prism_plan.placement import Placement
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
+from prism_plan.deprecated_names import renamed_parameters
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.renamed import renamed_parameters
 from prism_plan.trace import Trace
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.seeds import random_generator
 from prism_plan.trace_totals import TraceTotals, distinct_keys, request_keys, require_sum
 
@@ -81,7 +81,7 @@ def first_invalid_selection(
 
     Invalid is an id of ``num_experts`` or more, or one expert twice for one token and layer.
     """
-    from prism_plan.kernels import find_invalid_selection
+    from prism_plan.compiled_loops import find_invalid_selection
 
     row, layer = find_invalid_selection(experts, num_experts)
     return None if row < 0 else (row, layer)

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.limits import require_task_pairs
-from prism_plan.model import ModelSpec
+from prism_plan.input_limits import require_task_pairs
+from prism_plan.model_spec import ModelSpec
 
 #: Calls or tokens of a trace together are at most this: far below the limit of int64, so that the
 #: sum of two such numbers does not overflow.
@@ -101,7 +101,7 @@ class TraceTotals:
         request: npt.NDArray[np.int32],
     ) -> None:
         """Count T tokens: their ``experts`` [T, L, K], ``task`` [T] and ``request`` [T]."""
-        from prism_plan.kernels import count_selections
+        from prism_plan.compiled_loops import count_selections
 
         if not len(task):
             return

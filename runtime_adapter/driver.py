@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prism_plan.errors import InputError, PrismError
-from runtime_adapter.lanes import run_in_lanes
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
+from runtime_adapter.request_lanes import run_in_lanes
 from runtime_adapter.server import LocalServer
 from runtime_adapter.tokenized_requests import TokenizedRequest
 from runtime_adapter.transport.wire_format import require_tokens

@@ -26,9 +26,9 @@ from runtime_adapter.moe.emulated_gpu import set_sharp_timers, wait_until
 from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.torch_private import limit_unsent_bytes
 from runtime_adapter.transport import wire_format as wire
+from runtime_adapter.transport.call_threads import exit_with_parent, run_in_parallel
 from runtime_adapter.transport.nccl_channel import DataChannel, DataChannelBroken, connect_channels
 from runtime_adapter.transport.pair_groups import connect_pair, receive, send
-from runtime_adapter.transport.parallel import exit_with_parent, run_in_parallel
 from runtime_adapter.transport.rendezvous import FOREVER
 from runtime_adapter.transport.send_queue import LONG_BYTES, SendQueue
 from runtime_adapter.transport.tcp_store import join_store

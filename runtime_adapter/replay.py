@@ -13,16 +13,16 @@ import torch
 from prism_plan.cluster import Cluster
 from prism_plan.errors import PrismError
 from prism_plan.evaluate.simulation_options import SimulationOptions
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.routing_policies import Route
 from prism_plan.simulate.scenario import Scenario
-from runtime_adapter.lanes import run_in_lanes
 from runtime_adapter.moe.emulated_gpu import GpuClock, set_sharp_timers
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.timed_work import TimedCompute, TimedLoader
+from runtime_adapter.request_lanes import run_in_lanes
 from runtime_adapter.server import LocalServer
 from runtime_adapter.server_config import ServerConfig, migration_config
 from runtime_adapter.transport.rendezvous import Rendezvous

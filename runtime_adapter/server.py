@@ -33,6 +33,7 @@ from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.torch_private import limit_unsent_bytes
 from runtime_adapter.transport import tcp_store
 from runtime_adapter.transport import wire_format as wire
+from runtime_adapter.transport.call_threads import run_in_parallel, run_with_timeout
 from runtime_adapter.transport.connection import Connection, NcclConnection
 from runtime_adapter.transport.nccl_channel import (
     DataChannel,
@@ -41,7 +42,6 @@ from runtime_adapter.transport.nccl_channel import (
     require_own_card,
 )
 from runtime_adapter.transport.pair_groups import connect_pair, send
-from runtime_adapter.transport.parallel import run_in_parallel, run_with_timeout
 from runtime_adapter.transport.rendezvous import NameTaken, RuntimeFailure
 from runtime_adapter.transport.send_queue import SendQueue
 from runtime_adapter.watchdog import Watchdog

@@ -13,7 +13,7 @@ from prism_plan.errors import InputError
 from prism_plan.evaluate.simulation_checks import require_supported_migration
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape, ModelSpec
+from prism_plan.model_spec import ModelShape, ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
 from prism_plan.simulate.network import Network
@@ -22,7 +22,7 @@ from runtime_adapter.control.run_state import SchedulerConfig
 from runtime_adapter.moe.compute import Compute
 from runtime_adapter.transport.nccl_channel import ChannelConfig
 from runtime_adapter.transport.rendezvous import Rendezvous
-from runtime_adapter.weights.loader import Loader
+from runtime_adapter.weights.loader_interface import Loader
 
 
 @dataclass(frozen=True, eq=False)

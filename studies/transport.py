@@ -23,15 +23,15 @@ import numpy as np
 import torch
 
 from prism_plan.io.file_writing import write_bytes
-from prism_plan.model import PRESETS
+from prism_plan.model_spec import PRESETS
 from prism_plan.placement import Placement, SolveReport
 from runtime_adapter.moe.compute import Batch
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.router import uniform_network
 from runtime_adapter.server import LocalServer
 from runtime_adapter.server_config import ServerConfig
+from runtime_adapter.transport.call_threads import run_in_parallel
 from runtime_adapter.transport.pair_groups import connect_pair, receive, send
-from runtime_adapter.transport.parallel import run_in_parallel
 from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous
 from runtime_adapter.transport.wire_format import HEADER_BYTES, call_bytes
 from runtime_adapter.weights.expert_map import ExpertMap

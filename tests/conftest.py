@@ -13,7 +13,7 @@ import pytest
 
 from prism_plan.cluster import Cluster
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.model import PRESETS
+from prism_plan.model_spec import PRESETS
 from prism_plan.profiling.counts_csv import read_counts
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source

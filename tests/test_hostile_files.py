@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prism_plan import limits
+from prism_plan import input_limits as limits
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
@@ -26,7 +26,7 @@ from prism_plan.io.text_files import decode, iterate_lines, read_text
 from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.model import PRESETS, ModelSpec
+from prism_plan.model_spec import PRESETS, ModelSpec
 from prism_plan.solvers import solve
 from tests.hostile import placement, write_bombs
 from tests.profiling.synthetic import synthetic_trace

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.text import is_printable
+from prism_plan.printable_text import is_printable
 from tests.cli.test_commands import SPEC
 from tests.profiling.synthetic import synthetic_trace
 

@@ -15,7 +15,7 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.model import ModelShape, ModelSpec
+from prism_plan.model_spec import ModelShape, ModelSpec
 from prism_plan.token_rates import TokenRates, activations, expected_token_rates
 from prism_plan.trace import Trace
 

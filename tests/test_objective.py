@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.cluster import Cluster
+from prism_plan.compiled_loops import smallest_cover
 from prism_plan.errors import WrongModel
 from prism_plan.instance import Instance
-from prism_plan.kernels import smallest_cover
-from prism_plan.model import ModelShape, ModelSpec
+from prism_plan.model_spec import ModelShape, ModelSpec
 from prism_plan.objective import largest_share, remote_score, score, step_score
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.token_rates import TokenRates, expected_token_rates

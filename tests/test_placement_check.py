@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.placement_check import violations
 from prism_plan.solvers import solve

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prism_plan.errors import WrongModel
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.placement_diff import diff
 

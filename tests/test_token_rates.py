@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.token_rates import activations, expected_token_rates, require_users
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches

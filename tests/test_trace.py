@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.trace import TokenBatch, Trace, first_invalid_selection, trace_from_batches
 from prism_plan.trace_totals import TraceTotals
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import prism_plan
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.sizes.loaded_model import facts_of_model, tensors_of_model
 from prism_plan.sizes.meta_device import build_meta_model
 from prism_plan.sizes.model_facts import config_levels, dtype_name

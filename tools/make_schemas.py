@@ -17,12 +17,12 @@ from prism_plan.io.arrivals import ArrivalLine
 from prism_plan.io.calibration import CalibrationFile
 from prism_plan.io.cluster import ClusterFile
 from prism_plan.io.comparison import ComparisonFile
-from prism_plan.io.format_model import FormatModel
 from prism_plan.io.migration import MigrationFile
 from prism_plan.io.model_spec import SpecPart
 from prism_plan.io.phases import PhasesFile
 from prism_plan.io.placement import PlacementFile
 from prism_plan.io.prompts import PromptLine
+from prism_plan.io.pydantic_base import FormatModel
 from prism_plan.io.serve_requests import RequestLine
 from prism_plan.io.simulation import SimulationFile
 

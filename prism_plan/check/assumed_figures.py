@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link
-from prism_plan.text import listed, shortened
+from prism_plan.printable_text import listed, shortened
 
 #: Figures that say how fast a GPU computes; the other one says how fast it loads experts.
 COMPUTE_FIGURES = tuple(key for key in GPU_FIGURES if key != "load_gbs")

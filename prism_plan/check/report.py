@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prism_plan.check.cluster import require_plannable
-from prism_plan.check.memory_use import (
+from prism_plan.check.memory_report import (
     GpuMemory,
     gpu_memory,
     insufficient_kv_memory,
@@ -35,13 +35,13 @@ from prism_plan.io.text_files import decode
 from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_open_trace
 from prism_plan.migration.plan import MigrationPlan
-from prism_plan.model import ModelSpec, require_same_model
+from prism_plan.model_spec import ModelSpec, require_same_model
 from prism_plan.objective import score
 from prism_plan.placement import InputFile, Placement
 from prism_plan.placement_check import violations
+from prism_plan.printable_text import listed, quantity, shown
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.phase_schedule import Schedule
-from prism_plan.text import listed, quantity, shown
 from prism_plan.token_rates import require_users
 from prism_plan.trace import Trace
 

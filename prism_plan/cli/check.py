@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from prism_plan.cli.command_options import TableOptions, error_line, options_as
+from prism_plan.cli.options_dataclass import TableOptions, error_line, options_as
 from prism_plan.cli.tables import format_option
 from prism_plan.errors import PrismError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from prism_plan.cli.command_options import TableOptions, options_as
+from prism_plan.cli.options_dataclass import TableOptions, options_as
 from prism_plan.cli.solve import BACKENDS
 from prism_plan.cli.tables import format_option
 

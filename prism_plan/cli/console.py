@@ -1,6 +1,6 @@
 """Output: messages and progress to standard error, data to standard output.
 
-All that the commands print passes here, where it is made printable (:mod:`prism_plan.text`).
+All that the commands print passes here and is made printable (:mod:`prism_plan.printable_text`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import click
 
 from prism_plan.cli.internal_errors import write_log_line
 from prism_plan.io.file_writing import write_bytes
-from prism_plan.text import printable, printable_json
+from prism_plan.printable_text import printable, printable_json
 
 if TYPE_CHECKING:
     from prism_plan.trace import Trace

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import click
 
-from prism_plan.cli.command_options import TableOptions, options_as
+from prism_plan.cli.options_dataclass import TableOptions, options_as
 from prism_plan.cli.tables import format_option
 
 

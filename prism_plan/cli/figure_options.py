@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.cli.command_options import CommandOptions
+from prism_plan.cli.options_dataclass import CommandOptions
 from prism_plan.errors import InputError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from prism_plan.errors import Infeasible, InputError
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
     from prism_plan.evaluate.simulation_options import SimulationOptions
-    from prism_plan.model import ModelSpec
+    from prism_plan.model_spec import ModelSpec
     from prism_plan.placement import InputFile, Placement
     from prism_plan.trace import Trace
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_plan.errors import PrismError
-from prism_plan.text import printable, printable_lines
+from prism_plan.printable_text import printable, printable_lines
 
 #: Exit code of an internal error.
 INTERNAL_ERROR_EXIT_CODE = 70
@@ -29,7 +29,7 @@ INTERNAL_ERROR_EXIT_CODE = 70
 TRACEBACK_VARIABLE = "PRISM_PLAN_TRACEBACK"
 #: Our packages, whose frames are named in messages; the boundary is part of every traceback.
 OWN_PACKAGES = ("prism_plan", "runtime_adapter")
-_BOUNDARY = "prism_plan.cli.boundary"
+_BOUNDARY = "prism_plan.cli.error_boundary"
 #: Messages of exceptions are cut to so many characters.
 _MAX_MESSAGE = 300
 

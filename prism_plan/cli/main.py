@@ -8,9 +8,9 @@ import click
 from click.shell_completion import shell_complete
 
 from prism_plan import __version__
-from prism_plan.cli.boundary import run_command
 from prism_plan.cli.console import PROGRAM
-from prism_plan.cli.lazy import lazy_group
+from prism_plan.cli.error_boundary import run_command
+from prism_plan.cli.lazy_commands import lazy_group
 
 #: Command: (module with a click command ``command``, help line).
 COMMANDS = {

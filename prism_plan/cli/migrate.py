@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.cli.command_options import TableOptions, options_as
+from prism_plan.cli.options_dataclass import TableOptions, options_as
 from prism_plan.cli.tables import format_option
 from prism_plan.errors import InputError
 
@@ -55,8 +55,8 @@ def command(args: MigrateOptions) -> None:
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.migration.cost import gpu_load_gbs
     from prism_plan.migration.order.find_order import migration_plan
-    from prism_plan.rules import rule_triples
-    from prism_plan.text import quantity
+    from prism_plan.placement_rules import rule_triples
+    from prism_plan.printable_text import quantity
 
     names = (args.a, args.b)
     require_writable_output(args.output, *names, args.cluster)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.cli.command_options import options_as
 from prism_plan.cli.figure_options import PlotOptions, figure_options
+from prism_plan.cli.options_dataclass import options_as
 
 if TYPE_CHECKING:
     from prism_plan.plotting import FigureOptions

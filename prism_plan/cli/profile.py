@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from prism_plan.cli.command_options import CommandOptions, options_as
+from prism_plan.cli.options_dataclass import CommandOptions, options_as
 from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
-    from prism_plan.model import ModelSpec
+    from prism_plan.model_spec import ModelSpec
     from prism_plan.profiling.sources import Source
     from prism_plan.trace import Trace
 
@@ -138,9 +138,9 @@ def command(args: ProfileOptions) -> None:
     from prism_plan.cli.console import log_info
     from prism_plan.cli.inputs import read_model_spec, require_writable_output
     from prism_plan.io.trace_writer import write_trace
+    from prism_plan.printable_text import quantity
     from prism_plan.profiling.sources import parse_source
     from prism_plan.provenance import stamped
-    from prism_plan.text import quantity
 
     if args.form == "hf":
         _record_checkpoint(args)
@@ -176,15 +176,15 @@ def _import_recordings(sources: list[Source], spec: ModelSpec, args: ProfileOpti
         tokens = _parse_token_counts(args.tokens)
         return read_counts(sources, spec, tokens=tokens, skip_bad=skip_bad, notify=log_info)
     if args.form == "sglang":
-        from prism_plan.profiling.sglang.reader import read_sglang
+        from prism_plan.profiling.sglang.importer import read_sglang
 
         return read_sglang(sources, spec, skip_bad=skip_bad, notify=log_info)
     if args.form == "selections":
-        from prism_plan.profiling.selections.reader import read_selections
+        from prism_plan.profiling.selections.importer import read_selections
 
         return read_selections(sources, spec, skip_bad=skip_bad, notify=log_info)
     if args.form == "vllm":
-        from prism_plan.profiling.vllm.reader import read_vllm
+        from prism_plan.profiling.vllm.importer import read_vllm
 
         return read_vllm(sources, spec, skip_bad=skip_bad, notify=log_info)
     if args.form in ("trtllm", "imatrix") and skip_bad:

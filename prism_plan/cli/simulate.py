@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from prism_plan.cli.command_options import options_as
-from prism_plan.cli.review_options import review_options
+from prism_plan.cli.migration_options import review_options
+from prism_plan.cli.options_dataclass import options_as
 from prism_plan.cli.simulate_options import SimulateOptions
 from prism_plan.cli.tables import format_option
 

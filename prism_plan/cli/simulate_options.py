@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prism_plan.cli.command_options import TableOptions
-from prism_plan.cli.review_options import ReviewOptions
+from prism_plan.cli.migration_options import ReviewOptions
+from prism_plan.cli.options_dataclass import TableOptions
 from prism_plan.errors import InputError
 
 if TYPE_CHECKING:

@@ -145,7 +145,7 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
         size_column,
         text_column,
     )
-    from prism_plan.text import quantity
+    from prism_plan.printable_text import quantity
 
     runs = values["runs"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from prism_plan.cli.command_options import TableOptions, options_as
+from prism_plan.cli.options_dataclass import TableOptions, options_as
 from prism_plan.cli.tables import format_option
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class SolveOptions(TableOptions):
 @options_as(SolveOptions)
 def command(args: SolveOptions) -> None:
     """Plan which GPU holds which expert, for the tasks and servers of a cluster file."""
-    from prism_plan.check.memory_use import missing_kv_reservation
+    from prism_plan.check.memory_report import missing_kv_reservation
     from prism_plan.cli.console import load_trace, log_info, write_output
     from prism_plan.cli.inputs import (
         error_parameter,
@@ -92,7 +92,7 @@ def command(args: SolveOptions) -> None:
     )
     from prism_plan.instance import Instance
     from prism_plan.io.placement import dump_placement, read_placement
-    from prism_plan.model import require_same_model
+    from prism_plan.model_spec import require_same_model
     from prism_plan.solvers.contract import Options
     from prism_plan.solvers.registry import get_solver
     from prism_plan.solvers.run import solve
@@ -137,7 +137,7 @@ def _print_summary(placement: Placement, instance: Instance, args: SolveOptions)
         text_column,
     )
     from prism_plan.objective import remote_score
-    from prism_plan.text import quantity
+    from prism_plan.printable_text import quantity
 
     plan = placement.plan
     local = placement.local

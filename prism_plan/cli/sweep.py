@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.cli.command_options import option_names
+from prism_plan.cli.options_dataclass import option_names
 
 if TYPE_CHECKING:
     from prism_plan.cli.simulate_options import SimulateOptions

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from prism_plan.cli.console import log_info
-from prism_plan.text import printable
+from prism_plan.printable_text import printable
 
 #: Values of ``--format``.
 FORMATS = ("table", "csv", "markdown", "latex")
@@ -146,7 +146,11 @@ def _scaled(factor: float, unit: str, digits: int) -> Callable[[float], str]:
 def print_table(
     columns: Sequence[Column], *, title: str = "", form: str = "table", err: bool = False
 ) -> None:
-    """Print a table on standard output (or error) in one of the :data:`FORMATS`."""
+    """Print columns on standard output, or standard error with ``err``, in one of :data:`FORMATS`.
+
+    ``csv`` has keys and unrounded values and no title; the other formats have headings and cells.
+    On a terminal, ``table`` leaves out columns that do not fit and logs which.
+    """
     title = printable(title)
     if form == "csv":
         click.echo(_csv(columns), nl=False, err=err)

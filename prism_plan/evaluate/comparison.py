@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.instance import Instance
-from prism_plan.model import require_same_model
+from prism_plan.model_spec import require_same_model
 from prism_plan.objective import RemoteScore, StepScore, largest_share, score, step_score
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
@@ -115,7 +115,7 @@ class Comparison:
 
         Columns and errors are those of :func:`prism_plan.comparison_frame`.
         """
-        from prism_plan.evaluate.frames import comparison_frame
+        from prism_plan.evaluate.data_frames import comparison_frame
 
         return comparison_frame(self.to_json(), level)
 

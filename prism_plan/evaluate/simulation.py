@@ -86,7 +86,7 @@ class Simulation:
         InputError
             An unknown level.
         """
-        from prism_plan.evaluate.frames import require_request_level, simulation_frame
+        from prism_plan.evaluate.data_frames import require_request_level, simulation_frame
         from prism_plan.evaluate.request_table import request_table
 
         if require_request_level(level):

@@ -6,7 +6,7 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import OFFLOAD, Placement
 from prism_plan.placement_check import violations
 from prism_plan.simulate.network import Network

@@ -20,8 +20,8 @@ from prism_plan.migration.cost import call_seconds, gpu_load_gbs
 from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.policy import review
 from prism_plan.placement import Placement
-from prism_plan.simulate.compiled.engine import CHUNK, CompiledEngine
-from prism_plan.simulate.engine import Engine, Outcome
+from prism_plan.simulate.compiled.compiled_engine import CHUNK, CompiledEngine
+from prism_plan.simulate.engine_interface import Engine, Outcome
 from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.report import ReviewRecord, SimulationRun
 from prism_plan.simulate.scenario import Scenario

@@ -21,9 +21,9 @@ from prism_plan.evaluate.sweep_grid import (
     vary_calibration,
     vary_cluster,
 )
+from prism_plan.input_limits import MAX_REPLICAS, require_integer
 from prism_plan.instance import Instance
 from prism_plan.io.sweep import COLUMNS, OK
-from prism_plan.limits import MAX_REPLICAS, require_integer
 from prism_plan.placement import OFFLOAD, Placement
 from prism_plan.simulate.poisson_arrivals import MAX_REQUESTS
 from prism_plan.simulate.report import SimulationRun

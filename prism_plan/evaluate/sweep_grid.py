@@ -11,7 +11,7 @@ from typing import Any
 
 from prism_plan.cluster import Cluster, with_figures
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.limits import MAX_RUNS, MAX_SEED
+from prism_plan.input_limits import MAX_RUNS, MAX_SEED
 from prism_plan.placement import OFFLOAD
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.solvers import SOLVER_NAMES, get_solver

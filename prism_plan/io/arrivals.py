@@ -13,9 +13,9 @@ from typing import Annotated
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.io.format_model import FormatModel, NotBlank, validate_line
+from prism_plan.input_limits import MAX_ARRIVALS, require_at_most
+from prism_plan.io.pydantic_base import FormatModel, NotBlank, validate_line
 from prism_plan.io.text_files import iterate_lines, read_text
-from prism_plan.limits import MAX_ARRIVALS, require_at_most
 from prism_plan.simulate.arrival_trace import MAX_S, Arrival, ArrivalTrace
 
 EXAMPLE = '{"server": …, "at_s": …}'

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, Strict, model_validator
 
-from prism_plan.io.format_model import (
+from prism_plan.io.json import parse_json
+from prism_plan.io.pydantic_base import (
     ABSENT,
     FormatModel,
     ListOf,
@@ -28,7 +29,6 @@ from prism_plan.io.format_model import (
     validate,
     validation_error,
 )
-from prism_plan.io.json import parse_json
 from prism_plan.io.text_files import read_text
 from prism_plan.simulate.calibration import LINK_KEYS, Calibration, GpuCurves
 

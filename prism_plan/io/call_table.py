@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_TASK_PAIRS, require_task_pairs
-from prism_plan.model import ModelSpec
+from prism_plan.input_limits import MAX_TASK_PAIRS, require_task_pairs
+from prism_plan.model_spec import ModelSpec
 from prism_plan.trace_totals import require_sum
 
 

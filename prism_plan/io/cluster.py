@@ -12,7 +12,8 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link, PairLink, Server
 from prism_plan.errors import InputError, did_you_mean
-from prism_plan.io.format_model import (
+from prism_plan.input_limits import MAX_GPUS, MAX_NAMES
+from prism_plan.io.pydantic_base import (
     ABSENT,
     DictOf,
     ListOf,
@@ -24,7 +25,6 @@ from prism_plan.io.format_model import (
 )
 from prism_plan.io.text_files import read_text
 from prism_plan.io.toml import parse_toml
-from prism_plan.limits import MAX_GPUS, MAX_NAMES
 
 #: Shares of a server's requests must sum to one within this.
 SHARE_TOLERANCE = 1e-6

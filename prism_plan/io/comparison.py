@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.io.format_model import (
+from prism_plan.io.json import parse_json
+from prism_plan.io.pydantic_base import (
     Amount,
     CheckedList,
     Count,
@@ -21,7 +22,6 @@ from prism_plan.io.format_model import (
     Version1,
     validate,
 )
-from prism_plan.io.json import parse_json
 from prism_plan.io.text_files import read_text
 
 #: Shares that must agree may differ by rounding.

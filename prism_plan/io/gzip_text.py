@@ -13,9 +13,9 @@ import zlib
 from typing import IO, TYPE_CHECKING
 
 from prism_plan.errors import InputError
+from prism_plan.input_limits import MAX_TEXT_BYTES, MIB
 from prism_plan.io.open_file import OpenFile
 from prism_plan.io.text_files import decode
-from prism_plan.limits import MAX_TEXT_BYTES, MIB
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

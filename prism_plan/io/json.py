@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_NESTING, MAX_VALUE_BYTES
+from prism_plan.input_limits import MAX_NESTING, MAX_VALUE_BYTES
 
 #: How TOML begins, and JSON does not: a comment, a table, a key with a value.
 _TOML = re.compile(r"""\s*(?:#|\[\[|\[[A-Za-z"]|[\w.-]+\s*=)""")
@@ -31,7 +31,7 @@ def _check_bounds(text: str, source: object) -> None:
     Raises
     ------
     InputError
-        See :data:`~prism_plan.limits.MAX_VALUE_BYTES` and :data:`~prism_plan.limits.MAX_NESTING`.
+        See ``MAX_VALUE_BYTES`` and ``MAX_NESTING`` of :mod:`prism_plan.input_limits`.
     """
     if sum(text.count(word) * size for word, size in _JSON_BYTES.items()) > MAX_VALUE_BYTES:
         raise InputError(

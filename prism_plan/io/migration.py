@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from prism_plan.errors import InputError
-from prism_plan.io.common_parts import FileIdentity, indented_json, require_distinct_names
+from prism_plan.input_limits import MAX_GPUS, MAX_NAMES
 from prism_plan.io.file_writing import write_bytes
-from prism_plan.io.format_model import (
+from prism_plan.io.json import parse_json
+from prism_plan.io.model_spec import ShapePart, spec_from_part
+from prism_plan.io.pydantic_base import (
     Amount,
     CheckedList,
     Count,
@@ -25,13 +27,11 @@ from prism_plan.io.format_model import (
     validate,
     validation_error,
 )
-from prism_plan.io.json import parse_json
-from prism_plan.io.model_spec import ShapePart, spec_from_part
+from prism_plan.io.shared_fields import FileIdentity, indented_json, require_distinct_names
 from prism_plan.io.text_files import read_text
-from prism_plan.limits import MAX_GPUS, MAX_NAMES
 from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.migration_step import MigrationStep
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement import InputFile
 
 _COUNTS = ("loads", "drops", "extra_loads", "moved_bytes")

@@ -7,7 +7,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.io.format_model import (
+from prism_plan.input_limits import MAX_EXPERTS
+from prism_plan.io.pydantic_base import (
     ABSENT,
     Count,
     Expected,
@@ -18,14 +19,13 @@ from prism_plan.io.format_model import (
     Positive,
     validate,
 )
-from prism_plan.limits import MAX_EXPERTS
-from prism_plan.model import ModelShape, ModelSpec
+from prism_plan.model_spec import ModelShape, ModelSpec
 
 S = TypeVar("S", bound=ModelShape)
 
 
 class ShapePart(FormatModel):
-    """The experts of a model; see :class:`prism_plan.model.ModelShape`."""
+    """The experts of a model; see :class:`prism_plan.model_spec.ModelShape`."""
 
     name: NonEmpty
     moe_layers: Annotated[
@@ -42,7 +42,7 @@ class ShapePart(FormatModel):
 
 
 class SpecPart(ShapePart):
-    """The sizes of a model; see :class:`prism_plan.model.ModelSpec`."""
+    """The sizes of a model; see :class:`prism_plan.model_spec.ModelSpec`."""
 
     hidden_size: Positive
     dtype_bytes: Positive
@@ -60,7 +60,7 @@ class _Part(ExtensibleModel):
 
 
 def spec_from_json(values: Any, source: object = "", *, place: str = "") -> ModelSpec:
-    """A model spec from parsed JSON, as :meth:`prism_plan.model.ModelShape.to_json` writes it.
+    """A model spec from parsed JSON, as :meth:`prism_plan.model_spec.ModelShape.to_json` writes it.
 
     ``place`` is ``"model"`` where the spec stands under that key of a file, or empty.
 

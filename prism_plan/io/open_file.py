@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_LINE_BYTES, MAX_TEXT_BYTES, MIB
+from prism_plan.input_limits import MAX_LINE_BYTES, MAX_TEXT_BYTES, MIB
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -43,8 +43,8 @@ class OpenFile:
 
     Regular files are read by ranges, as often as is needed, through the one descriptor. Standard
     input (``-``, ``/dev/stdin``) and other descriptors that the process was given are read once,
-    at most :data:`~prism_plan.limits.MAX_TEXT_BYTES`, and kept in memory. Named pipes, devices,
-    sockets and folders are refused without waiting for them.
+    at most :data:`~prism_plan.input_limits.MAX_TEXT_BYTES`, and kept in memory. Named pipes,
+    devices, sockets and folders are refused without waiting for them.
 
     Sent to another process it is opened there when it is first read, and refused unless it still
     is the same file.
@@ -214,8 +214,8 @@ class OpenFile:
         Raises
         ------
         InputError
-            A line has more than :data:`~prism_plan.limits.MAX_LINE_BYTES`, or the file cannot be
-            read.
+            A line has more than :data:`~prism_plan.input_limits.MAX_LINE_BYTES`, or the file cannot
+            be read.
         """
         with stream or io.BufferedReader(self.stream(), MIB) as source:
             number = 0

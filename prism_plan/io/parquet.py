@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
-from prism_plan.io.open_file import OpenFile
-from prism_plan.limits import (
+from prism_plan.input_limits import (
     MAX_COLUMNS,
     MAX_FOOTER_BYTES,
     MAX_ROW_GROUP_BYTES,
     require_at_most,
 )
+from prism_plan.io.open_file import OpenFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +35,7 @@ def open_parquet(
     ------
     InputError
         No Parquet, truncated or damaged; a footer, a number of columns or a row group beyond the
-        bounds of :mod:`prism_plan.limits`.
+        bounds of :mod:`prism_plan.input_limits`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -20,11 +20,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from prism_plan.input_limits import MAX_NAMES
 from prism_plan.io.cluster import AtLeastOne, Rate, TaskShares
-from prism_plan.io.format_model import ABSENT, DictOf, ListOf, TomlTable, validate
+from prism_plan.io.pydantic_base import ABSENT, DictOf, ListOf, TomlTable, validate
 from prism_plan.io.text_files import read_text
 from prism_plan.io.toml import parse_toml
-from prism_plan.limits import MAX_NAMES
 from prism_plan.simulate.phase_schedule import Phase, Schedule
 
 

@@ -19,14 +19,11 @@ from pydantic import (
 )
 
 from prism_plan.errors import InputError
-from prism_plan.io.common_parts import (
-    FileIdentity,
-    indented_json,
-    require_distinct_names,
-    shipped_schema,
-)
+from prism_plan.input_limits import MAX_GPUS, MAX_NAMES, require_array_size
 from prism_plan.io.file_writing import write_bytes
-from prism_plan.io.format_model import (
+from prism_plan.io.json import parse_json
+from prism_plan.io.model_spec import ShapePart, spec_from_part
+from prism_plan.io.pydantic_base import (
     ABSENT,
     Amount,
     Count,
@@ -40,11 +37,14 @@ from prism_plan.io.format_model import (
     short_repr,
     validate,
 )
-from prism_plan.io.json import parse_json
-from prism_plan.io.model_spec import ShapePart, spec_from_part
+from prism_plan.io.shared_fields import (
+    FileIdentity,
+    indented_json,
+    require_distinct_names,
+    shipped_schema,
+)
 from prism_plan.io.text_files import file_name_text, read_text, read_text_and_digest
-from prism_plan.limits import MAX_GPUS, MAX_NAMES, require_array_size
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement import InputFile, Placement, SolveReport, Termination
 
 FORMAT = "prism-plan/placement"

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prism_plan.errors import InputError
-from prism_plan.io.format_model import FormatModel, NotBlank, validate_line
 from prism_plan.io.json_lines import text_lines
 from prism_plan.io.open_file import OpenFile
+from prism_plan.io.pydantic_base import FormatModel, NotBlank, validate_line
 
 EXAMPLE = '{"prompt": ..., "task": ...}'
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from prism_plan.io.format_model import (
+from prism_plan.input_limits import require_at_most
+from prism_plan.io.pydantic_base import (
     Amount,
     Expected,
     FormatModel,
@@ -17,7 +18,6 @@ from prism_plan.io.format_model import (
     validate_line,
 )
 from prism_plan.io.text_files import iterate_lines, read_text
-from prism_plan.limits import require_at_most
 
 #: Requests are numbered over all servers, as the route ``spread`` needs it.
 MAX_REQUESTS = 1 << 20

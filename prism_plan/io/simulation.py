@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from prism_plan.errors import InputError
-from prism_plan.io.format_model import (
+from prism_plan.io.json import parse_json
+from prism_plan.io.pydantic_base import (
     ABSENT,
     Amount,
     CheckedList,
@@ -25,7 +26,6 @@ from prism_plan.io.format_model import (
     Version1,
     validate,
 )
-from prism_plan.io.json import parse_json
 from prism_plan.io.text_files import read_text
 
 AboveZero = Annotated[float, Field(gt=0)]

@@ -14,12 +14,12 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, Field
 
 from prism_plan.errors import InputError, did_you_mean
+from prism_plan.input_limits import MAX_CELL, MAX_COLUMNS, MAX_RUNS, require_at_most
 from prism_plan.io.file_writing import write_bytes
-from prism_plan.io.format_model import FormatModel, NotBlank, short_repr, validate
 from prism_plan.io.open_file import OpenFile
 from prism_plan.io.parquet import batches, num_rows, open_parquet
+from prism_plan.io.pydantic_base import FormatModel, NotBlank, short_repr, validate
 from prism_plan.io.text_files import iterate_lines, read_text
-from prism_plan.limits import MAX_CELL, MAX_COLUMNS, MAX_RUNS, require_at_most
 from prism_plan.placement import OFFLOAD
 
 VERSION = 1

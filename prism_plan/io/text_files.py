@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 
 from prism_plan.errors import InputError
+from prism_plan.input_limits import MAX_TEXT_BYTES
 from prism_plan.io.open_file import OpenFile
-from prism_plan.limits import MAX_TEXT_BYTES
 
 
 def file_name_text(path: str | os.PathLike[str]) -> str:
@@ -47,7 +47,7 @@ def read_text_and_digest(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """A file's bytes, at most :data:`~prism_plan.limits.MAX_TEXT_BYTES`.
+    """A file's bytes, at most :data:`~prism_plan.input_limits.MAX_TEXT_BYTES`.
 
     Raises
     ------

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_NESTING, MAX_VALUE_BYTES
+from prism_plan.input_limits import MAX_NESTING, MAX_VALUE_BYTES
 
 #: A string, or a comment. Malformed ones end where ``tomllib`` will refuse them, or at the end of
 #: the text. Possessive, so that a text is passed over once.
@@ -49,10 +49,11 @@ def parse_toml(text: str, source: object) -> dict[str, Any]:
 
 
 def _check_bounds(text: str, source: object) -> None:
-    """Refuse TOML that would take ``tomllib`` too much memory or time.
+    """Refuse TOML that would take ``tomllib`` too much memory or time, before it is parsed.
 
-    Its time grows with the square of the parts of a dotted key, and with the nesting of brackets
-    it recurses. All that is done here is linear in the text.
+    Memory is estimated from counts of characters and bounded by ``MAX_VALUE_BYTES``. Parts of a
+    dotted key (time grows with their square) and brackets open at once (``tomllib`` recurses) are
+    bounded by ``MAX_NESTING``. The check itself is linear in the text.
     """
     _check_size(text, _TEXT_BYTES, 0, source)
     plain = _OPAQUE.sub("s", text)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_NAME_LENGTH, MAX_NAMES, require_at_most, require_name
+from prism_plan.input_limits import MAX_NAME_LENGTH, MAX_NAMES, require_at_most, require_name
 
 
 def require_no_nulls(path: object, batch: Any, first_row: int) -> None:

@@ -10,6 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.input_limits import (
+    MAX_BATCH_SELECTIONS,
+    MAX_NAMES,
+    MAX_SELECTIONS,
+    MAX_TOKENS,
+    require_at_most,
+    require_task_pairs,
+)
 from prism_plan.io.call_table import CallTable, check_sums
 from prism_plan.io.model_spec import spec_from_json
 from prism_plan.io.open_file import OpenFile
@@ -24,15 +32,7 @@ from prism_plan.io.trace_schema import (
     require_columns,
     token_schema,
 )
-from prism_plan.limits import (
-    MAX_BATCH_SELECTIONS,
-    MAX_NAMES,
-    MAX_SELECTIONS,
-    MAX_TOKENS,
-    require_at_most,
-    require_task_pairs,
-)
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.trace import PHASES, TokenBatch, Trace
 from prism_plan.trace_totals import TraceTotals
 
@@ -110,7 +110,7 @@ def read_trace(
     InputError
         Not Parquet, truncated, not one of our traces, a newer version, a wrong column, an expert
         or layer that the model does not have, a negative count, a duplicate row, a size beyond the
-        bounds of :mod:`prism_plan.limits`; the file is written to while it is read.
+        bounds of :mod:`prism_plan.input_limits`; the file is written to while it is read.
     """
     return read_open_trace(OpenFile(path), progress)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
 from prism_plan.io.json import parse_json
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -22,7 +22,7 @@ from prism_plan.io.trace_schema import (
     header_bytes,
     token_schema,
 )
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.trace import PHASES, TokenBatch, Trace, concatenate_batches
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.simulate.network import Network
 
 Floats = npt.NDArray[np.float64]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.model import ModelShape, require_same_model
+from prism_plan.model_spec import ModelShape, require_same_model
 from prism_plan.placement import Placement
 
 Bools = npt.NDArray[np.bool_]

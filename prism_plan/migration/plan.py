@@ -12,13 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.migration_step import MigrationStep
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement import InputFile
 
 
 @dataclass(frozen=True)
 class LoadTime:
-    """Seconds that all loads take: one after the other, and with all GPUs loading in parallel."""
+    """Seconds that all expert loads of a migration plan take.
+
+    ``sum_s``: one after the other. ``makespan_s``: all GPUs in parallel, one load at a time on
+    each, including the time that loads wait for the steps they need.
+    """
 
     sum_s: float
     makespan_s: float

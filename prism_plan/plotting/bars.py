@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prism_plan.plotting.parts import is_narrow
+from prism_plan.plotting.figure_parts import is_narrow
 from prism_plan.plotting.solver_styles import SolverStyle, text_colour_on
 from prism_plan.plotting.style import PANEL_PT
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from prism_plan.errors import InputError
-from prism_plan.limits import require_integer
+from prism_plan.input_limits import require_integer
 from prism_plan.plotting.style import DPI, WIDTH_IN
 
 MIN_SIDE_IN, MAX_SIDE_IN = 1.0, 100.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.plotting.figure_options import FigureOptions
-from prism_plan.plotting.parts import new_figure
+from prism_plan.plotting.figure_parts import new_figure
 from prism_plan.plotting.style import WIDTH_IN
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prism_plan.plotting.parts import shorten
+from prism_plan.plotting.figure_parts import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement import Placement
 from prism_plan.plotting.figure_options import DEFAULT_FIGURE, FigureOptions
-from prism_plan.plotting.panels import expert_axis, layer_axis, layer_panels
-from prism_plan.plotting.parts import (
+from prism_plan.plotting.figure_parts import (
     colour_map,
     draw_legend,
     finish_figure,
@@ -23,6 +22,7 @@ from prism_plan.plotting.parts import (
     quantity_text,
     shorten,
 )
+from prism_plan.plotting.panels import expert_axis, layer_axis, layer_panels
 from prism_plan.plotting.style import COLOURS, MISSING, matplotlib_settings
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 from prism_plan.errors import InputError
 from prism_plan.plotting.bars import bar_axes, bar_panels, label_at, name_bars, value_bars
 from prism_plan.plotting.figure_options import DEFAULT_FIGURE, FigureOptions
-from prism_plan.plotting.parts import (
+from prism_plan.plotting.figure_parts import (
     draw_legend,
     finish_figure,
     is_narrow,

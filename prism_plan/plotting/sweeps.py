@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.plotting.figure_options import DEFAULT_FIGURE, FigureOptions
-from prism_plan.plotting.parts import (
+from prism_plan.plotting.figure_parts import (
     draw_legend,
     finish_figure,
     max_characters,

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.plotting.figure_options import DEFAULT_FIGURE, FigureOptions
-from prism_plan.plotting.panels import layer_panels
-from prism_plan.plotting.parts import (
+from prism_plan.plotting.figure_parts import (
     colour_map,
     draw_legend,
     finish_figure,
@@ -22,6 +21,7 @@ from prism_plan.plotting.parts import (
     new_figure,
     shorten,
 )
+from prism_plan.plotting.panels import layer_panels
 from prism_plan.plotting.style import NO_DATA, matplotlib_settings
 from prism_plan.solvers.entropy import layer_entropy
 from prism_plan.trace import Trace

@@ -16,18 +16,18 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.io.bad_rows import BadRows
-from prism_plan.io.call_table import CallTable, check_sums
-from prism_plan.io.gzip_text import read_maybe_gzipped_text
-from prism_plan.io.location import Location
-from prism_plan.limits import (
+from prism_plan.input_limits import (
     MAX_COLUMNS,
     MAX_NAMES,
     require_at_most,
     require_name,
     require_task_pairs,
 )
-from prism_plan.model import ModelSpec
+from prism_plan.io.bad_rows import BadRows
+from prism_plan.io.call_table import CallTable, check_sums
+from prism_plan.io.gzip_text import read_maybe_gzipped_text
+from prism_plan.io.location import Location
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, notify_if_uneven, tokens_of_calls
 from prism_plan.profiling.common.messages import Notify
 from prism_plan.profiling.common.task_counts import TaskCounts

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.input_limits import MAX_LINE_OF_NUMBERS, require_at_most
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.gzip_text import read_maybe_gzipped_text
 from prism_plan.io.location import Location
 from prism_plan.io.open_file import unreadable
 from prism_plan.io.text_files import iterate_lines
-from prism_plan.limits import MAX_LINE_OF_NUMBERS, require_at_most
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.messages import CHECK_MODEL, Notify
 from prism_plan.profiling.sources import Source, require_distinct
 from prism_plan.trace import (

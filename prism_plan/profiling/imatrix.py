@@ -26,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.input_limits import require_at_most
 from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
-from prism_plan.limits import require_at_most
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, trace_from_counts
 from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers
 from prism_plan.profiling.common.messages import CHECK_MODEL, TRUNCATED, Notify

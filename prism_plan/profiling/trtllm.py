@@ -24,14 +24,14 @@ from prism_plan.io.json import parse_json
 from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
 from prism_plan.io.text_files import read_text
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
+from prism_plan.printable_text import shown
 from prism_plan.profiling.common.call_counts import Counts, sum_calls, trace_from_counts
 from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers
 from prism_plan.profiling.common.json_fields import json_object
 from prism_plan.profiling.common.messages import CHECK_MODEL, TRUNCATED, Notify
 from prism_plan.profiling.common.task_counts import add_up_sources
 from prism_plan.profiling.sources import Source, paths_by_task
-from prism_plan.text import shown
 from prism_plan.trace import Trace
 
 RANK_FILE = re.compile(r"rank(\d+)\.safetensors")
@@ -107,7 +107,17 @@ def _check_meta(path: Path, model: ModelSpec) -> None:
 def _add_rank(
     path: Path, model: ModelSpec, counts: Counts, later_layers: dict[int, Location]
 ) -> None:
-    """Add a rank's calls to ``counts`` [L, E], and to ``later_layers`` those after the model's."""
+    """Read a rank's file and add its calls to ``counts`` [L, E] in place.
+
+    Calls of layers after the model's last decoder layer are dropped; ``later_layers`` gets each
+    such layer with the place in the file where it was first seen.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, safetensors is not installed, or a key, layer, shape or count is
+        not of the model.
+    """
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate import events
-from prism_plan.simulate.engine import Ints, Outcome, step_dependencies
+from prism_plan.simulate.engine_interface import Ints, Outcome, step_dependencies
 from prism_plan.simulate.events import Event, Log
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.offload_slots import Slot, initial_slots
@@ -71,7 +71,7 @@ class _Message:
 
 
 class ReferenceEngine:
-    """See :class:`prism_plan.simulate.engine.Engine`."""
+    """See :class:`prism_plan.simulate.engine_interface.Engine`."""
 
     def __init__(self, scenario: Scenario, *, log: bool = False) -> None:
         self.scenario = scenario

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.simulate.engine import Outcome
+from prism_plan.simulate.engine_interface import Outcome
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.scenario import Scenario
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
-from prism_plan.limits import MAX_SEED, require_integer
+from prism_plan.input_limits import MAX_SEED, require_integer
 from prism_plan.seeds import RandomSource, random_stream
 from prism_plan.simulate.arrival_rates import ArrivalRates, arrival_rates
 from prism_plan.simulate.arrival_trace import (

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec, require_same_model
+from prism_plan.model_spec import ModelSpec, require_same_model
 from prism_plan.placement import Placement, gpu_offsets
 from prism_plan.simulate.calibration import Calibration
 from prism_plan.simulate.network import Network
@@ -22,15 +22,19 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
-    """One placement on one cluster under given requests.
+    """Everything one simulation run depends on; make it with :meth:`build`, which validates it.
 
-    ``execution`` int32 [N, L] is the execution server: where the dense part of a layer runs, and
-    its KV cache lives, for requests of each home server (docs/design.md, section 4, rule 6). The
-    hidden states of a step travel where it changes from one layer to the next, and home at the
-    end. With ``offload`` servers do not call each other: an expert that is not resident is loaded
-    from host memory (rule 8), and the placement has the experts resident at the start.
-    ``load_blocks_compute`` bool [G]: loads occupy the GPU as work does. ``dense_gpu`` int32 [N]:
-    index of the GPU that computes each server's dense parts.
+    The cluster is kept as what follows from it: ``network``, ``timing``, ``concurrency`` [N] and
+    the two GPU arrays. G counts the GPUs of all servers, L the MoE layers.
+
+    ``execution`` int32 [N, L]: the server where the dense part of a layer runs for requests of each
+    home server (docs/design.md, section 4, rule 6). The hidden states of a step travel wherever it
+    changes from one layer to the next, and home at the end of the step.
+    ``offload``: servers do not call each other; an expert that is not resident is loaded from host
+    memory (rule 8), and ``placement`` says what is resident at the start. Without it ``placement``
+    holds every expert that the requests call.
+    ``load_blocks_compute`` bool [G]: loads occupy the GPU as work does.
+    ``dense_gpu`` int32 [N]: which of the G GPUs computes each server's dense parts.
     """
 
     model: ModelSpec

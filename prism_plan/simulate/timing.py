@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster, Gpu
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.simulate.calibration import Calibration, Curve
 
 Floats = npt.NDArray[np.float64]

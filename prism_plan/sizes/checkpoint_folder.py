@@ -10,7 +10,7 @@ from prism_plan.io.json import parse_json
 from prism_plan.io.location import Location
 from prism_plan.io.model_spec import spec_from_json
 from prism_plan.io.text_files import read_text
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.sizes.checkpoint_name import cached_repository, model_name
 from prism_plan.sizes.gguf_file import spec_from_gguf
 from prism_plan.sizes.meta_device import CHECKPOINT_OR_BY_HAND, spec_from_config

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from prism_plan.io.location import Location
-from prism_plan.text import shown
+from prism_plan.printable_text import shown
 
 LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")

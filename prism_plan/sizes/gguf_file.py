@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prism_plan.input_limits import MAX_LAYERS, require_at_most
 from prism_plan.io.location import Location
-from prism_plan.limits import MAX_LAYERS, require_at_most
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
+from prism_plan.printable_text import shown
 from prism_plan.sizes.config_keys import MAX_SIZE
 from prism_plan.sizes.gguf_header import MAX_GGUF_TENSORS, read_gguf_header
 from prism_plan.sizes.model_facts import ModelFacts
 from prism_plan.sizes.stored_tensors import StoredTensor, spec_from_tensors
-from prism_plan.text import shown
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 #: Bytes of a number of the cache, which llama.cpp keeps in half precision.

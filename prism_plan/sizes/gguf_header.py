@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from prism_plan.input_limits import MAX_LAYERS, MIB, require_at_most
 from prism_plan.io.location import Location
 from prism_plan.io.open_file import unreadable
-from prism_plan.limits import MAX_LAYERS, MIB, require_at_most
+from prism_plan.printable_text import shown
 from prism_plan.sizes.config_keys import MAX_SIZE
 from prism_plan.sizes.stored_tensors import BY_HAND, StoredTensor
-from prism_plan.text import shown
 
 #: Characters of a key, of a tensor's name, and of a text that is read.
 _MAX_TEXT = 65_536

@@ -10,7 +10,7 @@ from typing import Any
 from prism_plan.io.json import parse_json
 from prism_plan.io.location import Location
 from prism_plan.io.text_files import read_text
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.sizes.checkpoint_folder import spec_from_folder
 from prism_plan.sizes.checkpoint_name import checkpoint_name
 from prism_plan.sizes.model_facts import read_facts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.io.open_file import unreadable
-from prism_plan.model import PRESETS, ModelSpec
+from prism_plan.model_spec import PRESETS, ModelSpec
 from prism_plan.sizes.checkpoint_folder import spec_from_file, spec_from_folder
 from prism_plan.sizes.hub import spec_from_hub
 
@@ -18,10 +18,11 @@ def load_model_spec(reference: str | os.PathLike[str]) -> ModelSpec:
     Parameters
     ----------
     reference
-        A preset (:data:`~prism_plan.model.PRESETS`); a checkpoint folder, whose safetensors headers
-        are read; a ``.gguf`` file; a ``config.json``, which stands for its folder where weights lie
-        beside it, else the model is built on PyTorch's meta device (extra ``hf``); a spec file
-        (:meth:`ModelSpec.to_json`); or a checkpoint on the Hugging Face Hub, ``ORG/NAME``.
+        A preset (:data:`~prism_plan.model_spec.PRESETS`); a checkpoint folder, whose safetensors
+        headers are read; a ``.gguf`` file; a ``config.json``, which stands for its folder where
+        weights lie beside it, else the model is built on PyTorch's meta device (extra ``hf``); a
+        spec file (:meth:`ModelSpec.to_json`); or a checkpoint on the Hugging Face Hub,
+        ``ORG/NAME``.
 
     Raises
     ------

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.sizes.checkpoint_name import checkpoint_name
 from prism_plan.sizes.model_facts import ModelFacts, read_facts
 from prism_plan.sizes.stored_tensors import StoredTensor, spec_from_tensors

@@ -13,9 +13,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from prism_plan.errors import InputError, did_you_mean
+from prism_plan.input_limits import require_at_most
 from prism_plan.io.location import Location
-from prism_plan.limits import require_at_most
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
+from prism_plan.printable_text import shown
 from prism_plan.sizes.config_keys import HEAD_DIM, KV_HEADS, LAYERS, Config
 from prism_plan.sizes.loaded_model import facts_of_model, tensors_of_model
 from prism_plan.sizes.model_facts import (
@@ -28,7 +29,6 @@ from prism_plan.sizes.model_facts import (
 )
 from prism_plan.sizes.quantisation import QUANTISATION_KEYS
 from prism_plan.sizes.stored_tensors import BY_HAND, spec_from_tensors
-from prism_plan.text import shown
 from prism_plan.torch_private import decode_special_floats, model_from_config
 
 CHECKPOINT_OR_BY_HAND = f"give the checkpoint (its folder or hub id), or {BY_HAND}"

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prism_plan.input_limits import MAX_EXPERTS, MAX_LAYERS
 from prism_plan.io.location import Location
-from prism_plan.limits import MAX_EXPERTS, MAX_LAYERS
+from prism_plan.printable_text import shown
 from prism_plan.sizes.config_keys import (
     EXPERTS,
     HEAD_DIM,
@@ -23,7 +24,6 @@ from prism_plan.sizes.config_keys import (
 )
 from prism_plan.sizes.quantisation import quantisation_key
 from prism_plan.sizes.recurrent_state import recurrent_state_numbers
-from prism_plan.text import shown
 
 #: Keys under which multimodal configs hold their language model.
 NESTED = ("text_config", "language_config", "llm_config", "thinker_config")

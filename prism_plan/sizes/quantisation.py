@@ -106,7 +106,10 @@ def quantisation_beside(folder: Path, *, gguf: bool = True) -> Quantisation | No
 
 
 def _names_no_algorithm(value: object) -> bool:
-    """Whether a ``quantization`` in the form of ModelOpt says that no weights are quantised."""
+    """Whether ModelOpt's ``quantization`` object says that no weights are quantised.
+
+    It does if ``quant_algo`` is there and null, and ``quantized_layers`` is empty or absent.
+    """
     return (
         isinstance(value, Mapping)
         and "quant_algo" in value

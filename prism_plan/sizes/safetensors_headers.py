@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prism_plan.input_limits import require_at_most
 from prism_plan.io.json import parse_json
 from prism_plan.io.location import Location
 from prism_plan.io.open_file import unreadable
 from prism_plan.io.text_files import decode
-from prism_plan.limits import require_at_most
 from prism_plan.sizes.stored_tensors import MAX_TENSORS, StoredTensor
 from prism_plan.sizes.weight_files import INDEX, SINGLE, indexed_files, shards_without_index
 

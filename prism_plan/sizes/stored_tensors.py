@@ -12,9 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from prism_plan.input_limits import MAX_EXPERTS, require_at_most
 from prism_plan.io.location import Location
-from prism_plan.limits import MAX_EXPERTS, require_at_most
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.sizes.model_facts import ModelFacts
 from prism_plan.sizes.tensor_names import (
     ALL_EXPERTS,

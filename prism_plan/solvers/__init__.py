@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from prism_plan.renamed import renamed_names
+from prism_plan.deprecated_names import renamed_names
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult
 from prism_plan.solvers.registry import SOLVER_NAMES, get_solver, solvers_supporting
 from prism_plan.solvers.run import solve

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.deprecated_names import renamed_fields
 from prism_plan.errors import InputError
+from prism_plan.input_limits import MAX_SEED, require_integer
 from prism_plan.instance import MAX_CALLS, Instance
-from prism_plan.limits import MAX_SEED, require_integer
 from prism_plan.placement import Placement, Termination
-from prism_plan.renamed import renamed_fields
 
 
 class Feature(StrEnum):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from prism_plan.feasibility import explain_infeasible
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.solvers import flow
 from prism_plan.solvers.certificate import Prices, value_bound
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult

@@ -8,8 +8,8 @@ import sys
 
 import click
 
-from prism_plan.cli.boundary import run_command
-from prism_plan.cli.lazy import lazy_group
+from prism_plan.cli.error_boundary import run_command
+from prism_plan.cli.lazy_commands import lazy_group
 from runtime_adapter import PROGRAM
 
 #: Command: (module, its click command, help line). Modules load when called.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import click
 
-from prism_plan.cli.command_options import options_as
+from prism_plan.cli.options_dataclass import options_as
 from runtime_adapter.cli.options import (
     RendezvousOptions,
     log_assumed_figures,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import click
 
-from prism_plan.cli.command_options import CommandOptions, options_as
+from prism_plan.cli.options_dataclass import CommandOptions, options_as
 from runtime_adapter.cli.options import log_info, require_seconds, store_option
 
 
@@ -39,7 +39,7 @@ def command(args: MoveOptions) -> None:
     """
     from prism_plan.io.placement import placement_to_json, read_placement
     from runtime_adapter.cli.options import address
-    from runtime_adapter.control.move_request import request_move
+    from runtime_adapter.control.move_command import request_move
     from runtime_adapter.transport.rendezvous import Rendezvous
 
     require_seconds(args.rendezvous_timeout_s, "rendezvous_timeout_s")

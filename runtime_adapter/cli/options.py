@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.cli.command_options import CommandOptions
 from prism_plan.cli.internal_errors import write_log_line
-from prism_plan.cli.review_options import ReviewOptions, review_options
+from prism_plan.cli.migration_options import ReviewOptions, review_options
+from prism_plan.cli.options_dataclass import CommandOptions
 from prism_plan.errors import InputError, did_you_mean
 from runtime_adapter import PROGRAM
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from prism_plan.cli.command_options import options_as
+from prism_plan.cli.options_dataclass import options_as
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
     MigrationOptions,

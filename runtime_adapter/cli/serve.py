@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from prism_plan.cli.command_options import options_as
+from prism_plan.cli.options_dataclass import options_as
 from prism_plan.errors import InputError
-from prism_plan.limits import require_integer
+from prism_plan.input_limits import require_integer
 from runtime_adapter.cli.options import (
     MIGRATION_FACTS,
     MigrationOptions,

@@ -22,7 +22,7 @@ from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import EventLog, StoreLost
 from runtime_adapter.control.slot_release import SlotReleaser
 from runtime_adapter.weights.expert_map import ExpertMap
-from runtime_adapter.weights.loader import Loader
+from runtime_adapter.weights.loader_interface import Loader
 
 #: How often progress is checked while drops or a stop are pending.
 POLL_INTERVAL_S = 0.1

@@ -14,7 +14,7 @@ from prism_plan.io.migration import migration_to_json
 from prism_plan.io.placement import placement_from_json, write_placement
 from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
-from prism_plan.model import require_same_model
+from prism_plan.model_spec import require_same_model
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.placement_check import violations
 from runtime_adapter.control import log_entries

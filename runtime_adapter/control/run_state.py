@@ -13,7 +13,7 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
 from runtime_adapter.control.event_log import EventLog
 from runtime_adapter.control.log_entries import Bounds, LogMessage

@@ -18,10 +18,10 @@ from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import EventLog, StoreLost
 from runtime_adapter.control.failure_detector import SCHEDULER_HEARTBEAT
 from runtime_adapter.control.migrations import Migrations
-from runtime_adapter.control.reviews import Reviews
+from runtime_adapter.control.placement_reviews import Reviews
 from runtime_adapter.control.run_state import RunState, SchedulerConfig
 from runtime_adapter.control.server_monitor import ServerMonitor
-from runtime_adapter.transport.parallel import exit_with_parent
+from runtime_adapter.transport.call_threads import exit_with_parent
 from runtime_adapter.transport.rendezvous import RuntimeFailure
 
 #: How long the scheduler waits for the next entry before it runs its periodic tasks.

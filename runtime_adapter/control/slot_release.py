@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from runtime_adapter.control.log_entries import DropsAcknowledged, ExpertChange
 from runtime_adapter.weights.expert_map import ExpertMap
-from runtime_adapter.weights.loader import Loader
+from runtime_adapter.weights.loader_interface import Loader
 
 #: After drops that silent drivers have not acknowledged: their calls are answered as missing.
 DRAIN_S = 0.05

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from prism_plan.errors import PrismError
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from runtime_adapter.moe.compute import Batch, Compute
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.emulated_gpu import wait_until
@@ -264,7 +264,14 @@ class RemoteDispatcher:
     def _add_answer(
         self, call: _PendingCall, sums: torch.Tensor | None, hidden: torch.Tensor, more: bool
     ) -> torch.Tensor:
-        """The sums with an answer added; ``more`` is whether other answers may follow."""
+        """Add the answer that has arrived for ``call`` to ``sums`` [T, H]; gives the sums.
+
+        ``sums`` is None before the first part and else changed in place. The answer has one row per
+        token of the call and is read from its connection, whose memory the next answer overwrites.
+        ``hidden`` gives the sums' shape, dtype and device. Sums are kept in :func:`sum_dtype`, but
+        a first answer that covers all tokens is kept in ``hidden``'s dtype unless ``more`` may
+        follow.
+        """
         answer = self.connections[call.server].sums(hidden.dtype, hidden.shape[1])
         dtype = sum_dtype(hidden.dtype)
         if call.rows is None:

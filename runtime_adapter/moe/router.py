@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import PrismError
 from prism_plan.jit import jit
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routing_policies import ROUTES, Route, choose_holders
 from runtime_adapter.transport.wire_kernels import pack_calls

@@ -13,10 +13,11 @@ from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 
 
 class ThreadLocalDispatcher:
-    """The :class:`~.placed_experts.ExpertBackend` of a model that several threads use at once.
+    """An :class:`~.placed_experts.ExpertBackend` that passes calls to the calling thread's lane.
 
-    A model has one backend; each request has a lane of its own, since a lane has at most one call
-    in flight to each server.
+    A model has one backend, but several threads run requests through it at once, and a lane (a
+    :class:`RemoteDispatcher`) can serve only one request at a time. A thread sets its lane with
+    :meth:`using`; :meth:`run` works only inside that block.
     """
 
     def __init__(self) -> None:

@@ -68,7 +68,7 @@ class TimedCompute:
 
 
 class TimedLoader:
-    """A :class:`~runtime_adapter.weights.loader.Loader` that waits instead of loading.
+    """A :class:`~runtime_adapter.weights.loader_interface.Loader` that waits instead of loading.
 
     ``load_s`` are the seconds of an expert by GPU and layer position; ``blocks_compute`` by GPU,
     whether a load occupies the GPU as well.

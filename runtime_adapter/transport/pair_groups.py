@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from runtime_adapter.torch_private import gloo_device, gloo_pair
-from runtime_adapter.transport.parallel import run_with_timeout
+from runtime_adapter.transport.call_threads import run_with_timeout
 from runtime_adapter.transport.rendezvous import Rendezvous, RuntimeFailure
 from runtime_adapter.transport.tcp_store import STORE_TIMEOUT_S, join_store
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from prism_plan.errors import InputError
 from prism_plan.io.json import parse_json
-from runtime_adapter.transport.parallel import run_with_timeout
+from runtime_adapter.transport.call_threads import run_with_timeout
 from runtime_adapter.transport.rendezvous import NameTaken, Rendezvous, RuntimeFailure
 
 #: Where a server that cannot join says why, so that the others do not wait for it.

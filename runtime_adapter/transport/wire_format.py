@@ -95,7 +95,11 @@ class MessageBuffer:
     top_k: int
 
     def fits(self, tokens: int, calls: int) -> bool:
-        """Whether such a call is well-formed and fits the buffer."""
+        """Whether ``tokens`` tokens with ``calls`` (token, expert) pairs are possible and fit.
+
+        Possible: at least one token, at least as many pairs as tokens, and at most ``top_k`` times
+        as many.
+        """
         return 0 < tokens <= min(calls, self.tokens) and calls <= tokens * self.top_k
 
     def require(self, tokens: int, calls: int) -> None:

@@ -1,10 +1,9 @@
 """Opens a checkpoint folder: which tensors are dense, and which belong to which expert.
 
-Reads what transformers saves for the families of :mod:`runtime_adapter.weights.families`:
-safetensors, in one file or in shards with an index, experts one by one or stacked by layer.
-Opening a checkpoint reads only headers, and checks that every expert is there in its shape; weights
-are read on demand. Pickled weights (``.bin``) are refused: unpickling runs
-any code in them.
+Reads what transformers saves for :mod:`runtime_adapter.weights.checkpoint_families`: safetensors,
+in one file or in shards with an index, experts one by one or stacked by layer. Opening a checkpoint
+reads only headers, and checks that every expert is there in its shape; weights are read on demand.
+Pickled weights (``.bin``) are refused: unpickling runs any code in them.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ import torch
 from prism_plan.errors import InputError
 from prism_plan.io.json import parse_json
 from prism_plan.io.text_files import read_text
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.sizes.checkpoint_name import model_name
 from prism_plan.sizes.model_facts import read_facts
 from prism_plan.sizes.quantisation import Quantisation, quantisation_beside, quantisation_key
 from prism_plan.sizes.stored_tensors import StoredTensor, spec_from_tensors
 from prism_plan.sizes.weight_files import INDEX, SINGLE, indexed_files
-from runtime_adapter.weights.families import (
+from runtime_adapter.weights.checkpoint_families import (
     ALL_EXPERTS,
     ONE_EXPERT,
     PARTS,

@@ -11,7 +11,7 @@ from runtime_adapter.weights.expert_store import Change, ExpertStore
 
 
 class CheckpointLoader:
-    """A :class:`~runtime_adapter.weights.loader.Loader` that reads one expert at a time.
+    """A :class:`~runtime_adapter.weights.loader_interface.Loader` that reads one expert at a time.
 
     Passed to the worker together with what computes from the same ``store``. The checkpoint is
     opened there, when the first expert is loaded.

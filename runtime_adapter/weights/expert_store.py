@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from prism_plan.errors import InputError, did_you_mean
 from runtime_adapter.weights.checkpoint import ExpertShape
-from runtime_adapter.weights.families import PARTS
+from runtime_adapter.weights.checkpoint_families import PARTS
 
 SHARED_MEMORY = "/dev/shm"
 

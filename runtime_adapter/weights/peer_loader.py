@@ -21,8 +21,8 @@ import torch
 
 from prism_plan.placement import Placement
 from runtime_adapter.transport import wire_format as wire
+from runtime_adapter.transport.call_threads import run_in_parallel
 from runtime_adapter.transport.pair_groups import connect_pair, receive, send
-from runtime_adapter.transport.parallel import run_in_parallel
 from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous, RuntimeFailure
 from runtime_adapter.weights.checkpoint_loader import CheckpointLoader
 from runtime_adapter.weights.expert_map import ExpertMap
@@ -33,7 +33,7 @@ PAIRS = "weights"
 
 
 class PeerLoader:
-    """A :class:`~runtime_adapter.weights.loader.Loader` that copies experts from their holders.
+    """A :class:`~.loader_interface.Loader` that copies experts from the servers that hold them.
 
     This server's other GPUs come first; the checkpoint is read when no server has the expert.
     """

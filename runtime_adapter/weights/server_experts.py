@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from prism_plan.errors import InputError
-from prism_plan.model import require_same_model
+from prism_plan.model_spec import require_same_model
 from prism_plan.placement import Placement
 from runtime_adapter.weights.checkpoint import Checkpoint
 from runtime_adapter.weights.expert_store import ExpertStore
@@ -24,8 +24,9 @@ def require_placed_model(
 ) -> None:
     """Refuse a placement that was made for another model than the checkpoint's.
 
-    Layers, experts, top-k and sizes must agree. The name need not: a checkpoint is called after its
-    folder, which may have any name.
+    MoE layers, number of experts, top-k and bytes per expert must agree; nothing else is compared.
+    The name may differ: a checkpoint is called after its folder. ``source`` names the placement in
+    the message.
 
     Raises
     ------

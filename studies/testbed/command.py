@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import click
 
-from prism_plan.cli.boundary import run_command
+from prism_plan.cli.error_boundary import run_command
 from prism_plan.cli.internal_errors import write_log_line
 from prism_plan.errors import OutputError
 from studies.testbed.testbed import Testbed, check_command

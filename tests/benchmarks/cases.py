@@ -21,7 +21,7 @@ from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import TraceWriter, write_trace
-from prism_plan.model import PRESETS, ModelShape, ModelSpec
+from prism_plan.model_spec import PRESETS, ModelShape, ModelSpec
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
 from prism_plan.solvers import Options, solve

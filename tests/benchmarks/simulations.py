@@ -13,7 +13,7 @@ from prism_plan.cluster import Cluster, Gpu, Link, Server
 from prism_plan.evaluate.offload_baseline import offload_placement
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.simulate.compiled.engine import CompiledEngine
+from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
 from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import sample_requests

@@ -15,7 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from prism_plan.check.cluster import _smallest_model, require_feasible_placement, require_plannable
-from prism_plan.check.memory_use import gpu_memory, insufficient_kv_memory, missing_kv_reservation
+from prism_plan.check.memory_report import (
+    gpu_memory,
+    insufficient_kv_memory,
+    missing_kv_reservation,
+)
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import Infeasible, InputError, PrismError
 from prism_plan.feasibility import first_fit
@@ -24,7 +28,7 @@ from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.placement import read_placement, write_placement
 from prism_plan.io.simulation import read_simulation
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.placement_check import violations
 from prism_plan.solvers import solve
 from prism_plan.token_rates import require_users

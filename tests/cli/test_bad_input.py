@@ -35,7 +35,7 @@ from prism_plan.io.placement import read_placement, write_placement
 from prism_plan.io.text_files import sha256
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import InputFile
 from prism_plan.profiling.counts_csv import read_counts
 from prism_plan.profiling.esft import read_esft

@@ -16,7 +16,7 @@ from prism_plan.cli.main import COMMANDS, cli
 from prism_plan.io.placement import placement_schema, read_placement
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.solvers import SOLVER_NAMES
 from tests.profiling.synthetic import synthetic_trace
 

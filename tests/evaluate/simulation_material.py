@@ -20,7 +20,7 @@ from prism_plan.evaluate.simulation import simulate_placements
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import sample_requests

@@ -10,7 +10,7 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.evaluate.comparison import compare
 from prism_plan.instance import Instance
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.objective import score, step_score
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
 from prism_plan.token_rates import expected_token_rates

@@ -11,11 +11,11 @@ import jsonschema
 import pytest
 
 from prism_plan.errors import InputError
-from prism_plan.io.common_parts import shipped_schema
 from prism_plan.io.comparison import (
     comparison_from_json,
     read_comparison,
 )
+from prism_plan.io.shared_fields import shipped_schema
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "comparison-v1.json"
 VALUES: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
+from prism_plan.input_limits import MIB
 from prism_plan.io import gzip_text
 from prism_plan.io.json_lines import text_lines
 from prism_plan.io.prompts import read_prompts
 from prism_plan.io.text_files import read_text
-from prism_plan.limits import MIB
 from prism_plan.profiling.counts_csv import read_counts
-from prism_plan.profiling.sglang.reader import read_sglang
+from prism_plan.profiling.sglang.importer import read_sglang
 from prism_plan.profiling.sources import Source
 from tests.profiling.recordings import TINY, read, refusal
 

@@ -17,7 +17,7 @@ from prism_plan.io.placement import (
     read_placement,
     write_placement,
 )
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement import InputFile, Placement, SolveReport
 from prism_plan.placement_check import violations
 

@@ -13,7 +13,7 @@ import pytest
 
 from prism_plan.check.report import check_file
 from prism_plan.errors import InputError
-from prism_plan.io.common_parts import shipped_schema
+from prism_plan.io.shared_fields import shipped_schema
 from prism_plan.io.simulation import read_simulation, simulation_from_json
 from tests.evaluate.simulation_reports import make_report, make_run
 

@@ -26,7 +26,7 @@ from prism_plan.errors import InputError, OutputError
 from prism_plan.io.trace_reader import read_header, read_trace
 from prism_plan.io.trace_schema import BATCH_ROWS, counts_schema, token_schema
 from prism_plan.io.trace_writer import TraceWriter, write_trace
-from prism_plan.model import PRESETS, ModelSpec
+from prism_plan.model_spec import PRESETS, ModelSpec
 from prism_plan.provenance import stamped
 from prism_plan.trace import PHASES, TokenBatch, Trace, trace_from_batches
 

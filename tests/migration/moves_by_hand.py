@@ -9,7 +9,7 @@ import numpy as np
 
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration_step import MigrationStep
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement import Placement, SolveReport
 
 

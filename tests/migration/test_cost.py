@@ -11,7 +11,7 @@ import pytest
 from prism_plan.cluster import Cluster, Gpu, Link, PairLink, Server
 from prism_plan.errors import InputError
 from prism_plan.migration.cost import call_seconds, communication_s, gpu_load_gbs, migration_s
-from prism_plan.model import PRESETS
+from prism_plan.model_spec import PRESETS
 
 MODEL = PRESETS["deepseek-v2-lite"]
 TOKEN_BITS = 2048 * 2 * 8

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from prism_plan.check.report import check_file
 from prism_plan.errors import InputError
-from prism_plan.io.common_parts import shipped_schema
 from prism_plan.io.migration import (
     dump_migration,
     migration_from_json,
@@ -22,10 +21,11 @@ from prism_plan.io.migration import (
     read_migration,
     write_migration,
 )
+from prism_plan.io.shared_fields import shipped_schema
 from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.plan import LoadTime, MigrationPlan
 from prism_plan.migration_step import MigrationStep
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement import InputFile
 from tests.migration.moves_by_hand import placed
 

@@ -16,7 +16,7 @@ from prism_plan.instance import MIN_CALLS, Instance
 from prism_plan.migration.cost import communication_s, migration_s
 from prism_plan.migration.policy import Policy, Review, review
 from prism_plan.migration.statistics import Cumulative, StatisticsOptions, Window
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement import Placement, SolveReport, server_of_gpu
 from prism_plan.placement_check import violations
 from prism_plan.solvers import solve

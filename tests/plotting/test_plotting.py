@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from prism_plan import plotting
 from prism_plan.errors import InputError, OutputError
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import InputFile, Placement, SolveReport
 from prism_plan.trace import Trace
 

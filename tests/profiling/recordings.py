@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.sources import Source
 from prism_plan.trace import TokenBatch, Trace
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.trace import PHASES, TokenBatch, Trace, trace_from_batches
 
 

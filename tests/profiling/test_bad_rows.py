@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import prism_plan as pp
 from prism_plan.errors import InputError
 from prism_plan.profiling.counts_csv import read_counts
-from prism_plan.profiling.sglang.reader import read_sglang
+from prism_plan.profiling.sglang.importer import read_sglang
 from prism_plan.profiling.sources import Source
-from prism_plan.profiling.vllm.reader import read_vllm
+from prism_plan.profiling.vllm.importer import read_vllm
 from prism_plan.trace import Trace
 from tests.profiling.recordings import TINY, all_rows, routing, sglang_response, vllm_response
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prism_plan.errors import InputError
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.model import PRESETS, ModelSpec
+from prism_plan.model_spec import PRESETS, ModelSpec
 from prism_plan.profiling.counts_csv import read_counts
 from prism_plan.profiling.sources import Source
 from prism_plan.sizes.load import load_model_spec

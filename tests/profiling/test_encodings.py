@@ -13,9 +13,9 @@ from prism_plan.errors import InputError
 from prism_plan.io.arrivals import read_arrivals
 from prism_plan.io.prompts import read_prompts
 from prism_plan.profiling.counts_csv import read_counts
-from prism_plan.profiling.sglang.reader import read_sglang
+from prism_plan.profiling.sglang.importer import read_sglang
 from prism_plan.profiling.sources import Source
-from prism_plan.profiling.vllm.reader import read_vllm
+from prism_plan.profiling.vllm.importer import read_vllm
 from tests.profiling.recordings import TINY, routing, sglang_response, vllm_response
 
 MARK = b"\xef\xbb\xbf"

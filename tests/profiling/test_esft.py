@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prism_plan.errors import InputError
-from prism_plan.model import PRESETS, ModelSpec
+from prism_plan.model_spec import PRESETS, ModelSpec
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source, parse_source
 from prism_plan.trace import PHASES, TokenBatch, Trace

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prism_plan.errors import InputError
-from prism_plan.limits import MIB
+from prism_plan.input_limits import MIB
 from prism_plan.profiling.imatrix import read_imatrix
 from prism_plan.profiling.sources import Source
 from tests.profiling.recordings import TINY, read, refusal, routing, tiny

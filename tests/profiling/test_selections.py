@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
-from prism_plan.profiling.selections import reader
+from prism_plan.profiling.selections import importer as reader
+from prism_plan.profiling.selections.importer import read_selections
 from prism_plan.profiling.selections.line_parser import NAMES
-from prism_plan.profiling.selections.reader import read_selections
 from prism_plan.profiling.sources import Source
-from prism_plan.profiling.vllm.reader import read_vllm
+from prism_plan.profiling.vllm.importer import read_vllm
 from tests.profiling.recordings import (
     TINY,
     all_rows,

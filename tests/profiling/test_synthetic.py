@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prism_plan.model import PRESETS, ModelSpec
+from prism_plan.model_spec import PRESETS, ModelSpec
 from prism_plan.trace import PHASES, TokenBatch, Trace
 from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 

@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from runtime_adapter.weights.checkpoint import Checkpoint  # noqa: E402
+from runtime_adapter.weights.checkpoint_families import FAMILIES  # noqa: E402
 from runtime_adapter.weights.expert_store import Change, ExpertStore  # noqa: E402
-from runtime_adapter.weights.families import FAMILIES  # noqa: E402
 from tests.profiling.recording.families import tiny_model  # noqa: E402
 
 torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from prism_plan.io.cluster import read_cluster
 from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.trace import Trace
 from tests.limits import HANG_S

@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 from prism_plan.cluster import Cluster, Gpu, Link, Server
 from prism_plan.io.calibration import calibration_from_json
-from prism_plan.model import PRESETS
+from prism_plan.model_spec import PRESETS
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.timing import timing
 from runtime_adapter.calibrate import (

@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.recording.load_checkpoint import load_checkpoint_spec
 from prism_plan.sizes.load import load_model_spec
 from prism_plan.sizes.loaded_model import spec_from_loaded_model

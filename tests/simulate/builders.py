@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster, Gpu, Link, Server
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.simulate.calibration import Calibration, GpuCurves
-from prism_plan.simulate.compiled.engine import CompiledEngine
-from prism_plan.simulate.engine import Engine, Outcome
+from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
+from prism_plan.simulate.engine_interface import Engine, Outcome
 from prism_plan.simulate.events import Event
 from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.requests import Prompts, Requests

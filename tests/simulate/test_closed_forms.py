@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_plan.simulate.compiled.engine import CompiledEngine
+from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.scenario import Scenario
 from tests.simulate.builders import (

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import read_cluster
 from prism_plan.migration_step import MigrationStep
-from prism_plan.simulate.compiled.engine import CompiledEngine
-from prism_plan.simulate.engine import Engine
+from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
+from prism_plan.simulate.engine_interface import Engine
 from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.routing_policies import ROUTES, Route
 from prism_plan.simulate.sampling import sample_requests

@@ -10,7 +10,7 @@ import pytest
 
 from prism_plan.cluster import Cluster, Gpu, Link, PairLink, Server
 from prism_plan.errors import InputError
-from prism_plan.model import PRESETS
+from prism_plan.model_spec import PRESETS
 from prism_plan.simulate.network import BYTES_PER_CALL, Network
 from tests.simulate.builders import (
     BYTES_PER_S,

@@ -10,7 +10,7 @@ import pytest
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
 from prism_plan.io.phases import parse_schedule, read_schedule
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.simulate.arrival_rates import arrival_rates
 from prism_plan.simulate.phase_schedule import Phase, Schedule
 from prism_plan.trace import Trace

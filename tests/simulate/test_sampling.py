@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.simulate.arrival_trace import Arrival, ArrivalTrace
 from prism_plan.simulate.phase_schedule import Phase, Schedule
 from prism_plan.simulate.recorded_prompts import gather_prompts, list_trace_requests

@@ -10,7 +10,7 @@ import pytest
 
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import InputError
-from prism_plan.model import PRESETS
+from prism_plan.model_spec import PRESETS
 from prism_plan.simulate.calibration import Calibration, GpuCurves
 from prism_plan.simulate.scenario import Scenario
 from prism_plan.simulate.timing import interpolate, roofline_dense_s, roofline_expert_s, timing

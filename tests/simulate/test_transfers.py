@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.cluster import Cluster
-from prism_plan.simulate.compiled.engine import CompiledEngine
+from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
 from prism_plan.simulate.events import Log
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.reference_engine import ReferenceEngine

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_plan.errors import InputError
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 
 #: Attributes of configurations, and what they are in a tiny model, where the class has them.
 TINY: dict[str, Any] = {

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError
-from prism_plan.model import PRESETS
+from prism_plan.model_spec import PRESETS
 from prism_plan.sizes.load import load_model_spec
 from prism_plan.sizes.meta_device import spec_from_config
 from prism_plan.sizes.model_facts import read_facts

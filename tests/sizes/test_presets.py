@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prism_plan.errors import InputError
-from prism_plan.model import PRESETS, ModelSpec
+from prism_plan.model_spec import PRESETS, ModelSpec
 from prism_plan.sizes.load import load_model_spec
 
 #: Parameters in billions, as the model cards give them (bfloat16 presets).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 
 
 def random_instance(

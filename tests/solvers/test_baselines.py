@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.solvers import Options, solve
 from prism_plan.solvers.packing import expected_load, pack_on_gpus
 from prism_plan.solvers.uniform import proportional_quotas

@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement_check import violations
 from prism_plan.solvers import Options, solve
 from prism_plan.solvers.certificate import Prices, value_bound

@@ -9,7 +9,7 @@ import pytest
 
 from prism_plan.errors import Infeasible, UnsupportedFeature
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.objective import remote_score
 from prism_plan.placement_check import violations
 from prism_plan.solvers import SOLVER_NAMES, Feature, Options, get_solver, solve, solvers_supporting

@@ -10,7 +10,7 @@ import pytest
 
 from prism_plan.errors import LimitReached
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement_check import violations
 from prism_plan.solvers import Options, solve
 
@@ -59,7 +59,7 @@ def test_standard_output_stays_clean(backend: str) -> None:
     code = f"""
 import numpy as np
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.solvers import Options, solve
 instance = Instance(ModelShape("m", (0,), 4, 1, 1), ("a", "b"), np.ones((2, 1, 4)), ((3,), (3,)))
 print(solve(instance, "ilp", Options(backend={backend!r})).plan.remote_share)

@@ -9,7 +9,7 @@ import pytest
 
 from prism_plan.errors import Infeasible, LimitReached
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement_check import violations
 from prism_plan.solvers import Options, ilp, solve
 from tests.solvers.brute_force import SOLVER as BRUTE_FORCE

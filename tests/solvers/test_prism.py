@@ -13,7 +13,7 @@ from scipy.stats import entropy as scipy_entropy
 
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.solvers import solve
 from prism_plan.solvers.entropy import (
     entropy_counts,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.migration.endpoints import NAMES, Capacity, Endpoints, match_placements
 from prism_plan.migration.order.greedy import GreedyScheduler
-from prism_plan.migration.order.unequal import Attempts, relieve_stuck_gpu
+from prism_plan.migration.order.unequal_sizes import Attempts, relieve_stuck_gpu
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration_step import MigrationStep
 from prism_plan.placement import Placement

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.messages import CHECK_MODEL, Notify
 from prism_plan.trace import Trace
 from prism_plan.trace_totals import require_sum

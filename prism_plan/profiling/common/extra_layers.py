@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from prism_plan.errors import InputError
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.messages import CHECK_MODEL
 
 #: More layers after the last one than this are another model, not multi-token prediction.

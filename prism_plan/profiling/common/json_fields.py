@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prism_plan.io.location import Location
+from prism_plan.printable_text import shown
 from prism_plan.profiling.common.messages import TRUNCATED
 from prism_plan.profiling.sources import default_task
-from prism_plan.text import shown
 
 
 def decode_base64(text: str, at: Location) -> bytes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 
 #: Shorter runs of equal rows are not reported: a token that stands several times in a row in a
 #: prompt may be routed alike each time.

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.input_limits import MAX_NAMES, require_at_most, require_name
 from prism_plan.io.location import Location
-from prism_plan.limits import MAX_NAMES, require_at_most, require_name
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.extra_layers import mtp_notice
 from prism_plan.profiling.common.repeated_rows import RepeatedRows
 from prism_plan.trace import TokenBatch

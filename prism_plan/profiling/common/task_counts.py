@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, require_every_layer, sum_calls
 from prism_plan.profiling.common.extra_layers import mtp_notice
 from prism_plan.profiling.common.messages import Notify

@@ -19,7 +19,7 @@ from prism_plan.io.open_file import OpenFile
 from prism_plan.io.prompts import read_prompts
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import TraceWriter
-from prism_plan.model import ModelSpec, require_same_model
+from prism_plan.model_spec import ModelSpec, require_same_model
 from prism_plan.profiling.recording.fingerprint import fingerprint
 from prism_plan.profiling.recording.hf_options import HfOptions
 from prism_plan.profiling.recording.load_checkpoint import (

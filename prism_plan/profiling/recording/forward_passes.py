@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.trace import DECODE_PHASE, PREFILL_PHASE, TokenBatch
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prism_plan.errors import InputError
-from prism_plan.limits import require_integer
+from prism_plan.input_limits import require_integer
 
 #: Bound of new tokens, and of prompts of a batch: PyTorch counts both in 32 bits.
 MAX_NUMBER = 2**31 - 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError, PrismError
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.recording.hf_options import HfOptions
 from prism_plan.profiling.recording.transformers_release import require_transformers
 from prism_plan.sizes.checkpoint_folder import spec_from_folder

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_plan.io.location import Location
 from prism_plan.io.trace_writer import TraceWriter
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.recording.decoder_cache import (
     cache_argument,
     cache_of,

@@ -22,12 +22,18 @@ from prism_plan.profiling.responses.event_stream import is_event, merge_streams
 
 
 def read_responses(path: Path, bad: BadRows) -> Iterator[tuple[Location, Any]]:
-    """Each response in a file and where it stands; chunks of a streamed one are merged.
+    """Yield each response of a file, as parsed JSON, and where it stands.
+
+    The file, possibly gzipped, is one JSON object or list, one JSON value a line, or an event
+    stream. Items of a list are responses of their own. Chunks of a streamed response are merged; it
+    stands where its first chunk does. Bad rows are counted in ``bad`` and left out where it says
+    so.
 
     Raises
     ------
     InputError
-        Unreadable; or a row is not UTF-8 or not JSON and bad rows are not to be left out.
+        The file cannot be read; or, unless bad rows are left out, a row is not UTF-8 or not JSON,
+        or in a stream is no event, no chunk of a response, or contradicts an earlier chunk.
     """
     with OpenFile(path) as file:
         _, first = next(text_lines(file, lambda error: None), (0, ""))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.extra_layers import split_mtp_layers
 from prism_plan.profiling.common.messages import CHECK_MODEL
 from prism_plan.profiling.common.repeated_rows import runs_of_equal_rows
@@ -84,7 +84,17 @@ def _not_recorded(model: ModelSpec, at: Location) -> InputError:
 
 
 def _moe_columns(array: Array, model: ModelSpec, at: Location) -> tuple[Array, list[int]]:
-    """[T, L, K] of the MoE layers, and the MTP layers that have experts."""
+    """Check an array [T, decoder layers or more, K]; gives the columns of MoE layers, [T, L, K].
+
+    Also gives the decoder indices of the MTP layers in which experts were recorded (not only 0 or
+    -1); they are left out. An array of exactly the L MoE layers is returned as it is.
+
+    Raises
+    ------
+    InputError
+        Type, shape or top-k is wrong, or experts were recorded in a dense layer or in a layer
+        that is neither the model's nor an MTP layer.
+    """
     decoder_layers = model.num_decoder_layers
     expected = f"[tokens, {decoder_layers} or more layers, {model.top_k}] for {model.name}"
     if array.ndim != 3 or array.dtype.kind not in "iu":

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from prism_plan.errors import InputError
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.extra_layers import foreign_layer
 from prism_plan.profiling.common.json_fields import json_object, task_of
 from prism_plan.profiling.common.messages import CHECK_MODEL

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.extra_layers import split_mtp_layers
 from prism_plan.profiling.common.json_fields import optional_count
 from prism_plan.profiling.common.messages import CHECK_MODEL, TRUNCATED

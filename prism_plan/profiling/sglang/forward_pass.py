@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
+from prism_plan.printable_text import shown
 from prism_plan.profiling.common.call_counts import Counts
 from prism_plan.profiling.common.messages import CHECK_MODEL, TRUNCATED
 from prism_plan.profiling.sglang.dump_fields import (
@@ -20,7 +21,6 @@ from prism_plan.profiling.sglang.dump_fields import (
     require_only_moe,
     required_count,
 )
-from prism_plan.text import shown
 from prism_plan.trace import first_invalid_selection
 from prism_plan.trace_totals import require_sum
 

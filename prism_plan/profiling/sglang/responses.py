@@ -10,7 +10,8 @@ import numpy as np
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
+from prism_plan.printable_text import shown
 from prism_plan.profiling.common.extra_layers import MAX_MTP_LAYERS
 from prism_plan.profiling.common.json_fields import (
     decode_base64,
@@ -24,7 +25,6 @@ from prism_plan.profiling.responses.response_files import read_responses
 from prism_plan.profiling.responses.routed_experts import Array
 from prism_plan.profiling.responses.unread_keys import find_unread_routing
 from prism_plan.profiling.sources import Source
-from prism_plan.text import shown
 from prism_plan.trace import Trace
 
 

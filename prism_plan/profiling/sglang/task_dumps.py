@@ -13,7 +13,7 @@ import numpy as np
 
 from prism_plan.errors import InputError
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.call_counts import Counts, require_every_layer, sum_calls
 from prism_plan.profiling.common.messages import CHECK_MODEL, Notify
 from prism_plan.profiling.sglang.dump_fields import (

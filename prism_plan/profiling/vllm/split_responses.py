@@ -19,11 +19,13 @@ from prism_plan.profiling.responses.routed_experts import Array
 
 @dataclass(frozen=True)
 class JoinedRows:
-    """The rows of one request [T, decoder layers, K], and its numbers of tokens.
+    """The rows of one choice's prompt and generated tokens [T, decoder layers, K], each token once.
 
-    ``counts`` are such that the rows end at position prompt + generated - 2.
-    ``duplicate_prompt`` says that both parts held rows of the prompt, ``without_generated`` that
-    generated tokens have no rows.
+    ``counts`` are the numbers of prompt and generated tokens that fit ``rows``, which end at
+    position prompt + generated - 2; generated may differ from what the response said.
+    ``duplicate_prompt``: the choice's ``routed_experts`` repeated rows of the prompt, which are
+    left out. ``without_generated``: several tokens were generated, but there are rows of the prompt
+    only.
     """
 
     rows: Array

@@ -15,10 +15,10 @@ from prism_plan.errors import InputError
 from prism_plan.io.location import Location
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.call_counts import sum_calls
 from prism_plan.profiling.counts_csv import read_counts
-from prism_plan.profiling.sglang.reader import read_sglang
+from prism_plan.profiling.sglang.importer import read_sglang
 from prism_plan.profiling.sources import Source
 from prism_plan.profiling.trtllm import read_trtllm
 from prism_plan.trace import Trace

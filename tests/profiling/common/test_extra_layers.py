@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from prism_plan.profiling.common.extra_layers import MAX_MTP_LAYERS, split_mtp_layers
-from prism_plan.profiling.sglang.reader import read_sglang
+from prism_plan.profiling.sglang.importer import read_sglang
 from prism_plan.profiling.trtllm import read_trtllm
-from prism_plan.profiling.vllm.reader import read_vllm
+from prism_plan.profiling.vllm.importer import read_vllm
 from tests.profiling.recordings import (
     TINY,
     lines,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from prism_plan.io.trace_reader import read_trace
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.recording.expert_modules import find_experts
 from prism_plan.profiling.recording.recorder import record
 from prism_plan.trace import PHASES

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from prism_plan.profiling.sglang.reader import read_sglang
+from prism_plan.profiling.sglang.importer import read_sglang
 from prism_plan.profiling.sources import Source
-from prism_plan.profiling.vllm.reader import read_vllm
+from prism_plan.profiling.vllm.importer import read_vllm
 from tests.profiling.recordings import (
     TINY,
     Reader,

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prism_plan.model import PRESETS
+from prism_plan.model_spec import PRESETS
 from prism_plan.profiling.common.repeated_rows import (
     RepeatedRows,
     min_suspect_run,
     runs_of_equal_rows,
 )
-from prism_plan.profiling.sglang.reader import read_sglang
-from prism_plan.profiling.vllm.reader import read_vllm
+from prism_plan.profiling.sglang.importer import read_sglang
+from prism_plan.profiling.vllm.importer import read_vllm
 from tests.profiling.recordings import (
     DECODE,
     PREFILL,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prism_plan.profiling.sglang.reader import read_sglang
-from prism_plan.profiling.vllm.reader import read_vllm
+from prism_plan.profiling.sglang.importer import read_sglang
+from prism_plan.profiling.vllm.importer import read_vllm
 from tests.profiling.recordings import (
     DECODE,
     PREFILL,

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from prism_plan.io.placement import placement_to_json  # noqa: E402
 from prism_plan.solvers import solve  # noqa: E402
-from runtime_adapter.control.move_request import request_move  # noqa: E402
+from runtime_adapter.control.move_command import request_move  # noqa: E402
 from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
 from tests.runtime_adapter.checkpoints import TINY, TRACES, reference  # noqa: E402
 from tests.runtime_adapter.cli.test_serve import NEW_TOKENS, lines  # noqa: E402

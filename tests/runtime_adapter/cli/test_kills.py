@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 from prism_plan.errors import PrismError  # noqa: E402
 from prism_plan.io.placement import placement_to_json, write_placement  # noqa: E402
 from prism_plan.placement import Placement  # noqa: E402
-from runtime_adapter.control.move_request import request_move  # noqa: E402
+from runtime_adapter.control.move_command import request_move  # noqa: E402
 from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
 from runtime_adapter.transport.tcp_store import join_store  # noqa: E402
 from tests.runtime_adapter.cli.test_faults import MODEL, NAMES, OWN, replicated  # noqa: E402

@@ -17,7 +17,7 @@ from prism_plan.instance import Instance
 from prism_plan.io.placement import placement_to_json, read_placement
 from prism_plan.objective import score
 from prism_plan.simulate.sampling import sample_requests
-from runtime_adapter.control.move_request import request_move
+from runtime_adapter.control.move_command import request_move
 from runtime_adapter.transport.rendezvous import Rendezvous, RuntimeFailure
 from tests.runtime_adapter.replays import (
     PATIENCE_S,

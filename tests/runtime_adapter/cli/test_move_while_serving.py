@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from prism_plan.io.placement import placement_to_json, read_placement
 from prism_plan.solvers import solve
-from runtime_adapter.control.move_request import request_move
+from runtime_adapter.control.move_command import request_move
 from runtime_adapter.transport.rendezvous import Rendezvous
 from tests.runtime_adapter.checkpoints import TRACES
 from tests.runtime_adapter.cli.test_serve import alone, lines

@@ -19,15 +19,15 @@ from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.io.placement import placement_to_json  # noqa: E402
 from prism_plan.io.serve_requests import read_requests  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
-from runtime_adapter.control.move_request import request_move  # noqa: E402
+from runtime_adapter.control.move_command import request_move  # noqa: E402
 from runtime_adapter.moe.compute import ExpertCompute  # noqa: E402
 from runtime_adapter.moe.placed_model import load_placed_model  # noqa: E402
 from runtime_adapter.moe.router import uniform_network  # noqa: E402
 from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher  # noqa: E402
 from runtime_adapter.server import LocalServer  # noqa: E402
 from runtime_adapter.server_config import ServerConfig  # noqa: E402
+from runtime_adapter.transport.call_threads import run_in_parallel  # noqa: E402
 from runtime_adapter.transport.nccl_channel import ChannelConfig  # noqa: E402
-from runtime_adapter.transport.parallel import run_in_parallel  # noqa: E402
 from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
 from runtime_adapter.weights.server_experts import load_server_experts  # noqa: E402
 from tests.runtime_adapter.checkpoints import CPU, TRACES, committed, reference  # noqa: E402

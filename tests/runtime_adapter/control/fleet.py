@@ -17,7 +17,7 @@ import torch.distributed as dist
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
 from prism_plan.io.placement import placement_to_json
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 from prism_plan.placement import Placement, SolveReport
 from runtime_adapter.control.event_log import EventLog
 from runtime_adapter.control.failure_detector import WORKER_HEARTBEAT

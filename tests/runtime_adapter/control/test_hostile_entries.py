@@ -24,8 +24,8 @@ from runtime_adapter.control.log_entries import (
     MoveRequested,
     read_entry,
 )
-from runtime_adapter.control.move_request import request_move
-from runtime_adapter.control.reviews import PendingReview
+from runtime_adapter.control.move_command import request_move
+from runtime_adapter.control.placement_reviews import PendingReview
 from tests.runtime_adapter.control.fleet import MODEL, Fleet, placement
 from tests.runtime_adapter.control.test_migration_control import START, two
 

@@ -21,7 +21,7 @@ from prism_plan.errors import InputError, WrongModel  # noqa: E402
 from prism_plan.placement import Placement, SolveReport  # noqa: E402
 from runtime_adapter.moe.placed_model import load_placed_model  # noqa: E402
 from runtime_adapter.weights.checkpoint import Checkpoint  # noqa: E402
-from runtime_adapter.weights.families import FAMILIES  # noqa: E402
+from runtime_adapter.weights.checkpoint_families import FAMILIES  # noqa: E402
 from runtime_adapter.weights.server_experts import (  # noqa: E402
     load_server_experts,
     require_placed_model,

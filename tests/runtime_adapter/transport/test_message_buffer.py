@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from prism_plan.model import ModelShape  # noqa: E402
+from prism_plan.model_spec import ModelShape  # noqa: E402
 from prism_plan.placement import Placement, SolveReport  # noqa: E402
 from runtime_adapter.moe.counters import Counters  # noqa: E402
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher  # noqa: E402

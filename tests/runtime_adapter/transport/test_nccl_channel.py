@@ -18,6 +18,7 @@ import torch.distributed as dist  # noqa: E402
 
 from prism_plan.errors import InputError  # noqa: E402
 from runtime_adapter.transport import nccl_channel as channels  # noqa: E402
+from runtime_adapter.transport.call_threads import run_in_parallel  # noqa: E402
 from runtime_adapter.transport.nccl_channel import (  # noqa: E402
     ChannelConfig,
     DataChannelBroken,
@@ -27,7 +28,6 @@ from runtime_adapter.transport.nccl_channel import (  # noqa: E402
     require_device,
     require_own_card,
 )
-from runtime_adapter.transport.parallel import run_in_parallel  # noqa: E402
 from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from runtime_adapter.transport.parallel import run_with_timeout
+from runtime_adapter.transport.call_threads import run_with_timeout
 
 LIMIT_S = 60.0
 

@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError  # noqa: E402
 from runtime_adapter.weights.checkpoint import Checkpoint, ExpertShape  # noqa: E402
+from runtime_adapter.weights.checkpoint_families import FAMILIES  # noqa: E402
 from runtime_adapter.weights.expert_store import Change, ExpertStore, NotHeld  # noqa: E402
-from runtime_adapter.weights.families import FAMILIES  # noqa: E402
 from tests.limits import HANG_S  # noqa: E402
 from tests.runtime_adapter.checkpoints import (  # noqa: E402
     CPU,

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
-from prism_plan.io.format_model import (
+from prism_plan.input_limits import MAX_NAME_LENGTH
+from prism_plan.io.pydantic_base import (
     FormatModel,
     short_repr,
     validation_error,
 )
-from prism_plan.limits import MAX_NAME_LENGTH
 
 
 class FileIdentity(FormatModel):

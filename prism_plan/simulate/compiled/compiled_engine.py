@@ -14,7 +14,7 @@ from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.compiled import engine_state, event_loop
 from prism_plan.simulate.compiled.heap import push_event
 from prism_plan.simulate.compiled.migration_kernels import start_steps
-from prism_plan.simulate.engine import Ints, Outcome, step_dependencies
+from prism_plan.simulate.engine_interface import Ints, Outcome, step_dependencies
 from prism_plan.simulate.events import ARRIVAL, Event, Log
 from prism_plan.simulate.scenario import Scenario
 
@@ -31,7 +31,7 @@ _FULL = {
 
 
 class CompiledEngine:
-    """See :class:`prism_plan.simulate.engine.Engine`; equal to the reference, event for event.
+    """The compiled :class:`~prism_plan.simulate.engine_interface.Engine`, event for event as plain.
 
     Raises
     ------

@@ -55,13 +55,13 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import rows_cannot_be_skipped
 from prism_plan.io.location import Location
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.call_counts import trace_from_counts
 from prism_plan.profiling.common.extra_layers import mtp_notice
 from prism_plan.profiling.common.messages import Notify
 from prism_plan.profiling.common.repeated_rows import RepeatedRows
 from prism_plan.profiling.sglang.dump_fields import recorder_mode
-from prism_plan.profiling.sglang.dump_file import load_dump
+from prism_plan.profiling.sglang.dump_reader import load_dump
 from prism_plan.profiling.sglang.file_kind import file_kind
 from prism_plan.profiling.sglang.request_tracker import RequestTracker
 from prism_plan.profiling.sglang.responses import read_sglang_responses

@@ -26,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.input_limits import MIB
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.json_lines import json_lines
 from prism_plan.io.location import Location
-from prism_plan.limits import MIB
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.common.extra_layers import foreign_layer, split_mtp_layers
 from prism_plan.profiling.common.messages import TRUNCATED, Notify
 from prism_plan.profiling.common.request_batches import RequestBatches

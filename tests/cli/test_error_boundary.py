@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
-from prism_plan.cli.boundary import run_command
+from prism_plan.cli.error_boundary import run_command
 from prism_plan.cli.internal_errors import TRACEBACK_VARIABLE, error_location
 from prism_plan.cli.main import run
 from prism_plan.errors import Infeasible, InputError
@@ -59,7 +59,7 @@ def test_foreseen_errors(
     capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
 ) -> None:
     """Each has its exit code and one line; an error of the system names its file or its place."""
-    line = line.replace("system, raised", "system, tests.cli.test_boundary:")
+    line = line.replace("system, raised", "system, tests.cli.test_error_boundary:")
     assert ended(error) == code
     out, err = capsys.readouterr()
     assert out == ""

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from prism_plan.capacity import gpu_capacity, resident_bytes
 from prism_plan.cluster import Cluster
-from prism_plan.model import ModelSpec
+from prism_plan.expert_capacity import gpu_capacity, resident_bytes
+from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
-from prism_plan.text import listed, shortened
+from prism_plan.printable_text import listed, shortened
 from prism_plan.token_rates import shares_by_task
 from prism_plan.trace import Trace
 

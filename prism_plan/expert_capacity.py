@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prism_plan.cluster import Cluster, Server
 from prism_plan.errors import Infeasible, InputError
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)

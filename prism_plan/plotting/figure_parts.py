@@ -19,7 +19,7 @@ from prism_plan.plotting.style import (
     TITLE_PT,
     WIDTH_IN,
 )
-from prism_plan.text import printable
+from prism_plan.printable_text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

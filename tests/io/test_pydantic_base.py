@@ -14,10 +14,10 @@ import pytest
 from prism_plan.errors import InputError
 from prism_plan.io.calibration import calibration_from_json
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.io.common_parts import shipped_schema
 from prism_plan.io.comparison import comparison_from_json
 from prism_plan.io.migration import migration_from_json
 from prism_plan.io.placement import placement_from_json
+from prism_plan.io.shared_fields import shipped_schema
 from prism_plan.io.simulation import simulation_from_json
 from tools.make_schemas import FOLDER, MODELS, schema_text
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError, WrongModel
-from prism_plan.limits import (
+from prism_plan.input_limits import (
     MAX_EXPERTS,
     MAX_LAYERS,
     MAX_NAME_LENGTH,
@@ -20,7 +20,7 @@ from prism_plan.limits import (
     require_at_most,
     require_integer,
 )
-from prism_plan.text import shown
+from prism_plan.printable_text import shown
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable

@@ -14,11 +14,11 @@ from typing import IO, Any
 import numpy as np
 
 from prism_plan.errors import InputError
+from prism_plan.input_limits import MIB
 from prism_plan.io.gzip_text import is_gzip, read_maybe_gzipped_text
 from prism_plan.io.json import parse_json
 from prism_plan.io.location import Location
 from prism_plan.io.open_file import OpenFile
-from prism_plan.limits import MIB
 from prism_plan.profiling.common.messages import TRUNCATED
 from prism_plan.profiling.common.npy import parse_npy
 from prism_plan.profiling.sglang.file_kind import COUNTS, file_kind

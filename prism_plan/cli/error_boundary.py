@@ -28,7 +28,6 @@ from types import FrameType
 
 import click
 
-from prism_plan.cli.command_options import option_names, running_context
 from prism_plan.cli.internal_errors import (
     OWN_PACKAGES,
     error_location,
@@ -36,6 +35,7 @@ from prism_plan.cli.internal_errors import (
     single_line_messages,
     write_log_line,
 )
+from prism_plan.cli.options_dataclass import option_names, running_context
 from prism_plan.errors import LimitReached, OutputError, PrismError
 from prism_plan.jit import before_first_compilation
 

@@ -15,9 +15,9 @@ import pytest
 from prism_plan.errors import InputError
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
 from prism_plan.profiling.sources import Source
-from prism_plan.profiling.vllm.reader import read_vllm
+from prism_plan.profiling.vllm.importer import read_vllm
 from prism_plan.trace import TokenBatch, Trace
 
 PREFILL, DECODE, UNKNOWN = 0, 1, 2

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prism_plan.profiling.sglang.reader import read_sglang
+from prism_plan.profiling.sglang.importer import read_sglang
 from tests.profiling.recordings import lines, read, refusal, routing, sglang_response, tiny
 
 torch = pytest.importorskip("torch")

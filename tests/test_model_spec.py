@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError, WrongModel
-from prism_plan.io.format_model import validate
 from prism_plan.io.model_spec import ShapePart, spec_from_json, spec_from_part
-from prism_plan.model import PRESETS, ModelShape, ModelSpec, require_same_model
+from prism_plan.io.pydantic_base import validate
+from prism_plan.model_spec import PRESETS, ModelShape, ModelSpec, require_same_model
 from prism_plan.sizes.load import load_model_spec
 
 SPEC = ModelSpec(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prism_plan.errors import InputError, PrismError
-from prism_plan.text import is_printable, printable, printable_json, printable_lines
+from prism_plan.printable_text import is_printable, printable, printable_json, printable_lines
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_plan.capacity import bytes_for_experts, gpu_capacity, resident_bytes
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import Infeasible, InputError
+from prism_plan.expert_capacity import bytes_for_experts, gpu_capacity, resident_bytes
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.model import PRESETS, ModelSpec
+from prism_plan.model_spec import PRESETS, ModelSpec
 
 V2_LITE = PRESETS["deepseek-v2-lite"]
 MIXTRAL = PRESETS["mixtral-8x7b"]

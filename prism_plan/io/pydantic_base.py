@@ -26,9 +26,9 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from prism_plan.errors import InputError, did_you_mean
+from prism_plan.input_limits import MAX_COLUMNS, MAX_NAME_LENGTH
 from prism_plan.io.json import parse_json
-from prism_plan.limits import MAX_COLUMNS, MAX_NAME_LENGTH
-from prism_plan.text import shown as spelled
+from prism_plan.printable_text import shown as spelled
 
 K = TypeVar("K")
 T = TypeVar("T")

@@ -33,7 +33,8 @@ from prism_plan.errors import InputError
 from prism_plan.io.bad_rows import BadRows
 from prism_plan.io.location import Location
 from prism_plan.io.text_files import read_bytes
-from prism_plan.model import ModelSpec
+from prism_plan.model_spec import ModelSpec
+from prism_plan.printable_text import shown
 from prism_plan.profiling.common.json_fields import (
     decode_base64,
     json_object,
@@ -47,7 +48,6 @@ from prism_plan.profiling.responses.response_files import read_responses
 from prism_plan.profiling.responses.unread_keys import find_unread_routing
 from prism_plan.profiling.sources import Source, default_task, paths_by_task
 from prism_plan.profiling.vllm.split_responses import join_rows
-from prism_plan.text import shown
 from prism_plan.trace import Trace
 
 ROWS, PROMPT_ROWS = "routed_experts", "prompt_routed_experts"

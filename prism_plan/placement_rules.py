@@ -6,7 +6,7 @@ from typing import Literal
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
-from prism_plan.model import ModelShape
+from prism_plan.model_spec import ModelShape
 
 
 def rule_triples(

@@ -14,9 +14,9 @@ import click
 import pytest
 
 import prism_plan
-from prism_plan.cli.boundary import run_command
-from prism_plan.cli.command_options import option_names
+from prism_plan.cli.error_boundary import run_command
 from prism_plan.cli.main import cli
+from prism_plan.cli.options_dataclass import option_names
 from prism_plan.errors import InputError, LimitReached, UnsupportedFeature
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from runtime_adapter.cli import cli as runtime_cli
