@@ -30,7 +30,7 @@ Pairs = Sequence[tuple[int, int, int]]
 class Instance:
     """A planning problem (docs/design.md, section 2). Immutable; `replace` makes a changed copy.
 
-    Whether any placement satisfies it is not checked here (:mod:`prism_plan.feasibility`).
+    Whether any placement satisfies it is not checked here (:mod:`prism_plan.instance_feasibility`).
 
     Parameters
     ----------

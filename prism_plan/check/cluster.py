@@ -6,9 +6,9 @@ import dataclasses
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, LimitReached
-from prism_plan.feasibility import explain_infeasible, first_fit, require_feasible
 from prism_plan.input_limits import MAX_EXPERTS
 from prism_plan.instance import Instance
+from prism_plan.instance_feasibility import explain_infeasible, first_fit, require_feasible
 from prism_plan.model_spec import ModelSpec
 from prism_plan.solvers.contract import Options
 from prism_plan.solvers.registry import get_solver

@@ -9,8 +9,8 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.feasibility import explain_infeasible
 from prism_plan.instance import Instance
+from prism_plan.instance_feasibility import explain_infeasible
 from prism_plan.model_spec import ModelShape
 from prism_plan.solvers import flow
 from prism_plan.solvers.certificate import Prices, value_bound

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import Infeasible, LimitReached
-from prism_plan.feasibility import explain_infeasible
 from prism_plan.instance import Instance
+from prism_plan.instance_feasibility import explain_infeasible
 from prism_plan.placement import server_of_gpu
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult
 from prism_plan.solvers.packing import reference_local

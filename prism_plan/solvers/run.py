@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 
 from prism_plan.errors import UnsupportedFeature
-from prism_plan.feasibility import require_feasible
 from prism_plan.instance import Instance
+from prism_plan.instance_feasibility import require_feasible
 from prism_plan.model_spec import require_same_model
 from prism_plan.objective import remote_score
 from prism_plan.placement import InputFile, Placement, SolveReport

@@ -22,8 +22,8 @@ from prism_plan.check.memory_report import (
 )
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.errors import Infeasible, InputError, PrismError
-from prism_plan.feasibility import first_fit
 from prism_plan.instance import Instance
+from prism_plan.instance_feasibility import first_fit
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.placement import read_placement, write_placement
 from prism_plan.io.simulation import read_simulation
