@@ -149,17 +149,20 @@ def require_array_size(
     experts: int,
     unit: str,
     *,
-    maximum: int = MAX_PLACEMENT_SIZE,
+    maximum: int | None = None,
     source: object = "",
     place: str = "",
 ) -> None:
     """Refuse a too large array [count, layers, experts]; ``unit`` is what ``count`` counts.
+
+    ``maximum`` bounds the product; by default it is :data:`MAX_PLACEMENT_SIZE`.
 
     Raises
     ------
     InputError
         Names the three sizes and the bound on their product.
     """
+    maximum = MAX_PLACEMENT_SIZE if maximum is None else maximum
     if count * layers * experts > maximum:
         raise InputError(
             f"{count:,} {unit} × {layers:,} layers × {experts:,} experts",

@@ -158,7 +158,7 @@ def _print(result: Comparison, values: dict[str, Any], *, form: str, err: bool) 
     print_table(columns, title=title, form=form, err=err)
     for row in values["rows"]:
         if row["note"]:
-            log_info(f"{row['name']}: {row['log_info']}")
+            log_info(f"{row['name']}: {row['note']}")
         if (row["destinations_method"] or "exact") != "exact":
             log_info(f"{row['name']}: destinations are {row['destinations_method']}")
     if result.kind == "counts":

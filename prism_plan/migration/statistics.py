@@ -74,7 +74,11 @@ class Window:
 
 @dataclass(frozen=True)
 class Cumulative:
-    """All calls since the last move, as in the paper: old data lingers until something moves."""
+    """Average calls over all the time since the last move of experts, as in the paper.
+
+    Old calls keep their full weight until something moves. :meth:`start` makes the statistics,
+    which must be told of each move by :meth:`Statistics.moved`.
+    """
 
     def start(self, shape: tuple[int, int, int]) -> Statistics:
         """New statistics without any calls, for calls of shape [N, L, E]."""

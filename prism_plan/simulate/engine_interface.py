@@ -102,7 +102,11 @@ class Engine(Protocol):
         """Expert calls by home server since the last call of this method, [N, L, E]."""
 
     def on_gpu(self) -> npt.NDArray[np.bool_]:
-        """Which GPU serves which expert now, [G, L, E]."""
+        """Whether each GPU holds each expert now, bool [G, L, E].
+
+        An expert counts once it is loaded. Of copies on one server only the first GPU's computes.
+        Where servers offload, this stays the initial placement.
+        """
 
     def outcome(self) -> Outcome:
         """The measurements so far."""

@@ -39,7 +39,10 @@ class GpuClock:
         self._busy_s: Any = context.Array(ctypes.c_double, num_gpus, lock=False)
 
     def reserve(self, work_s: Iterable[tuple[int, float]]) -> float:
-        """Queue seconds of work on GPUs of the server; returns when the last of it is done."""
+        """Queue work, given as (GPU of the server, seconds), without waiting for it.
+
+        Returns the time of ``time.monotonic`` at which the last of this work will be done.
+        """
         now = time.monotonic()
         end_s = now
         with self._lock:

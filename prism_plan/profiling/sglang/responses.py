@@ -31,14 +31,15 @@ from prism_plan.trace import Trace
 def read_sglang_responses(
     sources: Sequence[Source], model: ModelSpec, notify: Notify, *, skip_bad: bool = False
 ) -> Trace:
-    """A token-level trace of responses; ``notify`` is called with what was left out.
+    """Read files of responses into one token-level trace.
 
-    With ``skip_bad`` responses that cannot be read are left out too.
+    ``notify`` is called with what was left out or looks wrong. With ``skip_bad`` responses that
+    cannot be read, or are of another model, are left out as long as others of their file are good.
 
     Raises
     ------
     InputError
-        A line is not a response, or of another model.
+        A file or response cannot be read or is of another model, or none has routed experts.
     """
     requests = RequestCollector(model)
     bad = BadRows(skip_bad)

@@ -22,7 +22,7 @@ from prism_plan.errors import InputError  # noqa: E402
 from runtime_adapter.weights.checkpoint import Checkpoint  # noqa: E402
 from runtime_adapter.weights.checkpoint_families import FAMILIES  # noqa: E402
 from runtime_adapter.weights.tensor_file import TensorFile  # noqa: E402
-from tests.profiling.families import tiny_model  # noqa: E402
+from tests.profiling.recording.families import tiny_model  # noqa: E402
 from tests.runtime_adapter.checkpoints import TINY, TRACES, committed, experts_in_memory, saved  # noqa: E402
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
