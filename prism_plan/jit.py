@@ -25,13 +25,31 @@ def jit(function: Function) -> Function:
     Where no cache folder can be written (a read-only installation without a home), the function is
     compiled again in each process.
     """
+    return _compiled(function)
+
+
+def kernel(function: Function) -> Function:
+    """As :func:`jit`, for functions that allocate nothing and that Python calls.
+
+    Their arrays are not reference counted: numba otherwise counts at every access of an array in a
+    tuple, atomically, which takes several times as long as the work itself.
+    """
+    return _compiled(function, _nrt=False, no_cfunc_wrapper=True)
+
+
+def inline_kernel(function: Function) -> Function:
+    """As :func:`kernel`, for functions that only other kernels call: no code for calls by Python."""
+    return _compiled(function, _nrt=False, no_cfunc_wrapper=True, no_cpython_wrapper=True)
+
+
+def _compiled(function: Function, **options: bool) -> Function:
     from numba import njit
 
     _register_listener()
     try:
-        return cast(Function, njit(cache=True)(function))
+        return cast(Function, njit(cache=True, **options)(function))
     except RuntimeError:  # numba: "no locator available"
-        return cast(Function, njit(function))
+        return cast(Function, njit(**options)(function))
 
 
 @functools.cache
