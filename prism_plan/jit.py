@@ -38,7 +38,7 @@ def kernel(function: Function) -> Function:
 
 
 def inline_kernel(function: Function) -> Function:
-    """As :func:`kernel`, for functions that only other kernels call: no code for calls by Python."""
+    """As :func:`kernel`, for functions that only kernels call: without code for calls by Python."""
     return _compiled(function, _nrt=False, no_cfunc_wrapper=True, no_cpython_wrapper=True)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prism_plan.jit import jit
+from prism_plan.jit import inline_kernel, kernel
 
 Route = Literal["spread", "nearest", "cover"]
 ROUTES: tuple[Route, ...] = ("cover", "nearest", "spread")
@@ -90,7 +90,7 @@ def cover(holders: Sequence[Sequence[int]], tokens_sent: Sequence[int]) -> list[
 # --------------------------------------------------------------------------------- compiled forms
 
 
-@jit
+@kernel
 def hash_call_compiled(request: Any, pair: Any) -> Any:  # pragma: no cover - compiled
     """:func:`hash_call` in unsigned numbers of 64 bits."""
     x = np.uint64(request) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(pair) + np.uint64(1)
@@ -99,7 +99,7 @@ def hash_call_compiled(request: Any, pair: Any) -> Any:  # pragma: no cover - co
     return x ^ (x >> np.uint64(31))
 
 
-@jit
+@inline_kernel
 def cover_compiled(  # pragma: no cover - compiled
     missing_experts: Array, num_missing: int, holders: Array, num_replicas: Array,
     tokens_sent: Array, held_mask: Array, candidate_servers: Array, cover_table: Array,
@@ -175,7 +175,7 @@ def cover_compiled(  # pragma: no cover - compiled
         u &= ~covered
 
 
-@jit
+@kernel
 def choose_holders(  # pragma: no cover - compiled
     route: int, request: Any, missing_experts: Array, num_missing: int, holders: Array,
     num_replicas: Array, tokens_sent: Array, link_rank: Array, held_mask: Array,

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import PrismError
-from prism_plan.jit import jit
+from prism_plan.jit import kernel
 from prism_plan.model_spec import ModelShape
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routing_policies import ROUTES, Route, choose_holders
@@ -26,7 +26,7 @@ class ExpertsLost(PrismError):
     """A request needs an expert that no server holds any more."""
 
 
-@jit
+@kernel
 def _route(  # pragma: no cover - compiled
     experts: Any, first: int, rank: int, request: int, route: int, gpu_of: Any, holder: Any,
     num_replicas: Any, sent: Any, link_rank: Any, mask: Any, candidates: Any, missing: Any,
@@ -70,7 +70,7 @@ def _route(  # pragma: no cover - compiled
     return np.int64(-1)
 
 
-@jit
+@kernel
 def count_destinations(chosen: Any, rank: int, counts: Any) -> Any:  # pragma: no cover - compiled
     """Count what a step sends, from ``chosen`` [T, K]; fills ``counts`` [N, 2].
 
@@ -99,7 +99,7 @@ def count_destinations(chosen: Any, rank: int, counts: Any) -> Any:  # pragma: n
     return remote, waiting, destinations
 
 
-@jit
+@kernel
 def select_calls(  # pragma: no cover - compiled
     chosen: Any, server: int, experts: Any, weights: Any, token: Any, ids: Any, selected: Any
 ) -> None:

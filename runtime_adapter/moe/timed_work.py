@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from prism_plan.jit import jit
+from prism_plan.jit import kernel
 from prism_plan.simulate.timing import Timing
 from runtime_adapter.moe.compute import Batch
 from runtime_adapter.moe.emulated_gpu import GpuClock, wait_until
@@ -102,7 +102,7 @@ class TimedLoader:
         self.compute.apply(Change("drop", pair, gpu, 0))
 
 
-@jit
+@kernel
 def _gpu_work(  # pragma: no cover - compiled
     experts: Any, gpu_of: Any, first_pair: int, first_gpu: int, kind: Any, expert_s: Any,
     tokens: Any, work_s: Any,

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from prism_plan.jit import jit
+from prism_plan.jit import kernel
 
 
-@jit
+@kernel
 def pack_calls(  # pragma: no cover - compiled
     chosen: Any, server: int, experts: Any, weights: Any, bits: int, rows: Any, words: Any
 ) -> Any:
@@ -40,7 +40,7 @@ def pack_calls(  # pragma: no cover - compiled
     return True
 
 
-@jit
+@kernel
 def unpack_calls(  # pragma: no cover - compiled
     words: Any, bits: int, first: int, held_by: Any, experts: Any, weights: Any, token: Any
 ) -> Any:

@@ -6,6 +6,7 @@ K top-k, R requests, P prompts, T tokens of a step, M messages.
 
 from __future__ import annotations
 
+import itertools
 from collections import namedtuple
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -169,11 +170,14 @@ class EngineState(NamedTuple):
     ready_steps: Annotated[Array, i4, 0]
 
     # Slots of the baseline `offload`: those of a server are slot_start[n]:slot_start[n + 1]; a
-    # slot's pair or -1, the end of its last use, its GPU; and the slot of a pair at a server or -1
+    # slot's pair or -1, the end of its last use, its GPU; and the slot of a pair at a server or -1.
+    # slot_heap has each server's slots as a heap by slot_heap_s, their slot_used_s at some time
     slot_start: Annotated[Array, i8, "N + 1"]
     slot_pair: Annotated[Array, i8, "slots"]
     slot_used_s: Annotated[Array, f8, "slots"]
     slot_gpu: Annotated[Array, i4, "slots"]
+    slot_heap: Annotated[Array, i4, "slots"]
+    slot_heap_s: Annotated[Array, f8, "slots"]
     slot_of: Annotated[Array, i4, "N", "J where offloading"]
 
     # Measurements of requests, of home servers, of places, of layers
@@ -296,6 +300,10 @@ def initial_state(s: Scenario, *, log: bool) -> EngineState:
         arrays["slot_pair"][i], arrays["slot_used_s"][i], arrays["slot_gpu"][i] = slot
         if slot.pair >= 0:
             arrays["slot_of"][s.placement.server_of_gpu[slot.gpu], slot.pair] = i
+    arrays["slot_heap_s"][:] = arrays["slot_used_s"]
+    for first, end in itertools.pairwise(arrays["slot_start"].tolist()):  # sorted, so a heap
+        order = np.argsort(arrays["slot_used_s"][first:end], kind="stable")
+        arrays["slot_heap"][first:end] = first + order
     return EngineState(**arrays)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from prism_plan.jit import jit
+from prism_plan.jit import kernel
 from prism_plan.simulate.compiled.engine_state import (
     FINISHED,
     FREE_MESSAGES,
@@ -44,7 +44,7 @@ NO_EVENT_LEFT, LIMIT_REACHED, HEAP_FULL, MESSAGES_FULL, LOG_FULL, LAST_REPLICA_D
 NOTHING, COMPLETE_PART, ENTER_LAYER, ADMIT = range(4)
 
 
-@jit
+@kernel
 def run_events(  # pragma: no cover - compiled
     scenario: ScenarioArrays, state: EngineState, links: TransferArrays, until_s: float,
     max_events: int,

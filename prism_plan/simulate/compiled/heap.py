@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prism_plan.jit import jit
+from prism_plan.jit import inline_kernel, kernel
 from prism_plan.simulate.events import PRIORITY
 
 Array = Any
@@ -36,7 +36,7 @@ class Heap(NamedTuple):
         return cls(times, keys, events, np.zeros(2, np.int64), PRIORITY.astype(np.int64))
 
 
-@jit
+@kernel
 def push_event(  # pragma: no cover - compiled
     at_s: float, kind: int, subject: Any,
     time_s: Array, keys: Array, events: Array, counts: Array, priority: Array,
@@ -60,7 +60,7 @@ def push_event(  # pragma: no cover - compiled
     events[i] = event
 
 
-@jit
+@inline_kernel
 def remove_first_event(  # pragma: no cover - compiled
     time_s: Array, keys: Array, events: Array, counts: Array
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prism_plan.jit import jit
+from prism_plan.jit import inline_kernel, kernel
 from prism_plan.simulate.compiled.engine_state import (
     FAILED_STEP,
     LOADED_BYTES,
@@ -19,7 +19,7 @@ from prism_plan.simulate.events import LOADED
 Array = Any
 
 
-@jit
+@inline_kernel
 def add_replica(  # pragma: no cover - compiled
     g: int, pair: int, gpu_holds: Array, first_gpu: Array, holders: Array, num_replicas: Array,
     n: int,
@@ -38,7 +38,7 @@ def add_replica(  # pragma: no cover - compiled
         first_gpu[n, pair] = g
 
 
-@jit
+@inline_kernel
 def release_replica(  # pragma: no cover - compiled
     g: int, pair: int, gpu_holds: Array, first_gpu: Array, holders: Array, num_replicas: Array,
     gpu_start: Array, n: int,
@@ -61,7 +61,7 @@ def release_replica(  # pragma: no cover - compiled
         i += 1
 
 
-@jit
+@inline_kernel
 def start_load(  # pragma: no cover - compiled
     scenario: ScenarioArrays, state: EngineState, g: int, layer: int, earliest_s: float
 ) -> float:
@@ -78,7 +78,7 @@ def start_load(  # pragma: no cover - compiled
     return start_s + load_s  # type: ignore[no-any-return]
 
 
-@jit
+@kernel
 def start_steps(  # pragma: no cover - compiled
     scenario: ScenarioArrays, state: EngineState, num_ready: int
 ) -> bool:
@@ -110,7 +110,7 @@ def start_steps(  # pragma: no cover - compiled
     return True
 
 
-@jit
+@inline_kernel
 def complete_step(  # pragma: no cover - compiled
     state: EngineState, index: int, num_ready: int
 ) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prism_plan.jit import jit
+from prism_plan.jit import inline_kernel
 from prism_plan.simulate.compiled.engine_state import ENQUEUED, TransferArrays
 from prism_plan.simulate.compiled.heap import push_event
 from prism_plan.simulate.events import ARRIVED, FREED, RETURNED
@@ -12,20 +12,20 @@ from prism_plan.simulate.events import ARRIVED, FREED, RETURNED
 Array = Any
 
 
-@jit
+@inline_kernel
 def payload_bytes(links: TransferArrays, message: Any) -> Any:  # pragma: no cover - compiled
     """Bytes of the transfer that is next or under way: of the message or of its reply."""
     returning = links.message_returning[message]
     return links.reply_bytes[message] if returning else links.message_bytes[message]
 
 
-@jit
+@inline_kernel
 def port_offset(links: TransferArrays, message: Any) -> Any:  # pragma: no cover - compiled
     """Index of the first port of the message's class: short messages have ports of their own."""
     return len(links.up_bytes_per_s) if payload_bytes(links, message) < links.short_bytes else 0
 
 
-@jit
+@inline_kernel
 def hold_time_s(  # pragma: no cover - compiled
     links: TransferArrays, a: int, b: int, first: int, payload: Any
 ) -> Any:
@@ -52,7 +52,7 @@ def hold_time_s(  # pragma: no cover - compiled
     return held_s
 
 
-@jit
+@inline_kernel
 def long_message_delay_s(  # pragma: no cover - compiled
     links: TransferArrays, a: int, b: int
 ) -> Any:
@@ -65,7 +65,7 @@ def long_message_delay_s(  # pragma: no cover - compiled
     return min(left_s, links.short_bytes * links.seconds_per_byte[a, b])
 
 
-@jit
+@inline_kernel
 def start_transfer(  # pragma: no cover - compiled
     links: TransferArrays, message: Any, a: Any, b: Any
 ) -> None:
@@ -94,7 +94,7 @@ def start_transfer(  # pragma: no cover - compiled
     )
 
 
-@jit
+@inline_kernel
 def start_or_enqueue(  # pragma: no cover - compiled
     links: TransferArrays, message: Any, a: Any, b: Any
 ) -> None:
@@ -117,7 +117,7 @@ def start_or_enqueue(  # pragma: no cover - compiled
         links.port_queue_tail[port, n] = message
 
 
-@jit
+@inline_kernel
 def dequeue(  # pragma: no cover - compiled
     links: TransferArrays, message: Any, a: Any, b: Any
 ) -> None:
@@ -137,7 +137,7 @@ def dequeue(  # pragma: no cover - compiled
             links.message_previous[following, port] = previous
 
 
-@jit
+@inline_kernel
 def release_ports(  # pragma: no cover - compiled
     links: TransferArrays, released: Any, a: Any, b: Any
 ) -> None:
