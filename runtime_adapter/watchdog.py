@@ -167,7 +167,7 @@ class Watchdog:
             return
         self._hung_drivers.add(n)
         self._report(
-            f"server {self._expert_map.servers[n]!r}: the process that serves its requests gives "
+            f"server {self._expert_map.servers[n]!r}: the process that serves its requests sent "
             f"no heartbeat for {self.hang_timeout_s:g} s; they are no longer waited for"
         )
 

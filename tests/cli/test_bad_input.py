@@ -612,7 +612,7 @@ TOKEN_SPOILS: dict[str, tuple[Spoil, str]] = {
     "NaN weight": (_weight(float("nan")), "weight"),
     "infinite weight": (_weight(float("inf")), "weight"),
     "negative weight": (_weight(-1.0), "weight"),
-    "rows twice": (lambda t, h: pa.concat_tables([t, t]), "twice"),
+    "rows twice": (lambda t, h: pa.concat_tables([t, t]), "is duplicated"),
     "negative request": (_first("request", -1, pa.int32()), "request"),
     "negative position": (_first("position", -1, pa.int32()), "position"),
     "phase": (_set("phase", pa.array(["x"] * 60).dictionary_encode()), "phase"),

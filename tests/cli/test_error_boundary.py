@@ -89,7 +89,7 @@ def test_unforeseen_errors(
     assert out == ""
     assert found is not None, err
     assert re.match(what, found["what"])
-    assert re.fullmatch(r"tests\.cli\.test_boundary:\d+", found["at"])
+    assert re.fullmatch(r"tests\.cli\.test_error_boundary:\d+", found["at"])
 
 
 def test_traceback_on_request(

@@ -201,7 +201,7 @@ def test_a_card_is_of_one_server(cards: str) -> None:
 def test_what_a_transport_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL a card and a torch that has it, split the CPU; each in one line, with what to do."""
     card = torch.device("cuda", 0)
-    with pytest.raises(InputError, match=r"between CUDA cards.*\(device is cpu\).*gloo"):
+    with pytest.raises(InputError, match=r"between CUDA GPUs.*\(device is cpu\).*gloo"):
         require_device(ChannelConfig("nccl", CPU))
     with pytest.raises(InputError, match=r"between CPUs \(device is cuda\); use device cpu"):
         require_device(ChannelConfig("split", card))

@@ -54,7 +54,7 @@ def test_a_store_that_hangs_or_ends() -> None:
         process.join(LIMIT_S)
         with pytest.raises(RuntimeFailure, match="the store is lost; see what the first server"):
             wait_for_json(other, "known", LIMIT_S)
-        with pytest.raises(RuntimeFailure, match="the store is gone"):
+        with pytest.raises(RuntimeFailure, match="the store is lost"):
             put_json(other, "known", 2)
     finally:
         process.kill()
