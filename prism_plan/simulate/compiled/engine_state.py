@@ -6,7 +6,6 @@ K top-k, R requests, P prompts, T tokens of a step, M messages.
 
 from __future__ import annotations
 
-import itertools
 from collections import namedtuple
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -171,13 +170,15 @@ class EngineState(NamedTuple):
 
     # Slots of the baseline `offload`: those of a server are slot_start[n]:slot_start[n + 1]; a
     # slot's pair or -1, the end of its last use, its GPU; and the slot of a pair at a server or -1.
-    # slot_heap has each server's slots as a heap by slot_heap_s, their slot_used_s at some time
+    # Each GPU has a list of its slots by the end of their last use, then by number
     slot_start: Annotated[Array, i8, "N + 1"]
     slot_pair: Annotated[Array, i8, "slots"]
     slot_used_s: Annotated[Array, f8, "slots"]
     slot_gpu: Annotated[Array, i4, "slots"]
-    slot_heap: Annotated[Array, i4, "slots"]
-    slot_heap_s: Annotated[Array, f8, "slots"]
+    lru_first: Annotated[Array, i4, "G"]
+    lru_last: Annotated[Array, i4, "G"]
+    lru_next: Annotated[Array, i4, "slots"]
+    lru_previous: Annotated[Array, i4, "slots"]
     slot_of: Annotated[Array, i4, "N", "J where offloading"]
 
     # Measurements of requests, of home servers, of places, of layers
@@ -279,7 +280,8 @@ def initial_state(s: Scenario, *, log: bool) -> EngineState:
         arrays[name] = np.zeros([sizes.get(size, size) for size in shape], kind)
     for name in (
         "next_queued", "queue_head", "queue_tail", "port_queue_head", "port_queue_tail",
-        "message_next", "message_previous", "message_work_s", "slot_of",
+        "message_next", "message_previous", "message_work_s", "slot_of", "lru_first", "lru_last",
+        "lru_next", "lru_previous",
     ):  # fmt: skip
         arrays[name][:] = -1
     for name in ("start_s", "first_token_s", "done_s"):
@@ -300,10 +302,16 @@ def initial_state(s: Scenario, *, log: bool) -> EngineState:
         arrays["slot_pair"][i], arrays["slot_used_s"][i], arrays["slot_gpu"][i] = slot
         if slot.pair >= 0:
             arrays["slot_of"][s.placement.server_of_gpu[slot.gpu], slot.pair] = i
-    arrays["slot_heap_s"][:] = arrays["slot_used_s"]
-    for first, end in itertools.pairwise(arrays["slot_start"].tolist()):  # sorted, so a heap
-        order = np.argsort(arrays["slot_used_s"][first:end], kind="stable")
-        arrays["slot_heap"][first:end] = first + order
+    order = np.lexsort((arrays["slot_used_s"], arrays["slot_gpu"])).tolist()
+    for slot in order:
+        g = arrays["slot_gpu"][slot]
+        last = arrays["lru_last"][g]
+        arrays["lru_previous"][slot] = last
+        if last < 0:
+            arrays["lru_first"][g] = slot
+        else:
+            arrays["lru_next"][last] = slot
+        arrays["lru_last"][g] = slot
     return EngineState(**arrays)
 
 

@@ -128,15 +128,15 @@ def run_events(  # pragma: no cover - compiled
             for token in range(row, row + tokens):
                 missing = 0
                 for k in range(top_k):
-                    e = np.int64(rows_of[token, layer, k])
+                    e = np.uint64(rows_of[token, layer, k])
                     recent_calls[home, layer, e] += 1
-                    if offload or first_gpu[at, first + e] >= 0:
+                    if offload or first_gpu[at, np.uint64(first) + e] >= 0:
                         if token_count[at, e] == 0:
                             expert_order[at, distinct_experts[at]] = e
                             distinct_experts[at] += 1
                         token_count[at, e] += 1
                     else:
-                        missing_experts[0, missing] = first + e
+                        missing_experts[0, missing] = first + np.int64(e)
                         missing += 1
                 if missing == 0:
                     continue

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from prism_plan.jit import inline_kernel
 from prism_plan.simulate.compiled.engine_state import EngineState, ScenarioArrays
 from prism_plan.simulate.compiled.migration_kernels import start_load
@@ -13,36 +15,53 @@ Array = Any
 
 @inline_kernel
 def _least_recently_used(  # pragma: no cover - compiled
-    heap: Array, known_s: Array, used_s: Array
+    first_gpu: int, last_gpu: int, lru_first: Array, used_s: Array
 ) -> Any:
     """The slot of a server whose last use ended first; of equal ones the lowest.
 
-    ``heap`` is a binary heap of its slots by ``known_s``, ends of uses that may have become later
-    since: ``used_s``. Times only grow, so the first slot whose time is still right is the one.
+    ``lru_first`` [G] begins the list of each GPU's slots in this order; those of the server are
+    ``first_gpu`` to ``last_gpu``.
     """
-    while True:
-        slot = heap[0]
-        time_s = used_s[slot]
-        if known_s[slot] == time_s:
-            return slot
-        known_s[slot] = time_s
-        i = 0
-        while True:
-            child = 2 * i + 1
-            if child >= len(heap):
-                break
-            least = heap[child]
-            if child + 1 < len(heap):
-                other = heap[child + 1]
-                if known_s[other] < known_s[least] or (
-                    known_s[other] == known_s[least] and other < least
-                ):
-                    child, least = child + 1, other
-            if time_s < known_s[least] or (time_s == known_s[least] and slot < least):
-                break
-            heap[i] = least
-            i = child
-        heap[i] = slot
+    found = np.int32(-1)
+    for g in range(first_gpu, last_gpu + 1):
+        slot = lru_first[g]
+        if slot >= 0 and (
+            found < 0
+            or used_s[slot] < used_s[found]
+            or (used_s[slot] == used_s[found] and slot < found)
+        ):
+            found = slot
+    return found
+
+
+@inline_kernel
+def _append_used(  # pragma: no cover - compiled
+    slot: int, g: int, lru_first: Array, lru_last: Array, lru_next: Array, lru_previous: Array,
+    used_s: Array,
+) -> None:  # fmt: skip
+    """Move a slot to the end of its GPU's list: uses of a GPU end in the order they began."""
+    before, after = lru_previous[slot], lru_next[slot]
+    if before < 0:
+        lru_first[g] = after
+    else:
+        lru_next[before] = after
+    if after < 0:
+        lru_last[g] = before
+    else:
+        lru_previous[after] = before
+    before, after = lru_last[g], np.int32(-1)
+    # uses that take no time end together: the lowest slot is first
+    while before >= 0 and used_s[before] == used_s[slot] and before > slot:
+        before, after = lru_previous[before], before
+    lru_previous[slot], lru_next[slot] = before, after
+    if before < 0:
+        lru_first[g] = slot
+    else:
+        lru_next[before] = slot
+    if after < 0:
+        lru_last[g] = slot
+    else:
+        lru_previous[after] = slot
 
 
 @inline_kernel
@@ -69,8 +88,8 @@ def compute_with_offload(  # pragma: no cover - compiled
                 done_s = max(now, state.gpu_free_s[g]) + work_s
             else:
                 slot = _least_recently_used(
-                    state.slot_heap[state.slot_start[at] : state.slot_start[at + 1]],
-                    state.slot_heap_s, state.slot_used_s,
+                    scenario.gpu_start[at], scenario.gpu_start[at + 1] - 1, state.lru_first,
+                    state.slot_used_s,
                 )  # fmt: skip
                 g = state.slot_gpu[slot]
                 earliest_s = max(now, state.slot_used_s[slot])
@@ -85,5 +104,9 @@ def compute_with_offload(  # pragma: no cover - compiled
             state.gpu_busy_s[g] += work_s
             state.served[g] += tokens
             state.slot_used_s[slot] = done_s
+            _append_used(
+                slot, g, state.lru_first, state.lru_last, state.lru_next, state.lru_previous,
+                state.slot_used_s,
+            )  # fmt: skip
             end_s = max(end_s, done_s)
     return end_s
