@@ -13,7 +13,6 @@ from prism_plan.errors import InputError
 from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.compiled import engine_state, event_loop
 from prism_plan.simulate.compiled.heap import push_event
-from prism_plan.simulate.compiled.migration_kernels import start_steps
 from prism_plan.simulate.engine_interface import Ints, Outcome, step_dependencies
 from prism_plan.simulate.events import ARRIVAL, Event, Log
 from prism_plan.simulate.scenario import Scenario
@@ -125,7 +124,9 @@ class CompiledEngine:
         self._state.counter[engine_state.OPEN_STEPS] = len(steps)
         while len(self._state.heap.time_s) - int(self._state.heap.counts[0]) <= len(steps):
             self._set(engine_state.grow(self._state, "heap"))
-        if not start_steps(self._arrays, self._state, len(ready)):
+        self._state.counter[engine_state.NEW_STEPS] = len(ready)
+        reason = event_loop.run_events(self._arrays, self._state, self._links, -math.inf, 0)
+        if reason == event_loop.LAST_REPLICA_DROPPED:
             raise self._last_replica_dropped()
 
     def take_calls(self) -> Ints:

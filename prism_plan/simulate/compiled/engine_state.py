@@ -20,11 +20,12 @@ Array = Any
 
 #: Positions in `EngineState.counter`: events processed, the latest request that arrived, requests
 #: that are finished, unused messages, steps of a migration not yet complete, experts loaded and
-#: their bytes, lines of the log, the step that dropped a last replica, messages that ever waited.
+#: their bytes, lines of the log, the step that dropped a last replica, messages that ever waited,
+#: steps of a new migration that can start.
 (
     PROCESSED, LATEST_ARRIVAL, FINISHED, FREE_MESSAGES, OPEN_STEPS, LOADS, LOADED_BYTES, LOG_LINES,
-    FAILED_STEP, ENQUEUED,
-) = range(10)  # fmt: skip
+    FAILED_STEP, ENQUEUED, NEW_STEPS,
+) = range(11)  # fmt: skip
 
 i4, i8, f8 = np.int32, np.int64, np.float64
 
@@ -82,7 +83,7 @@ class EngineState(NamedTuple):
     heap: Heap
     # The current time, and the time at which the latest migration was complete
     clock_s: Annotated[Array, f8, 2]
-    counter: Annotated[Array, i8, 10]
+    counter: Annotated[Array, i8, 11]
 
     # Requests: where each is in its steps and layers; pending_parts are batches of the layer that
     # are not yet computed, next_queued links the requests that wait for admission at a server

@@ -6,6 +6,8 @@ the same events and the same numbers to the last bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from prism_plan.jit import kernel
@@ -14,6 +16,7 @@ from prism_plan.simulate.compiled.engine_state import (
     FREE_MESSAGES,
     LATEST_ARRIVAL,
     LOG_LINES,
+    NEW_STEPS,
     OPEN_STEPS,
     PROCESSED,
     EngineState,
@@ -49,7 +52,9 @@ def run_events(  # pragma: no cover - compiled
     scenario: ScenarioArrays, state: EngineState, links: TransferArrays, until_s: float,
     max_events: int,
 ) -> int:  # fmt: skip
-    """Process the events up to ``until_s``, at most ``max_events``; return why it ended.
+    """Start the steps of a new migration, then process events; return why it ended.
+
+    Events up to ``until_s`` are processed, at most ``max_events``.
 
     An event may cause a chain of actions for its request: a part of a layer is complete, the
     request enters the next layer, another request is admitted. This is one long function because
@@ -77,6 +82,11 @@ def run_events(  # pragma: no cover - compiled
     recent_calls, message_work_s = state.recent_calls, state.message_work_s
     logging = len(state.log_s) > 0
     processed = 0
+    if counter[NEW_STEPS] > 0:
+        num_ready = counter[NEW_STEPS]
+        counter[NEW_STEPS] = 0
+        if not start_steps(scenario, state, num_ready):
+            return LAST_REPLICA_DROPPED
     while heap_counts[0] > 0:
         now = heap_s[0]
         if now > until_s:
@@ -126,7 +136,7 @@ def run_events(  # pragma: no cover - compiled
             tokens = state.step_tokens[r]
             remote = 0
             for token in range(row, row + tokens):
-                missing = 0
+                missing: Any = np.int64(0)
                 for k in range(top_k):
                     e = np.uint64(rows_of[token, layer, k])
                     recent_calls[home, layer, e] += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prism_plan.jit import inline_kernel, kernel
+from prism_plan.jit import inline_kernel
 from prism_plan.simulate.compiled.engine_state import (
     FAILED_STEP,
     LOADED_BYTES,
@@ -78,7 +78,7 @@ def start_load(  # pragma: no cover - compiled
     return start_s + load_s  # type: ignore[no-any-return]
 
 
-@kernel
+@inline_kernel
 def start_steps(  # pragma: no cover - compiled
     scenario: ScenarioArrays, state: EngineState, num_ready: int
 ) -> bool:

@@ -1,0 +1,60 @@
+"""``python -m prism_plan.warm``: compile what commands compile at their first use, ahead of it.
+
+The machine code goes to numba's cache, as it does at the first use; without a folder for that
+(``NUMBA_CACHE_DIR`` names one) each process compiles for itself, and nothing is gained.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+
+from prism_plan.cluster import Cluster, Gpu, Server
+from prism_plan.evaluate.simulation import simulate_placements
+from prism_plan.instance import Instance
+from prism_plan.model_spec import ModelSpec
+from prism_plan.objective import step_score
+from prism_plan.simulate.sampling import sample_requests
+from prism_plan.solvers import solve
+from prism_plan.token_rates import expected_token_rates
+from prism_plan.trace import TokenBatch, Trace, trace_from_batches
+
+
+def compile_kernels() -> None:
+    """Solve, score and simulate an example of a few experts, so that all kernels are compiled."""
+    trace, cluster = _example()
+    instance = Instance.build(trace, cluster)
+    placement = solve(instance, "exact")
+    step_score(placement.local, trace, expected_token_rates(trace, cluster))
+    requests = sample_requests(trace, cluster, requests_per_server=1)
+    simulate_placements([("example", placement)], requests, trace, cluster)
+
+
+def _example() -> tuple[Trace, Cluster]:
+    """Two requests of two tokens, and two servers that hold half of the experts each."""
+    model = ModelSpec(
+        name="example", moe_layers=(0,), num_experts=4, top_k=2, hidden_size=8, dtype_bytes=2,
+        expert_bytes=8, dense_bytes=8, kv_bytes_per_token=0,
+    )  # fmt: skip
+    batch = TokenBatch(
+        request=np.array([0, 0, 1, 1], np.int32),
+        position=np.array([0, 1, 0, 1], np.int32),
+        phase=np.array([0, 1, 0, 1], np.int8),
+        task=np.zeros(4, np.int32),
+        experts=np.array([[[0, 1]], [[2, 3]], [[0, 2]], [[1, 3]]], np.uint16),
+        weights=None,
+    )
+    servers = tuple(
+        Server(name, (Gpu(slots=2),), tasks={"example": 1.0}, arrival_interval_s=1.0)
+        for name in ("a", "b")
+    )
+    return trace_from_batches(model, ["example"], [batch]), Cluster("c", servers)
+
+
+if __name__ == "__main__":
+    sys.stderr.write("prism-plan: compiling for this machine: up to half a minute, once\n")
+    begin = time.perf_counter()
+    compile_kernels()
+    sys.stderr.write(f"prism-plan: compiled in {time.perf_counter() - begin:.0f} s\n")
