@@ -7,6 +7,7 @@ The machine code goes to numba's cache, as it does at the first use; without a f
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.evaluate.simulation import simulate_placements
 from prism_plan.instance import Instance
+from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_writer import write_trace
 from prism_plan.model_spec import ModelSpec
 from prism_plan.objective import step_score
 from prism_plan.simulate.sampling import sample_requests
@@ -23,8 +26,15 @@ from prism_plan.trace import TokenBatch, Trace, trace_from_batches
 
 
 def compile_kernels() -> None:
-    """Solve, score and simulate an example of a few experts, so that all kernels are compiled."""
-    trace, cluster = _example()
+    """Read, solve, score and simulate an example of a few experts: all kernels are compiled."""
+    written, cluster = _example()
+    with tempfile.TemporaryDirectory() as folder:
+        write_trace(f"{folder}/example.parquet", written)
+        trace = read_trace(f"{folder}/example.parquet")
+        _use(trace, cluster)
+
+
+def _use(trace: Trace, cluster: Cluster) -> None:
     instance = Instance.build(trace, cluster)
     placement = solve(instance, "exact")
     step_score(placement.local, trace, expected_token_rates(trace, cluster))
