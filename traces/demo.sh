@@ -25,6 +25,7 @@ else
     echo
     trace=$here/tiny-deepseek-v2.parquet
 fi
+python -m prism_plan.warm
 run prism-plan check "$trace" "$here/tiny-cluster.toml"
 echo
 for solver in eplb prism exact; do
