@@ -20,9 +20,11 @@ def require_no_nulls(path: object, batch: Any, first_row: int) -> None:
     InputError
         Names the column and the rows.
     """
+    from pyarrow import types
+
     for name in batch.schema.names:
         column = batch.column(name)
-        inner = [column.flatten()] if "list" in str(column.type) else []
+        inner = [column.flatten()] if types.is_fixed_size_list(column.type) else []
         if any(part.null_count for part in [column, *inner]):
             raise InputError(
                 f"column {name!r} has an empty value",
