@@ -66,8 +66,8 @@ MAX_SELECTIONS = 2**32
 #: counted, which decodes and counts a seventh faster than batches sixteen times as large.
 MAX_BATCH_SELECTIONS = 2**19
 #: Bytes of a trace's tokens that are kept in memory for further passes; larger traces are decoded
-#: anew in each. 1.6 million tokens of V2-Lite, 570,000 of V3.
-MAX_KEPT_BYTES = 256 * MIB
+#: anew in each. 1.2 million tokens of V2-Lite, 420,000 of V3.
+MAX_KEPT_BYTES = 192 * MIB
 #: Arrivals at fixed times, some 150 bytes each.
 MAX_ARRIVALS = 2**21
 #: Rows of a sweep table, some 3 kB each; a sweep has no more runs.

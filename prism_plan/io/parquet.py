@@ -56,6 +56,7 @@ def open_parquet(
             metadata=metadata,
             read_dictionary=texts,
             page_checksum_verification=True,
+            pre_buffer=False,  # for remote files; it would keep the bytes of all row groups
         ) as parquet:
             yield parquet
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
