@@ -79,7 +79,7 @@ def batches(
         pyarrow passes over in silence.
     """
     found = 0
-    for batch in parquet.iter_batches(rows, columns=columns):
+    for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
         found += len(batch)
         yield batch
     if found != num_rows(parquet):

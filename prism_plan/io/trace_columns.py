@@ -20,14 +20,13 @@ def require_no_nulls(path: object, batch: Any, first_row: int) -> None:
     InputError
         Names the column and the rows.
     """
-    from pyarrow import types
+    import pyarrow as pa
 
-    for name in batch.schema.names:
-        column = batch.column(name)
-        inner = [column.flatten()] if types.is_fixed_size_list(column.type) else []
-        if any(part.null_count for part in [column, *inner]):
+    for index, column in enumerate(batch.columns):
+        lists = isinstance(column, pa.FixedSizeListArray)
+        if column.null_count or (lists and column.flatten().null_count):
             raise InputError(
-                f"column {name!r} has an empty value",
+                f"column {batch.schema.names[index]!r} has an empty value",
                 source=path,
                 place=f"rows {first_row}..{first_row + len(batch) - 1}",
                 expected="a value in every row",
