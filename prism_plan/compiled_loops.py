@@ -11,6 +11,8 @@ from prism_plan.jit import inline_kernel, kernel
 
 #: Steps are numbered anew beyond this, so that their numbers fit into int32.
 MAX_STEP = 2**31 - 1
+#: So many servers are the bits of a number of 64 bits and a sign.
+MAX_MASK_SERVERS = 63
 
 
 def as_constant(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -89,6 +91,16 @@ def _sort(numbers: npt.NDArray[np.int64], count: int) -> None:  # pragma: no cov
         numbers[at] = number
 
 
+@inline_kernel
+def _count_bits(number: int) -> int:  # pragma: no cover - compiled
+    """How many bits of a number of at least 0 are 1."""
+    count = 0
+    while number != 0:
+        number &= number - 1
+        count += 1
+    return count
+
+
 @kernel
 def smallest_cover(
     masks: npt.NDArray[np.int64], count: int, full: int, exact_up_to: int, chosen: npt.NDArray[Any]
@@ -106,11 +118,7 @@ def smallest_cover(
             best = -1
             best_gain = 0
             for i in range(count):
-                gain = 0
-                rest = masks[i] & ~covered
-                while rest:
-                    rest &= rest - 1
-                    gain += 1
+                gain = _count_bits(masks[i] & ~covered)
                 if gain > best_gain:
                     best = i
                     best_gain = gain
@@ -146,6 +154,7 @@ def score_steps(
     local: npt.NDArray[np.bool_],
     holder: npt.NDArray[np.int32],
     start: npt.NDArray[np.int64],
+    holders: npt.NDArray[np.int64],
     serves: npt.NDArray[np.bool_],
     exact_up_to: int,
     scratch: npt.NDArray[np.int64],
@@ -154,9 +163,10 @@ def score_steps(
     """Add the waiting steps, destinations and greedy steps of T tokens to ``sums`` [3, N, tasks].
 
     ``serves`` [N, tasks] says which servers serve which tasks; ``holder[start[j] : start[j + 1]]``
-    are the servers that hold pair j = l·E + e, ascending. An expert that is held nowhere makes its
-    step wait and adds no destination. ``scratch`` [4, max(N, K) + 1] is overwritten; its first row
-    must be 0, and is again afterwards.
+    are the servers that hold pair j = l·E + e, ascending. Up to :data:`MAX_MASK_SERVERS` servers
+    they are also the bits of ``holders`` [L, E], by which most steps are scored at once. An expert
+    that is held nowhere makes its step wait and adds no destination. ``scratch`` [4, max(N, K) + 1]
+    is overwritten; its first row must be 0, and is again afterwards.
     """
     tokens, layers, top_k = experts.shape
     num_servers, _, num_experts = local.shape
@@ -170,14 +180,30 @@ def score_steps(
                 continue
             for layer in range(layers):
                 num_missing = 0
+                held_by_all = -1
+                held_by_any = 0
                 for k in range(top_k):
                     e = experts[t, layer, k]
                     if not local[n, layer, e]:
                         missing_experts[num_missing] = e
                         num_missing += 1
+                        held_by = holders[layer, e]
+                        held_by_any |= held_by
+                        if held_by != 0:
+                            held_by_all &= held_by
                 if num_missing == 0:
                     continue
                 sums[0, n, task[t]] += 1
+                if num_servers <= MAX_MASK_SERVERS:
+                    if held_by_any == 0:
+                        continue
+                    but_one = held_by_any & (held_by_any - 1)
+                    if held_by_all != 0 or but_one & (but_one - 1) == 0:
+                        # one server has all, or two have them together
+                        sums[1, n, task[t]] += 1 if held_by_all != 0 else 2
+                        if num_servers > exact_up_to:
+                            sums[2, n, task[t]] += _count_bits(held_by_any) > exact_up_to
+                        continue
                 num_candidates = 0
                 full = 0
                 for i in range(num_missing):

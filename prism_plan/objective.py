@@ -171,7 +171,7 @@ class _StepCounter:
     """
 
     def __init__(self, local: npt.NDArray[np.bool_], token_rates: TokenRates) -> None:
-        from prism_plan.compiled_loops import as_constant
+        from prism_plan.compiled_loops import MAX_MASK_SERVERS, as_constant
 
         num_servers = len(local)
         # holders of (l, e) in ascending server order: holder[start[l·E + e] : start[l·E + e + 1]]
@@ -181,6 +181,8 @@ class _StepCounter:
         self._local = as_constant(local)
         self._holder = as_constant(holder)
         self._start = as_constant(start)
+        bits = np.left_shift(1, np.arange(num_servers) % MAX_MASK_SERVERS, dtype=np.int64)
+        self._holders = as_constant(np.einsum("nle,n->le", local, bits))
         self._serves = as_constant(token_rates.rates > 0)
         self.sums = np.zeros((3, *token_rates.rates.shape), np.int64)
 
@@ -195,6 +197,7 @@ class _StepCounter:
             self._local,
             self._holder,
             self._start,
+            self._holders,
             self._serves,
             EXACT_COVER_SERVERS,
             scratch,

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prism_plan.io.open_file import OpenFile
 from prism_plan.io.token_batches import KeptTokens
 from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_schema import BATCH_ROWS
 from prism_plan.io.trace_writer import TraceWriter, write_trace
 from prism_plan.model_spec import ModelSpec
 from prism_plan.trace import TokenBatch, Trace, concatenate_batches
@@ -123,3 +125,36 @@ def test_sent_to_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with open(path, "wb"):
         pass
     assert_equal(concatenate_batches(list(batches())), tokens_of(trace))
+
+
+def test_row_groups_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tokens are there when only their row group was read, so that memory is flat."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "t.parquet"
+    groups = 10
+    with TraceWriter(path, SPEC) as writer:
+        for group in range(groups):
+            first = rng.integers(0, 8, (BATCH_ROWS, 2, 1))
+            second = (first + rng.integers(1, 8, first.shape)) % 8
+            batch = TokenBatch(
+                request=np.full(BATCH_ROWS, group, np.int32),
+                position=np.arange(BATCH_ROWS, dtype=np.int32),
+                phase=np.zeros(BATCH_ROWS, np.int8),
+                task=np.zeros(BATCH_ROWS, np.int32),
+                experts=np.concatenate([first, second], axis=2).astype(np.uint16),
+            )
+            writer.write(batch, ["x"])
+    trace = read_trace(path)
+    assert trace.batches is not None
+    size = 0
+    read = OpenFile.pread
+
+    def counted(file: OpenFile, length: int, position: int) -> bytes:
+        nonlocal size
+        data = read(file, length, position)
+        size += len(data)
+        return data
+
+    monkeypatch.setattr(OpenFile, "pread", counted)
+    next(iter(trace.batches()))
+    assert 0 < size < path.stat().st_size / 3
