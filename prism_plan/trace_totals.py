@@ -73,10 +73,13 @@ class RequestCounter:
 
     def add(self, task: npt.NDArray[np.int32], request: npt.NDArray[np.int32]) -> None:
         """Count T tokens of these tasks [T] and requests [T]."""
-        key = task.astype(np.int64) << 32 | request
+        new = np.ones(len(task), bool)
+        np.not_equal(request[1:], request[:-1], out=new[1:])
+        new[1:] |= task[1:] != task[:-1]
         # most traces hold the tokens of a request side by side, so that few numbers are left
-        start = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-        keys, tokens = _merged(key[start], np.diff(np.append(start, len(key))))
+        start = np.flatnonzero(new)
+        key = task[start].astype(np.int64) << 32 | request[start]
+        keys, tokens = _merged(key, np.diff(start, append=len(task)))
         self._keys.append(keys)
         self._tokens.append(tokens)
 
@@ -158,13 +161,14 @@ class TraceTotals:
 
         if not len(task):
             return None
-        self.grow(int(task.max()) + 1)
+        tokens = np.bincount(task, minlength=len(self.tokens))
+        self.grow(len(tokens))
         found = count_selections(
             as_constant(experts), as_constant(task), self._counts, self._scratch
         )
         if found[0] >= 0:
             return found
-        self.tokens += np.bincount(task, minlength=len(self.tokens))
+        self.tokens += tokens
         self._requests.add(task, request)
         return None
 

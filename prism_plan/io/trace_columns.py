@@ -69,15 +69,14 @@ class StringCodes:
         if self._dictionary is None or not local.equals(self._dictionary):
             self._mapping = self._add_words(local)
             self._dictionary = local
-        indices = column_values(column.indices).astype(np.int64)
-        if len(indices):
-            low, high = indices.min(), indices.max()
-            if not 0 <= low <= high < len(local):
-                raise InputError(
-                    f"code {high} in a dictionary of {len(local)} words",
-                    source=self.path,
-                    remedy="the file is damaged; write it again",
-                )
+        indices = column_values(column.indices)
+        unsigned = indices.view(f"u{indices.itemsize}")  # codes below 0 are far too large there
+        if len(indices) and unsigned.max() >= len(local):
+            raise InputError(
+                f"code {indices.max()} in a dictionary of {len(local)} words",
+                source=self.path,
+                remedy="the file is damaged; write it again",
+            )
         codes: npt.NDArray[np.int32] = self._mapping[indices]
         return codes
 

@@ -189,7 +189,7 @@ def _two_tasks_error(file: TraceFile, model: ModelSpec, request: int) -> InputEr
 
 def _require_not_negative(path: object, batch: TokenBatch, first_row: int) -> None:
     for name, column in (("request", batch.request), ("position", batch.position)):
-        if (column < 0).any():
+        if column.min(initial=0) < 0:
             row = int(np.argmax(column < 0))
             raise InputError(
                 f"{int(column[row])}",
