@@ -7,7 +7,7 @@ solver said.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,35 +125,81 @@ def score(placement: Placement, instance: Instance) -> RemoteScore:
 def step_score(local: npt.NDArray[np.bool_], trace: Trace, token_rates: TokenRates) -> StepScore:
     """Score the waiting steps and destinations of every token, where ``local`` is [N, L, E].
 
-    A token of task t has weight rate[n, t] / tokens[t] at server n.
+    A token of task t has weight rate[n, t] / tokens[t] at server n. To score several placements,
+    :func:`step_scores` goes over the tokens once.
 
     Raises
     ------
     ValueError
         The trace is counts-only: it does not record which experts are called together.
     """
-    from prism_plan.compiled_loops import score_steps
+    return step_scores([local], trace, token_rates)[0]
+
+
+def step_scores(
+    placements: Sequence[npt.NDArray[np.bool_]], trace: Trace, token_rates: TokenRates
+) -> list[StepScore]:
+    """Score several placements as :func:`step_score` does, in one pass over the tokens.
+
+    Each is the ``local`` [N, L, E] of a placement on the same servers.
+
+    Raises
+    ------
+    ValueError
+        The trace is counts-only: it does not record which experts are called together.
+    """
+    from prism_plan.compiled_loops import as_constant
 
     if trace.batches is None:
         raise ValueError("a counts-only trace does not record which experts are called together")
-    num_servers, layers, _ = local.shape
-    # holders of (l, e) in ascending server order: holder[start[l·E + e] : start[l·E + e + 1]]
-    by_pair = local.reshape(num_servers, -1).T
-    holder = np.nonzero(by_pair)[1].astype(np.int32)
-    start = np.concatenate([[0], np.cumsum(by_pair.sum(axis=1))]).astype(np.int64)
-    sums = np.zeros((3, num_servers, len(trace.tasks)), np.int64)
+    if not placements:
+        return []
+    counters = [_StepCounter(local, token_rates) for local in placements]
     for batch in trace.batches():
-        score_steps(
-            np.ascontiguousarray(batch.experts),
-            np.ascontiguousarray(batch.task),
-            np.ascontiguousarray(local),
-            holder,
-            start,
-            token_rates.rates > 0,
-            EXACT_COVER_SERVERS,
-            sums,
-        )
+        experts, task = as_constant(batch.experts), as_constant(batch.task)
+        for counter in counters:
+            counter.add(experts, task)
     weight = token_rates.rates / np.maximum(trace.tokens, 1)
-    steps = token_rates.rates.sum(axis=1) * layers
-    waiting, destinations, greedy = (sums * weight).sum(axis=2)
-    return StepScore(steps, waiting, destinations, greedy)
+    steps = token_rates.rates.sum(axis=1) * trace.model.num_layers
+    return [StepScore(steps, *(counter.sums * weight).sum(axis=2)) for counter in counters]
+
+
+class _StepCounter:
+    """Counts the waiting steps of one placement, their destinations and those found greedily.
+
+    ``sums`` int64 [3, N, tasks].
+    """
+
+    def __init__(self, local: npt.NDArray[np.bool_], token_rates: TokenRates) -> None:
+        from prism_plan.compiled_loops import MAX_MASK_SERVERS, as_constant
+
+        num_servers = len(local)
+        # holders of (l, e) in ascending server order: holder[start[l·E + e] : start[l·E + e + 1]]
+        by_pair = local.reshape(num_servers, -1).T
+        holder = np.nonzero(by_pair)[1].astype(np.int32)
+        start = np.concatenate([[0], np.cumsum(by_pair.sum(axis=1))]).astype(np.int64)
+        self._local = as_constant(local)
+        self._holder = as_constant(holder)
+        self._start = as_constant(start)
+        bits = np.left_shift(1, np.arange(num_servers) % MAX_MASK_SERVERS, dtype=np.int64)
+        self._holders = as_constant(np.einsum("nle,n->le", local, bits))
+        self._serves = as_constant(token_rates.rates > 0)
+        self.sums = np.zeros((3, *token_rates.rates.shape), np.int64)
+
+    def add(self, experts: npt.NDArray[np.uint16], task: npt.NDArray[np.int32]) -> None:
+        from prism_plan.compiled_loops import score_steps
+
+        num_servers = self.sums.shape[1]
+        scratch = np.zeros((4, max(num_servers, experts.shape[2]) + 1), np.int64)
+        score_steps(
+            experts,
+            task,
+            self._local,
+            self._holder,
+            self._start,
+            self._holders,
+            self._serves,
+            EXACT_COVER_SERVERS,
+            scratch,
+            self.sums,
+        )

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.model_spec import ModelSpec
 from prism_plan.seeds import random_generator
-from prism_plan.trace_totals import TraceTotals, distinct_keys, request_keys, require_sum
+from prism_plan.trace_totals import RequestCounter, RequestLengths, TraceTotals, require_sum
 
 #: Names of the phase codes, in code order.
 PHASES = ("prefill", "decode", "unknown")
@@ -56,9 +56,12 @@ class TokenBatch:
         ``first_row`` is the number of the batch's first row in its file.
         """
         found = first_invalid_selection(self.experts, model.num_experts)
-        if found is None:
-            return None
-        row, layer = found
+        return None if found is None else self.selection_error(model, *found, first_row)
+
+    def selection_error(
+        self, model: ModelSpec, row: int, layer: int, first_row: int = 0
+    ) -> InputError:
+        """The error that names the invalid selection of a row and layer position."""
         ids = self.experts[row, layer].tolist()
         over = [e for e in ids if e >= model.num_experts]
         token = f"request {self.request[row]}, position {self.position[row]}"
@@ -81,9 +84,9 @@ def first_invalid_selection(
 
     Invalid is an id of ``num_experts`` or more, or one expert twice for one token and layer.
     """
-    from prism_plan.compiled_loops import find_invalid_selection
+    from prism_plan.compiled_loops import as_constant, find_invalid_selection
 
-    row, layer = find_invalid_selection(experts, num_experts)
+    row, layer = find_invalid_selection(as_constant(experts), np.empty(num_experts, np.int32))
     return None if row < 0 else (row, layer)
 
 
@@ -104,7 +107,8 @@ class Trace:
 
     Shapes: ``counts`` int64 [tasks, L, E], calls; ``tokens`` int64 [tasks]; ``requests`` int64
     [tasks] or ``None`` where the trace is counts-only. ``batches`` starts a new pass over the
-    tokens at each call, and is ``None`` for a counts-only trace. Arrays are read-only.
+    tokens at each call, and is ``None`` for a counts-only trace. ``lengths`` are its requests,
+    where they are known without such a pass. Arrays are read-only.
 
     Raises
     ------
@@ -122,6 +126,7 @@ class Trace:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     sha256: str = ""
+    lengths: RequestLengths | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.tasks), self.model.num_layers, self.model.num_experts)
@@ -149,6 +154,23 @@ class Trace:
             return np.ones(len(self.tasks))
         return self.tokens / np.maximum(self.requests, 1)
 
+    def request_lengths(self) -> RequestLengths:
+        """The requests of a token-level trace and how many tokens each has.
+
+        Raises
+        ------
+        ValueError
+            The trace is counts-only: it does not record its requests.
+        """
+        if self.lengths is not None:
+            return self.lengths
+        if self.batches is None:
+            raise ValueError("a counts-only trace does not record its requests")
+        counter = RequestCounter()
+        for batch in self.batches():
+            counter.add(batch.task, batch.request)
+        return counter.lengths()
+
     def split(self, holdout: float, seed: int) -> tuple[Trace, Trace]:
         """Split each task's requests at random into a part to plan on and a part to score on.
 
@@ -170,14 +192,12 @@ class Trace:
                 expected="a token-level trace for ``holdout``",
                 remedy="leave ``holdout`` out, or profile token by token",
             )
-        found = [np.zeros(0, np.int64)]
-        found += [request_keys(batch.task, batch.request) for batch in self.batches()]
-        keys = distinct_keys(found)
-        first = np.searchsorted(keys >> 32, np.arange(len(self.tasks) + 1))
+        lengths = self.request_lengths()
+        all_requests, first = lengths.request, lengths.first(len(self.tasks))
         rng = random_generator(seed)
         held_out = [np.zeros(0, np.int64)]
         for code, task in enumerate(self.tasks):
-            ids = keys[first[code] : first[code + 1]] & 0xFFFFFFFF
+            ids = all_requests[first[code] : first[code + 1]]
             if not self.tokens[code]:
                 continue
             if len(ids) < 2:
@@ -190,29 +210,46 @@ class Trace:
             count = min(max(round(holdout * len(ids)), 1), len(ids) - 1)
             held_out.append(rng.permutation(ids)[:count])
         requests = np.sort(np.concatenate(held_out)).astype(np.int32)
-        return self._select(requests, invert=True), self._select(requests, invert=False)
-
-    def _select(self, requests: npt.NDArray[np.int32], *, invert: bool) -> Trace:
-        """The trace of these requests alone, or with ``invert`` of all others."""
-        source = self.batches
-        assert source is not None
-
-        def batches() -> Iterator[TokenBatch]:
-            for batch in source():
-                kept = batch.rows(np.isin(batch.request, requests, invert=invert))
-                if len(kept):
-                    yield kept
-
+        held = _selected(self.batches, requests, invert=False)
         totals = TraceTotals(self.model, len(self.tasks))
-        for batch in batches():
+        for batch in held():
             totals.add(batch.experts, batch.task, batch.request)
+        second = self._part(held, totals.counts, totals.tokens, totals.request_lengths())
+        is_first = ~np.isin(all_requests, requests)
+        rest = RequestLengths(lengths.key[is_first], lengths.tokens[is_first])
+        others = _selected(self.batches, requests, invert=True)
+        # all selections are counted already: what is not in one part is in the other
+        return self._part(
+            others, self.counts - second.counts, self.tokens - second.tokens, rest
+        ), second
+
+    def _part(
+        self,
+        batches: BatchSource,
+        counts: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64],
+        lengths: RequestLengths,
+    ) -> Trace:
         return dataclasses.replace(
             self,
-            counts=totals.counts,
-            tokens=totals.tokens,
-            requests=totals.requests(),
+            counts=counts,
+            tokens=tokens,
+            requests=np.diff(lengths.first(len(self.tasks))),
             batches=batches,
+            lengths=lengths,
         )
+
+
+def _selected(source: BatchSource, requests: npt.NDArray[np.int32], *, invert: bool) -> BatchSource:
+    """The batches of these requests alone, or with ``invert`` of all others."""
+
+    def batches() -> Iterator[TokenBatch]:
+        for batch in source():
+            kept = batch.rows(np.isin(batch.request, requests, invert=invert))
+            if len(kept):
+                yield kept
+
+    return batches
 
 
 def trace_from_batches(
@@ -240,15 +277,15 @@ def trace_from_batches(
                 source=name,
                 expected=f"[tokens, {model.num_layers}, {model.top_k}]",
             )
-        if error := batch.invalid_selection(model):
-            raise error.within(name)
-        totals.add(batch.experts, batch.task, batch.request)
+        if bad := totals.add(batch.experts, batch.task, batch.request):
+            raise batch.selection_error(model, *bad).within(name)
     return Trace(
         model=model,
         tasks=task_names,
         counts=totals.counts,
         tokens=totals.tokens,
         requests=totals.requests(),
+        lengths=totals.request_lengths(),
         batches=lambda: iter(in_memory),
         has_weights=bool(in_memory) and all(batch.weights is not None for batch in in_memory),
         provenance=dict(provenance or {}),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 import numpy.typing as npt
 
@@ -36,21 +39,69 @@ def require_sum(
         )
 
 
-def request_keys(
-    task: npt.NDArray[np.int32], request: npt.NDArray[np.int32]
-) -> npt.NDArray[np.int64]:
-    """The distinct (task << 32 | request) of some tokens, ascending, int64."""
-    return np.unique(task.astype(np.int64) << 32 | request)
+@dataclass(frozen=True, eq=False)
+class RequestLengths:
+    """The requests of a trace in order of (task, id), int64 [requests] each.
+
+    ``key`` is task << 32 | id, ascending and distinct; ``tokens`` are how many each has.
+    """
+
+    key: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+
+    @cached_property
+    def request(self) -> npt.NDArray[np.int64]:
+        """Id of each."""
+        return self.key & 0xFFFFFFFF
+
+    @cached_property
+    def task(self) -> npt.NDArray[np.int64]:
+        """Task code of each."""
+        return self.key >> 32
+
+    def first(self, num_tasks: int) -> npt.NDArray[np.int64]:
+        """Those of task t are ``first[t]`` to ``first[t + 1]``, int64 [tasks + 1]."""
+        return np.searchsorted(self.key, np.arange(num_tasks + 1) << 32).astype(np.int64)
 
 
-def distinct_keys(parts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """The distinct numbers of all ``parts``, ascending; the list is emptied to save memory."""
-    joined = np.concatenate(parts)
-    parts.clear()
-    joined.sort()
-    new = np.ones(len(joined), bool)
-    np.not_equal(joined[1:], joined[:-1], out=new[1:])
-    return joined if new.all() else joined[new]
+class RequestCounter:
+    """Counts the tokens of each request over batches of tokens."""
+
+    def __init__(self) -> None:
+        self._keys = [np.zeros(0, np.int64)]
+        self._tokens = [np.zeros(0, np.int64)]
+
+    def add(self, task: npt.NDArray[np.int32], request: npt.NDArray[np.int32]) -> None:
+        """Count T tokens of these tasks [T] and requests [T]."""
+        new = np.ones(len(task), bool)
+        np.not_equal(request[1:], request[:-1], out=new[1:])
+        new[1:] |= task[1:] != task[:-1]
+        # most traces hold the tokens of a request side by side, so that few numbers are left
+        start = np.flatnonzero(new)
+        key = task[start].astype(np.int64) << 32 | request[start]
+        keys, tokens = _merged(key, np.diff(start, append=len(task)))
+        self._keys.append(keys)
+        self._tokens.append(tokens)
+
+    def lengths(self) -> RequestLengths:
+        """All requests so far."""
+        if len(self._keys) != 1:
+            keys, tokens = np.concatenate(self._keys), np.concatenate(self._tokens)
+            keys, tokens = _merged(keys, tokens)
+            self._keys, self._tokens = [keys], [tokens]
+        return RequestLengths(self._keys[0], self._tokens[0])
+
+
+def _merged(
+    keys: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The distinct ``keys``, ascending, and the sums of their ``tokens``."""
+    if (keys[1:] <= keys[:-1]).any():
+        order = np.argsort(keys, kind="stable")
+        keys, tokens = keys[order], tokens[order]
+        start = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+        keys, tokens = keys[start], np.add.reduceat(tokens, start)
+    return keys, tokens
 
 
 class TraceTotals:
@@ -64,7 +115,8 @@ class TraceTotals:
         self.source = source
         self._counts = np.zeros((0, model.num_layers, model.num_experts), np.int64)
         self.tokens = np.zeros(0, np.int64)
-        self._keys = [np.zeros(0, np.int64)]
+        self._requests = RequestCounter()
+        self._scratch = np.zeros(model.num_experts, np.int32)
         self.grow(num_tasks)
 
     @property
@@ -99,30 +151,38 @@ class TraceTotals:
         experts: npt.NDArray[np.uint16],
         task: npt.NDArray[np.int32],
         request: npt.NDArray[np.int32],
-    ) -> None:
-        """Count T tokens: their ``experts`` [T, L, K], ``task`` [T] and ``request`` [T]."""
-        from prism_plan.compiled_loops import count_selections
+    ) -> tuple[int, int] | None:
+        """Count T tokens: their ``experts`` [T, L, K], ``task`` [T] and ``request`` [T].
+
+        Where a selection is invalid (an id of E or more, or one expert twice for one token and
+        layer), returns the row and the layer position of the first; the totals are then of no use.
+        """
+        from prism_plan.compiled_loops import as_constant, count_selections
 
         if not len(task):
-            return
-        self.grow(int(task.max()) + 1)
-        count_selections(experts, task, self.counts)
-        self.tokens += np.bincount(task, minlength=len(self.tokens))
-        self._keys.append(request_keys(task, request))
+            return None
+        tokens = np.bincount(task, minlength=len(self.tokens))
+        self.grow(len(tokens))
+        found = count_selections(
+            as_constant(experts), as_constant(task), self._counts, self._scratch
+        )
+        if found[0] >= 0:
+            return found
+        self.tokens += tokens
+        self._requests.add(task, request)
+        return None
 
-    def _distinct_keys(self) -> npt.NDArray[np.int64]:
-        if len(self._keys) != 1:
-            self._keys = [distinct_keys(self._keys)]
-        return self._keys[0]
+    def request_lengths(self) -> RequestLengths:
+        """The requests of all tokens, and how many tokens each has."""
+        return self._requests.lengths()
 
     def requests(self) -> npt.NDArray[np.int64]:
         """Requests of each task, [tasks]."""
-        first = np.searchsorted(self._distinct_keys(), np.arange(len(self.tokens) + 1) << 32)
-        return np.diff(first).astype(np.int64)
+        return np.diff(self.request_lengths().first(len(self.tokens)))
 
     def request_of_two_tasks(self) -> int | None:
         """The lowest request that has tokens of two tasks; ``None`` where each has one task."""
-        request = self._distinct_keys().astype(np.uint32)  # the lower half of each number
+        request = self.request_lengths().request.astype(np.uint32)
         request.sort()
         same = np.flatnonzero(request[1:] == request[:-1])
         return int(request[same[0]]) if len(same) else None

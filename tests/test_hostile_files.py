@@ -487,7 +487,7 @@ def test_small_batches_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "t.parquet"
     write_trace(path, synthetic_trace(SPEC, ["x", "y"], requests=5))
     whole = read_trace(path)
-    monkeypatch.setattr("prism_plan.io.trace_reader.MAX_BATCH_SELECTIONS", 12)
+    monkeypatch.setattr("prism_plan.io.token_batches.MAX_BATCH_SELECTIONS", 12)
     parts = read_trace(path)
     assert parts.batches is not None
     assert {len(batch) for batch in parts.batches()} <= {1, 2, 3}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from prism_plan.compiled_loops import smallest_cover
 from prism_plan.errors import WrongModel
 from prism_plan.instance import Instance
 from prism_plan.model_spec import ModelShape, ModelSpec
-from prism_plan.objective import largest_share, remote_score, score, step_score
+from prism_plan.objective import largest_share, remote_score, score, step_score, step_scores
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.token_rates import TokenRates, expected_token_rates
-from prism_plan.trace import Trace
+from prism_plan.trace import TokenBatch, Trace
 from tests.profiling.synthetic import synthetic_trace
 
 SPEC = ModelSpec(
@@ -209,3 +210,27 @@ def test_another_model_is_refused() -> None:
     instance = Instance(model, ("s0",), np.ones((1, 2, 2)), ((4,),))
     with pytest.raises(WrongModel, match="name is 'm'; expected 'other'"):
         score(placement, instance)
+
+
+def test_several_placements_in_one_pass(trace: Trace) -> None:
+    """Scores of several placements at once are those of each alone; the tokens are read once."""
+    rng = np.random.default_rng(0)
+    placements = [rng.random((4, 3, 6)) < share for share in (0.2, 0.5, 0.9)]
+    token_rates = TokenRates(trace.tasks, rng.random((4, 2)))
+    passes = 0
+
+    def counted() -> Iterator[TokenBatch]:
+        nonlocal passes
+        assert trace.batches is not None
+        passes += 1
+        yield from trace.batches()
+
+    watched = dataclasses.replace(trace, batches=counted)
+    together = step_scores(placements, watched, token_rates)
+    assert passes == 1
+    for local, found in zip(placements, together, strict=True):
+        alone = step_score(local, trace, token_rates)
+        for name in ("steps", "waiting", "destinations", "greedy"):
+            assert getattr(found, name).tolist() == getattr(alone, name).tolist()
+    assert step_scores([], watched, token_rates) == []
+    assert passes == 1

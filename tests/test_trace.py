@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from prism_plan import compiled_loops
 from prism_plan.errors import InputError
 from prism_plan.model_spec import ModelSpec
 from prism_plan.trace import TokenBatch, Trace, first_invalid_selection, trace_from_batches
-from prism_plan.trace_totals import TraceTotals
+from prism_plan.trace_totals import RequestCounter, TraceTotals
 
 
 def tiny_model(layers: int = 2, experts: int = 4, top_k: int = 2) -> ModelSpec:
@@ -238,9 +242,54 @@ SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
 def test_first_invalid_selection(
     data: st.DataObject, shape: tuple[int, int, int], experts: int
 ) -> None:
-    """The first bad selection, if any, is the one that plain loops find."""
+    """The first bad selection, if any, is the one that plain loops find, also while counting."""
     ids = data.draw(hnp.arrays(np.uint16, shape, elements=st.integers(0, experts)))
-    assert first_invalid_selection(ids, experts) == first_bad(ids, experts)
+    wanted = first_bad(ids, experts)
+    assert first_invalid_selection(ids, experts) == wanted
+    tokens, layers, top_k = shape
+    if experts < top_k:
+        return  # no model has so few
+    totals = TraceTotals(tiny_model(layers, experts, top_k))
+    task = np.arange(tokens, dtype=np.int32) % 2
+    assert totals.add(ids, task, np.arange(tokens, dtype=np.int32)) == wanted
+    if wanted is None:
+        counts = np.zeros((min(tokens, 2), layers, experts), np.int64)
+        np.add.at(counts, (task[:, None, None], np.arange(layers)[:, None], ids), 1)
+        np.testing.assert_array_equal(totals.counts, counts)
+
+
+def test_steps_are_numbered_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More steps than their numbers reach neither hide an expert named twice nor invent one."""
+    monkeypatch.setattr("prism_plan.compiled_loops.MAX_STEP", 5)
+    count: Any = compiled_loops.count_selections
+    find: Any = compiled_loops.find_invalid_selection
+    model = tiny_model(layers=2)
+    ids = draw_experts(np.random.default_rng(0), 30, model)
+    task, scratch = np.zeros(30, np.int32), np.empty(4, np.int32)
+    counts = np.zeros((1, 2, 4), np.int64)
+    assert count.py_func(ids, task, counts, scratch) == (-1, -1)
+    assert counts.sum() == ids.size
+    assert find.py_func(ids, scratch) == (-1, -1)
+    ids[29, 1] = 3
+    assert count.py_func(ids, task, counts, scratch) == (29, 1)
+    assert find.py_func(ids, scratch) == (29, 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), max_size=30), st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_request_lengths(rows: list[tuple[int, int]], batch: int) -> None:
+    """Requests come by task and id with their numbers of tokens, however the rows are mixed."""
+    counter = RequestCounter()
+    for start in range(0, len(rows), batch):
+        part = np.array(rows[start : start + batch], np.int32)
+        counter.add(part[:, 0], part[:, 1])
+    lengths = counter.lengths()
+    found = zip(
+        lengths.task.tolist(), lengths.request.tolist(), lengths.tokens.tolist(), strict=True
+    )
+    assert list(found) == [(*key, number) for key, number in sorted(Counter(rows).items())]
+    first = [sum(task < t for task, _ in set(rows)) for t in range(4)]
+    assert lengths.first(3).tolist() == first
 
 
 @given(st.data(), st.integers(0, 2**32 - 1))
@@ -306,6 +355,10 @@ def test_split(seed: int, holdout: float, requests: list[int]) -> None:
     for part in (planned, held):
         assert part.tasks == trace.tasks
         check_totals(part)
+        lengths = part.request_lengths()
+        counted = dataclasses.replace(part, lengths=None).request_lengths()
+        np.testing.assert_array_equal(lengths.key, counted.key)
+        np.testing.assert_array_equal(lengths.tokens, counted.tokens)
     assert planned.requests is not None
     assert held.requests is not None
     for kept, total in zip(held.requests.tolist(), requests, strict=True):

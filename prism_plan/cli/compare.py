@@ -84,7 +84,7 @@ def command(args: CompareOptions) -> None:
     options = Options(seed=args.seed, time_limit_s=args.time_limit_s, backend=args.backend)
     cluster, _ = load_cluster(args.cluster)
     existing = [(path, read_placement(path)) for path in args.placements]
-    trace = load_trace(args.trace)
+    trace = load_trace(args.trace, keep_tokens=True)
     log_planned_on_scored_requests(existing, trace, args.holdout)
     total = len(SOLVER_NAMES if names is None else names) + len(existing)
     done = -1

@@ -69,8 +69,11 @@ def progress(total: int, unit: str) -> Iterator[Callable[..., None]]:
         yield update
 
 
-def load_trace(path: str) -> Trace:
-    """Read a trace; a bar shows the progress of a long one."""
+def load_trace(path: str, *, keep_tokens: bool = False) -> Trace:
+    """Read a trace; a bar shows the progress of a long one.
+
+    ``keep_tokens`` is for commands that go over its tokens again.
+    """
     from prism_plan.io.trace_reader import read_trace
 
     with contextlib.ExitStack() as stack:
@@ -82,7 +85,7 @@ def load_trace(path: str) -> Trace:
             for show in bars:
                 show(f"reading {Path(path).name}", done)
 
-        return read_trace(path, report_progress)
+        return read_trace(path, report_progress, keep_tokens=keep_tokens)
 
 
 def write_output(output: str, data: bytes) -> None:

@@ -48,7 +48,7 @@ def run_simulations(args: SimulateOptions) -> int:
     options = args.simulation_options()
     cluster, cluster_input = load_cluster(args.cluster)
     existing = [(_utf8_path(path), read_placement(path)) for path in args.placements]
-    trace = load_trace(args.trace)
+    trace = load_trace(args.trace, keep_tokens=True)
     log_planned_on_scored_requests(existing, trace, args.holdout)
     planned, scored = trace, trace
     if args.holdout is not None:

@@ -52,7 +52,7 @@ def run_sweep(args: SimulateOptions) -> int:
         simulation=args.simulation_options(),
     )
     cluster, _ = load_cluster(args.cluster)
-    trace = load_trace(args.trace)
+    trace = load_trace(args.trace, keep_tokens=True)
     rows: list[dict[str, Any]] = []
     interrupted = False
     with progress(grid.runs, "runs") as update, error_source(args.cluster):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.instance import Instance
 from prism_plan.model_spec import require_same_model
-from prism_plan.objective import RemoteScore, StepScore, largest_share, score, step_score
+from prism_plan.objective import RemoteScore, StepScore, largest_share, score, step_scores
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
@@ -165,7 +166,7 @@ def compare(
                 raise
             rows.append(ComparisonRow(name, note=str(error)))
             continue
-        rows.append(_score_row(name, placement, target, scored, token_rates))
+        rows.append(_score_row(name, placement, target))
     for name, placement in placements:
         progress(name)
         require_same_model(placement.model, trace.model, source=name, other=trace.name)
@@ -176,9 +177,9 @@ def compare(
                 place="servers",
                 expected=f"those of {cluster.name}, in order: {', '.join(instance.servers)}",
             )
-        rows.append(_score_row(name, placement, target, scored, token_rates))
+        rows.append(_score_row(name, placement, target))
     return Comparison(
-        rows=tuple(rows),
+        rows=tuple(_score_steps(rows, scored, token_rates)),
         trace=trace.name,
         cluster=cluster.name,
         kind=trace.kind,
@@ -190,15 +191,25 @@ def compare(
     )
 
 
-def _score_row(
-    name: str, placement: Placement, target: Instance, scored: Trace, token_rates: TokenRates
-) -> ComparisonRow:
-    has_steps = scored.kind == "tokens"
+def _score_row(name: str, placement: Placement, target: Instance) -> ComparisonRow:
     return ComparisonRow(
         name=name,
         placement=placement,
         remote=score(placement, target),
-        steps=step_score(placement.local, scored, token_rates) if has_steps else None,
         planned_share=placement.plan.remote_share,
         violations=len(violations(placement, instance=target)),
     )
+
+
+def _score_steps(
+    rows: Sequence[ComparisonRow], scored: Trace, token_rates: TokenRates
+) -> list[ComparisonRow]:
+    """The rows with step scores of their placements, where ``scored`` is token-level."""
+    if scored.kind == "counts":
+        return list(rows)
+    placed = [row.placement.local for row in rows if row.placement is not None]
+    scores = iter(step_scores(placed, scored, token_rates))
+    return [
+        row if row.placement is None else dataclasses.replace(row, steps=next(scores))
+        for row in rows
+    ]

@@ -56,6 +56,7 @@ def open_parquet(
             metadata=metadata,
             read_dictionary=texts,
             page_checksum_verification=True,
+            pre_buffer=False,  # for remote files; it would keep the bytes of all row groups
         ) as parquet:
             yield parquet
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -78,7 +79,7 @@ def batches(
         pyarrow passes over in silence.
     """
     found = 0
-    for batch in parquet.iter_batches(rows, columns=columns):
+    for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
         found += len(batch)
         yield batch
     if found != num_rows(parquet):

@@ -20,12 +20,13 @@ def require_no_nulls(path: object, batch: Any, first_row: int) -> None:
     InputError
         Names the column and the rows.
     """
-    for name in batch.schema.names:
-        column = batch.column(name)
-        inner = [column.flatten()] if "list" in str(column.type) else []
-        if any(part.null_count for part in [column, *inner]):
+    import pyarrow as pa
+
+    for index, column in enumerate(batch.columns):
+        lists = isinstance(column, pa.FixedSizeListArray)
+        if column.null_count or (lists and column.flatten().null_count):
             raise InputError(
-                f"column {name!r} has an empty value",
+                f"column {batch.schema.names[index]!r} has an empty value",
                 source=path,
                 place=f"rows {first_row}..{first_row + len(batch) - 1}",
                 expected="a value in every row",
@@ -68,15 +69,14 @@ class StringCodes:
         if self._dictionary is None or not local.equals(self._dictionary):
             self._mapping = self._add_words(local)
             self._dictionary = local
-        indices = column_values(column.indices).astype(np.int64)
-        if len(indices):
-            low, high = indices.min(), indices.max()
-            if not 0 <= low <= high < len(local):
-                raise InputError(
-                    f"code {high} in a dictionary of {len(local)} words",
-                    source=self.path,
-                    remedy="the file is damaged; write it again",
-                )
+        indices = column_values(column.indices)
+        unsigned = indices.view(f"u{indices.itemsize}")  # codes below 0 are far too large there
+        if len(indices) and unsigned.max() >= len(local):
+            raise InputError(
+                f"code {indices.max()} in a dictionary of {len(local)} words",
+                source=self.path,
+                remedy="the file is damaged; write it again",
+            )
         codes: npt.NDArray[np.int32] = self._mapping[indices]
         return codes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.input_limits import (
-    MAX_BATCH_SELECTIONS,
     MAX_NAMES,
     MAX_SELECTIONS,
     MAX_TOKENS,
@@ -21,89 +20,34 @@ from prism_plan.input_limits import (
 from prism_plan.io.call_table import CallTable, check_sums
 from prism_plan.io.model_spec import spec_from_json
 from prism_plan.io.open_file import OpenFile
-from prism_plan.io.parquet import batches, key_value_metadata, num_rows, open_parquet
 from prism_plan.io.text_files import file_name_text
-from prism_plan.io.trace_columns import StringCodes, column_values, require_no_nulls
+from prism_plan.io.token_batches import KeptTokens, TokenSource, token_batches
+from prism_plan.io.trace_columns import StringCodes, column_values
+from prism_plan.io.trace_file import TraceFile
 from prism_plan.io.trace_schema import (
     BATCH_ROWS,
     REMEDY,
     counts_schema,
-    parse_header,
     require_columns,
-    token_schema,
 )
 from prism_plan.model_spec import ModelSpec
-from prism_plan.trace import PHASES, TokenBatch, Trace
-from prism_plan.trace_totals import TraceTotals
-
-
-class TraceFile:
-    """A trace file that is open: its header, its columns, its rows and its digest.
-
-    All of them, and every pass over the rows, are read through the one descriptor of ``file``, so
-    that they are of one file even where another takes its name meanwhile.
-
-    Parameters
-    ----------
-    file
-        The open file; the trace file keeps it as long as it needs it.
-
-    Attributes
-    ----------
-    header
-        The JSON object of the metadata: format, version, kind, model, provenance.
-    schema
-        Its columns, a ``pyarrow.Schema``.
-    num_rows
-        Rows of all row groups.
-
-    Raises
-    ------
-    InputError
-        Not Parquet, truncated, not one of our traces, or of a newer version.
-    """
-
-    def __init__(self, file: OpenFile) -> None:
-        self.path = file.path
-        self._file = file
-        with open_parquet(file, remedy=REMEDY) as parquet:
-            self.header = parse_header(key_value_metadata(parquet), file.path)
-            self.schema = parquet.schema_arrow
-            self.num_rows = num_rows(parquet)
-
-    def sha256(self) -> str:
-        """Hex digest of the bytes of the file."""
-        return self._file.sha256()
-
-    def record_batches(self, rows: int) -> Iterator[Any]:
-        """Record batches of at most so many ``rows``, of which none holds an empty value.
-
-        Raises
-        ------
-        InputError
-            The file is damaged, holds an empty value, or is written to while it is read.
-        """
-        self._file.require_unchanged()
-        row = 0
-        with open_parquet(self._file, remedy=REMEDY) as parquet:
-            for batch in batches(parquet, rows, source=self.path):
-                require_no_nulls(self.path, batch, row)
-                yield batch
-                row += len(batch)
-        self._file.require_unchanged()
-
-    def close(self) -> None:
-        """Close the file; nothing more can be read from it."""
-        self._file.close()
+from prism_plan.trace import TokenBatch, Trace
+from prism_plan.trace_totals import RequestLengths, TraceTotals
 
 
 def read_trace(
-    path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+    path: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    keep_tokens: bool = False,
 ) -> Trace:
     """Open a trace file, check all of it in one pass over its rows, and total it.
 
     The tokens themselves stay in the file: memory does not grow with its length, but for eight
-    bytes a token and as many a request. ``progress`` is called with (rows read, all rows).
+    bytes a token and sixteen a request. Each pass over ``trace.batches()`` decodes the file again,
+    unless ``keep_tokens`` keeps them in memory, one or two bytes a selection, which it does up to
+    :data:`~prism_plan.input_limits.MAX_KEPT_BYTES`; gate weights are then left out, which planning
+    and simulating do not use. ``progress`` is called with (rows read, all rows).
 
     Raises
     ------
@@ -112,10 +56,15 @@ def read_trace(
         or layer that the model does not have, a negative count, a duplicate row, a size beyond the
         bounds of :mod:`prism_plan.input_limits`; the file is written to while it is read.
     """
-    return read_open_trace(OpenFile(path), progress)
+    return read_open_trace(OpenFile(path), progress, keep_tokens=keep_tokens)
 
 
-def read_open_trace(file: OpenFile, progress: Callable[[int, int], None] | None = None) -> Trace:
+def read_open_trace(
+    file: OpenFile,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    keep_tokens: bool = False,
+) -> Trace:
     """The trace in a file that is open already; see :func:`read_trace`.
 
     The trace keeps the file as long as it needs it.
@@ -136,7 +85,8 @@ def read_open_trace(file: OpenFile, progress: Callable[[int, int], None] | None 
     }
     if header["kind"] == "counts":
         return _read_counts(found, common)
-    return _read_tokens(found, model, common, progress or (lambda done, total: None))
+    told = progress or (lambda done, total: None)
+    return _read_tokens(found, model, common, told, keep_tokens=keep_tokens)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -154,73 +104,30 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ tokens
 
 
-def _batch_rows(model: ModelSpec) -> int:
-    """Rows that are read at a time: fewer of a model with very many selections a token."""
-    width = model.num_layers * model.top_k
-    return max(1, min(BATCH_ROWS, MAX_BATCH_SELECTIONS // width))
-
-
-def _token_batches(file: TraceFile, model: ModelSpec, tasks: StringCodes) -> Iterator[TokenBatch]:
-    """Token batches of a file; checks columns, empty values and phases, not the expert ids."""
-    shape = (-1, model.num_layers, model.top_k)
-    has_weights = "weights" in file.schema.names
-    require_columns(file.path, file.schema, token_schema(model, has_weights))
-    phases = StringCodes(file.path)
-    phase_codes = np.zeros(0, np.int8)
-    for rows in file.record_batches(_batch_rows(model)):
-        phase = phases.codes(rows.column("phase"))
-        if len(phases.code_of) != len(phase_codes):
-            phase_codes = _phase_codes(file.path, phases)
-        weights = column_values(rows.column("weights").flatten()) if has_weights else None
-        yield TokenBatch(
-            request=column_values(rows.column("request")),
-            position=column_values(rows.column("position")),
-            phase=phase_codes[phase],
-            task=tasks.codes(rows.column("task")),
-            experts=column_values(rows.column("experts").flatten()).reshape(shape),
-            weights=None if weights is None else weights.reshape(shape),
-        )
-
-
-def _phase_codes(path: object, phases: StringCodes) -> npt.NDArray[np.int8]:
-    """Codes into :data:`~prism_plan.trace.PHASES` of the words of a file's phases, int8 [words]."""
-    for word in phases.words:
-        if word not in PHASES:
-            raise InputError(
-                f"phase {word!r:.60}", source=path, expected=f"one of {', '.join(PHASES)}"
-            )
-    return np.array([PHASES.index(word) for word in phases.words], np.int8)
-
-
 def _read_tokens(
     file: TraceFile,
     model: ModelSpec,
     common: Mapping[str, Any],
     progress: Callable[[int, int], None],
+    *,
+    keep_tokens: bool,
 ) -> Trace:
     path = file.path
     total = _require_rows(file, model)
     words = StringCodes(path)
     totals = TraceTotals(model, source=path)
+    kept = KeptTokens.of(model, total) if keep_tokens else None
     keys = np.empty(total, np.int64)
     row = 0
-    has_weights = False
-    for batch in _token_batches(file, model, words):
-        if error := batch.invalid_selection(model, row):
-            raise error.within(path)
-        _require_not_negative(path, batch, row)
-        if batch.weights is not None:
-            has_weights = True
-            if not (np.isfinite(batch.weights) & (batch.weights >= 0)).all():
-                raise InputError(
-                    "a gate weight is negative, NaN or infinite",
-                    source=path,
-                    place=f"rows {row}..{row + len(batch) - 1}",
-                    expected="finite numbers of at least 0",
-                )
+    for batch in token_batches(file, model, words):
         totals.grow(len(words.code_of))
-        totals.add(batch.experts, batch.task, batch.request)
+        if bad := totals.add(batch.experts, batch.task, batch.request):
+            raise batch.selection_error(model, *bad, first_row=row).within(path)
+        _require_not_negative(path, batch, row)
+        _require_weights(path, batch, row)
         keys[row : row + len(batch)] = batch.request.astype(np.int64) << 32 | batch.position
+        if kept is not None:
+            kept.add(batch)
         row += len(batch)
         progress(row, total)
     if row == 0:
@@ -233,14 +140,22 @@ def _read_tokens(
     totals.grow(len(words.code_of))
     used = np.flatnonzero(totals.tokens)  # a dictionary may hold words that no row has
     tasks = tuple(np.array(words.words, object)[used])
+    new_code = np.cumsum(totals.tokens > 0) - 1
+    if kept is not None:
+        kept.renumber_tasks(new_code)
+    lengths = totals.request_lengths()
+    has_weights = "weights" in file.schema.names and not keep_tokens
     return Trace(
         **common,
         tasks=tasks,
         counts=totals.counts[used],
         tokens=totals.tokens[used],
         requests=totals.requests()[used],
-        batches=lambda: _token_batches(file, model, StringCodes(path, tasks)),
+        batches=TokenSource(
+            file, model, tasks, weights=has_weights, keep_tokens=keep_tokens, kept=kept
+        ),
         has_weights=has_weights,
+        lengths=RequestLengths(new_code[lengths.task] << 32 | lengths.request, lengths.tokens),
     )
 
 
@@ -262,7 +177,7 @@ def _two_tasks_error(file: TraceFile, model: ModelSpec, request: int) -> InputEr
     """The error of a request whose rows are of two tasks; names them in the order of the rows."""
     words = StringCodes(file.path)
     seen: dict[int, None] = {}
-    for batch in _token_batches(file, model, words):
+    for batch in token_batches(file, model, words, weights=False):
         seen.update(dict.fromkeys(batch.task[batch.request == request].tolist()))
     first, second = (words.words[code] for code in list(seen)[:2])
     return InputError(
@@ -274,7 +189,7 @@ def _two_tasks_error(file: TraceFile, model: ModelSpec, request: int) -> InputEr
 
 def _require_not_negative(path: object, batch: TokenBatch, first_row: int) -> None:
     for name, column in (("request", batch.request), ("position", batch.position)):
-        if (column < 0).any():
+        if column.min(initial=0) < 0:
             row = int(np.argmax(column < 0))
             raise InputError(
                 f"{int(column[row])}",
@@ -284,7 +199,23 @@ def _require_not_negative(path: object, batch: TokenBatch, first_row: int) -> No
             )
 
 
+def _require_weights(path: object, batch: TokenBatch, first_row: int) -> None:
+    if batch.weights is None:
+        return
+    bits = batch.weights.view(np.uint16)  # numpy compares them twenty times as fast as float16
+    if bits.max(initial=0) >= 0x7C00 and ((bits >= 0x7C00) & (bits != 0x8000)).any():
+        # from 0x7C00 on: infinity and NaN, then all with a sign, of which 0x8000 is -0
+        raise InputError(
+            "a gate weight is negative, NaN or infinite",
+            source=path,
+            place=f"rows {first_row}..{first_row + len(batch) - 1}",
+            expected="finite numbers of at least 0",
+        )
+
+
 def _require_distinct_tokens(path: object, keys: npt.NDArray[np.int64]) -> None:
+    if (keys[1:] > keys[:-1]).all():  # most traces are in order already: spare the sorting
+        return
     keys.sort()
     same = np.flatnonzero(keys[1:] == keys[:-1])
     if len(same):

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.simulate.arrival_rates import ArrivalRates
-from prism_plan.simulate.recorded_prompts import TraceRequests
 from prism_plan.trace import Trace
+from prism_plan.trace_totals import RequestLengths
 
 #: In place of a task or a prompt that is not given: it is drawn at random.
 DRAW = -1
@@ -76,7 +76,7 @@ def resolve_arrivals(
     cluster: Cluster,
     trace: Trace,
     rates: ArrivalRates,
-    recorded: TraceRequests | None,
+    recorded: RequestLengths | None,
 ) -> list[ServerArrivals]:
     """The arrivals of each server; the order of the lines does not matter.
 
@@ -152,7 +152,7 @@ def _task(arrival: Arrival, trace: Trace) -> int:
 def _prompt(
     arrival: Arrival,
     trace: Trace,
-    recorded: TraceRequests | None,
+    recorded: RequestLengths | None,
     prompt_of: dict[int, int],
     task: int,
 ) -> int:

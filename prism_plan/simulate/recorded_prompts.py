@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.simulate.requests import Prompts
 from prism_plan.trace import PHASES, UNKNOWN_PHASE, Trace
+from prism_plan.trace_totals import RequestLengths
 
 DECODE_PHASE = PHASES.index("decode")
 
 
-@dataclass(frozen=True, eq=False)
-class TraceRequests:
-    """The Q requests of a trace in order of (task, id); arrays int64 [Q].
-
-    ``first`` int64 [tasks + 1]: those of task t are ``first[t]`` to ``first[t + 1]``.
-    """
-
-    request: npt.NDArray[np.int64]
-    task: npt.NDArray[np.int64]
-    tokens: npt.NDArray[np.int64]
-    first: npt.NDArray[np.int64]
-
-
-def list_trace_requests(trace: Trace) -> TraceRequests:
-    """List ids, tasks and lengths of a trace's requests, in one pass that keeps no experts."""
-    assert trace.batches is not None
-    keys, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for batch in trace.batches():
-        key = batch.task.astype(np.int64) << 32 | batch.request.astype(np.int64)
-        distinct, count = np.unique(key, return_counts=True)
-        keys.append(distinct)
-        counts.append(count)
-    key, inverse = np.unique(np.concatenate(keys), return_inverse=True)
-    tokens = np.zeros(len(key), np.int64)
-    np.add.at(tokens, inverse, np.concatenate(counts))
-    task = key >> 32
-    return TraceRequests(
-        request=key & 0xFFFFFFFF,
-        task=task,
-        tokens=tokens,
-        first=np.searchsorted(task, np.arange(len(trace.tasks) + 1)),
-    )
-
-
 def gather_prompts(
-    trace: Trace, requests: TraceRequests, chosen: npt.NDArray[np.int64], decode_tokens: int
+    trace: Trace, requests: RequestLengths, chosen: npt.NDArray[np.int64], decode_tokens: int
 ) -> Prompts:
     """Read the prompts of the ``chosen`` [P] requests (indices, ascending), tokens by position.
 

@@ -21,7 +21,7 @@ from prism_plan.simulate.arrival_trace import (
 )
 from prism_plan.simulate.phase_schedule import PhaseStart, Schedule
 from prism_plan.simulate.poisson_arrivals import MAX_REQUESTS, arrivals_before, arrivals_by_number
-from prism_plan.simulate.recorded_prompts import gather_prompts, list_trace_requests
+from prism_plan.simulate.recorded_prompts import gather_prompts
 from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.synthetic_prompts import POOL, draw_prompts
 from prism_plan.trace import Trace
@@ -97,8 +97,11 @@ def sample_requests(
         raise InputError("0, and 0 decode tokens", parameter="prompt_tokens", expected="a token")
 
     rates = arrival_rates(trace, cluster, schedule)
-    recorded = list_trace_requests(trace) if trace.kind == "tokens" else None
-    first_prompt = np.arange(len(trace.tasks) + 1) * POOL if recorded is None else recorded.first
+    recorded = trace.request_lengths() if trace.kind == "tokens" else None
+    num_tasks = len(trace.tasks)
+    first_prompt = np.arange(num_tasks + 1) * POOL
+    if recorded is not None:
+        first_prompt = recorded.first(num_tasks)
     if arrivals is not None:
         by_server = resolve_arrivals(arrivals, cluster, trace, rates, recorded)
     else:

@@ -17,13 +17,17 @@ from typing import Any
 
 import numpy as np
 
+from prism_plan.cluster import Cluster
+from prism_plan.evaluate.comparison import compare
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.trace_reader import read_trace
+from prism_plan.io.trace_schema import BATCH_ROWS
 from prism_plan.io.trace_writer import TraceWriter, write_trace
 from prism_plan.model_spec import PRESETS, ModelShape, ModelSpec
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
+from prism_plan.simulate.sampling import sample_requests
 from prism_plan.solvers import Options, solve
 from prism_plan.trace import TokenBatch, Trace
 from tests.benchmarks.simulations import (
@@ -128,12 +132,14 @@ def solved(solver: str, **options: Any) -> Callable[[Instance], dict[str, Any]]:
     return run
 
 
-def large_trace(tokens: int, *, weights: bool = False) -> Callable[[Path], Path]:
-    """A token-level trace of V2-Lite's shape: 20,000 drawn tokens, shuffled again and again."""
+def large_trace(
+    tokens: int, *, weights: bool = False, model_name: str = "deepseek-v2-lite"
+) -> Callable[[Path], Path]:
+    """A token-level trace of a model's shape: 20,000 drawn tokens, shuffled again and again."""
 
     def prepare(folder: Path) -> Path:
         path = folder / f"large-{tokens}.parquet"
-        model: ModelSpec = PRESETS["deepseek-v2-lite"]
+        model: ModelSpec = PRESETS[model_name]
         rng = np.random.default_rng(0)
         drawn = 20_000
         popularity = rng.normal(0, 0.8, (model.num_layers, model.num_experts))
@@ -167,6 +173,41 @@ def counted(path: Path) -> dict[str, Any]:
     trace = read_trace(path)
     calls = int(trace.counts.sum())
     return {"calls": calls, "bytes_a_selection": round(path.stat().st_size / calls, 4)}
+
+
+def decoded(path: Path) -> dict[str, Any]:
+    """Decode a trace by pyarrow alone, which reading it is compared with."""
+    import pyarrow.parquet as pq
+
+    rows = 0
+    with pq.ParquetFile(path, read_dictionary=["phase", "task"]) as parquet:
+        for batch in parquet.iter_batches(BATCH_ROWS):
+            rows += len(batch)
+    return {"tokens": rows}
+
+
+def paper_cluster_of_drawn_tasks() -> Cluster:
+    """The paper's three servers, which serve the tasks of :func:`large_trace`."""
+    text = (ROOT / "traces" / "paper-v2lite.toml").read_text()
+    for old, new in (("intent", "a"), ("law", "b"), ("translation", "c")):
+        text = text.replace(f"{{ {old} =", f"{{ {new} =")
+    return parse_cluster(text)
+
+
+def compared(path: Path) -> dict[str, Any]:
+    """Read a trace and score solvers that plan in no time, as `compare` does."""
+    trace = read_trace(path, keep_tokens=True)
+    names = ["uniform", "redundance", "smartmoe", "eplb", "layer-partition"]
+    result = compare(trace, paper_cluster_of_drawn_tasks(), solvers=names)
+    return {row.name: row.steps.waiting_share for row in result.rows if row.steps}
+
+
+def read_and_sampled(path: Path) -> dict[str, Any]:
+    """Read a trace and sample requests on half of it, as `simulate` does before it simulates."""
+    trace = read_trace(path, keep_tokens=True)
+    _, scored = trace.split(0.5, 0)
+    requests = sample_requests(scored, paper_cluster_of_drawn_tasks())
+    return {"requests": len(requests), "tokens": len(requests.prompts.experts)}
 
 
 def solve_files(folder: Path) -> tuple[Path, Path]:
@@ -242,6 +283,16 @@ CASES = [
         counted,
         repeats=3,
     ),
+    Case("decode 1,000,000 tokens x 26 x 6", large_trace(1_000_000), decoded, repeats=3),
+    Case("compare, 1,000,000 tokens", large_trace(1_000_000), compared, repeats=3),
+    Case("read and sample, 1,000,000 tokens", large_trace(1_000_000), read_and_sampled, repeats=3),
+    Case("count 10,000,000 tokens x 26 x 6", large_trace(10_000_000), counted, repeats=2),
+    Case(
+        "count 300,000 tokens x 58 x 256, top-8",
+        large_trace(300_000, model_name="deepseek-v3"),
+        counted,
+        repeats=3,
+    ),
     Case(
         "simulate, V2-Lite, 3 servers, exact",
         scenario(v2_trace, paper_cluster, 100),
@@ -311,6 +362,9 @@ CASES = [
         small=True,
     ),
     Case("small: count 5,000 tokens", large_trace(5_000), counted, small=True),
+    Case("small: decode 5,000 tokens", large_trace(5_000), decoded, small=True),
+    Case("small: compare, 5,000 tokens", large_trace(5_000), compared, small=True),
+    Case("small: read and sample, 5,000 tokens", large_trace(5_000), read_and_sampled, small=True),
 ]
 
 

@@ -17,7 +17,7 @@ from prism_plan.errors import InputError
 from prism_plan.model_spec import ModelSpec
 from prism_plan.simulate.arrival_trace import Arrival, ArrivalTrace
 from prism_plan.simulate.phase_schedule import Phase, Schedule
-from prism_plan.simulate.recorded_prompts import gather_prompts, list_trace_requests
+from prism_plan.simulate.recorded_prompts import gather_prompts
 from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.simulate.synthetic_prompts import POOL
@@ -99,7 +99,7 @@ def tokens(prompts: Prompts, index: int) -> np.ndarray:
 def gather(batches: Sequence[TokenBatch], decode_tokens: int = 32) -> Prompts:
     """All requests of a trace of these batches."""
     trace = trace_from_batches(MODEL, TASKS, batches, name="few")
-    listed = list_trace_requests(trace)
+    listed = trace.request_lengths()
     return gather_prompts(trace, listed, np.arange(len(listed.request)), decode_tokens)
 
 
@@ -161,11 +161,11 @@ def test_list_of_requests() -> None:
     """Ids by task and in order, lengths, also of requests that lie in two batches."""
     batches = [tokens_of(9, 0, "pp"), tokens_of(2, 2, "pdd"), tokens_of(5, 0, "p")]
     late = tokens_of(9, 0, "pppp").rows(slice(2, 4))
-    listed = list_trace_requests(trace_from_batches(MODEL, TASKS, [*batches, late]))
+    listed = trace_from_batches(MODEL, TASKS, [*batches, late]).request_lengths()
     assert listed.request.tolist() == [5, 9, 2]
     assert listed.task.tolist() == [0, 0, 2]
     assert listed.tokens.tolist() == [1, 4, 3]
-    assert listed.first.tolist() == [0, 2, 2, 3]
+    assert listed.first(len(TASKS)).tolist() == [0, 2, 2, 3]
 
 
 def test_only_sampled_tokens_are_kept() -> None:
