@@ -85,27 +85,16 @@ def solve_flow(
     state = np.zeros((servers, pairs), np.int8)
     state[instance.mask(instance.pinned).reshape(servers, pairs)] = flow.PINNED
     state[instance.mask(instance.forbidden).reshape(servers, pairs)] = flow.FORBIDDEN
-    max_held = int(max(1, min(int(slots.max()), group_size))) + 1
-    search = flow.FlowState(
-        weight=np.ascontiguousarray(weight.T),
-        slots=slots,
-        group_size=group_size,
-        min_replicas=instance.min_replicas,
-        artificial_cost=1 << 59,
-        by_weight=np.argsort(-weight, axis=1, kind="stable").astype(np.int32),
-        cap=cap,
-        state=np.ascontiguousarray(state.T),
-        held=np.empty((servers, groups, max_held), np.int32),
-        position=np.full((pairs, servers), -1, np.int32),
-        num_held=np.zeros((servers, groups), np.int64),
-        used=np.zeros(servers, np.int64),
-        num_replicas=np.zeros(pairs, np.int64),
-        potential=np.zeros(servers * (groups + 1), np.int64),
-        cheapest=np.full((servers, groups, servers + 1), flow.UNKNOWN, np.int32),
-        loss=np.zeros((servers, groups, servers + 1), np.int64),
-        counters=np.zeros(2, np.int64),
+    by_weight = np.argsort(-weight, axis=1, kind="stable").astype(np.int32)
+    search = flow.FlowState.build(
+        np.ascontiguousarray(weight.T),
+        slots,
+        cap,
+        np.ascontiguousarray(state.T),
+        group_size,
+        instance.min_replicas,
     )
-    flow.initialise(search)
+    flow.initialise(search, by_weight)
     uncovered = flow.augment(search)
     if uncovered >= 0:
         explain_infeasible(instance)
