@@ -198,7 +198,7 @@ def _find_cheapest(s: FlowState, n: int, g: int, to: int) -> None:  # pragma: no
 @inline_kernel
 def _comes_before(key: Ints, u: int, v: int) -> bool:  # pragma: no cover - compiled
     """Whether node u is expanded before v: by key, then by number."""
-    return key[u] < key[v] or (key[u] == key[v] and u < v)
+    return bool(key[u] < key[v] or (key[u] == key[v] and u < v))
 
 
 @inline_kernel
@@ -219,7 +219,7 @@ def _rise(heap: Ints, place: Ints, key: Ints, v: int, at: int) -> None:  # pragm
 @inline_kernel
 def _pop(heap: Ints, place: Ints, key: Ints, size: int) -> int:  # pragma: no cover - compiled
     """Take the first of ``size`` nodes from the heap, each of which has four children."""
-    first = heap[0]
+    first: int = heap[0]
     size -= 1
     v = heap[size]
     at = 0
@@ -303,7 +303,7 @@ def initialise(s: FlowState, by_weight: Ints) -> None:  # pragma: no cover - com
 
 @kernel
 def augment(s: FlowState) -> int:  # pragma: no cover - compiled
-    """Augment until every expert has its replicas; -1, or the first expert that cannot have them."""
+    """Augment until all experts have their replicas; -1, or the first that cannot have them."""
     pairs, servers = s.weight.shape
     groups = s.cap.shape[1]
     hub = servers * groups
