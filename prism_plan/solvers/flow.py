@@ -53,7 +53,7 @@ class FlowState(NamedTuple):
     those with replicas to spare. Entries are filled on first use and updated with every change.
 
     One search: ``key`` int64 [nodes] length of the shortest path to a node found so far plus the
-    node's potential; ``parent`` int64 the node before it, or -1 at the source; ``moved`` int32 the
+    node's potential; ``parent`` int64 the node before it, or -1 at the source; ``moved`` int64 the
     expert that the arc from there moves, or -1; ``heap`` int64 [nodes] the open nodes, and
     ``place`` int64 where each node is in it, or `UNREACHED` or `SETTLED`.
 
@@ -107,7 +107,7 @@ class FlowState(NamedTuple):
             loss=np.full((servers, groups, servers + 1), UNKNOWN_LOSS, np.int64),
             key=np.empty(nodes, np.int64),
             parent=np.empty(nodes, np.int64),
-            moved=np.empty(nodes, np.int32),
+            moved=np.empty(nodes, np.int64),
             heap=np.empty(nodes, np.int64),
             place=np.empty(nodes, np.int64),
             counters=np.zeros(2, np.int64),
@@ -176,10 +176,10 @@ def _remove(s: FlowState, k: int, n: int) -> None:  # pragma: no cover - compile
 def _find_cheapest(s: FlowState, n: int, g: int, to: int) -> None:  # pragma: no cover - compiled
     """Cache the expert of group g that n hands to ``to``, or drops, at the least loss."""
     drop = to == len(s.slots)
-    found = NONE_FOUND
-    least = ARTIFICIAL_COST
+    found = np.int64(NONE_FOUND)
+    least = np.int64(ARTIFICIAL_COST)
     for i in range(s.num_held[n, g]):
-        k = s.held[n, g, i]
+        k = np.int64(s.held[n, g, i])
         if drop:
             if s.num_replicas[k] <= s.min_replicas:
                 continue
@@ -228,8 +228,8 @@ def _pop(heap: Ints, place: Ints, key: Ints, size: int) -> int:  # pragma: no co
         if child >= size:
             break
         least = heap[child]
-        for other in range(child + 1, min(child + 4, size)):
-            if _comes_before(key, heap[other], least):
+        for other in range(child + 1, child + 4):
+            if other < size and _comes_before(key, heap[other], least):
                 child = other
                 least = heap[other]
         if not _comes_before(key, least, v):
@@ -251,8 +251,6 @@ def _reach(
     s.parent[v] = parent
     s.moved[v] = moved
     at = s.place[v]
-    if at == SETTLED:
-        return size
     if at == UNREACHED:
         at = size
         size += 1
@@ -284,7 +282,7 @@ def initialise(s: FlowState, by_weight: Ints) -> None:  # pragma: no cover - com
         for g in range(groups):  # the least weight that the server holds of each group
             s.key[n * groups + g] = ARTIFICIAL_COST
         for i in range(by_weight.shape[1]):
-            k = by_weight[n, i]
+            k = np.int64(by_weight[n, i])
             if s.used[n] >= s.slots[n] or s.weight[k, n] <= 0:
                 break
             g = k // s.group_size
@@ -314,11 +312,11 @@ def augment(s: FlowState) -> int:  # pragma: no cover - compiled
             for v in range(nodes):
                 key[v] = INFINITE
                 place[v] = UNREACHED
-            size = 0  # of the heap
+            size = np.int64(0)  # of the heap
             for n in range(servers):
                 if s.state[target, n] == FREE:
                     v = n * groups + target // s.group_size
-                    size = _reach(s, size, v, potential[v] - s.weight[target, n], -1, target)
+                    size = _reach(s, size, v, potential[v] - s.weight[target, n], np.int64(-1), target)
             best = INFINITE  # length of the shortest complete path so far
             end = -1
             dropped = -1
@@ -341,31 +339,30 @@ def augment(s: FlowState) -> int:  # pragma: no cover - compiled
                         u = n * groups + g
                         onward = length + potential[u]
                         if s.num_held[n, g] > 0 and onward < key[u]:
-                            size = _reach(s, size, u, onward, v, -1)
+                            size = _reach(s, size, u, onward, v, np.int64(-1))
                     continue
                 n, g = v // groups, v % groups
                 u = hub + n
                 onward = length + potential[u]
                 if s.num_held[n, g] < s.cap[n, g] and onward < key[u]:
-                    size = _reach(s, size, u, onward, v, -1)
+                    size = _reach(s, size, u, onward, v, np.int64(-1))
                 if s.cheapest[n, g, servers] == UNKNOWN:
                     _find_cheapest(s, n, g, servers)
                 if s.cheapest[n, g, servers] >= 0 and length + loss[n, g, servers] < best:
                     best = length + loss[n, g, servers]
                     end = v
-                    dropped = s.cheapest[n, g, servers]
+                    dropped = np.int64(s.cheapest[n, g, servers])
                 for m in range(servers):
                     u = m * groups + g
                     onward = length + loss[n, g, m] + potential[u]
-                    if onward >= key[u] or onward >= best:  # it is on no shortest path
-                        continue
-                    if place[u] == SETTLED:
-                        continue
+                    if onward >= key[u] or onward >= best or place[u] == SETTLED:
+                        continue  # it is on no shortest path
                     if s.cheapest[n, g, m] == UNKNOWN:
                         _find_cheapest(s, n, g, m)
                         onward = length + loss[n, g, m] + potential[u]
-                    if s.cheapest[n, g, m] >= 0 and onward < key[u] and onward < best:
-                        size = _reach(s, size, u, onward, v, s.cheapest[n, g, m])
+                        if onward >= key[u] or onward >= best:
+                            continue
+                    size = _reach(s, size, u, onward, v, np.int64(s.cheapest[n, g, m]))
             if end < 0 or best >= ARTIFICIAL_COST // 2:
                 return target
             for u in range(nodes):
