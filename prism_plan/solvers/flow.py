@@ -131,16 +131,23 @@ def _forget(s: FlowState, k: int, n: int, g: int, to: int) -> None:  # pragma: n
 
 
 @inline_kernel
+def _hold(s: FlowState, k: int, n: int, g: int) -> None:  # pragma: no cover - compiled
+    """Give expert k of group g to server n."""
+    at = s.num_held[n, g]
+    s.held[n, g, at] = k
+    s.position[k, n] = at
+    s.num_held[n, g] = at + 1
+    s.state[k, n] = HELD
+    s.used[n] += 1
+    s.num_replicas[k] += 1
+
+
+@inline_kernel
 def _add(s: FlowState, k: int, n: int) -> None:  # pragma: no cover - compiled
     """Give expert k to server n, and update the cache."""
     g = k // s.group_size
     servers = len(s.slots)  # also the column of drops
-    s.state[k, n] = HELD
-    s.position[k, n] = s.num_held[n, g]
-    s.held[n, g, s.num_held[n, g]] = k
-    s.num_held[n, g] += 1
-    s.used[n] += 1
-    s.num_replicas[k] += 1
+    _hold(s, k, n, g)
     spare = s.num_replicas[k] - s.min_replicas
     for m in range(servers):
         if s.state[k, m] == FREE:
@@ -288,7 +295,7 @@ def initialise(s: FlowState, by_weight: Ints) -> None:  # pragma: no cover - com
             g = k // s.group_size
             if s.state[k, n] != FREE or s.num_held[n, g] >= s.cap[n, g]:
                 continue
-            _add(s, k, n)
+            _hold(s, k, n, g)  # nothing is in the cache yet
             s.key[n * groups + g] = s.weight[k, n]
             if s.used[n] >= s.slots[n]:
                 price = s.weight[k, n]
@@ -296,7 +303,7 @@ def initialise(s: FlowState, by_weight: Ints) -> None:  # pragma: no cover - com
         for g in range(groups):
             full = s.num_held[n, g] >= s.cap[n, g]
             lowest = s.key[n * groups + g]
-            s.potential[n * groups + g] = max(price, lowest) if full else price
+            s.potential[n * groups + g] = lowest if full and lowest > price else price
 
 
 @kernel
