@@ -88,7 +88,7 @@ def solve_flow(
     state[instance.mask(instance.forbidden).reshape(servers, pairs)] = flow.FORBIDDEN
     # pinned and forbidden experts are passed over, and with caps those of full layers
     most = pairs if capped else int(slots.max() + (state != flow.FREE).sum(axis=1).max())
-    by_weight = _best(weight, min(most, pairs))
+    by_weight = best_experts(weight, min(most, pairs))
     search = flow.FlowState.build(
         np.ascontiguousarray(weight.T),
         slots,
@@ -106,7 +106,7 @@ def solve_flow(
     return np.ascontiguousarray(local), _prices(search, instance, scale), search.counters
 
 
-def _best(weight: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int32]:
+def best_experts(weight: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int32]:
     """The ``most`` experts of largest weight [N, J] by server, int32 [N, most], by falling weight.
 
     Of equal weights the lowest index comes first.
