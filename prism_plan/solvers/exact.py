@@ -123,7 +123,8 @@ def best_experts(weight: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int
     else:
         expert = np.broadcast_to(np.arange(pairs), weight.shape)
     order = np.argsort(-np.take_along_axis(weight, expert, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(expert, order[:, :most], axis=1).astype(np.int32)
+    best = np.take_along_axis(expert, order[:, :most], axis=1)
+    return np.ascontiguousarray(best, np.int32)
 
 
 def _prices(search: flow.FlowState, instance: Instance, scale: float) -> Prices:

@@ -257,10 +257,12 @@ def _reach(
     s: FlowState, size: int, v: int, key: int, parent: int, moved: int
 ) -> int:  # pragma: no cover - compiled
     """Note a shorter path to node v that ends with ``parent``; returns the size of the heap."""
+    at = s.place[v]
+    if at == SETTLED:  # never: potentials make sure that nodes are expanded in order of length
+        return size
     s.key[v] = key
     s.parent[v] = parent
     s.moved[v] = moved
-    at = s.place[v]
     if at == UNREACHED:
         at = size
         size += 1
