@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.deprecated_names import renamed_parameters
+from prism_plan.exact_sum import exact_row_sums
 from prism_plan.instance import Instance
 from prism_plan.model_spec import require_same_model
 from prism_plan.placement import Placement
@@ -102,9 +103,9 @@ def largest_share(shares: list[float | None]) -> tuple[int, float] | None:
 
 def remote_score(activations: npt.NDArray[np.float64], local: npt.NDArray[np.bool_]) -> RemoteScore:
     """Score ``activations`` [N, L, E] where ``local`` [N, L, E] says which server holds what."""
-    calls = [math.fsum(f.ravel()) for f in activations]
-    remote = [math.fsum(f[~held]) for f, held in zip(activations, local, strict=True)]
-    return RemoteScore(np.array(calls), np.array(remote))
+    by_server = activations.reshape(len(activations), -1)
+    remote = np.where(local, 0.0, activations).reshape(by_server.shape)
+    return RemoteScore(exact_row_sums(by_server), exact_row_sums(remote))
 
 
 def score(placement: Placement, instance: Instance) -> RemoteScore:

@@ -108,8 +108,10 @@ def _check_instance(placement: Placement, instance: Instance) -> list[Violation]
                 where = f"server {placement.servers[n]!r} {pair}"
                 found.append(Violation(constraint, where, 1, "experts", f"{where} is {broken}"))
     for n, cap in enumerate(instance.layer_caps):
+        if cap is None:
+            continue
         for layer, held in enumerate(local[n].sum(axis=1).tolist()):
-            if cap is not None and held > cap:
+            if held > cap:
                 where = f"server {placement.servers[n]!r} layer {model.moe_layers[layer]}"
                 text = f"{where} holds {held} experts, layer_cap is {cap}"
                 found.append(Violation("layer_cap", where, held - cap, "experts", text))

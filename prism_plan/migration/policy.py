@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError, UnsupportedFeature, did_you_mean
+from prism_plan.exact_sum import exact_sum
 from prism_plan.instance import MIN_CALLS, Instance
 from prism_plan.migration.cost import MigrationCost, communication_s, migration_s
 from prism_plan.objective import remote_score
@@ -297,7 +298,7 @@ def _flow(
     value = instance.activations * (costs.call_s * costs.policy.horizon_s)[:, None, None]
     value -= price_s[:, None, None] * ~current.local
     local, prices, _ = solve_flow(instance, value, current.local)
-    gap = value_bound(instance, value, prices) - math.fsum(value[local])
+    gap = value_bound(instance, value, prices) - exact_sum(value[local])
     proven = exact and gap <= TOLERANCE * float(np.abs(value[local]).sum())
     plan = SolveReport(
         solver="partial",

@@ -13,12 +13,12 @@ solver but the prices.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.exact_sum import exact_sum
 from prism_plan.instance import Instance
 
 Floats = npt.NDArray[np.float64]
@@ -48,15 +48,14 @@ def value_bound(instance: Instance, value: Floats, prices: Prices) -> float:
     open_ = ~(pinned | instance.mask(instance.forbidden))
     slots = instance.slots - pinned.sum(axis=(1, 2))
     caps_left = instance.max_per_layer[:, None] - pinned.sum(axis=2)
-    reduced = (
-        value + prices.coverage[None] - prices.slot[:, None, None] - prices.layer_cap[:, :, None]
-    )
-    return math.fsum(
-        [
-            *(prices.slot * slots),
-            *(prices.layer_cap * caps_left).ravel(),
-            *(-instance.min_replicas * prices.coverage).ravel(),
-            *(value + prices.coverage[None])[pinned],
-            *np.maximum(reduced, 0.0)[open_],
-        ]
-    )
+    summands = [
+        prices.slot * slots,
+        (prices.layer_cap * caps_left).ravel(),
+        (-instance.min_replicas * prices.coverage).ravel(),
+    ]
+    for n in range(instance.num_servers):
+        with_coverage = value[n] + prices.coverage
+        reduced = with_coverage - prices.slot[n] - prices.layer_cap[n][:, None]
+        summands.append(with_coverage[pinned[n]])
+        summands.append(reduced[open_[n] & (reduced > 0.0)])
+    return exact_sum(np.concatenate(summands))

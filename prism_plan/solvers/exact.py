@@ -9,6 +9,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.exact_sum import exact_sum
 from prism_plan.instance import Instance
 from prism_plan.instance_feasibility import explain_infeasible
 from prism_plan.model_spec import ModelShape
@@ -34,8 +35,8 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
         held_before = reference_local(instance, options.reference)
         value = value - options.load_price * ~held_before
     local, prices, counters = solve_flow(instance, value, held_before)
-    total = math.fsum(instance.activations.ravel())
-    objective = total - math.fsum(value[local])
+    total = exact_sum(instance.activations)
+    objective = total - exact_sum(value[local])
     bound = total - value_bound(instance, value, prices)
     scale = max(total, options.load_price * int(local.sum()))
     proven = objective - bound <= TOLERANCE * scale
@@ -85,33 +86,45 @@ def solve_flow(
     state = np.zeros((servers, pairs), np.int8)
     state[instance.mask(instance.pinned).reshape(servers, pairs)] = flow.PINNED
     state[instance.mask(instance.forbidden).reshape(servers, pairs)] = flow.FORBIDDEN
-    max_held = int(max(1, min(int(slots.max()), group_size))) + 1
-    search = flow.FlowState(
-        weight=np.ascontiguousarray(weight.T),
-        slots=slots,
-        group_size=group_size,
-        min_replicas=instance.min_replicas,
-        artificial_cost=1 << 59,
-        by_weight=np.argsort(-weight, axis=1, kind="stable").astype(np.int32),
-        cap=cap,
-        state=np.ascontiguousarray(state.T),
-        held=np.empty((servers, groups, max_held), np.int32),
-        position=np.full((pairs, servers), -1, np.int32),
-        num_held=np.zeros((servers, groups), np.int64),
-        used=np.zeros(servers, np.int64),
-        num_replicas=np.zeros(pairs, np.int64),
-        potential=np.zeros(servers * (groups + 1), np.int64),
-        cheapest=np.full((servers, groups, servers + 1), flow.UNKNOWN, np.int32),
-        loss=np.zeros((servers, groups, servers + 1), np.int64),
-        counters=np.zeros(2, np.int64),
+    # pinned and forbidden experts are passed over, and with caps those of full layers
+    most = pairs if capped else int(slots.max() + (state != flow.FREE).sum(axis=1).max())
+    by_weight = best_experts(weight, min(most, pairs))
+    search = flow.FlowState.build(
+        np.ascontiguousarray(weight.T),
+        slots,
+        cap,
+        np.ascontiguousarray(state.T),
+        group_size,
+        instance.min_replicas,
     )
-    flow.initialise(search)
+    flow.initialise(search, by_weight)
     uncovered = flow.augment(search)
     if uncovered >= 0:
         explain_infeasible(instance)
         raise AssertionError(f"no path for {instance.model.pair_text(uncovered)}, yet no cut")
     local = ((search.state == flow.HELD) | (search.state == flow.PINNED)).T.reshape(value.shape)
     return np.ascontiguousarray(local), _prices(search, instance, scale), search.counters
+
+
+def best_experts(weight: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int32]:
+    """The ``most`` experts of largest weight [N, J] by server, int32 [N, most], by falling weight.
+
+    Of equal weights the lowest index comes first.
+    """
+    servers, pairs = weight.shape
+    if most < pairs // 2:
+        least = np.partition(weight, pairs - max(most, 1), axis=1)[:, pairs - max(most, 1), None]
+        chosen = weight > least
+        equal = weight == least
+        chosen |= equal & (
+            np.cumsum(equal, axis=1, dtype=np.int32) <= most - chosen.sum(axis=1)[:, None]
+        )
+        expert = np.nonzero(chosen)[1].reshape(servers, most)
+    else:
+        expert = np.broadcast_to(np.arange(pairs), weight.shape)
+    order = np.argsort(-np.take_along_axis(weight, expert, axis=1), axis=1, kind="stable")
+    best = np.take_along_axis(expert, order[:, :most], axis=1)
+    return np.ascontiguousarray(best, np.int32)
 
 
 def _prices(search: flow.FlowState, instance: Instance, scale: float) -> Prices:
@@ -122,9 +135,11 @@ def _prices(search: flow.FlowState, instance: Instance, scale: float) -> Prices:
     node = search.potential[: servers * groups].reshape(servers, groups)
     above = np.maximum(node - slot[:, None], 0)
     # coverage pays what the holder with the dearest slot would lose by the price of that slot
-    per_pair = np.repeat(slot[:, None] + above, layers * experts // groups, axis=1)
-    lack = np.where(search.state.T == flow.HELD, per_pair - search.weight.T, 0).max(axis=0)
-    coverage = np.where(search.num_replicas == instance.min_replicas, np.maximum(lack, 0), 0)
+    lack = np.zeros(layers * experts, np.int64)
+    for n, g in np.ndindex(servers, groups):
+        held = search.held[n, g, : search.num_held[n, g]]
+        lack[held] = np.maximum(lack[held], slot[n] + above[n, g] - search.weight[held, n])
+    coverage = np.where(search.num_replicas == instance.min_replicas, lack, 0)
     return Prices(
         slot=slot / scale,
         # without caps there is one group, whose node is never dearer than its hub
@@ -138,6 +153,8 @@ def _fill_free_slots(instance: Instance, local: Bools) -> None:
 
     Free slots do not change the objective; popular experts in them save message hops.
     """
+    if (instance.slots <= local.sum(axis=(1, 2))).all():
+        return
     forbidden = instance.mask(instance.forbidden)
     by_demand = np.argsort(-instance.activations.sum(axis=0), axis=None, kind="stable")
     for n, cap in enumerate(instance.max_per_layer):

@@ -14,17 +14,27 @@ of group g too many on server n; at hub n one expert too many on n, of any group
 
 from __future__ import annotations
 
-import heapq
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.jit import jit
+from prism_plan.jit import inline_kernel, kernel
 
 FREE, HELD, FORBIDDEN, PINNED = 0, 1, 2, 3
 #: Instead of an expert in `FlowState.cheapest`: not searched for yet; there is none.
 UNKNOWN, NONE_FOUND = -1, -2
+#: Loss where the cheapest expert is not known: lower than any, so that the search stops to find it.
+UNKNOWN_LOSS = -(1 << 61)
+#: More than any path costs, and the loss where there is no expert to give.
+ARTIFICIAL_COST = 1 << 59
+#: Length of the path to a node that was not reached.
+INFINITE = 1 << 62
+#: Instead of a place in the heap.
+UNREACHED, SETTLED = -1, -2
+
+#: Numba would compile a helper anew for a constant or an int32 as argument.
+_int64: Any = np.int64
 
 Ints = npt.NDArray[Any]
 
@@ -33,9 +43,8 @@ class FlowState(NamedTuple):
     """State of the search over N servers and J experts in groups.
 
     The problem: ``weight`` int64 [J, N] the value of holding an expert; ``slots`` int64 [N];
-    ``group_size`` experts of a group; ``min_replicas``; ``artificial_cost`` more than any path
-    costs; ``by_weight`` int32 [N, J] experts by falling weight; ``cap`` int64 [N, groups], from
-    which pins are taken off.
+    ``group_size`` experts of a group; ``min_replicas``; ``cap`` int64 [N, groups], from which pins
+    are taken off.
 
     The placement: ``state`` int8 [J, N]; ``held`` int32 [N, groups, max held] the experts that a
     server may give away, ``position`` int32 [J, N] of an expert in it, ``num_held`` int64
@@ -46,6 +55,11 @@ class FlowState(NamedTuple):
     hands to each other server at the least loss, and in the last column the one that it drops, of
     those with replicas to spare. Entries are filled on first use and updated with every change.
 
+    One search: ``key`` int64 [nodes] length of the shortest path to a node found so far plus the
+    node's potential; ``parent`` int64 the node before it, or -1 at the source; ``moved`` int64 the
+    expert that the arc from there moves, or -1; ``heap`` int64 [nodes] the open nodes, and
+    ``place`` int64 where each node is in it, or `UNREACHED` or `SETTLED`.
+
     ``counters`` int64 [2]: augmentations and expanded nodes.
     """
 
@@ -53,8 +67,6 @@ class FlowState(NamedTuple):
     slots: Ints
     group_size: int
     min_replicas: int
-    artificial_cost: int
-    by_weight: Ints
     cap: Ints
     state: Ints
     held: Ints
@@ -65,41 +77,91 @@ class FlowState(NamedTuple):
     potential: Ints
     cheapest: Ints
     loss: Ints
+    key: Ints
+    parent: Ints
+    moved: Ints
+    heap: Ints
+    place: Ints
     counters: Ints
 
+    @classmethod
+    def build(
+        cls, weight: Ints, slots: Ints, cap: Ints, state: Ints, group_size: int, min_replicas: int
+    ) -> FlowState:
+        """The state before the search; ``cap`` and ``state`` become its own."""
+        pairs, servers = weight.shape
+        groups = cap.shape[1]
+        nodes = servers * (groups + 1)
+        max_held = int(max(1, min(int(slots.max()), group_size))) + 1
+        return cls(
+            weight=weight,
+            slots=slots,
+            group_size=group_size,
+            min_replicas=min_replicas,
+            cap=cap,
+            state=state,
+            held=np.empty((servers, groups, max_held), np.int32),
+            position=np.empty((pairs, servers), np.int32),
+            num_held=np.zeros((servers, groups), np.int64),
+            used=np.zeros(servers, np.int64),
+            num_replicas=np.zeros(pairs, np.int64),
+            potential=np.zeros(nodes, np.int64),
+            cheapest=np.full((servers, groups, servers + 1), UNKNOWN, np.int32),
+            loss=np.full((servers, groups, servers + 1), UNKNOWN_LOSS, np.int64),
+            key=np.empty(nodes, np.int64),
+            parent=np.empty(nodes, np.int64),
+            moved=np.empty(nodes, np.int64),
+            heap=np.empty(nodes, np.int64),
+            place=np.empty(nodes, np.int64),
+            counters=np.zeros(2, np.int64),
+        )
 
-@jit
+
+@inline_kernel
 def _offer(s: FlowState, k: int, n: int, g: int, to: int, loss: int) -> None:  # pragma: no cover
     """Cache that n can hand expert k to server ``to`` if nothing cheaper is cached."""
-    known = s.cheapest[n, g, to]
-    if known == NONE_FOUND or (known >= 0 and loss < s.loss[n, g, to]):
+    if loss < s.loss[n, g, to]:  # not where the cheapest is unknown
         s.cheapest[n, g, to] = k
         s.loss[n, g, to] = loss
 
 
-@jit
+@inline_kernel
+def _forget(s: FlowState, k: int, n: int, g: int, to: int) -> None:  # pragma: no cover - compiled
+    """Take expert k out of the cache of what n hands to ``to``."""
+    if s.cheapest[n, g, to] == k:
+        s.cheapest[n, g, to] = UNKNOWN
+        s.loss[n, g, to] = UNKNOWN_LOSS
+
+
+@inline_kernel
+def _hold(s: FlowState, k: int, n: int, g: int) -> None:  # pragma: no cover - compiled
+    """Give expert k of group g to server n."""
+    at = s.num_held[n, g]
+    s.held[n, g, at] = k
+    s.position[k, n] = at
+    s.num_held[n, g] = at + 1
+    s.state[k, n] = HELD
+    s.used[n] += 1
+    s.num_replicas[k] += 1
+
+
+@inline_kernel
 def _add(s: FlowState, k: int, n: int) -> None:  # pragma: no cover - compiled
     """Give expert k to server n, and update the cache."""
     g = k // s.group_size
     servers = len(s.slots)  # also the column of drops
-    s.state[k, n] = HELD
-    s.position[k, n] = s.num_held[n, g]
-    s.held[n, g, s.num_held[n, g]] = k
-    s.num_held[n, g] += 1
-    s.used[n] += 1
-    s.num_replicas[k] += 1
+    _hold(s, k, n, g)
     spare = s.num_replicas[k] - s.min_replicas
     for m in range(servers):
         if s.state[k, m] == FREE:
             _offer(s, k, n, g, m, s.weight[k, n] - s.weight[k, m])
             continue
-        if s.cheapest[m, g, n] == k:
-            s.cheapest[m, g, n] = UNKNOWN
+        _forget(s, k, m, g, n)
         if s.state[k, m] == HELD and (spare == 1 or (spare > 1 and m == n)):
             _offer(s, k, m, g, servers, s.weight[k, m])
 
 
-@jit
+@inline_kernel
 def _remove(s: FlowState, k: int, n: int) -> None:  # pragma: no cover - compiled
     """Take expert k from server n, and update the cache."""
     g = k // s.group_size
@@ -113,31 +175,29 @@ def _remove(s: FlowState, k: int, n: int) -> None:  # pragma: no cover - compile
     s.num_replicas[k] -= 1
     none_to_spare = s.num_replicas[k] == s.min_replicas
     for m in range(servers):
-        if s.cheapest[n, g, m] == k:
-            s.cheapest[n, g, m] = UNKNOWN
+        _forget(s, k, n, g, m)
         if s.state[k, m] == HELD:
             _offer(s, k, m, g, n, s.weight[k, m] - s.weight[k, n])
-        if (none_to_spare or m == n) and s.cheapest[m, g, servers] == k:
-            s.cheapest[m, g, servers] = UNKNOWN
+        if none_to_spare or m == n:
+            _forget(s, k, m, g, servers)
 
 
-@jit
+@inline_kernel
 def _find_cheapest(s: FlowState, n: int, g: int, to: int) -> None:  # pragma: no cover - compiled
     """Cache the expert of group g that n hands to ``to``, or drops, at the least loss."""
-    weight, state, held, num_replicas = s.weight, s.state, s.held, s.num_replicas
     drop = to == len(s.slots)
-    found = NONE_FOUND
-    least = s.artificial_cost
+    found = _int64(NONE_FOUND)
+    least = _int64(ARTIFICIAL_COST)
     for i in range(s.num_held[n, g]):
-        k = held[n, g, i]
+        k = _int64(s.held[n, g, i])
         if drop:
-            if num_replicas[k] <= s.min_replicas:
+            if s.num_replicas[k] <= s.min_replicas:
                 continue
-            loss = weight[k, n]
+            loss = s.weight[k, n]
         else:
-            if state[k, to] != FREE:
+            if s.state[k, to] != FREE:
                 continue
-            loss = weight[k, n] - weight[k, to]
+            loss = s.weight[k, n] - s.weight[k, to]
         if loss < least:
             found = k
             least = loss
@@ -145,138 +205,188 @@ def _find_cheapest(s: FlowState, n: int, g: int, to: int) -> None:  # pragma: no
     s.loss[n, g, to] = least
 
 
-@jit
-def initialise(s: FlowState) -> None:  # pragma: no cover - compiled
-    """Give each server its pins and then its best experts; set the potentials to match."""
+@inline_kernel
+def _comes_before(key: Ints, u: int, v: int) -> bool:  # pragma: no cover - compiled
+    """Whether node u is expanded before v: by key, then by number."""
+    return bool(key[u] < key[v] or (key[u] == key[v] and u < v))
+
+
+@inline_kernel
+def _rise(heap: Ints, place: Ints, key: Ints, v: int, at: int) -> None:  # pragma: no cover
+    """Put node v at ``at`` of the heap, or above, after its key was lowered."""
+    while at > 0:
+        above = (at - 1) >> 2
+        u = heap[above]
+        if not _comes_before(key, v, u):
+            break
+        heap[at] = u
+        place[u] = at
+        at = above
+    heap[at] = v
+    place[v] = at
+
+
+@inline_kernel
+def _pop(heap: Ints, place: Ints, key: Ints, size: int) -> int:  # pragma: no cover - compiled
+    """Take the first of ``size`` nodes from the heap, each of which has four children."""
+    first: int = heap[0]
+    size -= 1
+    v = heap[size]
+    at = 0
+    while True:
+        child = 4 * at + 1
+        if child >= size:
+            break
+        least = heap[child]
+        for other in range(child + 1, child + 4):
+            if other < size and _comes_before(key, heap[other], least):
+                child = other
+                least = heap[other]
+        if not _comes_before(key, least, v):
+            break
+        heap[at] = least
+        place[least] = at
+        at = child
+    heap[at] = v
+    place[v] = at
+    return first
+
+
+@inline_kernel
+def _reach(
+    s: FlowState, size: int, v: int, key: int, parent: int, moved: int
+) -> int:  # pragma: no cover - compiled
+    """Note a shorter path to node v that ends with ``parent``; returns the size of the heap."""
+    at = s.place[v]
+    if at == SETTLED:  # never: potentials make sure that nodes are expanded in order of length
+        return size
+    s.key[v] = key
+    s.parent[v] = parent
+    s.moved[v] = moved
+    if at == UNREACHED:
+        at = size
+        size += 1
+    _rise(s.heap, s.place, s.key, v, at)
+    return size
+
+
+@kernel
+def initialise(s: FlowState, by_weight: Ints) -> None:  # pragma: no cover - compiled
+    """Give each server its pins and then its best experts; set the potentials to match.
+
+    ``by_weight`` int32 [N, any] lists experts of each server by falling weight, of equal ones the
+    lowest first: all that it could take.
+    """
     pairs, servers = s.weight.shape
     groups = s.cap.shape[1]
     for n in range(servers):
-        for k in range(pairs):
+        for g in range(groups):
+            s.cheapest[n, g, n] = NONE_FOUND
+            s.loss[n, g, n] = ARTIFICIAL_COST
+    for k in range(pairs):
+        for n in range(servers):
             if s.state[k, n] == PINNED:
                 s.used[n] += 1
                 s.cap[n, k // s.group_size] -= 1
                 s.num_replicas[k] += 1
     for n in range(servers):
-        lowest = np.full(groups, s.artificial_cost, np.int64)
-        price = s.artificial_cost if s.used[n] >= s.slots[n] else 0
-        for i in range(pairs):
-            k = s.by_weight[n, i]
+        price = ARTIFICIAL_COST if s.used[n] >= s.slots[n] else 0
+        for g in range(groups):  # the least weight that the server holds of each group
+            s.key[n * groups + g] = ARTIFICIAL_COST
+        for i in range(by_weight.shape[1]):
+            k = _int64(by_weight[n, i])
             if s.used[n] >= s.slots[n] or s.weight[k, n] <= 0:
                 break
             g = k // s.group_size
             if s.state[k, n] != FREE or s.num_held[n, g] >= s.cap[n, g]:
                 continue
-            _add(s, k, n)
-            lowest[g] = s.weight[k, n]
+            _hold(s, k, n, g)  # nothing is in the cache yet
+            s.key[n * groups + g] = s.weight[k, n]
             if s.used[n] >= s.slots[n]:
                 price = s.weight[k, n]
         s.potential[servers * groups + n] = price
         for g in range(groups):
             full = s.num_held[n, g] >= s.cap[n, g]
-            s.potential[n * groups + g] = max(price, lowest[g]) if full else price
+            lowest = s.key[n * groups + g]
+            s.potential[n * groups + g] = lowest if full and lowest > price else price
 
 
-@jit
+@kernel
 def augment(s: FlowState) -> int:  # pragma: no cover - compiled
-    """Augment until every expert has its replicas; -1, or the first expert that cannot have them.
-
-    Fields of the tuple are bound to local names: looked up inside the loops, arrays cost three
-    times as much.
-    """
-    weight, slots, cap, num_held = s.weight, s.slots, s.cap, s.num_held
-    state, used, num_replicas, potential = s.state, s.used, s.num_replicas, s.potential
-    cheapest, loss, group_size, min_replicas = s.cheapest, s.loss, s.group_size, s.min_replicas
-    artificial_cost = s.artificial_cost
-    pairs, servers = weight.shape
-    groups = cap.shape[1]
+    """Augment until all experts have their replicas; -1, or the first that cannot have them."""
+    pairs, servers = s.weight.shape
+    groups = s.cap.shape[1]
     hub = servers * groups
     nodes = hub + servers
-    infinite = np.int64(1) << 62
-    key = np.empty(nodes, np.int64)  # length from the source plus potential
-    settled = np.empty(nodes, np.bool_)
-    parent = np.empty(nodes, np.int64)  # previous node, or -1 at the source
-    moved = np.empty(nodes, np.int64)  # expert that the arc from the previous node moves, or -1
+    key, potential, place, loss = s.key, s.potential, s.place, s.loss
     for target in range(pairs):
-        while num_replicas[target] < min_replicas:
-            key[:] = infinite
-            settled[:] = False
-            queue = [(infinite, np.int64(-1))]
+        while s.num_replicas[target] < s.min_replicas:
+            for v in range(nodes):
+                key[v] = INFINITE
+                place[v] = UNREACHED
+            size = _int64(0)  # of the heap
             for n in range(servers):
-                if state[target, n] == FREE:
-                    v = n * groups + target // group_size
-                    key[v] = potential[v] - weight[target, n]
-                    parent[v] = -1
-                    moved[v] = target
-                    heapq.heappush(queue, (key[v], np.int64(v)))
-            best: Any = infinite  # length of the shortest complete path so far
-            end: Any = -1
-            dropped: Any = np.int64(-1)
-            while True:
-                least, v = heapq.heappop(queue)
-                if least >= best:
-                    break
-                if settled[v]:
-                    continue
-                settled[v] = True
+                if s.state[target, n] == FREE:
+                    v = n * groups + target // s.group_size
+                    reduced = potential[v] - s.weight[target, n]
+                    size = _reach(s, size, v, reduced, _int64(-1), target)
+            best = INFINITE  # length of the shortest complete path so far
+            end = -1
+            dropped = -1
+            while size > 0 and key[s.heap[0]] < best:
+                v = _pop(s.heap, place, key, size)
+                size -= 1
+                place[v] = SETTLED
                 s.counters[1] += 1
                 length = key[v] - potential[v]
                 # artificial arc to the end: infeasible unless no real path exists
-                if length + artificial_cost < best:
-                    best, end, dropped = length + artificial_cost, v, np.int64(-1)
+                if length + ARTIFICIAL_COST < best:
+                    best, end, dropped = length + ARTIFICIAL_COST, v, -1
                 if v >= hub:
                     n = v - hub
-                    if used[n] < slots[n]:
+                    if s.used[n] < s.slots[n]:
                         if length < best:
-                            best, end, dropped = length, v, np.int64(-1)
+                            best, end, dropped = length, v, -1
                         continue
                     for g in range(groups):
                         u = n * groups + g
                         onward = length + potential[u]
-                        if num_held[n, g] > 0 and onward < key[u]:
-                            key[u] = onward
-                            parent[u] = v
-                            moved[u] = -1
-                            heapq.heappush(queue, (onward, np.int64(u)))
+                        if s.num_held[n, g] > 0 and onward < key[u]:
+                            size = _reach(s, size, u, onward, v, _int64(-1))
                     continue
                 n, g = v // groups, v % groups
                 u = hub + n
                 onward = length + potential[u]
-                if num_held[n, g] < cap[n, g] and onward < key[u]:
-                    key[u] = onward
-                    parent[u] = v
-                    moved[u] = -1
-                    heapq.heappush(queue, (onward, np.int64(u)))
-                if cheapest[n, g, servers] == UNKNOWN:
+                if s.num_held[n, g] < s.cap[n, g] and onward < key[u]:
+                    size = _reach(s, size, u, onward, v, _int64(-1))
+                if s.cheapest[n, g, servers] == UNKNOWN:
                     _find_cheapest(s, n, g, servers)
-                if cheapest[n, g, servers] >= 0 and length + loss[n, g, servers] < best:
+                if s.cheapest[n, g, servers] >= 0 and length + loss[n, g, servers] < best:
                     best = length + loss[n, g, servers]
                     end = v
-                    dropped = np.int64(cheapest[n, g, servers])
+                    dropped = _int64(s.cheapest[n, g, servers])
                 for m in range(servers):
                     u = m * groups + g
-                    if m == n or settled[u]:
-                        continue
-                    if cheapest[n, g, m] == UNKNOWN:
-                        _find_cheapest(s, n, g, m)
-                    if cheapest[n, g, m] == NONE_FOUND:
-                        continue
                     onward = length + loss[n, g, m] + potential[u]
-                    if onward < key[u] and onward < best:  # else it is on no shortest path
-                        key[u] = onward
-                        parent[u] = v
-                        moved[u] = cheapest[n, g, m]
-                        heapq.heappush(queue, (onward, np.int64(u)))
-            if end < 0 or best >= artificial_cost // 2:
+                    if onward >= key[u] or onward >= best or place[u] == SETTLED:
+                        continue  # it is on no shortest path
+                    if s.cheapest[n, g, m] == UNKNOWN:
+                        _find_cheapest(s, n, g, m)
+                        onward = length + loss[n, g, m] + potential[u]
+                        if onward >= key[u] or onward >= best:
+                            continue
+                    size = _reach(s, size, u, onward, v, _int64(s.cheapest[n, g, m]))
+            if end < 0 or best >= ARTIFICIAL_COST // 2:
                 return target
             for u in range(nodes):
-                if settled[u]:
+                if place[u] == SETTLED:
                     potential[u] += best - key[u]
             if dropped >= 0:
                 _remove(s, dropped, end // groups)
             v = end
             while True:
-                k = moved[v]
-                u = parent[v]
+                k = s.moved[v]
+                u = s.parent[v]
                 if k >= 0:  # v may be a hub, but arcs to hubs move no expert
                     _add(s, k, v // groups)
                     if u >= 0:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import Infeasible, LimitReached
+from prism_plan.exact_sum import exact_sum
 from prism_plan.instance import Instance
 from prism_plan.instance_feasibility import explain_infeasible
 from prism_plan.placement import server_of_gpu
@@ -63,10 +64,10 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
             f"ilp with {options.backend} found no placement within {limit} "
             f"({result.status}); raise ``time_limit_s``{other}"
         )
-    total = math.fsum(instance.activations.ravel())
+    total = exact_sum(instance.activations)
     if options.reference is not None:  # the tie-break is no part of the objective
         value = instance.activations - options.load_price * loaded
-    objective = total - math.fsum(value[local])
+    objective = total - exact_sum(value[local])
     lower = -math.inf if result.bound is None else total + result.bound / scale
     gap = max(objective - lower, 0.0)
     optimal = result.finished and gap <= TOLERANCE * max(total, abs(objective))

@@ -62,12 +62,13 @@ def pack_on_gpus(
         A server holds more experts than its GPUs have slots.
     """
     servers, layers, experts = local.shape
-    load = expected_load(instance.activations, local).reshape(servers, -1)
     server_of = server_of_gpu(instance.gpu_capacity)
     packed = np.zeros((len(server_of), layers * experts), bool)
     before = np.zeros_like(packed)
     if reference is not None:
         before = _reference_on_gpu(instance, reference).reshape(packed.shape)
+    if any(len(gpus) != 1 for gpus in instance.gpu_capacity):  # else there is nothing to balance
+        load = expected_load(instance.activations, local).reshape(servers, -1)
     for n in range(servers):
         gpus = np.flatnonzero(server_of == n).tolist()
         free = dict(zip(gpus, instance.gpu_capacity[n], strict=True))

@@ -46,7 +46,19 @@ DATA = (
     ".yaml",
     ".yml",
 )
-NO_DATA = (".py", ".typed", ".md", ".ipynb", ".png", ".svg", ".sh", ".gitignore", ".pyi", ".cff")
+NO_DATA = (
+    ".py",
+    ".cpp",
+    ".typed",
+    ".md",
+    ".ipynb",
+    ".png",
+    ".svg",
+    ".sh",
+    ".gitignore",
+    ".pyi",
+    ".cff",
+)
 NO_DATA_NAMES = ("LICENSE", "Makefile", ".ci/run")
 #: Data that ``check`` is not for, by who reads it. What it gives is golden by other cases.
 OTHER_READERS = {

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from prism_plan.instance import Instance
+from prism_plan.jit import kernel
 from prism_plan.model_spec import ModelShape
 from prism_plan.placement_check import violations
-from prism_plan.solvers import Options, solve
+from prism_plan.solvers import Options, flow, solve
 from prism_plan.solvers.certificate import Prices, value_bound
-from prism_plan.solvers.exact import solve_flow
+from prism_plan.solvers.exact import best_experts, solve_flow
 
 
 def medium(seed: int, *, tasks: int = 3, rules: bool = False, integer: bool = False) -> Instance:
@@ -217,3 +220,46 @@ def test_scale_of_activations_does_not_matter() -> None:
         other = solve(instance.replace(activations=instance.activations * factor), "exact")
         assert (other.local == plan).all()
         assert other.plan.termination == "optimal"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    weight=arrays.arrays(
+        np.int64,
+        arrays.array_shapes(min_dims=2, max_dims=2, max_side=24),
+        elements=st.integers(-2, 3),
+    ),
+    data=st.data(),
+)
+def test_the_best_experts_are_those_of_a_stable_sort(
+    weight: np.ndarray, data: st.DataObject
+) -> None:
+    """Of equal weights the lowest index is chosen, and comes first."""
+    most = data.draw(st.integers(0, weight.shape[1]))
+    order = np.argsort(-weight, axis=1, kind="stable")
+    assert best_experts(weight, most).tolist() == order[:, :most].tolist()
+
+
+@kernel
+def _pop_all(key: Any, heap: Any, place: Any, lowered: Any, order: Any) -> None:
+    """Put all nodes on the heap, lower some of their keys, and write down the order of popping."""
+    for v in range(len(key)):
+        flow._rise(heap, place, key, v, v)
+    for v in range(len(key)):
+        if lowered[v] < key[v]:
+            key[v] = lowered[v]
+            flow._rise(heap, place, key, v, place[v])
+    for i in range(len(key)):
+        order[i] = flow._pop(heap, place, key, len(key) - i)
+
+
+@settings(max_examples=100, deadline=None)
+@given(keys=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=60))
+def test_nodes_leave_the_heap_by_key_and_then_by_number(keys: list[tuple[int, int]]) -> None:
+    """Ties go to the lowest node, also after keys were lowered: the order is total."""
+    key, lowered = np.array(keys, np.int64).T.copy()
+    heap, place, order = np.full((3, len(key)), -1, np.int64)
+    _pop_all(key, heap, place, lowered, order)
+    assert (
+        order.tolist() == np.lexsort((np.arange(len(key)), np.minimum(*np.array(keys).T))).tolist()
+    )

@@ -195,8 +195,8 @@ def test_a_driver_that_hangs_alone(tmp_path: Path) -> None:
             assert answer["error"] is None
             assert answer["tokens"] == alone(MODEL, prompt, 8)
         assert run.errors(name) == [
-            "prism-runtime: server 'edge-2': the process that serves its requests sent no heartbeat "
-            "for 5 s; they are no longer waited for"
+            "prism-runtime: server 'edge-2': the process that serves its requests sent no "
+            "heartbeat for 5 s; they are no longer waited for"
         ]
 
 
