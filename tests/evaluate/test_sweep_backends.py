@@ -79,7 +79,7 @@ def fail(shared: int) -> None:
 # ---------------------------------------------------------------------------------- every back end
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_calls_results_errors_and_lost_workers(backend: Backend, tmp_path: Path) -> None:
     """Results stand for themselves in arguments, errors are raised here, lost calls come back."""
     assert backend.num_workers() == 2
@@ -98,7 +98,7 @@ def test_calls_results_errors_and_lost_workers(backend: Backend, tmp_path: Path)
         ended(backend, failed)
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["processes"])
 def test_a_call_that_ends_every_worker(name: str) -> None:
     """A call whose workers are lost again and again is given up, in one line."""
