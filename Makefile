@@ -5,7 +5,8 @@
 # make same BASE=REV  compare an older commit with the working tree, value by value (tests/golden)
 # make lint    style, formatting, types and the direction of imports
 # make schemas write the JSON Schemas of prism_plan/schemas anew from the models in prism_plan/io
-# make bench   measure the speeds that tests/benchmarks/README.md promises
+# make bench   measure and record the speeds that tests/benchmarks/README.md promises
+# make bench BASE=REV [CASES="A,B"]  measure an older commit and the working tree in turn: ratios
 # Only Python (3.11 or newer) and make are needed. PyTorch comes from the package index that pip is
 # set up for; on Linux that is a large build with CUDA unless the index offers the CPU build.
 
@@ -15,6 +16,9 @@ VENV ?= .venv
 EXTRAS ?= dev,hf
 # extras of both revisions of `make same`; hf: also the cases that need PyTorch
 SAME_EXTRAS ?=
+# of make bench: the commit to compare with, and the cases, all by default
+BASE ?=
+CASES ?=
 # processes that share the tests
 TEST_PROCESSES ?= 2
 PIP_FLAGS ?= --quiet --disable-pip-version-check
@@ -68,7 +72,7 @@ schemas: $(VENV)/installed
 	$(BIN)/python -m tools.make_schemas
 
 bench: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks $(if $(BASE),--base "$(BASE)") $(if $(CASES),--cases "$(CASES)")
 
 clean:
 	rm -rf $(VENV) demo-out build *.egg-info

@@ -274,6 +274,28 @@ def test_trace_in_another_process(tmp_path: Path) -> None:
         list(cloudpickle.loads(sent).batches())
 
 
+def test_trace_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a shared file has other numbers; its size and its time of change tell that it is it."""
+    import cloudpickle
+
+    path = tmp_path / "t.parquet"
+    write_trace(path, synthetic_trace(SPEC, ["x"], requests=3))
+    sent = cloudpickle.dumps(read_trace(path))
+    status, data = path.stat(), path.read_bytes()
+    copy = tmp_path / "copy"
+    copy.write_bytes(data)
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    copy.replace(path)
+    with pytest.raises(InputError, match="was changed"):
+        list(cloudpickle.loads(sent).batches())
+    monkeypatch.setattr("prism_plan.io.open_file.socket.gethostname", lambda: "another")
+    found = cloudpickle.loads(sent)
+    assert sum(len(batch) for batch in found.batches()) == found.tokens.sum()
+    os.utime(path)
+    with pytest.raises(InputError, match="was changed"):
+        list(cloudpickle.loads(sent).batches())
+
+
 # ---------------------------------------------------------------------------------------- bounds
 
 

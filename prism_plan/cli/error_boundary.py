@@ -158,12 +158,10 @@ def _exit_code(
 
 
 def _out_of_memory(error: BaseException) -> str | None:
-    """The message where memory is exhausted: of this process, of a GPU or of a worker process."""
+    """The message where memory is exhausted: of this process or of a GPU."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & {"MemoryError", "OutOfMemoryError"}:  # the latter is PyTorch's
         return "out of memory; use a smaller trace or cluster, or a larger machine"
-    if "BrokenProcessPool" in names:
-        return "a worker process was ended, perhaps for lack of memory; use fewer --jobs"
     return None
 
 

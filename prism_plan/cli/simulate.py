@@ -97,6 +97,18 @@ from prism_plan.cli.tables import format_option
     metavar="N",
     help="Processes; -1: one a core.",
 )
+@click.option(
+    "--backend",
+    type=click.Choice(["processes", "dask", "ray"]),
+    default="processes",
+    show_default=True,
+    help="What runs a sweep; dask and ray are extras of these names.",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Of a running Dask or Ray cluster, which shares the trace's file system.",
+)
 @click.option("--per-request", metavar="R.parquet", help="Also write one row a request.")
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

@@ -40,6 +40,8 @@ class SimulateOptions(ReviewOptions, TableOptions):
     time_limit_s: float | None
     grid: tuple[str, ...]
     jobs: int
+    backend: str
+    scheduler: str | None
     per_request: str | None
     output: str | None
 
@@ -60,8 +62,10 @@ class SimulateOptions(ReviewOptions, TableOptions):
             self.refuse(
                 *alone, "time_limit_s", "as_json", "table_format", found="not in a sweep (``grid``)"
             )
+            if self.scheduler is not None:
+                self.refuse("jobs", found="has no effect with ``scheduler``")
         else:
-            self.refuse("jobs", found="has no effect without ``grid``")
+            self.refuse("jobs", "backend", "scheduler", found="has no effect without ``grid``")
             if self.solvers is None:
                 self.refuse("min_replicas", found="has no effect without ``solvers``")
         if self.per_request is not None:

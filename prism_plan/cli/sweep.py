@@ -24,12 +24,14 @@ def run_sweep(args: SimulateOptions) -> int:
         parse_solver_names,
         require_writable_output,
     )
-    from prism_plan.errors import InputError
+    from prism_plan.errors import InputError, PrismError
     from prism_plan.evaluate.sweep import SweepOptions, sweep
+    from prism_plan.evaluate.sweep_backends import require_backend
     from prism_plan.evaluate.sweep_grid import Grid, parse_grid, vary_cluster
     from prism_plan.io.sweep import OK, dump_sweep, sweep_kind
     from prism_plan.placement import OFFLOAD
 
+    require_backend(args.backend, args.scheduler)
     output = args.output
     if output is None:
         raise InputError("no table to write", parameter="grid", expected="-o R.parquet or -o R.csv")
@@ -55,16 +57,22 @@ def run_sweep(args: SimulateOptions) -> int:
     trace = load_trace(args.trace, keep_tokens=True)
     rows: list[dict[str, Any]] = []
     interrupted = False
+    ended: PrismError | None = None
     with progress(grid.runs, "runs") as update, error_source(args.cluster):
         try:
             for row in sweep(
                 trace, cluster, grid, options, jobs=args.jobs,
+                backend=args.backend, scheduler=args.scheduler,
                 progress=lambda done: update("simulating", done),
                 names=option_names(click.get_current_context()),
             ):  # fmt: skip
                 rows.append(row)
         except KeyboardInterrupt:
             interrupted = True
+        except PrismError as error:
+            if not rows:
+                raise
+            ended = error  # workers were lost: the rows that are done are not
     if interrupted and not rows:
         raise KeyboardInterrupt
     write_output(output, dump_sweep(rows, kind, source=output))
@@ -74,10 +82,15 @@ def run_sweep(args: SimulateOptions) -> int:
     log_assumed_simulation_figures(args.cluster, cluster, options.simulation, offload)
     failed = [row for row in rows if row["status"] != OK]
     name = "standard output" if output == "-" else output
-    log_info(f"{name}: {len(rows)} of {grid.runs} runs" + (" (interrupted)" if interrupted else ""))
+    log_info(
+        f"{name}: {len(rows)} of {grid.runs} runs"
+        + (" (interrupted)" if interrupted or ended else "")
+    )
     for line in sorted({row["status"] for row in failed})[:5]:
         number = sum(row["status"] == line for row in failed)
         log_info(f"{number} of {len(rows)} runs failed: {line}")
+    if ended is not None:
+        raise ended
     if interrupted:
         return 130
     return 2 if rows and len(failed) == len(rows) else 0

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import socket
 import stat
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
@@ -46,8 +47,9 @@ class OpenFile:
     at most :data:`~prism_plan.input_limits.MAX_TEXT_BYTES`, and kept in memory. Named pipes,
     devices, sockets and folders are refused without waiting for them.
 
-    Sent to another process it is opened there when it is first read, and refused unless it still
-    is the same file.
+    Sent to another process it is opened there when it is first read, by its absolute path, and
+    refused unless it still is the same file. On another machine a shared file system has other
+    numbers for it: there its size and its time of change have to be the same.
 
     Raises
     ------
@@ -70,6 +72,7 @@ class OpenFile:
         except OSError as error:
             raise unreadable(error, self.path) from error
         self._identity = _identity(found)
+        self._host = socket.gethostname()
 
     def _check_kind(self, mode: int) -> None:
         if stat.S_ISREG(mode):
@@ -108,6 +111,9 @@ class OpenFile:
                 self._fd = _descriptor(self._absolute_path)
             except OSError as error:
                 raise unreadable(error, self.path) from error
+            if self._host != socket.gethostname():
+                here = _identity(os.fstat(self._fd))
+                self._identity, self._host = here[:2] + self._identity[2:], socket.gethostname()
             self.require_unchanged()
         return self._fd
 

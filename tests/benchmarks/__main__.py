@@ -1,85 +1,65 @@
 """Measure all cases, each in a process of its own: ``make bench``.
 
-Results go to tests/benchmarks/results.json (machine, commit, seeds, every timing).
+Results go to tests/benchmarks/results.json (machine, commit, seeds, every timing). ``--base REV``
+compares an older commit with the working tree instead (:mod:`tests.benchmarks.comparing`).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from studies.machine import commit, processor
-from tests.benchmarks import recording
-from tests.benchmarks.cases import CASES, Case, folder
+from tests.benchmarks import comparing, measuring, recording
+from tests.benchmarks.cases import CASES, ROOT, traces_dir
 
 RESULTS = Path(__file__).parent / "results.json"
+HEADER = ("case", "wall s", "CPU s", "limit s", "MiB", "events/s")
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Wall seconds of each run after one that is not counted, and the peak memory growth."""
-    with folder() as place:
-        prepared = case.prepare(Path(place))
-        case.run(prepared)  # compiled code is loaded, the file is in the page cache
-        reset_peak()
-        before = peak_mib()
-        times, outcome = [], {}
-        for _ in range(case.repeats):
-            begin = time.perf_counter()
-            outcome = case.run(prepared)
-            times.append(time.perf_counter() - begin)
-    return {
-        "name": case.name,
-        "median_s": round(median(times), 4),
-        "min_s": round(min(times), 4),
-        "max_s": round(max(times), 4),
-        "runs": case.repeats,
-        "limit_s": case.limit_s,
-        "process_peak_mib": round(peak_mib()),
-        "before_mib": round(before),
-        "limit_mib": case.limit_mib,
-        "events_per_s": case.events_per_s,
-        "outcome": outcome,
-    }
+def run_cases(names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of these cases, each printed as it is measured.
 
-
-def reset_peak() -> None:
-    """Let the kernel forget the peak of the preparation (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mib() -> float:
-    """Peak resident memory of this process, from the kernel."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("no VmHWM in /proc/self/status")
-
-
-def main() -> None:
-    """Run the named cases, or all but the small ones, and write the results."""
-    if len(sys.argv) == 3 and sys.argv[1] == "--one":
-        case = next(case for case in CASES if case.name == sys.argv[2])
-        print(json.dumps(measure(case)))
-        return
+    Raises
+    ------
+    SystemExit
+        A case does not run.
+    """
     rows = []
-    for case in CASES:
-        if case.small:
-            continue
-        command = [sys.executable, "-m", "tests.benchmarks", "--one", case.name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        row = json.loads(output.splitlines()[-1])
+    environment = {**os.environ, "PRISM_TRACES": str(traces_dir().resolve())}
+    for name in names:
+        row = comparing.run_case(ROOT, name, environment)
+        if isinstance(row, str):
+            sys.exit(f"{name}: {row}")
         rows.append(row)
-        limit = "" if row["limit_s"] is None else f" (limit {row['limit_s']} s)"
-        rate = row["outcome"].get("events_per_s")
-        speed = f", {rate:,} events/s" if rate else ""
-        print(f"{row['name']}: {row['median_s']} s{limit}, {row['process_peak_mib']} MiB{speed}")
+        print(f"{name}: {row['median_s']} s, {row['cpu_s']} CPU s", flush=True)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table in Markdown."""
+    cells = [
+        (
+            row["name"],
+            f"{row['median_s']:.4g}",
+            f"{row['cpu_s']:.4g}",
+            "" if row["limit_s"] is None else f"{row['limit_s']:g}",
+            str(row["process_peak_mib"]),
+            f"{row['outcome']['events_per_s']:,}" if "events_per_s" in row["outcome"] else "",
+        )
+        for row in rows
+    ]
+    return comparing.markdown(cells, HEADER)
+
+
+def record(rows: Sequence[dict[str, Any]]) -> None:
+    """Write the results of all cases, with machine and commit."""
     by_name = {row["name"]: row for row in rows}
     ratio = (
         by_name["ilp CBC, V2-Lite, 64 servers x 80"]["median_s"]
@@ -101,5 +81,28 @@ def main() -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def main() -> int:
+    """Record all cases, measure some, or compare some with an older commit."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
+    parser.add_argument("--one", metavar="NAME", help="measure one case here, and print JSON")
+    parser.add_argument("--base", metavar="REV", help="compare this commit with the working tree")
+    parser.add_argument("--cases", metavar="A,B", help="these only; nothing is recorded")
+    given = parser.parse_args()
+    if given.one is not None:
+        print(json.dumps(measuring.measure(given.one)))
+        return 0
+    names = [case.name for case in CASES if not case.small]
+    if given.cases:
+        names = comparing.chosen_names(given.cases, [case.name for case in CASES])
+    if given.base is not None:
+        return comparing.print_comparison(given.base, names, traces=traces_dir())
+    print(f"{commit()} on {processor()}, {os.cpu_count()} cores")
+    rows = run_cases(names)
+    print(f"\n{table(rows)}")
+    if not given.cases:
+        record(rows)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

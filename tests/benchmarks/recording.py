@@ -105,7 +105,7 @@ with tempfile.TemporaryDirectory() as folder:
     prompts.write_text("\\n".join(itertools.islice(itertools.cycle(lines), {number})))
     options = HfOptions(max_new_tokens=2, dtype="float32", device="cpu")
     profile_checkpoint(str(traces / "tiny-mixtral"), prompts, Path(folder) / "t.parquet", options)
-from tests.benchmarks.__main__ import peak_mib
+from tests.benchmarks.measuring import peak_mib
 print(peak_mib())
 """
     command = [sys.executable, "-c", code]

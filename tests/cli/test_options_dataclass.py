@@ -197,6 +197,16 @@ NO_EFFECT: list[tuple[tuple[str, ...], str]] = [
         "--half-life: has no effect with cumulative --statistics",
     ),
     ((*SIMULATE, "--jobs", "2"), "--jobs: has no effect without --sweep"),
+    ((*SIMULATE, "--backend", "dask"), "--backend: has no effect without --sweep"),
+    ((*SIMULATE, "--scheduler", "h:1"), "--scheduler: has no effect without --sweep"),
+    (
+        (*SIMULATE, "--sweep", "seed=1", "--backend", "ray", "--scheduler", "h:1", "--jobs", "2"),
+        "--jobs: has no effect with --scheduler",
+    ),
+    (
+        (*SIMULATE, "--sweep", "seed=1", "--scheduler", "h:1"),
+        "--scheduler: has no effect with the --backend processes",
+    ),
     ((*SIMULATE, "--requests", "2", "--duration", "5"), "--requests: 2 with --duration, which"),
     (
         (*SIMULATE, "--sweep", "seed=1", "-o", "o.csv", "--phases", "f.toml"),

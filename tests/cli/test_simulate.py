@@ -21,6 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from prism_plan.check.report import check_file
+from prism_plan.cli.error_boundary import run_command
+from prism_plan.cli.main import cli
+from prism_plan.evaluate import sweep as sweep_module
+from prism_plan.evaluate.sweep_backends.contract import lost_worker
 from prism_plan.io.placement import write_placement
 from prism_plan.io.simulation import read_simulation
 from prism_plan.io.sweep import read_sweep, sweep_from_csv
@@ -248,6 +252,28 @@ def test_sweep_with_failed_cells(here: Path) -> None:
     lines = result.stderr.splitlines()
     assert len(lines) == 3
     assert sum("2 of 6 runs failed: --sweep: gpus: " in line for line in lines) == 2
+
+
+def test_lost_workers_leave_the_rows_that_are_done(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a sweep ends because its workers are lost, its first rows are written, and code 4."""
+    made = sweep_module.sweep
+
+    def breaking(*args: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        yield next(iter(made(*args, **options)))
+        raise lost_worker("dask")
+
+    monkeypatch.setattr(sweep_module, "sweep", breaking)
+    monkeypatch.chdir(here)
+    words = ("simulate", *FILES, "--sweep", "solver=exact", "--sweep", "seed=1,2",
+             "--requests", "1", "--jobs", "1", "-o", "s.csv")  # fmt: skip
+    assert run_command(cli, "prism-plan", program="prism-plan", arguments=words) == 4
+    assert [row["seed"] for row in read_sweep(here / "s.csv")] == [1]
+    told = capsys.readouterr().err
+    assert "s.csv: 1 of 2 runs (interrupted)" in told
+    assert "prism-plan: dask: workers that ran the same cells were lost 4 times" in told
+    assert "or --jobs" in told
 
 
 # ---------------------------------------------------------------------------------- ended too early

@@ -23,23 +23,26 @@ class Revision:
     def __str__(self) -> str:
         return self.commit[:10] or "the working tree"
 
-    def copy_to(self, folder: Path) -> None:
-        """Write the files of the commit, or of the working tree, into a new folder."""
+    def copy_to(self, folder: Path, root: Path = ROOT) -> None:
+        """Write the files of the commit, or of the working tree, into a new folder.
+
+        ``root`` is the root of the repository.
+        """
         folder.mkdir(parents=True)
         if self.commit:
-            packed = BytesIO(git("archive", self.commit))
+            packed = BytesIO(git("archive", self.commit, root=root))
             with tarfile.open(fileobj=packed) as archive:
                 archive.extractall(folder, filter="data")
             return
-        listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
+        listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", root=root)
         for name in filter(None, listed.decode().split("\0")):
-            if (ROOT / name).is_file():
+            if (root / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, folder / name)
+                shutil.copy2(root / name, folder / name)
 
 
-def revision(name: str) -> Revision:
-    """The commit that git knows by the name.
+def revision(name: str, root: Path = ROOT) -> Revision:
+    """The commit that git knows by the name, in the repository at ``root``.
 
     Raises
     ------
@@ -49,15 +52,17 @@ def revision(name: str) -> Revision:
     """
     try:
         return Revision(
-            git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").decode().strip()
+            git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", root=root)
+            .decode()
+            .strip()
         )
     except subprocess.CalledProcessError:
         sys.exit(f"{name!r} is no commit of this repository")
 
 
-def git(*words: str) -> bytes:
+def git(*words: str, root: Path = ROOT) -> bytes:
     """The output of a git command at the root of the repository."""
-    return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True).stdout
+    return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True).stdout
 
 
 def install(revisions: list[Revision], folder: Path, extras: str) -> list[Path]:
