@@ -39,6 +39,10 @@ def renamed_parameters(**names: str) -> Callable[[F], F]:
         def call(*args: Any, **values: Any) -> Any:
             for old in names.keys() & values.keys():
                 where = function.__qualname__.removesuffix(".__init__")
+                if names[old] in values:
+                    raise TypeError(
+                        f"{where}: {names[old]} is given, and also by its old name {old}"
+                    )
                 _warn(f"{where}: {old}", names[old], 3)
                 values[names[old]] = values.pop(old)
             return function(*args, **values)

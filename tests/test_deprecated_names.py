@@ -53,6 +53,8 @@ def test_near_is_reference() -> None:
         assert options.near is placement  # type: ignore[attr-defined]
     assert dataclasses.replace(options, seed=3).reference is placement
     assert Options().reference is None
+    with pytest.raises(TypeError, match="also by its old name near"):
+        Options(near=placement, reference=placement)  # type: ignore[call-arg]
 
 
 def test_load_is_token_rates() -> None:
