@@ -74,10 +74,10 @@ def printable_lines(text: str) -> str:
 
 
 def printable_json(text: str) -> str:
-    r"""JSON text of the same values; characters that would not be displayed become escapes.
+    """JSON text of the same values; characters that would not be displayed become escapes.
 
     Outside of its strings JSON has none but newlines and tabs, which stay; inside of them each
-    becomes JSON's escape ``\uXXXX``.
+    becomes an escape of JSON, a backslash, u and four hexadecimal digits.
     """
     if _PLAIN.fullmatch(text):
         return text

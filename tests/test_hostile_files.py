@@ -103,14 +103,15 @@ def run(work: Path, *args: object, **more: object) -> tuple[int, str, int]:
     return code, result.stderr, peak * unit
 
 
-def refused(result: tuple[int, str, int], *words: str) -> None:
-    """Exit code 2 and one line, in little memory."""
+def refused(result: tuple[int, str, int], *words: str) -> str:
+    """The message of a run that ended with exit code 2 and one line, in little memory."""
     code, text, memory = result
     assert code == 2, text
     assert len(text.splitlines()) == 1
     for word in words:
         assert word in text
     assert memory < GIB
+    return text
 
 
 # --------------------------------------------------------------------------------- whole commands
@@ -149,8 +150,8 @@ def test_named_pipe(work: Path) -> None:
     """A named pipe is refused at once: nobody may ever write to it."""
     os.mkfifo(work / "pipe.toml")
     try:
-        refused(run(work, "check", "pipe.toml"), "is a pipe", "- for standard input")
-        refused(run(work, "check", "t.parquet", "--cluster", "pipe.toml"), "is a pipe")
+        for command in (("check", "pipe.toml"), ("check", "t.parquet", "--cluster", "pipe.toml")):
+            assert "is a pipe; expected a regular file, or -" in refused(run(work, *command))
     finally:
         (work / "pipe.toml").unlink()
 
@@ -158,14 +159,15 @@ def test_named_pipe(work: Path) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
 def test_device(work: Path) -> None:
     """A device is refused, and as standard input read up to a bound."""
-    refused(run(work, "check", "/dev/zero"), "is a device")
+    assert "/dev/zero: is a device" in refused(run(work, "check", "/dev/zero"))
     with open("/dev/zero", "rb") as zero:
-        refused(run(work, "check", "-", stdin=zero), "is longer than 268,435,456 bytes")
+        line = refused(run(work, "check", "-", stdin=zero))
+    assert "is longer than 268,435,456 bytes" in line
 
 
 def test_folder(work: Path) -> None:
     """A folder is refused."""
-    refused(run(work, "check", "bombs"), "is a directory")
+    assert "bombs: is a directory" in refused(run(work, "check", "bombs"))
 
 
 @pytest.mark.parametrize("name", ["p.json", "t.parquet"])

@@ -154,8 +154,7 @@ def _from_npz(path: Path) -> Mapping[str, Any]:
         zlib.error,
         OSError,
         EOFError,
-        NotImplementedError,
-        RuntimeError,
+        RuntimeError,  # of an archive that is encrypted, or of an unknown compression
     ) as error:
         raise Location(path).error(
             f"not a readable .npz file: {error}", remedy=TRUNCATED
