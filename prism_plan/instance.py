@@ -149,9 +149,9 @@ class Instance:
 
     @property
     def max_per_layer(self) -> npt.NDArray[np.int64]:
-        """The most experts of any one layer on each server, int64 [N]: its layer cap, or E."""
-        caps = [self.model.num_experts if cap is None else cap for cap in self.layer_caps]
-        return np.array(caps, np.int64)
+        """The most experts of any one layer on each server, int64 [N]: its layer cap, at most E."""
+        experts = self.model.num_experts
+        return np.array([experts if cap is None else min(cap, experts) for cap in self.layer_caps])
 
     @property
     def has_rules(self) -> bool:

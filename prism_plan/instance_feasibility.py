@@ -108,7 +108,7 @@ def explain_infeasible(instance: Instance) -> None:
     open_ = ~(pinned | instance.mask(instance.forbidden))
     need = np.maximum(instance.min_replicas - pinned.sum(axis=0), 0).ravel()
     slots = instance.slots - pinned.sum(axis=(1, 2))
-    caps = np.minimum(instance.max_per_layer, experts)[:, None] - pinned.sum(axis=2)
+    caps = instance.max_per_layer[:, None] - pinned.sum(axis=2)
 
     # nodes: source, sink, servers, (server, layer), pairs
     server_node = 2 + np.arange(servers)

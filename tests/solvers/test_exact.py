@@ -212,6 +212,16 @@ def test_a_price_keeps_experts_where_they_are() -> None:
     assert loads[0] > loads[-1] == 0
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_layer_cap_beyond_the_experts_bounds_nothing(seed: int) -> None:
+    """With a cap above the number of experts the plan is proven optimal, as good as without."""
+    free = medium(seed)
+    capped = solve(free.replace(layer_caps=(50,) * free.num_servers), "exact").plan
+    assert capped.termination == "optimal"
+    assert capped.remote_share == pytest.approx(solve(free, "exact").plan.remote_share, abs=1e-12)
+    assert capped.bound == pytest.approx(capped.remote_share, abs=1e-9)
+
+
 def test_scale_of_activations_does_not_matter() -> None:
     """The same plan comes out when all activations are tiny or huge."""
     instance = medium(2)
