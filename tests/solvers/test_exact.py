@@ -212,11 +212,13 @@ def test_a_price_keeps_experts_where_they_are() -> None:
     assert loads[0] > loads[-1] == 0
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(30))
 def test_a_layer_cap_beyond_the_experts_bounds_nothing(seed: int) -> None:
-    """With a cap above the number of experts the plan is proven optimal, as good as without."""
-    free = medium(seed)
-    capped = solve(free.replace(layer_caps=(50,) * free.num_servers), "exact").plan
+    """Also where servers hold whole layers, the plan is proven optimal, as good as without caps."""
+    rng = np.random.default_rng(seed)
+    model = ModelShape("whole layers", (0, 1, 2), 4, 1, 1)
+    free = Instance(model, ("a", "b"), rng.gamma(0.5, size=(2, 3, 4)), ((9,), (8,)))
+    capped = solve(free.replace(layer_caps=(50, 50)), "exact").plan
     assert capped.termination == "optimal"
     assert capped.remote_share == pytest.approx(solve(free, "exact").plan.remote_share, abs=1e-12)
     assert capped.bound == pytest.approx(capped.remote_share, abs=1e-9)
