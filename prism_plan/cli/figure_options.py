@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prism_plan.cli.options_dataclass import CommandOptions
+from prism_plan.cli.options_dataclass import CommandOptions, add_options
 from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
     from prism_plan.plotting import FigureOptions
 
-_OPTIONS = (
+#: Gives a command ``-o``, ``--title``, ``--no-title``, ``--size`` and ``--dpi``.
+figure_options = add_options(
     click.option(
         "-o",
         "--output",
@@ -34,13 +35,6 @@ _OPTIONS = (
         "--dpi", type=int, default=100, show_default=True, metavar="N", help="Pixels an inch."
     ),
 )
-
-
-def figure_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command ``-o``, ``--title``, ``--no-title``, ``--size`` and ``--dpi``."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
 
 
 @dataclass(frozen=True, kw_only=True)

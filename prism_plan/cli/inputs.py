@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from prism_plan.cli.console import log_info
 from prism_plan.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
@@ -83,8 +84,6 @@ def log_planned_on_scored_requests(
     placements: Sequence[tuple[str, Placement]], trace: Trace, holdout: float | None
 ) -> None:
     """Log which placements were planned on the whole trace, held-out requests included."""
-    from prism_plan.cli.console import log_info
-
     if holdout is None:
         return
     seen = [
@@ -117,17 +116,17 @@ def require_writable_output(output: str | None, *inputs: str | None) -> None:
         require_not_an_input(output, [path for path in inputs if path is not None])
 
 
-def log_assumed_figures(path: str, cluster: Cluster, **uses: bool) -> None:
+def log_assumed_figures(
+    path: str, cluster: Cluster, *, log: Callable[[str], None] = log_info, **uses: bool
+) -> None:
     """Name the figures that a command uses and the cluster file does not give.
 
     ``uses`` as in :func:`prism_plan.check.assumed_figures.assumed_figures`.
     """
     from prism_plan.check.assumed_figures import assumed_figures
-    from prism_plan.cli.console import log_info
 
-    text = assumed_figures(cluster, **uses)
-    if text:
-        log_info(f"{path}: {text}")
+    if text := assumed_figures(cluster, **uses):
+        log(f"{path}: {text}")
 
 
 def log_assumed_simulation_figures(

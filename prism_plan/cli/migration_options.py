@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from prism_plan.cli.options_dataclass import CommandOptions
+from prism_plan.cli.options_dataclass import CommandOptions, add_options
 from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
     from prism_plan.migration.cost import MigrationCost
     from prism_plan.migration.policy import PolicyName
 
-_OPTIONS = (
+#: Adds the options of migration reviews to a click command.
+review_options = add_options(
     click.option(
         "--migrate",
         type=click.Choice(["never", "prism", "partial"]),
@@ -71,16 +71,9 @@ _OPTIONS = (
 )
 
 
-def review_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of migration reviews to a click command."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
-
-
 @dataclass(frozen=True, kw_only=True)
 class ReviewOptions(CommandOptions):
-    """The values of :func:`review_options`; refused where no policy is chosen."""
+    """The values of :data:`review_options`; refused where no policy is chosen."""
 
     migrate: PolicyName
     migrate_every_s: float

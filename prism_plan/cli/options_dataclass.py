@@ -82,6 +82,17 @@ def options_as(kind: type[Kind]) -> Callable[[Callable[[Kind], Result]], Callabl
     return decorate
 
 
+def add_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A decorator that gives a click command these options, in their order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 def running_context(context: click.Context) -> click.Context:
     """The context of the command that runs within ``context``."""
     found: click.Context = context.meta.get(_RUNNING_CONTEXT, context)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prism_plan.cli import inputs
 from prism_plan.cli.internal_errors import write_log_line
 from prism_plan.cli.migration_options import ReviewOptions, review_options
-from prism_plan.cli.options_dataclass import CommandOptions
+from prism_plan.cli.options_dataclass import CommandOptions, add_options
 from prism_plan.errors import InputError, did_you_mean
 from runtime_adapter import PROGRAM
 
@@ -32,20 +33,7 @@ def log_assumed_figures(path: str, cluster: Cluster, **uses: bool) -> None:
 
     ``uses`` as in :func:`prism_plan.check.assumed_figures.assumed_figures`.
     """
-    from prism_plan.check.assumed_figures import assumed_figures
-
-    text = assumed_figures(cluster, **uses)
-    if text:
-        log_info(f"{path}: {text}")
-
-
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def decorate(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    inputs.log_assumed_figures(path, cluster, log=log_info, **uses)
 
 
 store_option = click.option(
@@ -57,7 +45,7 @@ store_option = click.option(
 )
 
 #: Options of every command that joins a run as a server.
-rendezvous_options = _options(
+rendezvous_options = add_options(
     click.option("--server", required=True, metavar="NAME", help="This server's name."),
     store_option,
     click.option("--interface", default="lo", show_default=True, help="Interface of the links."),
@@ -84,7 +72,7 @@ rendezvous_options = _options(
 
 
 #: Options of the commands that serve: whether experts move, as in `prism-plan simulate`.
-migration_options = _options(
+migration_options = add_options(
     review_options,
     click.option("--movable", is_flag=True, help="Accept the command move, also without reviews."),
     click.option(
