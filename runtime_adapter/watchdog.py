@@ -102,7 +102,10 @@ class Watchdog:
         return max(timeout_s, self._rendezvous.rendezvous_timeout_s)
 
     def lose(self, lost: ServerLost) -> None:
-        """Report that a server is lost, once."""
+        """Report that a server is lost, unless that server was reported before.
+
+        The caller has marked it as lost in the expert map.
+        """
         with self._lock:
             if lost.server in self._reported_losses:
                 return

@@ -139,7 +139,7 @@ def run_cells(
 def plan_and_run(
     work: SweepWork, block: GridBlock, conditions: Sequence[Condition]
 ) -> list[dict[str, Any]]:
-    """Plan a block and run it under all its conditions."""
+    """Plan a block's placement and run it; returns a row for each of these conditions, in order."""
     return run_cells(work, block, plan_block(work, block), conditions)
 
 

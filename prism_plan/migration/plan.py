@@ -51,17 +51,17 @@ class MigrationPlan:
 
     @property
     def loads(self) -> int:
-        """Load steps, extra ones included."""
+        """The number of load steps, extra ones included."""
         return sum(step.kind == "load" for step in self.steps)
 
     @property
     def drops(self) -> int:
-        """Drop steps; each extra load has an extra drop."""
+        """The number of drop steps, with an extra one for each extra load."""
         return len(self.steps) - self.loads
 
     @property
     def extra_loads(self) -> int:
-        """Loads beyond those that the two placements differ by."""
+        """The number of loads beyond those that the two placements differ by."""
         return sum(step.kind == "load" and step.temporary for step in self.steps)
 
     @property

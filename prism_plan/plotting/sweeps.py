@@ -55,14 +55,19 @@ def sweep_figure(
     name: str = "",
     options: FigureOptions = DEFAULT_FIGURE,
 ) -> Figure:
-    """Mean latency by a condition ``x``, a line for each solver, a panel for each other condition.
+    """Draw mean latency by a condition ``x``, a line for each solver, in panels.
 
-    ``rows`` are those of a sweep table (see `prism_plan.io.sweep`); those that failed or have no
-    latency are left out, and the title says how many. A line is the mean over seeds, a band their
-    least and most. Left to itself, x is the bandwidth, or the GPUs if one bandwidth was swept, or,
-    where intervals or memory were swept too, the condition of the most values. ``panels`` is
-    the condition that columns of panels stand for; whatever else was swept makes rows of panels,
-    for a line never mixes conditions. ``name`` stands in the title.
+    Conditions are ``bandwidth_mbps``, ``gpus``, ``servers``, ``arrival_interval_s`` and
+    ``memory_fraction``. ``rows`` are those of a sweep table (see `prism_plan.io.sweep`); those
+    that failed or have no latency are left out, and the title says how many. A line is the mean
+    over seeds, a band their least and most.
+
+    By default x is the bandwidth, or the GPUs if one bandwidth was swept; where intervals,
+    memory or servers were swept too, it is the condition of the most values. Each combination
+    of values of the other swept conditions has a panel: those of ``panels`` side by side, the
+    rest below each other. Where x is one of ``gpus`` and ``servers``, the other has panels only
+    if ``panels`` names it. ``solvers`` are those to draw, by default all; ``name`` stands in
+    the title.
 
     Raises
     ------

@@ -94,11 +94,13 @@ class SimulationRun:
         return utilisations
 
     def offered_load(self) -> dict[str, float]:
-        """Utilisation of every server's admission slots, GPUs and links by the arrivals, by name.
+        """Utilisation that the arrivals ask of admission slots, GPUs and links, by name.
 
-        Of GPUs and links: their busy time over the time in which that many requests arrive. At 1 or
-        more the load is unstable: queues grow as long as requests arrive, whatever the
-        ``concurrency``. Of a partial run, over the simulated time.
+        Names are ``a`` (the slots of server a), ``a gpu[0]``, ``a uplink`` and ``a downlink``;
+        what is not known is left out. Slots: see :meth:`utilisation`. GPUs and links: their busy
+        time over the time in which the run's requests arrive, or over the simulated time if the
+        run is partial. At 1 or more, queues grow as long as requests arrive; where a GPU or link
+        is at 1, more ``concurrency`` does not help.
         """
         names = self.scenario.placement.servers
         load_by_name = {

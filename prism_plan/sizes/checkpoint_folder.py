@@ -22,11 +22,13 @@ from prism_plan.sizes.weight_files import file_names
 
 
 def spec_from_file(path: Path) -> ModelSpec:
-    """Read the model spec of a file: GGUF, a spec of ours in JSON, or a ``config.json``.
+    """Read the model spec of a file: ``.gguf``, a spec of ours in JSON, or a ``config.json``.
 
-    A file named ``config.json`` beside weights stands for its folder. Without weights its model is
-    named as when the checkpoint is run (:func:`~prism_plan.sizes.checkpoint_name.model_name`).
-    Other configurations are named by their ``_name_or_path``, else by the file.
+    A file named ``config.json`` beside weights stands for its folder. From any other
+    configuration the model is built on PyTorch's meta device, which needs the extra ``hf``. It
+    is named as when the checkpoint is run (:func:`~prism_plan.sizes.checkpoint_name.model_name`)
+    if the file's name is ``config.json``; else by its repository in the hub's cache, else by its
+    ``_name_or_path``, else by the file.
 
     Raises
     ------

@@ -68,7 +68,10 @@ class ModelFacts:
         return self.top_k
 
     def kv_bytes(self, caches: Mapping[int, int]) -> int:
-        """Bytes that a token adds to the KV cache; ``caches`` is the number of caches by layer."""
+        """Bytes that a token adds to the KV caches of all layers together.
+
+        ``caches`` maps the index of a decoder layer to its number of caches.
+        """
         return self.dtype_bytes * sum(n * self.kv_numbers[layer] for layer, n in caches.items())
 
     def attention_flops(self, caches: Mapping[int, int]) -> int | None:

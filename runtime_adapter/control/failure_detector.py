@@ -32,7 +32,11 @@ class FailureDetector:
         self._observed: dict[object, tuple[Any, float, float]] = {}
 
     def silent_s(self, process: object, heartbeat: Any) -> float:
-        """Observe a heartbeat; returns the seconds for which it has been unchanged."""
+        """Observe a process's heartbeat; returns the seconds it has been unchanged, 0 at first.
+
+        ``process`` is any key that tells processes apart. A call adds at most ``MAX_GAP_S`` to
+        the seconds, so observe more often than that.
+        """
         now = self._now()
         silent_s = 0.0
         if process in self._observed:

@@ -27,15 +27,17 @@ MAX_STARTUP_S = 120.0
 def request_move(
     rendezvous: Rendezvous, placement: Any, report: Callable[[str], None] = lambda text: None
 ) -> tuple[int, str]:
-    """Request a placement (its JSON), wait until the move has ended; returns exit code and text.
+    """Ask a run to move its experts to a placement and wait for the end; returns code and text.
 
-    ``report`` gets a line about entries of the log that are skipped.
+    ``placement`` is the parsed JSON of a placement file. The code is the command's exit code: 0
+    if the experts were moved, otherwise the text says why not. ``report`` gets one line, about
+    the first entry of the log that is skipped as invalid.
 
     Raises
     ------
     RuntimeFailure
         There is no run, it does not move experts, it ended meanwhile, its store or its scheduler
-        hangs or is gone.
+        hangs or is gone. Some experts may have moved.
     """
     move = uuid.uuid4().hex
     log = EventLog(rendezvous, f"move {move}")
