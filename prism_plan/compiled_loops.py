@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.jit import inline_kernel, kernel
+from prism_plan.kernel_types import int64
 
 #: Steps are numbered anew beyond this, so that their numbers fit into int32.
 MAX_STEP = 2**31 - 1
@@ -113,7 +114,7 @@ def smallest_cover(
     """
     if count > exact_up_to:
         covered = 0
-        size = 0
+        taken = int64(0)
         while covered != full:
             best = -1
             best_gain = 0
@@ -123,10 +124,10 @@ def smallest_cover(
                     best = i
                     best_gain = gain
             covered |= masks[best]
-            chosen[size] = best
-            size += 1
-        _sort(chosen, size)
-        return size
+            chosen[taken] = best
+            taken += 1
+        _sort(chosen, taken)
+        return int(taken)
     for size in range(1, count + 1):
         for i in range(size):
             chosen[i] = i
@@ -179,9 +180,9 @@ def score_steps(
             if not serves[n, task[t]]:
                 continue
             for layer in range(layers):
-                num_missing = 0
-                held_by_all = -1
-                held_by_any = 0
+                num_missing = int64(0)
+                held_by_all = int64(-1)
+                held_by_any = int64(0)
                 for k in range(top_k):
                     e = experts[t, layer, k]
                     if not local[n, layer, e]:
@@ -204,8 +205,8 @@ def score_steps(
                         if num_servers > exact_up_to:
                             sums[2, n, task[t]] += _count_bits(held_by_any) > exact_up_to
                         continue
-                num_candidates = 0
-                full = 0
+                num_candidates = int64(0)
+                full = int64(0)
                 for i in range(num_missing):
                     pair = layer * num_experts + missing_experts[i]
                     if start[pair] < start[pair + 1]:
@@ -219,7 +220,7 @@ def score_steps(
                 if num_candidates * num_candidates < 4 * num_servers:
                     _sort(candidate_servers, num_candidates)
                 else:
-                    num_candidates = 0
+                    num_candidates = int64(0)
                     for m in range(num_servers):
                         if mask_of[m] != 0:
                             candidate_servers[num_candidates] = m

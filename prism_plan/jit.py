@@ -6,9 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from prism_plan.numba_private import load_without_scipy
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _callbacks: list[Callable[[], None]] = []
+#: Names of functions whose machine code cannot be kept.
+_not_cached: list[str] = []
 
 
 def before_first_compilation(callback: Callable[[], None]) -> None:
@@ -19,11 +23,17 @@ def before_first_compilation(callback: Callable[[], None]) -> None:
     _callbacks.append(callback)
 
 
+def code_is_kept() -> bool:
+    """Whether the machine code of all kernels so far is kept for later processes."""
+    return not _not_cached
+
+
 def jit(function: Function) -> Function:
     """Compile ``function`` on first call; later processes load the machine code from the cache.
 
-    Where no cache folder can be written (a read-only installation without a home), the function is
-    compiled again in each process.
+    The cache is ``NUMBA_CACHE_DIR``, else beside the module, else in the user's own cache folder.
+    Where none can be written (a read-only installation without a home), the function is compiled
+    again in each process.
     """
     return _compiled(function)
 
@@ -45,10 +55,12 @@ def inline_kernel(function: Function) -> Function:
 def _compiled(function: Function, **options: bool) -> Function:
     from numba import njit
 
+    load_without_scipy()
     _register_listener()
     try:
         return cast(Function, njit(cache=True, **options)(function))
     except RuntimeError:  # numba: "no locator available"
+        _not_cached.append(function.__name__)
         return cast(Function, njit(**options)(function))
 
 

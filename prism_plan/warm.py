@@ -1,70 +1,10 @@
 """``python -m prism_plan.warm``: compile what commands compile at their first use, ahead of it.
 
-The machine code goes to numba's cache, as it does at the first use; without a folder for that
-(``NUMBA_CACHE_DIR`` names one) each process compiles for itself, and nothing is gained.
+The machine code goes to numba's cache, as it does at the first use: see :func:`prism_plan.jit.jit`.
+Without a folder for it each process compiles for itself; that is said, and the exit code is 1.
 """
 
-from __future__ import annotations
-
-import sys
-import tempfile
-import time
-
-import numpy as np
-
-from prism_plan.cluster import Cluster, Gpu, Server
-from prism_plan.evaluate.simulation import simulate_placements
-from prism_plan.instance import Instance
-from prism_plan.io.trace_reader import read_trace
-from prism_plan.io.trace_writer import write_trace
-from prism_plan.model_spec import ModelSpec
-from prism_plan.objective import step_score
-from prism_plan.simulate.sampling import sample_requests
-from prism_plan.solvers import solve
-from prism_plan.token_rates import expected_token_rates
-from prism_plan.trace import TokenBatch, Trace, trace_from_batches
-
-
-def compile_kernels() -> None:
-    """Read, solve, score and simulate an example of a few experts: all kernels are compiled."""
-    written, cluster = _example()
-    with tempfile.TemporaryDirectory() as folder:
-        write_trace(f"{folder}/example.parquet", written)
-        trace = read_trace(f"{folder}/example.parquet")
-        _use(trace, cluster)
-
-
-def _use(trace: Trace, cluster: Cluster) -> None:
-    instance = Instance.build(trace, cluster)
-    placement = solve(instance, "exact")
-    step_score(placement.local, trace, expected_token_rates(trace, cluster))
-    requests = sample_requests(trace, cluster, requests_per_server=1)
-    simulate_placements([("example", placement)], requests, trace, cluster)
-
-
-def _example() -> tuple[Trace, Cluster]:
-    """Two requests of two tokens, and two servers that hold half of the experts each."""
-    model = ModelSpec(
-        name="example", moe_layers=(0,), num_experts=4, top_k=2, hidden_size=8, dtype_bytes=2,
-        expert_bytes=8, dense_bytes=8, kv_bytes_per_token=0,
-    )  # fmt: skip
-    batch = TokenBatch(
-        request=np.array([0, 0, 1, 1], np.int32),
-        position=np.array([0, 1, 0, 1], np.int32),
-        phase=np.array([0, 1, 0, 1], np.int8),
-        task=np.zeros(4, np.int32),
-        experts=np.array([[[0, 1]], [[2, 3]], [[0, 2]], [[1, 3]]], np.uint16),
-        weights=None,
-    )
-    servers = tuple(
-        Server(name, (Gpu(slots=2),), tasks={"example": 1.0}, arrival_interval_s=1.0)
-        for name in ("a", "b")
-    )
-    return trace_from_batches(model, ["example"], [batch]), Cluster("c", servers)
-
-
 if __name__ == "__main__":
-    sys.stderr.write("prism-plan: compiling for this machine: up to half a minute, once\n")
-    begin = time.perf_counter()
-    compile_kernels()
-    sys.stderr.write(f"prism-plan: compiled in {time.perf_counter() - begin:.0f} s\n")
+    from prism_plan.cli.warm import main
+
+    main()

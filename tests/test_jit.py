@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,53 @@ def test_warm_leaves_nothing_to_compile(tmp_path: Path) -> None:
         )
         assert result.returncode == 0, result.stderr
         assert "compiled prism_plan" not in result.stdout
+
+
+def _copy_that_cannot_be_written(folder: Path) -> None:
+    """Copy the package; files named ``__pycache__`` keep everybody from making those folders."""
+    root = Path(__file__).resolve().parent.parent / "prism_plan"
+    shutil.copytree(root, folder / "prism_plan", ignore=shutil.ignore_patterns("__pycache__"))
+    for inner in [folder / "prism_plan", *(folder / "prism_plan").rglob("*")]:
+        if inner.is_dir():
+            (inner / "__pycache__").touch()
+
+
+def test_a_read_only_installation_compiles_once(tmp_path: Path) -> None:
+    """Code that cannot be kept beside the package is kept in the user's cache folder."""
+    _copy_that_cannot_be_written(tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    traces = Path(__file__).resolve().parent.parent / "traces"
+    command = ("solve", str(traces / "tiny-mixtral.parquet"), "--cluster",
+               str(traces / "tiny-cluster.toml"), "-o", "p.json")  # fmt: skip
+    compiled = []
+    for _ in range(2):
+        result = subprocess.run(
+            [sys.executable, "-c", LISTEN, *command], env=environment, capture_output=True,
+            text=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        compiled.append(result.stdout.count("compiled prism_plan"))
+    assert compiled[0] > 0
+    assert compiled[1] == 0
+
+
+def test_without_any_cache_folder_commands_work(tmp_path: Path) -> None:
+    """Nothing can be written anywhere: a placement all the same; warm says that it is of no use."""
+    _copy_that_cannot_be_written(tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    environment |= {"HOME": os.devnull, "XDG_CACHE_HOME": f"{os.devnull}/cache",
+                    "PYTHONPATH": str(tmp_path)}  # fmt: skip
+    warm = [sys.executable, "-m", "prism_plan.warm"]
+    result = subprocess.run(warm, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "set NUMBA_CACHE_DIR to one" in result.stderr.splitlines()[-1]
+    traces = Path(__file__).resolve().parent.parent / "traces"
+    command = ("solve", str(traces / "tiny-mixtral.parquet"), "--cluster",
+               str(traces / "tiny-cluster.toml"), "-o", "p.json")  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-m", "prism_plan", *command], env=environment, capture_output=True,
+        text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "p.json").exists()

@@ -37,7 +37,7 @@ from prism_plan.cli.internal_errors import (
 )
 from prism_plan.cli.options_dataclass import option_names, running_context
 from prism_plan.errors import LimitReached, OutputError, PrismError
-from prism_plan.jit import before_first_compilation
+from prism_plan.jit import before_first_compilation, code_is_kept
 
 INTERRUPTED_EXIT_CODE = 130
 #: Modules of the extras, and which extra of a program brings them.
@@ -87,8 +87,8 @@ def _announce_compilation(program: str) -> None:
         before_first_compilation(
             lambda: write_log_line(
                 program,
-                "compiling for this machine: once after installation, "
-                "a few seconds, for the simulator up to a minute",
+                "compiling for this machine: about 3 seconds, for the simulator about 10, "
+                + ("once" if code_is_kept() else "in every run: set NUMBA_CACHE_DIR to a folder"),
             )
         )
 

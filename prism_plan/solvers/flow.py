@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.jit import inline_kernel, kernel
+from prism_plan.kernel_types import int64
 
 FREE, HELD, FORBIDDEN, PINNED = 0, 1, 2, 3
 #: Instead of an expert in `FlowState.cheapest`: not searched for yet; there is none.
@@ -32,9 +33,6 @@ ARTIFICIAL_COST = 1 << 59
 INFINITE = 1 << 62
 #: Instead of a place in the heap.
 UNREACHED, SETTLED = -1, -2
-
-#: Numba would compile a helper anew for a constant or an int32 as argument.
-_int64: Any = np.int64
 
 Ints = npt.NDArray[Any]
 
@@ -186,10 +184,10 @@ def _remove(s: FlowState, k: int, n: int) -> None:  # pragma: no cover - compile
 def _find_cheapest(s: FlowState, n: int, g: int, to: int) -> None:  # pragma: no cover - compiled
     """Cache the expert of group g that n hands to ``to``, or drops, at the least loss."""
     drop = to == len(s.slots)
-    found = _int64(NONE_FOUND)
-    least = _int64(ARTIFICIAL_COST)
+    found = int64(NONE_FOUND)
+    least = int64(ARTIFICIAL_COST)
     for i in range(s.num_held[n, g]):
-        k = _int64(s.held[n, g, i])
+        k = int64(s.held[n, g, i])
         if drop:
             if s.num_replicas[k] <= s.min_replicas:
                 continue
@@ -294,7 +292,7 @@ def initialise(s: FlowState, by_weight: Ints) -> None:  # pragma: no cover - com
         for g in range(groups):  # the least weight that the server holds of each group
             s.key[n * groups + g] = ARTIFICIAL_COST
         for i in range(by_weight.shape[1]):
-            k = _int64(by_weight[n, i])
+            k = int64(by_weight[n, i])
             if s.used[n] >= s.slots[n] or s.weight[k, n] <= 0:
                 break
             g = k // s.group_size
@@ -324,12 +322,12 @@ def augment(s: FlowState) -> int:  # pragma: no cover - compiled
             for v in range(nodes):
                 key[v] = INFINITE
                 place[v] = UNREACHED
-            size = _int64(0)  # of the heap
+            size = int64(0)  # of the heap
             for n in range(servers):
                 if s.state[target, n] == FREE:
                     v = n * groups + target // s.group_size
                     reduced = potential[v] - s.weight[target, n]
-                    size = _reach(s, size, v, reduced, _int64(-1), target)
+                    size = _reach(s, size, v, reduced, int64(-1), target)
             best = INFINITE  # length of the shortest complete path so far
             end = -1
             dropped = -1
@@ -352,19 +350,19 @@ def augment(s: FlowState) -> int:  # pragma: no cover - compiled
                         u = n * groups + g
                         onward = length + potential[u]
                         if s.num_held[n, g] > 0 and onward < key[u]:
-                            size = _reach(s, size, u, onward, v, _int64(-1))
+                            size = _reach(s, size, u, onward, v, int64(-1))
                     continue
                 n, g = v // groups, v % groups
                 u = hub + n
                 onward = length + potential[u]
                 if s.num_held[n, g] < s.cap[n, g] and onward < key[u]:
-                    size = _reach(s, size, u, onward, v, _int64(-1))
+                    size = _reach(s, size, u, onward, v, int64(-1))
                 if s.cheapest[n, g, servers] == UNKNOWN:
                     _find_cheapest(s, n, g, servers)
                 if s.cheapest[n, g, servers] >= 0 and length + loss[n, g, servers] < best:
                     best = length + loss[n, g, servers]
                     end = v
-                    dropped = _int64(s.cheapest[n, g, servers])
+                    dropped = int64(s.cheapest[n, g, servers])
                 for m in range(servers):
                     u = m * groups + g
                     onward = length + loss[n, g, m] + potential[u]
@@ -375,7 +373,7 @@ def augment(s: FlowState) -> int:  # pragma: no cover - compiled
                         onward = length + loss[n, g, m] + potential[u]
                         if onward >= key[u] or onward >= best:
                             continue
-                    size = _reach(s, size, u, onward, v, _int64(s.cheapest[n, g, m]))
+                    size = _reach(s, size, u, onward, v, int64(s.cheapest[n, g, m]))
             if end < 0 or best >= ARTIFICIAL_COST // 2:
                 return target
             for u in range(nodes):

@@ -179,7 +179,7 @@ def test_room_grows_where_it_runs_out() -> None:
 
     def room() -> tuple[int, int, int]:
         state = compiled._state
-        return len(state.heap.time_s), len(state.message_request), len(state.log_s)
+        return len(state.heap.entries), len(state.messages), len(state.log)
 
     before = room()
     finished(reference)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from prism_plan.errors import InputError
 from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.compiled import engine_state, event_loop
 from prism_plan.simulate.compiled.heap import push_event
+from prism_plan.simulate.compiled.records import STEP
 from prism_plan.simulate.engine_interface import Ints, Outcome, step_dependencies
 from prism_plan.simulate.events import ARRIVAL, Event, Log
 from prism_plan.simulate.scenario import Scenario
@@ -50,7 +50,7 @@ class CompiledEngine:
         self._arrays = engine_state.scenario_arrays(scenario)
         self._set(engine_state.initial_state(scenario, log=log))
         if len(scenario.requests):
-            push_event(float(scenario.requests.arrival_s[0]), ARRIVAL, 0, *self._state.heap)
+            push_event(float(scenario.requests.arrival_s[0]), ARRIVAL, 0, self._state.heap)
 
     def _set(self, state: engine_state.EngineState) -> None:
         self._state = state
@@ -59,11 +59,11 @@ class CompiledEngine:
     def advance(self, until_s: float = math.inf, max_events: int | None = None) -> bool:
         left = max_events
         while True:
-            before = self._counter(engine_state.PROCESSED)
+            before = self._total("processed")
             chunk = CHUNK if left is None else min(left, CHUNK)
             reason = event_loop.run_events(self._arrays, self._state, self._links, until_s, chunk)
             if left is not None:
-                left -= self._counter(engine_state.PROCESSED) - before
+                left -= self._total("processed") - before
             if reason == event_loop.NO_EVENT_LEFT:
                 break
             if reason == event_loop.LIMIT_REACHED:
@@ -74,15 +74,15 @@ class CompiledEngine:
             else:
                 self._set(engine_state.grow(self._state, _FULL[reason]))
         if math.isfinite(until_s):
-            self._state.clock_s[0] = max(self._state.clock_s[0], until_s)
+            self._state.run["now_s"] = max(float(self._state.run["now_s"][0]), until_s)
         return True
 
-    def _counter(self, position: int) -> int:
-        return int(self._state.counter[position])
+    def _total(self, name: str) -> int:
+        return int(self._state.run[name][0])
 
     def _last_replica_dropped(self) -> ValueError:
-        index = self._counter(engine_state.FAILED_STEP)
-        pair = int(self._state.step_pair[index])
+        index = self._total("failed_step")
+        pair = int(self._state.steps["pair"][index])
         return ValueError(f"step {index} drops the only copy of pair {pair}")
 
     @property
@@ -91,15 +91,15 @@ class CompiledEngine:
 
     @property
     def num_finished(self) -> int:
-        return self._counter(engine_state.FINISHED)
+        return self._total("finished")
 
     @property
     def migrating(self) -> bool:
-        return self._counter(engine_state.OPEN_STEPS) > 0
+        return self._total("open_steps") > 0
 
     @property
     def migration_end_s(self) -> float:
-        return float(self._state.clock_s[1])
+        return float(self._state.run["migration_end_s"][0])
 
     def migrate(self, steps: Sequence[MigrationStep]) -> None:
         if self.migrating:
@@ -107,24 +107,26 @@ class CompiledEngine:
         if self.scenario.offload:
             raise ValueError("offloading servers keep what they use; there is nothing to migrate")
         num_needs, dependents = step_dependencies(steps)
-        open_needs = np.array(num_needs, np.int32)
-        start = np.concatenate([[0], np.cumsum([len(own) for own in dependents])])
+        end = np.cumsum([len(own) for own in dependents], dtype=np.int64)
+        records = np.zeros(len(steps), STEP)
+        records["is_load"] = [step.kind == "load" for step in steps]
+        records["gpu"] = [step.gpu for step in steps]
+        records["pair"] = [step.pair for step in steps]
+        records["open_needs"] = num_needs
+        records["first_dependent"][1:] = end[:-1]
+        records["end_dependent"] = end
+        ready = np.flatnonzero(records["open_needs"] == 0)
         queue = np.zeros(len(steps), np.int32)
-        ready = np.flatnonzero(open_needs == 0)
         queue[: len(ready)] = ready
         self._state = self._state._replace(
-            step_is_load=np.array([step.kind == "load" for step in steps], np.bool_),
-            step_gpu=np.array([step.gpu for step in steps], np.int32),
-            step_pair=np.array([step.pair for step in steps], np.int64),
-            step_open_needs=open_needs,
-            step_dependents_start=start.astype(np.int64),
+            steps=records,
             step_dependents=np.array([i for own in dependents for i in own], np.int32),
             ready_steps=queue,
         )
-        self._state.counter[engine_state.OPEN_STEPS] = len(steps)
-        while len(self._state.heap.time_s) - int(self._state.heap.counts[0]) <= len(steps):
+        self._state.run["open_steps"] = len(steps)
+        while len(self._state.heap.entries) - int(self._state.heap.counts[0]) <= len(steps):
             self._set(engine_state.grow(self._state, "heap"))
-        self._state.counter[engine_state.NEW_STEPS] = len(ready)
+        self._state.run["new_steps"] = len(ready)
         reason = event_loop.run_events(self._arrays, self._state, self._links, -math.inf, 0)
         if reason == event_loop.LAST_REPLICA_DROPPED:
             raise self._last_replica_dropped()
@@ -139,21 +141,27 @@ class CompiledEngine:
         return held.reshape(self.scenario.placement.on_gpu.shape)
 
     def log(self) -> Log:
-        lines = self._counter(engine_state.LOG_LINES)
-        times = self._state.log_s[:lines].tolist()
-        events = self._state.log_event[:lines].tolist()
-        return [Event(time_s, *event) for time_s, event in zip(times, events, strict=True)]
+        lines = self._total("log_lines")
+        return [Event(*line) for line in self._state.log[:lines].tolist()]
 
     def outcome(self) -> Outcome:
         s = self._state
-        now_s = float(s.clock_s[0])
-        s.present_s[:] += s.num_present * (now_s - s.present_since_s)
-        s.present_since_s[:] = now_s
-        measured = [field.name for field in dataclasses.fields(Outcome) if hasattr(s, field.name)]
+        now_s = float(s.run["now_s"][0])
+        s.servers["present_s"] += s.servers["num_present"] * (now_s - s.servers["present_since_s"])
+        s.servers["present_since_s"] = now_s
+        measured = {
+            name: of[name].copy()
+            for of in (s.requests, s.servers, s.gpus)
+            for name in of.dtype.names
+            if name in Outcome.__dataclass_fields__
+        }
         return Outcome(
-            **{name: getattr(s, name).copy() for name in measured},
-            loads=self._counter(engine_state.LOADS),
-            loaded_bytes=self._counter(engine_state.LOADED_BYTES),
-            events=self._counter(engine_state.PROCESSED),
+            **measured,
+            messages=s.messages_sent.copy(),
+            layer_steps=s.layer_steps.copy(),
+            layer_s=s.layer_s.copy(),
+            loads=self._total("loads"),
+            loaded_bytes=self._total("loaded_bytes"),
+            events=self._total("processed"),
             now_s=now_s,
         )

@@ -6,11 +6,11 @@ K top-k, R requests, P prompts, T tokens of a step, M messages.
 
 from __future__ import annotations
 
-from collections import namedtuple
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import numpy as np
 
+from prism_plan.simulate.compiled import records
 from prism_plan.simulate.compiled.heap import Heap
 from prism_plan.simulate.offload_slots import initial_slots
 from prism_plan.simulate.routing_policies import ROUTES
@@ -18,44 +18,22 @@ from prism_plan.simulate.scenario import Scenario
 
 Array = Any
 
-#: Positions in `EngineState.counter`: events processed, the latest request that arrived, requests
-#: that are finished, unused messages, steps of a migration not yet complete, experts loaded and
-#: their bytes, lines of the log, the step that dropped a last replica, messages that ever waited,
-#: steps of a new migration that can start.
-(
-    PROCESSED, LATEST_ARRIVAL, FINISHED, FREE_MESSAGES, OPEN_STEPS, LOADS, LOADED_BYTES, LOG_LINES,
-    FAILED_STEP, ENQUEUED, NEW_STEPS,
-) = range(11)  # fmt: skip
-
 i4, i8, f8 = np.int32, np.int64, np.float64
 
 
 class ScenarioArrays(NamedTuple):
     """What a run reads; see Scenario, Requests, Prompts, Network and Timing."""
 
-    # Prompts
     experts: Annotated[Array, np.uint16, "rows, L, K"]
-    first_row: Annotated[Array, i8, "P"]
-    prefill_tokens: Annotated[Array, i4, "P"]
-    decode_tokens: Annotated[Array, i4, "P"]
-
-    # Requests, in order of arrival
-    home: Annotated[Array, i4, "R"]
-    arrival_s: Annotated[Array, f8, "R"]
-    prompt: Annotated[Array, i4, "R"]
-
-    # Servers and GPUs
+    prompts: Annotated[Array, records.PROMPT, "P"]
+    requests: Annotated[Array, records.REQUEST, "R, in order of arrival"]
+    servers: Annotated[Array, records.SERVER, "N"]
+    gpus: Annotated[Array, records.GPU, "G"]
+    layers: Annotated[Array, records.LAYER, "L"]
     execution: Annotated[Array, i4, "N, L"]
-    concurrency: Annotated[Array, i8, "N"]
-    dense_gpu: Annotated[Array, i4, "N"]
-    gpu_start: Annotated[Array, i4, "N + 1"]
-    server_of_gpu: Annotated[Array, i4, "G"]
 
     # Network; link_rank orders the servers of a row by cost of a call
-    seconds_per_byte: Annotated[Array, f8, "N, N"]
-    half_rtt_s: Annotated[Array, f8, "N, N"]
-    up_bytes_per_s: Annotated[Array, f8, "N"]
-    down_bytes_per_s: Annotated[Array, f8, "N"]
+    links: Annotated[Array, records.LINK, "N, N"]
     link_rank: Annotated[Array, i4, "N, N"]
     call_overhead_s: float
     burst_bytes: float
@@ -63,13 +41,9 @@ class ScenarioArrays(NamedTuple):
     token_bytes: int
 
     # Timing: each GPU's row and each layer's column of expert_s
-    gpu_kind: Annotated[Array, i4, "G"]
-    size_class: Annotated[Array, i4, "L"]
     dense_s: Annotated[Array, f8, "kinds, T + 1"]
     expert_s: Annotated[Array, f8, "kinds, sizes, T + 1"]
     load_s: Annotated[Array, f8, "G, L"]
-    load_blocks_compute: Annotated[Array, np.bool_, "G"]
-    expert_bytes: Annotated[Array, i8, "L"]
 
     # Model and rules; route is a position in ROUTES
     num_experts: int
@@ -81,45 +55,24 @@ class EngineState(NamedTuple):
     """What a run writes; measurements are named as in Outcome."""
 
     heap: Heap
-    # The current time, and the time at which the latest migration was complete
-    clock_s: Annotated[Array, f8, 2]
-    counter: Annotated[Array, i8, 11]
+    run: Annotated[Array, records.RUN, 1]
+    requests: Annotated[Array, records.REQUEST_STATE, "R"]
+    servers: Annotated[Array, records.SERVER_STATE, "N"]
+    gpus: Annotated[Array, records.GPU_STATE, "G"]
 
-    # Requests: where each is in its steps and layers; pending_parts are batches of the layer that
-    # are not yet computed, next_queued links the requests that wait for admission at a server
-    location: Annotated[Array, i4, "R"]
-    token_row: Annotated[Array, i8, "R"]
-    step_tokens: Annotated[Array, i4, "R"]
-    steps_left: Annotated[Array, i4, "R"]
-    decoding: Annotated[Array, np.bool_, "R"]
-    layer: Annotated[Array, i4, "R"]
-    pending_parts: Annotated[Array, i4, "R"]
-    layer_start_s: Annotated[Array, f8, "R"]
-    remote_experts: Annotated[Array, i4, "R"]
-    next_queued: Annotated[Array, i4, "R"]
+    # Ports: uplinks in row 0, downlinks in row 1; those from N on are for short messages
+    ports: Annotated[Array, records.PORT, 2, "2N"]
 
-    # Servers: the admission queue, and the requests that are admitted, and present
-    queue_head: Annotated[Array, i4, "N"]
-    queue_tail: Annotated[Array, i4, "N"]
-    num_active: Annotated[Array, i8, "N"]
-    num_present: Annotated[Array, i8, "N"]
-    present_since_s: Annotated[Array, f8, "N"]
-    present_s: Annotated[Array, f8, "N"]
+    # Messages: queue_links of the uplink (column 0) and the downlink (1); message_work_s is of each
+    # GPU of the receiver, -1 where it has none; free_messages are the unused ones
+    messages: Annotated[Array, records.MESSAGE, "M"]
+    queue_links: Annotated[Array, records.QUEUE_LINK, "M", 2]
+    message_work_s: Annotated[Array, f8, "M", "gpus"]
+    free_messages: Annotated[Array, i4, "M"]
 
-    # GPUs: when the compute queue and the load channel are free next
-    gpu_free_s: Annotated[Array, f8, "G"]
-    load_free_s: Annotated[Array, f8, "G"]
-
-    # Ports: uplinks in row 0, downlinks in row 1; those from N on are for short messages. A queue
-    # lists messages in the order in which they were ready
-    port_busy: Annotated[Array, np.bool_, 2, "2N"]
-    port_queue_head: Annotated[Array, i4, 2, "2N"]
-    port_queue_tail: Annotated[Array, i4, 2, "2N"]
-    port_free_s: Annotated[Array, f8, 2, "2N"]
-    # Token buckets: level and time of it, of the uplink, then of the downlink
-    bucket: Annotated[Array, f8, 4, "N"]
-    # Tokens sent from row to column so far, by which `cover` breaks ties
+    # From row to column: tokens sent so far, by which `cover` breaks ties, and messages
     tokens_sent: Annotated[Array, i8, "N", "N"]
+    messages_sent: Annotated[Array, i8, "N", "N"]
 
     # Placement: gpu_holds as the placement has it; first_gpu of the server that holds the pair, or
     # -1; holders of the pair, ascending, the first num_replicas of the row
@@ -127,24 +80,6 @@ class EngineState(NamedTuple):
     first_gpu: Annotated[Array, i4, "N", "J"]
     holders: Annotated[Array, i4, "J", "N"]
     num_replicas: Annotated[Array, i4, "J"]
-
-    # Messages: calls, and hidden states on their way to the next layer's server (message_hop);
-    # message_ready numbers them in the order in which they began to wait; next and previous link
-    # the queues of an uplink (column 0) and a downlink (1); message_work_s is of each GPU of the
-    # receiver, -1 where it has none; free_messages are the unused ones
-    message_request: Annotated[Array, i4, "M"]
-    message_layer: Annotated[Array, i4, "M"]
-    message_from: Annotated[Array, i4, "M"]
-    message_to: Annotated[Array, i4, "M"]
-    message_bytes: Annotated[Array, i8, "M"]
-    reply_bytes: Annotated[Array, i8, "M"]
-    message_hop: Annotated[Array, np.bool_, "M"]
-    message_returning: Annotated[Array, np.bool_, "M"]
-    message_ready: Annotated[Array, i8, "M"]
-    message_next: Annotated[Array, i4, "M", 2]
-    message_previous: Annotated[Array, i4, "M", 2]
-    message_work_s: Annotated[Array, f8, "M", "gpus"]
-    free_messages: Annotated[Array, i4, "M"]
 
     # Working memory of the routing of a step: tokens of each expert by destination, the experts in
     # the order of their first call, how many there are, tokens that go to a server; the other
@@ -158,90 +93,85 @@ class EngineState(NamedTuple):
     candidate_servers: Annotated[Array, i4, "N"]
     cover_table: Annotated[Array, i8, 3, "2^K"]
 
-    # Steps of the migration under way: a load or a drop of a pair on a GPU; needs that are not
-    # complete; the steps that need it are step_dependents[start[i]:start[i + 1]]; ready_steps is
-    # the queue of those that can start
-    step_is_load: Annotated[Array, np.bool_, 0]
-    step_gpu: Annotated[Array, i4, 0]
-    step_pair: Annotated[Array, i8, 0]
-    step_open_needs: Annotated[Array, i4, 0]
-    step_dependents_start: Annotated[Array, i8, 1]
+    # The migration under way; ready_steps is the queue of the steps that can start
+    steps: Annotated[Array, records.STEP, 0]
     step_dependents: Annotated[Array, i4, 0]
     ready_steps: Annotated[Array, i4, 0]
 
-    # Slots of the baseline `offload`: those of a server are slot_start[n]:slot_start[n + 1]; a
-    # slot's pair or -1, the end of its last use, its GPU; and the slot of a pair at a server or -1.
-    # Each GPU has a list of its slots by the end of their last use, then by number
-    slot_start: Annotated[Array, i8, "N + 1"]
-    slot_pair: Annotated[Array, i8, "slots"]
-    slot_used_s: Annotated[Array, f8, "slots"]
-    slot_gpu: Annotated[Array, i4, "slots"]
-    lru_first: Annotated[Array, i4, "G"]
-    lru_last: Annotated[Array, i4, "G"]
-    lru_next: Annotated[Array, i4, "slots"]
-    lru_previous: Annotated[Array, i4, "slots"]
+    # The baseline `offload`: slots of all servers; the slot of a pair at a server or -1
+    slots: Annotated[Array, records.SLOT, "slots"]
     slot_of: Annotated[Array, i4, "N", "J where offloading"]
 
-    # Measurements of requests, of home servers, of places, of layers
-    start_s: Annotated[Array, f8, "R"]
-    first_token_s: Annotated[Array, f8, "R"]
-    done_s: Annotated[Array, f8, "R"]
-    calls: Annotated[Array, i8, "N"]
-    remote_calls: Annotated[Array, i8, "N"]
-    steps: Annotated[Array, i8, "N"]
-    waiting: Annotated[Array, i8, "N"]
-    destinations: Annotated[Array, i8, "N"]
-    bytes_out: Annotated[Array, i8, "N"]
-    bytes_in: Annotated[Array, i8, "N"]
-    up_busy_s: Annotated[Array, f8, "N"]
-    down_busy_s: Annotated[Array, f8, "N"]
-    messages: Annotated[Array, i8, "N", "N"]
-    gpu_busy_s: Annotated[Array, f8, "G"]
-    served: Annotated[Array, i8, "G"]
+    # Layers of decode steps by number of remote experts, and their times; calls by home server
+    # since they were last taken
     layer_steps: Annotated[Array, i8, "K + 1"]
     layer_s: Annotated[Array, f8, "K + 1"]
-    # Calls by home server since they were last taken
     recent_calls: Annotated[Array, i8, "N", "L", "E"]
 
-    # Log: time; kind, request, layer, from, to of an event
-    log_s: Annotated[Array, f8, "lines"]
-    log_event: Annotated[Array, i4, "lines", 5]
+    log: Annotated[Array, records.LOG_LINE, "lines"]
 
 
-#: What transfers read and write: these fields of ScenarioArrays and EngineState.
-TransferArrays = namedtuple(
-    "TransferArrays",
-    "seconds_per_byte half_rtt_s up_bytes_per_s down_bytes_per_s burst_bytes short_bytes "
-    "clock_s counter heap port_busy port_queue_head "
-    "port_queue_tail port_free_s bucket message_from message_to message_bytes reply_bytes "
-    "message_returning message_ready message_next message_previous up_busy_s down_busy_s "
-    "bytes_out bytes_in",
-)
+class TransferArrays(NamedTuple):
+    """What transfers read and write: of ScenarioArrays and of EngineState."""
+
+    links: Array
+    lines: Array
+    burst_bytes: float
+    short_bytes: float
+    heap: Heap
+    run: Array
+    servers: Array
+    ports: Array
+    messages: Array
+    queue_links: Array
 
 
 def transfer_arrays(scenario: ScenarioArrays, state: EngineState) -> TransferArrays:
     """The arrays of transfers."""
-    own = scenario._asdict() | state._asdict()
-    return TransferArrays(*(own[name] for name in TransferArrays._fields))
+    return TransferArrays(
+        links=scenario.links,
+        lines=scenario.servers,
+        burst_bytes=scenario.burst_bytes,
+        short_bytes=scenario.short_bytes,
+        heap=state.heap,
+        run=state.run,
+        servers=state.servers,
+        ports=state.ports,
+        messages=state.messages,
+        queue_links=state.queue_links,
+    )
 
 
 def scenario_arrays(s: Scenario) -> ScenarioArrays:
     """The scenario as contiguous, read-only arrays, so that all have one compiled signature."""
-    prompts, requests, network, timing = s.requests.prompts, s.requests, s.network, s.timing
-    sources: tuple[tuple[Any, str], ...] = (
-        (prompts, "experts first_row prefill_tokens decode_tokens"),
-        (requests, "home arrival_s prompt"),
-        (s, "execution concurrency dense_gpu gpu_start load_blocks_compute"),
-        (network, "seconds_per_byte half_rtt_s up_bytes_per_s down_bytes_per_s"),
-        (timing, "dense_s expert_s load_s"),
-    )
+    prompts, network, timing = s.requests.prompts, s.network, s.timing
+    servers = {
+        "up_bytes_per_s": network.up_bytes_per_s,
+        "down_bytes_per_s": network.down_bytes_per_s,
+        "concurrency": s.concurrency,
+        "first_gpu": s.gpu_start[:-1],
+        "end_gpu": s.gpu_start[1:],
+        "dense_gpu": s.dense_gpu,
+    }
+    gpus = {
+        "server": s.placement.server_of_gpu,
+        "kind": timing.kind,
+        "load_blocks_compute": s.load_blocks_compute,
+    }
+    layers = {"expert_bytes": s.model.expert_bytes_by_layer, "size_class": timing.size}
     values: dict[str, Any] = {
-        **{name: getattr(source, name) for source, names in sources for name in names.split()},
-        "server_of_gpu": s.placement.server_of_gpu,
+        "experts": prompts.experts,
+        "prompts": _records(records.PROMPT, prompts),
+        "requests": _records(records.REQUEST, s.requests),
+        "servers": _records(records.SERVER, servers),
+        "gpus": _records(records.GPU, gpus),
+        "layers": _records(records.LAYER, layers),
+        "execution": s.execution,
+        "links": _records(records.LINK, network),
         "link_rank": network.link_rank(),
-        "gpu_kind": timing.kind,
-        "size_class": timing.size,
-        "expert_bytes": s.model.expert_bytes_by_layer,
+        "dense_s": timing.dense_s,
+        "expert_s": timing.expert_s,
+        "load_s": timing.load_s,
     }
     hints = get_type_hints(ScenarioArrays, include_extras=True)
     for name, value in values.items():
@@ -259,6 +189,18 @@ def scenario_arrays(s: Scenario) -> ScenarioArrays:
     )
 
 
+def _records(kind: np.dtype[Any], source: Any) -> Array:
+    """An array of records from a mapping or an object with an array for each field."""
+    names = kind.names or ()
+    columns = {
+        name: source[name] if isinstance(source, dict) else getattr(source, name) for name in names
+    }
+    made = np.zeros(np.shape(columns[names[0]]), kind)
+    for name, column in columns.items():
+        made[name] = column
+    return made
+
+
 def initial_state(s: Scenario, *, log: bool) -> EngineState:
     """The state before the first event: nothing has arrived, every queue is empty."""
     servers, layers = s.execution.shape
@@ -268,74 +210,92 @@ def initial_state(s: Scenario, *, log: bool) -> EngineState:
     slots = initial_slots(s.placement) if s.offload else [[] for _ in range(servers)]
     all_slots = [slot for own in slots for slot in own]
     sizes = {
-        "N": servers, "2N": 2 * servers, "N + 1": servers + 1, "G": gpus, "L": layers,
-        "E": experts, "J": pairs, "K": max(top_k, 1), "K + 1": top_k + 1,
-        "2^K": 1 << top_k if s.route == "cover" else 1, "R": requests, "M": room,
-        "gpus": max(map(len, s.placement.gpu_capacity)), "slots": len(all_slots),
-        "J where offloading": pairs if s.offload else 0, "lines": 1024 if log else 0,
+        "N": servers, "2N": 2 * servers, "G": gpus, "L": layers, "E": experts, "J": pairs,
+        "K": max(top_k, 1), "K + 1": top_k + 1, "2^K": 1 << top_k if s.route == "cover" else 1,
+        "R": requests, "M": room, "gpus": max(map(len, s.placement.gpu_capacity)),
+        "slots": len(all_slots), "J where offloading": pairs if s.offload else 0,
+        "lines": 1024 if log else 0,
     }  # fmt: skip
     hints = get_type_hints(EngineState, include_extras=True)
     arrays: dict[str, Any] = {"heap": Heap.empty(room)}
     for name in EngineState._fields[1:]:
         kind, *shape = hints[name].__metadata__
         arrays[name] = np.zeros([sizes.get(size, size) for size in shape], kind)
-    for name in (
-        "next_queued", "queue_head", "queue_tail", "port_queue_head", "port_queue_tail",
-        "message_next", "message_previous", "message_work_s", "slot_of", "lru_first", "lru_last",
-        "lru_next", "lru_previous",
-    ):  # fmt: skip
-        arrays[name][:] = -1
+    state = EngineState(**arrays)
+    state.message_work_s[:] = -1.0
+    state.slot_of[:] = -1
+    for array, names in (
+        (state.requests, ["next_queued"]),
+        (state.servers, ["queue_head", "queue_tail"]),
+        (state.gpus, ["lru_first", "lru_last"]),
+        (state.ports, ["queue_head", "queue_tail"]),
+        (state.queue_links, ["next", "previous"]),
+        (state.slots, ["lru_next", "lru_previous"]),
+    ):
+        for name in names:
+            array[name] = -1
     for name in ("start_s", "first_token_s", "done_s"):
-        arrays[name][:] = np.nan
-    arrays["counter"][FREE_MESSAGES] = room
-    arrays["free_messages"][:] = np.arange(room)[::-1]
-    arrays["bucket"][[0, 2]] = s.network.burst_bytes
-    held = s.placement.on_gpu.reshape(gpus, pairs)
-    arrays["gpu_holds"][:] = held
-    first_gpu = arrays["first_gpu"]
-    first_gpu[:] = -1
-    for g in range(gpus - 1, -1, -1):
-        first_gpu[s.placement.server_of_gpu[g], held[g]] = g
-    arrays["holders"][:] = np.argsort(first_gpu.T < 0, axis=1, kind="stable")
-    arrays["num_replicas"][:] = (first_gpu >= 0).sum(axis=0)
-    arrays["slot_start"][1:] = np.cumsum([len(own) for own in slots])
+        state.requests[name] = np.nan
+    for name in ("up_bucket_bytes", "down_bucket_bytes"):
+        state.servers[name] = s.network.burst_bytes
+    state.run["free_messages"] = room
+    state.free_messages[:] = np.arange(room)[::-1]
+    _place_experts(state, s)
     for i, slot in enumerate(all_slots):
-        arrays["slot_pair"][i], arrays["slot_used_s"][i], arrays["slot_gpu"][i] = slot
+        for name in slot._fields:
+            state.slots[name][i] = getattr(slot, name)
         if slot.pair >= 0:
-            arrays["slot_of"][s.placement.server_of_gpu[slot.gpu], slot.pair] = i
-    order = np.lexsort((arrays["slot_used_s"], arrays["slot_gpu"])).tolist()
-    for slot in order:
-        g = arrays["slot_gpu"][slot]
-        last = arrays["lru_last"][g]
-        arrays["lru_previous"][slot] = last
+            state.slot_of[s.placement.server_of_gpu[slot.gpu], slot.pair] = i
+    _link_slots(state)
+    return state
+
+
+def _place_experts(state: EngineState, s: Scenario) -> None:
+    """Fill in what the placement says: GPUs, first GPUs, holders and their numbers."""
+    held = s.placement.on_gpu.reshape(len(state.gpu_holds), -1)
+    state.gpu_holds[:] = held
+    state.first_gpu[:] = -1
+    for g in range(len(held) - 1, -1, -1):
+        state.first_gpu[s.placement.server_of_gpu[g], held[g]] = g
+    state.holders[:] = np.argsort(state.first_gpu.T < 0, axis=1, kind="stable")
+    state.num_replicas[:] = (state.first_gpu >= 0).sum(axis=0)
+
+
+def _link_slots(state: EngineState) -> None:
+    """Link each GPU's slots in the order of the end of their last use."""
+    gpus, slots = state.gpus, state.slots
+    for slot in np.lexsort((slots["used_s"], slots["gpu"])).tolist():
+        g = slots["gpu"][slot]
+        last = gpus["lru_last"][g]
+        slots["lru_previous"][slot] = last
         if last < 0:
-            arrays["lru_first"][g] = slot
+            gpus["lru_first"][g] = slot
         else:
-            arrays["lru_next"][last] = slot
-        arrays["lru_last"][g] = slot
-    return EngineState(**arrays)
+            slots["lru_next"][last] = slot
+        gpus["lru_last"][g] = slot
 
 
 def grow(s: EngineState, which: str) -> EngineState:
     """The same state with twice the room for events, messages or log lines."""
     if which == "heap":
-        time_s, key, event = map(_twice, s.heap[:3])
-        return s._replace(heap=s.heap._replace(time_s=time_s, key=key, event=event))
-    prefixes = ("log_",) if which == "log" else ("message_", "reply_bytes")
-    names = [name for name in s._fields if name.startswith(prefixes)]
-    more = s._replace(**{name: _twice(getattr(s, name)) for name in names})
+        return s._replace(heap=s.heap._replace(entries=_twice(s.heap.entries)))
     if which == "log":
-        return more
-    old = len(s.message_request)
+        return s._replace(log=_twice(s.log))
+    old = len(s.messages)
+    names = ("messages", "queue_links", "message_work_s")
+    more = s._replace(**{name: _twice(getattr(s, name)) for name in names})
     more.message_work_s[old:] = -1.0
-    more.message_next[old:] = more.message_previous[old:] = -1
+    for name in ("next", "previous"):
+        more.queue_links[name][old:] = -1
     free = np.empty(2 * old, np.int32)
-    unused = int(s.counter[FREE_MESSAGES])
+    unused = int(s.run["free_messages"][0])
     free[:old] = np.arange(2 * old - 1, old - 1, -1)  # the new ones, below those on top
     free[old : old + unused] = s.free_messages[:unused]
-    s.counter[FREE_MESSAGES] = old + unused
+    s.run["free_messages"] = old + unused
     return more._replace(free_messages=free)
 
 
 def _twice(array: Array) -> Array:
-    return np.concatenate([array, np.zeros_like(array)])
+    longer = np.zeros((2 * len(array), *array.shape[1:]), array.dtype)
+    longer[: len(array)] = array
+    return longer

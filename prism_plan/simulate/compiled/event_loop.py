@@ -11,14 +11,8 @@ from typing import Any
 import numpy as np
 
 from prism_plan.jit import kernel
+from prism_plan.kernel_types import int64
 from prism_plan.simulate.compiled.engine_state import (
-    FINISHED,
-    FREE_MESSAGES,
-    LATEST_ARRIVAL,
-    LOG_LINES,
-    NEW_STEPS,
-    OPEN_STEPS,
-    PROCESSED,
     EngineState,
     ScenarioArrays,
     TransferArrays,
@@ -66,13 +60,9 @@ def run_events(  # pragma: no cover - compiled
     overhead_s = scenario.call_overhead_s
     servers, layers = scenario.execution.shape
     top_k = scenario.experts.shape[2]
-    rows_of, home_of = scenario.experts, scenario.home
-    kind_of, size_of = scenario.gpu_kind, scenario.size_class
-    dense_s, expert_s, gpu_start = scenario.dense_s, scenario.expert_s, scenario.gpu_start
-    counter, heap = state.counter, state.heap
-    heap_s, heap_key, heap_event = heap.time_s, heap.key, heap.event
-    heap_counts, priority = heap.counts, heap.priority
-    gpu_free_s, gpu_busy_s, served = state.gpu_free_s, state.gpu_busy_s, state.served
+    rows_of, prompts = scenario.experts, scenario.prompts
+    dense_s, expert_s = scenario.dense_s, scenario.expert_s
+    run, heap = state.run[0], state.heap
     first_gpu, holders, num_replicas = state.first_gpu, state.holders, state.num_replicas
     token_count, expert_order = state.token_count, state.expert_order
     distinct_experts, tokens_to = state.distinct_experts, state.tokens_to
@@ -80,63 +70,68 @@ def run_events(  # pragma: no cover - compiled
     link_rank, held_mask = scenario.link_rank, state.held_mask
     candidate_servers, cover_table = state.candidate_servers, state.cover_table
     recent_calls, message_work_s = state.recent_calls, state.message_work_s
-    logging = len(state.log_s) > 0
+    messages, free_messages = state.messages, state.free_messages
+    logging = len(state.log) > 0
     processed = 0
-    if counter[NEW_STEPS] > 0:
-        num_ready = counter[NEW_STEPS]
-        counter[NEW_STEPS] = 0
+    if run.new_steps > 0:
+        num_ready = run.new_steps
+        run.new_steps = 0
         if not start_steps(scenario, state, num_ready):
             return LAST_REPLICA_DROPPED
-    while heap_counts[0] > 0:
-        now = heap_s[0]
+    while heap.counts[0] > 0:
+        now = heap.entries[0].time_s
         if now > until_s:
             break
         if processed >= max_events:
             return LIMIT_REACHED
-        if len(heap_s) - heap_counts[0] < servers + 8 + counter[OPEN_STEPS]:
+        if len(heap.entries) - heap.counts[0] < servers + 8 + run.open_steps:
             return HEAP_FULL
-        if counter[FREE_MESSAGES] < servers + 1:
+        if run.free_messages < servers + 1:
             return MESSAGES_FULL
-        if logging and counter[LOG_LINES] == len(state.log_s):
+        if logging and run.log_lines == len(state.log):
             return LOG_FULL
-        kind = heap_event[0] >> KIND_SHIFT
-        subject = heap_event[0] & 0xFFFFFFFF
-        remove_first_event(heap_s, heap_key, heap_event, heap_counts)
-        state.clock_s[0] = now
+        event = heap.entries[0].event
+        kind = event >> KIND_SHIFT
+        subject = event & 0xFFFFFFFF
+        remove_first_event(heap)
+        run.now_s = now
         processed += 1
-        counter[PROCESSED] += 1
+        run.processed += 1
         if logging:
-            line = counter[LOG_LINES]
-            counter[LOG_LINES] += 1
-            state.log_s[line] = now
-            fields = state.log_event[line]
-            fields[0] = kind
+            line = state.log[run.log_lines]
+            run.log_lines += 1
+            line.time_s = now
+            line.kind = kind
             if kind == ARRIVAL:
-                home = home_of[subject]
-                fields[1], fields[2], fields[3], fields[4] = subject, -1, home, home
+                home = scenario.requests[subject].home
+                line.request, line.layer, line.at, line.to = subject, -1, home, home
             elif kind == LOADED:
-                g = state.step_gpu[subject]
-                fields[1], fields[2], fields[3], fields[4] = -1, -1, scenario.server_of_gpu[g], g
+                g = state.steps[subject].gpu
+                line.request, line.layer, line.at, line.to = -1, -1, scenario.gpus[g].server, g
             elif kind in (DENSE, LOCAL):
-                fields[1], fields[2] = subject, state.layer[subject]
-                fields[3], fields[4] = state.location[subject], state.location[subject]
+                at = state.requests[subject].location
+                line.request, line.layer = subject, state.requests[subject].layer
+                line.at, line.to = at, at
             else:
-                fields[1], fields[2] = state.message_request[subject], state.message_layer[subject]
-                fields[3], fields[4] = state.message_from[subject], state.message_to[subject]
+                of = messages[subject]
+                line.request, line.layer = of.request, of.layer
+                line.at, line.to = of.sender, of.receiver
         action = NOTHING
-        r = np.int64(subject)
+        r = int64(subject)
 
         if kind == DENSE:
             # -------------------------------------------------------------- route the step's tokens
-            at = state.location[r]
-            home = home_of[r]
-            layer = state.layer[r]
+            request = state.requests[r]
+            home = scenario.requests[r].home
+            at = request.location
+            layer = request.layer
             first = layer * experts
-            row = state.token_row[r]
-            tokens = state.step_tokens[r]
+            size_class = scenario.layers[layer].size_class
+            row = request.token_row
+            tokens = request.step_tokens
             remote = 0
             for token in range(row, row + tokens):
-                missing: Any = np.int64(0)
+                missing: Any = int64(0)
                 for k in range(top_k):
                     e = np.uint64(rows_of[token, layer, k])
                     recent_calls[home, layer, e] += 1
@@ -146,7 +141,7 @@ def run_events(  # pragma: no cover - compiled
                             distinct_experts[at] += 1
                         token_count[at, e] += 1
                     else:
-                        missing_experts[0, missing] = first + np.int64(e)
+                        missing_experts[0, missing] = first + int64(e)
                         missing += 1
                 if missing == 0:
                     continue
@@ -171,12 +166,12 @@ def run_events(  # pragma: no cover - compiled
                         num_servers += 1
                         tokens_to[m] += 1
                         tokens_sent[at, m] += 1
-                state.waiting[home] += 1
-                state.destinations[home] += num_servers
-            state.calls[home] += tokens * top_k
-            state.remote_calls[home] += remote
-            state.steps[home] += tokens
-            state.remote_experts[r] = remote
+                state.servers[home].waiting += 1
+                state.servers[home].destinations += num_servers
+            state.servers[home].calls += tokens * top_k
+            state.servers[home].remote_calls += remote
+            state.servers[home].steps += tokens
+            request.remote_experts = remote
             parts = 0
             if distinct_experts[at] > 0:
                 parts = 1
@@ -185,23 +180,26 @@ def run_events(  # pragma: no cover - compiled
                 else:
                     end_s = 0.0
                     # the entry of an unused message serves as working memory
-                    work = message_work_s[state.free_messages[counter[FREE_MESSAGES] - 1]]
+                    work = message_work_s[free_messages[run.free_messages - 1]]
+                    start = scenario.servers[at].first_gpu
                     for i in range(distinct_experts[at]):
                         e = expert_order[at, i]
                         g = first_gpu[at, first + e]
-                        local_gpu = g - gpu_start[at]
+                        local_gpu = g - start
                         if work[local_gpu] < 0:
                             work[local_gpu] = 0.0
-                        work[local_gpu] += expert_s[kind_of[g], size_of[layer], token_count[at, e]]
-                        served[g] += token_count[at, e]
-                    for g in range(gpu_start[at], gpu_start[at + 1]):
-                        work_s = work[g - gpu_start[at]]
+                        table_row = scenario.gpus[g].kind
+                        work[local_gpu] += expert_s[table_row, size_class, token_count[at, e]]
+                        state.gpus[g].served += token_count[at, e]
+                    for g in range(start, scenario.servers[at].end_gpu):
+                        work_s = work[g - start]
                         if work_s >= 0:
-                            gpu_free_s[g] = max(now, gpu_free_s[g]) + work_s
-                            gpu_busy_s[g] += work_s
-                            end_s = max(end_s, gpu_free_s[g])
-                            work[g - gpu_start[at]] = -1.0
-                push_event(end_s, LOCAL, r, heap_s, heap_key, heap_event, heap_counts, priority)
+                            gpu = state.gpus[g]
+                            gpu.free_s = max(now, gpu.free_s) + work_s
+                            gpu.gpu_busy_s += work_s
+                            end_s = max(end_s, gpu.free_s)
+                            work[g - start] = -1.0
+                push_event(end_s, int64(LOCAL), r, heap)
                 for i in range(distinct_experts[at]):
                     token_count[at, expert_order[at, i]] = 0
                 distinct_experts[at] = 0
@@ -210,185 +208,188 @@ def run_events(  # pragma: no cover - compiled
                     if tokens_to[m] == 0:
                         continue
                     parts += 1
-                    counter[FREE_MESSAGES] -= 1
-                    message = state.free_messages[counter[FREE_MESSAGES]]
+                    run.free_messages -= 1
+                    message = int64(free_messages[run.free_messages])
                     work = message_work_s[message]
+                    start = scenario.servers[m].first_gpu
                     named = 0
                     for i in range(distinct_experts[m]):
                         e = expert_order[m, i]
                         g = first_gpu[m, first + e]
-                        remote_gpu = g - gpu_start[m]
+                        remote_gpu = g - start
                         if work[remote_gpu] < 0:
                             work[remote_gpu] = 0.0
-                        work[remote_gpu] += expert_s[kind_of[g], size_of[layer], token_count[m, e]]
-                        served[g] += token_count[m, e]
+                        table_row = scenario.gpus[g].kind
+                        work[remote_gpu] += expert_s[table_row, size_class, token_count[m, e]]
+                        state.gpus[g].served += token_count[m, e]
                         named += token_count[m, e]
                         token_count[m, e] = 0
                     distinct_experts[m] = 0
                     states = tokens_to[m] * token_bytes
                     tokens_to[m] = 0
-                    state.message_request[message] = r
-                    state.message_layer[message] = layer
-                    state.message_from[message] = at
-                    state.message_to[message] = m
-                    state.message_bytes[message] = states + BYTES_PER_CALL * named
-                    state.reply_bytes[message] = states
-                    state.message_hop[message] = False
-                    state.message_returning[message] = False
-                    state.messages[at, m] += 1
-                    push_event(
-                        now + overhead_s, SEND, message,
-                        heap_s, heap_key, heap_event, heap_counts, priority,
-                    )  # fmt: skip
-            state.pending_parts[r] = parts
+                    of = messages[message]
+                    of.request = r
+                    of.layer = layer
+                    of.sender = at
+                    of.receiver = m
+                    of.payload_bytes = states + BYTES_PER_CALL * named
+                    of.reply_bytes = states
+                    of.hop = False
+                    of.returning = False
+                    state.messages_sent[at, m] += 1
+                    push_event(now + overhead_s, int64(SEND), message, heap)
+            request.pending_parts = parts
 
         elif kind == LOCAL:
             action = COMPLETE_PART
 
         elif kind == SEND:
-            start_or_enqueue(links, r, state.message_from[r], state.message_to[r])
+            start_or_enqueue(links, r, messages[r].sender, messages[r].receiver)
 
         elif kind == FREED:
-            if state.message_returning[r]:
-                release_ports(links, r, state.message_to[r], state.message_from[r])
+            of = messages[r]
+            if of.returning:
+                release_ports(links, r, of.receiver, of.sender)
             else:
-                release_ports(links, r, state.message_from[r], state.message_to[r])
+                release_ports(links, r, of.sender, of.receiver)
 
         elif kind == ARRIVED:
-            m = state.message_to[r]
-            if state.message_hop[r]:
-                state.free_messages[counter[FREE_MESSAGES]] = r
-                counter[FREE_MESSAGES] += 1
-                r = np.int64(state.message_request[r])
-                state.location[r] = m
+            of = messages[r]
+            m = of.receiver
+            if of.hop:
+                free_messages[run.free_messages] = r
+                run.free_messages += 1
+                r = int64(of.request)
+                state.requests[r].location = m
                 action = ENTER_LAYER
             else:
                 end_s = 0.0
                 work = message_work_s[r]
-                for g in range(gpu_start[m], gpu_start[m + 1]):
-                    work_s = work[g - gpu_start[m]]
+                start = scenario.servers[m].first_gpu
+                for g in range(start, scenario.servers[m].end_gpu):
+                    work_s = work[g - start]
                     if work_s >= 0:
-                        gpu_free_s[g] = max(now, gpu_free_s[g]) + work_s
-                        gpu_busy_s[g] += work_s
-                        end_s = max(end_s, gpu_free_s[g])
-                        work[g - gpu_start[m]] = -1.0
-                push_event(end_s, COMPUTED, r, heap_s, heap_key, heap_event, heap_counts, priority)
+                        gpu = state.gpus[g]
+                        gpu.free_s = max(now, gpu.free_s) + work_s
+                        gpu.gpu_busy_s += work_s
+                        end_s = max(end_s, gpu.free_s)
+                        work[g - start] = -1.0
+                push_event(end_s, int64(COMPUTED), r, heap)
 
         elif kind == COMPUTED:
-            state.message_returning[r] = True
-            start_or_enqueue(links, r, state.message_to[r], state.message_from[r])
+            of = messages[r]
+            of.returning = True
+            start_or_enqueue(links, r, of.receiver, of.sender)
 
         elif kind == RETURNED:
-            state.free_messages[counter[FREE_MESSAGES]] = r
-            counter[FREE_MESSAGES] += 1
-            r = np.int64(state.message_request[r])
+            free_messages[run.free_messages] = r
+            run.free_messages += 1
+            r = int64(messages[r].request)
             action = COMPLETE_PART
 
         elif kind == ARRIVAL:
-            counter[LATEST_ARRIVAL] += 1
-            following = counter[LATEST_ARRIVAL]
-            if following < len(home_of):
-                push_event(
-                    scenario.arrival_s[following], ARRIVAL, following,
-                    heap_s, heap_key, heap_event, heap_counts, priority,
-                )  # fmt: skip
-            home = home_of[r]
-            state.present_s[home] += state.num_present[home] * (now - state.present_since_s[home])
-            state.present_since_s[home] = now
-            state.num_present[home] += 1
-            if state.num_active[home] < scenario.concurrency[home]:
+            run.latest_arrival += 1
+            following = run.latest_arrival
+            if following < len(scenario.requests):
+                arrival_s = scenario.requests[following].arrival_s
+                push_event(arrival_s, int64(ARRIVAL), following, heap)
+            home = scenario.requests[r].home
+            server = state.servers[home]
+            server.present_s += server.num_present * (now - server.present_since_s)
+            server.present_since_s = now
+            server.num_present += 1
+            if server.num_active < scenario.servers[home].concurrency:
                 action = ADMIT
-            elif state.queue_head[home] < 0:
-                state.queue_head[home] = r
-                state.queue_tail[home] = r
+            elif server.queue_head < 0:
+                server.queue_head = r
+                server.queue_tail = r
             else:
-                state.next_queued[state.queue_tail[home]] = r
-                state.queue_tail[home] = r
+                state.requests[server.queue_tail].next_queued = r
+                server.queue_tail = r
 
         else:  # LOADED
-            g = state.step_gpu[subject]
+            step = state.steps[subject]
             add_replica(
-                g, state.step_pair[subject], state.gpu_holds, first_gpu, holders, num_replicas,
-                scenario.server_of_gpu[g],
+                step.gpu, step.pair, state.gpu_holds, first_gpu, holders, num_replicas,
+                scenario.gpus[step.gpu].server,
             )  # fmt: skip
-            if not start_steps(scenario, state, complete_step(state, subject, 0)):
+            if not start_steps(scenario, state, complete_step(state, subject, int64(0))):
                 return LAST_REPLICA_DROPPED
 
         # ------------------------------------------------ the actions that the event causes
         while action != NOTHING:
+            request = state.requests[r]
             if action == COMPLETE_PART:
-                state.pending_parts[r] -= 1
+                request.pending_parts -= 1
                 action = NOTHING
-                if state.pending_parts[r] == 0:
-                    if state.decoding[r]:
-                        state.layer_steps[state.remote_experts[r]] += 1
-                        state.layer_s[state.remote_experts[r]] += now - state.layer_start_s[r]
-                    state.layer[r] += 1
-                    state.layer_start_s[r] = now
+                if request.pending_parts == 0:
+                    if request.decoding:
+                        state.layer_steps[request.remote_experts] += 1
+                        state.layer_s[request.remote_experts] += now - request.layer_start_s
+                    request.layer += 1
+                    request.layer_start_s = now
                     action = ENTER_LAYER
             elif action == ADMIT:
-                home = home_of[r]
-                prompt = scenario.prompt[r]
-                prefill = scenario.prefill_tokens[prompt]
-                state.num_active[home] += 1
-                state.start_s[r] = now
-                state.location[r] = home
-                state.token_row[r] = scenario.first_row[prompt]
-                state.step_tokens[r] = prefill if prefill > 0 else 1
-                state.steps_left[r] = scenario.decode_tokens[prompt] + (1 if prefill > 0 else 0)
-                state.decoding[r] = prefill == 0
-                state.layer[r] = 0
-                state.layer_start_s[r] = now
+                home = scenario.requests[r].home
+                prompt = prompts[scenario.requests[r].prompt]
+                prefill = prompt.prefill_tokens
+                state.servers[home].num_active += 1
+                request.start_s = now
+                request.location = home
+                request.token_row = prompt.first_row
+                request.step_tokens = prefill if prefill > 0 else 1
+                request.steps_left = prompt.decode_tokens + (1 if prefill > 0 else 0)
+                request.decoding = prefill == 0
+                request.layer = 0
+                request.layer_start_s = now
                 action = ENTER_LAYER
             else:
                 action = NOTHING
-                home = home_of[r]
-                at = state.location[r]
-                step_done = state.layer[r] == layers
-                target = home if step_done else scenario.execution[home, state.layer[r]]
+                home = scenario.requests[r].home
+                at = request.location
+                layer = request.layer
+                step_done = layer == layers
+                target = home if step_done else scenario.execution[home, layer]
                 if at != target:
-                    counter[FREE_MESSAGES] -= 1
-                    message = state.free_messages[counter[FREE_MESSAGES]]
-                    state.message_request[message] = r
-                    state.message_layer[message] = state.layer[r]
-                    state.message_from[message] = at
-                    state.message_to[message] = target
-                    state.message_bytes[message] = state.step_tokens[r] * token_bytes
-                    state.message_hop[message] = True
-                    state.message_returning[message] = False
-                    push_event(
-                        now + overhead_s, SEND, message,
-                        heap_s, heap_key, heap_event, heap_counts, priority,
-                    )  # fmt: skip
+                    run.free_messages -= 1
+                    message = int64(free_messages[run.free_messages])
+                    of = messages[message]
+                    of.request = r
+                    of.layer = layer
+                    of.sender = at
+                    of.receiver = target
+                    of.payload_bytes = request.step_tokens * token_bytes
+                    of.hop = True
+                    of.returning = False
+                    push_event(now + overhead_s, int64(SEND), message, heap)
                 elif not step_done:
-                    g = scenario.dense_gpu[at]
-                    work_s = dense_s[kind_of[g], state.step_tokens[r]]
-                    gpu_free_s[g] = max(now, gpu_free_s[g]) + work_s
-                    gpu_busy_s[g] += work_s
-                    push_event(
-                        gpu_free_s[g], DENSE, r, heap_s, heap_key, heap_event, heap_counts, priority
-                    )
+                    g = scenario.servers[at].dense_gpu
+                    gpu = state.gpus[g]
+                    work_s = dense_s[scenario.gpus[g].kind, request.step_tokens]
+                    gpu.free_s = max(now, gpu.free_s) + work_s
+                    gpu.gpu_busy_s += work_s
+                    push_event(gpu.free_s, int64(DENSE), r, heap)
                 else:
-                    if np.isnan(state.first_token_s[r]):
-                        state.first_token_s[r] = now
-                    state.steps_left[r] -= 1
-                    if state.steps_left[r] > 0:
-                        state.token_row[r] += state.step_tokens[r]
-                        state.step_tokens[r] = 1
-                        state.decoding[r] = True
-                        state.layer[r] = 0
-                        state.layer_start_s[r] = now
+                    if np.isnan(request.first_token_s):
+                        request.first_token_s = now
+                    request.steps_left -= 1
+                    if request.steps_left > 0:
+                        request.token_row += request.step_tokens
+                        request.step_tokens = 1
+                        request.decoding = True
+                        request.layer = 0
+                        request.layer_start_s = now
                         action = ENTER_LAYER
                     else:
-                        state.done_s[r] = now
-                        counter[FINISHED] += 1
-                        passed_s = now - state.present_since_s[home]
-                        state.present_s[home] += state.num_present[home] * passed_s
-                        state.present_since_s[home] = now
-                        state.num_present[home] -= 1
-                        state.num_active[home] -= 1
-                        if state.queue_head[home] >= 0:
-                            r = np.int64(state.queue_head[home])
-                            state.queue_head[home] = state.next_queued[r]
+                        request.done_s = now
+                        run.finished += 1
+                        server = state.servers[home]
+                        server.present_s += server.num_present * (now - server.present_since_s)
+                        server.present_since_s = now
+                        server.num_present -= 1
+                        server.num_active -= 1
+                        if server.queue_head >= 0:
+                            r = int64(server.queue_head)
+                            server.queue_head = state.requests[r].next_queued
                             action = ADMIT
     return NO_EVENT_LEFT

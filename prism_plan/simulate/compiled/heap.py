@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prism_plan.jit import inline_kernel, kernel
+from prism_plan.simulate.compiled.records import HEAP_ENTRY
 from prism_plan.simulate.events import PRIORITY
 
 Array = Any
@@ -18,77 +19,79 @@ KIND_SHIFT = 32
 
 
 class Heap(NamedTuple):
-    """Arrays [H] of entries, first in the order of (time, key).
+    """Records ``entries`` [H], first in the order of (time, key).
 
     ``counts`` int64 [2]: entries in the heap, events ever pushed. ``priority`` int64 by kind.
     """
 
-    time_s: Array
-    key: Array
-    event: Array
+    entries: Array
     counts: Array
     priority: Array
 
     @classmethod
     def empty(cls, room: int) -> Heap:
         """A heap with room for so many entries."""
-        times, keys, events = np.zeros(room), np.zeros(room, np.int64), np.zeros(room, np.int64)
-        return cls(times, keys, events, np.zeros(2, np.int64), PRIORITY.astype(np.int64))
+        return cls(np.zeros(room, HEAP_ENTRY), np.zeros(2, np.int64), PRIORITY.astype(np.int64))
 
 
 @kernel
-def push_event(  # pragma: no cover - compiled
-    at_s: float, kind: int, subject: Any,
-    time_s: Array, keys: Array, events: Array, counts: Array, priority: Array,
-) -> None:  # fmt: skip
-    """Add an event to the heap, whose arrays are passed one by one, which is faster."""
-    key = (priority[kind] << NUMBER_BITS) | counts[1]
+def push_event(at_s: float, kind: int, subject: Any, heap: Heap) -> None:  # pragma: no cover
+    """Add an event to the heap. Kernels pass ``kind`` as int64: numba compiles for each literal."""
+    entries = heap.entries
+    key = (heap.priority[kind] << NUMBER_BITS) | heap.counts[1]
     event = (np.int64(kind) << KIND_SHIFT) | np.int64(subject)
-    i = counts[0]
-    counts[0] += 1
-    counts[1] += 1
+    i = heap.counts[0]
+    heap.counts[0] += 1
+    heap.counts[1] += 1
     while i > 0:
         above = (i - 1) >> 2
-        if time_s[above] < at_s or (time_s[above] == at_s and keys[above] < key):
+        parent = entries[above]
+        if parent.time_s < at_s or (parent.time_s == at_s and parent.key < key):
             break
-        time_s[i] = time_s[above]
-        keys[i] = keys[above]
-        events[i] = events[above]
+        entry = entries[i]
+        entry.time_s = parent.time_s
+        entry.key = parent.key
+        entry.event = parent.event
         i = above
-    time_s[i] = at_s
-    keys[i] = key
-    events[i] = event
+    entry = entries[i]
+    entry.time_s = at_s
+    entry.key = key
+    entry.event = event
 
 
 @inline_kernel
-def remove_first_event(  # pragma: no cover - compiled
-    time_s: Array, keys: Array, events: Array, counts: Array
-) -> None:
+def remove_first_event(heap: Heap) -> None:  # pragma: no cover - compiled
     """Remove the first event of the heap."""
-    counts[0] -= 1
-    size = counts[0]
+    heap.counts[0] -= 1
+    size = heap.counts[0]
     if size == 0:
         return
-    at_s = time_s[size]
-    key = keys[size]
-    event = events[size]
+    entries = heap.entries
+    at_s = entries[size].time_s
+    key = entries[size].key
+    event = entries[size].event
     i = 0
     while True:
         first = 4 * i + 1
         if first >= size:
             break
         least = first
+        least_s = entries[first].time_s
+        least_key = entries[first].key
         for child in range(first + 1, min(first + 4, size)):
-            if time_s[child] < time_s[least] or (
-                time_s[child] == time_s[least] and keys[child] < keys[least]
-            ):
+            child_s = entries[child].time_s
+            if child_s < least_s or (child_s == least_s and entries[child].key < least_key):
                 least = child
-        if at_s < time_s[least] or (at_s == time_s[least] and key < keys[least]):
+                least_s = child_s
+                least_key = entries[child].key
+        if at_s < least_s or (at_s == least_s and key < least_key):
             break
-        time_s[i] = time_s[least]
-        keys[i] = keys[least]
-        events[i] = events[least]
+        entry = entries[i]
+        entry.time_s = least_s
+        entry.key = least_key
+        entry.event = entries[least].event
         i = least
-    time_s[i] = at_s
-    keys[i] = key
-    events[i] = event
+    entry = entries[i]
+    entry.time_s = at_s
+    entry.key = key
+    entry.event = event

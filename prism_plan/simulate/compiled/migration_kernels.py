@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from prism_plan.jit import inline_kernel
-from prism_plan.simulate.compiled.engine_state import (
-    FAILED_STEP,
-    LOADED_BYTES,
-    LOADS,
-    OPEN_STEPS,
-    EngineState,
-    ScenarioArrays,
-)
+from prism_plan.kernel_types import int64
+from prism_plan.simulate.compiled.engine_state import EngineState, ScenarioArrays
 from prism_plan.simulate.compiled.heap import push_event
 from prism_plan.simulate.events import LOADED
 
@@ -41,14 +35,16 @@ def add_replica(  # pragma: no cover - compiled
 @inline_kernel
 def release_replica(  # pragma: no cover - compiled
     g: int, pair: int, gpu_holds: Array, first_gpu: Array, holders: Array, num_replicas: Array,
-    gpu_start: Array, n: int,
+    n: int, end_gpu: int,
 ) -> None:  # fmt: skip
-    """Record that GPU g of server n no longer holds a pair."""
+    """Record that GPU g of server n, whose GPUs end before ``end_gpu``, no longer holds a pair."""
     if not gpu_holds[g, pair]:
         return
     gpu_holds[g, pair] = False
+    if first_gpu[n, pair] != g:
+        return
     first_gpu[n, pair] = -1
-    for other in range(gpu_start[n], gpu_start[n + 1]):
+    for other in range(g + 1, end_gpu):
         if gpu_holds[other, pair]:
             first_gpu[n, pair] = other
             return
@@ -67,14 +63,16 @@ def start_load(  # pragma: no cover - compiled
 ) -> float:
     """Load an expert of a layer onto GPU g when its load channel is free; return the end."""
     load_s = scenario.load_s[g, layer]
-    start_s = max(earliest_s, state.load_free_s[g])
-    if scenario.load_blocks_compute[g]:
-        start_s = max(start_s, state.gpu_free_s[g])
-        state.gpu_free_s[g] = start_s + load_s
-        state.gpu_busy_s[g] += load_s
-    state.load_free_s[g] = start_s + load_s
-    state.counter[LOADS] += 1
-    state.counter[LOADED_BYTES] += scenario.expert_bytes[layer]
+    gpu = state.gpus[g]
+    start_s = max(earliest_s, gpu.load_free_s)
+    if scenario.gpus[g].load_blocks_compute:
+        start_s = max(start_s, gpu.free_s)
+        gpu.free_s = start_s + load_s
+        gpu.gpu_busy_s += load_s
+    gpu.load_free_s = start_s + load_s
+    run = state.run[0]
+    run.loads += 1
+    run.loaded_bytes += scenario.layers[layer].expert_bytes
     return start_s + load_s  # type: ignore[no-any-return]
 
 
@@ -90,23 +88,22 @@ def start_steps(  # pragma: no cover - compiled
     while i < num_ready:
         index = state.ready_steps[i]
         i += 1
-        g = state.step_gpu[index]
-        pair = state.step_pair[index]
-        if state.step_is_load[index]:
-            end_s = start_load(scenario, state, g, pair // scenario.num_experts, state.clock_s[0])
-            heap = state.heap
-            push_event(
-                end_s, LOADED, index, heap.time_s, heap.key, heap.event, heap.counts, heap.priority
-            )
+        step = state.steps[index]
+        pair = step.pair
+        if step.is_load:
+            layer = pair // scenario.num_experts
+            end_s = start_load(scenario, state, int64(step.gpu), layer, state.run[0].now_s)
+            push_event(end_s, int64(LOADED), int64(index), state.heap)
             continue
+        n = scenario.gpus[step.gpu].server
         release_replica(
-            g, pair, state.gpu_holds, state.first_gpu, state.holders, state.num_replicas,
-            scenario.gpu_start, scenario.server_of_gpu[g],
+            step.gpu, pair, state.gpu_holds, state.first_gpu, state.holders, state.num_replicas,
+            n, scenario.servers[n].end_gpu,
         )  # fmt: skip
         if state.num_replicas[pair] == 0:
-            state.counter[FAILED_STEP] = index
+            state.run[0].failed_step = index
             return False
-        num_ready = complete_step(state, index, num_ready)
+        num_ready = complete_step(state, int64(index), num_ready)
     return True
 
 
@@ -115,13 +112,14 @@ def complete_step(  # pragma: no cover - compiled
     state: EngineState, index: int, num_ready: int
 ) -> int:
     """Append to ``ready_steps`` those that needed only this step; return how many there are."""
-    state.counter[OPEN_STEPS] -= 1
-    if state.counter[OPEN_STEPS] == 0:
-        state.clock_s[1] = state.clock_s[0]
-    for i in range(state.step_dependents_start[index], state.step_dependents_start[index + 1]):
+    run = state.run[0]
+    run.open_steps -= 1
+    if run.open_steps == 0:
+        run.migration_end_s = run.now_s
+    for i in range(state.steps[index].first_dependent, state.steps[index].end_dependent):
         other = state.step_dependents[i]
-        state.step_open_needs[other] -= 1
-        if state.step_open_needs[other] == 0:
+        state.steps[other].open_needs -= 1
+        if state.steps[other].open_needs == 0:
             state.ready_steps[num_ready] = other
             num_ready += 1
     return num_ready

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from prism_plan.jit import inline_kernel
+from prism_plan.kernel_types import int64
 from prism_plan.simulate.compiled.engine_state import EngineState, ScenarioArrays
 from prism_plan.simulate.compiled.migration_kernels import start_load
 
@@ -15,53 +16,52 @@ Array = Any
 
 @inline_kernel
 def _least_recently_used(  # pragma: no cover - compiled
-    first_gpu: int, last_gpu: int, lru_first: Array, used_s: Array
+    gpus: Array, slots: Array, first_gpu: int, end_gpu: int
 ) -> Any:
     """The slot of a server whose last use ended first; of equal ones the lowest.
 
-    ``lru_first`` [G] begins the list of each GPU's slots in this order; those of the server are
-    ``first_gpu`` to ``last_gpu``.
+    The server's GPUs are those from ``first_gpu`` up to, not with, ``end_gpu``.
     """
     found = np.int32(-1)
-    for g in range(first_gpu, last_gpu + 1):
-        slot = lru_first[g]
-        if slot >= 0 and (
-            found < 0
-            or used_s[slot] < used_s[found]
-            or (used_s[slot] == used_s[found] and slot < found)
-        ):
-            found = slot
+    found_s = 0.0
+    for g in range(first_gpu, end_gpu):
+        slot = gpus[g].lru_first
+        if slot >= 0:
+            used_s = slots[slot].used_s
+            if found < 0 or used_s < found_s or (used_s == found_s and slot < found):
+                found = slot
+                found_s = used_s
     return found
 
 
 @inline_kernel
-def _append_used(  # pragma: no cover - compiled
-    slot: int, g: int, lru_first: Array, lru_last: Array, lru_next: Array, lru_previous: Array,
-    used_s: Array,
-) -> None:  # fmt: skip
+def _append_used(gpus: Array, slots: Array, slot: int) -> None:  # pragma: no cover - compiled
     """Move a slot to the end of its GPU's list: uses of a GPU end in the order they began."""
-    before, after = lru_previous[slot], lru_next[slot]
+    own = slots[slot]
+    gpu = gpus[own.gpu]
+    before, after = own.lru_previous, own.lru_next
     if before < 0:
-        lru_first[g] = after
+        gpu.lru_first = after
     else:
-        lru_next[before] = after
+        slots[before].lru_next = after
     if after < 0:
-        lru_last[g] = before
+        gpu.lru_last = before
     else:
-        lru_previous[after] = before
-    before, after = lru_last[g], np.int32(-1)
+        slots[after].lru_previous = before
+    before, after = gpu.lru_last, np.int32(-1)
     # uses that take no time end together: the lowest slot is first
-    while before >= 0 and used_s[before] == used_s[slot] and before > slot:
-        before, after = lru_previous[before], before
-    lru_previous[slot], lru_next[slot] = before, after
+    while before >= 0 and slots[before].used_s == own.used_s and before > slot:
+        before, after = slots[before].lru_previous, before
+    own.lru_previous = before
+    own.lru_next = after
     if before < 0:
-        lru_first[g] = slot
+        gpu.lru_first = slot
     else:
-        lru_next[before] = slot
+        slots[before].lru_next = slot
     if after < 0:
-        lru_last[g] = slot
+        gpu.lru_last = slot
     else:
-        lru_previous[after] = slot
+        slots[after].lru_previous = slot
 
 
 @inline_kernel
@@ -69,8 +69,9 @@ def compute_with_offload(  # pragma: no cover - compiled
     scenario: ScenarioArrays, state: EngineState, at: int, layer: int
 ) -> float:
     """Compute resident experts, then load and compute the others; see the reference engine."""
-    now = state.clock_s[0]
+    now = state.run[0].now_s
     first = layer * scenario.num_experts
+    size_class = scenario.layers[layer].size_class
     end_s = 0.0
     for loads in range(2):
         for i in range(state.distinct_experts[at]):
@@ -78,35 +79,34 @@ def compute_with_offload(  # pragma: no cover - compiled
             tokens = state.token_count[at, e]
             if tokens == 0:  # it is resident, and computed
                 continue
-            slot = state.slot_of[at, first + e]
+            index = state.slot_of[at, first + e]
             if loads == 0:
-                if slot < 0:
+                if index < 0:
                     continue
                 state.token_count[at, e] = 0
-                g = state.slot_gpu[slot]
-                work_s = scenario.expert_s[scenario.gpu_kind[g], scenario.size_class[layer], tokens]
-                done_s = max(now, state.gpu_free_s[g]) + work_s
             else:
-                slot = _least_recently_used(
-                    scenario.gpu_start[at], scenario.gpu_start[at + 1] - 1, state.lru_first,
-                    state.slot_used_s,
-                )  # fmt: skip
-                g = state.slot_gpu[slot]
-                earliest_s = max(now, state.slot_used_s[slot])
-                loaded_s = start_load(scenario, state, g, layer, earliest_s)
-                work_s = scenario.expert_s[scenario.gpu_kind[g], scenario.size_class[layer], tokens]
-                done_s = max(loaded_s, state.gpu_free_s[g]) + work_s
-                if state.slot_pair[slot] >= 0:
-                    state.slot_of[at, state.slot_pair[slot]] = -1
-                state.slot_pair[slot] = first + e
-                state.slot_of[at, first + e] = slot
-            state.gpu_free_s[g] = done_s
-            state.gpu_busy_s[g] += work_s
-            state.served[g] += tokens
-            state.slot_used_s[slot] = done_s
-            _append_used(
-                slot, g, state.lru_first, state.lru_last, state.lru_next, state.lru_previous,
-                state.slot_used_s,
-            )  # fmt: skip
+                server = scenario.servers[at]
+                index = _least_recently_used(
+                    state.gpus, state.slots, server.first_gpu, server.end_gpu
+                )
+            slot = state.slots[index]
+            g = slot.gpu
+            gpu = state.gpus[g]
+            work_s = scenario.expert_s[scenario.gpus[g].kind, size_class, tokens]
+            if loads == 0:
+                done_s = max(now, gpu.free_s) + work_s
+            else:
+                earliest_s = max(now, slot.used_s)
+                loaded_s = start_load(scenario, state, int64(g), int64(layer), earliest_s)
+                done_s = max(loaded_s, gpu.free_s) + work_s
+                if slot.pair >= 0:
+                    state.slot_of[at, slot.pair] = -1
+                slot.pair = first + e
+                state.slot_of[at, first + e] = index
+            gpu.free_s = done_s
+            gpu.gpu_busy_s += work_s
+            gpu.served += tokens
+            slot.used_s = done_s
+            _append_used(state.gpus, state.slots, index)
             end_s = max(end_s, done_s)
     return end_s

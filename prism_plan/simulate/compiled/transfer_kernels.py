@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from prism_plan.jit import inline_kernel
-from prism_plan.simulate.compiled.engine_state import ENQUEUED, TransferArrays
+from prism_plan.kernel_types import int64
+from prism_plan.simulate.compiled.engine_state import TransferArrays
 from prism_plan.simulate.compiled.heap import push_event
 from prism_plan.simulate.events import ARRIVED, FREED, RETURNED
 
@@ -15,54 +18,42 @@ Array = Any
 @inline_kernel
 def payload_bytes(links: TransferArrays, message: Any) -> Any:  # pragma: no cover - compiled
     """Bytes of the transfer that is next or under way: of the message or of its reply."""
-    returning = links.message_returning[message]
-    return links.reply_bytes[message] if returning else links.message_bytes[message]
+    of = links.messages[message]
+    return of.reply_bytes if of.returning else of.payload_bytes
 
 
 @inline_kernel
-def port_offset(links: TransferArrays, message: Any) -> Any:  # pragma: no cover - compiled
-    """Index of the first port of the message's class: short messages have ports of their own."""
-    return len(links.up_bytes_per_s) if payload_bytes(links, message) < links.short_bytes else 0
+def port_offset(links: TransferArrays, payload: Any) -> Any:  # pragma: no cover - compiled
+    """Index of the first port for a payload: short messages have ports of their own."""
+    return len(links.lines) if payload < links.short_bytes else 0
 
 
 @inline_kernel
 def hold_time_s(  # pragma: no cover - compiled
-    links: TransferArrays, a: int, b: int, first: int, payload: Any
+    links: TransferArrays, a: Any, b: Any, first: int, payload: Any
 ) -> Any:
     """Seconds for which a transfer that starts now holds the uplink of a and the downlink of b.
 
     ``first`` is that of :func:`port_offset`. Only a transfer that has both lines to itself may use
     what is in the token buckets; the others go at the rate of the link.
     """
-    now = links.clock_s[0]
     burst = links.burst_bytes
-    per_byte = links.seconds_per_byte[a, b]
-    other = len(links.up_bytes_per_s) - first
-    if burst == 0 or links.port_busy[0, other + a] or links.port_busy[1, other + b]:
+    per_byte = links.links[a, b].seconds_per_byte
+    other = len(links.lines) - first
+    if burst == 0 or links.ports[0, other + a].busy or links.ports[1, other + b].busy:
         return payload * per_byte
-    bucket = links.bucket
-    up = min(burst, bucket[0, a] + (now - bucket[1, a]) * links.up_bytes_per_s[a])
-    down = min(burst, bucket[2, b] + (now - bucket[3, b]) * links.down_bytes_per_s[b])
+    now = links.run[0].now_s
+    sender, receiver = links.servers[a], links.servers[b]
+    up_rate, down_rate = links.lines[a].up_bytes_per_s, links.lines[b].down_bytes_per_s
+    up = min(burst, sender.up_bucket_bytes + (now - sender.up_bucket_s) * up_rate)
+    down = min(burst, receiver.down_bucket_bytes + (now - receiver.down_bucket_s) * down_rate)
     unshaped = min(up, down, float(payload))
     held_s = (payload - unshaped) * per_byte
-    bucket[0, a] = min(burst, max(0.0, up + held_s * links.up_bytes_per_s[a] - payload))
-    bucket[1, a] = now + held_s
-    bucket[2, b] = min(burst, max(0.0, down + held_s * links.down_bytes_per_s[b] - payload))
-    bucket[3, b] = now + held_s
+    sender.up_bucket_bytes = min(burst, max(0.0, up + held_s * up_rate - payload))
+    sender.up_bucket_s = now + held_s
+    receiver.down_bucket_bytes = min(burst, max(0.0, down + held_s * down_rate - payload))
+    receiver.down_bucket_s = now + held_s
     return held_s
-
-
-@inline_kernel
-def long_message_delay_s(  # pragma: no cover - compiled
-    links: TransferArrays, a: int, b: int
-) -> Any:
-    """Seconds by which the long messages under way on the same lines delay a short one."""
-    left_s = 0.0
-    if links.port_busy[0, a]:
-        left_s = links.port_free_s[0, a] - links.clock_s[0]
-    if links.port_busy[1, b]:
-        left_s = max(left_s, links.port_free_s[1, b] - links.clock_s[0])
-    return min(left_s, links.short_bytes * links.seconds_per_byte[a, b])
 
 
 @inline_kernel
@@ -70,28 +61,34 @@ def start_transfer(  # pragma: no cover - compiled
     links: TransferArrays, message: Any, a: Any, b: Any
 ) -> None:
     """Acquire the uplink of a and the downlink of b, both free, and schedule their release."""
-    returning = links.message_returning[message]
     payload = payload_bytes(links, message)
-    first = port_offset(links, message)
-    links.port_busy[0, first + a] = True
-    links.port_busy[1, first + b] = True
+    first = port_offset(links, payload)
+    now = links.run[0].now_s
+    uplink, downlink = links.ports[0, first + a], links.ports[1, first + b]
+    uplink.busy = True
+    downlink.busy = True
     held_s = hold_time_s(links, a, b, first, payload)
-    links.up_busy_s[a] += held_s
-    links.down_busy_s[b] += held_s
-    links.bytes_out[a] += payload
-    links.bytes_in[b] += payload
-    end_s = links.clock_s[0] + held_s
-    links.port_free_s[0, first + a] = end_s
-    links.port_free_s[1, first + b] = end_s
-    arrival_s = end_s + links.half_rtt_s[a, b]
+    sender, receiver = links.servers[a], links.servers[b]
+    sender.up_busy_s += held_s
+    receiver.down_busy_s += held_s
+    sender.bytes_out += payload
+    receiver.bytes_in += payload
+    end_s = now + held_s
+    uplink.free_s = end_s
+    downlink.free_s = end_s
+    link = links.links[a, b]
+    arrival_s = end_s + link.half_rtt_s
     if first:
-        arrival_s += long_message_delay_s(links, a, b)
-    kind = RETURNED if returning else ARRIVED
-    heap = links.heap
-    push_event(end_s, FREED, message, heap.time_s, heap.key, heap.event, heap.counts, heap.priority)
-    push_event(
-        arrival_s, kind, message, heap.time_s, heap.key, heap.event, heap.counts, heap.priority
-    )
+        # the long messages under way on the same lines delay a short one
+        left_s = 0.0
+        if links.ports[0, a].busy:
+            left_s = links.ports[0, a].free_s - now
+        if links.ports[1, b].busy:
+            left_s = max(left_s, links.ports[1, b].free_s - now)
+        arrival_s += min(left_s, links.short_bytes * link.seconds_per_byte)
+    push_event(end_s, int64(FREED), message, links.heap)
+    kind = int64(RETURNED) if links.messages[message].returning else int64(ARRIVED)
+    push_event(arrival_s, kind, message, links.heap)
 
 
 @inline_kernel
@@ -99,22 +96,24 @@ def start_or_enqueue(  # pragma: no cover - compiled
     links: TransferArrays, message: Any, a: Any, b: Any
 ) -> None:
     """Start a transfer, or enqueue it at the uplink of a and the downlink of b."""
-    first = port_offset(links, message)
-    if not links.port_busy[0, first + a] and not links.port_busy[1, first + b]:
+    first = port_offset(links, payload_bytes(links, message))
+    if not links.ports[0, first + a].busy and not links.ports[1, first + b].busy:
         start_transfer(links, message, a, b)
         return
-    links.message_ready[message] = links.counter[ENQUEUED]
-    links.counter[ENQUEUED] += 1
-    for port in range(2):
-        n = first + (a if port == 0 else b)
-        last = links.port_queue_tail[port, n]
-        links.message_next[message, port] = -1
-        links.message_previous[message, port] = last
+    run = links.run[0]
+    links.messages[message].ready = run.enqueued
+    run.enqueued += 1
+    for way in range(2):
+        port = links.ports[way, first + (a if way == 0 else b)]
+        own = links.queue_links[message, way]
+        last = port.queue_tail
+        own.next = -1
+        own.previous = last
         if last < 0:
-            links.port_queue_head[port, n] = message
+            port.queue_head = message
         else:
-            links.message_next[last, port] = message
-        links.port_queue_tail[port, n] = message
+            links.queue_links[last, way].next = message
+        port.queue_tail = message
 
 
 @inline_kernel
@@ -122,19 +121,19 @@ def dequeue(  # pragma: no cover - compiled
     links: TransferArrays, message: Any, a: Any, b: Any
 ) -> None:
     """Remove a message from the queues of its two ports."""
-    first = port_offset(links, message)
-    for port in range(2):
-        n = first + (a if port == 0 else b)
-        following = links.message_next[message, port]
-        previous = links.message_previous[message, port]
+    first = port_offset(links, payload_bytes(links, message))
+    for way in range(2):
+        port = links.ports[way, first + (a if way == 0 else b)]
+        following = links.queue_links[message, way].next
+        previous = links.queue_links[message, way].previous
         if previous < 0:
-            links.port_queue_head[port, n] = following
+            port.queue_head = following
         else:
-            links.message_next[previous, port] = following
+            links.queue_links[previous, way].next = following
         if following < 0:
-            links.port_queue_tail[port, n] = previous
+            port.queue_tail = previous
         else:
-            links.message_previous[following, port] = previous
+            links.queue_links[following, way].previous = previous
 
 
 @inline_kernel
@@ -146,27 +145,28 @@ def release_ports(  # pragma: no cover - compiled
     The queues of the two ports are walked together, in the order in which messages were ready,
     until both ports are busy again.
     """
-    first = port_offset(links, released)
-    links.port_busy[0, first + a] = False
-    links.port_busy[1, first + b] = False
-    up = links.port_queue_head[0, first + a]
-    down = links.port_queue_head[1, first + b]
+    first = port_offset(links, payload_bytes(links, released))
+    uplink, downlink = links.ports[0, first + a], links.ports[1, first + b]
+    uplink.busy = False
+    downlink.busy = False
+    up = uplink.queue_head
+    down = downlink.queue_head
     while True:
-        if links.port_busy[0, first + a]:
-            up = -1
-        if links.port_busy[1, first + b]:
-            down = -1
+        if uplink.busy:
+            up = np.int32(-1)
+        if downlink.busy:
+            down = np.int32(-1)
         if up < 0 and down < 0:
             return
-        up_first = down < 0 or (up >= 0 and links.message_ready[up] <= links.message_ready[down])
-        message = up if up_first else down
+        up_first = down < 0 or (up >= 0 and links.messages[up].ready <= links.messages[down].ready)
+        message = int64(up if up_first else down)
         if message == up:
-            up = links.message_next[up, 0]
+            up = links.queue_links[message, 0].next
         if message == down:
-            down = links.message_next[down, 1]
-        returning = links.message_returning[message]
-        sender = links.message_to[message] if returning else links.message_from[message]
-        receiver = links.message_from[message] if returning else links.message_to[message]
-        if not links.port_busy[0, first + sender] and not links.port_busy[1, first + receiver]:
+            down = links.queue_links[message, 1].next
+        of = links.messages[message]
+        sender = of.receiver if of.returning else of.sender
+        receiver = of.sender if of.returning else of.receiver
+        if not links.ports[0, first + sender].busy and not links.ports[1, first + receiver].busy:
             dequeue(links, message, sender, receiver)
             start_transfer(links, message, sender, receiver)
