@@ -79,7 +79,10 @@ class RequestCounter:
         # most traces hold the tokens of a request side by side, so that few numbers are left
         start = np.flatnonzero(new)
         key = task[start].astype(np.int64) << 32 | request[start]
-        keys, tokens = _merged(key, np.diff(start, append=len(task)))
+        tokens = np.empty_like(start)
+        np.subtract(start[1:], start[:-1], out=tokens[:-1])
+        tokens[-1] = len(task) - start[-1]
+        keys, tokens = _merged(key, tokens)
         self._keys.append(keys)
         self._tokens.append(tokens)
 
