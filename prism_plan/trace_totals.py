@@ -73,6 +73,8 @@ class RequestCounter:
 
     def add(self, task: npt.NDArray[np.int32], request: npt.NDArray[np.int32]) -> None:
         """Count T tokens of these tasks [T] and requests [T]."""
+        if not len(task):
+            return
         new = np.ones(len(task), bool)
         np.not_equal(request[1:], request[:-1], out=new[1:])
         new[1:] |= task[1:] != task[:-1]

@@ -283,6 +283,7 @@ def test_request_lengths(rows: list[tuple[int, int]], batch: int) -> None:
     for start in range(0, len(rows), batch):
         part = np.array(rows[start : start + batch], np.int32)
         counter.add(part[:, 0], part[:, 1])
+        counter.add(part[:0, 0], part[:0, 1])  # a batch without tokens changes nothing
     lengths = counter.lengths()
     found = zip(
         lengths.task.tolist(), lengths.request.tolist(), lengths.tokens.tolist(), strict=True
