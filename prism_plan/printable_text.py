@@ -9,7 +9,6 @@ functions here: messages of errors, tables, progress bars, titles and labels of 
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -44,6 +43,8 @@ def printable(text: object) -> str:
 def shown(value: object, max_length: int = 60) -> str:
     """The beginning of a value, with JSON's spelling of true, null, NaN and the like."""
     if value is None or isinstance(value, bool | float):
+        import json  # here, for most texts need it not
+
         return json.dumps(value)
     try:
         return repr(value)[:max_length]

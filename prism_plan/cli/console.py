@@ -6,7 +6,6 @@ All that the commands print passes here and is made printable (:mod:`prism_plan.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +38,8 @@ def print_line(text: str, *, err: bool = False) -> None:
 
 def print_json(values: Any) -> None:
     """Print values as JSON on standard output."""
+    import json
+
     text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
     click.echo(printable_json(text))
 

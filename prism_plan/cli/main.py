@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import click
-from click.shell_completion import shell_complete
 
 from prism_plan import __version__
 from prism_plan.cli.console import PROGRAM
@@ -48,6 +47,8 @@ def run() -> int:
     """Run the command line and return its exit code; every error is one line on standard error."""
     shell = os.environ.get(COMPLETION_VARIABLE)
     if shell:
+        from click.shell_completion import shell_complete
+
         return shell_complete(cli, {}, "prism-plan", COMPLETION_VARIABLE, shell)
     return run_command(
         cli, "prism-plan", program=PROGRAM, interrupted="interrupted; nothing was written"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -45,6 +44,8 @@ def _is_special_file(path: str | os.PathLike[str]) -> bool:
 
 def _make_temporary_file(target: Path) -> Path:
     """A new empty file beside ``target``; a long name is cut, for it must not become too long."""
+    import tempfile  # here, for `--help` needs it not
+
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.")
     os.close(handle)
     return Path(name)

@@ -217,18 +217,36 @@ def solve_files(folder: Path) -> tuple[Path, Path]:
     return path, folder / "p.json"
 
 
-def command(*arguments: object) -> dict[str, Any]:
-    """Run the installed command as a whole process."""
+def command(*arguments: object, compiled: bool = True) -> dict[str, Any]:
+    """Run the installed command as a whole process; else with nothing compiled before."""
     command = [str(SCRIPT), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, check=True)
+    with tempfile.TemporaryDirectory() as empty:
+        environment = os.environ if compiled else {**os.environ, "NUMBA_CACHE_DIR": empty}
+        result = subprocess.run(command, capture_output=True, check=True, env=environment)
     return {"stdout_bytes": len(result.stdout)}
 
 
-def solve_command(files: tuple[Path, Path]) -> dict[str, Any]:
+def solve_command(compiled: bool) -> Callable[[tuple[Path, Path]], dict[str, Any]]:
     """`prism-plan solve` with the exact solver on the real trace."""
-    trace, output = files
-    cluster = ROOT / "traces" / "paper-v2lite.toml"
-    return command("solve", trace, "--cluster", cluster, "-o", output)
+
+    def run(files: tuple[Path, Path]) -> dict[str, Any]:
+        trace, output = files
+        cluster = ROOT / "traces" / "paper-v2lite.toml"
+        return command("solve", trace, "--cluster", cluster, "-o", output, compiled=compiled)
+
+    return run
+
+
+def simulate_command(compiled: bool) -> Callable[[tuple[Path, Path]], dict[str, Any]]:
+    """`prism-plan simulate` of an exact plan and two requests a server of the real trace."""
+
+    def run(files: tuple[Path, Path]) -> dict[str, Any]:
+        trace, _ = files
+        cluster = ROOT / "traces" / "paper-v2lite.toml"
+        given = ("--trace", trace, "--cluster", cluster, "--solvers", "exact", "--requests", 2)
+        return command("simulate", *given, compiled=compiled)
+
+    return run
 
 
 CASES = [
@@ -306,6 +324,18 @@ CASES = [
         events_per_s=1_000_000,
     ),
     Case(
+        "simulate, V2-Lite, 3 servers, eplb",
+        scenario(v2_trace, paper_cluster, 100, solver="eplb"),
+        simulated(),
+        events_per_s=1_000_000,
+    ),
+    Case(
+        "simulate, V2-Lite, 3 servers, layers executed where they are",
+        scenario(v2_trace, paper_cluster, 100, solver="layer-partition", where_held=True),
+        simulated(),
+        events_per_s=1_000_000,
+    ),
+    Case(
         "simulate, V2-Lite, 3 servers, offload",
         scenario(v2_trace, paper_cluster, 100, solver="offload"),
         simulated(),
@@ -320,7 +350,7 @@ CASES = [
             events_per_s=1_000_000,
             repeats=3,
         )
-        for servers in (8, 32, 128)
+        for servers in (8, 12, 32, 48, 128)
     ),
     Case(
         "simulate, V2-Lite, 64 GPUs in 32 servers, 8 decode tokens",
@@ -346,7 +376,10 @@ CASES = [
         repeats=3,
     ),
     Case("prism-plan --help", lambda folder: None, lambda _: command("--help"), 0.4),
-    Case("prism-plan solve, V2-Lite", solve_files, solve_command, 2.0),
+    Case("prism-plan solve, V2-Lite", solve_files, solve_command(True), 2.0),
+    Case("prism-plan simulate, V2-Lite", solve_files, simulate_command(True), 3.0),
+    Case("first solve, nothing compiled", solve_files, solve_command(False), repeats=3),
+    Case("first simulate, nothing compiled", solve_files, simulate_command(False), repeats=3),
     Case("small: exact", gamma(4, 16, 2, 8, 12, 8), solved("exact"), small=True),
     Case("small: ilp", gamma(4, 16, 2, 8, 12, 8), solved("ilp"), small=True),
     Case(

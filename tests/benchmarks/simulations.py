@@ -54,8 +54,12 @@ def scenario(
     *,
     solver: str = "exact",
     decode_tokens: int = 32,
+    where_held: bool = False,
 ) -> Callable[[Path], Scenario]:
-    """Prepare a run: so many requests a server, seed 0."""
+    """Prepare a run: so many requests a server, seed 0.
+
+    ``where_held``: each layer is executed by the server that holds most of it, not at home.
+    """
 
     def prepare(folder: Path) -> Scenario:
         trace = make_trace()
@@ -66,7 +70,13 @@ def scenario(
         asked = sample_requests(
             trace, cluster, requests_per_server=requests, decode_tokens=decode_tokens
         )
-        return Scenario.build(placement, asked, cluster, trace.model, offload=offloading)
+        execution = None
+        if where_held:
+            holder = placement.local.sum(axis=2).argmax(axis=0).astype(np.int32)
+            execution = np.tile(holder, (len(cluster.servers), 1))
+        return Scenario.build(
+            placement, asked, cluster, trace.model, execution=execution, offload=offloading
+        )
 
     return prepare
 
