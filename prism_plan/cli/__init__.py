@@ -6,7 +6,7 @@ import sys
 
 #: Objects between two searches for cycles. Loading modules and compiling make hundreds of thousands
 #: that stay; looking through them every 700, as Python does, takes a sixth of a short command.
-OBJECTS_BETWEEN_COLLECTIONS = 50_000
+OBJECTS_BETWEEN_COLLECTIONS = 200_000
 
 
 def main() -> None:

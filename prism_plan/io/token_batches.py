@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError
 from prism_plan.input_limits import MAX_BATCH_SELECTIONS, MAX_KEPT_BYTES
-from prism_plan.io.trace_columns import StringCodes, column_values
+from prism_plan.io.trace_columns import StringCodes, column_values, list_items
 from prism_plan.io.trace_file import TraceFile
 from prism_plan.io.trace_schema import BATCH_ROWS, require_columns, token_schema
 from prism_plan.model_spec import ModelSpec
@@ -41,13 +41,13 @@ def token_batches(
         phase = phases.codes(rows.column("phase"))
         if len(phases.code_of) != len(phase_codes):
             phase_codes = _phase_codes(file.path, phases)
-        gates = column_values(rows.column("weights").flatten()) if weights else None
+        gates = column_values(list_items(rows.column("weights"))) if weights else None
         yield TokenBatch(
             request=column_values(rows.column("request")),
             position=column_values(rows.column("position")),
             phase=phase_codes[phase],
             task=tasks.codes(rows.column("task")),
-            experts=column_values(rows.column("experts").flatten()).reshape(shape),
+            experts=column_values(list_items(rows.column("experts"))).reshape(shape),
             weights=None if gates is None else gates.reshape(shape),
         )
 
