@@ -50,6 +50,8 @@ class Link:
     """Network figures between any two servers, unless a server or a pair has its own.
 
     Messages below ``short_kb`` wait for at most ``short_kb`` of longer ones (0: for all of them).
+    ``hop_overhead_ms``, of hidden states and token ids between servers that execute layers, is
+    ``call_overhead_ms`` unless a calibration gives it.
     ``assumed`` names those of :data:`LINK_FIGURES` that a cluster file did not give; links that
     differ in nothing else are equal.
     """
@@ -59,6 +61,7 @@ class Link:
     call_overhead_ms: float = 0.2
     burst_kb: float = 0.0
     short_kb: float = 0.0
+    hop_overhead_ms: float | None = None
     assumed: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
 

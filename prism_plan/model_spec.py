@@ -184,6 +184,16 @@ class ModelSpec(ModelShape):
     attention_flops: int | None = None
     state_bytes_per_request: int = 0
 
+    @property
+    def decoder_layers_by_layer(self) -> tuple[int, ...]:
+        """How many decoder layers execute with each MoE layer, [L]; they sum to all of them.
+
+        Layers without routed experts execute with the MoE layer that follows them, those after the
+        last MoE layer with it.
+        """
+        ends = [*self.moe_layers[:-1], self.num_decoder_layers - 1]
+        return tuple(end - before for before, end in itertools.pairwise((-1, *ends)))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("hidden_size", "dtype_bytes"):

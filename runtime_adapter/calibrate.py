@@ -127,7 +127,7 @@ def _run_layer(lane: RemoteDispatcher, layer: int, experts: Any, width: int) -> 
     tokens, top_k = experts.shape
     hidden = torch.zeros((tokens, width), dtype=torch.uint8)
     weights = np.full((tokens, top_k), 1.0 / top_k, np.float32)
-    lane.compute.dense(tokens)
+    lane.compute.dense(layer, tokens)
     lane.run(layer, hidden, experts, weights)
 
 
@@ -185,8 +185,7 @@ def calibration(
         for g in range(len(server.gpus)):
             kind = table.kind[first_gpu[n] + g]
             experts_ms = [[t, 1e3 * float(table.expert_s[kind, 0, t])] for t in TOKENS]
-            difference_s = table.dense_s[kind] - table.dense_s[table.kind[0]]
-            dense_ms = [[t, 1e3 * max(dense_s[t] + float(difference_s[t]), 0.0)] for t in TOKENS]
+            dense_ms = [[t, 1e3 * max(dense_s[t] + _slower_s(table, kind, t), 0.0)] for t in TOKENS]
             curves.append({"dense_ms": dense_ms, "expert_ms": experts_ms})
         gpus.append({"name": server.name, "gpus": curves})
     return {
@@ -219,6 +218,12 @@ def averaged(calibrations: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     result: dict[str, Any] = mean(calibrations)
     return result
+
+
+def _slower_s(table: Timing, kind: int, tokens: int) -> float:
+    """By how much a GPU's dense part of a layer takes longer than the first GPU's, on average."""
+    difference_s = table.prefill_s[kind] - table.prefill_s[table.kind[0]]
+    return float(difference_s[table.dense_class, tokens].mean())
 
 
 def _experts_s(table: Timing, model: ModelSpec, tokens: int, gpu: int) -> float:

@@ -137,19 +137,26 @@ def _serve(
     row = int(prompts.first_row[prompt])
     lane.request = result.request
     result.start_s = time.monotonic() - begin_s
+    context = 0
     for tokens in [prefill] * (prefill > 0) + [1] * decode:
-        _run_step(lane, prompts.experts[row : row + tokens].astype(np.int64), width)
+        experts = prompts.experts[row : row + tokens].astype(np.int64)
+        is_prefill = context == 0 and prefill > 0
+        _run_step(lane, experts, width, None if is_prefill else context)
         row += tokens
+        context += tokens
         if result.first_token_s is None:
             result.first_token_s = time.monotonic() - begin_s
     result.done_s = time.monotonic() - begin_s
 
 
-def _run_step(lane: RemoteDispatcher, experts: Any, width: int) -> None:
-    """Run all layers of one step; ``experts`` [T, L, K] are the recorded selections."""
+def _run_step(lane: RemoteDispatcher, experts: Any, width: int, context: int | None) -> None:
+    """Run all layers of one step; ``experts`` [T, L, K] are the recorded selections.
+
+    ``context`` counts the tokens before a decode step; a prompt has none.
+    """
     tokens, layers, top_k = experts.shape
     hidden = torch.zeros((tokens, width), dtype=torch.uint8)
     weights = np.full((tokens, top_k), 1.0 / top_k, np.float32)
     for layer in range(layers):
-        lane.compute.dense(tokens)
+        lane.compute.dense(layer, tokens, context)
         lane.run(layer, hidden, experts[:, layer], weights)

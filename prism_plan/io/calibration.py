@@ -75,6 +75,7 @@ class CalibrationFile(FormatModel):
     format: Literal["prism-plan/calibration"]
     version: Version1
     call_overhead_ms: Amount = ABSENT
+    hop_overhead_ms: Amount = ABSENT
     bandwidth_mbps: Annotated[float, Field(gt=0, le=1e12)] = ABSENT
     rtt_ms: Amount = ABSENT
     burst_kb: Amount = ABSENT

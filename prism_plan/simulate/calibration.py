@@ -18,7 +18,9 @@ Curve = tuple[tuple[int, float], ...]
 
 
 #: Figures of links that a calibration may hold.
-LINK_KEYS = ("call_overhead_ms", "bandwidth_mbps", "rtt_ms", "burst_kb", "short_kb")
+LINK_KEYS = (
+    "call_overhead_ms", "hop_overhead_ms", "bandwidth_mbps", "rtt_ms", "burst_kb", "short_kb"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,15 @@ class Calibration:
     ``gpus`` has them by (server name, GPU index), ``default`` those of all other GPUs.
 
     ``call_overhead_ms``, ``bandwidth_mbps``, ``rtt_ms``, ``burst_kb`` and ``short_kb`` replace
-    those of the cluster's ``[link]`` table where they are given.
+    those of the cluster's ``[link]`` table where they are given; ``hop_overhead_ms`` is that of
+    hidden states and token ids between servers that execute layers, else ``call_overhead_ms``.
     """
 
     name: str = ""
     default: GpuCurves | None = None
     gpus: Mapping[tuple[str, int], GpuCurves] = field(default_factory=dict)
     call_overhead_ms: float | None = None
+    hop_overhead_ms: float | None = None
     bandwidth_mbps: float | None = None
     rtt_ms: float | None = None
     burst_kb: float | None = None

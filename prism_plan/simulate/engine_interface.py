@@ -45,6 +45,7 @@ class Outcome:
     up_busy_s: Floats
     down_busy_s: Floats
     messages: Ints
+    hops: Ints
     gpu_busy_s: Floats
     served: Ints
     layer_steps: Ints

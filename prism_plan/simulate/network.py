@@ -16,6 +16,8 @@ Floats = npt.NDArray[np.float64]
 
 #: Bytes of one expert call of a token in a message: id and gate weight (docs/design.md, section 4).
 BYTES_PER_CALL = 4
+#: Bytes of a token's id on its way between servers (docs/design.md, section 10, rules 1 and 3).
+BYTES_PER_TOKEN_ID = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +31,8 @@ class Network:
     ``seconds_per_byte`` [N, N] from sender (row) to receiver at the lowest rate of the sender's
     uplink, the receiver's downlink and the cap of the pair; ``half_rtt_s`` [N, N];
     ``up_bytes_per_s`` and ``down_bytes_per_s`` [N], the ports' own rates, at which their token
-    buckets of ``burst_bytes`` fill; ``call_overhead_s``, paid once per call at the sender;
+    buckets of ``burst_bytes`` fill; ``call_overhead_s``, paid once per call at the sender, and
+    ``hop_overhead_s``, paid by each other message (hidden states and token ids between spans);
     messages below ``short_bytes`` wait for each other, but not for longer ones, nor those for them,
     because TCP shares a line. A long message under way delays a short one by at most the time of
     ``short_bytes``, as much as the kernel queues for the line at once; ``token_bytes``, a token's
@@ -44,6 +47,7 @@ class Network:
     burst_bytes: float
     token_bytes: int
     short_bytes: float = 0.0
+    hop_overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
         for array in vars(self).values():
@@ -84,6 +88,9 @@ class Network:
         np.fill_diagonal(seconds_per_byte, 0.0)
         np.fill_diagonal(half_rtt_s, 0.0)
         overhead_ms = _not_negative(link.call_overhead_ms, "link.call_overhead_ms")
+        hop_overhead_ms = overhead_ms
+        if link.hop_overhead_ms is not None:
+            hop_overhead_ms = _not_negative(link.hop_overhead_ms, "link.hop_overhead_ms")
         return cls(
             seconds_per_byte=seconds_per_byte,
             half_rtt_s=half_rtt_s,
@@ -93,6 +100,7 @@ class Network:
             burst_bytes=_not_negative(link.burst_kb, "link.burst_kb") * 1e3,
             token_bytes=model.hidden_size * model.dtype_bytes,
             short_bytes=_not_negative(link.short_kb, "link.short_kb") * 1e3,
+            hop_overhead_s=hop_overhead_ms * 1e-3,
         )
 
     def link_rank(self) -> npt.NDArray[np.int32]:

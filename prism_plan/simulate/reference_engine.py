@@ -22,7 +22,7 @@ from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate import events
 from prism_plan.simulate.engine_interface import Ints, Outcome, step_dependencies
 from prism_plan.simulate.events import Event, Log
-from prism_plan.simulate.network import BYTES_PER_CALL
+from prism_plan.simulate.network import BYTES_PER_CALL, BYTES_PER_TOKEN_ID
 from prism_plan.simulate.offload_slots import Slot, initial_slots
 from prism_plan.simulate.routing_policies import cover, nearest, spread
 from prism_plan.simulate.scenario import Scenario
@@ -30,7 +30,10 @@ from prism_plan.simulate.scenario import Scenario
 
 @dataclass
 class _ActiveRequest:
-    """An admitted request: its location, and where it is in its steps and layers."""
+    """An admitted request: its location, and where it is in its steps and layers.
+
+    ``context`` counts the tokens before the step, ``ids_left`` those that are not yet at home.
+    """
 
     number: int
     home: int
@@ -38,7 +41,9 @@ class _ActiveRequest:
     token_row: int
     step_tokens: int
     steps_left: int
+    ids_left: int
     decoding: bool
+    context: int = 0
     layer: int = 0
     pending_parts: int = 0
     layer_start_s: float = 0.0
@@ -47,7 +52,11 @@ class _ActiveRequest:
 
 @dataclass
 class _Message:
-    """A call to another server, or (``hop``) the hidden states of a step on their way."""
+    """A call to another server, or another message between the servers that execute layers.
+
+    Those are hidden states on their way to the next span, the ids of a prompt on their way to the
+    first one, or the id of a new token. ``begins_pass``: the receiver begins a pass with it.
+    """
 
     request: int
     layer: int
@@ -56,7 +65,8 @@ class _Message:
     message_bytes: int
     reply_bytes: int = 0
     gpu_work_s: dict[int, float] = field(default_factory=dict)
-    hop: bool = False
+    kind: str = "call"
+    begins_pass: bool = False
     returning: bool = False
 
     @property
@@ -126,6 +136,7 @@ class ReferenceEngine:
         self.present_s, self.up_busy_s, self.down_busy_s = ([0.0] * servers for _ in range(3))
         self.bytes_out, self.bytes_in = [0] * servers, [0] * servers
         self.messages = np.zeros((servers, servers), np.int64)
+        self.hops = np.zeros((servers, servers), np.int64)
         self.gpu_busy_s, self.served = [0.0] * gpus, [0] * gpus
         self.layer_steps = [0] * (scenario.model.top_k + 1)
         self.layer_s = [0.0] * (scenario.model.top_k + 1)
@@ -231,30 +242,43 @@ class ReferenceEngine:
             token_row=int(prompts.first_row[prompt]),
             step_tokens=prefill or 1,
             steps_left=decode + (prefill > 0),
+            ids_left=decode + (prefill > 0),
             decoding=prefill == 0,
         )
         self._admitted[number] = request
-        self._begin_layer(request)
+        first = int(self.scenario.execution[home, 0])
+        if first == home:
+            self._begin_layer(request)
+        else:
+            payload = BYTES_PER_TOKEN_ID * request.step_tokens
+            self._send_hop("start", request, -1, first, payload, begins_pass=True)
 
     def _begin_layer(self, request: _ActiveRequest) -> None:
         request.layer_start_s = self.now
         self._enter_layer(request)
 
     def _enter_layer(self, request: _ActiveRequest) -> None:
-        """Move to where the layer executes and start its dense part, or end the step."""
+        """Move to where the layer executes and start its dense part."""
         scenario, layer = self.scenario, request.layer
-        home_again = layer == scenario.model.num_layers
-        target = request.home if home_again else int(scenario.execution[request.home, layer])
+        target = int(scenario.execution[request.home, layer])
         if request.location != target:
             payload = request.step_tokens * scenario.network.token_bytes
-            hop = _Message(request.number, layer, request.location, target, payload, hop=True)
-            self._push(self.now + scenario.network.call_overhead_s, events.SEND, hop)
-        elif home_again:
-            self._end_step(request)
-        else:
-            gpu, timing = int(scenario.dense_gpu[request.location]), scenario.timing
-            work_s = float(timing.dense_s[timing.kind[gpu], request.step_tokens])
-            self._push(self._compute(gpu, work_s), events.DENSE, request)
+            self._send_hop("states", request, layer, target, payload)
+            return
+        gpu = int(scenario.dense_gpu[request.location])
+        context = request.context if request.decoding else None
+        work_s = scenario.timing.dense_s(gpu, layer, request.step_tokens, context)
+        self._push(self._compute(gpu, work_s), events.DENSE, request)
+
+    def _send_hop(
+        self, kind: str, request: _ActiveRequest, layer: int, to: int, payload: int, *,
+        begins_pass: bool = False,
+    ) -> None:  # fmt: skip
+        """Send hidden states or token ids from where the request is (section 10, rule 5)."""
+        at = request.location
+        self.hops[at, to] += 1
+        hop = _Message(request.number, layer, at, to, payload, kind=kind, begins_pass=begins_pass)
+        self._push(self.now + self.scenario.network.hop_overhead_s, events.SEND, hop)
 
     def _complete_part(self, request: _ActiveRequest) -> None:
         request.pending_parts -= 1
@@ -264,19 +288,40 @@ class ReferenceEngine:
             self.layer_steps[request.remote_experts] += 1
             self.layer_s[request.remote_experts] += self.now - request.layer_start_s
         request.layer += 1
-        self._begin_layer(request)
+        if request.layer < self.scenario.model.num_layers:
+            self._begin_layer(request)
+        else:
+            self._end_pass(request)
 
-    def _end_step(self, request: _ActiveRequest) -> None:
-        number = request.number
-        if math.isnan(self.first_token_s[number]):
-            self.first_token_s[number] = self.now
+    def _end_pass(self, request: _ActiveRequest) -> None:
+        """The driver has made a token: its id begins the next pass, and goes home (rule 3)."""
+        driver, home = request.location, request.home
+        first = int(self.scenario.execution[home, 0])
+        id_layer = self.scenario.model.num_layers
         request.steps_left -= 1
-        if request.steps_left:
+        goes_on = request.steps_left > 0
+        if goes_on:
             request.token_row += request.step_tokens
+            request.context += request.step_tokens
             request.step_tokens = 1
             request.decoding = True
             request.layer = 0
+            if first != driver:
+                self._send_hop("id", request, id_layer, first, BYTES_PER_TOKEN_ID, begins_pass=True)
+        if driver == home:
+            self._deliver_id(request)
+        elif not goes_on or first != home:
+            self._send_hop("id", request, id_layer, home, BYTES_PER_TOKEN_ID)
+        if goes_on and first == driver:
             self._begin_layer(request)
+
+    def _deliver_id(self, request: _ActiveRequest) -> None:
+        """A token's id is at home; with the last one the request is answered (rule 4)."""
+        number = request.number
+        if math.isnan(self.first_token_s[number]):
+            self.first_token_s[number] = self.now
+        request.ids_left -= 1
+        if request.ids_left:
             return
         self.done_s[number] = self.now
         self._num_finished += 1
@@ -472,12 +517,18 @@ class ReferenceEngine:
             self._start_or_enqueue(other)
 
     def _receive(self, message: _Message) -> None:
-        if message.hop:
-            request = self._admitted[message.request]
+        if message.kind == "call":
+            self._push(self._compute_all(message.gpu_work_s), events.COMPUTED, message)
+            return
+        request = self._admitted[message.request]
+        if message.kind == "id" and message.to == request.home:
+            self._deliver_id(request)
+        if message.begins_pass:
+            request.location = message.to
+            self._begin_layer(request)
+        elif message.kind == "states":
             request.location = message.to
             self._enter_layer(request)
-            return
-        self._push(self._compute_all(message.gpu_work_s), events.COMPUTED, message)
 
     # ------------------------------------------------------------------------------------ offload
 

@@ -98,6 +98,7 @@ class Scenario:
             cluster = calibration.applied(cluster)
         prompts = requests.prompts
         tokens = max(int(prompts.prefill_tokens.max(initial=0)), 1)
+        context = int((prompts.prefill_tokens + prompts.decode_tokens).max(initial=0))
         if not offload:
             _require_covered(placement, requests)
         else:
@@ -109,7 +110,7 @@ class Scenario:
             placement=placement,
             requests=requests,
             network=Network.of(cluster, model),
-            timing=timing(cluster, model, tokens, calibration),
+            timing=timing(cluster, model, tokens, calibration, context=context),
             concurrency=tuple(server.concurrency for server in cluster.servers),
             route=route,
             execution=where.astype(np.int32),

@@ -42,8 +42,8 @@ class Compute(Protocol):
         result.
         """
 
-    def dense(self, tokens: int) -> None:
-        """One layer's dense part for a step of so many tokens."""
+    def dense(self, layer: int, tokens: int, context: int | None = None) -> None:
+        """One layer's dense part: of a prompt of so many tokens, or a step after ``context``."""
 
     def apply(self, change: Change) -> None:
         """An expert has been loaded to this server, or is dropped; its GPUs are counted from 0.
@@ -77,7 +77,7 @@ class ExpertCompute:
         sums = weighted_sum(self.store, batch.layer, hidden, token, experts, weights)
         return sums.to(batch.hidden.device)
 
-    def dense(self, tokens: int) -> None:
+    def dense(self, layer: int, tokens: int, context: int | None = None) -> None:
         """The model computes it."""
 
     def apply(self, change: Change) -> None:

@@ -61,9 +61,8 @@ class TimedCompute:
         seconds: list[float] = work_s.tolist()
         return seconds
 
-    def dense(self, tokens: int) -> None:
-        kind = self.timing.kind[self.dense_gpu]
-        seconds = float(self.timing.dense_s[kind, tokens])
+    def dense(self, layer: int, tokens: int, context: int | None = None) -> None:
+        seconds = self.timing.dense_s(self.dense_gpu, layer, tokens, context)
         wait_until(self.clock.reserve([(self.dense_gpu - self.first_gpu, seconds)]))
 
 

@@ -42,7 +42,7 @@ def made_up(
     local, remote = {}, {}
     for t in TOKENS:
         experts_s = MODEL.top_k * float(table.expert_s[0, 0, t])
-        dense_s = float(table.dense_s[0, t]) + own_s
+        dense_s = float(table.prefill_s[0, :, t].mean()) + own_s
         out = t * MODEL.hidden_size * 2 + BYTES_PER_CALL * t * MODEL.top_k + HEADER_BYTES
         back = t * MODEL.hidden_size * 2 + HEADER_BYTES
         shaped = max(out + back - 2 * burst, 0.0)
@@ -58,7 +58,7 @@ def made_up(
         shaped = sum(max(b - burst, 0.0) for b in (bytes_out, bytes_back))
         away_s = overhead_s + rtt_s + shaped * 8e-6 / mbps + calls * one_s
         steps_s.append(max(own * one_s, away_s if calls else 0.0))
-    spread_s = float(table.dense_s[0, 1]) + own_s + float(np.mean(steps_s))
+    spread_s = float(table.prefill_s[0, :, 1].mean()) + own_s + float(np.mean(steps_s))
     return Measured(local, remote, spread_s, spread)
 
 
@@ -77,7 +77,7 @@ def test_made_up_times_are_found_again(burst_kb: float, rtt_ms: float) -> None:
     assert found.short_kb == LONG_BYTES / 1e3
     curves, table = found.of("b", 0), timing(two, MODEL, max(TOKENS))
     for t, seconds in curves.dense_s:
-        assert seconds == pytest.approx(float(table.dense_s[0, t]) + own_s, rel=1e-9)
+        assert seconds == pytest.approx(float(table.prefill_s[0, :, t].mean()) + own_s, rel=1e-9)
     for t, seconds in curves.expert_s:
         assert seconds == pytest.approx(float(table.expert_s[0, 0, t]), rel=1e-9)
 

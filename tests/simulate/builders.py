@@ -288,7 +288,12 @@ def drawn_scenario(
     layers, experts = int(rng.integers(1, 4)), int(rng.integers(2, 9))
     top_k = int(rng.integers(1, min(4, experts) + 1))
     sizes = tuple(int(rng.choice([1, 2])) * EXPERT_BYTES for _ in range(layers))
-    model = make_model(layers, experts, top_k, expert_bytes=sizes)
+    model = make_model(
+        layers, experts, top_k, expert_bytes=sizes,
+        kv_bytes_per_token=int(rng.choice([0, 512])),
+        attention_flops=None if rng.random() < 0.5 else int(rng.choice([100, 1000])),
+        num_decoder_layers=layers + int(rng.integers(3)),
+    )  # fmt: skip
     cluster = drawn_cluster(rng, servers, ties)
     gpus = sum(len(server.gpus) for server in cluster.servers)
     execution = np.repeat(np.arange(servers)[:, None], layers, axis=1)

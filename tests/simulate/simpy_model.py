@@ -3,7 +3,7 @@
 Requests are processes that hold a place at home; GPUs are resources of capacity one. Messages that
 are ready stand in one list for the whole cluster, which is gone through from its front whenever a
 message joins it or a transfer ends: each message whose sender's uplink and receiver's downlink are
-both free leaves it and takes them. No bursts, no offload, no migration; layers execute at home.
+both free leaves it and takes them. No bursts, no offload, no migration.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from prism_plan.simulate.network import BYTES_PER_CALL
+from prism_plan.simulate.network import BYTES_PER_CALL, BYTES_PER_TOKEN_ID
 from prism_plan.simulate.routing_policies import cover, nearest, spread
 from prism_plan.simulate.scenario import Scenario
 
@@ -50,24 +50,57 @@ class SimpyModel:
             self.env.process(self.request(r))
 
     def request(self, r: int) -> Process:
-        """Wait for a place; then prefill at once and decode token by token."""
+        """Wait for a place; then prefill at once and decode token by token, span by span.
+
+        The place is held until the last token's id is at home.
+        """
         prompts, p = self.s.requests.prompts, self.s.requests.prompt[r]
         home = int(self.s.requests.home[r])
         row = int(prompts.first_row[p])
         prefill, decode = int(prompts.prefill_tokens[p]), int(prompts.decode_tokens[p])
+        table = self.s.execution[home].tolist()
+        first, driver = table[0], table[-1]
+        passes = [prefill] * (prefill > 0) + [1] * decode
+        to_home = []
+        context = 0
         with self.place[home].request() as place:
             yield place
-            for tokens in [prefill] * (prefill > 0) + [1] * decode:
-                for layer in range(prompts.experts.shape[1]):
+            if first != home:
+                yield from self.hop(home, first, BYTES_PER_TOKEN_ID * passes[0])
+            for number, tokens in enumerate(passes):
+                at = first
+                is_prompt = prefill > 0 and number == 0
+                for layer, server in enumerate(table):
+                    if server != at:
+                        yield from self.hop(at, server, tokens * self.s.network.token_bytes)
+                        at = server
                     step = prompts.experts[row : row + tokens, layer].tolist()
-                    yield from self.layer(r, home, layer, step)
+                    yield from self.layer(r, at, layer, step, None if is_prompt else context)
                 row += tokens
+                context += tokens
+                last = number == len(passes) - 1
+                begun = None
+                if not last and first != driver:
+                    begun = self.env.process(self.hop(driver, first, BYTES_PER_TOKEN_ID))
+                if home != driver and (last or home != first):
+                    id_home = self.hop(driver, home, BYTES_PER_TOKEN_ID)
+                    to_home.append(self.env.process(id_home))
+                if begun is not None:
+                    yield begun
+            yield self.env.all_of(to_home)
         self.done_s[r] = self.env.now
 
-    def layer(self, r: int, home: int, layer: int, step: list[list[int]]) -> Process:
-        """Dense part at home; then local experts and calls side by side."""
-        timing, gpu = self.s.timing, int(self.s.dense_gpu[home])
-        yield from self.work(gpu, timing.dense_s[timing.kind[gpu], len(step)])
+    def hop(self, a: int, b: int, payload: int) -> Process:
+        """Overhead, then a message that nobody answers."""
+        yield self.env.timeout(self.s.network.hop_overhead_s)
+        yield from self.message(a, b, payload)
+
+    def layer(
+        self, r: int, home: int, layer: int, step: list[list[int]], context: int | None
+    ) -> Process:
+        """Dense part where the layer executes; then local experts and calls side by side."""
+        gpu = int(self.s.dense_gpu[home])
+        yield from self.work(gpu, self.s.timing.dense_s(gpu, layer, len(step), context))
         tokens_to: dict[int, int] = {}
         batches: dict[int, dict[int, int]] = {}
         for token in step:

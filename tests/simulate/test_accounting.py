@@ -31,18 +31,40 @@ def smallest(holders: list[set[int]]) -> int:
     raise AssertionError
 
 
-def steps_of(scenario: Scenario) -> list[tuple[int, int, np.ndarray]]:
-    """(request, home, experts [tokens, L, K]) of every step of every request."""
+def steps_of(scenario: Scenario) -> list[tuple[int, int, np.ndarray, int | None]]:
+    """(request, home, experts [tokens, L, K], context) of every step of every request.
+
+    The context of a decode step is the number of tokens before it; a prompt has none.
+    """
     requests, prompts = scenario.requests, scenario.requests.prompts
     steps = []
     for r, (home, p) in enumerate(zip(requests.home, requests.prompt, strict=True)):
         row = int(prompts.first_row[p])
         lengths = [int(prompts.prefill_tokens[p])] * bool(prompts.prefill_tokens[p])
         lengths += [1] * int(prompts.decode_tokens[p])
+        begin = row
         for tokens in lengths:
-            steps.append((r, int(home), prompts.experts[row : row + tokens]))
+            context = None if row == begin and prompts.prefill_tokens[p] else row - begin
+            steps.append((r, int(home), prompts.experts[row : row + tokens], context))
             row += tokens
     return steps
+
+
+def hops_of(scenario: Scenario) -> list[tuple[int, int, int]]:
+    """(from, to, bytes) of all messages that are no calls, in no order (section 10, rules 1-3)."""
+    size = scenario.network.token_bytes
+    tokens_of: dict[tuple[int, int], list[int]] = {}
+    for r, home, tokens, _ in steps_of(scenario):
+        tokens_of.setdefault((r, home), []).append(len(tokens))
+    sent = []
+    for (_, home), passes in tokens_of.items():
+        row = scenario.execution[home].tolist()
+        sent += [(home, row[0], 4 * passes[0])]
+        for number, tokens in enumerate(passes):
+            sent += [(a, b, tokens * size) for a, b in itertools.pairwise(row)]
+            receivers = {home} if number == len(passes) - 1 else {home, row[0]}
+            sent += [(row[-1], m, 4) for m in receivers]
+    return [(a, b, payload) for a, b, payload in sent if a != b]
 
 
 def counted(scenario: Scenario) -> dict[str, Any]:
@@ -64,7 +86,7 @@ def counted(scenario: Scenario) -> dict[str, Any]:
     out, into = [0] * servers, [0] * servers
     messages = np.zeros((servers, servers), int)
     served = [0] * len(scenario.placement.on_gpu)
-    for r, home, tokens in steps_of(scenario):
+    for r, home, tokens, _ in steps_of(scenario):
         for layer in range(layers):
             at = int(scenario.execution[home, layer])
             sent: Counter[int] = Counter()
@@ -98,13 +120,12 @@ def counted(scenario: Scenario) -> dict[str, Any]:
                 into[m] += number * size + 4 * named[m]
                 out[m] += number * size
                 into[at] += number * size
-        # hidden states on their way between execution servers, and home
-        stops = [home, *scenario.execution[home].tolist(), home]
-        for a, b in itertools.pairwise(stops):
-            if a != b:
-                out[a] += len(tokens) * size
-                into[b] += len(tokens) * size
-    every = {**sums, "destinations": destinations}
+    hops = np.zeros((servers, servers), int)
+    for a, b, payload in hops_of(scenario):
+        hops[a, b] += 1
+        out[a] += payload
+        into[b] += payload
+    every = {**sums, "destinations": destinations, "hops": hops}
     if scenario.route != "cover":
         every |= {"bytes_out": out, "bytes_in": into, "messages": messages, "served": served}
     return {**every, "called": called}
@@ -136,12 +157,11 @@ def test_traffic_adds_up(engine: Any, seed: int, home: bool) -> None:
     scenario = drawn_scenario(np.random.default_rng(seed), home=home)
     run = engine(scenario, log=True)
     outcome = finished(run)
-    hops = 0
-    for _, at, tokens in steps_of(scenario):
-        stops = [at, *scenario.execution[at].tolist(), at]
-        hops += len(tokens) * sum(a != b for a, b in itertools.pairwise(stops))
-    states = 2 * outcome.destinations.sum() + hops
+    hops = hops_of(scenario)
+    states = 2 * outcome.destinations.sum()
     total = states * scenario.network.token_bytes + 4 * outcome.remote_calls.sum()
+    total += sum(payload for _, _, payload in hops)
+    assert outcome.hops.sum() == len(hops)
     assert outcome.bytes_out.sum() == outcome.bytes_in.sum() == total
     assert outcome.served.sum() == outcome.calls.sum()
     log = run.log()
@@ -209,10 +229,10 @@ def test_a_gpu_is_busy_for_what_it_did(engine: Any, seed: int) -> None:
     scenario = drawn_scenario(np.random.default_rng(seed))
     outcome = finished(engine(scenario))
     dense = np.zeros(len(outcome.gpu_busy_s))
-    for _, home, tokens in steps_of(scenario):
-        for at in scenario.execution[home]:
-            gpu = scenario.dense_gpu[at]
-            dense[gpu] += scenario.timing.dense_s[scenario.timing.kind[gpu], len(tokens)]
+    for _, home, tokens, context in steps_of(scenario):
+        for layer, at in enumerate(scenario.execution[home]):
+            gpu = int(scenario.dense_gpu[at])
+            dense[gpu] += scenario.timing.dense_s(gpu, layer, len(tokens), context)
     idle = outcome.served == 0
     np.testing.assert_allclose(outcome.gpu_busy_s[idle], dense[idle], rtol=1e-9, atol=1e-12)
     assert np.all(outcome.gpu_busy_s >= dense * (1 - 1e-9))

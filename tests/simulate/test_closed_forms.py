@@ -42,11 +42,13 @@ def test_one_server(engine: Any, seed: int) -> None:
     table = scenario.timing
     ask = asks[0]
     steps = [list(ask.prefill)] * bool(ask.prefill) + [[token] for token in ask.decode]
-    total = 0.0
+    total, before = 0.0, 0
     for step in steps:
+        context = None if ask.prefill and not before else before
+        before += len(step)
         for layer in range(3):
             called = np.bincount([e for token in step for e in token[layer]])
-            total += table.dense_s[0, len(step)]
+            total += table.dense_s(0, layer, len(step), context)
             total += sum(table.expert_s[0, 0, tokens] for tokens in called if tokens)
     assert outcome.done_s[0] - 2.0 == pytest.approx(total, rel=1e-12)
     assert outcome.gpu_busy_s[0] == pytest.approx(total, rel=1e-12)
@@ -64,7 +66,7 @@ def test_one_remote_expert(engine: Any) -> None:
     outcome = finished(engine(scenario))
     table = scenario.timing
     wire = (4096 + 4) / 62.5e6 + 4096 / 62.5e6
-    layer = table.dense_s[0, 1] + 0.2e-3 + wire + 1e-3 + table.expert_s[0, 0, 1]
+    layer = table.dense_s(0, 0, 1, 0) + 0.2e-3 + wire + 1e-3 + table.expert_s[0, 0, 1]
     assert outcome.done_s[0] == pytest.approx(12 * layer, rel=1e-12)
     assert outcome.layer_steps.tolist() == [0, 12]
     assert outcome.layer_s[1] == pytest.approx(12 * layer, rel=1e-12)
@@ -87,7 +89,7 @@ def queue(rho: float, number: int, seed: int) -> Scenario:
         prompt=np.zeros(number, np.int32),
     )
     table = dataclasses.replace(
-        asked.timing, dense_s=np.array([[0.0, 0.25]]), expert_s=np.array([[[0.0, 0.75]]])
+        asked.timing, decode_s=np.array([[[0.25, 0.25]]]), expert_s=np.array([[[0.0, 0.75]]])
     )
     return dataclasses.replace(asked, requests=requests, timing=table)
 

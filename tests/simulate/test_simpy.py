@@ -81,7 +81,8 @@ def untied(scenario: Scenario, rng: np.random.Generator) -> Scenario:
         timing=dataclasses.replace(
             timing,
             kind=np.arange(gpus, dtype=np.int32),
-            dense_s=rng.uniform(0.1, 1, (gpus, counts)),
+            prefill_s=rng.uniform(0.1, 1, (gpus, *timing.prefill_s.shape[1:])),
+            decode_s=rng.uniform(0.1, 1, (gpus, *timing.decode_s.shape[1:])),
             expert_s=rng.uniform(0.1, 1, (gpus, sizes, counts)),
         ),
     )
@@ -111,9 +112,9 @@ def assert_same(engine: Any, scenario: Scenario) -> None:
 @settings(max_examples=100, deadline=None)
 @given(seed=SEEDS)
 def test_drawn_scenarios(engine: Any, seed: int) -> None:
-    """All routes, copies, several GPUs, places and unequal ports."""
+    """All routes, copies, several GPUs, places, unequal ports, layers that execute elsewhere."""
     rng = np.random.default_rng(seed)
-    assert_same(engine, untied(drawn_scenario(rng, home=True, most=8), rng))
+    assert_same(engine, untied(drawn_scenario(rng, most=8), rng))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -122,4 +123,4 @@ def test_drawn_scenarios(engine: Any, seed: int) -> None:
 def test_under_contention(engine: Any, seed: int) -> None:
     """Slow links, where most messages wait and many are overtaken."""
     rng = np.random.default_rng(seed)
-    assert_same(engine, untied(contended_scenario(rng, home=True), rng))
+    assert_same(engine, untied(contended_scenario(rng), rng))

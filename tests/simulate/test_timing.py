@@ -13,7 +13,13 @@ from prism_plan.errors import InputError
 from prism_plan.model_spec import PRESETS
 from prism_plan.simulate.calibration import Calibration, GpuCurves
 from prism_plan.simulate.scenario import Scenario
-from prism_plan.simulate.timing import interpolate, roofline_dense_s, roofline_expert_s, timing
+from prism_plan.simulate.timing import (
+    interpolate,
+    roofline_decode_s,
+    roofline_expert_s,
+    roofline_prefill_s,
+    timing,
+)
 from tests.simulate.builders import Ask, make_model, make_requests, place
 
 V2 = PRESETS["deepseek-v2-lite"]
@@ -43,11 +49,42 @@ def test_expert_of_v2_lite_on_an_a100() -> None:
 
 def test_dense_part_of_v2_lite_on_an_a100() -> None:
     """Its 2.62 GB are spread evenly over 26 MoE layers: 64.9 us to read, 20 us to launch."""
-    got = roofline_dense_s(V2, A100, np.array([1.0, 1000]))
+    plain = dataclasses.replace(V2, attention_flops=None)
+    got = roofline_prefill_s(plain, A100, np.array([1.0, 1000]), 1)
     read = 2_623_265_792 / 26 / 1555e9
     assert read == pytest.approx(64.884e-6, rel=1e-4)
     flops = 1000 * 2_623_265_792 / 26
     np.testing.assert_allclose(got, [20e-6 + read, 20e-6 + flops / 312e12], rtol=1e-13)
+
+
+def test_attention_of_v2_lite() -> None:
+    """A decode step reads the cache: 1,152 bytes a token and decoder layer, 15.2 us for 20,480.
+
+    The first MoE layer, 1, executes with the dense layer 0: twice the cache, twice the pairs.
+    """
+    assert V2.kv_bytes_per_token == 27 * 1152
+    assert V2.decoder_layers_by_layer == (2, *[1] * 25)
+    context = np.array([0.0, 20_480])
+    once, twice = (roofline_decode_s(V2, A100, context, layers) for layers in (1, 2))
+    dense = 20e-6 + 2_623_265_792 / 26 / 1555e9
+    cache = 20_480 * 1152 / 1555e9
+    assert cache == pytest.approx(15.172e-6, rel=1e-4)
+    np.testing.assert_allclose(once, [dense, dense + cache], rtol=1e-13)
+    np.testing.assert_allclose(twice, [dense, dense + 2 * cache], rtol=1e-13)
+    quadratic = dataclasses.replace(V2, attention_flops=1000)
+    tokens = np.array([4000.0])
+    with_pairs = roofline_prefill_s(quadratic, A100, tokens, 2)
+    without = roofline_prefill_s(dataclasses.replace(V2, attention_flops=None), A100, tokens, 2)
+    np.testing.assert_allclose(with_pairs - without, 1000 * 2 * 4000**2 / 2 / 312e12, rtol=1e-9)
+
+
+def test_layers_without_experts_execute_with_the_next() -> None:
+    """MoE layers 1, 3 and 4 of 8 decoder layers: 0 with 1, 2 with 3, 5 to 7 with the last."""
+    model = make_model(3, 2, num_decoder_layers=8)
+    model = dataclasses.replace(model, moe_layers=(1, 3, 4))
+    assert model.decoder_layers_by_layer == (2, 2, 4)
+    table = timing(cluster((A100,)), model, 1)
+    assert table.dense_class.tolist() == [0, 0, 1]
 
 
 def test_loads_of_v2_lite() -> None:
@@ -64,11 +101,12 @@ def test_gpus_alike_share_a_row() -> None:
     table = timing(cluster((A100, slow), (A100,)), model, 7)
     assert table.kind.tolist() == [0, 1, 0]
     assert table.size.tolist() == [0, 1, 0]
-    assert table.dense_s.shape == (2, 8)
+    assert table.prefill_s.shape == (2, 1, 8)
     assert table.expert_s.shape == (2, 2, 8)
     counts = np.arange(8.0)
     for row, gpu in enumerate((A100, slow)):
-        np.testing.assert_array_equal(table.dense_s[row], roofline_dense_s(model, gpu, counts))
+        expected = roofline_prefill_s(model, gpu, counts, 1)
+        np.testing.assert_array_equal(table.prefill_s[row, 0], expected)
         for column, size in enumerate((100, 300)):
             expected = roofline_expert_s(model, gpu, size, counts)
             np.testing.assert_array_equal(table.expert_s[row, column], expected)
@@ -90,7 +128,9 @@ def test_calibration_replaces_the_figures() -> None:
     calibration = Calibration("m.json", CURVES, {("s1", 0): other})
     table = timing(cluster((A100, A100), (A100,)), V2, 3, calibration)
     assert table.kind.tolist() == [0, 0, 1]
-    assert table.dense_s.tolist() == [[1.0, 1.0, 1.0, 2.0]] * 2
+    measured = [1.0, 1.0, 1.0, 2.0]
+    assert table.prefill_s.tolist() == [[measured] * 2] * 2
+    assert table.decode_s.tolist() == [[[1.0]] * 2] * 2  # nothing is added for attention
     assert table.expert_s[:, 0].tolist() == [[0.5] * 4, [9.0, 9.0, 9.5, 10.0]]
     assert table.load_s[0, 0] == 17_301_504 / 12e9
 

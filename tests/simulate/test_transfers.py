@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from prism_plan.cluster import Cluster
 from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
 from prism_plan.simulate.events import Log
-from prism_plan.simulate.network import BYTES_PER_CALL
+from prism_plan.simulate.network import BYTES_PER_CALL, BYTES_PER_TOKEN_ID
 from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.scenario import Scenario
 from tests.simulate.builders import (
@@ -270,7 +270,7 @@ def transfers(scenario: Scenario, log: Log) -> list[Transfer]:
     layers, local = scenario.model.num_layers, scenario.placement.local
     token_bytes = scenario.network.token_bytes
     dense: Counter[int] = Counter()
-    ready: dict[tuple[int, ...], tuple[int, int, int, int]] = {}
+    ready: dict[tuple[int, ...], deque[tuple[int, int, int, int]]] = defaultdict(deque)
     found = []
     for line, event in enumerate(log):
         kind, message = KINDS[event.kind], event[2:]
@@ -278,24 +278,25 @@ def transfers(scenario: Scenario, log: Log) -> list[Transfer]:
             dense[event.request] += 1
         elif kind in ("send", "computed"):
             home = scenario.requests.home[event.request]
-            hop = event.layer == layers or event.at != scenario.execution[home, event.layer]
-            # a hop to a layer comes before its dense part, all others after one
-            done = dense[event.request] - (not hop or event.layer == layers)
-            rows = rows_of(scenario, event.request, done // layers)
-            if hop:
-                payload = len(rows) * token_bytes
-            else:
+            begins = dense[event.request] // layers  # the pass that hidden states belong to
+            if event.layer < 0:
+                payload = BYTES_PER_TOKEN_ID * len(rows_of(scenario, event.request, 0))
+            elif event.layer == layers:
+                payload = BYTES_PER_TOKEN_ID
+            elif event.at != scenario.execution[home, event.layer]:
+                payload = len(rows_of(scenario, event.request, begins)) * token_bytes
+            else:  # a call comes after the dense part of its layer
+                rows = rows_of(scenario, event.request, (dense[event.request] - 1) // layers)
                 there = local[event.to, event.layer][rows[:, event.layer]]
                 payload = int(there.any(axis=1).sum()) * token_bytes
                 payload += BYTES_PER_CALL * int(there.sum()) * (kind == "send")
             a, b = (event.at, event.to) if kind == "send" else (event.to, event.at)
-            assert message not in ready
-            ready[message] = (a, b, payload, line)
+            ready[message].append((a, b, payload, line))
         elif kind == "freed":
-            a, b, payload, first = ready.pop(message)
+            a, b, payload, first = ready[message].popleft()  # ids may follow each other
             start_s = event.time_s - payload * float(scenario.network.seconds_per_byte[a, b])
             found.append(Transfer(a, b, payload, first, line, start_s, event.time_s))
-    assert not ready
+    assert not any(ready.values())
     return found
 
 

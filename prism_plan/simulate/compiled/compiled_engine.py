@@ -158,6 +158,7 @@ class CompiledEngine:
         return Outcome(
             **measured,
             messages=s.messages_sent.copy(),
+            hops=s.hops_sent.copy(),
             layer_steps=s.layer_steps.copy(),
             layer_s=s.layer_s.copy(),
             loads=self._total("loads"),

@@ -36,12 +36,14 @@ class ScenarioArrays(NamedTuple):
     links: Annotated[Array, records.LINK, "N, N"]
     link_rank: Annotated[Array, i4, "N, N"]
     call_overhead_s: float
+    hop_overhead_s: float
     burst_bytes: float
     short_bytes: float
     token_bytes: int
 
-    # Timing: each GPU's row and each layer's column of expert_s
-    dense_s: Annotated[Array, f8, "kinds, T + 1"]
+    # Timing: C is the longest context; see Timing
+    prefill_s: Annotated[Array, f8, "kinds, classes, T + 1"]
+    decode_s: Annotated[Array, f8, "kinds, classes, C + 1"]
     expert_s: Annotated[Array, f8, "kinds, sizes, T + 1"]
     load_s: Annotated[Array, f8, "G, L"]
 
@@ -70,9 +72,10 @@ class EngineState(NamedTuple):
     message_work_s: Annotated[Array, f8, "M", "gpus"]
     free_messages: Annotated[Array, i4, "M"]
 
-    # From row to column: tokens sent so far, by which `cover` breaks ties, and messages
+    # From row to column: tokens sent so far, by which `cover` breaks ties; calls; other messages
     tokens_sent: Annotated[Array, i8, "N", "N"]
     messages_sent: Annotated[Array, i8, "N", "N"]
+    hops_sent: Annotated[Array, i8, "N", "N"]
 
     # Placement: gpu_holds as the placement has it; first_gpu of the server that holds the pair, or
     # -1; holders of the pair, ascending, the first num_replicas of the row
@@ -158,7 +161,11 @@ def scenario_arrays(s: Scenario) -> ScenarioArrays:
         "kind": timing.kind,
         "load_blocks_compute": s.load_blocks_compute,
     }
-    layers = {"expert_bytes": s.model.expert_bytes_by_layer, "size_class": timing.size}
+    layers = {
+        "expert_bytes": s.model.expert_bytes_by_layer,
+        "size_class": timing.size,
+        "dense_class": timing.dense_class,
+    }
     values: dict[str, Any] = {
         "experts": prompts.experts,
         "prompts": _records(records.PROMPT, prompts),
@@ -169,7 +176,8 @@ def scenario_arrays(s: Scenario) -> ScenarioArrays:
         "execution": s.execution,
         "links": _records(records.LINK, network),
         "link_rank": network.link_rank(),
-        "dense_s": timing.dense_s,
+        "prefill_s": timing.prefill_s,
+        "decode_s": timing.decode_s,
         "expert_s": timing.expert_s,
         "load_s": timing.load_s,
     }
@@ -178,7 +186,7 @@ def scenario_arrays(s: Scenario) -> ScenarioArrays:
         array = np.ascontiguousarray(value, hints[name].__metadata__[0]).view()
         array.setflags(write=False)
         values[name] = array
-    for name in ("call_overhead_s", "burst_bytes", "short_bytes"):
+    for name in ("call_overhead_s", "hop_overhead_s", "burst_bytes", "short_bytes"):
         values[name] = float(getattr(network, name))
     return ScenarioArrays(
         **values,

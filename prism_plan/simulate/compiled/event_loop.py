@@ -20,7 +20,8 @@ from prism_plan.simulate.compiled.engine_state import (
 from prism_plan.simulate.compiled.heap import KIND_SHIFT, push_event, remove_first_event
 from prism_plan.simulate.compiled.migration_kernels import add_replica, complete_step, start_steps
 from prism_plan.simulate.compiled.offload_kernels import compute_with_offload
-from prism_plan.simulate.compiled.transfer_kernels import release_ports, start_or_enqueue
+from prism_plan.simulate.compiled.records import CALL, IDS, STATES
+from prism_plan.simulate.compiled.transfer_kernels import release_ports, send_hop, start_or_enqueue
 from prism_plan.simulate.events import (
     ARRIVAL,
     ARRIVED,
@@ -32,13 +33,13 @@ from prism_plan.simulate.events import (
     RETURNED,
     SEND,
 )
-from prism_plan.simulate.network import BYTES_PER_CALL
+from prism_plan.simulate.network import BYTES_PER_CALL, BYTES_PER_TOKEN_ID
 from prism_plan.simulate.routing_policies import choose_holders
 
 #: Why :func:`run_events` returned.
 NO_EVENT_LEFT, LIMIT_REACHED, HEAP_FULL, MESSAGES_FULL, LOG_FULL, LAST_REPLICA_DROPPED = range(6)
 #: What an event causes next for its request.
-NOTHING, COMPLETE_PART, ENTER_LAYER, ADMIT = range(4)
+NOTHING, COMPLETE_PART, BEGIN_PASS, ENTER_LAYER, END_PASS, DELIVER_ID, ADMIT = range(7)
 
 
 @kernel
@@ -51,17 +52,18 @@ def run_events(  # pragma: no cover - compiled
     Events up to ``until_s`` are processed, at most ``max_events``.
 
     An event may cause a chain of actions for its request: a part of a layer is complete, the
-    request enters the next layer, another request is admitted. This is one long function because
-    split into helpers it ran 1.9 times slower, with helpers that are called and with inlined ones.
+    request enters the next layer or ends its pass, a token is at home, another request is admitted.
+    This is one long function because split into helpers it ran 1.9 times slower, with helpers that
+    are called and with inlined ones.
     """
     # local names: looked up in the tuples inside the loop, arrays cost three times as much
     experts, token_bytes = scenario.num_experts, scenario.token_bytes
     route, offload = scenario.route, scenario.offload
-    overhead_s = scenario.call_overhead_s
+    overhead_s, hop_overhead_s = scenario.call_overhead_s, scenario.hop_overhead_s
     servers, layers = scenario.execution.shape
     top_k = scenario.experts.shape[2]
     rows_of, prompts = scenario.experts, scenario.prompts
-    dense_s, expert_s = scenario.dense_s, scenario.expert_s
+    expert_s = scenario.expert_s
     run, heap = state.run[0], state.heap
     first_gpu, holders, num_replicas = state.first_gpu, state.holders, state.num_replicas
     token_count, expert_order = state.token_count, state.expert_order
@@ -117,6 +119,7 @@ def run_events(  # pragma: no cover - compiled
                 line.request, line.layer = of.request, of.layer
                 line.at, line.to = of.sender, of.receiver
         action = NOTHING
+        goes_on = False
         r = int64(subject)
 
         if kind == DENSE:
@@ -234,7 +237,7 @@ def run_events(  # pragma: no cover - compiled
                     of.receiver = m
                     of.payload_bytes = states + BYTES_PER_CALL * named
                     of.reply_bytes = states
-                    of.hop = False
+                    of.kind = CALL
                     of.returning = False
                     state.messages_sent[at, m] += 1
                     push_event(now + overhead_s, int64(SEND), message, heap)
@@ -256,12 +259,19 @@ def run_events(  # pragma: no cover - compiled
         elif kind == ARRIVED:
             of = messages[r]
             m = of.receiver
-            if of.hop:
+            if of.kind != CALL:
                 free_messages[run.free_messages] = r
                 run.free_messages += 1
+                goes_on = of.begins_pass
                 r = int64(of.request)
-                state.requests[r].location = m
-                action = ENTER_LAYER
+                if of.kind == IDS and of.layer >= 0 and m == scenario.requests[r].home:
+                    action = DELIVER_ID
+                elif goes_on:
+                    action = BEGIN_PASS
+                elif of.kind == STATES:
+                    action = ENTER_LAYER
+                if goes_on or of.kind == STATES:
+                    state.requests[r].location = m
             else:
                 end_s = 0.0
                 work = message_work_s[r]
@@ -328,7 +338,10 @@ def run_events(  # pragma: no cover - compiled
                         state.layer_s[request.remote_experts] += now - request.layer_start_s
                     request.layer += 1
                     request.layer_start_s = now
-                    action = ENTER_LAYER
+                    action = ENTER_LAYER if request.layer < layers else END_PASS
+            elif action == BEGIN_PASS:
+                request.layer_start_s = now
+                action = ENTER_LAYER
             elif action == ADMIT:
                 home = scenario.requests[r].home
                 prompt = prompts[scenario.requests[r].prompt]
@@ -339,57 +352,84 @@ def run_events(  # pragma: no cover - compiled
                 request.token_row = prompt.first_row
                 request.step_tokens = prefill if prefill > 0 else 1
                 request.steps_left = prompt.decode_tokens + (1 if prefill > 0 else 0)
+                request.ids_left = request.steps_left
+                request.context = 0
                 request.decoding = prefill == 0
                 request.layer = 0
-                request.layer_start_s = now
-                action = ENTER_LAYER
-            else:
+                action = BEGIN_PASS
+                to = scenario.execution[home, 0]
+                if to != home:
+                    action = NOTHING
+                    payload = int64(BYTES_PER_TOKEN_ID * request.step_tokens)
+                    send_hop(
+                        state, r, int64(-1), int64(home), int64(to), payload, int64(IDS), True,
+                        now + hop_overhead_s,
+                    )  # fmt: skip
+            elif action == ENTER_LAYER:
                 action = NOTHING
-                home = scenario.requests[r].home
                 at = request.location
                 layer = request.layer
-                step_done = layer == layers
-                target = home if step_done else scenario.execution[home, layer]
-                if at != target:
-                    run.free_messages -= 1
-                    message = int64(free_messages[run.free_messages])
-                    of = messages[message]
-                    of.request = r
-                    of.layer = layer
-                    of.sender = at
-                    of.receiver = target
-                    of.payload_bytes = request.step_tokens * token_bytes
-                    of.hop = True
-                    of.returning = False
-                    push_event(now + overhead_s, int64(SEND), message, heap)
-                elif not step_done:
+                to = scenario.execution[scenario.requests[r].home, layer]
+                if at != to:
+                    payload = int64(request.step_tokens * token_bytes)
+                    send_hop(
+                        state, r, int64(layer), int64(at), int64(to), payload, int64(STATES), False,
+                        now + hop_overhead_s,
+                    )  # fmt: skip
+                else:
                     g = scenario.servers[at].dense_gpu
                     gpu = state.gpus[g]
-                    work_s = dense_s[scenario.gpus[g].kind, request.step_tokens]
+                    table_row = scenario.gpus[g].kind
+                    dense_class = scenario.layers[layer].dense_class
+                    if request.decoding:
+                        work_s = scenario.decode_s[table_row, dense_class, request.context]
+                    else:
+                        work_s = scenario.prefill_s[table_row, dense_class, request.step_tokens]
                     gpu.free_s = max(now, gpu.free_s) + work_s
                     gpu.gpu_busy_s += work_s
                     push_event(gpu.free_s, int64(DENSE), r, heap)
-                else:
-                    if np.isnan(request.first_token_s):
-                        request.first_token_s = now
-                    request.steps_left -= 1
-                    if request.steps_left > 0:
-                        request.token_row += request.step_tokens
-                        request.step_tokens = 1
-                        request.decoding = True
-                        request.layer = 0
-                        request.layer_start_s = now
-                        action = ENTER_LAYER
-                    else:
-                        request.done_s = now
-                        run.finished += 1
-                        server = state.servers[home]
-                        server.present_s += server.num_present * (now - server.present_since_s)
-                        server.present_since_s = now
-                        server.num_present -= 1
-                        server.num_active -= 1
-                        if server.queue_head >= 0:
-                            r = int64(server.queue_head)
-                            server.queue_head = state.requests[r].next_queued
-                            action = ADMIT
+            elif action == END_PASS:
+                home = scenario.requests[r].home
+                at = request.location
+                to = scenario.execution[home, 0]
+                request.steps_left -= 1
+                goes_on = request.steps_left > 0
+                if goes_on:
+                    request.token_row += request.step_tokens
+                    request.context += request.step_tokens
+                    request.step_tokens = 1
+                    request.decoding = True
+                    request.layer = 0
+                    if to != at:
+                        send_hop(
+                            state, r, int64(layers), int64(at), int64(to),
+                            int64(BYTES_PER_TOKEN_ID), int64(IDS), True, now + hop_overhead_s,
+                        )  # fmt: skip
+                if at != home and (not goes_on or to != home):
+                    send_hop(
+                        state, r, int64(layers), int64(at), int64(home),
+                        int64(BYTES_PER_TOKEN_ID), int64(IDS), False, now + hop_overhead_s,
+                    )  # fmt: skip
+                goes_on = goes_on and to == at
+                action = BEGIN_PASS if goes_on else NOTHING
+                if at == home:
+                    action = DELIVER_ID
+            else:  # DELIVER_ID
+                action = BEGIN_PASS if goes_on else NOTHING
+                if np.isnan(request.first_token_s):
+                    request.first_token_s = now
+                request.ids_left -= 1
+                if request.ids_left == 0:
+                    home = scenario.requests[r].home
+                    request.done_s = now
+                    run.finished += 1
+                    server = state.servers[home]
+                    server.present_s += server.num_present * (now - server.present_since_s)
+                    server.present_since_s = now
+                    server.num_present -= 1
+                    server.num_active -= 1
+                    if server.queue_head >= 0:
+                        r = int64(server.queue_head)
+                        server.queue_head = state.requests[r].next_queued
+                        action = ADMIT
     return NO_EVENT_LEFT

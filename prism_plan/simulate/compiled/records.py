@@ -29,8 +29,8 @@ SERVER = _record(
 )  # fmt: skip
 #: ``kind`` is the GPU's row of the timing tables.
 GPU = _record(server="i4", kind="i4", load_blocks_compute="bool")
-#: ``size_class`` is the layer's column of the timing table of experts.
-LAYER = _record(expert_bytes="i8", size_class="i4")
+#: ``size_class`` and ``dense_class`` are the layer's columns of the timing tables.
+LAYER = _record(expert_bytes="i8", size_class="i4", dense_class="i4")
 LINK = _record(seconds_per_byte="f8", half_rtt_s="f8")
 
 # ---------------------------------------------------------------------------- what a run writes
@@ -44,12 +44,13 @@ RUN = _record(
     free_messages="i8", enqueued="i8", open_steps="i8", new_steps="i8", failed_step="i8",
     loads="i8", loaded_bytes="i8", log_lines="i8",
 )  # fmt: skip
-#: Where a request is in its steps and layers. ``pending_parts`` are batches of the layer that are
+#: Where a request is in its steps and layers. ``ids_left`` counts token ids that are not yet at
+#: home, ``context`` the tokens before the step. ``pending_parts`` are batches of the layer that are
 #: not yet computed; ``next_queued`` is the next that waits for admission at its home, or -1.
 REQUEST_STATE = _record(
     token_row="i8", layer_start_s="f8", start_s="f8", first_token_s="f8", done_s="f8",
-    location="i4", step_tokens="i4", steps_left="i4", layer="i4", pending_parts="i4",
-    remote_experts="i4", next_queued="i4", decoding="bool",
+    location="i4", step_tokens="i4", steps_left="i4", ids_left="i4", context="i4", layer="i4",
+    pending_parts="i4", remote_experts="i4", next_queued="i4", decoding="bool",
 )  # fmt: skip
 #: The admission queue, requests admitted and present, the token buckets of both directions (level
 #: and time of it), and the measurements of a home server and of its line.
@@ -66,13 +67,16 @@ GPU_STATE = _record(
 )
 #: A queue of a port lists messages in the order in which they were ready.
 PORT = _record(free_s="f8", queue_head="i4", queue_tail="i4", busy="bool")
-#: A call, or hidden states on their way to the next layer's server (``hop``). ``sender`` and
-#: ``receiver`` are those of the way out, also while it is ``returning``. ``ready`` numbers messages
-#: in the order in which they began to wait.
+#: A message of one of the kinds below. ``sender`` and ``receiver`` are those of the way out, also
+#: while it is ``returning``. ``ready`` numbers messages in the order in which they began to wait.
+#: ``begins_pass``: the receiver begins a pass with it.
 MESSAGE = _record(
     payload_bytes="i8", reply_bytes="i8", ready="i8", request="i4", layer="i4", sender="i4",
-    receiver="i4", hop="bool", returning="bool",
+    receiver="i4", kind="i4", begins_pass="bool", returning="bool",
 )  # fmt: skip
+#: Kinds of messages: a call; hidden states on their way to the next span; ids of tokens, of a
+#: prompt on their way to the first span or of a new token.
+CALL, STATES, IDS = range(3)
 #: Neighbours of a message in the queue of a port, or -1.
 QUEUE_LINK = _record(next="i4", previous="i4")
 #: A load or a drop of a pair on a GPU; needs that are not complete; the steps that need it are

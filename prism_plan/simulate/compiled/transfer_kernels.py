@@ -8,9 +8,9 @@ import numpy as np
 
 from prism_plan.jit import inline_kernel
 from prism_plan.kernel_types import int64
-from prism_plan.simulate.compiled.engine_state import TransferArrays
+from prism_plan.simulate.compiled.engine_state import EngineState, TransferArrays
 from prism_plan.simulate.compiled.heap import push_event
-from prism_plan.simulate.events import ARRIVED, FREED, RETURNED
+from prism_plan.simulate.events import ARRIVED, FREED, RETURNED, SEND
 
 Array = Any
 
@@ -170,3 +170,25 @@ def release_ports(  # pragma: no cover - compiled
         if not links.ports[0, first + sender].busy and not links.ports[1, first + receiver].busy:
             dequeue(links, message, sender, receiver)
             start_transfer(links, message, sender, receiver)
+
+
+@inline_kernel
+def send_hop(  # pragma: no cover - compiled
+    state: EngineState, request: Any, layer: Any, a: Any, b: Any, payload: Any, kind: Any,
+    begins_pass: bool, ready_s: float,
+) -> None:  # fmt: skip
+    """Send hidden states or token ids of a request, ready for the link at ``ready_s``."""
+    run = state.run[0]
+    run.free_messages -= 1
+    message = int64(state.free_messages[run.free_messages])
+    of = state.messages[message]
+    of.request = request
+    of.layer = layer
+    of.sender = a
+    of.receiver = b
+    of.payload_bytes = payload
+    of.kind = kind
+    of.begins_pass = begins_pass
+    of.returning = False
+    state.hops_sent[a, b] += 1
+    push_event(ready_s, int64(SEND), message, state.heap)
