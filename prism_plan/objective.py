@@ -119,12 +119,16 @@ def score(placement: Placement, instance: Instance) -> RemoteScore:
     require_same_model(
         placement.model, instance.model, source="placement", other="the planning problem"
     )
-    return remote_score(instance.activations, placement.local)
+    return remote_score(instance.activations, placement.local_to_execution)
 
 
 @renamed_parameters(load="token_rates")
-def step_score(local: npt.NDArray[np.bool_], trace: Trace, token_rates: TokenRates) -> StepScore:
+def step_score(
+    local: npt.NDArray[np.bool_] | Placement, trace: Trace, token_rates: TokenRates
+) -> StepScore:
     """Score the waiting steps and destinations of every token, where ``local`` is [N, L, E].
+
+    In its place a :class:`~prism_plan.placement.Placement` may stand, with its execution table.
 
     A token of task t has weight rate[n, t] / tokens[t] at server n. To score several placements,
     :func:`step_scores` goes over the tokens once.
@@ -138,11 +142,13 @@ def step_score(local: npt.NDArray[np.bool_], trace: Trace, token_rates: TokenRat
 
 
 def step_scores(
-    placements: Sequence[npt.NDArray[np.bool_]], trace: Trace, token_rates: TokenRates
+    placements: Sequence[npt.NDArray[np.bool_] | Placement], trace: Trace, token_rates: TokenRates
 ) -> list[StepScore]:
     """Score several placements as :func:`step_score` does, in one pass over the tokens.
 
-    Each is the ``local`` [N, L, E] of a placement on the same servers.
+    Each is a placement on the same servers, or its ``local`` [N, L, E] where every layer executes
+    at home. Steps count at their home; what is remote, and which servers are needed, is seen from
+    where the layer executes.
 
     Raises
     ------
@@ -155,7 +161,7 @@ def step_scores(
         raise ValueError("a counts-only trace does not record which experts are called together")
     if not placements:
         return []
-    counters = [_StepCounter(local, token_rates) for local in placements]
+    counters = [_StepCounter(placed, token_rates) for placed in placements]
     for batch in trace.batches():
         experts, task = as_constant(batch.experts), as_constant(batch.task)
         for counter in counters:
@@ -171,15 +177,17 @@ class _StepCounter:
     ``sums`` int64 [3, N, tasks].
     """
 
-    def __init__(self, local: npt.NDArray[np.bool_], token_rates: TokenRates) -> None:
+    def __init__(self, placed: npt.NDArray[np.bool_] | Placement, token_rates: TokenRates) -> None:
         from prism_plan.compiled_loops import MAX_MASK_SERVERS, as_constant
 
+        local = placed.local if isinstance(placed, Placement) else placed
+        seen = placed.local_to_execution if isinstance(placed, Placement) else placed
         num_servers = len(local)
         # holders of (l, e) in ascending server order: holder[start[l·E + e] : start[l·E + e + 1]]
         by_pair = local.reshape(num_servers, -1).T
         holder = np.nonzero(by_pair)[1].astype(np.int32)
         start = np.concatenate([[0], np.cumsum(by_pair.sum(axis=1))]).astype(np.int64)
-        self._local = as_constant(local)
+        self._local = as_constant(seen)
         self._holder = as_constant(holder)
         self._start = as_constant(start)
         bits = np.left_shift(1, np.arange(num_servers) % MAX_MASK_SERVERS, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Which GPU holds which expert."""
+"""Which GPU holds which expert, and which server executes which layer for whom."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.errors import InputError
+from prism_plan.execution_table import executes_at_home, home_execution
 from prism_plan.model_spec import ModelShape
 
 Termination = Literal["optimal", "heuristic", "time_limit"]
@@ -50,7 +52,11 @@ class Placement:
     """Which GPU holds which (layer, expert); `placement_check.violations` says if it is feasible.
 
     ``gpu_capacity`` is as in :class:`~prism_plan.instance.Instance`; ``on_gpu`` is bool
-    [G, L, E] over the GPUs of all servers in order, copied and made read-only.
+    [G, L, E] over the GPUs of all servers in order, copied and made read-only. ``execution`` int32
+    [N, L] is the server that executes each MoE layer for requests of each home server, ``None``
+    where that is the home everywhere (docs/design.md, section 10). With a table, ``kv_tokens`` says
+    for how many tokens of whose users the KV cache has memory, and ``execute_at_home`` which
+    servers keep all layers of their users at home.
     """
 
     model: ModelShape
@@ -59,6 +65,9 @@ class Placement:
     on_gpu: npt.NDArray[np.bool_]
     plan: SolveReport
     inputs: Mapping[str, InputFile] = field(default_factory=dict)
+    execution: npt.NDArray[np.int32] | None = None
+    kv_tokens: Mapping[str, int] = field(default_factory=dict)
+    execute_at_home: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         held = np.array(self.on_gpu, dtype=bool)
@@ -71,6 +80,21 @@ class Placement:
             raise ValueError(f"on_gpu has shape {held.shape}, expected {shape}")
         held.setflags(write=False)
         object.__setattr__(self, "on_gpu", held)
+        if self.execution is not None:
+            object.__setattr__(self, "execution", self._checked_table(self.execution))
+
+    def _checked_table(self, execution: npt.ArrayLike) -> npt.NDArray[np.int32] | None:
+        table = np.array(execution)
+        shape = (self.num_servers, self.model.num_layers)
+        if table.shape != shape or table.dtype.kind not in "iu":
+            raise ValueError(f"execution is {table.dtype} {table.shape}, expected integers {shape}")
+        if not ((table >= 0) & (table < self.num_servers)).all():
+            raise ValueError(f"execution names a server beyond 0..{self.num_servers - 1}")
+        if executes_at_home(table):
+            return None
+        table = table.astype(np.int32)
+        table.setflags(write=False)
+        return table
 
     def replace(self, **changes: Any) -> Placement:
         """A changed copy, validated again."""
@@ -94,6 +118,24 @@ class Placement:
             local[n] |= self.on_gpu[g]
         return local
 
+    @property
+    def execution_table(self) -> npt.NDArray[np.int32]:
+        """The server that executes each layer for requests of each home server, int32 [N, L]."""
+        if self.execution is not None:
+            return self.execution
+        return home_execution(self.num_servers, self.model.num_layers)
+
+    @property
+    def local_to_execution(self) -> npt.NDArray[np.bool_]:
+        """Whether the server that executes layer l for home n holds the expert, bool [N, L, E].
+
+        A call is remote where it does not; with every layer executed at home it is :attr:`local`.
+        """
+        local = self.local
+        if self.execution is None:
+            return local
+        return local[self.execution, np.arange(self.model.num_layers)]
+
     def on_gpus_of(self, name: str) -> npt.NDArray[np.bool_]:
         """What the GPUs of the named server hold, [GPUs, L, E]; empty without such a server."""
         server = self.servers.index(name) if name in self.servers else -1
@@ -102,6 +144,27 @@ class Placement:
     def gpus_of(self, server: int) -> npt.NDArray[np.int64]:
         """Indices into the G axis of the GPUs of a server."""
         return np.flatnonzero(self.server_of_gpu == server)
+
+
+def require_home_execution(placement: Placement, *, source: object = "") -> None:
+    """Refuse a placement with an execution table, for those that cannot execute one.
+
+    Raises
+    ------
+    InputError
+        Some layer executes on another server than the request's home.
+    """
+    if placement.execution is None:
+        return
+    n, layer = np.argwhere(placement.execution != np.arange(placement.num_servers)[:, None])[0]
+    raise InputError(
+        f"2: layer {placement.model.moe_layers[layer]} of {placement.servers[n]} executes on "
+        f"{placement.servers[placement.execution[n, layer]]}",
+        source=source,
+        place="version",
+        expected="1, where every layer executes at home",
+        remedy="plan with --execution home",
+    )
 
 
 def gpu_offsets(num_gpus: Iterable[int]) -> npt.NDArray[np.int32]:

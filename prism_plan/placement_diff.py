@@ -18,7 +18,8 @@ class PlacementDiff:
 
     ``servers`` are those of ``b`` and then those only in ``a``. ``loads``, ``drops`` and ``shifts``
     are bool [servers, L, E]: experts that a server newly holds, holds no more, or holds on another
-    GPU, which takes a load too.
+    GPU, which takes a load too. ``reroutes`` bool [servers, L] are layers that execute on another
+    server for requests of this home; new requests follow them.
     """
 
     model: ModelShape
@@ -26,6 +27,7 @@ class PlacementDiff:
     loads: npt.NDArray[np.bool_]
     drops: npt.NDArray[np.bool_]
     shifts: npt.NDArray[np.bool_]
+    reroutes: npt.NDArray[np.bool_]
 
     def bytes_of(self, moved: npt.NDArray[np.bool_]) -> int:
         """Bytes of the experts in a [..., L, E] mask."""
@@ -36,6 +38,10 @@ class PlacementDiff:
     def to_json(self) -> dict[str, Any]:
         """Totals, then per server and per layer; experts are [layer, expert] pairs."""
         kinds = {"loads": self.loads, "drops": self.drops, "shifts": self.shifts}
+        layers = np.array(self.model.moe_layers)
+        rerouted = [{"reroutes": layers[row].tolist()} for row in self.reroutes]
+        if not self.reroutes.any():  # as before there were execution tables
+            rerouted = [{} for _ in rerouted]
         return {
             "format": "prism-plan/diff",
             "version": 1,
@@ -46,6 +52,7 @@ class PlacementDiff:
                     "name": name,
                     **{key: self._pairs(mask[n]) for key, mask in kinds.items()},
                     "moved_bytes": self.bytes_of((self.loads | self.shifts)[n]),
+                    **rerouted[n],
                 }
                 for n, name in enumerate(self.servers)
             ],
@@ -84,4 +91,12 @@ def diff(a: Placement, b: Placement, names: tuple[str, str] = ("A", "B")) -> Pla
         loads[n] = has & ~had
         drops[n] = had & ~has
         shifts[n] = had & has & (after & ~before).any(axis=0)
-    return PlacementDiff(b.model, servers, loads, drops, shifts)
+    reroutes = np.zeros(shape[:2], bool)
+    for n, name in enumerate(servers):
+        if name in a.servers and name in b.servers:
+            before_at, after_at = (
+                [placed.servers[m] for m in placed.execution_table[placed.servers.index(name)]]
+                for placed in (a, b)
+            )
+            reroutes[n] = [x != y for x, y in zip(before_at, after_at, strict=True)]
+    return PlacementDiff(b.model, servers, loads, drops, shifts, reroutes)

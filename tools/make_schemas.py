@@ -20,7 +20,7 @@ from prism_plan.io.comparison import ComparisonFile
 from prism_plan.io.migration import MigrationFile
 from prism_plan.io.model_spec import SpecPart
 from prism_plan.io.phases import PhasesFile
-from prism_plan.io.placement import PlacementFile
+from prism_plan.io.placement import PlacementFile, PlacementFile2
 from prism_plan.io.prompts import PromptLine
 from prism_plan.io.pydantic_base import FormatModel
 from prism_plan.io.serve_requests import RequestLine
@@ -37,6 +37,7 @@ MODELS: dict[str, type[FormatModel]] = {
     "model-spec-1": SpecPart,
     "phases-1": PhasesFile,
     "placement-1": PlacementFile,
+    "placement-2": PlacementFile2,
     "prompts-1": PromptLine,
     "requests-1": RequestLine,
     "simulation-1": SimulationFile,

@@ -330,10 +330,14 @@ def _check_placement(
             notes += _notes_on_memory(memory)
         warnings = _warnings(cluster[0], cluster[1], spec, memory, trace[1] if trace else None)
     copies = placement.local.sum(axis=0, dtype=np.int32)
+    table = ""
+    if placement.execution is not None:
+        away = (placement.execution != np.arange(placement.num_servers)[:, None]).any(axis=1)
+        table = f", version 2: layers of {quantity(int(away.sum()), 'server')} execute elsewhere"
     summary = (
         f"{placement.model.name} on {quantity(placement.num_servers, 'server')} by {plan.solver}, "
         f"{int(placement.on_gpu.sum()):,} experts placed, {int(copies.min())} to "
-        f"{int(copies.max())} copies"
+        f"{int(copies.max())} copies{table}"
     )
     return CheckReport(
         str(path), "placement", summary, tuple(problems), tuple(notes), warnings, memory

@@ -45,6 +45,11 @@ def command(args: DiffOptions) -> None:
     for heading, key, mask in kinds:
         of_server = [int(mask[n].sum()) for n in range(len(result.servers))]
         columns.append(count_column(heading, key, [*of_server, int(mask.sum())]))
+    if result.reroutes.any():
+        rerouted = result.reroutes.sum(axis=1).tolist()
+        columns.append(
+            count_column("layers elsewhere", "layers_elsewhere", [*rerouted, sum(rerouted)])
+        )
     loaded = [result.bytes_of(moved[n]) for n in range(len(result.servers))]
     columns.append(
         size_column("to load", "bytes_to_load", [*loaded, result.bytes_of(moved)], rank=1)

@@ -141,7 +141,7 @@ def _print_summary(placement: Placement, instance: Instance, args: SolveOptions)
 
     plan = placement.plan
     local = placement.local
-    score = remote_score(instance.activations, local)
+    score = remote_score(instance.activations, placement.local_to_execution)
     rows = []
     for n, name in enumerate(placement.servers):
         slots = sum(placement.gpu_capacity[n])

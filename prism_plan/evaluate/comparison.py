@@ -207,7 +207,7 @@ def _score_steps(
     """The rows with step scores of their placements, where ``scored`` is token-level."""
     if scored.kind == "counts":
         return list(rows)
-    placed = [row.placement.local for row in rows if row.placement is not None]
+    placed = [row.placement for row in rows if row.placement is not None]
     scores = iter(step_scores(placed, scored, token_rates))
     return [
         row if row.placement is None else dataclasses.replace(row, steps=next(scores))

@@ -1,9 +1,14 @@
-"""Placement files: JSON, format ``prism-plan/placement`` version 1 (docs/design.md, section 6)."""
+"""Placement files: JSON, format ``prism-plan/placement`` (docs/design.md, sections 6 and 10).
+
+Version 1 says which GPU holds which expert, and every layer executes at home. Version 2 says also
+where layers execute; a placement that executes at home is written as version 1.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -18,8 +23,9 @@ from pydantic import (
     WrapValidator,
 )
 
-from prism_plan.errors import InputError
-from prism_plan.input_limits import MAX_GPUS, MAX_NAMES, require_array_size
+from prism_plan.errors import InputError, did_you_mean
+from prism_plan.execution_table import home_execution, spans
+from prism_plan.input_limits import MAX_GPUS, MAX_LAYERS, MAX_NAMES, require_array_size
 from prism_plan.io.file_writing import write_bytes
 from prism_plan.io.json import parse_json
 from prism_plan.io.model_spec import ShapePart, spec_from_part
@@ -46,9 +52,9 @@ from prism_plan.io.shared_fields import (
 from prism_plan.io.text_files import file_name_text, read_text, read_text_and_digest
 from prism_plan.model_spec import ModelShape
 from prism_plan.placement import InputFile, Placement, SolveReport, Termination
+from prism_plan.printable_text import listed
 
 FORMAT = "prism-plan/placement"
-VERSION = 1
 
 
 def _skip_validated_integers(ids: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -118,12 +124,44 @@ class PlacementFile(FormatModel):
     ]
 
 
+class RunPart(FormatModel):
+    """A run of MoE layers that one server executes, by decoder layer index, ends included."""
+
+    first: Count
+    last: Count
+    server: str
+
+
+class PlacementFile2(PlacementFile):
+    """Which GPU of which server holds which expert, and which server executes which layer."""
+
+    version: Annotated[int, Field(ge=2, le=2)]
+    execution: Annotated[
+        DictOf[str, Annotated[ListOf[RunPart], Field(min_length=1, max_length=MAX_LAYERS)]],
+        Field(
+            max_length=MAX_NAMES,
+            description="By home server: runs that cover all MoE layers in order.",
+        ),
+    ]
+    kv_tokens: Annotated[
+        DictOf[str, Count],
+        Field(
+            max_length=MAX_NAMES,
+            description="Tokens of a home's users for which the KV cache has memory.",
+        ),
+    ] = Field(default={})
+    execute_at_home: Annotated[
+        ListOf[str],
+        Field(max_length=MAX_NAMES, description="Servers whose users' layers stay at home."),
+    ] = Field(default=[])
+
+
 PLAN_KEYS = tuple(PlanPart.model_fields)
 
 
-def placement_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a placement file, as shipped."""
-    return shipped_schema("placement-1")
+def placement_schema(version: int = 1) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a placement file of version 1 or 2, as shipped."""
+    return shipped_schema(f"placement-{version}")
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -150,15 +188,36 @@ def placement_to_json(placement: Placement) -> dict[str, Any]:
     plan = {key: getattr(placement.plan, key) for key in PLAN_KEYS} | dict(placement.plan.extra)
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 1 if placement.execution is None else 2,
         "model": placement.model.to_json(),
         "servers": servers,
+        **_execution_to_json(placement),
         "plan": plan,
         "inputs": {
             key: {"name": file.name, "sha256": file.sha256}
             for key, file in placement.inputs.items()
         },
     }
+
+
+def _execution_to_json(placement: Placement) -> dict[str, Any]:
+    """What version 2 has beyond version 1; nothing where every layer executes at home."""
+    if placement.execution is None:
+        return {}
+    layers, names = placement.model.moe_layers, placement.servers
+    execution = {
+        home: [
+            {"first": layers[run.first], "last": layers[run.last], "server": names[run.server]}
+            for run in spans(row)
+        ]
+        for home, row in zip(names, placement.execution, strict=True)
+    }
+    values: dict[str, Any] = {"execution": execution}
+    if placement.kv_tokens:
+        values["kv_tokens"] = dict(placement.kv_tokens)
+    if placement.execute_at_home:
+        values["execute_at_home"] = list(placement.execute_at_home)
+    return values
 
 
 def dump_placement(placement: Placement) -> bytes:
@@ -202,7 +261,10 @@ def read_placement_and_identity(path: str | os.PathLike[str]) -> tuple[Placement
 def placement_from_json(values: Any, source: object = "") -> Placement:
     """The reverse of :func:`placement_to_json`; see :func:`read_placement`."""
     remedy = "make placements with prism-plan solve"
-    file = validate(PlacementFile, values, source=source, remedy=remedy)
+    version = values.get("version") if isinstance(values, Mapping) else None
+    is_second = type(version) is int and version >= 2  # a newer one is refused there
+    kind = PlacementFile2 if is_second else PlacementFile
+    file = validate(kind, values, source=source, remedy=remedy)
     model = spec_from_part(ModelShape, file.model, source)
     num_gpus = sum(len(server.gpus) for server in file.servers)
     require_array_size(
@@ -229,9 +291,11 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
         _mark_experts(held, gpu.experts, model, position, source, f"{place}.experts")
     extra = file.plan.model_extra or {}
     _require_finite_numbers(extra, source, "plan")
+    names = tuple(server.name for server in file.servers)
     return Placement(
         model=model,
-        servers=tuple(server.name for server in file.servers),
+        servers=names,
+        **(_execution(file, names, model, source) if isinstance(file, PlacementFile2) else {}),
         gpu_capacity=tuple(
             tuple(getattr(gpu, unit) for gpu in server.gpus) for server in file.servers
         ),
@@ -239,6 +303,81 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
         plan=SolveReport(**{key: getattr(file.plan, key) for key in PLAN_KEYS}, extra=extra),
         inputs={key: InputFile(one.name, one.sha256) for key, one in file.inputs.items()},
     )
+
+
+def _execution(
+    file: PlacementFile2, names: tuple[str, ...], model: ModelShape, source: object
+) -> dict[str, Any]:
+    """The fields of a placement that version 2 adds."""
+    index_of = {name: n for n, name in enumerate(names)}
+
+    def known(name: str, place: str) -> int:
+        if name not in index_of:
+            raise InputError(
+                f"server {name!r:.60}{did_you_mean(name, names)}",
+                source=source,
+                place=place,
+                expected=f"one of {listed(names)}",
+            )
+        return index_of[name]
+
+    table = home_execution(len(names), model.num_layers)
+    for home, runs in file.execution.items():
+        row = table[known(home, "execution")]
+        at = 0
+        for number, run in enumerate(runs):
+            place = f"execution.{home}[{number}]"
+            wanted = model.moe_layers[at] if at < model.num_layers else None
+            if run.first != wanted:
+                raise InputError(
+                    f"first {run.first}",
+                    source=source,
+                    place=place,
+                    expected="no more runs: all MoE layers have their server"
+                    if wanted is None
+                    else f"{wanted}, the MoE layer after the last run's",
+                )
+            end = bisect_right(model.moe_layers, run.last)
+            if end <= at or model.moe_layers[end - 1] != run.last:
+                raise InputError(
+                    f"last {run.last}",
+                    source=source,
+                    place=place,
+                    expected=f"a MoE layer of {model.name} from {run.first} on",
+                )
+            row[at:end] = known(run.server, f"{place}.server")
+            at = end
+        if at < model.num_layers:
+            raise InputError(
+                f"ends with layer {model.moe_layers[at - 1]}",
+                source=source,
+                place=f"execution.{home}",
+                expected=f"a server for layer {model.moe_layers[at]} and all after it",
+            )
+    for name in names:
+        if name not in file.execution:
+            raise InputError(
+                f"no runs of {name!r:.60}",
+                source=source,
+                place="execution",
+                expected="those of every server as home",
+            )
+    for name in file.kv_tokens:
+        known(name, "kv_tokens")
+    for number, name in enumerate(file.execute_at_home):
+        n = known(name, f"execute_at_home[{number}]")
+        if (table[n] != n).any():
+            raise InputError(
+                f"layers of {name!r:.60} execute elsewhere",
+                source=source,
+                place=f"execution.{name}",
+                expected=f"{name!r:.60} alone, for it is in execute_at_home",
+            )
+    return {
+        "execution": table,
+        "kv_tokens": dict(file.kv_tokens),
+        "execute_at_home": tuple(file.execute_at_home),
+    }
 
 
 def _require_finite_numbers(values: Any, source: object, place: str) -> None:

@@ -64,6 +64,8 @@ class Scenario:
     ) -> Scenario:
         """Build and validate the scenario of a run.
 
+        ``execution`` replaces the table of the placement.
+
         Raises
         ------
         InputError
@@ -104,7 +106,7 @@ class Scenario:
         else:
             _require_slots(placement)
         first_gpu = gpu_offsets(len(server.gpus) for server in cluster.servers)
-        where = home_execution(len(names), model.num_layers) if execution is None else execution
+        where = placement.execution_table if execution is None else execution
         return cls(
             model=model,
             placement=placement,
@@ -125,11 +127,6 @@ class Scenario:
     def gpu_start(self) -> Ints:
         """Index of each server's first GPU, and their number at the end, int32 [N + 1]."""
         return gpu_offsets(len(gpus) for gpus in self.placement.gpu_capacity)
-
-
-def home_execution(num_servers: int, num_layers: int) -> Ints:
-    """The execution server of the paper and of every plan so far: the home server, [N, L]."""
-    return np.repeat(np.arange(num_servers, dtype=np.int32)[:, None], num_layers, axis=1)
 
 
 def called_pairs(requests: Requests, num_experts: int) -> npt.NDArray[np.bool_]:

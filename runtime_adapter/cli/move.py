@@ -38,12 +38,14 @@ def command(args: MoveOptions) -> None:
     abandoned: exit code 0, 2 or 3, 5.
     """
     from prism_plan.io.placement import placement_to_json, read_placement
+    from prism_plan.placement import require_home_execution
     from runtime_adapter.cli.options import address
     from runtime_adapter.control.move_command import request_move
     from runtime_adapter.transport.rendezvous import Rendezvous
 
     require_seconds(args.rendezvous_timeout_s, "rendezvous_timeout_s")
     placement = read_placement(args.placement)
+    require_home_execution(placement, source=args.placement)
     host, port = address(args.store)
     code, text = request_move(
         Rendezvous(1, -1, host=host, port=port, rendezvous_timeout_s=args.rendezvous_timeout_s),

@@ -75,6 +75,7 @@ def command(args: ReplayOptions) -> None:
     from prism_plan.io.file_writing import write_bytes
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.io.trace_reader import read_trace
+    from prism_plan.placement import require_home_execution
     from prism_plan.simulate.sampling import sample_requests
     from runtime_adapter.replay import replay, replay_config
     from runtime_adapter.server import LocalServer
@@ -83,6 +84,7 @@ def command(args: ReplayOptions) -> None:
     for output in (args.output, args.stats):
         require_writable_output(output, args.placement, args.trace, args.cluster)
     placement, placement_file = read_placement_and_identity(args.placement)
+    require_home_execution(placement, source=args.placement)
     rendezvous = args.rendezvous(placement.servers)
     trace = read_trace(args.trace)
     cluster, cluster_file = load_cluster(args.cluster)

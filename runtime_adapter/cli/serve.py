@@ -154,6 +154,7 @@ def command(args: ServeOptions) -> None:
     from prism_plan.io.file_writing import write_bytes
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.io.serve_requests import read_requests
+    from prism_plan.placement import require_home_execution
     from prism_plan.profiling.recording.fingerprint import fingerprint
     from prism_plan.simulate.network import Network
     from runtime_adapter.driver import serve
@@ -181,6 +182,7 @@ def command(args: ServeOptions) -> None:
         require_writable_output(output, *files)
     torch.set_num_threads(args.threads)
     placement, placement_file = read_placement_and_identity(args.placement)
+    require_home_execution(placement, source=args.placement)
     rendezvous = args.rendezvous(placement.servers)
     requests = [] if args.streamed else read_requests(args.requests)
     checkpoint = Checkpoint(args.checkpoint)

@@ -15,7 +15,7 @@ from prism_plan.io.placement import placement_from_json, write_placement
 from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.model_spec import require_same_model
-from prism_plan.placement import Placement, SolveReport
+from prism_plan.placement import Placement, SolveReport, require_home_execution
 from prism_plan.placement_check import violations
 from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import StoreLost
@@ -195,6 +195,7 @@ def _target(state: RunState, requested: Placement, instance: Instance) -> Placem
         It is for other servers or another model, or breaks a rule.
     """
     require_same_model(requested.model, instance.model, source=NAMES[1], other=NAMES[0])
+    require_home_execution(requested, source=NAMES[1])
     lost = [name for name in state.config.placement.servers if name not in instance.servers]
     if set(requested.servers) != set(instance.servers):
         raise InputError(

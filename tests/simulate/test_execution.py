@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from prism_plan.cluster import Link, PairLink
+from prism_plan.execution_table import home_execution
 from prism_plan.simulate.calibration import Calibration, GpuCurves
 from prism_plan.simulate.engine_interface import Engine
 from prism_plan.simulate.network import BYTES_PER_TOKEN_ID
-from prism_plan.simulate.scenario import Scenario, home_execution
+from prism_plan.simulate.scenario import Scenario
 from tests.simulate.builders import (
     BYTES_PER_S,
     CURVES,
