@@ -89,7 +89,8 @@ class Server:
 
     ``tasks`` are shares of its requests by task of the trace and sum to one; empty without users.
     ``weight`` replaces its token rate. ``pin`` and ``forbid`` are (decoder layer, expert) pairs
-    that it must, or must not, hold; ``layer_cap`` is the most experts of any one layer.
+    that it must, or must not, hold; ``layer_cap`` is the most experts of any one layer. With
+    ``execute_at_home`` all layers of its users execute here: token ids never leave.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Server:
     pin: tuple[tuple[int, int], ...] = ()
     forbid: tuple[tuple[int, int], ...] = ()
     layer_cap: int | None = None
+    execute_at_home: bool = False
 
     @property
     def has_users(self) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from prism_plan.cluster import Cluster, Server
 from prism_plan.errors import Infeasible, InputError
@@ -23,17 +27,42 @@ class ResidentBytes:
         return self.dense + self.kv + self.reserve
 
 
-def resident_bytes(model: ModelSpec, server: Server, gpu: int) -> ResidentBytes:
-    """Bytes that one GPU of a server holds besides routed experts."""
+def kv_bytes(
+    cluster: Cluster, model: ModelSpec, execution: npt.NDArray[np.int32] | None = None
+) -> tuple[int, ...]:
+    """Bytes that each server keeps for the KV caches of the layers that it executes, [N].
+
+    Each home's ``kv_tokens`` are kept where its decoder layers execute, by an execution table
+    int32 [N, L]; rounded up once a server. Without a table all execute at home.
+    """
+    if execution is None:
+        return tuple(server.kv_tokens * model.kv_bytes_per_token for server in cluster.servers)
+    token_layers = [0] * cluster.num_servers
+    for server, row in zip(cluster.servers, execution.tolist(), strict=True):
+        for m, layers in zip(row, model.decoder_layers_by_layer, strict=True):
+            token_layers[m] += server.kv_tokens * layers
+    of_all = model.num_decoder_layers
+    return tuple(-(-kept * model.kv_bytes_per_token // of_all) for kept in token_layers)
+
+
+def resident_bytes(
+    model: ModelSpec, server: Server, gpu: int, kv: int | None = None
+) -> ResidentBytes:
+    """Bytes that one GPU of a server holds besides routed experts.
+
+    ``kv`` are those of the server's KV caches; by default of its own users' whole requests.
+    """
     holds_dense = gpu == server.dense_gpu
+    if kv is None:
+        kv = server.kv_tokens * model.kv_bytes_per_token
     return ResidentBytes(
         dense=model.dense_bytes if holds_dense else 0,
-        kv=server.kv_tokens * model.kv_bytes_per_token if holds_dense else 0,
+        kv=kv if holds_dense else 0,
         reserve=server.gpus[gpu].reserve_bytes,
     )
 
 
-def bytes_for_experts(model: ModelSpec, server: Server, gpu: int) -> int:
+def bytes_for_experts(model: ModelSpec, server: Server, gpu: int, kv: int | None = None) -> int:
     """Bytes that are left on one GPU of a server for routed experts.
 
     Raises
@@ -41,7 +70,7 @@ def bytes_for_experts(model: ModelSpec, server: Server, gpu: int) -> int:
     Infeasible
         The GPU is too small for what must reside on it.
     """
-    resident = resident_bytes(model, server, gpu)
+    resident = resident_bytes(model, server, gpu, kv)
     usable = server.gpus[gpu].usable_bytes
     left = usable - resident.total
     if left < 0:
@@ -56,8 +85,12 @@ def bytes_for_experts(model: ModelSpec, server: Server, gpu: int) -> int:
     return left
 
 
-def gpu_capacity(cluster: Cluster, model: ModelSpec) -> tuple[tuple[int, ...], ...]:
+def gpu_capacity(
+    cluster: Cluster, model: ModelSpec, execution: npt.NDArray[np.int32] | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Capacity of each server's GPUs for experts: a number of them ("slots"), or bytes.
+
+    KV caches lie where layers execute, by an execution table int32 [N, L]: see :func:`kv_bytes`.
 
     Bytes where experts differ in size by layer. Slots are rounded down for each GPU: two halves of
     an expert on two GPUs are no expert.
@@ -69,7 +102,6 @@ def gpu_capacity(cluster: Cluster, model: ModelSpec) -> tuple[tuple[int, ...], .
     Infeasible
         A GPU is too small for what must reside on it.
     """
-    unit = model.expert_bytes_by_layer[0] if model.equal_expert_bytes else 1
     for n, server in enumerate(cluster.servers):
         for g, gpu in enumerate(server.gpus):
             if gpu.slots is not None and not model.equal_expert_bytes:
@@ -78,10 +110,18 @@ def gpu_capacity(cluster: Cluster, model: ModelSpec) -> tuple[tuple[int, ...], .
                     place=f"server[{n}].gpu[{g}]",
                     expected="memory_gb, for experts of this model differ in size by layer",
                 )
+    return capacity_with_kv(cluster, model, kv_bytes(cluster, model, execution))
+
+
+def capacity_with_kv(
+    cluster: Cluster, model: ModelSpec, kv: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """As :func:`gpu_capacity`, with so many bytes for the KV caches of each server [N]."""
+    unit = model.expert_bytes_by_layer[0] if model.equal_expert_bytes else 1
     return tuple(
         tuple(
-            bytes_for_experts(model, server, g) // unit if gpu.slots is None else gpu.slots
+            bytes_for_experts(model, server, g, own) // unit if gpu.slots is None else gpu.slots
             for g, gpu in enumerate(server.gpus)
         )
-        for server in cluster.servers
+        for server, own in zip(cluster.servers, kv, strict=True)
     )

@@ -51,6 +51,8 @@ class Instance:
         (server, layer position, expert) triples that must, or must not, be held.
     layer_caps
         For each server the most experts of any one layer, or ``None``; empty for no caps.
+    cluster, trace
+        What the problem was built from, for solvers that plan where layers execute.
 
     Raises
     ------
@@ -68,6 +70,8 @@ class Instance:
     pinned: tuple[tuple[int, int, int], ...] = ()
     forbidden: tuple[tuple[int, int, int], ...] = ()
     layer_caps: tuple[int | None, ...] = ()
+    cluster: Cluster | None = None
+    trace: Trace | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -200,7 +204,8 @@ class Instance:
                 expected="tasks with calls, at a rate above 0",
                 remedy="profile them, or name others",
             )
-        return cls.of_cluster(cluster, model, activations=calls, min_replicas=min_replicas)
+        instance = cls.of_cluster(cluster, model, activations=calls, min_replicas=min_replicas)
+        return instance.replace(trace=trace)
 
     @classmethod
     def of_cluster(
@@ -234,4 +239,17 @@ class Instance:
             pinned=tuple(rule_triples(cluster, model, "pin")),
             forbidden=tuple(rule_triples(cluster, model, "forbid")),
             layer_caps=tuple(server.layer_cap for server in cluster.servers),
+            cluster=cluster,
         )
+
+    def with_execution(self, execution: npt.NDArray[np.int32] | None, model: ModelSpec) -> Instance:
+        """The problem with what a table [N, L] leaves of each GPU, where its cluster is known.
+
+        Raises
+        ------
+        Infeasible
+            A GPU is too small for what must reside on it.
+        """
+        if execution is None or self.cluster is None:
+            return self
+        return self.replace(gpu_capacity=gpu_capacity(self.cluster, model, execution))

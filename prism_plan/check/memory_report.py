@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prism_plan.cluster import Cluster
-from prism_plan.expert_capacity import gpu_capacity, resident_bytes
+from prism_plan.expert_capacity import gpu_capacity, kv_bytes, resident_bytes
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.printable_text import listed, shortened
@@ -60,7 +60,8 @@ def gpu_memory(
 ) -> tuple[GpuMemory, ...]:
     """The memory of each GPU of all servers in order.
 
-    ``placement`` is one for the servers and GPUs of the cluster.
+    ``placement`` is one for the servers and GPUs of the cluster; KV caches lie where its execution
+    table has layers execute.
 
     Raises
     ------
@@ -72,9 +73,11 @@ def gpu_memory(
     size = np.array(model.expert_bytes_by_layer, np.int64)
     all_bytes = sum(model.expert_bytes_by_layer) * model.num_experts
     in_slots = model.equal_expert_bytes
+    execution = None if placement is None else placement.execution
+    kv = kv_bytes(cluster, model, execution)
     rows: list[GpuMemory] = []
     for n, (server, capacities) in enumerate(
-        zip(cluster.servers, gpu_capacity(cluster, model), strict=True)
+        zip(cluster.servers, gpu_capacity(cluster, model, execution), strict=True)
     ):
         for g, (gpu, capacity) in enumerate(zip(server.gpus, capacities, strict=True)):
             experts: int | None
@@ -87,7 +90,7 @@ def gpu_memory(
             else:
                 experts = None
                 expert_bytes = min(capacity, all_bytes)
-            resident = None if gpu.slots is not None else resident_bytes(model, server, g)
+            resident = None if gpu.slots is not None else resident_bytes(model, server, g, kv[n])
             rows.append(
                 GpuMemory(
                     server=server.name,

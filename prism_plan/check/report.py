@@ -297,6 +297,11 @@ def _check_placement(
                 instance = Instance.of_cluster(cluster[1], model[1], min_replicas=plan.min_replicas)
         except (InputError, Infeasible) as error:
             raise error.within(cluster[0]) from error
+        if instance is not None and model is not None and placement.servers == instance.servers:
+            try:
+                instance = instance.with_execution(placement.execution, model[1])
+            except Infeasible as error:
+                raise error.within(path) from error
     found = violations(placement, min_replicas=plan.min_replicas, instance=instance)
     problems += [violation.message for violation in found]
     if cluster is not None and instance is None:

@@ -24,6 +24,7 @@ class SolveOptions(TableOptions):
     trace: str
     cluster: str
     solver: str
+    execution: Literal["home", "paths"]
     min_replicas: int
     time_limit_s: float | None
     backend: Literal["highs", "cbc"]
@@ -42,6 +43,14 @@ class SolveOptions(TableOptions):
     show_default=True,
     metavar="NAME",
     help="uniform, redundance, smartmoe, eplb, layer-partition, prism, ilp or exact.",
+)
+@click.option(
+    "--execution",
+    type=click.Choice(["home", "paths"]),
+    default="home",
+    show_default=True,
+    help="Where layers execute: at the home server of each request, or along the fastest path over "
+    "all servers (as NAME+paths in lists of solvers).",
 )
 @click.option(
     "--min-replicas",
@@ -94,12 +103,15 @@ def command(args: SolveOptions) -> None:
     from prism_plan.io.placement import dump_placement, read_placement
     from prism_plan.model_spec import require_same_model
     from prism_plan.solvers.contract import Options
-    from prism_plan.solvers.registry import get_solver
+    from prism_plan.solvers.registry import PATHS, get_solver
     from prism_plan.solvers.run import solve
 
+    name = args.solver
+    if args.execution == "paths":
+        name = name.removesuffix(PATHS) + PATHS
     with error_parameter("solver"):
-        get_solver(args.solver)
-    if args.solver != "ilp":
+        get_solver(name)
+    if name.removesuffix(PATHS) != "ilp":
         args.refuse("backend", found=f"has no effect on solver {args.solver!r}, only on ilp")
     require_writable_output(args.output, args.trace, args.cluster, args.reference)
     options = Options(
@@ -118,7 +130,7 @@ def command(args: SolveOptions) -> None:
     inputs = {"trace": trace_identity(trace), "cluster": cluster_input}
     with error_source(args.cluster):
         instance = Instance.build(trace, cluster, min_replicas=args.min_replicas)
-        placement = solve(instance, args.solver, options, inputs=inputs)
+        placement = solve(instance, name, options, inputs=inputs)
     write_output(args.output, dump_placement(placement))
     if reserved := missing_kv_reservation(cluster, trace.model):
         log_info(f"{args.cluster}: {reserved}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.instance import Instance
-from prism_plan.model_spec import require_same_model
+from prism_plan.model_spec import ModelSpec, require_same_model
 from prism_plan.objective import RemoteScore, StepScore, largest_share, score, step_scores
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
@@ -166,7 +166,7 @@ def compare(
                 raise
             rows.append(ComparisonRow(name, note=str(error)))
             continue
-        rows.append(_score_row(name, placement, target))
+        rows.append(_score_row(name, placement, target, trace.model))
     for name, placement in placements:
         progress(name)
         require_same_model(placement.model, trace.model, source=name, other=trace.name)
@@ -177,7 +177,7 @@ def compare(
                 place="servers",
                 expected=f"those of {cluster.name}, in order: {', '.join(instance.servers)}",
             )
-        rows.append(_score_row(name, placement, target))
+        rows.append(_score_row(name, placement, target, trace.model))
     return Comparison(
         rows=tuple(_score_steps(rows, scored, token_rates)),
         trace=trace.name,
@@ -191,13 +191,16 @@ def compare(
     )
 
 
-def _score_row(name: str, placement: Placement, target: Instance) -> ComparisonRow:
+def _score_row(
+    name: str, placement: Placement, target: Instance, model: ModelSpec
+) -> ComparisonRow:
+    planned_for = target.with_execution(placement.execution, model)
     return ComparisonRow(
         name=name,
         placement=placement,
         remote=score(placement, target),
         planned_share=placement.plan.remote_share,
-        violations=len(violations(placement, instance=target)),
+        violations=len(violations(placement, instance=planned_for)),
     )
 
 

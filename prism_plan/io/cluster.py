@@ -132,6 +132,7 @@ class ServerTable(TomlTable):
     kv_tokens: Whole = Server.kv_tokens
     concurrency: AtLeastOne = Server.concurrency
     layer_cap: Whole = ABSENT
+    execute_at_home: bool = Server.execute_at_home
     pin: Pairs = Field(default=[])
     forbid: Pairs = Field(default=[])
     gpu: Annotated[ListOf[GpuTable], Field(max_length=MAX_GPUS)] = Field(default=[])

@@ -20,21 +20,30 @@ SOLVER_NAMES = (
 )
 
 
+#: After the name of a solver of experts: layers execute where that takes the least idle time.
+PATHS = "+paths"
+
+
 def get_solver(name: str) -> Solver:
-    """The solver with this name.
+    """The solver with this name, which may end with :data:`PATHS`.
 
     Raises
     ------
     InputError
         There is none.
     """
-    if name not in SOLVER_NAMES:
+    experts = name.removesuffix(PATHS)
+    if experts not in SOLVER_NAMES:
         raise InputError(
-            f"unknown solver {name!r}{did_you_mean(name, SOLVER_NAMES)}",
-            expected=f"one of {', '.join(SOLVER_NAMES)}",
+            f"unknown solver {name!r}{did_you_mean(experts, SOLVER_NAMES)}",
+            expected=f"one of {', '.join(SOLVER_NAMES)}, or one of them with {PATHS}",
         )
-    solver: Solver = import_module(f"prism_plan.solvers.{name.replace('-', '_')}").SOLVER
-    return solver
+    solver: Solver = import_module(f"prism_plan.solvers.{experts.replace('-', '_')}").SOLVER
+    if name == experts:
+        return solver
+    from prism_plan.solvers.execution import with_paths
+
+    return with_paths(solver)
 
 
 def solvers_supporting(features: frozenset[Feature]) -> list[str]:

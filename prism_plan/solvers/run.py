@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from prism_plan.errors import UnsupportedFeature
 from prism_plan.instance import Instance
@@ -60,6 +61,8 @@ def solve(
     begin = time.perf_counter()
     result = chosen(instance, options)
     runtime_s = time.perf_counter() - begin
+    if result.gpu_capacity is not None:
+        instance = instance.replace(gpu_capacity=result.gpu_capacity)
     on_gpu = result.on_gpu
     if on_gpu is None:
         on_gpu = pack_on_gpus(instance, result.local, options.reference)
@@ -68,9 +71,13 @@ def solve(
         servers=instance.servers,
         gpu_capacity=instance.gpu_capacity,
         on_gpu=on_gpu,
-        plan=_report(instance, solver, options, result, runtime_s),
+        plan=SolveReport(solver),
         inputs=dict(inputs or {}),
+        execution=result.execution,
+        **_of_cluster(instance, result),
     )
+    plan = _report(instance, solver, options, result, placement, runtime_s)
+    placement = placement.replace(plan=plan)
     if broken := violations(placement, instance=instance):
         raise AssertionError(f"solver {solver!r} broke a constraint: {broken[0].message}")
     return placement
@@ -87,14 +94,29 @@ def required_features(instance: Instance, options: Options) -> frozenset[Feature
     return frozenset(feature for feature in required if required[feature])
 
 
+def _of_cluster(instance: Instance, result: SolverResult) -> dict[str, Any]:
+    """What a runtime needs to know of the cluster where layers execute elsewhere."""
+    if result.execution is None or instance.cluster is None:
+        return {}
+    servers = instance.cluster.servers
+    return {
+        "kv_tokens": {server.name: server.kv_tokens for server in servers if server.kv_tokens},
+        "execute_at_home": tuple(server.name for server in servers if server.execute_at_home),
+    }
+
+
 def _report(
-    instance: Instance, solver: str, options: Options, result: SolverResult, runtime_s: float
-) -> SolveReport:
-    score = remote_score(instance.activations, result.local)
+    instance: Instance, solver: str, options: Options, result: SolverResult, placement: Placement,
+    runtime_s: float,
+) -> SolveReport:  # fmt: skip
+    score = remote_score(instance.activations, placement.local_to_execution)
     calls = math.fsum(score.calls)
     extra = dict(result.extra)
     bound = None if result.bound is None or calls == 0 else result.bound / calls
-    if result.termination == "optimal":  # proven: the two differ by rounding alone
+    termination = result.termination
+    if placement.execution is not None:  # the bound is that of plans that execute at home
+        bound, termination = None, "heuristic"
+    elif termination == "optimal":  # proven: the two differ by rounding alone
         bound = score.share
     objective = "remote"
     if options.reference is not None:
@@ -110,7 +132,7 @@ def _report(
         objective=objective,
         remote_share=score.share,
         bound=bound,
-        termination=result.termination,
+        termination=termination,
         seed=options.seed,
         runtime_s=runtime_s if result.runtime_s is None else result.runtime_s,
         min_replicas=instance.min_replicas,

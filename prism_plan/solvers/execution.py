@@ -1,0 +1,78 @@
+"""Solvers of experts with the best execution table for what they place: ``NAME+paths``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import Infeasible, UnsupportedFeature
+from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
+from prism_plan.instance import Instance
+from prism_plan.solvers.contract import Options, Solver, SolverResult
+from prism_plan.solvers.idle_time import idle_time
+from prism_plan.solvers.packing import pack_on_gpus
+from prism_plan.solvers.paths import shortest_paths
+from prism_plan.trace import Trace
+
+#: KV caches lie where layers execute, so that slots depend on the table: plan, count, plan again.
+MAX_ROUNDS = 10
+
+
+def with_paths(solver: Solver) -> Solver:
+    """The solver, followed by the execution table of least idle time for its placement."""
+
+    def plan(instance: Instance, options: Options) -> SolverResult:
+        cluster, trace = _cluster_and_trace(instance, solver.name)
+        reserved = [0] * cluster.num_servers  # for KV caches; it only grows from round to round
+        short = 0
+        for _ in range(MAX_ROUNDS):
+            result = solver(instance, options)
+            on_gpu = result.on_gpu
+            if on_gpu is None:
+                on_gpu = pack_on_gpus(instance, result.local, options.reference)
+            table = _best_table(on_gpu, cluster, trace, options.seed)
+            needed = kv_bytes(cluster, trace.model, table)
+            reserved = [max(before, now) for before, now in zip(reserved, needed, strict=True)]
+            capacity = capacity_with_kv(cluster, trace.model, reserved)
+            short = sum(
+                max(used - now, 0)
+                for gpus, used_gpus in zip(capacity, instance.gpu_capacity, strict=True)
+                for now, used in zip(gpus, used_gpus, strict=True)
+            )
+            if short == 0:
+                return dataclasses.replace(
+                    result,
+                    on_gpu=on_gpu,
+                    execution=table,
+                    gpu_capacity=instance.gpu_capacity,
+                    runtime_s=None,  # of all rounds and tables, not of the last search
+                )
+            instance = instance.replace(gpu_capacity=capacity)
+        raise Infeasible(
+            f"KV caches and experts do not fit together after {MAX_ROUNDS} rounds of planning",
+            shortfall=short,
+            unit="slots" if instance.in_slots else "bytes",
+            remedy="lower kv_tokens, or plan with --execution home",
+        )
+
+    return dataclasses.replace(solver, name=f"{solver.name}+paths", function=plan)
+
+
+def _cluster_and_trace(instance: Instance, name: str) -> tuple[Cluster, Trace]:
+    if instance.cluster is None or instance.trace is None:
+        raise UnsupportedFeature(
+            f"solver '{name}+paths' needs the links of a cluster and the steps of a trace; build "
+            "the instance with Instance.build(trace, cluster)"
+        )
+    return instance.cluster, instance.trace
+
+
+def _best_table(
+    on_gpu: npt.NDArray[np.bool_], cluster: Cluster, trace: Trace, seed: int
+) -> npt.NDArray[np.int32]:
+    at_home = np.array([server.execute_at_home for server in cluster.servers])
+    idle = idle_time(on_gpu, trace.model, cluster, trace, seed)
+    return shortest_paths(idle, at_home)
