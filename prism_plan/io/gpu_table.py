@@ -194,7 +194,7 @@ def matching_gpus(text: str) -> tuple[GpuFigures, ...]:
     return tuple(
         gpu
         for gpu in gpu_table().values()
-        if word and (name in gpu.name or word in f"{gpu.vendor} {gpu.title}".lower())
+        if (name and name in gpu.name) or (word and word in f"{gpu.vendor} {gpu.title}".lower())
     )
 
 
