@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -186,3 +187,12 @@ def test_a_half_check_is_refused(lacking: str) -> None:
     del part[lacking]
     with pytest.raises(InputError, match=f"all of .*{lacking}"):
         validate(GpuTableFile, good)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "CHANGELOG.md"])
+def test_documents_say_how_many_there_are(document: str) -> None:
+    """The number of GPUs in the documents is that of the table."""
+    text = (Path(pp.__file__).parent.parent / document).read_text(encoding="utf-8")
+    pattern = r"gpus lists (\d+)|gpus\.toml`\) has (\d+) entries|table of (\d+) GPUs"
+    numbers = [int("".join(found)) for found in re.findall(pattern, text)]
+    assert numbers == [len(NAMES)]
