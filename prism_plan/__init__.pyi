@@ -65,6 +65,8 @@ from .io.calibration import read_calibration as read_calibration
 from .io.cluster import parse_cluster as parse_cluster
 from .io.cluster import read_cluster as read_cluster
 from .io.comparison import read_comparison as read_comparison
+from .io.gpu_table import GpuFigures as GpuFigures
+from .io.gpu_table import gpu_figures as gpu_figures
 from .io.migration import read_migration as read_migration
 from .io.migration import write_migration as write_migration
 from .io.placement import (

@@ -21,8 +21,10 @@ class Gpu:
     ``memory_bytes`` is the size of its memory, or ``slots`` the number of experts it holds.
     Bandwidth is in GB/s (1e9 bytes), compute in TFLOP/s, launch overhead in microseconds. Experts
     are loaded beside other work; with ``load_blocks_compute`` a load occupies the GPU too.
-    ``assumed`` names those of :data:`GPU_FIGURES` that a cluster file did not give (the defaults
-    are those of an A100 of 40 GB); two GPUs that differ in nothing else are equal.
+    ``name`` is that of the table of GPUs (:func:`prism_plan.io.gpu_table.gpu_figures`), where a
+    cluster file gives one. ``assumed`` names those of :data:`GPU_FIGURES` that neither the file nor
+    the table gave (the defaults are those of an A100 of 40 GB). Two GPUs that differ in nothing
+    else are equal.
     """
 
     memory_bytes: int | None = None
@@ -36,6 +38,7 @@ class Gpu:
     load_gbs: float = 12.0
     load_blocks_compute: bool = False
     assumed: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    name: str = field(default="", compare=False, repr=False)
 
     @property
     def usable_bytes(self) -> int:

@@ -24,8 +24,10 @@ class SolveReport:
     """How a solver made a placement: solver, objective, bound, seed and time.
 
     ``remote_share`` is that of the instance that was solved, ``bound`` a proven lower bound on that
-    of any placement, where one is known. ``extra`` holds further values, such as the relative
-    ``gap`` that is left when a limit stops the solver.
+    of any placement, where one is known. ``assumed`` has a short text for each group of figures
+    that the solver used and that the cluster file does not give
+    (:func:`prism_plan.assumed_figures.assumed_texts`). ``extra`` holds further values, such as the
+    relative ``gap`` that is left when a limit stops the solver.
     """
 
     solver: str
@@ -36,6 +38,7 @@ class SolveReport:
     seed: int = 0
     runtime_s: float = 0.0
     min_replicas: int = 1
+    assumed: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -27,7 +27,7 @@ class GpuMemory:
     are not known and ``None``, but for those of experts. ``slots`` is ``None`` where experts
     differ in size. ``experts`` and ``expert_bytes`` are those that a placement puts there;
     without a placement the most that the GPU can hold (``experts`` is then ``None`` where experts
-    differ in size).
+    differ in size). ``name`` is that of the table of GPUs, where the cluster file gives one.
     """
 
     server: str
@@ -39,6 +39,7 @@ class GpuMemory:
     slots: int | None
     experts: int | None
     expert_bytes: int
+    name: str = ""
 
     @property
     def free_bytes(self) -> int | None:
@@ -52,7 +53,8 @@ class GpuMemory:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
-        return {**vars(self), "free_bytes": self.free_bytes}
+        values = {key: value for key, value in vars(self).items() if key != "name" or value}
+        return {**values, "free_bytes": self.free_bytes}
 
 
 def gpu_memory(
@@ -102,6 +104,7 @@ def gpu_memory(
                     slots=capacity if in_slots else None,
                     experts=experts,
                     expert_bytes=expert_bytes,
+                    name=gpu.name,
                 )
             )
     return tuple(rows)

@@ -117,9 +117,12 @@ def _print_memory(path: str, rows: Sequence[Mapping[str, Any]], form: str) -> No
     def of(key: str) -> list[Any]:
         return [row[key] for row in rows]
 
+    names = [row.get("name") for row in rows]
+
     columns = [
         text_column("server", "server", of("server")),
         text_column("GPU", "gpu", [f"gpu[{number}]" for number in of("gpu")]),
+        *([text_column("its name", "name", names, rank=5)] if any(names) else []),
         size_column("usable", "usable_bytes", of("usable_bytes"), rank=1),
         size_column("dense", "dense_bytes", of("dense_bytes")),
         size_column("KV cache", "kv_bytes", of("kv_bytes")),

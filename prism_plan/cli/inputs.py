@@ -121,7 +121,7 @@ def log_assumed_figures(
 ) -> None:
     """Name the figures that a command uses and the cluster file does not give.
 
-    ``uses`` as in :func:`prism_plan.check.assumed_figures.assumed_figures`.
+    ``uses`` as in :func:`prism_plan.assumed_figures.assumed_texts`.
     """
     from prism_plan.check.assumed_figures import assumed_figures
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": ("prism_plan.cli.compare", "Score solvers and existing placements side by side."),
     "simulate": ("prism_plan.cli.simulate", "Simulate placements: latency, traffic, migrations."),
     "check": ("prism_plan.cli.check", "Check files: valid? If not, where and why."),
+    "gpus": ("prism_plan.cli.gpus", "Show the table of GPUs that cluster files can name."),
     "diff": ("prism_plan.cli.diff", "Show what moves between two placements."),
     "migrate": (
         "prism_plan.cli.migrate",

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link, PairLink, Server
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.input_limits import MAX_GPUS, MAX_NAMES
+from prism_plan.io.gpu_table import gpu_figures
 from prism_plan.io.pydantic_base import (
     ABSENT,
     DictOf,
@@ -59,6 +60,8 @@ def _require_distinct_pairs(pairs: list[tuple[int, int]]) -> list[tuple[int, int
 Amount = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_require_zero_or_normal)]
 Rate = Annotated[float, Field(ge=MIN_QUANTITY, le=1e12)]
 Size = Annotated[float, Field(ge=MIN_QUANTITY, le=1e9)]
+#: Keys of a GPU of which one is needed, unless its name is given.
+SIZE_KEYS = frozenset({"memory_gb", "memory_gib", "slots"})
 #: Beyond 2**53 floats and Parquet would lose digits.
 Whole = Annotated[int, Field(ge=0, lt=2**53)]
 AtLeastOne = Annotated[int, Field(ge=1, lt=2**53)]
@@ -94,8 +97,11 @@ class PairTable(TomlTable):
 
 
 class GpuTable(TomlTable):
-    """A GPU: its memory in units of 1e9 or 2**30 bytes, or the experts that it holds."""
+    """A GPU: its name, its memory in units of 1e9 or 2**30 bytes, or the experts that it holds."""
 
+    gpu: Annotated[
+        Name, Field(description="A GPU of the shipped table; it gives what other keys do not.")
+    ] = ABSENT
     memory_gb: Size = ABSENT
     memory_gib: Size = ABSENT
     slots: Whole = ABSENT
@@ -112,7 +118,8 @@ class GpuTable(TomlTable):
     def _one_size(self) -> Self:
         sizes = ("memory_gb", "memory_gib", "slots")
         given = [key for key in sizes if key in self.model_fields_set]
-        if not given or given[:2] == ["memory_gb", "memory_gib"]:
+        named = "gpu" in self.model_fields_set
+        if not (given or named) or given[:2] == ["memory_gb", "memory_gib"]:
             raise validation_error(
                 " and ".join(given) or "no memory size",
                 "memory_gb (1e9 bytes) or memory_gib (2**30 bytes), or slots",
@@ -166,8 +173,8 @@ def parse_cluster(text: str, source: object = "") -> Cluster:
 def cluster_from_values(values: Mapping[str, Any], source: object = "") -> Cluster:
     """A cluster from the values of its file; see :func:`read_cluster`."""
     file = validate(ClusterFile, values, source=source)
-    servers = tuple(_server(server, index) for index, server in enumerate(file.server))
     try:
+        servers = tuple(_server(server, index) for index, server in enumerate(file.server))
         return Cluster(
             name=file.name or Path(str(source)).stem or "cluster",
             servers=servers,
@@ -204,20 +211,44 @@ def _server(table: ServerTable, index: int) -> Server:
     values = dict(table)
     return Server(
         name=values.pop("name") or f"server-{index}",
-        gpus=tuple(_gpu(gpu) for gpu in values.pop("gpu")),
+        gpus=tuple(
+            _gpu(gpu, f"server[{index}].gpu[{g}]") for g, gpu in enumerate(values.pop("gpu"))
+        ),
         pin=tuple(values.pop("pin")),
         forbid=tuple(values.pop("forbid")),
         **values,
     )
 
 
-def _gpu(table: GpuTable) -> Gpu:
+def _gpu(table: GpuTable, place: str) -> Gpu:
     values = dict(table)
+    given = set(table.model_fields_set)
+    name = values.pop("gpu")
+    if name is not None:
+        if given & SIZE_KEYS:
+            given |= SIZE_KEYS
+        known = _named_figures(name, place)
+        values |= {key: value for key, value in known.items() if key not in given}
+        given |= set(known)
     sizes = ((values.pop("memory_gb"), 1e9), (values.pop("memory_gib"), 2**30))
     memory = [round(size * unit) for size, unit in sizes if size is not None]
     return Gpu(
         memory_bytes=memory[0] if memory else None,
         reserve_bytes=round(values.pop("reserve_gb") * 1e9),
-        assumed=frozenset(GPU_FIGURES) - table.model_fields_set,
+        assumed=frozenset(GPU_FIGURES) - given,
+        name=name or "",
         **values,
     )
+
+
+def _named_figures(name: str, place: str) -> Mapping[str, float]:
+    """The keys of a GPU table for which a name of the shipped table stands, with their values."""
+    try:
+        return gpu_figures(name).cluster_keys()
+    except InputError as error:
+        raise InputError(
+            error.found,
+            place=f"{place}.gpu",
+            expected=error.expected,
+            remedy=f"{error.remedy}; or give memory_gb, memory_bandwidth_gbs and tflops",
+        ) from error

@@ -105,6 +105,13 @@ class PlanPart(FormatModel):
     seed: Count
     runtime_s: Amount
     min_replicas: Positive
+    assumed: Annotated[
+        ListOf[NonEmpty],
+        Field(
+            max_length=MAX_NAMES,
+            description="Figures that the solver used and that the cluster file does not give.",
+        ),
+    ] = Field(default=[])
 
 
 class PlacementFile(FormatModel):
@@ -156,7 +163,8 @@ class PlacementFile2(PlacementFile):
     ] = Field(default=[])
 
 
-PLAN_KEYS = tuple(PlanPart.model_fields)
+#: Keys of ``plan`` that every placement has.
+PLAN_KEYS = tuple(key for key, field in PlanPart.model_fields.items() if field.is_required())
 
 
 def placement_schema(version: int = 1) -> dict[str, Any]:
@@ -185,7 +193,10 @@ def placement_to_json(placement: Placement) -> dict[str, Any]:
             gpus.append({unit: capacity, "experts": experts})
             index += 1
         servers.append({"name": name, "gpus": gpus})
-    plan = {key: getattr(placement.plan, key) for key in PLAN_KEYS} | dict(placement.plan.extra)
+    plan = {key: getattr(placement.plan, key) for key in PLAN_KEYS}
+    if placement.plan.assumed:
+        plan["assumed"] = list(placement.plan.assumed)
+    plan |= placement.plan.extra
     return {
         "format": FORMAT,
         "version": 1 if placement.execution is None else 2,
@@ -300,7 +311,11 @@ def placement_from_json(values: Any, source: object = "") -> Placement:
             tuple(getattr(gpu, unit) for gpu in server.gpus) for server in file.servers
         ),
         on_gpu=on_gpu,
-        plan=SolveReport(**{key: getattr(file.plan, key) for key in PLAN_KEYS}, extra=extra),
+        plan=SolveReport(
+            **{key: getattr(file.plan, key) for key in PLAN_KEYS},
+            assumed=tuple(file.plan.assumed),
+            extra=extra,
+        ),
         inputs={key: InputFile(one.name, one.sha256) for key, one in file.inputs.items()},
     )
 

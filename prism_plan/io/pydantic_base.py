@@ -256,7 +256,8 @@ def _input_error(
     elif what == "list_type" and issubclass(_part_at(kind, at) or FormatModel, TomlTable):
         expected = f"tables, each written as [[{_place(at)}]]"
     if at == ("version",):
-        expected = "1"
+        newest = error.get("ctx", {}).get("le", 1)
+        expected = "1" if newest == 1 else f"at most {newest}"
         remedy = "a newer file needs a newer prism-plan"
     elif at != ("format",) and not (at == () and what in ("missing", "model_type")):
         remedy = ""

@@ -31,7 +31,7 @@ def log_info(message: str) -> None:
 def log_assumed_figures(path: str, cluster: Cluster, **uses: bool) -> None:
     """Log the figures that a command uses and the cluster file does not give.
 
-    ``uses`` as in :func:`prism_plan.check.assumed_figures.assumed_figures`.
+    ``uses`` as in :func:`prism_plan.assumed_figures.assumed_texts`.
     """
     inputs.log_assumed_figures(path, cluster, log=log_info, **uses)
 

@@ -10,6 +10,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from prism_plan.assumed_figures import assumed_texts
 from prism_plan.check.assumed_figures import assumed_figures
 from prism_plan.cluster import GPU_FIGURES, LINK_FIGURES, Cluster, Gpu, Link, Server, with_figures
 from prism_plan.evaluate.sweep_grid import vary_cluster
@@ -80,6 +81,22 @@ def test_only_what_is_used_is_named() -> None:
     assert assumed_figures(cluster, links=True) == f"{begin}{LINKS}"
     together = f"{begin}{COMPUTE}, load_gbs 12 {of_gpus}; {LINKS}"
     assert assumed_figures(cluster, **ALL) == together
+    assert "; ".join(assumed_texts(cluster, **ALL)) == together.removeprefix(begin)
+    assert assumed_texts(cluster) == ()
+
+
+def test_what_the_table_of_gpus_gives_is_not_assumed() -> None:
+    """Of a named GPU only the launch overhead is left, and nothing where the file gives that."""
+    named = '[[server]]\n[[server.gpu]]\ngpu = "rtx-4090"\n'
+    texts = assumed_texts(parse_cluster(named), compute=True, loads=True)
+    assert texts == ("launch_overhead_us 20 of every GPU (as an A100 of 40 GB)",)
+    given = parse_cluster(f"{named}launch_overhead_us = 5")
+    assert assumed_texts(given, compute=True, loads=True) == ()
+    mixed = parse_cluster(f"{named}[[server.gpu]]\nmemory_gb = 8")
+    assert assumed_texts(mixed, compute=True) == (
+        "memory_bandwidth_gbs 1555, tflops 312 of server-0 gpu[1] (as an A100 of 40 GB)",
+        "launch_overhead_us 20 of every GPU (as an A100 of 40 GB)",
+    )
 
 
 def test_alike_gpus_stand_together() -> None:

@@ -88,7 +88,7 @@ def test_module_and_command_are_one(prism_plan: Run, tmp_path: Path) -> None:
     assert module.stdout == prism_plan("--help", cwd=tmp_path).stdout
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "plot"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("gpus", "plot")])
 def test_no_arguments_show_the_help(prism_plan: Run, tmp_path: Path, command: str) -> None:
     """A command that needs arguments and gets none shows its help and leaves with 2."""
     result = prism_plan(command, cwd=tmp_path)

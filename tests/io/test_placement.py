@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +59,7 @@ def placements(draw: st.DrawFn) -> Placement:
         seed=draw(st.integers(0, 2**62)),
         runtime_s=draw(st.floats(0, 1e6)),
         min_replicas=draw(st.integers(1, 5)),
+        assumed=tuple(draw(st.lists(st.text(min_size=1, max_size=8), max_size=2))),
         extra=draw(st.dictionaries(st.sampled_from(["gap", "note"]), st.floats(0, 9) | st.text())),
     )
     inputs = {"trace": InputFile(draw(st.text()), "0123456789abcdef" * 4)}
@@ -151,6 +153,20 @@ def test_what_is_wrong_is_named(case: str, tmp_path: Path) -> None:
         read_placement(file)
     assert words in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_assumed_figures_stand_in_the_plan(tmp_path: Path) -> None:
+    """A plan has `assumed` only where a solver used assumed figures, and takes texts alone."""
+    placement = read_placement(GOLDEN)
+    assert placement.plan.assumed == ()
+    assert "assumed" not in placement_to_json(placement)["plan"]
+    plan = dataclasses.replace(placement.plan, assumed=("tflops 312 of every GPU",))
+    values = placement_to_json(placement.replace(plan=plan))
+    assert values["plan"]["assumed"] == ["tflops 312 of every GPU"]
+    assert placement_from_json(values).plan == plan
+    values["plan"]["assumed"] = ["tflops 312", 1]
+    with pytest.raises(InputError, match=r"plan.assumed\[1\]: 1; expected a text"):
+        placement_from_json(values)
 
 
 def test_json_values_are_plain() -> None:
