@@ -34,7 +34,7 @@ def test_warm_leaves_nothing_to_compile(tmp_path: Path) -> None:
     warm = [sys.executable, "-m", "prism_plan.warm"]
     result = subprocess.run(warm, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "compiling for this machine" in result.stderr
+    assert "compiling what is not compiled yet" in result.stderr
     trace = root / "traces" / "tiny-mixtral.parquet"
     cluster = root / "traces" / "tiny-cluster.toml"
     for command in (
@@ -89,7 +89,7 @@ def test_without_any_cache_folder_commands_work(tmp_path: Path) -> None:
     warm = [sys.executable, "-m", "prism_plan.warm"]
     result = subprocess.run(warm, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 1
-    assert "set NUMBA_CACHE_DIR to one" in result.stderr.splitlines()[-1]
+    assert "set NUMBA_CACHE_DIR to one that can" in result.stderr.splitlines()[-1]
     traces = Path(__file__).resolve().parent.parent / "traces"
     command = ("solve", str(traces / "tiny-mixtral.parquet"), "--cluster",
                str(traces / "tiny-cluster.toml"), "-o", "p.json")  # fmt: skip

@@ -10,6 +10,9 @@ from prism_plan.cli.migration_options import ReviewOptions
 from prism_plan.cli.options_dataclass import TableOptions
 from prism_plan.errors import InputError
 
+#: More workers on one machine than this are a mistake that would fill its memory.
+MAX_JOBS = 1024
+
 if TYPE_CHECKING:
     from prism_plan.evaluate.simulation_options import EngineName, SimulationOptions
     from prism_plan.simulate.routing_policies import Route
@@ -47,8 +50,10 @@ class SimulateOptions(ReviewOptions, TableOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.jobs == 0 or self.jobs < -1:
-            raise InputError(f"{self.jobs}", parameter="jobs", expected="-1, or 1 or more")
+        if self.jobs == 0 or self.jobs < -1 or self.jobs > MAX_JOBS:
+            raise InputError(
+                f"{self.jobs}", parameter="jobs", expected=f"-1, or from 1 to {MAX_JOBS:,}"
+            )
         for name in ("duration_s", "arrivals"):
             if getattr(self, name) is not None:
                 self.refuse(

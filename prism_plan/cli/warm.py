@@ -12,12 +12,12 @@ from prism_plan.jit import code_is_kept
 
 def main() -> None:
     """Compile all kernels; exit with 1 where the machine code cannot be kept."""
-    print(f"{PROGRAM}: compiling for this machine: about 10 seconds, once", file=sys.stderr)
+    print(f"{PROGRAM}: compiling what is not compiled yet: up to 10 seconds", file=sys.stderr)
     begin = time.perf_counter()
     compile_kernels()
     if not code_is_kept():
         sys.exit(
             f"{PROGRAM}: the compiled code could not be kept, for no cache folder can be written; "
-            "set NUMBA_CACHE_DIR to one"
+            "set NUMBA_CACHE_DIR to one that can"
         )
     print(f"{PROGRAM}: compiled in {time.perf_counter() - begin:.0f} s", file=sys.stderr)

@@ -54,7 +54,7 @@ def sweep(
     cluster, grid, options
         What is simulated.
     jobs
-        Workers on this machine; -1: one a core, 1: none but this process.
+        Workers on this machine, at most one a run; -1: one a core, 1: none but this process.
     backend
         ``"processes"``, ``"dask"`` or ``"ray"`` (extras of these names).
     scheduler
@@ -77,7 +77,7 @@ def sweep(
     """
     options = options or SweepOptions()
     _require_runnable(trace, cluster, grid, options)
-    workers = open_backend(backend, jobs, scheduler)
+    workers = open_backend(backend, min(jobs, grid.runs), scheduler)
     try:
         blocks = list(grid.blocks())
         parts = num_parts(workers, len(blocks))

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import Callable, Hashable, Iterator
+from multiprocessing import active_children
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -265,3 +266,41 @@ def test_schedulers_that_are_not_there(name: str, address: str, words: str) -> N
         open_backend(name, -1, address)
     assert str(caught.value).startswith("scheduler: ")
     assert words in str(caught.value)
+
+
+def test_a_second_interruption_leaves_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the workers are being ended: all of them are killed all the same."""
+    backend = open_backend("processes", 2, None)
+    backend.share(1)
+    handle = backend.submit(add, 1)
+    assert ended(backend, handle) == 1
+    executor = backend._executor  # type: ignore[attr-defined]
+    before = [child for child in active_children() if type(child).__name__ == "LokyProcess"]
+    assert before
+
+    def interrupted(**options: bool) -> None:
+        raise KeyboardInterrupt
+
+    whole = executor.shutdown
+    monkeypatch.setattr(executor, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        backend.close()
+    for child in before:
+        child.join(10)
+        assert not child.is_alive()
+    monkeypatch.undo()
+    whole(wait=True, kill_workers=True)
+
+
+def test_no_more_workers_than_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep of two runs asks for two workers, whatever --jobs says."""
+    asked: list[int] = []
+
+    def noted(name: str, jobs: int, scheduler: str | None) -> Backend:
+        asked.append(jobs)
+        return open_backend(name, 1, scheduler)
+
+    monkeypatch.setattr("prism_plan.evaluate.sweep.open_backend", noted)
+    grid = Grid(solver=("uniform", "eplb"))
+    assert len(list(sweep(small_trace(), small_cluster(), grid, jobs=999_999))) == 2
+    assert asked == [2]

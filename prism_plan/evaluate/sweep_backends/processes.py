@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import active_children
 from typing import Any
 
 from prism_plan.evaluate.sweep_backends.contract import MAX_LOSSES, Backend, lost_worker
@@ -82,6 +83,7 @@ class ProcessesBackend:
     def __init__(self, jobs: int) -> None:
         self._jobs = jobs
         self._executor: Any = None
+        self._others: set[Any] = set()  # child processes that are none of these workers
         self._shared: Any = None
         self._numbers = itertools.count()
         self._calls: dict[_Handle, _Call] = {}
@@ -110,6 +112,7 @@ class ProcessesBackend:
         if self._executor is None:
             from joblib.externals.loky.process_executor import ProcessPoolExecutor
 
+            self._others = set(active_children())
             self._executor = ProcessPoolExecutor(
                 self._jobs,
                 initializer=_start_worker,
@@ -153,9 +156,18 @@ class ProcessesBackend:
         return self._done.pop(handle).result()
 
     def _end_workers(self) -> None:
+        """Kill the workers, also one that is just starting, and on a second Ctrl-C meanwhile."""
         executor, self._executor = self._executor, None
-        if executor is not None:
+        if executor is None:
+            return
+        own = [child for child in active_children() if child not in self._others]
+        try:
             executor.shutdown(wait=True, kill_workers=True)
+        finally:
+            own += [child for child in active_children() if child not in self._others]
+            for child in own:
+                if child.is_alive():
+                    child.terminate()
 
     def close(self) -> None:
         self._futures.clear()
