@@ -166,7 +166,7 @@ def require_home_execution(placement: Placement, *, source: object = "") -> None
         source=source,
         place="version",
         expected="1, where every layer executes at home",
-        remedy="plan with --execution home",
+        remedy="plan it with every layer at home",
     )
 
 

@@ -7,7 +7,7 @@ from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.model_spec import ModelSpec
-from prism_plan.placement import OFFLOAD, Placement
+from prism_plan.placement import OFFLOAD, Placement, require_home_execution
 from prism_plan.placement_check import violations
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.requests import Requests
@@ -61,8 +61,10 @@ def prepare(
         offload=offload,
     )
     rules = instance.replace(min_replicas=placement.plan.min_replicas)
+    rules = rules.with_execution(placement.execution, model)
     moving = options.migrate != "never" and not offload
     if moving:
+        require_home_execution(placement)
         require_supported_migration(rules, options)
     for violation in violations(placement, instance=rules):
         if violation.constraint == "capacity":

@@ -124,6 +124,7 @@ class RunPart(ExtensibleModel):
     expert_calls: Count
     remote_calls: Count
     messages: Count
+    hops: Count = ABSENT
     bytes_sent: Count
     #: Share of the busiest place, GPU or link that the arrivals ask for; 1 or more is unstable.
     busiest: Amount | None = None

@@ -155,6 +155,7 @@ class SimulationRun:
             "expert_calls": int(outcome.calls.sum()),
             "remote_calls": int(outcome.remote_calls.sum()),
             "messages": int(outcome.messages.sum()),
+            **({"hops": int(outcome.hops.sum())} if self.scenario.has_table else {}),
             "bytes_sent": int(outcome.bytes_out.sum()),
             "busiest": max(self.offered_load().values(), default=None),
             "servers": self._servers(),

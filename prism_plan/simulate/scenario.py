@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
+from prism_plan.execution_table import executes_at_home
 from prism_plan.model_spec import ModelSpec, require_same_model
 from prism_plan.placement import Placement, gpu_offsets
 from prism_plan.simulate.calibration import Calibration
@@ -122,6 +123,11 @@ class Scenario:
                 [gpu.load_blocks_compute for server in cluster.servers for gpu in server.gpus]
             ),
         )
+
+    @property
+    def has_table(self) -> bool:
+        """Whether any layer executes elsewhere than at the home of its request."""
+        return not executes_at_home(self.execution)
 
     @property
     def gpu_start(self) -> Ints:

@@ -55,7 +55,7 @@ def with_paths(solver: Solver) -> Solver:
             f"KV caches and experts do not fit together after {MAX_ROUNDS} rounds of planning",
             shortfall=short,
             unit="slots" if instance.in_slots else "bytes",
-            remedy="lower kv_tokens, or plan with --execution home",
+            remedy="lower kv_tokens, or plan with every layer at home",
         )
 
     return dataclasses.replace(solver, name=f"{solver.name}+paths", function=plan)

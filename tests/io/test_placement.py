@@ -264,7 +264,7 @@ def test_version_2_where_version_1_is_wanted() -> None:
         require_home_execution(read_placement(GOLDEN_2), source="p.json")
     assert str(caught.value) == (
         "p.json: version: 2: layer 1 of edge-0 executes on edge-1; expected 1, where every layer "
-        "executes at home; plan with --execution home"
+        "executes at home; plan it with every layer at home"
     )
 
 

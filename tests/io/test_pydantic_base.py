@@ -133,7 +133,10 @@ def test_another_format_is_told_first() -> None:
     values, _ = read("placement-1")
     for change, message in (
         ({"format": "prism-plan/trace"}, "format: 'prism-plan/trace'; expected 'prism-plan/place"),
-        ({"version": 3, "execution": {}}, "version: 3; expected at most 2; a newer file needs a newer"),
+        (
+            {"version": 3, "execution": {}},
+            "version: 3; expected at most 2; a newer file needs a newer",
+        ),
         ({"format": 3, "version": 2}, "format: 3; "),
     ):
         broken = {"aaa": 1} | values | change

@@ -1,0 +1,133 @@
+"""``--execution paths`` and placements with a table, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prism_plan.io.trace_reader import read_trace
+from tests.conftest import ROOT
+
+SCRIPT = Path(sys.executable).parent / "prism-plan"
+TRACE = ROOT / "traces" / "tiny-mixtral.parquet"
+#: A slow server whose users gain by the fast one beside it, over a fast link.
+SERVERS = """
+[link]
+bandwidth_mbps = 100000
+rtt_ms = 0.01
+call_overhead_ms = 0.001
+[[server]]
+name = "slow"
+arrival_interval_s = 10.0
+tasks = { TASK = 1.0 }
+[[server.gpu]]
+slots = SLOTS
+memory_bandwidth_gbs = 1
+tflops = 0.1
+[[server]]
+name = "fast"
+[[server.gpu]]
+slots = SLOTS
+"""
+CLUSTER = "c.toml"
+
+
+def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, cwd=folder, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``home.json`` and ``paths.json``, one placement of experts."""
+    folder = tmp_path_factory.mktemp("execution")
+    trace = read_trace(TRACE)
+    text = SERVERS.replace("TASK", trace.tasks[0])
+    (folder / CLUSTER).write_text(text.replace("SLOTS", str(trace.model.num_pairs * 3 // 4)))
+    for execution in ("home", "paths"):
+        done = run(
+            "solve", TRACE, "--cluster", CLUSTER, "--solver", "layer-partition",
+            "--execution", execution, "-o", f"{execution}.json", folder=folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_solve_writes_a_table(planned: Path) -> None:
+    """The same experts on the same GPUs; the file says who executes what, in version 2."""
+    home, paths = (json.loads((planned / f"{name}.json").read_text()) for name in ("home", "paths"))
+    assert (home["version"], paths["version"]) == (1, 2)
+    assert paths["servers"] == home["servers"]
+    assert set(paths["execution"]) == {server["name"] for server in home["servers"]}
+    assert paths["plan"]["solver"] == "layer-partition+paths"
+
+
+def test_check_diff_and_plot_know_the_table(planned: Path) -> None:
+    """`check` names the version, `diff` the layers elsewhere, and a figure is drawn."""
+    checked = run("check", "paths.json", "--cluster", CLUSTER, "--trace", TRACE, folder=planned)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "version 2: layers of" in checked.stdout
+    found = run("diff", "home.json", "paths.json", "--json", folder=planned)
+    servers = json.loads(found.stdout)["servers"]
+    assert sum(len(server["reroutes"]) for server in servers) > 0
+    assert json.loads(found.stdout)["moved_bytes"] == 0
+    table = run("diff", "home.json", "paths.json", "--format", "csv", folder=planned)
+    assert "layers_elsewhere" in table.stdout
+    assert run("plot", "placement", "paths.json", "-o", "p.png", folder=planned).returncode == 0
+
+
+def test_simulate_and_compare_use_the_table(planned: Path) -> None:
+    """A file and a solver with paths give the same run; hops are reported, and fewer calls."""
+    done = run(
+        "simulate", "home.json", "paths.json", "--trace", TRACE, "--cluster", CLUSTER,
+        "--solvers", "layer-partition+paths", "--requests", 5, "-o", "s.json", folder=planned,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    home, paths, again = json.loads((planned / "s.json").read_text())["runs"]
+    assert "hops" not in home
+    assert paths["hops"] == again["hops"] > 0
+    assert paths["latency_s"] == again["latency_s"]
+    assert paths["latency_s"]["mean"] < home["latency_s"]["mean"]
+    assert run("check", "s.json", folder=planned).returncode == 0
+    scored = run(
+        "compare", TRACE, "--cluster", CLUSTER, "--solvers", "layer-partition+paths", "home.json",
+        "paths.json", "--json", folder=planned,
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    rows = {row["name"]: row for row in json.loads(scored.stdout)["rows"]}
+    assert rows["paths.json"]["remote_share"] == rows["layer-partition+paths"]["remote_share"]
+    assert rows["paths.json"]["remote_share"] < rows["home.json"]["remote_share"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("solve", TRACE, "--cluster", CLUSTER, "--execution", "away", "-o", "x"), "'away'"),
+        (
+            ("solve", TRACE, "--cluster", CLUSTER, "--solver", "exakt+paths", "-o", "x"),
+            "did you mean 'exact'",
+        ),
+        (
+            ("simulate", "paths.json", "--trace", TRACE, "--cluster", CLUSTER, "--requests", 2,
+             "--migrate", "partial"),
+            "expected 1, where every layer executes at home",
+        ),
+        (
+            ("simulate", "home.json", "--trace", TRACE, "--cluster", CLUSTER, "--requests", 2,
+             "--migrate", "prism", "--migrate-solver", "exact+paths"),
+            "expected one of uniform",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input(planned: Path, arguments: tuple[object, ...], words: str) -> None:
+    """One line, exit code 2, nothing written."""
+    done = run(*arguments, folder=planned)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (planned / "x").exists()
