@@ -128,6 +128,21 @@ def cover_compiled(  # pragma: no cover - compiled
                 num_candidates += 1
             held_mask[m] |= 1 << k
     full = (1 << num_missing) - 1
+    whole = -1  # the best server that holds all of them: no larger set is needed
+    for i in range(num_candidates):
+        m = candidate_servers[i]
+        if held_mask[m] == full and (
+            whole < 0
+            or tokens_sent[m] < tokens_sent[whole]
+            or (tokens_sent[m] == tokens_sent[whole] and m < whole)
+        ):
+            whole = m
+    if whole >= 0:
+        for i in range(num_candidates):
+            held_mask[candidate_servers[i]] = 0
+        for k in range(num_missing):
+            missing_experts[1, k] = whole
+        return
     server, cost, sets = cover_table[0], cover_table[1], cover_table[2]
     for u in range(full + 1):
         server[u] = -1

@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float64]
 #: Prompts of each task that are looked at: at most so many, and fewer of large problems.
 MAX_PROMPTS = 32
 #: Expert calls, counted once for each server that could execute the layer, that are looked at.
-MAX_WORK = 50_000_000
+MAX_WORK = 30_000_000
 
 
 @dataclass(frozen=True, eq=False)
