@@ -37,7 +37,7 @@ def test_imports_run_one_way_and_in_no_circle() -> None:
 
 
 def test_a_wrong_import_breaks_a_contract(tmp_path: Path) -> None:
-    """A solver that reads files, and one that closes a circle, are both told."""
+    """A figure that imports a recorder, and a solver that closes a circle, are both told."""
     for name in ("prism_plan", "runtime_adapter", "pyproject.toml"):
         source = PACKAGE.parent / name
         if source.is_dir():
@@ -45,12 +45,14 @@ def test_a_wrong_import_breaks_a_contract(tmp_path: Path) -> None:
         else:
             shutil.copy(source, tmp_path / name)
     with open(tmp_path / "prism_plan" / "solvers" / "flow.py", "a") as module:
-        module.write("import prism_plan.io.cluster\nimport prism_plan.solvers.exact\n")
+        module.write("import prism_plan.solvers.exact\n")
+    with open(tmp_path / "prism_plan" / "plotting" / "placements.py", "a") as module:
+        module.write("import prism_plan.profiling.esft\n")
     code = "from importlinter.cli import lint_imports_command as lint; lint()"
     command = [sys.executable, "-P", "-c", code, "--no-cache", "--no-logo"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1
-    assert "prism_plan.solvers.flow -> prism_plan.io.cluster" in result.stdout
+    assert "prism_plan.plotting.placements -> prism_plan.profiling.esft" in result.stdout
     assert "prism_plan.solvers" in result.stdout.split("No cycles are allowed in")[1]
 
 
