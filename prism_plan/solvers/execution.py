@@ -1,24 +1,38 @@
-"""Solvers of experts with the best execution table for what they place: ``NAME+paths``."""
+"""Solvers of experts with the best execution table for what they place: ``NAME+paths``.
+
+The table is the best for a request on its own. Where servers would be busy, all homes may have
+chosen the same one: there a short simulation of the trace decides between the table and home.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, UnsupportedFeature
+from prism_plan.execution_table import executes_at_home, home_execution
 from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.instance import Instance
+from prism_plan.placement import Placement, SolveReport
+from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
+from prism_plan.simulate.sampling import sample_requests
+from prism_plan.simulate.scenario import Scenario
 from prism_plan.solvers.contract import Options, Solver, SolverResult
-from prism_plan.solvers.idle_time import idle_time
+from prism_plan.solvers.idle_time import IdleTime, idle_time
 from prism_plan.solvers.packing import pack_on_gpus
 from prism_plan.solvers.paths import shortest_paths
 from prism_plan.trace import Trace
 
 #: KV caches lie where layers execute, so that slots depend on the table: plan, count, plan again.
 MAX_ROUNDS = 10
+#: Share of its time that a server may execute layers before queues are looked at.
+IDLE_SHARE = 0.3
+#: Requests of each server in the simulation that decides.
+SIMULATED_REQUESTS = 50
 
 
 def with_paths(solver: Solver) -> Solver:
@@ -33,7 +47,7 @@ def with_paths(solver: Solver) -> Solver:
             on_gpu = result.on_gpu
             if on_gpu is None:
                 on_gpu = pack_on_gpus(instance, result.local, options.reference)
-            table = _best_table(on_gpu, cluster, trace, options.seed)
+            table, note = _best_table(instance, on_gpu, options.seed)
             needed = kv_bytes(cluster, trace.model, table)
             reserved = [max(before, now) for before, now in zip(reserved, needed, strict=True)]
             capacity = capacity_with_kv(cluster, trace.model, reserved)
@@ -48,6 +62,7 @@ def with_paths(solver: Solver) -> Solver:
                     on_gpu=on_gpu,
                     execution=table,
                     gpu_capacity=instance.gpu_capacity,
+                    extra={**result.extra, **note},
                     runtime_s=None,  # of all rounds and tables, not of the last search
                 )
             instance = instance.replace(gpu_capacity=capacity)
@@ -71,8 +86,48 @@ def _cluster_and_trace(instance: Instance, name: str) -> tuple[Cluster, Trace]:
 
 
 def _best_table(
-    on_gpu: npt.NDArray[np.bool_], cluster: Cluster, trace: Trace, seed: int
-) -> npt.NDArray[np.int32]:
+    instance: Instance, on_gpu: npt.NDArray[np.bool_], seed: int
+) -> tuple[npt.NDArray[np.int32], dict[str, Any]]:
+    """The table, and what is to be said of it in the plan."""
+    cluster, trace = _cluster_and_trace(instance, "")
     at_home = np.array([server.execute_at_home for server in cluster.servers])
     idle = idle_time(on_gpu, trace.model, cluster, trace, seed)
-    return shortest_paths(idle, at_home)
+    table = shortest_paths(idle, at_home)
+    if executes_at_home(table) or _busiest(idle, table, cluster) <= IDLE_SHARE:
+        return table, {}
+    home = home_execution(*table.shape)
+    with_table, with_home = (_simulated_s(instance, on_gpu, t, seed) for t in (table, home))
+    note = {"simulated_s": {"paths": with_table, "home": with_home}}
+    return (table if with_table <= with_home else home), note
+
+
+def _busiest(idle: IdleTime, table: npt.NDArray[np.int32], cluster: Cluster) -> float:
+    """The largest share of time for which a server would execute layers.
+
+    0 where the interval of a server with users is not known: the cluster is planned as idle.
+    """
+    if any(s.has_users and s.arrival_interval_s is None for s in cluster.servers):
+        return 0.0
+    busy = np.zeros(cluster.num_servers)
+    layers = np.arange(table.shape[1])
+    for n, server in enumerate(cluster.servers):
+        if server.has_users and server.arrival_interval_s is not None:
+            seconds = idle.layer_s[n, layers, table[n]] / server.arrival_interval_s
+            np.add.at(busy, table[n], seconds)
+    return float(busy.max())
+
+
+def _simulated_s(
+    instance: Instance, on_gpu: npt.NDArray[np.bool_], table: npt.NDArray[np.int32], seed: int
+) -> float:
+    """Mean latency of a few requests of each server in the simulator, on the trace itself."""
+    cluster, trace = _cluster_and_trace(instance, "")
+    placement = Placement(
+        instance.model, instance.servers, instance.gpu_capacity, on_gpu, SolveReport("paths")
+    )
+    requests = sample_requests(trace, cluster, requests_per_server=SIMULATED_REQUESTS, seed=seed)
+    engine = CompiledEngine(
+        Scenario.build(placement, requests, cluster, trace.model, execution=table)
+    )
+    engine.advance()
+    return float(np.mean(engine.outcome().done_s - requests.arrival_s))

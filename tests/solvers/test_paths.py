@@ -181,6 +181,43 @@ def test_a_table_takes_no_longer_than_home(seed: int) -> None:
     )
 
 
+def _equals_but_one(interval_s: float | None) -> tuple[Trace, Cluster]:
+    """Three servers that hold everything, the last one a little faster, on a very fast link."""
+    servers = []
+    for n in range(3):
+        gpu = Gpu(slots=24, memory_bandwidth_gbs=1.1 if n == 2 else 1.0, tflops=1.0)
+        servers.append(
+            Server(
+                f"s{n}",
+                (gpu,),
+                tasks={"x": 1.0},
+                arrival_interval_s=interval_s,
+                weight=1.0,
+                concurrency=8,
+            )
+        )
+    link = Link(bandwidth_mbps=10**6, rtt_ms=0.0, call_overhead_ms=0.0)
+    return a_trace(a_model()), Cluster("c", tuple(servers), link)
+
+
+def test_a_table_that_would_overload_a_server_is_not_taken() -> None:
+    """All homes gain by the fast server until they queue there: then they stay at home.
+
+    A request takes about 0.1 s: one in 0.15 s from each of three homes is too much for one server.
+    Rarely asked, or without known rates, the cluster is planned as idle.
+    """
+    for interval_s in (1e4, None):
+        trace, cluster = _equals_but_one(interval_s)
+        idle = solve(Instance.build(trace, cluster), "exact+paths")
+        assert idle.execution_table[:2, 1].tolist() == [2, 2]
+        assert "simulated_s" not in idle.plan.extra
+    trace, cluster = _equals_but_one(0.15)
+    busy = solve(Instance.build(trace, cluster), "exact+paths")
+    assert busy.execution is None
+    simulated = busy.plan.extra["simulated_s"]
+    assert simulated["home"] < simulated["paths"]
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 
