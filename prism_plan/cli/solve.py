@@ -96,6 +96,7 @@ def command(args: SolveOptions) -> None:
         error_parameter,
         error_source,
         load_cluster,
+        log_assumed_figures,
         require_writable_output,
         trace_identity,
     )
@@ -132,6 +133,8 @@ def command(args: SolveOptions) -> None:
         instance = Instance.build(trace, cluster, min_replicas=args.min_replicas)
         placement = solve(instance, name, options, inputs=inputs)
     write_output(args.output, dump_placement(placement))
+    if name.endswith(PATHS):  # nothing else in a plan depends on how fast GPUs and links are
+        log_assumed_figures(args.cluster, cluster, compute=True, links=True)
     if reserved := missing_kv_reservation(cluster, trace.model):
         log_info(f"{args.cluster}: {reserved}")
     if placement.plan.termination == "time_limit":

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from prism_plan.assumed_figures import assumed_texts
 from prism_plan.errors import UnsupportedFeature
 from prism_plan.instance import Instance
 from prism_plan.instance_feasibility import require_feasible
@@ -113,6 +114,9 @@ def _report(
     calls = math.fsum(score.calls)
     extra = dict(result.extra)
     bound = None if result.bound is None or calls == 0 else result.bound / calls
+    assumed: tuple[str, ...] = ()
+    if result.execution is not None and instance.cluster is not None:
+        assumed = assumed_texts(instance.cluster, compute=True, links=True)
     termination = result.termination
     if placement.execution is not None:  # the bound is that of plans that execute at home
         bound, termination = None, "heuristic"
@@ -136,5 +140,6 @@ def _report(
         seed=options.seed,
         runtime_s=runtime_s if result.runtime_s is None else result.runtime_s,
         min_replicas=instance.min_replicas,
+        assumed=assumed,
         extra=extra,
     )

@@ -65,6 +65,9 @@ def test_solve_writes_a_table(planned: Path) -> None:
     assert paths["servers"] == home["servers"]
     assert set(paths["execution"]) == {server["name"] for server in home["servers"]}
     assert paths["plan"]["solver"] == "layer-partition+paths"
+    assert "assumed" not in home["plan"]
+    (text,) = paths["plan"]["assumed"]
+    assert "launch_overhead_us 20" in text
 
 
 def test_check_diff_and_plot_know_the_table(planned: Path) -> None:
