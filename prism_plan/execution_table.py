@@ -23,9 +23,15 @@ def home_execution(num_servers: int, num_layers: int) -> Ints:
     return np.repeat(np.arange(num_servers, dtype=np.int32)[:, None], num_layers, axis=1)
 
 
+def executed_elsewhere(table: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+    """Which layers of which home execute on another server, bool [N, L]."""
+    elsewhere: npt.NDArray[np.bool_] = table != np.arange(len(table))[:, None]
+    return elsewhere
+
+
 def executes_at_home(table: npt.NDArray[np.integer]) -> bool:
     """Whether every layer executes at the home server, by a table [N, L]."""
-    return bool((table == np.arange(len(table))[:, None]).all())
+    return not executed_elsewhere(table).any()
 
 
 def spans(row: npt.NDArray[np.integer]) -> list[Span]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
-from prism_plan.execution_table import executes_at_home, home_execution
+from prism_plan.execution_table import executed_elsewhere, executes_at_home, home_execution
 from prism_plan.model_spec import ModelShape
 
 Termination = Literal["optimal", "heuristic", "time_limit"]
@@ -159,7 +159,7 @@ def require_home_execution(placement: Placement, *, source: object = "") -> None
     """
     if placement.execution is None:
         return
-    n, layer = np.argwhere(placement.execution != np.arange(placement.num_servers)[:, None])[0]
+    n, layer = np.argwhere(executed_elsewhere(placement.execution))[0]
     raise InputError(
         f"2: layer {placement.model.moe_layers[layer]} of {placement.servers[n]} executes on "
         f"{placement.servers[placement.execution[n, layer]]}",
@@ -168,6 +168,16 @@ def require_home_execution(placement: Placement, *, source: object = "") -> None
         expected="1, where every layer executes at home",
         remedy="plan it with every layer at home",
     )
+
+
+def first_gpus(
+    on_gpu: npt.NDArray[np.bool_], server_of_gpu: npt.NDArray[np.integer], num_servers: int
+) -> npt.NDArray[np.int32]:
+    """The first GPU of each server that holds a pair, or -1, int32 [N, J], of bool [G, J]."""
+    found = np.full((num_servers, on_gpu.shape[1]), -1, np.int32)
+    for g in range(len(on_gpu) - 1, -1, -1):
+        found[server_of_gpu[g], on_gpu[g]] = g
+    return found
 
 
 def gpu_offsets(num_gpus: Iterable[int]) -> npt.NDArray[np.int32]:

@@ -19,6 +19,7 @@ from prism_plan.check.memory_report import (
 )
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError
+from prism_plan.execution_table import executed_elsewhere
 from prism_plan.instance import Instance
 from prism_plan.io.calibration import calibration_from_json
 from prism_plan.io.cluster import cluster_from_values
@@ -337,8 +338,8 @@ def _check_placement(
     copies = placement.local.sum(axis=0, dtype=np.int32)
     table = ""
     if placement.execution is not None:
-        away = (placement.execution != np.arange(placement.num_servers)[:, None]).any(axis=1)
-        table = f", version 2: layers of {quantity(int(away.sum()), 'server')} execute elsewhere"
+        homes = int(executed_elsewhere(placement.execution).any(axis=1).sum())
+        table = f", version 2: layers of {quantity(homes, 'server')} execute elsewhere"
     summary = (
         f"{placement.model.name} on {quantity(placement.num_servers, 'server')} by {plan.solver}, "
         f"{int(placement.on_gpu.sum()):,} experts placed, {int(copies.min())} to "

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from prism_plan.jit import inline_kernel, kernel
 
@@ -188,6 +189,15 @@ def cover_compiled(  # pragma: no cover - compiled
             if u & covered & (1 << k):
                 missing_experts[1, k] = chosen
         u &= ~covered
+
+
+def holder_lists(first_gpu: npt.NDArray[np.int32]) -> tuple[Array, Array]:
+    """``holders`` [J, N] and ``num_replicas`` [J] of :func:`choose_holders`.
+
+    ``first_gpu`` [N, J] is -1 where a server does not hold a pair.
+    """
+    holders = np.argsort(first_gpu.T < 0, axis=1, kind="stable").astype(np.int32)
+    return holders, (first_gpu >= 0).sum(axis=0).astype(np.int32)
 
 
 @kernel

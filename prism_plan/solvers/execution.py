@@ -47,7 +47,7 @@ def with_paths(solver: Solver) -> Solver:
             on_gpu = result.on_gpu
             if on_gpu is None:
                 on_gpu = pack_on_gpus(instance, result.local, options.reference)
-            table, note = _best_table(instance, on_gpu, options.seed)
+            table, note = _best_table(instance, cluster, trace, on_gpu, options.seed)
             needed = kv_bytes(cluster, trace.model, table)
             reserved = [max(before, now) for before, now in zip(reserved, needed, strict=True)]
             capacity = capacity_with_kv(cluster, trace.model, reserved)
@@ -86,17 +86,28 @@ def _cluster_and_trace(instance: Instance, name: str) -> tuple[Cluster, Trace]:
 
 
 def _best_table(
-    instance: Instance, on_gpu: npt.NDArray[np.bool_], seed: int
+    instance: Instance, cluster: Cluster, trace: Trace, on_gpu: npt.NDArray[np.bool_], seed: int
 ) -> tuple[npt.NDArray[np.int32], dict[str, Any]]:
     """The table, and what is to be said of it in the plan."""
-    cluster, trace = _cluster_and_trace(instance, "")
     at_home = np.array([server.execute_at_home for server in cluster.servers])
     idle = idle_time(on_gpu, trace.model, cluster, trace, seed)
     table = shortest_paths(idle, at_home)
     if executes_at_home(table) or _busiest(idle, table, cluster) <= IDLE_SHARE:
         return table, {}
     home = home_execution(*table.shape)
-    with_table, with_home = (_simulated_s(instance, on_gpu, t, seed) for t in (table, home))
+    placement = Placement(
+        instance.model, instance.servers, instance.gpu_capacity, on_gpu, SolveReport("paths")
+    )
+    requests = sample_requests(trace, cluster, requests_per_server=SIMULATED_REQUESTS, seed=seed)
+
+    def simulated_s(execution: npt.NDArray[np.int32]) -> float:
+        engine = CompiledEngine(
+            Scenario.build(placement, requests, cluster, trace.model, execution=execution)
+        )
+        engine.advance()
+        return float(np.mean(engine.outcome().done_s - requests.arrival_s))
+
+    with_table, with_home = simulated_s(table), simulated_s(home)
     note = {"simulated_s": {"paths": with_table, "home": with_home}}
     return (table if with_table <= with_home else home), note
 
@@ -115,19 +126,3 @@ def _busiest(idle: IdleTime, table: npt.NDArray[np.int32], cluster: Cluster) -> 
             seconds = idle.layer_s[n, layers, table[n]] / server.arrival_interval_s
             np.add.at(busy, table[n], seconds)
     return float(busy.max())
-
-
-def _simulated_s(
-    instance: Instance, on_gpu: npt.NDArray[np.bool_], table: npt.NDArray[np.int32], seed: int
-) -> float:
-    """Mean latency of a few requests of each server in the simulator, on the trace itself."""
-    cluster, trace = _cluster_and_trace(instance, "")
-    placement = Placement(
-        instance.model, instance.servers, instance.gpu_capacity, on_gpu, SolveReport("paths")
-    )
-    requests = sample_requests(trace, cluster, requests_per_server=SIMULATED_REQUESTS, seed=seed)
-    engine = CompiledEngine(
-        Scenario.build(placement, requests, cluster, trace.model, execution=table)
-    )
-    engine.advance()
-    return float(np.mean(engine.outcome().done_s - requests.arrival_s))

@@ -19,10 +19,10 @@ from prism_plan.compiled_loops import as_constant
 from prism_plan.jit import kernel
 from prism_plan.kernel_types import int64
 from prism_plan.model_spec import ModelSpec
-from prism_plan.placement import gpu_offsets
+from prism_plan.placement import first_gpus, gpu_offsets, server_of_gpu
 from prism_plan.simulate.network import BYTES_PER_CALL, BYTES_PER_TOKEN_ID, Network
 from prism_plan.simulate.requests import Requests
-from prism_plan.simulate.routing_policies import COVER, choose_holders
+from prism_plan.simulate.routing_policies import COVER, choose_holders, holder_lists
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.simulate.timing import timing
 from prism_plan.token_rates import shares_by_task
@@ -183,12 +183,10 @@ def _layer_times(
 ) -> Floats:  # fmt: skip
     """Idle seconds of every prompt in each layer, by the server that executes it, [P, L, N]."""
     prompts = requests.prompts
-    servers, pairs = cluster.num_servers, model.num_pairs
-    owner = np.repeat(np.arange(servers), [len(server.gpus) for server in cluster.servers])
-    held = on_gpu.reshape(len(on_gpu), pairs)
-    first_gpu = np.full((servers, pairs), -1, np.int32)
-    for g in range(len(held) - 1, -1, -1):
-        first_gpu[owner[g], held[g]] = g
+    servers = cluster.num_servers
+    owner = server_of_gpu([[0] * len(server.gpus) for server in cluster.servers])
+    first_gpu = first_gpus(on_gpu.reshape(len(on_gpu), -1), owner, servers)
+    holders, num_replicas = holder_lists(first_gpu)
     longest = int((prompts.prefill_tokens + prompts.decode_tokens).max())
     tables = timing(cluster, model, max(int(prompts.prefill_tokens.max()), 1), context=longest)
     gpu_start = gpu_offsets(len(server.gpus) for server in cluster.servers)
@@ -199,8 +197,8 @@ def _layer_times(
         "prefill_tokens": prompts.prefill_tokens,
         "decode_tokens": prompts.decode_tokens,
         "first_gpu": first_gpu,
-        "holders": np.argsort(first_gpu.T < 0, axis=1, kind="stable").astype(np.int32),
-        "num_replicas": (first_gpu >= 0).sum(axis=0).astype(np.int32),
+        "holders": holders,
+        "num_replicas": num_replicas,
         "link_rank": network.link_rank(),
         "gpu_start": gpu_start,
         "dense_gpu": dense_gpu.astype(np.int32),

@@ -10,10 +10,11 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import numpy as np
 
+from prism_plan.placement import first_gpus
 from prism_plan.simulate.compiled import records
 from prism_plan.simulate.compiled.heap import Heap
 from prism_plan.simulate.offload_slots import initial_slots
-from prism_plan.simulate.routing_policies import ROUTES
+from prism_plan.simulate.routing_policies import ROUTES, holder_lists
 from prism_plan.simulate.scenario import Scenario
 
 Array = Any
@@ -262,11 +263,9 @@ def _place_experts(state: EngineState, s: Scenario) -> None:
     """Fill in what the placement says: GPUs, first GPUs, holders and their numbers."""
     held = s.placement.on_gpu.reshape(len(state.gpu_holds), -1)
     state.gpu_holds[:] = held
-    state.first_gpu[:] = -1
-    for g in range(len(held) - 1, -1, -1):
-        state.first_gpu[s.placement.server_of_gpu[g], held[g]] = g
-    state.holders[:] = np.argsort(state.first_gpu.T < 0, axis=1, kind="stable")
-    state.num_replicas[:] = (state.first_gpu >= 0).sum(axis=0)
+    first_gpu = first_gpus(held, s.placement.server_of_gpu, s.placement.num_servers)
+    state.first_gpu[:] = first_gpu
+    state.holders[:], state.num_replicas[:] = holder_lists(first_gpu)
 
 
 def _link_slots(state: EngineState) -> None:
