@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from prism_plan.numba_private import load_without_scipy
@@ -57,11 +59,29 @@ def _compiled(function: Function, **options: bool) -> Function:
 
     load_without_scipy()
     _register_listener()
+    function.__qualname__ = f"{function.__qualname__}-{_sources_digest()}"
     try:
         return cast(Function, njit(cache=True, **options)(function))
     except RuntimeError:  # numba: "no locator available"
         _not_cached.append(function.__name__)
         return cast(Function, njit(**options)(function))
+
+
+@functools.cache
+def _sources_digest() -> str:
+    """A digest of the modules that kernels, their helpers and constants stand in.
+
+    It is part of the name under which numba keeps machine code. numba alone looks at the file of
+    the kernel only, and would go on to run code of an older version of a helper in another file.
+    """
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    paths = [package / name for name in ("compiled_loops.py", "jit.py", "kernel_types.py")]
+    for folder in ("simulate", "solvers"):
+        paths += sorted((package / folder).rglob("*.py"))
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @functools.cache

@@ -99,3 +99,33 @@ def test_without_any_cache_folder_commands_work(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "p.json").exists()
+
+
+def test_a_changed_helper_is_compiled_anew(tmp_path: Path) -> None:
+    """Machine code of a kernel is not kept across a change of a helper in another file.
+
+    The engine's event loop takes its routing from another module, which is changed in a copy.
+    """
+    root = Path(__file__).resolve().parent.parent
+    package = tmp_path / "prism_plan"
+    shutil.copytree(root / "prism_plan", package, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = os.environ | {
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)
+    }  # fmt: skip
+    code = (
+        "import prism_plan; from prism_plan.evaluate.kernel_compilation import compile_kernels\n"
+        + LISTEN.partition("from prism_plan")[0]
+        + "compile_kernels(); print(prism_plan.__file__)"
+    )
+    counts = []
+    for change in ("", "", "\n# another version\n"):
+        helper = package / "simulate" / "routing_policies.py"
+        helper.write_text(helper.read_text() + change)
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert str(tmp_path) in result.stdout
+        counts.append(result.stdout.count("prism_plan.simulate.compiled.event_loop"))
+    assert counts == [1, 0, 1]
