@@ -11,6 +11,8 @@ OBJECTS_BETWEEN_COLLECTIONS = 200_000
 
 def main() -> None:
     """Run the command line; see :mod:`prism_plan.cli.main`."""
+    # a thread for each core costs more to start than the little linear algebra of commands takes
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, *gc.get_threshold()[1:])
     try:
         from prism_plan.cli.main import run
