@@ -123,6 +123,6 @@ def _busiest(idle: IdleTime, table: npt.NDArray[np.int32], cluster: Cluster) -> 
     layers = np.arange(table.shape[1])
     for n, server in enumerate(cluster.servers):
         if server.has_users and server.arrival_interval_s is not None:
-            seconds = idle.layer_s[n, layers, table[n]] / server.arrival_interval_s
+            seconds = idle.of_home(n).layer_s[layers, table[n]] / server.arrival_interval_s
             np.add.at(busy, table[n], seconds)
     return float(busy.max())

@@ -38,32 +38,87 @@ MAX_WORK = 30_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class IdleTime:
-    """Seconds of a mean request of each home server, part by part; see :meth:`of_table`.
+class MeanRequest:
+    """Seconds of the parts of a mean request, by the servers that execute its layers.
 
-    The first axis of all is the home. ``layer_s`` [N, L, N]: layer l executed at server m;
-    ``hop_s`` [N, N, N]: hidden states from server a to b, between two layers; ``start_s`` [N, N]:
-    the prompt's ids to the first span; ``id_s`` [N, N, N]: the ids of tokens from the driver d with
-    the first span at f, those that passes wait for and the last one's way home. ``has_users`` [N].
+    ``layer_s`` [L, N]: layer l executed at server m; ``hop_s`` [N, N]: hidden states from server a
+    to b, between two layers; ``start_s`` [N]: the prompt's ids to the first span; ``id_s`` [N, N]:
+    the ids of tokens from the driver d with the first span at f, those that passes wait for and the
+    last one's way home.
     """
 
     layer_s: Floats
     hop_s: Floats
     start_s: Floats
     id_s: Floats
-    has_users: npt.NDArray[np.bool_]
+
+    def messages_s(self, row: npt.NDArray[np.integer]) -> float:
+        """Seconds of hidden states and token ids with an execution table's row [L]."""
+        hops = self.hop_s[row[:-1], row[1:]].sum()
+        return float(self.start_s[row[0]] + hops + self.id_s[row[-1], row[0]])
+
+    def of_row(self, row: npt.NDArray[np.integer]) -> float:
+        """Seconds of the whole request with an execution table's row [L]."""
+        return float(self.layer_s[np.arange(len(row)), row].sum()) + self.messages_s(row)
+
+
+@dataclass(frozen=True, eq=False)
+class IdleTime:
+    """Seconds of a mean request of each home server, under one placement.
+
+    ``shares`` [N, T] are those of tasks in the requests of each home, zero without users;
+    ``layer_s`` [T, L, N] the seconds of layer l executed at server m for a request of task t;
+    ``passes``, ``tokens`` and ``first_tokens`` [N] the mean number of passes of a home's requests,
+    of tokens in all of them, and in the first. ``seconds_per_byte`` and ``latency_s`` [N, N] are
+    those of a message from row to column, zero from a server to itself.
+    """
+
+    shares: Floats
+    layer_s: Floats
+    passes: Floats
+    tokens: Floats
+    first_tokens: Floats
+    seconds_per_byte: Floats
+    latency_s: Floats
+    token_bytes: int
+
+    @property
+    def has_users(self) -> npt.NDArray[np.bool_]:
+        """Whether a server has users, bool [N]."""
+        users: npt.NDArray[np.bool_] = self.shares.sum(axis=1) > 0
+        return users
+
+    def of_home(self, home: int) -> MeanRequest:
+        """The parts of a mean request of one home server."""
+        weights = np.zeros(len(self.shares))
+        weights[home] = 1.0
+        return self.of_homes(weights)
+
+    def of_homes(self, weights: Floats) -> MeanRequest:
+        """The parts of the requests of several homes, added up with ``weights`` [N]."""
+        passes, tokens, first, next_passes = (
+            weights * mean
+            for mean in (
+                self.passes, self.tokens, self.first_tokens, np.maximum(self.passes - 1, 0),
+            )
+        )  # fmt: skip
+        per_byte, latency_s = self.seconds_per_byte, self.latency_s
+        id_s = latency_s + BYTES_PER_TOKEN_ID * per_byte
+        return MeanRequest(
+            layer_s=np.tensordot(weights @ self.shares, self.layer_s, axes=1),
+            hop_s=passes.sum() * latency_s + tokens.sum() * self.token_bytes * per_byte,
+            start_s=weights @ latency_s + BYTES_PER_TOKEN_ID * (first @ per_byte),
+            # driver d, first span f: all passes but the last begin the next, the last id goes home
+            id_s=next_passes.sum() * id_s + (id_s @ weights)[:, None],
+        )
 
     def of_table(self, table: npt.NDArray[np.integer]) -> Floats:
-        """Seconds of a mean request of each home server with an execution table [N, L], [N]."""
-        homes, layers = np.arange(len(table)), np.arange(table.shape[1])
-        total: Floats = (
-            self.start_s[homes, table[:, 0]] + self.id_s[homes, table[:, -1], table[:, 0]]
-        )
-        for home in homes:
-            row = table[home]
-            total[home] += self.layer_s[home, layers, row].sum()
-            total[home] += self.hop_s[home, row[:-1], row[1:]].sum()
-        return total
+        """Seconds of a mean request of each home with an execution table [N, L], float64 [N]."""
+        return np.array([self.of_home(n).of_row(row) for n, row in enumerate(table)])
+
+    def messages_s(self, table: npt.NDArray[np.integer]) -> Floats:
+        """Of :meth:`of_table` the seconds of hidden states and token ids, float64 [N]."""
+        return np.array([self.of_home(n).messages_s(row) for n, row in enumerate(table)])
 
 
 class _Problem(NamedTuple):
@@ -137,23 +192,17 @@ def idle_time(
         tokens = prefill + prompts.decode_tokens
         first = np.where(prefill > 0, prefill, 1)
         mean[:, task] = [values[own].mean() for values in (passes, tokens, first)]
-    return _by_home(shares, layer_s, mean, network)
-
-
-def _by_home(shares: Floats, layer_s: Floats, mean: Floats, network: Network) -> IdleTime:
-    servers = len(shares)
-    passes, tokens, first = (shares @ row for row in mean)
-    per_byte, latency_s = network.seconds_per_byte, network.half_rtt_s + network.hop_overhead_s
     away = ~np.eye(servers, dtype=bool)
-    id_s = away * (latency_s + BYTES_PER_TOKEN_ID * per_byte)  # of one id, from row to column
-    size = network.token_bytes
+    of_passes, of_tokens, of_first = (shares @ row for row in mean)
     return IdleTime(
-        layer_s=np.einsum("nt,tlm->nlm", shares, layer_s),
-        hop_s=away * (passes[:, None, None] * latency_s + tokens[:, None, None] * size * per_byte),
-        start_s=away * (latency_s + BYTES_PER_TOKEN_ID * first[:, None] * per_byte),
-        # driver d, first span f: all passes but the last begin the next, the last id goes home
-        id_s=np.maximum(passes - 1, 0)[:, None, None] * id_s + id_s.T[:, :, None],
-        has_users=shares.sum(axis=1) > 0,
+        shares=shares,
+        layer_s=layer_s,
+        passes=of_passes,
+        tokens=of_tokens,
+        first_tokens=of_first,
+        seconds_per_byte=away * network.seconds_per_byte,
+        latency_s=away * (network.half_rtt_s + network.hop_overhead_s),
+        token_bytes=network.token_bytes,
     )
 
 

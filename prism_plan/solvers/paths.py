@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.execution_table import home_execution
 from prism_plan.jit import kernel
-from prism_plan.solvers.idle_time import IdleTime
+from prism_plan.solvers.idle_time import IdleTime, MeanRequest
 
 Array = Any
 
@@ -24,17 +25,23 @@ def shortest_paths(
 
     Servers of ``at_home`` [N], and those without users, execute all layers themselves.
     """
-    servers, layers, _ = idle.layer_s.shape
-    table = np.repeat(np.arange(servers, dtype=np.int32)[:, None], layers, axis=1)
-    before = np.zeros((layers, servers), np.int32)
-    cost = np.zeros((2, servers))
-    for home in range(servers):
-        if idle.has_users[home] and not (at_home is not None and at_home[home]):
-            _shortest_path(
-                np.ascontiguousarray(idle.layer_s[home]), idle.hop_s[home], idle.start_s[home],
-                idle.id_s[home], home, before, cost, table[home],
-            )  # fmt: skip
+    _, layers, servers = idle.layer_s.shape
+    table = home_execution(servers, layers)
+    for home in np.flatnonzero(idle.has_users).tolist():
+        if at_home is None or not at_home[home]:
+            table[home] = shortest_path(idle.of_home(home), home)
     return table
+
+
+def shortest_path(request: MeanRequest, home: int) -> npt.NDArray[np.int32]:
+    """The row int32 [L] of least time for a mean request of a home; ties keep a layer there."""
+    layers, servers = request.layer_s.shape
+    row = np.full(layers, home, np.int32)
+    before, cost = np.zeros((layers, servers), np.int32), np.zeros((2, servers))
+    _shortest_path(
+        request.layer_s, request.hop_s, request.start_s, request.id_s, home, before, cost, row
+    )
+    return row
 
 
 @kernel

@@ -21,8 +21,8 @@ from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.scenario import Scenario
 from prism_plan.solvers import solve
-from prism_plan.solvers.idle_time import IdleTime, _prompts_by_task, idle_time
-from prism_plan.solvers.paths import shortest_paths
+from prism_plan.solvers.idle_time import IdleTime, MeanRequest, _prompts_by_task, idle_time
+from prism_plan.solvers.paths import shortest_path, shortest_paths
 from prism_plan.trace import Trace
 from tests.profiling.synthetic import synthetic_trace
 from tests.simulate.builders import drawn_held, place
@@ -110,7 +110,7 @@ def test_the_measure_is_what_the_simulator_gives_a_lone_request(seed: int) -> No
         assert expected[home] == pytest.approx(np.mean(found), rel=1e-9)
 
 
-def drawn_idle(rng: np.random.Generator, servers: int, layers: int, ties: bool) -> IdleTime:
+def drawn_request(rng: np.random.Generator, servers: int, layers: int, ties: bool) -> MeanRequest:
     """Any parts: with ``ties`` of few values."""
 
     def draw(*shape: int) -> np.ndarray:
@@ -119,10 +119,9 @@ def drawn_idle(rng: np.random.Generator, servers: int, layers: int, ties: bool) 
         return rng.uniform(0, 1, shape)
 
     away = ~np.eye(servers, dtype=bool)
-    return IdleTime(
-        draw(servers, layers, servers), away * draw(servers, servers, servers),
-        away * draw(servers, servers), draw(servers, servers, servers), np.ones(servers, bool),
-    )  # fmt: skip
+    return MeanRequest(
+        draw(layers, servers), away * draw(servers, servers), draw(servers), draw(servers, servers)
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -131,32 +130,25 @@ def test_paths_are_optimal(seed: int, ties: bool) -> None:
     """No table of a home takes less idle time, by enumeration of all of them."""
     rng = np.random.default_rng(seed)
     servers, layers = int(rng.integers(1, 5)), int(rng.integers(1, 6))
-    idle = drawn_idle(rng, servers, layers, ties)
-    table = shortest_paths(idle)
-    found = idle.of_table(table)
-    for home in range(servers):
-        least = np.inf
-        for row in itertools.product(range(servers), repeat=layers):
-            other = table.copy()
-            other[home] = row
-            least = min(least, idle.of_table(other)[home])
-        assert found[home] == pytest.approx(least, abs=1e-12)
+    request = drawn_request(rng, servers, layers, ties)
+    found = request.of_row(shortest_path(request, int(rng.integers(servers))))
+    rows = itertools.product(range(servers), repeat=layers)
+    least = min(request.of_row(np.array(row)) for row in rows)
+    assert found == pytest.approx(least, abs=1e-12)
 
 
 def test_where_nothing_is_gained_layers_stay_at_home() -> None:
     """Of equal tables the one at home; servers without users, or named, are left at home."""
-    idle = drawn_idle(np.random.default_rng(0), 3, 4, ties=False)
-    free = dataclasses.replace(
-        idle, layer_s=np.ones((3, 4, 3)), hop_s=np.zeros((3, 3, 3)), start_s=np.zeros((3, 3)),
-        id_s=np.zeros((3, 3, 3)),
-    )  # fmt: skip
-    home = [[n] * 4 for n in range(3)]
-    assert shortest_paths(free).tolist() == home
-    away = idle.layer_s.copy()
+    free = MeanRequest(np.ones((4, 3)), np.zeros((3, 3)), np.zeros(3), np.zeros((3, 3)))
+    for home in range(3):
+        assert shortest_path(free, home).tolist() == [home] * 4
+    away = np.ones((1, 4, 3))
     away[:, :, 0] = -1.0  # everybody gains at server 0
-    idle = dataclasses.replace(idle, layer_s=away, has_users=np.array([True, True, False]))
+    users, nothing = np.array([[1.0], [1.0], [0.0]]), np.zeros((3, 3))
+    idle = IdleTime(users, away, *np.zeros((3, 3)), nothing, nothing, token_bytes=1)
+    assert shortest_paths(idle).tolist() == [[0] * 4, [0] * 4, [2] * 4]
     table = shortest_paths(idle, np.array([False, True, False]))
-    assert table[1:].tolist() == home[1:]
+    assert table.tolist() == [[0] * 4, [1] * 4, [2] * 4]
 
 
 @settings(max_examples=20, deadline=None)
