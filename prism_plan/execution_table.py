@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class TableChange:
+    """When a new execution table begins, beside the steps of a migration.
+
+    ``execution`` int32 [N, L] is for requests that are admitted once the first ``begins_after``
+    steps are complete (0: at once); a request keeps the table that it was admitted with. Steps from
+    ``waits_from`` on start when the table has begun and no request runs on an older one.
+    ``begins_after`` is 0 or ``waits_from``; other values raise ``ValueError``.
+    """
+
+    execution: Ints
+    begins_after: int
+    waits_from: int
+
+    def __post_init__(self) -> None:
+        if self.waits_from < 0 or self.begins_after not in (0, self.waits_from):
+            raise ValueError(f"begins after {self.begins_after}, waits from {self.waits_from}")
 
 
 class Span(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.execution_table import TableChange
 from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.events import Log
 
@@ -56,13 +57,20 @@ class Outcome:
     now_s: float
 
 
-def step_dependencies(steps: Sequence[MigrationStep]) -> tuple[list[int], list[list[int]]]:
-    """How many steps each step of a migration needs, and which steps need it."""
+def step_dependencies(
+    steps: Sequence[MigrationStep], change: TableChange | None = None
+) -> tuple[list[int], list[list[int]]]:
+    """How many needs each step of a migration has, and which steps need it.
+
+    Steps that wait for requests on older tables have one need more.
+    """
     dependents: list[list[int]] = [[] for _ in steps]
     for index, step in enumerate(steps):
         for need in set(step.needs):
             dependents[need].append(index)
-    return [len(set(step.needs)) for step in steps], dependents
+    waits_from = len(steps) if change is None else change.waits_from
+    num_needs = [len(set(step.needs)) + (i >= waits_from) for i, step in enumerate(steps)]
+    return num_needs, dependents
 
 
 class Engine(Protocol):
@@ -87,12 +95,20 @@ class Engine(Protocol):
     def migrating(self) -> bool:
         """Whether steps of a migration are not yet complete."""
 
-    def migrate(self, steps: Sequence[MigrationStep]) -> None:
+    def migrate(self, steps: Sequence[MigrationStep], change: TableChange | None = None) -> None:
         """Start a migration now; the one before must be complete.
 
         A step starts when those that it needs are complete and, for a load, when the GPU's load
         channel is free. A loaded expert serves from then on; a dropped one receives no new calls,
-        and those under way to it are answered.
+        and those under way to it are answered. ``change`` begins a new execution table for the
+        requests that are admitted from then on; an event that ends the last request on an older
+        table first admits the next one, and then starts the steps that waited for it.
+        """
+
+    def tables_in_use(self) -> npt.NDArray[np.int32]:
+        """The execution tables of admitted requests, int32 [tables, N, L]; the newest comes first.
+
+        It is the one that the next request gets, whether a request runs on it or not.
         """
 
     @property

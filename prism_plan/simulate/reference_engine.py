@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.execution_table import TableChange
 from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate import events
 from prism_plan.simulate.engine_interface import Ints, Outcome, step_dependencies
@@ -32,11 +33,15 @@ from prism_plan.simulate.scenario import Scenario
 class _ActiveRequest:
     """An admitted request: its location, and where it is in its steps and layers.
 
-    ``context`` counts the tokens before the step, ``ids_left`` those that are not yet at home.
+    ``table`` numbers the execution table that it was admitted with, ``executes_at`` [L] is its row
+    of it. ``context`` counts the tokens before the step, ``ids_left`` those that are not yet at
+    home.
     """
 
     number: int
     home: int
+    table: int
+    executes_at: list[int]
     location: int
     token_row: int
     step_tokens: int
@@ -119,6 +124,12 @@ class ReferenceEngine:
         }
         self._tokens_sent = [[0] * servers for _ in range(servers)]
         self._link_rank = scenario.network.link_rank().tolist()
+        # execution tables by number; the last one is that of requests which are admitted now
+        self._tables: list[npt.NDArray[np.int32]] = [scenario.execution]
+        self._num_on_older_tables = 0
+        self._change: TableChange | None = None  # one that has not begun
+        self._waiting_steps: Sequence[int] = ()  # for requests on older tables
+        self._released_steps: list[int] = []  # those that the event has let start
         # migration
         self._steps: Sequence[MigrationStep] = ()
         self._open_needs: list[int] = []
@@ -190,6 +201,9 @@ class ReferenceEngine:
             self._release_ports(subject)
         else:
             self._complete_load(subject)
+        if self._released_steps:
+            self._start_steps(deque(self._released_steps))
+            self._released_steps = []
 
     def _where(self, kind: int, subject: Any) -> tuple[int, int, int, int]:
         """Request, layer, at and to of an event for the log."""
@@ -238,6 +252,8 @@ class ReferenceEngine:
         request = _ActiveRequest(
             number=number,
             home=home,
+            table=len(self._tables) - 1,
+            executes_at=self._tables[-1][home].tolist(),
             location=home,
             token_row=int(prompts.first_row[prompt]),
             step_tokens=prefill or 1,
@@ -246,7 +262,7 @@ class ReferenceEngine:
             decoding=prefill == 0,
         )
         self._admitted[number] = request
-        first = int(self.scenario.execution[home, 0])
+        first = request.executes_at[0]
         if first == home:
             self._begin_layer(request)
         else:
@@ -260,7 +276,7 @@ class ReferenceEngine:
     def _enter_layer(self, request: _ActiveRequest) -> None:
         """Move to where the layer executes and start its dense part."""
         scenario, layer = self.scenario, request.layer
-        target = int(scenario.execution[request.home, layer])
+        target = request.executes_at[layer]
         if request.location != target:
             payload = request.step_tokens * scenario.network.token_bytes
             self._send_hop("states", request, layer, target, payload)
@@ -296,7 +312,7 @@ class ReferenceEngine:
     def _end_pass(self, request: _ActiveRequest) -> None:
         """The driver has made a token: its id begins the next pass, and goes home (rule 3)."""
         driver, home = request.location, request.home
-        first = int(self.scenario.execution[home, 0])
+        first = request.executes_at[0]
         id_layer = self.scenario.model.num_layers
         request.steps_left -= 1
         goes_on = request.steps_left > 0
@@ -329,6 +345,9 @@ class ReferenceEngine:
         home = request.home
         self._count_present(home, -1)
         self._num_active[home] -= 1
+        if request.table != len(self._tables) - 1:
+            self._num_on_older_tables -= 1
+            self._released_steps = self._release_steps()
         if self._admission_queue[home]:
             self._admit(self._admission_queue[home].popleft())
 
@@ -560,15 +579,36 @@ class ReferenceEngine:
 
     # ---------------------------------------------------------------------------------- migration
 
-    def migrate(self, steps: Sequence[MigrationStep]) -> None:
+    def migrate(self, steps: Sequence[MigrationStep], change: TableChange | None = None) -> None:
         if self.migrating:
             raise ValueError("a migration is still under way")
         if self.scenario.offload:
             raise ValueError("offloading servers keep what they use; there is nothing to migrate")
         self._steps = steps
-        self._open_needs, self._dependents = step_dependencies(steps)
+        self._open_needs, self._dependents = step_dependencies(steps, change)
         self._open_steps = len(steps)
-        self._start_steps(deque(i for i, needs in enumerate(self._open_needs) if needs == 0))
+        ready = deque(i for i, needs in enumerate(self._open_needs) if needs == 0)
+        if change is not None:
+            self._change = change
+            self._waiting_steps = range(change.waits_from, len(steps))
+            if change.begins_after == 0:
+                ready.extend(self._begin_table(change))
+        self._start_steps(ready)
+
+    def _begin_table(self, change: TableChange) -> list[int]:
+        """Admit requests with a new table from now on; returns the steps that need not wait."""
+        self._change = None
+        if not np.array_equal(change.execution, self._tables[-1]):
+            self._tables.append(change.execution.astype(np.int32))
+            self._num_on_older_tables = len(self._admitted)
+        return self._release_steps()
+
+    def _release_steps(self) -> list[int]:
+        """The steps whose last open need were requests on older tables, if none runs any more."""
+        if self._num_on_older_tables or self._change is not None:
+            return []
+        waiting, self._waiting_steps = self._waiting_steps, ()
+        return self._meet_need(waiting)
 
     def _start_steps(self, ready: deque[int]) -> None:
         """Start the ready steps and those that their drops make ready, first come first served."""
@@ -594,8 +634,16 @@ class ReferenceEngine:
         self._open_steps -= 1
         if not self._open_steps:
             self.migration_end_s = self.now
+        ready = self._meet_need(self._dependents[index])
+        change = self._change
+        if change is not None and len(self._steps) - self._open_steps == change.begins_after:
+            ready += self._begin_table(change)
+        return ready
+
+    def _meet_need(self, dependents: Sequence[int]) -> list[int]:
+        """Count one open need of each of these steps as met; returns those that had no other."""
         ready = []
-        for dependent in self._dependents[index]:
+        for dependent in dependents:
             self._open_needs[dependent] -= 1
             if self._open_needs[dependent] == 0:
                 ready.append(dependent)
@@ -614,6 +662,10 @@ class ReferenceEngine:
     @property
     def migrating(self) -> bool:
         return self._open_steps > 0
+
+    def tables_in_use(self) -> npt.NDArray[np.int32]:
+        numbers = {request.table for request in self._admitted.values()} | {len(self._tables) - 1}
+        return np.stack([self._tables[number] for number in sorted(numbers, reverse=True)])
 
     def take_calls(self) -> Ints:
         taken = self._recent_calls.copy()

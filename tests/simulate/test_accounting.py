@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prism_plan.execution_table import TableChange
 from prism_plan.objective import remote_score, step_score
 from prism_plan.simulate.routing_policies import hash_call
 from prism_plan.simulate.scenario import Scenario
@@ -50,15 +52,21 @@ def steps_of(scenario: Scenario) -> list[tuple[int, int, np.ndarray, int | None]
     return steps
 
 
-def hops_of(scenario: Scenario) -> list[tuple[int, int, int]]:
-    """(from, to, bytes) of all messages that are no calls, in no order (section 10, rules 1-3)."""
+def hops_of(
+    scenario: Scenario, table_of: Mapping[int, np.ndarray] | None = None
+) -> list[tuple[int, int, int]]:
+    """(from, to, bytes) of all messages that are no calls, in no order (section 10, rules 1-3).
+
+    ``table_of`` gives the execution table of each request, by default that of the scenario.
+    """
     size = scenario.network.token_bytes
     tokens_of: dict[tuple[int, int], list[int]] = {}
     for r, home, tokens, _ in steps_of(scenario):
         tokens_of.setdefault((r, home), []).append(len(tokens))
     sent = []
-    for (_, home), passes in tokens_of.items():
-        row = scenario.execution[home].tolist()
+    for (r, home), passes in tokens_of.items():
+        table = scenario.execution if table_of is None else table_of[r]
+        row = table[home].tolist()
         sent += [(home, row[0], 4 * passes[0])]
         for number, tokens in enumerate(passes):
             sent += [(a, b, tokens * size) for a, b in itertools.pairwise(row)]
@@ -240,3 +248,47 @@ def test_a_gpu_is_busy_for_what_it_did(engine: Any, seed: int) -> None:
         assert outcome.up_busy_s.sum() == pytest.approx(outcome.down_busy_s.sum(), rel=1e-9)
         slowest = scenario.network.seconds_per_byte.max(axis=1) * outcome.bytes_out
         assert np.all(outcome.up_busy_s <= slowest * (1 + 1e-9))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@settings(max_examples=80, deadline=None)
+@given(seed=SEEDS)
+def test_counts_add_up_while_tables_change(engine: Any, seed: int) -> None:
+    """Each request counts by the table that it was admitted with: calls, hops, bytes, dense work.
+
+    A request's calls stay its home's, and its time at home is what Little's law integrates.
+    """
+    rng = np.random.default_rng(seed)
+    scenario = drawn_scenario(rng, most=25)
+    run = engine(scenario)
+    servers, layers = scenario.execution.shape
+    tables, changed_s = [scenario.execution], [-np.inf]
+    for _ in range(int(rng.integers(1, 4))):
+        run.advance(run.outcome().now_s + float(rng.choice([0.0, 1.0, rng.random() * 5])))
+        tables.append(rng.integers(0, servers, (servers, layers)).astype(np.int32))
+        changed_s.append(run.outcome().now_s)
+        run.migrate([], TableChange(tables[-1], 0, 0))
+    outcome = finished(run)
+    # what starts at the very time of a change was admitted before it
+    at = np.searchsorted(changed_s, outcome.start_s, side="left") - 1
+    table_of = {r: tables[number] for r, number in enumerate(at)}
+    remote, dense = np.zeros(servers, int), np.zeros(len(outcome.gpu_busy_s))
+    local, home_of = scenario.placement.local, scenario.requests.home
+    for r, home, tokens, context in steps_of(scenario):
+        for layer, m in enumerate(table_of[r][home]):
+            remote[home] += (~local[m, layer, tokens[:, layer]]).sum()
+            gpu = int(scenario.dense_gpu[m])
+            dense[gpu] += scenario.timing.dense_s(gpu, layer, len(tokens), context)
+    np.testing.assert_array_equal(outcome.remote_calls, remote)
+    np.testing.assert_array_equal(run.take_calls().sum(axis=(1, 2)), outcome.calls)
+    sent = np.zeros((servers, servers), int)
+    hops = hops_of(scenario, table_of)
+    for a, b, _ in hops:
+        sent[a, b] += 1
+    np.testing.assert_array_equal(outcome.hops, sent)
+    total = 2 * outcome.destinations.sum() * scenario.network.token_bytes + 4 * remote.sum()
+    assert outcome.bytes_out.sum() == outcome.bytes_in.sum() == total + sum(h[2] for h in hops)
+    idle = outcome.served == 0
+    np.testing.assert_allclose(outcome.gpu_busy_s[idle], dense[idle], rtol=1e-9, atol=1e-12)
+    spent_s = np.bincount(home_of, outcome.done_s - scenario.requests.arrival_s, minlength=servers)
+    np.testing.assert_allclose(outcome.present_s, spent_s, rtol=1e-9, atol=1e-9)

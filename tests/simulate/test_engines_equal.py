@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prism_plan.execution_table import TableChange
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import read_cluster
 from prism_plan.migration_step import MigrationStep
@@ -42,11 +43,12 @@ def both(scenario: Scenario) -> tuple[ReferenceEngine, CompiledEngine]:
 
 
 def assert_equal(a: Engine, b: Engine) -> None:
-    """Equal logs, figures, calls taken and placements."""
+    """Equal logs, figures, calls taken, placements and execution tables."""
     assert a.log() == b.log()
     assert differing(a.outcome(), b.outcome()) == []
     np.testing.assert_array_equal(a.take_calls(), b.take_calls())
     np.testing.assert_array_equal(a.on_gpu(), b.on_gpu())
+    np.testing.assert_array_equal(a.tables_in_use(), b.tables_in_use())
     assert (a.all_finished, a.migrating) == (b.all_finished, b.migrating)
 
 
@@ -106,8 +108,21 @@ def drawn_steps(rng: np.random.Generator, held: np.ndarray) -> list[MigrationSte
     return steps
 
 
-def taken(engine: Engine, seed: int) -> str:
-    """Advance in pieces, with migrations between; the message if a last copy was dropped."""
+def drawn_change(rng: np.random.Generator, engine: Engine, num_steps: int) -> TableChange | None:
+    """A new table or, now and then, the same one, that begins at once or after some steps."""
+    servers, layers = engine.tables_in_use()[0].shape
+    table = engine.tables_in_use()[-1]
+    if rng.random() < 0.8:
+        table = rng.integers(0, servers, (servers, layers)).astype(np.int32)
+    waits_from = int(rng.integers(0, num_steps + 1))
+    return TableChange(table, int(rng.choice([0, waits_from])), waits_from)
+
+
+def taken(engine: Engine, seed: int, *, tables: bool = False) -> str:
+    """Advance in pieces, with migrations between; the message if a last copy was dropped.
+
+    ``tables``: most migrations change the execution table too.
+    """
     rng = np.random.default_rng(seed)
     until_s = 0.0
     try:
@@ -117,7 +132,11 @@ def taken(engine: Engine, seed: int) -> str:
             engine.advance(until_s, most)
             if not engine.migrating and rng.random() < 0.6:
                 held = engine.on_gpu()
-                engine.migrate(drawn_steps(rng, held.reshape(len(held), -1)))
+                steps = drawn_steps(rng, held.reshape(len(held), -1))
+                change = None
+                if tables and rng.random() < 0.8:
+                    change = drawn_change(rng, engine, len(steps))
+                engine.migrate(steps, change)
             if rng.random() < 0.3:
                 engine.outcome()
         engine.advance()
@@ -135,6 +154,22 @@ def test_engines_are_equal_while_experts_move(seed: int, ties: bool) -> None:
     assert taken(compiled, seed) == ended
     if not ended:
         assert_equal(reference, compiled)
+    else:
+        assert "drops the only copy" in ended
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=SEEDS, ties=st.booleans())
+def test_engines_are_equal_while_tables_change(seed: int, ties: bool) -> None:
+    """New tables that begin at once or after steps, and steps that wait for older requests."""
+    scenario = drawn_scenario(np.random.default_rng(seed), ties=ties, most=25)
+    reference, compiled = both(scenario)
+    ended = taken(reference, seed, tables=True)
+    assert taken(compiled, seed, tables=True) == ended
+    if not ended:
+        assert_equal(reference, compiled)
+        assert reference.all_finished
+        assert not reference.migrating
     else:
         assert "drops the only copy" in ended
 

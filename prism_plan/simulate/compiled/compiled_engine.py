@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.execution_table import TableChange
 from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.compiled import engine_state, event_loop
 from prism_plan.simulate.compiled.heap import push_event
@@ -101,12 +102,12 @@ class CompiledEngine:
     def migration_end_s(self) -> float:
         return float(self._state.run["migration_end_s"][0])
 
-    def migrate(self, steps: Sequence[MigrationStep]) -> None:
+    def migrate(self, steps: Sequence[MigrationStep], change: TableChange | None = None) -> None:
         if self.migrating:
             raise ValueError("a migration is still under way")
         if self.scenario.offload:
             raise ValueError("offloading servers keep what they use; there is nothing to migrate")
-        num_needs, dependents = step_dependencies(steps)
+        num_needs, dependents = step_dependencies(steps, change)
         end = np.cumsum([len(own) for own in dependents], dtype=np.int64)
         records = np.zeros(len(steps), STEP)
         records["is_load"] = [step.kind == "load" for step in steps]
@@ -126,10 +127,30 @@ class CompiledEngine:
         self._state.run["open_steps"] = len(steps)
         while len(self._state.heap.entries) - int(self._state.heap.counts[0]) <= len(steps):
             self._set(engine_state.grow(self._state, "heap"))
-        self._state.run["new_steps"] = len(ready)
+        run = self._state.run
+        run["new_steps"] = len(ready)
+        run["begins_after"] = -1 if change is None else change.begins_after
+        run["waits_from"] = len(steps) if change is None else change.waits_from
+        if change is not None:
+            run["next_table_row"] = self._row_of_table(change.execution)
         reason = event_loop.run_events(self._arrays, self._state, self._links, -math.inf, 0)
         if reason == event_loop.LAST_REPLICA_DROPPED:
             raise self._last_replica_dropped()
+
+    def _row_of_table(self, execution: npt.NDArray[np.int32]) -> int:
+        """The first row of the table that begins next: it is appended, unless it is the latest."""
+        tables, servers = self._state.tables, len(execution)
+        if not np.array_equal(tables[-servers:], execution):
+            tables = np.concatenate([tables, execution.astype(np.int32)])
+            self._state = self._state._replace(tables=tables)
+        return len(tables) - servers
+
+    def tables_in_use(self) -> npt.NDArray[np.int32]:
+        requests, servers = self._state.requests, len(self._state.servers)
+        running = np.isfinite(requests["start_s"]) & np.isnan(requests["done_s"])
+        rows = requests["table_row"][running] // servers * servers
+        first_rows = sorted({self._total("table_row"), *rows.tolist()}, reverse=True)
+        return np.stack([self._state.tables[row : row + servers] for row in first_rows])
 
     def take_calls(self) -> Ints:
         taken: Ints = self._state.recent_calls.copy()

@@ -31,7 +31,6 @@ class ScenarioArrays(NamedTuple):
     servers: Annotated[Array, records.SERVER, "N"]
     gpus: Annotated[Array, records.GPU, "G"]
     layers: Annotated[Array, records.LAYER, "L"]
-    execution: Annotated[Array, i4, "N, L"]
 
     # Network; link_rank orders the servers of a row by cost of a call
     links: Annotated[Array, records.LINK, "N, N"]
@@ -96,6 +95,9 @@ class EngineState(NamedTuple):
     held_mask: Annotated[Array, i8, "N"]
     candidate_servers: Annotated[Array, i4, "N"]
     cover_table: Annotated[Array, i8, 3, "2^K"]
+
+    # The server that executes a layer: a row for each home of each execution table so far
+    tables: Annotated[Array, i4, "N", "L"]
 
     # The migration under way; ready_steps is the queue of the steps that can start
     steps: Annotated[Array, records.STEP, 0]
@@ -174,7 +176,6 @@ def scenario_arrays(s: Scenario) -> ScenarioArrays:
         "servers": _records(records.SERVER, servers),
         "gpus": _records(records.GPU, gpus),
         "layers": _records(records.LAYER, layers),
-        "execution": s.execution,
         "links": _records(records.LINK, network),
         "link_rank": network.link_rank(),
         "prefill_s": timing.prefill_s,
@@ -249,6 +250,8 @@ def initial_state(s: Scenario, *, log: bool) -> EngineState:
         state.servers[name] = s.network.burst_bytes
     state.run["free_messages"] = room
     state.free_messages[:] = np.arange(room)[::-1]
+    state.tables[:] = s.execution
+    state.run["begins_after"] = -1
     _place_experts(state, s)
     for i, slot in enumerate(all_slots):
         for name in slot._fields:

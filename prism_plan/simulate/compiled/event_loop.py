@@ -18,7 +18,13 @@ from prism_plan.simulate.compiled.engine_state import (
     TransferArrays,
 )
 from prism_plan.simulate.compiled.heap import KIND_SHIFT, push_event, remove_first_event
-from prism_plan.simulate.compiled.migration_kernels import add_replica, complete_step, start_steps
+from prism_plan.simulate.compiled.migration_kernels import (
+    add_replica,
+    begin_table,
+    complete_step,
+    release_steps,
+    start_steps,
+)
 from prism_plan.simulate.compiled.offload_kernels import compute_with_offload
 from prism_plan.simulate.compiled.records import CALL, IDS, STATES
 from prism_plan.simulate.compiled.transfer_kernels import release_ports, send_hop, start_or_enqueue
@@ -47,7 +53,7 @@ def run_events(  # pragma: no cover - compiled
     scenario: ScenarioArrays, state: EngineState, links: TransferArrays, until_s: float,
     max_events: int,
 ) -> int:  # fmt: skip
-    """Start the steps of a new migration, then process events; return why it ended.
+    """Begin a migration that is new, then process events; return why it ended.
 
     Events up to ``until_s`` are processed, at most ``max_events``.
 
@@ -60,7 +66,7 @@ def run_events(  # pragma: no cover - compiled
     experts, token_bytes = scenario.num_experts, scenario.token_bytes
     route, offload = scenario.route, scenario.offload
     overhead_s, hop_overhead_s = scenario.call_overhead_s, scenario.hop_overhead_s
-    servers, layers = scenario.execution.shape
+    servers, layers = len(scenario.servers), len(scenario.layers)
     top_k = scenario.experts.shape[2]
     rows_of, prompts = scenario.experts, scenario.prompts
     expert_s = scenario.expert_s
@@ -73,14 +79,19 @@ def run_events(  # pragma: no cover - compiled
     candidate_servers, cover_table = state.candidate_servers, state.cover_table
     recent_calls, message_work_s = state.recent_calls, state.message_work_s
     messages, free_messages = state.messages, state.free_messages
+    tables = state.tables
     logging = len(state.log) > 0
     processed = 0
-    if run.new_steps > 0:
-        num_ready = run.new_steps
-        run.new_steps = 0
-        if not start_steps(scenario, state, num_ready):
-            return LAST_REPLICA_DROPPED
-    while heap.counts[0] > 0:
+    if run.begins_after == 0:
+        run.new_steps = begin_table(state, run.new_steps)
+    while True:
+        if run.new_steps > 0:
+            num_ready = run.new_steps
+            run.new_steps = 0
+            if not start_steps(scenario, state, num_ready):
+                return LAST_REPLICA_DROPPED
+        if heap.counts[0] == 0:
+            break
         now = heap.entries[0].time_s
         if now > until_s:
             break
@@ -323,8 +334,7 @@ def run_events(  # pragma: no cover - compiled
                 step.gpu, step.pair, state.gpu_holds, first_gpu, holders, num_replicas,
                 scenario.gpus[step.gpu].server,
             )  # fmt: skip
-            if not start_steps(scenario, state, complete_step(state, subject, int64(0))):
-                return LAST_REPLICA_DROPPED
+            run.new_steps = complete_step(state, subject, int64(0))
 
         # ------------------------------------------------ the actions that the event causes
         while action != NOTHING:
@@ -349,6 +359,7 @@ def run_events(  # pragma: no cover - compiled
                 state.servers[home].num_active += 1
                 request.start_s = now
                 request.location = home
+                request.table_row = run.table_row + home
                 request.token_row = prompt.first_row
                 request.step_tokens = prefill if prefill > 0 else 1
                 request.steps_left = prompt.decode_tokens + (1 if prefill > 0 else 0)
@@ -357,7 +368,7 @@ def run_events(  # pragma: no cover - compiled
                 request.decoding = prefill == 0
                 request.layer = 0
                 action = BEGIN_PASS
-                to = scenario.execution[home, 0]
+                to = tables[request.table_row, 0]
                 if to != home:
                     action = NOTHING
                     payload = int64(BYTES_PER_TOKEN_ID * request.step_tokens)
@@ -369,7 +380,7 @@ def run_events(  # pragma: no cover - compiled
                 action = NOTHING
                 at = request.location
                 layer = request.layer
-                to = scenario.execution[scenario.requests[r].home, layer]
+                to = tables[request.table_row, layer]
                 if at != to:
                     payload = int64(request.step_tokens * token_bytes)
                     send_hop(
@@ -391,7 +402,7 @@ def run_events(  # pragma: no cover - compiled
             elif action == END_PASS:
                 home = scenario.requests[r].home
                 at = request.location
-                to = scenario.execution[home, 0]
+                to = tables[request.table_row, 0]
                 request.steps_left -= 1
                 goes_on = request.steps_left > 0
                 if goes_on:
@@ -428,6 +439,9 @@ def run_events(  # pragma: no cover - compiled
                     server.present_since_s = now
                     server.num_present -= 1
                     server.num_active -= 1
+                    if request.table_row != run.table_row + home:
+                        run.num_on_older_tables -= 1
+                        run.new_steps = release_steps(state, int64(0))
                     if server.queue_head >= 0:
                         r = int64(server.queue_head)
                         server.queue_head = state.requests[r].next_queued
