@@ -129,7 +129,6 @@ class ReferenceEngine:
         self._num_on_older_tables = 0
         self._change: TableChange | None = None  # one that has not begun
         self._waiting_steps: Sequence[int] = ()  # for requests on older tables
-        self._released_steps: list[int] = []  # those that the event has let start
         # migration
         self._steps: Sequence[MigrationStep] = ()
         self._open_needs: list[int] = []
@@ -201,9 +200,7 @@ class ReferenceEngine:
             self._release_ports(subject)
         else:
             self._complete_load(subject)
-        if self._released_steps:
-            self._start_steps(deque(self._released_steps))
-            self._released_steps = []
+        self._update_tables()
 
     def _where(self, kind: int, subject: Any) -> tuple[int, int, int, int]:
         """Request, layer, at and to of an event for the log."""
@@ -347,7 +344,6 @@ class ReferenceEngine:
         self._num_active[home] -= 1
         if request.table != len(self._tables) - 1:
             self._num_on_older_tables -= 1
-            self._released_steps = self._release_steps()
         if self._admission_queue[home]:
             self._admit(self._admission_queue[home].popleft())
 
@@ -587,28 +583,23 @@ class ReferenceEngine:
         self._steps = steps
         self._open_needs, self._dependents = step_dependencies(steps, change)
         self._open_steps = len(steps)
-        ready = deque(i for i, needs in enumerate(self._open_needs) if needs == 0)
         if change is not None:
             self._change = change
             self._waiting_steps = range(change.waits_from, len(steps))
-            if change.begins_after == 0:
-                ready.extend(self._begin_table(change))
-        self._start_steps(ready)
+        self._start_steps(deque(i for i, needs in enumerate(self._open_needs) if needs == 0))
+        self._update_tables()
 
-    def _begin_table(self, change: TableChange) -> list[int]:
-        """Admit requests with a new table from now on; returns the steps that need not wait."""
-        self._change = None
-        if not np.array_equal(change.execution, self._tables[-1]):
-            self._tables.append(change.execution.astype(np.int32))
-            self._num_on_older_tables = len(self._admitted)
-        return self._release_steps()
-
-    def _release_steps(self) -> list[int]:
-        """The steps whose last open need were requests on older tables, if none runs any more."""
-        if self._num_on_older_tables or self._change is not None:
-            return []
-        waiting, self._waiting_steps = self._waiting_steps, ()
-        return self._meet_need(waiting)
+    def _update_tables(self) -> None:
+        """Begin the next execution table if its steps are complete, and start steps that waited."""
+        change = self._change
+        if change is not None and len(self._steps) - self._open_steps >= change.begins_after:
+            self._change = None
+            if not np.array_equal(change.execution, self._tables[-1]):
+                self._tables.append(change.execution.astype(np.int32))
+                self._num_on_older_tables = len(self._admitted)
+        if self._change is None and self._num_on_older_tables == 0:
+            waiting, self._waiting_steps = self._waiting_steps, ()
+            self._start_steps(deque(self._meet_need(waiting)))
 
     def _start_steps(self, ready: deque[int]) -> None:
         """Start the ready steps and those that their drops make ready, first come first served."""
@@ -634,19 +625,15 @@ class ReferenceEngine:
         self._open_steps -= 1
         if not self._open_steps:
             self.migration_end_s = self.now
-        ready = self._meet_need(self._dependents[index])
-        change = self._change
-        if change is not None and len(self._steps) - self._open_steps == change.begins_after:
-            ready += self._begin_table(change)
-        return ready
+        return self._meet_need(self._dependents[index])
 
-    def _meet_need(self, dependents: Sequence[int]) -> list[int]:
+    def _meet_need(self, steps: Sequence[int]) -> list[int]:
         """Count one open need of each of these steps as met; returns those that had no other."""
         ready = []
-        for dependent in dependents:
-            self._open_needs[dependent] -= 1
-            if self._open_needs[dependent] == 0:
-                ready.append(dependent)
+        for index in steps:
+            self._open_needs[index] -= 1
+            if self._open_needs[index] == 0:
+                ready.append(index)
         return ready
 
     # --------------------------------------------------------------------------------- the protocol

@@ -155,7 +155,7 @@ class SimulationRun:
             "expert_calls": int(outcome.calls.sum()),
             "remote_calls": int(outcome.remote_calls.sum()),
             "messages": int(outcome.messages.sum()),
-            **({"hops": int(outcome.hops.sum())} if self.scenario.has_table else {}),
+            **({"hops": int(outcome.hops.sum())} if self._had_table else {}),
             "bytes_sent": int(outcome.bytes_out.sum()),
             "busiest": max(self.offered_load().values(), default=None),
             "servers": self._servers(),
@@ -179,6 +179,11 @@ class SimulationRun:
             "simulated_s": outcome.now_s,
             "runtime_s": self.runtime_s,
         }
+
+    @property
+    def _had_table(self) -> bool:
+        """Whether layers executed elsewhere than at home, from the start or since a review."""
+        return self.scenario.has_table or bool(self.outcome.hops.any())
 
     def _servers(self) -> list[dict[str, Any]]:
         requests, outcome = self.scenario.requests, self.outcome

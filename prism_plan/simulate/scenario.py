@@ -29,8 +29,7 @@ class Scenario:
     the two GPU arrays. G counts the GPUs of all servers, L the MoE layers.
 
     ``execution`` int32 [N, L]: the server where the dense part of a layer runs for requests of each
-    home server (docs/design.md, section 4, rule 6). The hidden states of a step travel wherever it
-    changes from one layer to the next, and home at the end of the step.
+    home server, at the start of the run (docs/design.md, section 4, rule 6, and section 10).
     ``offload``: servers do not call each other; an expert that is not resident is loaded from host
     memory (rule 8), and ``placement`` says what is resident at the start. Without it ``placement``
     holds every expert that the requests call.

@@ -70,6 +70,8 @@ class CompiledEngine:
             if reason == event_loop.LIMIT_REACHED:
                 if left == 0:
                     return False
+            elif reason == event_loop.TABLES_CHANGED:
+                continue
             elif reason == event_loop.LAST_REPLICA_DROPPED:
                 raise self._last_replica_dropped()
             else:
@@ -127,30 +129,23 @@ class CompiledEngine:
         self._state.run["open_steps"] = len(steps)
         while len(self._state.heap.entries) - int(self._state.heap.counts[0]) <= len(steps):
             self._set(engine_state.grow(self._state, "heap"))
-        run = self._state.run
-        run["new_steps"] = len(ready)
-        run["begins_after"] = -1 if change is None else change.begins_after
-        run["waits_from"] = len(steps) if change is None else change.waits_from
+        self._state.run["new_steps"] = len(ready)
         if change is not None:
-            run["next_table_row"] = self._row_of_table(change.execution)
+            self._arrays = engine_state.with_table(self._arrays, change.execution)
+            last_row = len(self._arrays.execution) - len(change.execution)
+            self._state.run["next_table_row"] = last_row
+            self._state.run["begins_after"] = change.begins_after
+        self._state.run["waits_from"] = len(steps) if change is None else change.waits_from
         reason = event_loop.run_events(self._arrays, self._state, self._links, -math.inf, 0)
         if reason == event_loop.LAST_REPLICA_DROPPED:
             raise self._last_replica_dropped()
-
-    def _row_of_table(self, execution: npt.NDArray[np.int32]) -> int:
-        """The first row of the table that begins next: it is appended, unless it is the latest."""
-        tables, servers = self._state.tables, len(execution)
-        if not np.array_equal(tables[-servers:], execution):
-            tables = np.concatenate([tables, execution.astype(np.int32)])
-            self._state = self._state._replace(tables=tables)
-        return len(tables) - servers
 
     def tables_in_use(self) -> npt.NDArray[np.int32]:
         requests, servers = self._state.requests, len(self._state.servers)
         running = np.isfinite(requests["start_s"]) & np.isnan(requests["done_s"])
         rows = requests["table_row"][running] // servers * servers
         first_rows = sorted({self._total("table_row"), *rows.tolist()}, reverse=True)
-        return np.stack([self._state.tables[row : row + servers] for row in first_rows])
+        return np.stack([self._arrays.execution[row : row + servers] for row in first_rows])
 
     def take_calls(self) -> Ints:
         taken: Ints = self._state.recent_calls.copy()

@@ -31,6 +31,8 @@ class ScenarioArrays(NamedTuple):
     servers: Annotated[Array, records.SERVER, "N"]
     gpus: Annotated[Array, records.GPU, "G"]
     layers: Annotated[Array, records.LAYER, "L"]
+    # A row for each home of each execution table so far
+    execution: Annotated[Array, i4, "tables x N, L"]
 
     # Network; link_rank orders the servers of a row by cost of a call
     links: Annotated[Array, records.LINK, "N, N"]
@@ -95,9 +97,6 @@ class EngineState(NamedTuple):
     held_mask: Annotated[Array, i8, "N"]
     candidate_servers: Annotated[Array, i4, "N"]
     cover_table: Annotated[Array, i8, 3, "2^K"]
-
-    # The server that executes a layer: a row for each home of each execution table so far
-    tables: Annotated[Array, i4, "N", "L"]
 
     # The migration under way; ready_steps is the queue of the steps that can start
     steps: Annotated[Array, records.STEP, 0]
@@ -176,6 +175,7 @@ def scenario_arrays(s: Scenario) -> ScenarioArrays:
         "servers": _records(records.SERVER, servers),
         "gpus": _records(records.GPU, gpus),
         "layers": _records(records.LAYER, layers),
+        "execution": s.execution,
         "links": _records(records.LINK, network),
         "link_rank": network.link_rank(),
         "prefill_s": timing.prefill_s,
@@ -185,9 +185,7 @@ def scenario_arrays(s: Scenario) -> ScenarioArrays:
     }
     hints = get_type_hints(ScenarioArrays, include_extras=True)
     for name, value in values.items():
-        array = np.ascontiguousarray(value, hints[name].__metadata__[0]).view()
-        array.setflags(write=False)
-        values[name] = array
+        values[name] = _read_only(value, hints[name].__metadata__[0])
     for name in ("call_overhead_s", "hop_overhead_s", "burst_bytes", "short_bytes"):
         values[name] = float(getattr(network, name))
     return ScenarioArrays(
@@ -197,6 +195,20 @@ def scenario_arrays(s: Scenario) -> ScenarioArrays:
         route=ROUTES.index(s.route),
         offload=bool(s.offload),
     )
+
+
+def with_table(arrays: ScenarioArrays, execution: Array) -> ScenarioArrays:
+    """The arrays with one more execution table [N, L], unless it is the latest one."""
+    rows = arrays.execution
+    if np.array_equal(rows[-len(execution) :], execution):
+        return arrays
+    return arrays._replace(execution=_read_only(np.concatenate([rows, execution]), i4))
+
+
+def _read_only(values: Any, kind: Any) -> Array:
+    array = np.ascontiguousarray(values, kind).view()
+    array.setflags(write=False)
+    return array
 
 
 def _records(kind: np.dtype[Any], source: Any) -> Array:
@@ -250,7 +262,6 @@ def initial_state(s: Scenario, *, log: bool) -> EngineState:
         state.servers[name] = s.network.burst_bytes
     state.run["free_messages"] = room
     state.free_messages[:] = np.arange(room)[::-1]
-    state.tables[:] = s.execution
     state.run["begins_after"] = -1
     _place_experts(state, s)
     for i, slot in enumerate(all_slots):

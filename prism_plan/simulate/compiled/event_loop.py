@@ -20,10 +20,9 @@ from prism_plan.simulate.compiled.engine_state import (
 from prism_plan.simulate.compiled.heap import KIND_SHIFT, push_event, remove_first_event
 from prism_plan.simulate.compiled.migration_kernels import (
     add_replica,
-    begin_table,
     complete_step,
-    release_steps,
     start_steps,
+    update_tables,
 )
 from prism_plan.simulate.compiled.offload_kernels import compute_with_offload
 from prism_plan.simulate.compiled.records import CALL, IDS, STATES
@@ -44,6 +43,8 @@ from prism_plan.simulate.routing_policies import choose_holders
 
 #: Why :func:`run_events` returned.
 NO_EVENT_LEFT, LIMIT_REACHED, HEAP_FULL, MESSAGES_FULL, LOG_FULL, LAST_REPLICA_DROPPED = range(6)
+#: Also: the next call may have to begin an execution table or to start steps that waited.
+TABLES_CHANGED = 6
 #: What an event causes next for its request.
 NOTHING, COMPLETE_PART, BEGIN_PASS, ENTER_LAYER, END_PASS, DELIVER_ID, ADMIT = range(7)
 
@@ -53,7 +54,7 @@ def run_events(  # pragma: no cover - compiled
     scenario: ScenarioArrays, state: EngineState, links: TransferArrays, until_s: float,
     max_events: int,
 ) -> int:  # fmt: skip
-    """Begin a migration that is new, then process events; return why it ended.
+    """Start the steps of a migration that can, then process events; return why it ended.
 
     Events up to ``until_s`` are processed, at most ``max_events``.
 
@@ -79,19 +80,18 @@ def run_events(  # pragma: no cover - compiled
     candidate_servers, cover_table = state.candidate_servers, state.cover_table
     recent_calls, message_work_s = state.recent_calls, state.message_work_s
     messages, free_messages = state.messages, state.free_messages
-    tables = state.tables
     logging = len(state.log) > 0
     processed = 0
-    if run.begins_after == 0:
-        run.new_steps = begin_table(state, run.new_steps)
+    tables_changed = False
+    num_ready = int64(run.new_steps)
+    run.new_steps = 0
     while True:
-        if run.new_steps > 0:
-            num_ready = run.new_steps
-            run.new_steps = 0
-            if not start_steps(scenario, state, num_ready):
-                return LAST_REPLICA_DROPPED
-        if heap.counts[0] == 0:
+        if num_ready > 0 and not start_steps(scenario, state, num_ready):
+            return LAST_REPLICA_DROPPED
+        num_ready = update_tables(state)
+        if num_ready == 0:
             break
+    while heap.counts[0] > 0:
         now = heap.entries[0].time_s
         if now > until_s:
             break
@@ -334,7 +334,9 @@ def run_events(  # pragma: no cover - compiled
                 step.gpu, step.pair, state.gpu_holds, first_gpu, holders, num_replicas,
                 scenario.gpus[step.gpu].server,
             )  # fmt: skip
-            run.new_steps = complete_step(state, subject, int64(0))
+            if not start_steps(scenario, state, complete_step(state, subject, int64(0))):
+                return LAST_REPLICA_DROPPED
+            tables_changed = run.begins_after >= 0
 
         # ------------------------------------------------ the actions that the event causes
         while action != NOTHING:
@@ -368,7 +370,7 @@ def run_events(  # pragma: no cover - compiled
                 request.decoding = prefill == 0
                 request.layer = 0
                 action = BEGIN_PASS
-                to = tables[request.table_row, 0]
+                to = scenario.execution[request.table_row, 0]
                 if to != home:
                     action = NOTHING
                     payload = int64(BYTES_PER_TOKEN_ID * request.step_tokens)
@@ -380,7 +382,7 @@ def run_events(  # pragma: no cover - compiled
                 action = NOTHING
                 at = request.location
                 layer = request.layer
-                to = tables[request.table_row, layer]
+                to = scenario.execution[request.table_row, layer]
                 if at != to:
                     payload = int64(request.step_tokens * token_bytes)
                     send_hop(
@@ -402,7 +404,7 @@ def run_events(  # pragma: no cover - compiled
             elif action == END_PASS:
                 home = scenario.requests[r].home
                 at = request.location
-                to = tables[request.table_row, 0]
+                to = scenario.execution[request.table_row, 0]
                 request.steps_left -= 1
                 goes_on = request.steps_left > 0
                 if goes_on:
@@ -441,9 +443,11 @@ def run_events(  # pragma: no cover - compiled
                     server.num_active -= 1
                     if request.table_row != run.table_row + home:
                         run.num_on_older_tables -= 1
-                        run.new_steps = release_steps(state, int64(0))
+                        tables_changed = run.num_on_older_tables == 0
                     if server.queue_head >= 0:
                         r = int64(server.queue_head)
                         server.queue_head = state.requests[r].next_queued
                         action = ADMIT
+        if tables_changed:
+            return TABLES_CHANGED
     return NO_EVENT_LEFT

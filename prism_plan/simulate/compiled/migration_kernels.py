@@ -1,4 +1,4 @@
-"""Migration in the compiled engine: replicas that come and go, and the steps that move them."""
+"""Migration in the compiled engine: replicas that come and go, the steps that move them, tables."""
 
 from __future__ import annotations
 
@@ -117,50 +117,35 @@ def complete_step(  # pragma: no cover - compiled
     if run.open_steps == 0:
         run.migration_end_s = run.now_s
     for i in range(state.steps[index].first_dependent, state.steps[index].end_dependent):
-        num_ready = meet_need(state, int64(state.step_dependents[i]), num_ready)
-    if run.begins_after > 0 and len(state.steps) - run.open_steps == run.begins_after:
-        num_ready = begin_table(state, num_ready)
+        other = state.step_dependents[i]
+        state.steps[other].open_needs -= 1
+        if state.steps[other].open_needs == 0:
+            state.ready_steps[num_ready] = other
+            num_ready += 1
     return num_ready
 
 
 @inline_kernel
-def begin_table(state: EngineState, num_ready: int) -> int:  # pragma: no cover - compiled
-    """Admit requests with the next table from now on, and release the steps that need not wait.
+def update_tables(state: EngineState) -> int:  # pragma: no cover - compiled
+    """Begin the next execution table if its steps are complete, and release steps that waited.
 
-    They are appended to ``ready_steps``; returns how many there are.
+    The steps that have no other need are the first ones of ``ready_steps``; returns how many.
     """
     run = state.run[0]
-    run.begins_after = -1
-    if run.next_table_row != run.table_row:
-        run.table_row = run.next_table_row
-        run.num_on_older_tables = 0
-        for n in range(len(state.servers)):
-            run.num_on_older_tables += state.servers[n].num_active
-    return release_steps(state, num_ready)
-
-
-@inline_kernel
-def release_steps(state: EngineState, num_ready: int) -> int:  # pragma: no cover - compiled
-    """Append to ``ready_steps`` those that waited for requests on older tables, if none is left.
-
-    Returns how many there are.
-    """
-    run = state.run[0]
-    if run.num_on_older_tables == 0 and run.begins_after < 0:
-        for index in range(run.waits_from, len(state.steps)):
-            num_ready = meet_need(state, int64(index), num_ready)
-        run.waits_from = len(state.steps)
-    return num_ready
-
-
-@inline_kernel
-def meet_need(  # pragma: no cover - compiled
-    state: EngineState, index: int, num_ready: int
-) -> int:
-    """Count a need of a step as met, and append it to ``ready_steps`` if that was the last one."""
-    step = state.steps[index]
-    step.open_needs -= 1
-    if step.open_needs == 0:
-        state.ready_steps[num_ready] = index
-        num_ready += 1
+    steps = len(state.steps)
+    if run.begins_after >= 0 and steps - run.open_steps >= run.begins_after:
+        run.begins_after = -1
+        if run.next_table_row != run.table_row:
+            run.table_row = run.next_table_row
+            run.num_on_older_tables = 0
+            for n in range(len(state.servers)):
+                run.num_on_older_tables += state.servers[n].num_active
+    num_ready = 0
+    if run.begins_after < 0 and run.num_on_older_tables == 0:
+        for index in range(run.waits_from, steps):
+            state.steps[index].open_needs -= 1
+            if state.steps[index].open_needs == 0:
+                state.ready_steps[num_ready] = index
+                num_ready += 1
+        run.waits_from = steps
     return num_ready

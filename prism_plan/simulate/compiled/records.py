@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-_KINDS = {"i4": np.int32, "i8": np.int64, "f8": np.float64, "bool": np.bool_}
+_KINDS = {"i2": np.int16, "i4": np.int32, "i8": np.int64, "f8": np.float64, "bool": np.bool_}
 
 
 def _record(**kinds: str) -> np.dtype[Any]:
@@ -38,9 +38,7 @@ LINK = _record(seconds_per_byte="f8", half_rtt_s="f8")
 #: The run as a whole: the time; when the latest migration was complete; events processed; the
 #: latest request that arrived; requests that are finished; unused messages; messages that ever
 #: waited; steps of a migration not yet complete, those of a new one that can start, the one that
-#: dropped a last replica; experts loaded and their bytes; lines of the log. Of execution tables:
-#: the first row of that which requests are admitted with; that of the next one, and after how many
-#: steps it begins, or -1; the first step that waits for requests on older tables; their number.
+#: dropped a last replica; experts loaded and their bytes; lines of the log.
 RUN = _record(
     now_s="f8", migration_end_s="f8", processed="i8", latest_arrival="i8", finished="i8",
     free_messages="i8", enqueued="i8", open_steps="i8", new_steps="i8", failed_step="i8",
@@ -54,7 +52,7 @@ RUN = _record(
 REQUEST_STATE = _record(
     token_row="i8", layer_start_s="f8", start_s="f8", first_token_s="f8", done_s="f8",
     location="i4", table_row="i4", step_tokens="i4", steps_left="i4", ids_left="i4", context="i4",
-    layer="i4", pending_parts="i4", remote_experts="i4", next_queued="i4", decoding="bool",
+    pending_parts="i4", remote_experts="i4", next_queued="i4", layer="i2", decoding="bool",
 )  # fmt: skip
 #: The admission queue, requests admitted and present, the token buckets of both directions (level
 #: and time of it), and the measurements of a home server and of its line.
