@@ -19,7 +19,7 @@ from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.instance import Instance
 from prism_plan.solvers.busy_servers import IDLE_SHARE, Candidate, busiest_share, simulated_s
 from prism_plan.solvers.contract import Options, Solver, SolverResult
-from prism_plan.solvers.idle_time import idle_time
+from prism_plan.solvers.idle_time import idle_time, request_weights
 from prism_plan.solvers.packing import pack_on_gpus
 from prism_plan.solvers.paths import shortest_paths
 from prism_plan.trace import Trace
@@ -85,11 +85,17 @@ def _best_table(
     at_home = np.array([server.execute_at_home for server in cluster.servers])
     idle = idle_time(on_gpu, trace.model, cluster, trace, seed)
     table = shortest_paths(idle, at_home)
+    weights = request_weights(idle, cluster)
+
+    def note(chosen: npt.NDArray[np.int32], **more: Any) -> dict[str, Any]:
+        return {"expected_latency_s": float(weights @ idle.of_table(chosen)), **more}
+
     if executes_at_home(table) or busiest_share(idle, table, cluster) <= IDLE_SHARE:
-        return table, {}
+        return table, note(table)
     tables = {"paths": table, "home": home_execution(*table.shape)}
     means = simulated_s(
         {key: Candidate(on_gpu, x, instance.gpu_capacity) for key, x in tables.items()},
         instance, cluster, trace, seed,
     )  # fmt: skip
-    return tables[min(means, key=means.__getitem__)], {"simulated_s": means}
+    chosen = tables[min(means, key=means.__getitem__)]
+    return chosen, note(chosen, simulated_s=means)
