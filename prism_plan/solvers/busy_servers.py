@@ -16,9 +16,8 @@ import numpy.typing as npt
 from prism_plan.cluster import Cluster
 from prism_plan.instance import Instance
 from prism_plan.placement import Placement, SolveReport
-from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
 from prism_plan.simulate.sampling import sample_requests
-from prism_plan.simulate.scenario import Scenario
+from prism_plan.simulate.short_run import short_run
 from prism_plan.solvers.idle_time import IdleTime
 from prism_plan.trace import Trace
 
@@ -61,11 +60,9 @@ def simulated_s(
     means = {}
     for name, (on_gpu, execution, capacity) in candidates.items():
         placement = Placement(
-            instance.model, instance.servers, capacity, on_gpu, SolveReport("candidate")
-        )
-        engine = CompiledEngine(
-            Scenario.build(placement, requests, cluster, trace.model, execution=execution)
-        )
-        engine.advance()
-        means[name] = float(np.mean(engine.outcome().done_s - requests.arrival_s))
+            instance.model, instance.servers, capacity, on_gpu, SolveReport("candidate"),
+            execution=execution,
+        )  # fmt: skip
+        outcome = short_run(placement, requests, cluster, trace.model)
+        means[name] = float(np.mean(outcome.done_s - requests.arrival_s))
     return means

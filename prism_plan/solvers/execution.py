@@ -1,7 +1,8 @@
 """Solvers of experts with the best execution table for what they place: ``NAME+paths``.
 
 The table is the best for a request on its own. Where servers would be busy, all homes may have
-chosen the same one: there a short simulation of the trace decides between the table and home.
+chosen the same one: there a short simulation of the trace decides between that table, one in which
+homes pay for the waiting that they cause to others, and home.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from prism_plan.solvers.busy_servers import IDLE_SHARE, Candidate, busiest_share
 from prism_plan.solvers.contract import Options, Solver, SolverResult
 from prism_plan.solvers.idle_time import idle_time, request_weights
 from prism_plan.solvers.packing import pack_on_gpus
-from prism_plan.solvers.paths import shortest_paths
+from prism_plan.solvers.paths import shortest_paths, tolled_paths
 from prism_plan.trace import Trace
 
 #: KV caches lie where layers execute, so that slots depend on the table: plan, count, plan again.
@@ -92,7 +93,12 @@ def _best_table(
 
     if executes_at_home(table) or busiest_share(idle, table, cluster) <= IDLE_SHARE:
         return table, note(table)
-    tables = {"paths": table, "home": home_execution(*table.shape)}
+    rates = np.array([1 / (s.arrival_interval_s or np.inf) for s in cluster.servers])
+    tables = {
+        "paths": table,
+        "paths with tolls": tolled_paths(idle, rates, at_home),
+        "home": home_execution(*table.shape),
+    }
     means = simulated_s(
         {key: Candidate(on_gpu, x, instance.gpu_capacity) for key, x in tables.items()},
         instance, cluster, trace, seed,

@@ -156,7 +156,7 @@ def _no_pipeline(instance: Instance) -> Infeasible:
     if instance.in_slots:
         whole = int((instance.slots // instance.model.num_experts).sum())
         lacking, unit = max(instance.model.num_layers - whole, 1), "layers"
-        found = f"the servers hold {whole} whole layers of {instance.model.num_layers}"
+        found = f"the servers hold {quantity(whole, 'whole layer')} of {instance.model.num_layers}"
     else:
         capacity = sum(sum(gpus) for gpus in instance.gpu_capacity)
         lacking, unit = max(int(sizes.sum()) - capacity, int(sizes.min())), "bytes"
