@@ -193,7 +193,7 @@ def _equals_but_one(interval_s: float | None) -> tuple[Trace, Cluster]:
 
 
 def test_a_table_that_would_overload_a_server_is_not_taken() -> None:
-    """All homes gain by the fast server until they queue there: then they stay at home.
+    """All homes gain by the fast server until they queue there: then one of them may have it.
 
     A request takes about 0.1 s: one in 0.15 s from each of three homes is too much for one server.
     Rarely asked, or without known rates, the cluster is planned as idle.
@@ -205,7 +205,7 @@ def test_a_table_that_would_overload_a_server_is_not_taken() -> None:
         assert "simulated_s" not in idle.plan.extra
     trace, cluster = _equals_but_one(0.15)
     busy = solve(Instance.build(trace, cluster), "exact+paths")
-    assert busy.execution is None
+    assert sorted(busy.execution_table[:, 0].tolist()) == [0, 1, 2]
     simulated = busy.plan.extra["simulated_s"]
     assert simulated["home"] < simulated["paths"]
     assert simulated["paths with tolls"] < simulated["paths"]
