@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +53,38 @@ def executed_elsewhere(table: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
 def executes_at_home(table: npt.NDArray[np.integer]) -> bool:
     """Whether every layer executes at the home server, by a table [N, L]."""
     return not executed_elsewhere(table).any()
+
+
+def layers_by_server(
+    table: npt.NDArray[np.integer], moe_layers: Sequence[int], homes: npt.NDArray[np.bool_]
+) -> list[str]:
+    """Which layers each server executes for some home, by decoder layer index: "1-18, 26", or "".
+
+    ``table`` is int32 [N, L]; ``homes`` bool [N] are the rows that count.
+    """
+    layers = np.array(moe_layers)
+    texts = []
+    for server in range(len(table)):
+        executed = np.flatnonzero((table[homes] == server).any(axis=0))
+        runs = np.split(executed, np.flatnonzero(np.diff(executed) > 1) + 1)
+        ends = [(layers[run[0]], layers[run[-1]]) for run in runs if len(run)]
+        texts.append(", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in ends))
+    return texts
+
+
+def moved_activations(
+    activations: npt.NDArray[np.float64], table: npt.NDArray[np.integer]
+) -> npt.NDArray[np.float64]:
+    """Calls by the server that executes the layer, g[m, l, e], of those by home, f[n, l, e].
+
+    g[m, l, e] is the sum of f[n, l, e] over the homes n whose layer l executes at m, float64
+    [N, L, E]; with every layer at home it is f.
+    """
+    moved = np.zeros_like(activations)
+    layers = np.arange(table.shape[1])
+    for calls, row in zip(activations, table, strict=True):
+        moved[row, layers] += calls
+    return moved
 
 
 def spans(row: npt.NDArray[np.integer]) -> list[Span]:

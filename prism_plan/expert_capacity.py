@@ -117,11 +117,21 @@ def capacity_with_kv(
     cluster: Cluster, model: ModelSpec, kv: Sequence[int]
 ) -> tuple[tuple[int, ...], ...]:
     """As :func:`gpu_capacity`, with so many bytes for the KV caches of each server [N]."""
+    return tuple(
+        server_capacity(model, server, own) for server, own in zip(cluster.servers, kv, strict=True)
+    )
+
+
+def server_capacity(model: ModelSpec, server: Server, kv: int) -> tuple[int, ...]:
+    """As :func:`gpu_capacity`, of one server with so many bytes for its KV caches.
+
+    Raises
+    ------
+    Infeasible
+        A GPU is too small for what must reside on it.
+    """
     unit = model.expert_bytes_by_layer[0] if model.equal_expert_bytes else 1
     return tuple(
-        tuple(
-            bytes_for_experts(model, server, g, own) // unit if gpu.slots is None else gpu.slots
-            for g, gpu in enumerate(server.gpus)
-        )
-        for server, own in zip(cluster.servers, kv, strict=True)
+        bytes_for_experts(model, server, g, kv) // unit if gpu.slots is None else gpu.slots
+        for g, gpu in enumerate(server.gpus)
     )

@@ -12,6 +12,7 @@ from prism_plan.cli.solve import BACKENDS
 from prism_plan.cli.tables import format_option
 
 if TYPE_CHECKING:
+    from prism_plan.cli.tables import Column
     from prism_plan.evaluate.comparison import Comparison
 
 
@@ -25,6 +26,7 @@ class CompareOptions(TableOptions):
     solvers: str | None
     holdout: float | None
     min_replicas: int
+    requests_per_server: int
     time_limit_s: float | None
     backend: Literal["highs", "cbc"]
     seed: int
@@ -35,7 +37,7 @@ class CompareOptions(TableOptions):
 @click.argument("trace", metavar="T.parquet")
 @click.argument("placements", nargs=-1, metavar="[P.json]...")
 @click.option("--cluster", required=True, metavar="C.toml", help="Servers, GPUs and links.")
-@click.option("--solvers", metavar="A,B,C", help="Solvers to compare; default: all. '' for none.")
+@click.option("--solvers", metavar="A,B,C", help="Solvers to compare; '' for none.")
 @click.option(
     "--holdout",
     type=float,
@@ -43,6 +45,15 @@ class CompareOptions(TableOptions):
     help="Score on this share of each task's requests, plan on the others.",
 )
 @click.option("--min-replicas", default=1, show_default=True, metavar="R")
+@click.option(
+    "--requests",
+    "requests_per_server",
+    type=int,
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Simulated requests of each server, the same for all, for latencies; 0: none.",
+)
 @click.option(
     "--time-limit",
     "time_limit_s",
@@ -60,7 +71,8 @@ def command(args: CompareOptions) -> None:
     """Score solvers, and placements that exist, side by side on the same requests.
 
     Remote share, waiting share and destinations are recomputed from each placement; the worst
-    server stands beside the sum over all.
+    server stands beside the sum over all. Latencies are those of short simulations on requests that
+    are the same for all placements.
     """
     import json
 
@@ -68,14 +80,14 @@ def command(args: CompareOptions) -> None:
     from prism_plan.cli.inputs import (
         error_source,
         load_cluster,
+        log_assumed_figures,
         log_planned_on_scored_requests,
         parse_solver_names,
         require_writable_output,
     )
-    from prism_plan.evaluate.comparison import compare
+    from prism_plan.evaluate.comparison import DEFAULT_SOLVERS, compare
     from prism_plan.io.placement import read_placement
     from prism_plan.solvers.contract import Options
-    from prism_plan.solvers.registry import SOLVER_NAMES
 
     names = parse_solver_names(args.solvers)
     if names is not None and "ilp" not in names:
@@ -86,7 +98,7 @@ def command(args: CompareOptions) -> None:
     existing = [(path, read_placement(path)) for path in args.placements]
     trace = load_trace(args.trace, keep_tokens=True)
     log_planned_on_scored_requests(existing, trace, args.holdout)
-    total = len(SOLVER_NAMES if names is None else names) + len(existing)
+    total = len(DEFAULT_SOLVERS if names is None else names) + len(existing)
     done = -1
 
     with progress(total, "placements") as update:
@@ -105,22 +117,24 @@ def command(args: CompareOptions) -> None:
                 holdout=args.holdout,
                 min_replicas=args.min_replicas,
                 options=options,
+                requests_per_server=args.requests_per_server,
                 progress=report_progress,
             )
+    if result.simulated_requests is not None:
+        log_assumed_figures(args.cluster, cluster, compute=True, links=True)
     values = result.to_json()
     if args.output is not None:
         write_output(args.output, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
     if args.as_json and args.output != "-":
         print_json(values)
     else:
-        _print(result, values, form=args.table_format, err=args.output == "-")
+        _print(result, values, args)
 
 
-def _print(result: Comparison, values: dict[str, Any], *, form: str, err: bool) -> None:
+def _print(result: Comparison, values: dict[str, Any], args: CompareOptions) -> None:
     from prism_plan.cli.console import log_info
     from prism_plan.cli.tables import (
         duration_column,
-        excess_column,
         number_column,
         print_table,
         share_column,
@@ -128,7 +142,6 @@ def _print(result: Comparison, values: dict[str, Any], *, form: str, err: bool) 
     )
 
     rows = [row for row in values["rows"] if row["remote_share"] is not None]
-    best = min((row["remote_share"] for row in rows), default=0.0)
 
     def of(key: str) -> list[Any]:
         return [row[key] for row in rows]
@@ -137,11 +150,21 @@ def _print(result: Comparison, values: dict[str, Any], *, form: str, err: bool) 
         row["name"] + (f" ({row['violations']} violations)" if row["violations"] else "")
         for row in rows
     ]
-    above = [None if not best else row["remote_share"] / best - 1 for row in rows]
-    columns = [
-        text_column("placement", "placement", names),
-        share_column("remote", "remote_share", of("remote_share")),
-        excess_column("vs best", "above_best", above, rank=2),
+    simulated = result.simulated_requests is not None
+    columns = [text_column("placement", "placement", names)]
+    if simulated:
+        columns += [
+            duration_column("mean", "latency_mean_s", of("latency_mean_s")),
+            _above_best("latency_above_best", of("latency_mean_s")),
+            duration_column("p95", "latency_p95_s", of("latency_p95_s"), rank=2),
+            duration_column("ttft", "ttft_mean_s", of("ttft_mean_s"), rank=3),
+        ]
+    columns.append(share_column("remote", "remote_share", of("remote_share")))
+    if result.holdout is not None:
+        columns.append(share_column("as planned", "planned_share", of("planned_share"), rank=3))
+    if not simulated:
+        columns.append(_above_best("above_best", of("remote_share")))
+    columns += [
         share_column("worst", "worst_server_share", of("worst_server_share"), rank=4),
         text_column("worst server", "worst_server", of("worst_server"), rank=5),
         share_column("waiting", "waiting_share", of("waiting_share"), rank=1),
@@ -151,11 +174,10 @@ def _print(result: Comparison, values: dict[str, Any], *, form: str, err: bool) 
     ]
     title = f"{result.trace} on {result.cluster}"
     if result.holdout is not None:
-        columns.insert(2, share_column("as planned", "planned_share", of("planned_share"), rank=3))
         title += (
             f": planned on {result.planned_requests} requests, scored on {result.scored_requests}"
         )
-    print_table(columns, title=title, form=form, err=err)
+    print_table(columns, title=title, form=args.table_format, err=args.output == "-")
     for row in values["rows"]:
         if row["note"]:
             log_info(f"{row['name']}: {row['note']}")
@@ -163,3 +185,14 @@ def _print(result: Comparison, values: dict[str, Any], *, form: str, err: bool) 
             log_info(f"{row['name']}: destinations are {row['destinations_method']}")
     if result.kind == "counts":
         log_info("counts-only trace: waiting share and destinations need one token by token")
+    if not simulated and args.requests_per_server:
+        log_info("no latencies: a server with tasks has no arrival_interval_s")
+
+
+def _above_best(key: str, values: list[float | None]) -> Column:
+    """By how much each value is above the least one; empty where that is 0."""
+    from prism_plan.cli.tables import excess_column
+
+    best = min((value for value in values if value is not None), default=0.0)
+    above = [None if not best or value is None else value / best - 1 for value in values]
+    return excess_column("vs best", key, above, rank=2)

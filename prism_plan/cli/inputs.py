@@ -63,7 +63,7 @@ def parse_solver_names(text: str | None) -> list[str] | None:
     InputError
         An unknown solver, or commas alone.
     """
-    from prism_plan.solvers.registry import SOLVER_NAMES, get_solver
+    from prism_plan.solvers.registry import ALL_SOLVERS, get_solver
 
     if text is None:
         return None
@@ -72,7 +72,7 @@ def parse_solver_names(text: str | None) -> list[str] | None:
         raise InputError(
             f"{text!r:.60} names no solver",
             parameter="solvers",
-            expected=f"some of {', '.join(SOLVER_NAMES)}",
+            expected=f"some of {', '.join(ALL_SOLVERS)}",
         )
     with error_parameter("solvers"):
         for name in names:

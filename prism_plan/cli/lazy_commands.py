@@ -26,12 +26,12 @@ class SolverNames(click.types.StringParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        from prism_plan.solvers.registry import SOLVER_NAMES
+        from prism_plan.solvers.registry import ALL_SOLVERS
 
         before, comma, last = incomplete.rpartition(",")
         return [
             CompletionItem(f"{before}{comma}{name}")
-            for name in SOLVER_NAMES
+            for name in ALL_SOLVERS
             if name.startswith(last)
         ]
 

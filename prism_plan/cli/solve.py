@@ -42,7 +42,8 @@ class SolveOptions(TableOptions):
     default="exact",
     show_default=True,
     metavar="NAME",
-    help="uniform, redundance, smartmoe, eplb, layer-partition, prism, ilp or exact.",
+    help="uniform, redundance, smartmoe, eplb, layer-partition, prism, ilp or exact place experts; "
+    "pipeline plans where whole layers lie and execute.",
 )
 @click.option(
     "--execution",
@@ -50,7 +51,7 @@ class SolveOptions(TableOptions):
     default="home",
     show_default=True,
     help="Where layers execute: at the home server of each request, or along the fastest path over "
-    "all servers (as NAME+paths in lists of solvers).",
+    "all servers (as NAME+paths in lists of solvers). Not for pipeline.",
 )
 @click.option(
     "--min-replicas",
@@ -104,10 +105,12 @@ def command(args: SolveOptions) -> None:
     from prism_plan.io.placement import dump_placement, read_placement
     from prism_plan.model_spec import require_same_model
     from prism_plan.solvers.contract import Options
-    from prism_plan.solvers.registry import PATHS, get_solver
+    from prism_plan.solvers.registry import PATHS, TABLE_SOLVERS, get_solver
     from prism_plan.solvers.run import solve
 
     name = args.solver
+    if name in TABLE_SOLVERS:
+        args.refuse("execution", found=f"solver {name!r} plans by itself where layers execute")
     if args.execution == "paths":
         name = name.removesuffix(PATHS) + PATHS
     with error_parameter("solver"):
@@ -133,7 +136,8 @@ def command(args: SolveOptions) -> None:
         instance = Instance.build(trace, cluster, min_replicas=args.min_replicas)
         placement = solve(instance, name, options, inputs=inputs)
     write_output(args.output, dump_placement(placement))
-    if name.endswith(PATHS):  # nothing else in a plan depends on how fast GPUs and links are
+    # of home plans nothing depends on how fast GPUs and links are
+    if name.endswith(PATHS) or name in TABLE_SOLVERS:
         log_assumed_figures(args.cluster, cluster, compute=True, links=True)
     if reserved := missing_kv_reservation(cluster, trace.model):
         log_info(f"{args.cluster}: {reserved}")
@@ -151,12 +155,16 @@ def _print_summary(placement: Placement, instance: Instance, args: SolveOptions)
         size_column,
         text_column,
     )
+    from prism_plan.execution_table import layers_by_server
     from prism_plan.objective import remote_score
     from prism_plan.printable_text import quantity
 
     plan = placement.plan
     local = placement.local
     score = remote_score(instance.activations, placement.local_to_execution)
+    executed = layers_by_server(
+        placement.execution_table, placement.model.moe_layers, score.calls > 0
+    )
     rows = []
     for n, name in enumerate(placement.servers):
         slots = sum(placement.gpu_capacity[n])
@@ -168,6 +176,7 @@ def _print_summary(placement: Placement, instance: Instance, args: SolveOptions)
                 "experts": held,
                 "remote_share": score.by_server[n],
                 "calls": float(score.calls[n]),
+                **({} if placement.execution is None else {"executes": executed[n]}),
             }
         )
     values = {
@@ -193,11 +202,16 @@ def _print_summary(placement: Placement, instance: Instance, args: SolveOptions)
         count_column("experts", "experts", [int(local[n].sum()) for n in range(len(capacity))]),
         share_column("remote share", "remote_share", score.by_server),
     ]
+    if placement.execution is not None:
+        columns.append(text_column("executes layers", "executes", executed))
     bound = "no bound" if plan.bound is None else f"bound {percent(plan.bound, 4)}"
     if "priced_bound" in plan.extra:
         bound = "in calls and loads together"
+    latency = ""
+    if (seconds := plan.extra.get("expected_latency_s")) is not None:
+        latency = f"{seconds:.3g} s a request on an idle cluster, "
     title = (
-        f"{plan.solver}: {percent(plan.remote_share, 4)} of calls are remote "
+        f"{plan.solver}: {latency}{percent(plan.remote_share, 4)} of calls are remote "
         f"({plan.termination}, {bound}, {plan.runtime_s:.3f} s)"
     )
     print_table(columns, title=title, form=args.table_format, err=to_stderr)

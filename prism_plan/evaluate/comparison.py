@@ -7,22 +7,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from prism_plan.cluster import Cluster
-from prism_plan.errors import InputError, UnsupportedFeature
+from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
 from prism_plan.instance import Instance
 from prism_plan.model_spec import ModelSpec, require_same_model
 from prism_plan.objective import RemoteScore, StepScore, largest_share, score, step_scores
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
-from prism_plan.solvers import SOLVER_NAMES, Options, solve
+from prism_plan.simulate.sampling import sample_requests
+from prism_plan.simulate.short_run import short_run
+from prism_plan.solvers import PATHS, SOLVER_NAMES, TABLE_SOLVERS, Options, solve
 from prism_plan.token_rates import TokenRates, expected_token_rates
 from prism_plan.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
 
+#: Solvers of a comparison that names none: all of them, and two with the layers where they lie.
+DEFAULT_SOLVERS = (*SOLVER_NAMES, "layer-partition" + PATHS, "exact" + PATHS, *TABLE_SOLVERS)
+#: Simulated requests of each server; so many tell apart what differs by some percent.
+SIMULATED_REQUESTS = 20
 #: `ilp` is left out of a comparison of all solvers beyond so many (server, expert) pairs.
 ILP_PAIRS = 50_000
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyScore:
+    """Seconds of the requests of a short simulation: mean, 95th percentile, mean to first token."""
+
+    mean_s: float
+    p95_s: float
+    ttft_mean_s: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +47,8 @@ class ComparisonRow:
     """One placement of a comparison, or the reason why there is none (``note``).
 
     Scores are on the scored requests; ``planned_share`` is the remote share on the requests that
-    the solver planned with.
+    the solver planned with. ``latency`` is missing where nothing was simulated, and of placements
+    that break a constraint.
     """
 
     name: str
@@ -38,12 +56,13 @@ class ComparisonRow:
     remote: RemoteScore | None = None
     steps: StepScore | None = None
     planned_share: float | None = None
+    latency: LatencyScore | None = None
     violations: int = 0
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``--json`` and plots."""
-        remote, steps, placement = self.remote, self.steps, self.placement
+        remote, steps, placement, latency = self.remote, self.steps, self.placement, self.latency
         servers = placement.servers if placement else ()
         worst_remote = largest_share(remote.by_server) if remote else None
         worst_waiting = largest_share(steps.waiting_by_server) if steps else None
@@ -65,6 +84,9 @@ class ComparisonRow:
                 dict(zip(servers, steps.waiting_by_server, strict=True)) if steps else None
             ),
             "planned_share": self.planned_share,
+            "latency_mean_s": latency.mean_s if latency else None,
+            "latency_p95_s": latency.p95_s if latency else None,
+            "ttft_mean_s": latency.ttft_mean_s if latency else None,
             "bound": placement.plan.bound if placement else None,
             "termination": placement.plan.termination if placement else None,
             "runtime_s": placement.plan.runtime_s if placement else None,
@@ -94,6 +116,7 @@ class Comparison:
     holdout: float | None
     seed: int
     min_replicas: int
+    simulated_requests: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, format ``prism-plan/comparison`` version 1."""
@@ -108,6 +131,7 @@ class Comparison:
             "scored_requests": self.scored_requests,
             "seed": self.seed,
             "min_replicas": self.min_replicas,
+            "simulated_requests": self.simulated_requests,
             "rows": [row.to_json() for row in self.rows],
         }
 
@@ -130,13 +154,16 @@ def compare(
     holdout: float | None = None,
     min_replicas: int = 1,
     options: Options | None = None,
+    requests_per_server: int = SIMULATED_REQUESTS,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Comparison:
     """Plan with each solver, and score the results and existing placements alike.
 
     With ``holdout`` the solvers plan on one part of each task's requests and all placements are
-    scored on the rest. ``solvers`` of ``None`` is all of them, without `ilp` where it would take
-    minutes.
+    scored on the rest. ``solvers`` of ``None`` are :data:`DEFAULT_SOLVERS`, without `ilp` where it
+    would take minutes. Latencies are those of ``requests_per_server`` simulated requests of each
+    server with users, the same for all placements; 0, or a server without ``arrival_interval_s``:
+    nothing is simulated.
 
     Raises
     ------
@@ -152,7 +179,7 @@ def compare(
     target = Instance.build(scored, cluster, min_replicas=min_replicas)
     token_rates = expected_token_rates(scored, cluster)
     rows: list[ComparisonRow] = []
-    for name in SOLVER_NAMES if solvers is None else solvers:
+    for name in DEFAULT_SOLVERS if solvers is None else solvers:
         pairs = instance.num_servers * instance.model.num_pairs
         if solvers is None and name == "ilp" and pairs > ILP_PAIRS:
             note = f"left out beyond {ILP_PAIRS:,} pairs; it runs where ``solvers`` names it"
@@ -161,8 +188,9 @@ def compare(
         progress(name)
         try:
             placement = solve(instance, name, options)
-        except UnsupportedFeature as error:
-            if solvers is not None and len(solvers) == 1:
+        except (UnsupportedFeature, Infeasible) as error:
+            places_experts = name in SOLVER_NAMES and isinstance(error, Infeasible)
+            if places_experts or (solvers is not None and len(solvers) == 1):
                 raise
             rows.append(ComparisonRow(name, note=str(error)))
             continue
@@ -178,8 +206,13 @@ def compare(
                 expected=f"those of {cluster.name}, in order: {', '.join(instance.servers)}",
             )
         rows.append(_score_row(name, placement, target, trace.model))
+    rows = _score_steps(rows, scored, token_rates)
+    intervals = [s.arrival_interval_s for s in cluster.servers if s.has_users]
+    simulated = None if None in intervals else requests_per_server or None
+    if simulated is not None:
+        rows = _score_latency(rows, scored, cluster, simulated, options.seed)
     return Comparison(
-        rows=tuple(_score_steps(rows, scored, token_rates)),
+        rows=tuple(rows),
         trace=trace.name,
         cluster=cluster.name,
         kind=trace.kind,
@@ -188,6 +221,7 @@ def compare(
         holdout=holdout,
         seed=options.seed,
         min_replicas=min_replicas,
+        simulated_requests=simulated,
     )
 
 
@@ -216,3 +250,23 @@ def _score_steps(
         row if row.placement is None else dataclasses.replace(row, steps=next(scores))
         for row in rows
     ]
+
+
+def _score_latency(
+    rows: Sequence[ComparisonRow], scored: Trace, cluster: Cluster, number: int, seed: int
+) -> list[ComparisonRow]:
+    """The rows with latencies of their placements, all on the same simulated requests."""
+    requests = sample_requests(scored, cluster, requests_per_server=number, seed=seed)
+    found = []
+    for row in rows:
+        if row.placement is not None and not row.violations:
+            outcome = short_run(row.placement, requests, cluster, scored.model)
+            latency_s = outcome.done_s - requests.arrival_s
+            latency = LatencyScore(
+                mean_s=float(latency_s.mean()),
+                p95_s=float(np.percentile(latency_s, 95)),
+                ttft_mean_s=float((outcome.first_token_s - requests.arrival_s).mean()),
+            )
+            row = dataclasses.replace(row, latency=latency)
+        found.append(row)
+    return found

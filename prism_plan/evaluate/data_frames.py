@@ -38,7 +38,9 @@ _COMPARED: Mapping[str, str] = {
     **{"worst_server": "string", "worst_server_share": "float64", "waiting_share": "float64"},
     **{"worst_waiting_server": "string", "worst_waiting_share": "float64"},
     **{"destinations": "float64", "destinations_method": "string"},
-    **{"planned_share": "float64", "bound": "float64", "termination": "string"},
+    **{"planned_share": "float64"},
+    **_typed("float64", "latency_mean_s latency_p95_s ttft_mean_s"),
+    **{"bound": "float64", "termination": "string"},
     **{"runtime_s": "float64", "violations": "Int64", "note": "string"},
 }
 _COMPARED_SERVERS: Mapping[str, str] = _typed("float64", "remote_share waiting_share")
@@ -77,8 +79,9 @@ def comparison_frame(comparison: Mapping[str, Any], level: str = "placement") ->
     level
         ``"placement"``: one row a placement, indexed by its name. Columns: solver, remote_share,
         worst_server, worst_server_share, waiting_share, worst_waiting_server, worst_waiting_share,
-        destinations (servers), destinations_method, planned_share, bound, termination, runtime_s,
-        violations (of constraints), note (why there is no placement).
+        destinations (servers), destinations_method, planned_share, latency_mean_s, latency_p95_s,
+        ttft_mean_s (of simulated requests), bound, termination, runtime_s, violations (of
+        constraints), note (why there is no placement).
 
         ``"server"``: one row a placement and server, indexed by both, with remote_share and
         waiting_share of the server's own requests.

@@ -14,7 +14,7 @@ from prism_plan.errors import InputError, did_you_mean
 from prism_plan.input_limits import MAX_RUNS, MAX_SEED
 from prism_plan.placement import OFFLOAD
 from prism_plan.simulate.calibration import Calibration
-from prism_plan.solvers import SOLVER_NAMES, get_solver
+from prism_plan.solvers import ALL_SOLVERS, get_solver
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Grid:
                 "no solver",
                 parameter="grid",
                 place="solver",
-                expected=f"some of {', '.join((*SOLVER_NAMES, OFFLOAD))}",
+                expected=f"some of {', '.join((*ALL_SOLVERS, OFFLOAD))}",
             )
         if self.runs > MAX_RUNS:
             raise InputError(

@@ -57,6 +57,12 @@ class RowPart(FormatModel):
     waiting_share_by_server: ByServer | None
     #: Remote share on the requests that were planned on.
     planned_share: Share | None
+    latency_mean_s: Amount | None = Field(
+        default=None, description="Of simulated requests; null: none were. Older files lack it."
+    )
+    latency_p95_s: Amount | None = None
+    #: To the first token.
+    ttft_mean_s: Amount | None = None
     bound: float | None = Field(description="Lower bound on planned_share, where the plan has one.")
     termination: Literal["optimal", "heuristic", "time_limit"] | None
     runtime_s: Amount | None
@@ -80,6 +86,9 @@ class ComparisonFile(FormatModel):
     scored_requests: Count | None = Field(description="null: a counts-only trace.")
     seed: Count
     min_replicas: Positive
+    simulated_requests: Positive | None = Field(
+        default=None, description="Of each server, the same for all rows; null: none."
+    )
     rows: CheckedList[RowPart]
 
 

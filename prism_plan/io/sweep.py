@@ -359,7 +359,7 @@ def _check_row(row: Mapping[str, Any], source: object, number: int) -> None:
             )
 
     known = _solver_names()
-    name = row["solver"].removesuffix("+paths")
+    name = row["solver"]
     close = did_you_mean(name, known)
     require(name in known, "solver", f"one of {', '.join(known)}{close}")
     for column in RESULTS if row["status"] != OK else ():
@@ -389,6 +389,6 @@ def _check_row(row: Mapping[str, Any], source: object, number: int) -> None:
 
 def _solver_names() -> tuple[str, ...]:
     """The names that a sweep can have in its column of solvers."""
-    from prism_plan.solvers import SOLVER_NAMES
+    from prism_plan.solvers import ALL_SOLVERS, PATHS, SOLVER_NAMES
 
-    return (*SOLVER_NAMES, OFFLOAD)
+    return (*ALL_SOLVERS, *(name + PATHS for name in SOLVER_NAMES), OFFLOAD)

@@ -1,4 +1,4 @@
-"""The figure of a comparison: bars of shares and destinations."""
+"""The figure of a comparison: bars of shares, destinations and latencies."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ _PANELS = (
     ("remote_share", "remote share of calls"),
     ("waiting_share", "waiting share of (token, layer) steps"),
     ("destinations", "destinations: remote servers per step"),
+    ("latency_mean_s", "mean latency of a request in seconds"),
 )
 
 
 def comparison(
     rows: Sequence[Mapping[str, Any]], title: str = "", *, options: FigureOptions = DEFAULT_FIGURE
 ) -> Figure:
-    """Remote share, waiting share and destinations of several placements, as horizontal bars.
+    """Shares, destinations and latencies of several placements, as horizontal bars.
 
     ``rows`` are those of ``prism-plan compare --json``, drawn from the top in the order given:
-    ``name``, ``remote_share``, ``worst_server_share``, ``waiting_share`` (shares from 0 to 1) and
-    ``destinations`` (servers); a value that is missing or ``None`` is not known. A bar has the
-    colour of the row's ``solver``, or of the solver that its name says. A panel of which nothing is
-    known is left out. A thin line marks the remote share of the row named ``exact``. ``title``
-    says what was compared.
+    ``name``, ``remote_share``, ``worst_server_share``, ``waiting_share`` (shares from 0 to 1),
+    ``destinations`` (servers) and ``latency_mean_s``; a value that is missing or ``None`` is not
+    known. A bar has the colour of the row's ``solver``, or of the solver that its name says. A
+    panel of which nothing is known is left out. A thin line marks the remote share of the row named
+    ``exact``. ``title`` says what was compared.
 
     Raises
     ------
@@ -73,7 +74,7 @@ def comparison(
                 [row.get(key) for row in rows],
                 worst=[row.get("worst_server_share") if remote else None for row in rows],
                 styles=styles,
-                share=key != "destinations",
+                share=key.endswith("_share"),
                 missing="no placement" if remote else "not known",
             )
             axes.set_title(label)

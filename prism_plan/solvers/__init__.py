@@ -4,11 +4,21 @@ from typing import Any
 
 from prism_plan.deprecated_names import renamed_names
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult
-from prism_plan.solvers.registry import SOLVER_NAMES, get_solver, solvers_supporting
+from prism_plan.solvers.registry import (
+    ALL_SOLVERS,
+    PATHS,
+    SOLVER_NAMES,
+    TABLE_SOLVERS,
+    get_solver,
+    solvers_supporting,
+)
 from prism_plan.solvers.run import solve
 
 __all__ = [
+    "ALL_SOLVERS",
+    "PATHS",
     "SOLVER_NAMES",
+    "TABLE_SOLVERS",
     "Feature",
     "Options",
     "Solver",

@@ -87,7 +87,8 @@ class SolverResult:
     ``local`` is bool [N, L, E]; a solver that decides on GPUs itself gives ``on_gpu`` bool
     [G, L, E] too. ``bound`` is a proven lower bound on the objective (calls per second, loads
     priced), ``runtime_s`` the time of the search without compilation, ``extra`` further entries
-    of the :class:`~prism_plan.placement.SolveReport`. ``execution`` int32 [N, L] is the execution
+    of the :class:`~prism_plan.placement.SolveReport`, ``objective`` is what the solver minimises:
+    "remote" calls or "latency". ``execution`` int32 [N, L] is the execution
     table of solvers that plan one, and ``gpu_capacity`` what it leaves of each GPU for experts.
     """
 
@@ -97,6 +98,7 @@ class SolverResult:
     on_gpu: npt.NDArray[np.bool_] | None = None
     runtime_s: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    objective: str = "remote"
     execution: npt.NDArray[np.int32] | None = None
     gpu_capacity: tuple[tuple[int, ...], ...] | None = None
 

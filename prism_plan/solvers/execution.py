@@ -1,7 +1,8 @@
 """Solvers of experts with the best execution table for what they place: ``NAME+paths``.
 
 The table is the best for a request on its own. Where servers would be busy, all homes may have
-chosen the same one: there a short simulation of the trace decides between the table and home.
+chosen the same one: there a short simulation of the trace decides between that table, one in which
+homes pay for the waiting that they cause to others, and home.
 """
 
 from __future__ import annotations
@@ -17,22 +18,15 @@ from prism_plan.errors import Infeasible, UnsupportedFeature
 from prism_plan.execution_table import executes_at_home, home_execution
 from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.instance import Instance
-from prism_plan.placement import Placement, SolveReport
-from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
-from prism_plan.simulate.sampling import sample_requests
-from prism_plan.simulate.scenario import Scenario
+from prism_plan.solvers.busy_servers import IDLE_SHARE, Candidate, busiest_share, simulated_s
 from prism_plan.solvers.contract import Options, Solver, SolverResult
-from prism_plan.solvers.idle_time import IdleTime, idle_time
+from prism_plan.solvers.idle_time import idle_time, request_weights
 from prism_plan.solvers.packing import pack_on_gpus
-from prism_plan.solvers.paths import shortest_paths
+from prism_plan.solvers.paths import shortest_paths, tolled_paths
 from prism_plan.trace import Trace
 
 #: KV caches lie where layers execute, so that slots depend on the table: plan, count, plan again.
 MAX_ROUNDS = 10
-#: Share of its time that a server may execute layers before queues are looked at.
-IDLE_SHARE = 0.3
-#: Requests of each server in the simulation that decides.
-SIMULATED_REQUESTS = 50
 
 
 def with_paths(solver: Solver) -> Solver:
@@ -92,37 +86,22 @@ def _best_table(
     at_home = np.array([server.execute_at_home for server in cluster.servers])
     idle = idle_time(on_gpu, trace.model, cluster, trace, seed)
     table = shortest_paths(idle, at_home)
-    if executes_at_home(table) or _busiest(idle, table, cluster) <= IDLE_SHARE:
-        return table, {}
-    home = home_execution(*table.shape)
-    placement = Placement(
-        instance.model, instance.servers, instance.gpu_capacity, on_gpu, SolveReport("paths")
-    )
-    requests = sample_requests(trace, cluster, requests_per_server=SIMULATED_REQUESTS, seed=seed)
+    weights = request_weights(idle, cluster)
 
-    def simulated_s(execution: npt.NDArray[np.int32]) -> float:
-        engine = CompiledEngine(
-            Scenario.build(placement, requests, cluster, trace.model, execution=execution)
-        )
-        engine.advance()
-        return float(np.mean(engine.outcome().done_s - requests.arrival_s))
+    def note(chosen: npt.NDArray[np.int32], **more: Any) -> dict[str, Any]:
+        return {"expected_latency_s": float(weights @ idle.of_table(chosen)), **more}
 
-    with_table, with_home = simulated_s(table), simulated_s(home)
-    note = {"simulated_s": {"paths": with_table, "home": with_home}}
-    return (table if with_table <= with_home else home), note
-
-
-def _busiest(idle: IdleTime, table: npt.NDArray[np.int32], cluster: Cluster) -> float:
-    """The largest share of time for which a server would execute layers.
-
-    0 where the interval of a server with users is not known: the cluster is planned as idle.
-    """
-    if any(s.has_users and s.arrival_interval_s is None for s in cluster.servers):
-        return 0.0
-    busy = np.zeros(cluster.num_servers)
-    layers = np.arange(table.shape[1])
-    for n, server in enumerate(cluster.servers):
-        if server.has_users and server.arrival_interval_s is not None:
-            seconds = idle.of_home(n).layer_s[layers, table[n]] / server.arrival_interval_s
-            np.add.at(busy, table[n], seconds)
-    return float(busy.max())
+    if executes_at_home(table) or busiest_share(idle, table, cluster) <= IDLE_SHARE:
+        return table, note(table)
+    rates = np.array([1 / (s.arrival_interval_s or np.inf) for s in cluster.servers])
+    tables = {
+        "paths": table,
+        "paths with tolls": tolled_paths(idle, rates, at_home),
+        "home": home_execution(*table.shape),
+    }
+    means = simulated_s(
+        {key: Candidate(on_gpu, x, instance.gpu_capacity) for key, x in tables.items()},
+        instance, cluster, trace, seed,
+    )  # fmt: skip
+    chosen = tables[min(means, key=means.__getitem__)]
+    return chosen, note(chosen, simulated_s=means)

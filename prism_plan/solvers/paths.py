@@ -6,6 +6,7 @@ it takes where it executes, and each change of server the messages that it needs
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,11 @@ from prism_plan.jit import kernel
 from prism_plan.solvers.idle_time import IdleTime, MeanRequest
 
 Array = Any
+
+#: How often homes choose again where they pay tolls.
+ROUNDS = 3
+#: Tolls grow with the share of time up to here, and in proportion to the work beyond.
+BUSIEST = 0.95
 
 
 def shortest_paths(
@@ -31,6 +37,42 @@ def shortest_paths(
         if at_home is None or not at_home[home]:
             table[home] = shortest_path(idle.of_home(home), home)
     return table
+
+
+def tolled_paths(
+    idle: IdleTime, rates: npt.NDArray[np.float64], at_home: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int32]:
+    """A table int32 [N, L] in which homes pay for the waiting that they cause to others.
+
+    ``rates`` [N] are requests per second of each home. A server that is busy for a share ρ of its
+    time lets ρ² / (2 (1 - ρ)) layers wait on average, as an M/D/1 queue does; each second of work
+    there is charged with the derivative of that. Homes choose one after the other, given the
+    choices of the others, :data:`ROUNDS` times: a heuristic, which is not optimal.
+    """
+    _, layers, servers = idle.layer_s.shape
+    table = home_execution(servers, layers)
+    busy = np.zeros(servers)
+    own = np.zeros((servers, servers))  # of it, work for each home
+    for n in np.flatnonzero(idle.has_users & at_home).tolist():
+        own[n, n] = rates[n] * idle.of_home(n).layer_s[:, n].sum()
+        busy[n] += own[n, n]
+    for _ in range(ROUNDS):
+        for home in np.flatnonzero(idle.has_users & ~at_home).tolist():
+            request = idle.of_home(home)
+            busy -= own[home]
+            tolled = request.layer_s * (1 + _toll(busy))
+            table[home] = shortest_path(dataclasses.replace(request, layer_s=tolled), home)
+            seconds = request.layer_s[np.arange(layers), table[home]]
+            own[home] = rates[home] * np.bincount(table[home], seconds, minlength=servers)
+            busy += own[home]
+    return table
+
+
+def _toll(busy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The price of a second of work where others are busy for these shares of the time, [N]."""
+    share = np.clip(busy, 0.0, BUSIEST)
+    toll: npt.NDArray[np.float64] = (2 * share - share**2) / (2 * (1 - share) ** 2)
+    return toll * np.maximum(busy / BUSIEST, 1.0)
 
 
 def shortest_path(request: MeanRequest, home: int) -> npt.NDArray[np.int32]:

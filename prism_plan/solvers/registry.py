@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
 from prism_plan.errors import InputError, did_you_mean
 from prism_plan.solvers.contract import Feature, Solver
 
-#: In the order of tables, from naive to exact; the module of each has underscores for hyphens.
+#: Solvers that place experts, in the order of tables, from naive to exact; the module of each has
+#: underscores for hyphens.
 SOLVER_NAMES = (
     "uniform",
     "redundance",
@@ -18,25 +20,32 @@ SOLVER_NAMES = (
     "ilp",
     "exact",
 )
-
+#: Solvers that plan experts and where layers execute together; the links of a cluster are needed.
+TABLE_SOLVERS = ("pipeline",)
+ALL_SOLVERS = (*SOLVER_NAMES, *TABLE_SOLVERS)
 
 #: After the name of a solver of experts: layers execute where that takes the least idle time.
 PATHS = "+paths"
 
 
 def get_solver(name: str) -> Solver:
-    """The solver with this name, which may end with :data:`PATHS`.
+    """The solver with this name; one of :data:`SOLVER_NAMES` may end with :data:`PATHS`.
 
     Raises
     ------
     InputError
-        There is none.
+        There is none, or it plans where layers execute by itself.
     """
     experts = name.removesuffix(PATHS)
-    if experts not in SOLVER_NAMES:
+    if experts not in ALL_SOLVERS:
         raise InputError(
-            f"unknown solver {name!r}{did_you_mean(experts, SOLVER_NAMES)}",
-            expected=f"one of {', '.join(SOLVER_NAMES)}, or one of them with {PATHS}",
+            f"unknown solver {name!r}{did_you_mean(experts, ALL_SOLVERS)}",
+            expected=f"one of {', '.join(ALL_SOLVERS)}, or one that places experts with {PATHS}",
+        )
+    if experts in TABLE_SOLVERS and name != experts:
+        raise InputError(
+            f"solver {experts!r} plans by itself where layers execute",
+            expected=f"{experts}, without {PATHS}",
         )
     solver: Solver = import_module(f"prism_plan.solvers.{experts.replace('-', '_')}").SOLVER
     if name == experts:
@@ -46,6 +55,8 @@ def get_solver(name: str) -> Solver:
     return with_paths(solver)
 
 
-def solvers_supporting(features: frozenset[Feature]) -> list[str]:
-    """Names of the solvers that support all of these features."""
-    return [name for name in SOLVER_NAMES if features <= get_solver(name).supports]
+def solvers_supporting(
+    features: frozenset[Feature], among: Sequence[str] = SOLVER_NAMES
+) -> list[str]:
+    """Names of the solvers that support all of these features, by default of those of experts."""
+    return [name for name in among if features <= get_solver(name).supports]

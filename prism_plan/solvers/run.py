@@ -17,7 +17,12 @@ from prism_plan.placement import InputFile, Placement, SolveReport
 from prism_plan.placement_check import violations
 from prism_plan.solvers.contract import Feature, Options, SolverResult
 from prism_plan.solvers.packing import pack_on_gpus, reference_local
-from prism_plan.solvers.registry import get_solver, solvers_supporting
+from prism_plan.solvers.registry import (
+    ALL_SOLVERS,
+    SOLVER_NAMES,
+    get_solver,
+    solvers_supporting,
+)
 
 
 def solve(
@@ -53,7 +58,8 @@ def solve(
         )
     required = required_features(instance, options)
     if unsupported := required - chosen.supports:
-        alternatives = solvers_supporting(required) or ["none"]
+        among = SOLVER_NAMES if instance.trace is None else ALL_SOLVERS
+        alternatives = solvers_supporting(required, among) or ["none"]
         raise UnsupportedFeature(
             f"solver {solver!r} does not support {' and '.join(sorted(unsupported))}; "
             f"supported by: {', '.join(alternatives)}"
@@ -122,7 +128,7 @@ def _report(
         bound, termination = None, "heuristic"
     elif termination == "optimal":  # proven: the two differ by rounding alone
         bound = score.share
-    objective = "remote"
+    objective = result.objective
     if options.reference is not None:
         loads = int((result.local & ~reference_local(instance, options.reference)).sum())
         extra |= {"load_price": options.load_price, "loads": loads}

@@ -13,6 +13,7 @@ import click
 import pytest
 
 from prism_plan.cli.main import COMMANDS, cli
+from prism_plan.evaluate.comparison import DEFAULT_SOLVERS
 from prism_plan.io.placement import placement_schema, read_placement
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
@@ -117,7 +118,7 @@ def test_the_main_job(prism_plan: Run, here: Path) -> None:
     )
     assert compared.returncode == 0, compared.stderr
     rows = json.loads(compared.stdout)["rows"]
-    assert [row["name"] for row in rows] == [*SOLVER_NAMES, "prism.json"]
+    assert [row["name"] for row in rows] == [*DEFAULT_SOLVERS, "prism.json"]
     assert json.loads((here / "r.json").read_text())["rows"] == rows
 
     moved = prism_plan("diff", "prism.json", "exact.json", "--json", cwd=here)

@@ -13,7 +13,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from prism_plan.cli.main import COMMANDS
-from prism_plan.solvers import SOLVER_NAMES
+from prism_plan.solvers import ALL_SOLVERS
 
 #: The installed command.
 COMMAND = str(Path(sys.executable).parent / "prism-plan")
@@ -72,7 +72,7 @@ def test_bash_completes() -> None:
 def test_commands_solvers_and_files() -> None:
     """Names of commands and solvers are offered, also after a comma; files go to the shell."""
     assert {value for _, value in completions("prism-plan ")} == set(COMMANDS)
-    assert {value for _, value in completions("prism-plan solve --solver ")} == set(SOLVER_NAMES)
+    assert {value for _, value in completions("prism-plan solve --solver ")} == set(ALL_SOLVERS)
     assert completions("prism-plan compare --solvers prism,il") == [("plain", "prism,ilp")]
     assert completions("prism-plan compare tra") == [("file", "tra")]
     assert completions("prism-plan solve --cluster c") == [("file", "c")]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import InputError, UnsupportedFeature
+from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
 from prism_plan.evaluate.comparison import compare
+from prism_plan.evaluate.simulation import simulate_placements
 from prism_plan.instance import Instance
 from prism_plan.model_spec import ModelSpec
 from prism_plan.objective import score, step_score
+from prism_plan.simulate.sampling import sample_requests
 from prism_plan.solvers import SOLVER_NAMES, Options, solve
 from prism_plan.token_rates import expected_token_rates
 from prism_plan.trace import Trace
@@ -43,10 +47,15 @@ def cluster(slots_cluster: Callable[..., Cluster]) -> Cluster:
 
 
 def test_every_solver_has_a_row(trace: Trace, cluster: Cluster) -> None:
-    """Rows come in the order of the solvers; none beats `exact` on what it was planned on."""
+    """Rows come in the order of the solvers; none beats `exact` on what it was planned on.
+
+    Two of them follow with their layers where the experts are, and the pipeline.
+    """
     result = compare(trace, cluster)
-    assert [row.name for row in result.rows] == list(SOLVER_NAMES)
+    tables = ["layer-partition+paths", "exact+paths", "pipeline"]
+    assert [row.name for row in result.rows] == [*SOLVER_NAMES, *tables]
     shares = {row.name: row.remote.share for row in result.rows if row.remote}
+    shares = {name: share for name, share in shares.items() if name not in tables}
     assert min(shares.values()) == pytest.approx(shares["exact"], abs=1e-12)
 
 
@@ -118,3 +127,59 @@ def test_worst_server_stands_beside_the_sum(trace: Trace, cluster: Cluster) -> N
     assert row["worst_server_share"] == max(shares.values())
     assert shares[row["worst_server"]] == row["worst_server_share"]
     assert row["worst_waiting_share"] == max(row["waiting_share_by_server"].values())
+
+
+def arriving(cluster: Cluster) -> Cluster:
+    """With a request of each server every ten seconds."""
+    servers = tuple(replace(server, arrival_interval_s=10.0) for server in cluster.servers)
+    return replace(cluster, servers=servers)
+
+
+def test_latencies_are_those_of_the_simulator(trace: Trace, cluster: Cluster) -> None:
+    """On held-out requests, the same for all rows, `simulate` gives the same means and tails."""
+    cluster = arriving(cluster)
+    names = ["uniform", "layer-partition+paths", "pipeline"]
+    compared = compare(
+        trace, cluster, solvers=names, holdout=0.5, options=Options(seed=3), requests_per_server=30
+    )
+    assert compared.simulated_requests == 30
+    planned, held = trace.split(0.5, seed=3)
+    instance = Instance.build(planned, cluster)
+    placements = [(name, solve(instance, name, Options(seed=3))) for name in names]
+    requests = sample_requests(held, cluster, requests_per_server=30, seed=3)
+    report = simulate_placements(placements, requests, held, cluster)
+    for row, run in zip(compared.rows, report.to_json()["runs"], strict=True):
+        found = row.to_json()
+        assert found["latency_mean_s"] == pytest.approx(run["latency_s"]["mean"], rel=1e-12)
+        assert found["latency_p95_s"] == pytest.approx(run["latency_s"]["p95"], rel=1e-12)
+        assert found["ttft_mean_s"] == pytest.approx(run["ttft_s"]["mean"], rel=1e-12)
+
+
+def test_where_nothing_is_simulated(
+    trace: Trace, cluster: Cluster, slots_cluster: Callable[..., Cluster]
+) -> None:
+    """Asked for none, without arrival rates, and of a placement that breaks a constraint."""
+
+    def latency(where: Cluster, **more: Any) -> list[float | None]:
+        rows = compare(trace, where, solvers=["exact"], **more).rows
+        return [row.to_json()["latency_mean_s"] for row in rows]
+
+    known = arriving(cluster)
+    assert latency(known)[0] is not None
+    assert latency(known, requests_per_server=0) == [None]
+    servers = (known.servers[0], cluster.servers[1])
+    assert latency(replace(cluster, servers=servers)) == [None]
+    big = solve(Instance.build(trace, slots_cluster(["x", "y"], [[16], [16, 16]])), "exact")
+    assert latency(known, placements=[("big", big)])[1] is None
+
+
+def test_a_pipeline_that_does_not_fit_is_a_note(
+    trace: Trace, slots_cluster: Callable[..., Cluster]
+) -> None:
+    """Servers too small for whole layers have plans of experts all the same."""
+    small = slots_cluster(["x", "y"], [[9], [7]])
+    rows = {row.name: row for row in compare(trace, small).rows}
+    assert "the servers hold 1 whole layer of 2" in rows["pipeline"].note
+    assert rows["exact"].remote is not None
+    with pytest.raises(Infeasible, match="whole layer"):
+        compare(trace, small, solvers=["pipeline"])

@@ -22,7 +22,7 @@ from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.scenario import Scenario
 from prism_plan.solvers import solve
 from prism_plan.solvers.idle_time import IdleTime, MeanRequest, _prompts_by_task, idle_time
-from prism_plan.solvers.paths import shortest_path, shortest_paths
+from prism_plan.solvers.paths import _toll, shortest_path, shortest_paths, tolled_paths
 from prism_plan.trace import Trace
 from tests.profiling.synthetic import synthetic_trace
 from tests.simulate.builders import drawn_held, place
@@ -193,7 +193,7 @@ def _equals_but_one(interval_s: float | None) -> tuple[Trace, Cluster]:
 
 
 def test_a_table_that_would_overload_a_server_is_not_taken() -> None:
-    """All homes gain by the fast server until they queue there: then they stay at home.
+    """All homes gain by the fast server until they queue there: then one of them may have it.
 
     A request takes about 0.1 s: one in 0.15 s from each of three homes is too much for one server.
     Rarely asked, or without known rates, the cluster is planned as idle.
@@ -205,9 +205,36 @@ def test_a_table_that_would_overload_a_server_is_not_taken() -> None:
         assert "simulated_s" not in idle.plan.extra
     trace, cluster = _equals_but_one(0.15)
     busy = solve(Instance.build(trace, cluster), "exact+paths")
-    assert busy.execution is None
+    assert sorted(busy.execution_table[:, 0].tolist()) == [0, 1, 2]
     simulated = busy.plan.extra["simulated_s"]
     assert simulated["home"] < simulated["paths"]
+    assert simulated["paths with tolls"] < simulated["paths"]
+
+
+def test_tolls() -> None:
+    """Without requests the table of least idle time; else homes spread over equal servers.
+
+    The toll is the derivative of the mean number of layers that wait, up to the busiest share.
+    """
+    rng = np.random.default_rng(1)
+    trace, cluster = _equals_but_one(1.0)
+    held = np.ones((3, 4, 6), bool)
+    idle = idle_time(held, trace.model, cluster, trace)
+    nowhere, everyone = np.zeros(3, bool), np.ones(3, bool)
+    assert tolled_paths(idle, np.zeros(3), nowhere).tolist() == shortest_paths(idle).tolist()
+    assert tolled_paths(idle, np.ones(3), everyone).tolist() == [[n] * 4 for n in range(3)]
+    assert shortest_paths(idle)[:, 1].tolist() == [2, 2, 2]
+    spread = tolled_paths(idle, np.full(3, 5.0), nowhere)
+    work = [(spread == server).sum() for server in range(3)]
+    assert max(work) <= 5  # of 12 layers; 4 each would be even, and the last one is faster
+
+    def waiting(busy: float) -> float:
+        return busy**2 / (2 * (1 - busy))
+
+    for busy in rng.uniform(0, 0.94, 20):
+        slope = (waiting(busy + 1e-6) - waiting(busy - 1e-6)) / 2e-6
+        assert _toll(np.array([busy]))[0] == pytest.approx(slope, rel=1e-5)
+    assert (np.diff(_toll(np.linspace(0, 3, 50))) > 0).all()
 
 
 # ------------------------------------------------------------------------------------------ memory

@@ -1,0 +1,68 @@
+"""Plans whose servers would be busy: queues are no part of the idle time, so a simulation decides.
+
+The idle time of a request lets all homes choose the same server. Where one would execute layers
+for more than :data:`IDLE_SHARE` of its time, candidates are compared by short simulations of the
+trace on the same requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.cluster import Cluster
+from prism_plan.instance import Instance
+from prism_plan.placement import Placement, SolveReport
+from prism_plan.simulate.sampling import sample_requests
+from prism_plan.simulate.short_run import short_run
+from prism_plan.solvers.idle_time import IdleTime
+from prism_plan.trace import Trace
+
+#: Share of its time that a server may execute layers before queues are looked at.
+IDLE_SHARE = 0.3
+#: Requests of each server in the simulation that decides.
+SIMULATED_REQUESTS = 50
+
+
+class Candidate(NamedTuple):
+    """A plan by what the simulator needs: on_gpu bool [G, L, E], a table int32 [N, L]."""
+
+    on_gpu: npt.NDArray[np.bool_]
+    execution: npt.NDArray[np.int32]
+    gpu_capacity: tuple[tuple[int, ...], ...]
+
+
+def busiest_share(idle: IdleTime, table: npt.NDArray[np.int32], cluster: Cluster) -> float:
+    """The largest share of time for which a server would execute layers.
+
+    0 where the interval of a server with users is not known: the cluster is planned as idle.
+    """
+    if any(s.has_users and s.arrival_interval_s is None for s in cluster.servers):
+        return 0.0
+    busy = np.zeros(cluster.num_servers)
+    layers = np.arange(table.shape[1])
+    for n, server in enumerate(cluster.servers):
+        if server.has_users and server.arrival_interval_s is not None:
+            seconds = idle.of_home(n).layer_s[layers, table[n]] / server.arrival_interval_s
+            np.add.at(busy, table[n], seconds)
+    return float(busy.max())
+
+
+def simulated_s(
+    candidates: Mapping[str, Candidate], instance: Instance, cluster: Cluster, trace: Trace,
+    seed: int,
+) -> dict[str, float]:  # fmt: skip
+    """Mean seconds of a request under each candidate, on the same requests."""
+    requests = sample_requests(trace, cluster, requests_per_server=SIMULATED_REQUESTS, seed=seed)
+    means = {}
+    for name, (on_gpu, execution, capacity) in candidates.items():
+        placement = Placement(
+            instance.model, instance.servers, capacity, on_gpu, SolveReport("candidate"),
+            execution=execution,
+        )  # fmt: skip
+        outcome = short_run(placement, requests, cluster, trace.model)
+        means[name] = float(np.mean(outcome.done_s - requests.arrival_s))
+    return means

@@ -1,0 +1,243 @@
+"""Idle seconds of layers, compiled: prompts of a trace at every server that may execute them.
+
+By the rules of the simulator for one step of one request on its own (docs/design.md, section 4);
+see :mod:`prism_plan.solvers.idle_time`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.cluster import Cluster
+from prism_plan.compiled_loops import as_constant
+from prism_plan.jit import kernel
+from prism_plan.kernel_types import int64
+from prism_plan.model_spec import ModelSpec
+from prism_plan.placement import first_gpus, gpu_offsets, server_of_gpu
+from prism_plan.simulate.network import BYTES_PER_CALL, Network
+from prism_plan.simulate.requests import Requests
+from prism_plan.simulate.routing_policies import COVER, choose_holders, holder_lists
+from prism_plan.simulate.timing import timing
+
+Array = Any
+Floats = npt.NDArray[np.float64]
+
+
+class _Problem(NamedTuple):
+    """What :func:`_idle_layers` reads; G counts GPUs, P prompts."""
+
+    experts: Array
+    first_row: Array
+    prefill_tokens: Array
+    decode_tokens: Array
+    first_gpu: Array
+    holders: Array
+    num_replicas: Array
+    link_rank: Array
+    gpu_start: Array
+    dense_gpu: Array
+    kind: Array
+    dense_class: Array
+    size: Array
+    prefill_s: Array
+    decode_s: Array
+    expert_s: Array
+    seconds_per_byte: Array
+    half_rtt_s: Array
+    call_overhead_s: float
+    token_bytes: int
+
+
+class _Scratch(NamedTuple):
+    """Working memory of :func:`_idle_layers`; see ``EngineState``."""
+
+    token_count: Array
+    expert_order: Array
+    distinct_experts: Array
+    tokens_to: Array
+    tokens_sent: Array
+    missing_experts: Array
+    held_mask: Array
+    candidate_servers: Array
+    cover_table: Array
+    gpu_work_s: Array
+    back_s: Array
+
+
+def layer_times(
+    on_gpu: npt.NDArray[np.bool_], model: ModelSpec, cluster: Cluster, network: Network,
+    requests: Requests, executing: Sequence[int],
+) -> Floats:  # fmt: skip
+    """Idle seconds of every prompt in each layer, executed at some servers, [P, L, servers]."""
+    prompts = requests.prompts
+    servers = cluster.num_servers
+    owner = server_of_gpu([[0] * len(server.gpus) for server in cluster.servers])
+    first_gpu = first_gpus(on_gpu.reshape(len(on_gpu), -1), owner, servers)
+    holders, num_replicas = holder_lists(first_gpu)
+    longest = int((prompts.prefill_tokens + prompts.decode_tokens).max())
+    tables = timing(cluster, model, max(int(prompts.prefill_tokens.max()), 1), context=longest)
+    gpu_start = gpu_offsets(len(server.gpus) for server in cluster.servers)
+    dense_gpu = gpu_start[:-1] + np.array([s.dense_gpu for s in cluster.servers], np.int32)
+    arrays = {
+        "experts": prompts.experts,
+        "first_row": prompts.first_row,
+        "prefill_tokens": prompts.prefill_tokens,
+        "decode_tokens": prompts.decode_tokens,
+        "first_gpu": first_gpu,
+        "holders": holders,
+        "num_replicas": num_replicas,
+        "link_rank": network.link_rank(),
+        "gpu_start": gpu_start,
+        "dense_gpu": dense_gpu.astype(np.int32),
+        "kind": tables.kind,
+        "dense_class": tables.dense_class,
+        "size": tables.size,
+        "prefill_s": tables.prefill_s,
+        "decode_s": tables.decode_s,
+        "expert_s": tables.expert_s,
+        "seconds_per_byte": network.seconds_per_byte,
+        "half_rtt_s": network.half_rtt_s,
+    }
+    problem = _Problem(
+        **{name: as_constant(array) for name, array in arrays.items()},
+        call_overhead_s=float(network.call_overhead_s),
+        token_bytes=int(network.token_bytes),
+    )
+    top_k = model.top_k
+    scratch = _Scratch(
+        token_count=np.zeros((servers, model.num_experts), np.int32),
+        expert_order=np.zeros((servers, model.num_experts), np.int32),
+        distinct_experts=np.zeros(servers, np.int32),
+        tokens_to=np.zeros(servers, np.int32),
+        tokens_sent=np.zeros(servers, np.int64),
+        missing_experts=np.zeros((2, top_k), np.int64),
+        held_mask=np.zeros(servers, np.int64),
+        candidate_servers=np.zeros(servers, np.int32),
+        cover_table=np.zeros((3, 1 << top_k), np.int64),
+        gpu_work_s=np.zeros(len(on_gpu)),
+        back_s=np.zeros(servers),
+    )
+    at = np.array(executing, np.int64)
+    found = np.zeros((len(prompts), model.num_layers, len(at)))
+    _idle_layers(problem, scratch, as_constant(at), found)
+    return found
+
+
+@kernel
+def _batch_s(p: _Problem, s: _Scratch, m: int, layer: int) -> float:  # pragma: no cover - compiled
+    """Seconds of the experts of server m that are counted in ``s``, which is cleared."""
+    begin, end = p.gpu_start[m], p.gpu_start[m + 1]
+    first = layer * s.token_count.shape[1]
+    for g in range(begin, end):
+        s.gpu_work_s[g] = 0.0
+    for i in range(s.distinct_experts[m]):
+        e = s.expert_order[m, i]
+        g = p.first_gpu[m, first + e]
+        s.gpu_work_s[g] += p.expert_s[p.kind[g], p.size[layer], s.token_count[m, e]]
+        s.token_count[m, e] = 0
+    s.distinct_experts[m] = 0
+    longest = 0.0
+    for g in range(begin, end):
+        longest = max(longest, s.gpu_work_s[g])
+    return longest
+
+
+@kernel
+def _step_s(  # pragma: no cover - compiled
+    p: _Problem, s: _Scratch, at: int, layer: int, row: int, tokens: int
+) -> float:
+    """Seconds of a layer's experts and calls from server ``at``, for one step on its own."""
+    servers, experts = s.token_count.shape
+    top_k = p.experts.shape[2]
+    first = layer * experts
+    remote = 0
+    for token in range(row, row + tokens):
+        missing = int64(0)
+        for k in range(top_k):
+            e = int64(p.experts[token, layer, k])
+            if p.first_gpu[at, first + e] >= 0:
+                if s.token_count[at, e] == 0:
+                    s.expert_order[at, s.distinct_experts[at]] = e
+                    s.distinct_experts[at] += 1
+                s.token_count[at, e] += 1
+            elif p.num_replicas[first + e] > 0:
+                s.missing_experts[0, missing] = first + e
+                missing += 1
+        if missing == 0:
+            continue
+        remote += missing
+        choose_holders(
+            int64(COVER), int64(0), s.missing_experts, missing, p.holders, p.num_replicas,
+            s.tokens_sent, p.link_rank[at], s.held_mask, s.candidate_servers, s.cover_table,
+        )  # fmt: skip
+        for k in range(missing):
+            m = s.missing_experts[1, k]
+            e = s.missing_experts[0, k] - first
+            if s.token_count[m, e] == 0:
+                s.expert_order[m, s.distinct_experts[m]] = e
+                s.distinct_experts[m] += 1
+            s.token_count[m, e] += 1
+            seen = False
+            for before in range(k):
+                if s.missing_experts[1, before] == m:
+                    seen = True
+            if not seen:
+                s.tokens_to[m] += 1
+                s.tokens_sent[m] += 1
+    end_s = _batch_s(p, s, at, layer)
+    if remote == 0:
+        return end_s
+    sent_s = p.call_overhead_s  # when the uplink is free
+    for m in range(servers):
+        s.back_s[m] = -1.0
+        if s.tokens_to[m] == 0:
+            continue
+        named = 0
+        for i in range(s.distinct_experts[m]):
+            named += s.token_count[m, s.expert_order[m, i]]
+        states = s.tokens_to[m] * p.token_bytes
+        sent_s += (states + BYTES_PER_CALL * named) * p.seconds_per_byte[at, m]
+        s.back_s[m] = sent_s + p.half_rtt_s[at, m] + _batch_s(p, s, m, layer)
+    down_s = 0.0  # when the downlink is free; answers come in the order in which they are ready
+    while True:
+        next_one = -1
+        for m in range(servers):
+            if s.back_s[m] >= 0 and (next_one < 0 or s.back_s[m] < s.back_s[next_one]):
+                next_one = m
+        if next_one < 0:
+            return end_s
+        held_s = s.tokens_to[next_one] * p.token_bytes * p.seconds_per_byte[next_one, at]
+        down_s = max(down_s, s.back_s[next_one]) + held_s
+        end_s = max(end_s, down_s + p.half_rtt_s[next_one, at])
+        s.back_s[next_one] = -1.0
+        s.tokens_to[next_one] = 0
+
+
+@kernel
+def _idle_layers(  # pragma: no cover - compiled
+    p: _Problem, s: _Scratch, executing: Array, found: Array
+) -> None:
+    """Fill ``found`` [P, L, servers] with the idle seconds of each prompt, layer and server."""
+    prompts, layers, servers = found.shape
+    for number in range(servers):
+        at = executing[number]
+        g = p.dense_gpu[at]
+        for layer in range(layers):
+            for prompt in range(prompts):
+                row = p.first_row[prompt]
+                context = int64(0)
+                total_s = 0.0
+                tokens = int64(p.prefill_tokens[prompt])
+                if tokens > 0:
+                    total_s += p.prefill_s[p.kind[g], p.dense_class[layer], tokens]
+                    total_s += _step_s(p, s, int64(at), int64(layer), row, tokens)
+                    context = tokens
+                for _ in range(p.decode_tokens[prompt]):
+                    total_s += p.decode_s[p.kind[g], p.dense_class[layer], context]
+                    total_s += _step_s(p, s, int64(at), int64(layer), row + context, int64(1))
+                    context += 1
+                found[prompt, layer, number] = total_s

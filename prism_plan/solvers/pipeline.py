@@ -1,0 +1,178 @@
+"""Pipelines of contiguous whole layers, planned with where they execute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import Infeasible, UnsupportedFeature
+from prism_plan.execution_table import home_execution, spans
+from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
+from prism_plan.instance import Instance
+from prism_plan.printable_text import quantity
+from prism_plan.solvers.busy_servers import IDLE_SHARE, Candidate, busiest_share, simulated_s
+from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult
+from prism_plan.solvers.idle_time import IdleMeasure, request_weights
+from prism_plan.solvers.packing import expected_load
+from prism_plan.solvers.pipeline_groups import Group, Groups, Members, Partition
+from prism_plan.solvers.pipeline_memory import RunMemory, deal_out
+from prism_plan.solvers.pipeline_order import best_pipeline
+from prism_plan.trace import Trace
+
+
+class _Problem:
+    """What every group's plan is made from."""
+
+    def __init__(self, instance: Instance, cluster: Cluster, trace: Trace, seed: int) -> None:
+        self.instance, self.cluster, self.trace, self.seed = instance, cluster, trace, seed
+        self.measure = IdleMeasure(trace.model, cluster, trace, seed)
+        self.at_home = np.array([server.execute_at_home for server in cluster.servers])
+        self._memory = RunMemory(instance, cluster, trace.model)
+        holdings = [self._holding(m) for m in range(cluster.num_servers)]
+        self._idle = self.measure.idle_time(np.logical_or.reduce(holdings))
+        self.weights = request_weights(self._idle, cluster)
+        self._calls_s = self._called_layers(holdings)
+
+    def groups(self) -> Groups:
+        """The groups that can be made of the cluster's servers."""
+        idle = self._idle
+        distance_s = idle.latency_s + idle.token_bytes * idle.seconds_per_byte
+        return Groups(self.cluster.num_servers, self._plan_group, distance_s)
+
+    def _plan_group(self, members: Members) -> Group | None:
+        chosen = np.zeros(len(self.weights))
+        chosen[sorted(members)] = self.weights[sorted(members)]
+        request = self._idle.of_homes(np.where(self.at_home, 0.0, chosen))
+        for home in np.flatnonzero(self.at_home & (chosen > 0)):
+            request.layer_s[:] += chosen[home] * self._calls_s[int(home)]
+        row = best_pipeline(request, self._memory.fits_until(sorted(members)))
+        return None if row is None else Group(members, row, request.of_row(row))
+
+    def _holding(self, server: int) -> npt.NDArray[np.bool_]:
+        """Every layer on one server, dealt out as if its GPUs had the room, bool [G, L, E]."""
+        model = self.instance.model
+        room = self.instance.gpu_capacity[server]
+        size = self.instance.expert_size
+        needed = int(size.sum()) * model.num_experts + len(room) * int(size.max())
+        enough = [slots * -(-needed // max(sum(room), 1)) for slots in room]
+        if sum(room) == 0:
+            enough[0] = needed
+        gpus = [len(server.gpus) for server in self.cluster.servers]
+        first = sum(gpus[:server])
+        held = np.zeros((sum(gpus), model.num_layers, model.num_experts), bool)
+        load = self.instance.activations.sum(axis=0)
+        held[first : first + gpus[server]] = deal_out(
+            enough, range(model.num_layers), self.instance, load
+        )
+        return held
+
+    def _called_layers(
+        self, holdings: list[npt.NDArray[np.bool_]]
+    ) -> dict[int, npt.NDArray[np.float64]]:
+        """Of homes that execute everything: seconds of layer l held by server m, [L, N]."""
+        homes = np.flatnonzero(self.at_home & self._idle.has_users)
+        if not len(homes):
+            return {}
+        # [holders, T, L, homes]
+        found = np.array([self.measure.layer_s(held, homes.tolist()) for held in holdings])
+        return {
+            int(home): np.einsum("t,mtl->lm", self._idle.shares[home], found[..., number])
+            for number, home in enumerate(homes)
+        }
+
+
+def _solve(instance: Instance, options: Options) -> SolverResult:
+    if instance.cluster is None or instance.trace is None:
+        raise UnsupportedFeature(
+            "solver 'pipeline' needs the links of a cluster and the steps of a trace; build the "
+            "instance with Instance.build(trace, cluster)"
+        )
+    problem = _Problem(instance, instance.cluster, instance.trace, options.seed)
+    partitions = problem.groups().candidates()
+    if not partitions:
+        raise _no_pipeline(instance)
+    named = {quantity(len(groups), "group"): groups for groups in partitions}
+    plans = {name: _placed(problem, groups) for name, groups in named.items()}
+    chosen = next(iter(plans))
+    idle = problem.measure.idle_time(plans[chosen].on_gpu)
+    busy = busiest_share(idle, plans[chosen].execution, instance.cluster) > IDLE_SHARE
+    extra: dict[str, Any] = {}
+    if busy and len(plans) > 1:
+        means = simulated_s(plans, instance, instance.cluster, instance.trace, options.seed)
+        chosen = min(means, key=means.__getitem__)
+        idle = problem.measure.idle_time(plans[chosen].on_gpu)
+        extra["simulated_s"] = means
+    plan = plans[chosen]
+    extra["expected_latency_s"] = float(problem.weights @ idle.of_table(plan.execution))
+    extra["groups"] = [
+        [instance.servers[run.server] for run in spans(group.row)] for group in named[chosen]
+    ]
+    owner = np.repeat(np.arange(instance.num_servers), [len(g) for g in instance.gpu_capacity])
+    local = np.zeros(instance.activations.shape, bool)
+    np.logical_or.at(local, owner, plan.on_gpu)
+    return SolverResult(
+        local,
+        on_gpu=plan.on_gpu,
+        execution=plan.execution,
+        gpu_capacity=plan.gpu_capacity,
+        objective="latency",
+        extra=extra,
+    )
+
+
+def _placed(problem: _Problem, groups: Partition) -> Candidate:
+    """The experts and the table of some groups."""
+    instance, model = problem.instance, problem.trace.model
+    table = home_execution(instance.num_servers, model.num_layers)
+    owned: list[list[int]] = [[] for _ in instance.servers]
+    for group in groups:
+        for home in group.members:
+            if not problem.at_home[home]:
+                table[home] = group.row
+        for layer, server in enumerate(group.row.tolist()):
+            owned[server].append(layer)
+    capacity = capacity_with_kv(problem.cluster, model, kv_bytes(problem.cluster, model, table))
+    local = np.zeros(instance.activations.shape, bool)
+    for server, layers in enumerate(owned):
+        local[server, layers] = True
+    moved = np.zeros(instance.activations.shape)  # calls by the server that executes the layer
+    layer_index = np.arange(model.num_layers)
+    for home, row in enumerate(table):
+        moved[row, layer_index] += instance.activations[home]
+    load = expected_load(moved, local)
+    on_gpu = [
+        deal_out(room, layers, instance, load[server])
+        for server, (room, layers) in enumerate(zip(capacity, owned, strict=True))
+    ]
+    return Candidate(np.concatenate(on_gpu), table, capacity)
+
+
+def _no_pipeline(instance: Instance) -> Infeasible:
+    """Why no order of servers holds every layer whole."""
+    sizes = instance.expert_size * instance.model.num_experts
+    if instance.in_slots:
+        whole = int((instance.slots // instance.model.num_experts).sum())
+        lacking, unit = max(instance.model.num_layers - whole, 1), "layers"
+        found = f"the servers hold {quantity(whole, 'whole layer')} of {instance.model.num_layers}"
+    else:
+        capacity = sum(sum(gpus) for gpus in instance.gpu_capacity)
+        lacking, unit = max(int(sizes.sum()) - capacity, int(sizes.min())), "bytes"
+        found = "the servers do not hold every layer whole"
+    return Infeasible(
+        f"pipeline: {found}, KV caches counted where layers execute",
+        shortfall=lacking,
+        unit=unit,
+        remedy="add memory, lower kv_tokens, or use a solver that splits layers",
+    )
+
+
+SOLVER = Solver(
+    name="pipeline",
+    summary="contiguous whole layers, each executed by the server that holds it",
+    guarantee="the least idle time of all pipelines and groups up to six servers",
+    function=_solve,
+    supports=frozenset({Feature.UNEQUAL_BYTES}),
+)
