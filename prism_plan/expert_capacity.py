@@ -33,14 +33,22 @@ def kv_bytes(
     """Bytes that each server keeps for the KV caches of the layers that it executes, [N].
 
     Each home's ``kv_tokens`` are kept where its decoder layers execute, by an execution table
-    int32 [N, L]; rounded up once a server. Without a table all execute at home.
+    int32 [N, L]; rounded up once a server. Without a table all execute at home. While requests run
+    on several tables, int32 [tables, N, L], a home's tokens may all be on the one with the most of
+    its layers at a server.
     """
     if execution is None:
         return tuple(server.kv_tokens * model.kv_bytes_per_token for server in cluster.servers)
-    token_layers = [0] * cluster.num_servers
-    for server, row in zip(cluster.servers, execution.tolist(), strict=True):
-        for m, layers in zip(row, model.decoder_layers_by_layer, strict=True):
-            token_layers[m] += server.kv_tokens * layers
+    tables = execution.reshape(-1, *execution.shape[-2:])
+    homes = np.arange(cluster.num_servers)[:, None]
+    layers_at = np.zeros((len(tables), cluster.num_servers, cluster.num_servers), np.int64)
+    for number, table in enumerate(tables):  # by home, and server that executes
+        np.add.at(layers_at[number], (homes, table), model.decoder_layers_by_layer)
+    most = layers_at.max(axis=0).tolist()
+    token_layers = [
+        sum(server.kv_tokens * row[m] for server, row in zip(cluster.servers, most, strict=True))
+        for m in range(cluster.num_servers)
+    ]
     of_all = model.num_decoder_layers
     return tuple(-(-kept * model.kv_bytes_per_token // of_all) for kept in token_layers)
 
@@ -90,10 +98,9 @@ def gpu_capacity(
 ) -> tuple[tuple[int, ...], ...]:
     """Capacity of each server's GPUs for experts: a number of them ("slots"), or bytes.
 
-    KV caches lie where layers execute, by an execution table int32 [N, L]: see :func:`kv_bytes`.
-
-    Bytes where experts differ in size by layer. Slots are rounded down for each GPU: two halves of
-    an expert on two GPUs are no expert.
+    KV caches lie where layers execute, by an execution table int32 [N, L] or several: see
+    :func:`kv_bytes`. Bytes where experts differ in size by layer. Slots are rounded down for each
+    GPU: two halves of an expert on two GPUs are no expert.
 
     Raises
     ------

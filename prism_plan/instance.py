@@ -243,7 +243,9 @@ class Instance:
         )
 
     def with_execution(self, execution: npt.NDArray[np.int32] | None, model: ModelSpec) -> Instance:
-        """The problem with what a table [N, L] leaves of each GPU, where its cluster is known.
+        """The problem with what a table leaves of each GPU, where its cluster is known.
+
+        ``execution`` int32 [N, L], or [tables, N, L] while requests run on any of several.
 
         Raises
         ------

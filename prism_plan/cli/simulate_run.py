@@ -67,6 +67,7 @@ def run_simulations(args: SimulateOptions) -> int:
             scored,
             cluster,
             options,
+            planned_on=planned,
             inputs={"trace": trace_identity(trace), "cluster": cluster_input},
             progress=lambda name, done, total: update(name, order[name] * total + done),
         )

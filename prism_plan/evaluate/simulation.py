@@ -101,6 +101,7 @@ def simulate_placements(
     cluster: Cluster,
     options: SimulationOptions | None = None,
     *,
+    planned_on: Trace | None = None,
     inputs: Mapping[str, InputFile] | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Simulation:
@@ -122,6 +123,8 @@ def simulate_placements(
         Servers, GPUs and links.
     options
         How to simulate.
+    planned_on
+        The trace by whose prompts reviews plan where layers execute; ``trace`` by default.
     inputs
         Identities of the files ``"trace"`` and ``"cluster"``, for the report.
     progress
@@ -144,7 +147,7 @@ def simulate_placements(
     deadline = math.inf
     if options.time_limit_s is not None:
         deadline = time.monotonic() + options.time_limit_s
-    rules = cluster_rules(trace, cluster)
+    rules = cluster_rules(trace, cluster).replace(trace=planned_on or trace)
     prepared = []
     for name, placement in placements:
         try:

@@ -7,7 +7,7 @@ from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.model_spec import ModelSpec
-from prism_plan.placement import OFFLOAD, Placement, require_home_execution
+from prism_plan.placement import OFFLOAD, Placement
 from prism_plan.placement_check import violations
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.requests import Requests
@@ -45,6 +45,8 @@ def prepare(
 ) -> tuple[Scenario, Instance]:
     """The scenario of a placement, and the rules that migrations from it have to keep.
 
+    The capacities of the rules are those of a plan that executes at home.
+
     Raises
     ------
     InputError
@@ -61,12 +63,11 @@ def prepare(
         offload=offload,
     )
     rules = instance.replace(min_replicas=placement.plan.min_replicas)
-    rules = rules.with_execution(placement.execution, model)
     moving = options.migrate != "never" and not offload
     if moving:
-        require_home_execution(placement)
         require_supported_migration(rules, options)
-    for violation in violations(placement, instance=rules):
+    limits = rules.with_execution(placement.execution, model)
+    for violation in violations(placement, instance=limits):
         if violation.constraint == "capacity":
             raise InputError(
                 violation.message,

@@ -17,8 +17,8 @@ from prism_plan.errors import Infeasible
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.migration.cost import call_seconds, gpu_load_gbs
-from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.policy import review
+from prism_plan.migration.staged import staged_migration
 from prism_plan.placement import Placement
 from prism_plan.simulate.compiled.compiled_engine import CHUNK, CompiledEngine
 from prism_plan.simulate.engine_interface import Engine, Outcome
@@ -62,7 +62,11 @@ def _signals_deferred() -> Iterator[None]:
 
 @dataclass(eq=False)
 class SimulationRunner:
-    """Simulates one placement from the first arrival to the last request, with reviews."""
+    """Simulates one placement from the first arrival to the last request, with reviews.
+
+    ``instance`` has the rules that migrations keep, and the capacities of a plan that executes at
+    home.
+    """
 
     name: str
     placement: Placement
@@ -123,7 +127,8 @@ class SimulationRunner:
         every_s = self.options.migrate_every_s
         policy = self.options.policy()
         statistics = self.options.counting().start(self.instance.activations.shape)
-        current = self.placement.replace(gpu_capacity=self.instance.gpu_capacity)
+        limits = self.instance.with_execution(self.placement.execution, self.scenario.model)
+        current = self.placement.replace(gpu_capacity=limits.gpu_capacity)
         reviews = 0
         while not self.engine.all_finished:
             reviews += 1
@@ -162,17 +167,18 @@ class SimulationRunner:
     def _start_migration(self, current: Placement, target: Placement, rates: Any) -> bool:
         """Start a migration; False if there is no order in which its steps can be done."""
         try:
-            plan = migration_plan(
+            plan = staged_migration(
                 current,
                 target,
-                gpu_capacity=self.instance.gpu_capacity,
-                forbidden=self.instance.mask(self.instance.forbidden),
-                priority=rates,
+                self.engine.tables_in_use(),
+                self.instance,
+                self.scenario.model,
+                rates=rates,
             )
         except Infeasible as error:
             self.notes.append(f"a move was not made: {error}")
             return False
-        self.engine.migrate(plan.steps)
+        self.engine.migrate(plan.steps, plan.change)
         return True
 
     def _outcome(self) -> Outcome:

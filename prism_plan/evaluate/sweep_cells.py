@@ -91,10 +91,7 @@ def plan_block(work: SweepWork, block: GridBlock) -> PlannedBlock:
     try:
         planned, scored = work.trace, None
         if options.holdout is not None:
-            share = options.holdout
-            planned, scored = work.latest(
-                "split", block.seed, lambda: work.trace.split(share, block.seed)
-            )
+            planned, scored = _split(work, block)
         base = vary_cluster(work.cluster, gpus=block.gpus, memory_fraction=block.memory_fraction)
         instance = Instance.build(planned, base, min_replicas=options.min_replicas)
         begin = time.perf_counter()
@@ -143,6 +140,16 @@ def plan_and_run(
     return run_cells(work, block, plan_block(work, block), conditions)
 
 
+def _split(work: SweepWork, block: GridBlock) -> tuple[Trace, Trace]:
+    """The requests that a block plans on, and those that it simulates."""
+    share = work.options.holdout
+    assert share is not None
+    parts: tuple[Trace, Trace] = work.latest(
+        "split", block.seed, lambda: work.trace.split(share, block.seed)
+    )
+    return parts
+
+
 def _require_same_version(work: SweepWork) -> None:
     if work.version != __version__:
         raise InputError(
@@ -180,7 +187,12 @@ def _run(
     simulation = dataclasses.replace(
         work.options.simulation, seed=block.seed, calibration=calibration
     )
-    result = simulate_placements([(block.solver, placement)], requests, trace, target, simulation)
+    known = trace  # what reviews plan on
+    if work.options.holdout is not None and simulation.migrate != "never":
+        known, _ = _split(work, block)
+    result = simulate_placements(
+        [(block.solver, placement)], requests, trace, target, simulation, planned_on=known
+    )
     if result.interrupted:
         raise KeyboardInterrupt
     if result.partial:

@@ -44,13 +44,23 @@ def gpu_load_gbs(cluster: Cluster) -> Floats:
     return np.array([gpu.load_gbs for server in cluster.servers for gpu in server.gpus], float)
 
 
-def communication_s(rates: Floats, local: Bools, call_s: Floats, horizon_s: float) -> float:
-    """C(P): expected seconds of remote calls over the horizon.
+def communication_s(
+    rates: Floats,
+    local: Bools,
+    call_s: Floats,
+    horizon_s: float,
+    execution: npt.NDArray[np.integer] | None = None,
+) -> float:
+    """Expected seconds of remote calls over the horizon: C(P) where layers execute at home.
 
-    ``rates`` [N, L, E] in calls per second, ``local`` [N, L, E], ``call_s`` [N].
+    ``rates`` [N, L, E] in calls per second by home server, ``local`` [N, L, E] whether the server
+    that executes the layer holds the expert, ``call_s`` [N] of the server that calls. ``execution``
+    [N, L] says which that is, ``None`` that it is the home.
     """
-    remote = np.where(local, 0.0, rates).sum(axis=(1, 2))
-    return float((remote * call_s).sum()) * horizon_s
+    missed = np.where(local, 0.0, rates)
+    if execution is None:
+        return float((missed.sum(axis=(1, 2)) * call_s).sum()) * horizon_s
+    return float((missed.sum(axis=2) * call_s[execution]).sum()) * horizon_s
 
 
 def migration_s(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.execution_table import TableChange
 from prism_plan.migration_step import MigrationStep
 from prism_plan.model_spec import ModelShape
 from prism_plan.placement import InputFile
@@ -35,7 +36,9 @@ class MigrationPlan:
     ``gpus`` is the number of GPUs of each server. Every order of the steps that respects their
     ``needs``, in parallel too, keeps every expert of the first placement held and every GPU
     within its capacity, and ends at the second. ``inputs`` names the two placements' files
-    (``"from"``, ``"to"``); ``load_s`` is the time of loading where a cluster was given.
+    (``"from"``, ``"to"``); ``load_s`` is the time of loading where a cluster was given. Where the
+    execution table changes too, ``change`` says when it begins, and which steps wait for requests
+    on the old one; the orders meant above are those that respect it.
     """
 
     model: ModelShape
@@ -44,6 +47,7 @@ class MigrationPlan:
     steps: tuple[MigrationStep, ...]
     inputs: Mapping[str, InputFile] = field(default_factory=dict)
     load_s: LoadTime | None = None
+    change: TableChange | None = None
 
     def replace(self, **changes: Any) -> MigrationPlan:
         """A changed copy."""
@@ -100,7 +104,7 @@ class MigrationPlan:
         """How long the loads take; ``load_gbs`` [G] in GB/s (1e9 bytes).
 
         In parallel, every GPU loads one expert at a time: whenever it is idle, the first step
-        whose needs are complete. Drops take no time.
+        whose needs are complete. Drops take no time, and nothing waits for requests to end.
         """
         return LoadTime(sum(self.loading_s(load_gbs)), _makespan_s(self, self._rates(load_gbs)))
 

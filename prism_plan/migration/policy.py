@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError, UnsupportedFeature, did_you_mean
 from prism_plan.exact_sum import exact_sum
+from prism_plan.execution_table import moved_activations
 from prism_plan.instance import MIN_CALLS, Instance
 from prism_plan.migration.cost import MigrationCost, communication_s, migration_s
+from prism_plan.migration.recent_requests import RecentRequests, requests_behind
 from prism_plan.objective import remote_score
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.placement_check import violations
@@ -22,7 +25,7 @@ from prism_plan.solvers.certificate import value_bound
 from prism_plan.solvers.contract import Feature, Options
 from prism_plan.solvers.exact import TOLERANCE, solve_flow
 from prism_plan.solvers.packing import pack_on_gpus
-from prism_plan.solvers.registry import SOLVER_NAMES, solvers_supporting
+from prism_plan.solvers.registry import PATHS, SOLVER_NAMES, TABLE_SOLVERS, solvers_supporting
 from prism_plan.solvers.run import solve
 
 Floats = npt.NDArray[np.float64]
@@ -41,14 +44,15 @@ class Policy:
     kind
         ``"never"`` keeps the placement. ``"prism"`` adopts a solver's placement P' iff
         C(P') + T_mig < C(P). ``"partial"`` moves just those experts whose savings exceed the cost
-        of loading them.
+        of loading them, and keeps the execution table.
     horizon_s
         Seconds over which remote calls are counted: until the next review.
     cost
         Whether T_mig is the sum over all loads, as in the paper, or the maximum over GPUs.
     solver, seed
-        The solver of the candidate of ``"prism"``. Where T_mig is not a sum over the experts of a
-        server, ``"partial"`` compares that candidate too.
+        The solver of the candidate of ``"prism"``; with ``+paths`` after its name the candidate has
+        an execution table. Where T_mig is not a sum over the experts of a server, ``"partial"``
+        compares what the solver, without ``+paths``, places for the execution table that it keeps.
 
     Raises
     ------
@@ -66,7 +70,6 @@ class Policy:
         for key, known in (
             ("kind", POLICY_NAMES),
             ("cost", get_args(MigrationCost)),
-            ("solver", SOLVER_NAMES),
         ):
             value = getattr(self, key)
             if value not in known:
@@ -75,6 +78,16 @@ class Policy:
                     parameter=key,
                     expected=f"one of {', '.join(known)}",
                 )
+        experts = str(self.solver).removesuffix(PATHS)
+        if experts not in SOLVER_NAMES:
+            reason = did_you_mean(experts, SOLVER_NAMES)
+            if experts in TABLE_SOLVERS:
+                reason = " plans whole layers, whichever of their experts are called"
+            raise InputError(
+                f"{self.solver!r}{reason}",
+                parameter="solver",
+                expected=f"one of {', '.join(SOLVER_NAMES)}, or one of them with {PATHS}",
+            )
         if not 0 < self.horizon_s < math.inf:
             raise InputError(f"{self.horizon_s}", parameter="horizon_s", expected="seconds above 0")
         Options(seed=self.seed)
@@ -108,7 +121,7 @@ def review(
     call_s: Floats,
     load_gbs: Floats,
 ) -> Review:
-    """Decide whether experts move.
+    """Decide whether experts move, and whether layers execute elsewhere from now on.
 
     Parameters
     ----------
@@ -119,7 +132,9 @@ def review(
     rates
         Estimated calls per second, [N, L, E]. Those below ``MIN_CALLS`` count as none.
     instance
-        The problem's capacities and rules; its activations are replaced by ``rates``.
+        The problem's rules, and the capacities of a plan that executes all layers at home; what an
+        execution table leaves of them, and what its messages cost, is counted by its cluster and
+        trace. Its activations are replaced by ``rates``.
     call_s
         Expected seconds of a remote call of each server, [N].
     load_gbs
@@ -130,7 +145,8 @@ def review(
     InputError
         Rates are negative or NaN, or the current placement breaks a constraint of the instance.
     UnsupportedFeature
-        The policy or its solver does not support a feature of the instance.
+        The policy or its solver does not support a feature of the instance, or policy ``prism`` has
+        to do with an execution table and the instance has no cluster or no trace.
     """
     too_small = (rates > 0) & (rates < MIN_CALLS)  # left of old calls in a window
     costs = _CostModel(
@@ -140,7 +156,7 @@ def review(
         call_s,
         load_gbs,
     )
-    broken = violations(current, instance=costs.instance)
+    broken = violations(current, instance=costs.for_running_table)
     if broken:
         raise InputError(
             broken[0].message, place="current placement", expected="one that the cluster can hold"
@@ -162,9 +178,37 @@ class _CostModel:
     call_s: Floats
     load_gbs: Floats
 
+    @functools.cached_property
+    def requests(self) -> RecentRequests:
+        """The requests behind the calls."""
+        instance = self.instance
+        if instance.cluster is None or instance.trace is None:
+            raise UnsupportedFeature(
+                "reviews of execution tables need the links of a cluster and the steps of a trace; "
+                "build the instance with Instance.build(trace, cluster)"
+            )
+        return requests_behind(
+            instance.activations, instance.cluster, instance.trace, self.current.on_gpu,
+            self.policy.seed,
+        )  # fmt: skip
+
     @property
     def before_s(self) -> float:
         return self._communication_s(self.current)
+
+    @property
+    def for_running_table(self) -> Instance:
+        """The problem of placing experts for the running table: its capacities, moved activations.
+
+        With every layer at home it is the instance itself.
+        """
+        instance, execution = self.instance, self.current.execution
+        if execution is None:
+            return instance
+        if instance.trace is not None:
+            instance = instance.with_execution(execution, instance.trace.model)
+        moved = moved_activations(instance.activations, execution)
+        return instance.replace(activations=moved)
 
     @property
     def expert_bytes(self) -> tuple[int, ...]:
@@ -191,8 +235,12 @@ class _CostModel:
         )
 
     def _communication_s(self, placement: Placement) -> float:
-        rates = self.instance.activations
-        return communication_s(rates, placement.local, self.call_s, self.policy.horizon_s)
+        rates, execution = self.instance.activations, placement.execution
+        horizon_s, local = self.policy.horizon_s, placement.local_to_execution
+        calls_s = communication_s(rates, local, self.call_s, horizon_s, execution)
+        if execution is None or self.policy.kind != "prism":
+            return calls_s  # the others keep the table, and with it the messages
+        return calls_s + self.requests.messages_s(execution, horizon_s)
 
     def _migration_s(self, target: Placement) -> float:
         loads = target.on_gpu & ~self.current.on_gpu
@@ -203,19 +251,22 @@ class _CostModel:
 
 
 def _prism(costs: _CostModel) -> Review:
-    candidate = _solver_candidate(costs)
+    instance = costs.instance
+    if costs.policy.solver.endswith(PATHS):  # a table for what is asked for now
+        instance = instance.replace(cluster=costs.requests.cluster)
+    candidate = _solver_candidate(costs, instance, costs.policy.solver)
     if costs.total_s(candidate) < costs.before_s:
         return costs.review("move", candidate)
     return costs.review("stay", candidate)
 
 
-def _solver_candidate(costs: _CostModel) -> Placement:
-    """The solver's placement for the rates, on GPUs as close to the current one as possible."""
-    policy, instance = costs.policy, costs.instance
-    options = Options(seed=policy.seed)
-    candidate = solve(instance, policy.solver, options, inputs=costs.current.inputs)
+def _solver_candidate(costs: _CostModel, instance: Instance, solver: str) -> Placement:
+    """The solver's placement for an instance, on GPUs as close to the current one as possible."""
+    options = Options(seed=costs.policy.seed)
+    candidate = solve(instance, solver, options, inputs=costs.current.inputs)
     if not instance.in_slots:
         return candidate  # only the solver's own packing is known to fit
+    instance = instance.replace(gpu_capacity=candidate.gpu_capacity)  # what its table leaves
     return candidate.replace(on_gpu=pack_on_gpus(instance, candidate.local, costs.current))
 
 
@@ -223,14 +274,15 @@ def _solver_candidate(costs: _CostModel) -> Placement:
 
 
 def _partial(costs: _CostModel) -> Review:
-    """The move of least C(P') + T_mig.
+    """The move of least C(P') + T_mig that keeps the execution table.
 
-    Where a load costs the same on all GPUs of a server and T_mig is a sum, that total is linear in
-    what each server holds, and one minimum-cost flow finds its optimum. Else the flows of several
-    prices, and the candidate of policy ``prism``, are compared by their true totals: never worse
-    than either policy, but not proven optimal. Where GPUs load in parallel only the slowest one
-    costs time, so the prices range from that of a load by itself down to nothing; where the GPUs
-    of a server differ, some flows load on the fastest ones alone.
+    A copy on a server saves the calls of the layers that execute there, so experts are planned for
+    the moved activations. Where a load costs the same on all GPUs of a server and T_mig is a sum,
+    that total is linear in what each server holds, and one minimum-cost flow finds its optimum.
+    Else the flows of several prices, and the candidate of policy ``prism``, are compared by their
+    true totals: never worse than either policy, but not proven optimal. Where GPUs load in parallel
+    only the slowest one costs time, so the prices range from that of a load by itself down to
+    nothing; where the GPUs of a server differ, some flows load on the fastest ones alone.
     """
     if not costs.instance.in_slots:
         solvers = solvers_supporting(frozenset({Feature.UNEQUAL_BYTES}))
@@ -249,7 +301,7 @@ def _candidates(costs: _CostModel) -> Iterator[Placement]:
     """The placements that policy ``partial`` compares; a single one is optimal."""
     if costs.before_s == 0:
         return
-    instance, size_gb = costs.instance, costs.expert_bytes[0] * 1e-9
+    instance, size_gb = costs.for_running_table, costs.expert_bytes[0] * 1e-9
     gpus = [costs.load_gbs[costs.current.gpus_of(n)] for n in range(instance.num_servers)]
     slowest_s = np.array([size_gb / gbs.min() for gbs in gpus])
     fastest_s = np.array([size_gb / gbs.max() for gbs in gpus])
@@ -265,14 +317,25 @@ def _candidates(costs: _CostModel) -> Iterator[Placement]:
     for scale in scales:
         yield _flow(costs, instance, fastest_s * scale)
         if not equal_gpus:
-            yield _flow(costs, _only_fastest_gpus_load(costs), fastest_s * scale)
+            yield _flow(costs, _only_fastest_gpus_load(costs, instance), fastest_s * scale)
     with contextlib.suppress(UnsupportedFeature):  # policy `prism` has no candidate then
-        yield _solver_candidate(costs)
+        candidate = _solver_candidate(costs, instance, costs.policy.solver.removesuffix(PATHS))
+        yield _with_running_table(costs, candidate)
 
 
-def _only_fastest_gpus_load(costs: _CostModel) -> Instance:
+def _with_running_table(costs: _CostModel, experts: Placement) -> Placement:
+    """A placement of experts with the table that running and new requests keep."""
+    current = costs.current
+    return experts.replace(
+        execution=current.execution,
+        kv_tokens=current.kv_tokens,
+        execute_at_home=current.execute_at_home,
+    )
+
+
+def _only_fastest_gpus_load(costs: _CostModel, instance: Instance) -> Instance:
     """The instance in which the other GPUs of each server keep exactly what they hold."""
-    instance, current = costs.instance, costs.current
+    current = costs.current
     pinned, capacity = list(instance.pinned), []
     for n, slots in enumerate(instance.gpu_capacity):
         gpus = current.gpus_of(n)
@@ -291,8 +354,8 @@ def _flow(
 ) -> Placement:
     """The placement of least C(P') plus ``price_s`` [N] for each expert that a server newly loads.
 
-    ``instance`` is that of ``costs`` or more constrained; ``exact`` says that the price is the true
-    cost of a load.
+    ``instance`` is that for the running table or more constrained; ``exact`` says that the price is
+    the true cost of a load.
     """
     current = costs.current
     value = instance.activations * (costs.call_s * costs.policy.horizon_s)[:, None, None]
@@ -308,11 +371,12 @@ def _flow(
         seed=costs.policy.seed,
         min_replicas=instance.min_replicas,
     )
-    return Placement(
+    experts = Placement(
         model=instance.model,
         servers=instance.servers,
-        gpu_capacity=costs.instance.gpu_capacity,
+        gpu_capacity=costs.for_running_table.gpu_capacity,
         on_gpu=pack_on_gpus(instance, local, current),
         plan=plan,
         inputs=current.inputs,
     )
+    return _with_running_table(costs, experts)

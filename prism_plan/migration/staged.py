@@ -1,0 +1,127 @@
+"""The steps of a move whose execution table changes too, in stages that memory allows.
+
+While requests run on several tables, the KV cache that a server keeps for a home is bounded by the
+table with the most of the home's layers there (docs/design.md, sections 5 and 10). The experts of a
+move need not fit beside that: then the new table begins when enough was dropped, or the last steps
+wait until no request runs on an older table.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.errors import Infeasible
+from prism_plan.execution_table import TableChange, moved_activations
+from prism_plan.instance import Instance
+from prism_plan.instance_feasibility import require_feasible
+from prism_plan.migration.endpoints import NAMES
+from prism_plan.migration.order.find_order import migration_plan
+from prism_plan.migration.plan import MigrationPlan
+from prism_plan.migration_step import MigrationStep
+from prism_plan.model_spec import ModelSpec
+from prism_plan.placement import Placement
+from prism_plan.placement_check import violations
+from prism_plan.solvers.exact import solve_flow
+from prism_plan.solvers.packing import pack_on_gpus
+
+Tables = npt.NDArray[np.int32]
+
+
+def staged_migration(
+    current: Placement,
+    target: Placement,
+    tables_in_use: Tables,
+    instance: Instance,
+    model: ModelSpec,
+    *,
+    rates: npt.NDArray[np.float64] | None = None,
+    names: tuple[str, str] = NAMES,
+) -> MigrationPlan:
+    """The migration steps from one placement to another, and when the table of the target begins.
+
+    The plan has a ``change`` where the target's table is not the only one of ``tables_in_use``
+    int32 [tables, N, L], which ``current`` has to fit beside. ``instance`` has the rules, and the
+    capacities of a plan that executes at home; ``rates`` [N, L, E] are the calls per second of each
+    home, by which loads are ordered. ``names`` are what errors call the two placements.
+
+    Each stage keeps every GPU within what the tables of that time leave of it:
+
+    1. Everything fits beside the old and the new tables: the steps and the table begin at once.
+    2. The target does not: the table begins at once, all steps wait for requests on older tables.
+    3. The current placement does not: the table begins when all steps are complete.
+    4. Neither does: steps to a placement between them, which does, then the table; the other steps
+       wait for requests on older tables. That placement costs the fewest loads on the way.
+
+    Raises
+    ------
+    Infeasible
+        No order of the steps was found; a GPU cannot hold the KV caches of both tables, or no
+        placement of all experts fits beside them.
+    """
+    new = target.execution_table
+    priority = None if rates is None else moved_activations(rates, new)
+    forbidden = instance.mask(instance.forbidden)
+
+    def ordered(a: Placement, b: Placement, limits: Instance) -> MigrationPlan:
+        return migration_plan(
+            a, b, gpu_capacity=limits.gpu_capacity, forbidden=forbidden, priority=priority,
+            names=names,
+        )  # fmt: skip
+
+    after = _beside(instance, new[None], model)
+    if (tables_in_use == new).all():
+        return ordered(current, target, after)
+    during = _beside(instance, np.concatenate([tables_in_use, new[None]]), model)
+    if not _excess(current, during):
+        fits = not _excess(target, during)
+        plan = ordered(current, target, during if fits else after)
+        return plan.replace(change=TableChange(new, 0, len(plan.steps) if fits else 0))
+    before = _beside(instance, tables_in_use, model)
+    if not _excess(target, during):
+        plan = ordered(current, target, before)
+        return plan.replace(change=TableChange(new, len(plan.steps), len(plan.steps)))
+    between = _between(current, target, during)
+    first = ordered(current, between, before)
+    second = ordered(between, target, after)
+    at = len(first.steps)
+    later = tuple(
+        MigrationStep(step.kind, step.gpu, step.pair, tuple(need + at for need in step.needs),
+                      step.temporary)
+        for step in second.steps
+    )  # fmt: skip
+    return first.replace(steps=first.steps + later, change=TableChange(new, at, at))
+
+
+def _beside(instance: Instance, tables: Tables, model: ModelSpec) -> Instance:
+    """The problem with what is left of each GPU while requests run on any of the tables."""
+    return instance.with_execution(tables, model)
+
+
+def _between(current: Placement, target: Placement, limits: Instance) -> Placement:
+    """A placement within the limits, over which a move costs the fewest loads.
+
+    An expert that both placements have on a server and this one has not is loaded again; one that
+    neither has costs a load; one of the target costs the same load now or later.
+    """
+    if not limits.in_slots:
+        raise Infeasible(
+            "neither placement fits beside the KV caches of both execution tables, and experts "
+            "differ in size",
+            shortfall=max(_excess(current, limits), 1),
+            unit="bytes",
+            remedy="move experts first, and the table when requests on the old one have ended",
+        )
+    require_feasible(limits)
+    had, will_have = current.local, target.local
+    value = (had & will_have).astype(float) - ~(had | will_have)
+    local, _, _ = solve_flow(limits, value, had)
+    return current.replace(
+        on_gpu=pack_on_gpus(limits, local, current), gpu_capacity=limits.gpu_capacity
+    )
+
+
+def _excess(placement: Placement, limits: Instance) -> int:
+    """By how much the experts of GPUs exceed the limits, in their unit."""
+    placed = placement.replace(gpu_capacity=limits.gpu_capacity)
+    return sum(v.amount for v in violations(placed) if v.constraint == "capacity")
