@@ -13,7 +13,9 @@ from prism_plan.errors import InputError
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
+    from prism_plan.instance import Instance
     from prism_plan.migration.plan import MigrationPlan
+    from prism_plan.model_spec import ModelSpec
     from prism_plan.placement import Placement
 
 
@@ -24,6 +26,7 @@ class MigrateOptions(TableOptions):
     a: str
     b: str
     cluster: str
+    model: str | None
     output: str | None
 
 
@@ -31,6 +34,11 @@ class MigrateOptions(TableOptions):
 @click.argument("a", metavar="A.json")
 @click.argument("b", metavar="B.json")
 @click.option("--cluster", required=True, metavar="C.toml", help="Servers, GPUs, load speeds.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="Sizes of the KV cache, where layers execute elsewhere afterwards; as in profile.",
+)
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("-o", "--output", metavar="M.json", help="Plan to write; - for stdout.")
@@ -39,11 +47,10 @@ def command(args: MigrateOptions) -> None:
     """Plan the order of loads and drops that leads from placement A to placement B.
 
     Every expert that A holds stays held by some GPU at every moment, and every GPU within its
-    capacity: the slots of the cluster file where it gives them, else what B states. Exit code 3
-    where there is no such order.
+    capacity: the slots of the cluster file where it gives them, else what B states. Where layers
+    execute elsewhere afterwards, that is what the KV caches of requests on A and on B leave. Exit
+    code 3 where there is no such order.
     """
-    import numpy as np
-
     from prism_plan.cli.console import log_info, write_output
     from prism_plan.cli.inputs import (
         error_source,
@@ -54,8 +61,8 @@ def command(args: MigrateOptions) -> None:
     from prism_plan.io.migration import dump_migration
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.migration.cost import gpu_load_gbs
-    from prism_plan.migration.order.find_order import migration_plan
-    from prism_plan.placement_rules import rule_triples
+    from prism_plan.migration.endpoints import in_server_order
+    from prism_plan.migration.staged import staged_migration
     from prism_plan.printable_text import quantity
 
     names = (args.a, args.b)
@@ -64,14 +71,12 @@ def command(args: MigrateOptions) -> None:
     before, before_file = read_placement_and_identity(args.a)
     after, after_file = read_placement_and_identity(args.b)
     _require_target(after, cluster, args.b, args.cluster)
-    forbidden = np.zeros(after.local.shape, bool)
+    before = in_server_order(before, after.servers)
     with error_source(args.cluster):
-        for place in rule_triples(cluster, after.model, "forbid"):
-            forbidden[place] = True
-    capacity = _capacity(after, cluster)
+        limits, sizes = _limits(before, after, cluster, args)
     with error_source(args.b):
-        plan = migration_plan(
-            before, after, gpu_capacity=capacity, forbidden=forbidden, names=names
+        plan = staged_migration(
+            before, after, before.execution_table[None], limits, sizes, names=names
         )
     load_gbs = gpu_load_gbs(cluster)
     plan = plan.replace(
@@ -99,6 +104,7 @@ def command(args: MigrateOptions) -> None:
             form=args.table_format,
             err=args.output == "-",
         )
+        _print_change(plan, before, form=args.table_format, err=args.output == "-")
 
 
 def _require_target(after: Placement, cluster: Cluster, path: str, cluster_path: str) -> None:
@@ -117,6 +123,45 @@ def _require_target(after: Placement, cluster: Cluster, path: str, cluster_path:
             source=path,
             expected="every expert on some GPU",
         )
+
+
+def _limits(
+    before: Placement, after: Placement, cluster: Cluster, args: MigrateOptions
+) -> tuple[Instance, ModelSpec | None]:
+    """The rules and capacities that the move keeps, and the model's sizes where they are needed."""
+    import numpy as np
+
+    from prism_plan.cli.inputs import read_model_spec
+    from prism_plan.instance import Instance
+    from prism_plan.model_spec import require_same_model
+    from prism_plan.placement_rules import rule_triples
+
+    tables_differ = (
+        before.servers == after.servers
+        and before.model.num_layers == after.model.num_layers
+        and bool((before.execution_table != after.execution_table).any())
+    )
+    moving = [s for s in cluster.servers if s.kv_tokens and tables_differ]
+    if moving and any(s.gpus[s.dense_gpu].slots is None for s in cluster.servers):
+        if args.model is None:
+            raise InputError(
+                f"{args.a} and {args.b} differ in where layers execute, and {args.cluster} has "
+                f"kv_tokens of server {moving[0].name!r}",
+                parameter="model",
+                expected="the model, for the sizes of KV caches that move",
+            )
+        sizes = read_model_spec(args.model)
+        require_same_model(after.model, sizes, source=args.b, other=args.model)
+        return Instance.of_cluster(cluster, sizes), sizes
+    model = after.model
+    limits = Instance(
+        model=model,
+        servers=after.servers,
+        activations=np.zeros((after.num_servers, model.num_layers, model.num_experts)),
+        gpu_capacity=_capacity(after, cluster),
+        forbidden=tuple(rule_triples(cluster, model, "forbid")),
+    )
+    return limits, None
 
 
 def _capacity(after: Placement, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
@@ -179,3 +224,31 @@ def _print_plan(
             f"loading takes {together} with all GPUs side by side, {in_turn} one after the other",
             err=err or form != "table",
         )
+
+
+def _print_change(plan: MigrationPlan, before: Placement, *, form: str, err: bool) -> None:
+    """Print for whom layers execute elsewhere afterwards, when that begins, and what waits."""
+    from prism_plan.cli.console import print_line
+    from prism_plan.printable_text import listed, quantity
+
+    change = plan.change
+    if change is None:
+        return
+    homes = [
+        name
+        for name, old, new in zip(
+            plan.servers, before.execution_table, change.execution, strict=True
+        )
+        if (old != new).any()
+    ]
+    begins = "at once"
+    if change.begins_after:
+        begins = f"when the first {quantity(change.begins_after, 'step')} are complete"
+    line = f"where layers execute changes for requests of {listed(homes)}: for new ones {begins}"
+    waiting = len(plan.steps) - change.waits_from
+    if waiting:
+        line += (
+            f"; the last {quantity(waiting, 'step')} wait until all requests that began before "
+            "have ended"
+        )
+    print_line(line, err=err or form != "table")

@@ -11,11 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from prism_plan.errors import InputError
+from prism_plan.execution_table import TableChange
 from prism_plan.input_limits import MAX_GPUS, MAX_NAMES
+from prism_plan.io.execution_runs import ExecutionRuns, runs_of_table, table_of_runs
 from prism_plan.io.file_writing import write_bytes
 from prism_plan.io.json import parse_json
 from prism_plan.io.model_spec import ShapePart, spec_from_part
 from prism_plan.io.pydantic_base import (
+    ABSENT,
     Amount,
     CheckedList,
     Count,
@@ -71,6 +74,18 @@ class StepPart(FormatModel):
     temporary: Annotated[bool, AfterValidator(_only_true), WithJsonSchema({"const": True})] = False
 
 
+class TableChangePart(FormatModel):
+    """When the execution table of the placement at the end begins, for new requests."""
+
+    begins_after: Count = Field(
+        description="The first so many steps are complete before it begins; 0: at once."
+    )
+    waits_from: Count = Field(
+        description="Steps from this one on wait until it has begun and no request runs on another."
+    )
+    execution: ExecutionRuns
+
+
 class MigrationFile(FormatModel):
     """In which order experts are loaded and dropped to get from one placement to another."""
 
@@ -93,6 +108,10 @@ class MigrationFile(FormatModel):
     extra_loads: Count = Field(description="Loads beyond those that the two placements differ by.")
     moved_bytes: Count = Field(description="Bytes of all loads.")
     load_s: LoadTimePart | None
+    #: Absent where layers execute where they did.
+    table: TableChangePart = Field(
+        default=ABSENT, description="How the execution table changes, where it does."
+    )
     #: In an order that is safe; any other that respects the needs is safe too, also side by side.
     steps: CheckedList[StepPart]
 
@@ -133,8 +152,18 @@ def migration_to_json(plan: MigrationPlan) -> dict[str, Any]:
         "to": files.get("to"),
         **{key: getattr(plan, key) for key in _COUNTS},
         "load_s": None if time is None else {"sum": time.sum_s, "makespan": time.makespan_s},
+        **_change_to_json(plan),
         "steps": steps,
     }
+
+
+def _change_to_json(plan: MigrationPlan) -> dict[str, Any]:
+    change = plan.change
+    if change is None:
+        return {}
+    runs = runs_of_table(change.execution, plan.servers, plan.model)
+    table = {"begins_after": change.begins_after, "waits_from": change.waits_from}
+    return {"table": {**table, "execution": runs}}
 
 
 def dump_migration(plan: MigrationPlan) -> bytes:
@@ -187,6 +216,8 @@ def migration_from_json(values: Any, source: object = "") -> MigrationPlan:
         inputs={key: InputFile(one.name, one.sha256) for key, one in files.items() if one},
         load_s=None if time is None else LoadTime(float(time.sum), float(time.makespan)),
     )
+    if file.table is not ABSENT:
+        plan = plan.replace(change=_change(file.table, plan, source))
     for key in _COUNTS:
         if getattr(file, key) != getattr(plan, key):
             raise InputError(
@@ -196,6 +227,25 @@ def migration_from_json(values: Any, source: object = "") -> MigrationPlan:
                 expected=f"{getattr(plan, key):,}, as the steps have it",
             )
     return plan
+
+
+def _change(part: TableChangePart, plan: MigrationPlan, source: object) -> TableChange:
+    if part.waits_from > len(plan.steps):
+        raise InputError(
+            f"{part.waits_from:,}",
+            source=source,
+            place="table.waits_from",
+            expected=f"at most {len(plan.steps):,}, the number of steps",
+        )
+    if part.begins_after not in (0, part.waits_from):
+        raise InputError(
+            f"{part.begins_after:,}",
+            source=source,
+            place="table.begins_after",
+            expected=f"0, or {part.waits_from:,} as waits_from",
+        )
+    table = table_of_runs(part.execution, plan.servers, plan.model, source)
+    return TableChange(table, part.begins_after, part.waits_from)
 
 
 def _steps(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -23,9 +22,14 @@ from pydantic import (
     WrapValidator,
 )
 
-from prism_plan.errors import InputError, did_you_mean
-from prism_plan.execution_table import home_execution, spans
-from prism_plan.input_limits import MAX_GPUS, MAX_LAYERS, MAX_NAMES, require_array_size
+from prism_plan.errors import InputError
+from prism_plan.input_limits import MAX_GPUS, MAX_NAMES, require_array_size
+from prism_plan.io.execution_runs import (
+    ExecutionRuns,
+    runs_of_table,
+    server_index,
+    table_of_runs,
+)
 from prism_plan.io.file_writing import write_bytes
 from prism_plan.io.json import parse_json
 from prism_plan.io.model_spec import ShapePart, spec_from_part
@@ -52,7 +56,6 @@ from prism_plan.io.shared_fields import (
 from prism_plan.io.text_files import file_name_text, read_text, read_text_and_digest
 from prism_plan.model_spec import ModelShape
 from prism_plan.placement import InputFile, Placement, SolveReport, Termination
-from prism_plan.printable_text import listed
 
 FORMAT = "prism-plan/placement"
 
@@ -131,25 +134,11 @@ class PlacementFile(FormatModel):
     ]
 
 
-class RunPart(FormatModel):
-    """A run of MoE layers that one server executes, by decoder layer index, ends included."""
-
-    first: Count
-    last: Count
-    server: str
-
-
 class PlacementFile2(PlacementFile):
     """Which GPU of which server holds which expert, and which server executes which layer."""
 
     version: Annotated[int, Field(ge=2, le=2)]
-    execution: Annotated[
-        DictOf[str, Annotated[ListOf[RunPart], Field(min_length=1, max_length=MAX_LAYERS)]],
-        Field(
-            max_length=MAX_NAMES,
-            description="By home server: runs that cover all MoE layers in order.",
-        ),
-    ]
+    execution: ExecutionRuns
     kv_tokens: Annotated[
         DictOf[str, Count],
         Field(
@@ -215,15 +204,8 @@ def _execution_to_json(placement: Placement) -> dict[str, Any]:
     """What version 2 has beyond version 1; nothing where every layer executes at home."""
     if placement.execution is None:
         return {}
-    layers, names = placement.model.moe_layers, placement.servers
-    execution = {
-        home: [
-            {"first": layers[run.first], "last": layers[run.last], "server": names[run.server]}
-            for run in spans(row)
-        ]
-        for home, row in zip(names, placement.execution, strict=True)
-    }
-    values: dict[str, Any] = {"execution": execution}
+    runs = runs_of_table(placement.execution, placement.servers, placement.model)
+    values: dict[str, Any] = {"execution": runs}
     if placement.kv_tokens:
         values["kv_tokens"] = dict(placement.kv_tokens)
     if placement.execute_at_home:
@@ -325,62 +307,11 @@ def _execution(
 ) -> dict[str, Any]:
     """The fields of a placement that version 2 adds."""
     index_of = {name: n for n, name in enumerate(names)}
-
-    def known(name: str, place: str) -> int:
-        if name not in index_of:
-            raise InputError(
-                f"server {name!r:.60}{did_you_mean(name, names)}",
-                source=source,
-                place=place,
-                expected=f"one of {listed(names)}",
-            )
-        return index_of[name]
-
-    table = home_execution(len(names), model.num_layers)
-    for home, runs in file.execution.items():
-        row = table[known(home, "execution")]
-        at = 0
-        for number, run in enumerate(runs):
-            place = f"execution.{home}[{number}]"
-            wanted = model.moe_layers[at] if at < model.num_layers else None
-            if run.first != wanted:
-                raise InputError(
-                    f"first {run.first}",
-                    source=source,
-                    place=place,
-                    expected="no more runs: all MoE layers have their server"
-                    if wanted is None
-                    else f"{wanted}, the MoE layer after the last run's",
-                )
-            end = bisect_right(model.moe_layers, run.last)
-            if end <= at or model.moe_layers[end - 1] != run.last:
-                raise InputError(
-                    f"last {run.last}",
-                    source=source,
-                    place=place,
-                    expected=f"a MoE layer of {model.name} from {run.first} on",
-                )
-            row[at:end] = known(run.server, f"{place}.server")
-            at = end
-        if at < model.num_layers:
-            raise InputError(
-                f"ends with layer {model.moe_layers[at - 1]}",
-                source=source,
-                place=f"execution.{home}",
-                expected=f"a server for layer {model.moe_layers[at]} and all after it",
-            )
-    for name in names:
-        if name not in file.execution:
-            raise InputError(
-                f"no runs of {name!r:.60}",
-                source=source,
-                place="execution",
-                expected="those of every server as home",
-            )
+    table = table_of_runs(file.execution, names, model, source)
     for name in file.kv_tokens:
-        known(name, "kv_tokens")
+        server_index(name, index_of, source, "kv_tokens")
     for number, name in enumerate(file.execute_at_home):
-        n = known(name, f"execute_at_home[{number}]")
+        n = server_index(name, index_of, source, f"execute_at_home[{number}]")
         if (table[n] != n).any():
             raise InputError(
                 f"layers of {name!r:.60} execute elsewhere",

@@ -114,6 +114,21 @@ def match_placements(
     return ends
 
 
+def in_server_order(placement: Placement, servers: Sequence[str]) -> Placement:
+    """The same placement with its servers in another order; as it is if they are not the same."""
+    if placement.servers == tuple(servers) or set(placement.servers) != set(servers):
+        return placement
+    order = [placement.servers.index(name) for name in servers]
+    position = np.argsort(order)
+    table = placement.execution
+    return placement.replace(
+        servers=tuple(servers),
+        gpu_capacity=tuple(placement.gpu_capacity[n] for n in order),
+        on_gpu=placement.on_gpu[np.concatenate([placement.gpus_of(n) for n in order])],
+        execution=None if table is None else position[table[order]],
+    )
+
+
 def _shortened(names: Sequence[str], others: Sequence[str]) -> str:
     """The first four names for a message, those that are not among the others first."""
     ordered = sorted(names, key=lambda name: name in set(others))

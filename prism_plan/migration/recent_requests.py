@@ -20,7 +20,7 @@ from prism_plan.trace import Trace
 
 Floats = npt.NDArray[np.float64]
 
-#: Steps of expectation maximisation; shares of tasks change by less than a per mille after them.
+#: Steps of expectation maximisation, after which shares are right within one or two hundredths.
 STEPS = 200
 #: Tasks with fewer tokens of a home, as a share of its most frequent task's, are not asked for.
 LEAST_SHARE = 0.01

@@ -33,7 +33,7 @@ def staged_migration(
     target: Placement,
     tables_in_use: Tables,
     instance: Instance,
-    model: ModelSpec,
+    model: ModelSpec | None,
     *,
     rates: npt.NDArray[np.float64] | None = None,
     names: tuple[str, str] = NAMES,
@@ -42,8 +42,9 @@ def staged_migration(
 
     The plan has a ``change`` where the target's table is not the only one of ``tables_in_use``
     int32 [tables, N, L], which ``current`` has to fit beside. ``instance`` has the rules, and the
-    capacities of a plan that executes at home; ``rates`` [N, L, E] are the calls per second of each
-    home, by which loads are ordered. ``names`` are what errors call the two placements.
+    capacities of a plan that executes at home; ``model`` has the sizes of KV caches, ``None`` where
+    none is kept and every table leaves the same. ``rates`` [N, L, E] are the calls per second of
+    each home, by which loads are ordered. ``names`` are what errors call the two placements.
 
     Each stage keeps every GPU within what the tables of that time leave of it:
 
@@ -70,7 +71,8 @@ def staged_migration(
         )  # fmt: skip
 
     after = _beside(instance, new[None], model)
-    if (tables_in_use == new).all():
+    same_servers = tables_in_use.shape[1:] == new.shape  # if not, ordering them says so
+    if not same_servers or (tables_in_use == new).all():
         return ordered(current, target, after)
     during = _beside(instance, np.concatenate([tables_in_use, new[None]]), model)
     if not _excess(current, during):
@@ -93,9 +95,9 @@ def staged_migration(
     return first.replace(steps=first.steps + later, change=TableChange(new, at, at))
 
 
-def _beside(instance: Instance, tables: Tables, model: ModelSpec) -> Instance:
+def _beside(instance: Instance, tables: Tables, model: ModelSpec | None) -> Instance:
     """The problem with what is left of each GPU while requests run on any of the tables."""
-    return instance.with_execution(tables, model)
+    return instance if model is None else instance.with_execution(tables, model)
 
 
 def _between(current: Placement, target: Placement, limits: Instance) -> Placement:
