@@ -142,22 +142,24 @@ class SimulationRunner:
                 continue
             self._record_migration_end()
             rates = statistics.rates()
-            reviewed = review(policy, current, rates, self.instance, self.call_s, self.load_gbs)
-            decision = reviewed.decision
-            if reviewed.target is not None and self._start_migration(
+            try:
+                reviewed = review(policy, current, rates, self.instance, self.call_s, self.load_gbs)
+            except Infeasible as error:  # the caches of its table leave the candidate no room
+                self.notes.append(f"a move was not made: {error}")
+                self.migrations.append(ReviewRecord(at_s, 0, 0, "stay", None, None))
+                continue
+            moved = reviewed.target is not None and self._start_migration(
                 current, reviewed.target, rates
-            ):
+            )
+            if moved and reviewed.target is not None:
                 current = reviewed.target
                 statistics.moved()
-            else:
-                decision = "stay"
-            moved = decision == "move"
             self.migrations.append(
                 ReviewRecord(
                     at_s=at_s,
                     moved_experts=reviewed.moved_experts if moved else 0,
                     moved_bytes=reviewed.moved_bytes if moved else 0,
-                    decision=decision,
+                    decision="move" if moved else "stay",
                     saving_s=reviewed.saving_s,
                     cost_s=reviewed.cost_s,
                 )

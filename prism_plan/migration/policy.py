@@ -147,6 +147,8 @@ def review(
     UnsupportedFeature
         The policy or its solver does not support a feature of the instance, or policy ``prism`` has
         to do with an execution table and the instance has no cluster or no trace.
+    Infeasible
+        The KV caches of the candidate's table leave too little for all experts.
     """
     too_small = (rates > 0) & (rates < MIN_CALLS)  # left of old calls in a window
     costs = _CostModel(

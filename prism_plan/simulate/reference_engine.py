@@ -583,6 +583,8 @@ class ReferenceEngine:
         self._steps = steps
         self._open_needs, self._dependents = step_dependencies(steps, change)
         self._open_steps = len(steps)
+        if not steps:
+            self.migration_end_s = self.now
         if change is not None:
             self._change = change
             self._waiting_steps = range(change.waits_from, len(steps))

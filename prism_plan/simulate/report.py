@@ -27,7 +27,8 @@ class ReviewRecord:
     """One review: its decision, and the end of the migration where that was a move.
 
     ``saving_s`` and ``cost_s`` are those of the move that was considered, ``None`` where the review
-    considered none because the migration before was still under way.
+    considered none: the migration before was still under way, or no candidate fits beside the KV
+    caches of its execution table.
     """
 
     at_s: float

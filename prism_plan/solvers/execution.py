@@ -18,6 +18,7 @@ from prism_plan.errors import Infeasible, UnsupportedFeature
 from prism_plan.execution_table import executes_at_home, home_execution
 from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.instance import Instance
+from prism_plan.instance_feasibility import require_feasible
 from prism_plan.solvers.busy_servers import IDLE_SHARE, Candidate, busiest_share, simulated_s
 from prism_plan.solvers.contract import Options, Solver, SolverResult
 from prism_plan.solvers.idle_time import idle_time, request_weights
@@ -60,6 +61,7 @@ def with_paths(solver: Solver) -> Solver:
                     runtime_s=None,  # of all rounds and tables, not of the last search
                 )
             instance = instance.replace(gpu_capacity=capacity)
+            require_feasible(instance)  # caches may leave too little for all experts
         raise Infeasible(
             f"KV caches and experts do not fit together after {MAX_ROUNDS} rounds of planning",
             shortfall=short,

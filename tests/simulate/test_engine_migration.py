@@ -240,6 +240,7 @@ def test_a_request_keeps_its_table(engine: Any) -> None:
     run.advance(2.0)
     run.migrate([], TableChange(HANDED_ON, 0, 0))
     assert not run.migrating
+    assert run.migration_end_s == 2.0
     assert run.tables_in_use().tolist() == [HANDED_ON.tolist(), HOME.tolist()]
     outcome = finished(run)
     layer = D + E

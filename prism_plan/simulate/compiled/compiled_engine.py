@@ -127,6 +127,8 @@ class CompiledEngine:
             ready_steps=queue,
         )
         self._state.run["open_steps"] = len(steps)
+        if not steps:
+            self._state.run["migration_end_s"] = self._state.run["now_s"]
         while len(self._state.heap.entries) - int(self._state.heap.counts[0]) <= len(steps):
             self._set(engine_state.grow(self._state, "heap"))
         self._state.run["new_steps"] = len(ready)
