@@ -218,6 +218,8 @@ def _check_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> Check
         f"{quantity(plan.loads, 'load')} "
         f"({plan.extra_loads:,} of them temporary) and {quantity(plan.drops, 'drop')}"
     )
+    if plan.change is not None:
+        summary += "; layers execute elsewhere afterwards"
     return CheckReport(str(path), "migration", summary)
 
 

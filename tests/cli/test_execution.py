@@ -49,6 +49,15 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trace = read_trace(TRACE)
     text = SERVERS.replace("TASK", trace.tasks[0])
     (folder / CLUSTER).write_text(text.replace("SLOTS", str(trace.model.num_pairs * 3 // 4)))
+    (folder / "model.json").write_text(json.dumps(trace.model.to_json()))
+    # room for three quarters of the experts beside the caches of one user group, not of two
+    size = trace.model.expert_bytes_by_layer[0]
+    kept = 5 * size // trace.model.kv_bytes_per_token
+    memory = trace.model.dense_bytes + (trace.model.num_pairs * 3 // 4 + 5) * size
+    text = text.replace("slots = SLOTS", f"memory_gb = {memory / 1e9:.9f}")
+    (folder / "memory.toml").write_text(
+        text.replace("arrival_interval_s", f"kv_tokens = {kept}\narrival_interval_s")
+    )
     for execution in ("home", "paths"):
         done = run(
             "solve", TRACE, "--cluster", CLUSTER, "--solver", "layer-partition",
@@ -106,6 +115,82 @@ def test_simulate_and_compare_use_the_table(planned: Path) -> None:
     assert rows["paths.json"]["remote_share"] <= rows["home.json"]["remote_share"]
 
 
+def test_reviews_plan_tables_and_keep_them(planned: Path) -> None:
+    """A review weighs a table by its communication; `partial` keeps that of its plan.
+
+    Here the table pays by a faster GPU alone, and its messages cost more than remote calls.
+    """
+    common = ("--trace", TRACE, "--cluster", CLUSTER, "--requests", 20, "--migrate-every", 40)
+    done = run(
+        "simulate", "home.json", *common, "--migrate", "prism", "--horizon", 1e5,
+        "--migrate-solver", "layer-partition+paths", "-o", "r.json", folder=planned,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((planned / "r.json").read_text())
+    assert report["review"]["solver"] == "layer-partition+paths"
+    (stays,) = report["runs"]
+    assert len(stays["migrations"]) > 0
+    assert all(review["decision"] == "stay" for review in stays["migrations"])
+    assert all(review["saving_s"] < 0 for review in stays["migrations"])
+    assert run("check", "r.json", folder=planned).returncode == 0
+    done = run(
+        "simulate", "paths.json", *common, "--migrate", "partial", "--json", folder=planned
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (kept,) = json.loads(done.stdout)["runs"]
+    assert len(kept["migrations"]) > 0
+    assert kept["hops"] > 0
+
+
+def test_migrate_tells_that_the_table_changes(planned: Path) -> None:
+    """Equal experts and another table: no steps, the line, and a file that `check` reads."""
+    done = run(
+        "migrate", "home.json", "paths.json", "--cluster", CLUSTER, "-o", "m.json", folder=planned
+    )
+    assert done.returncode == 0, done.stderr
+    line = "where layers execute changes for requests of slow: for new ones at once\n"
+    assert done.stdout.endswith(line)
+    values = json.loads((planned / "m.json").read_text())
+    assert values["steps"] == []
+    paths = json.loads((planned / "paths.json").read_text())
+    assert values["table"] == {
+        "begins_after": 0, "waits_from": 0, "execution": paths["execution"]
+    }  # fmt: skip
+    checked = run("check", "m.json", folder=planned)
+    assert checked.returncode == 0
+    assert "layers execute elsewhere afterwards" in checked.stdout
+    same = run(
+        "migrate", "paths.json", "paths.json", "--cluster", CLUSTER, "--json", folder=planned
+    )
+    assert "table" not in json.loads(same.stdout)
+
+
+def test_migrate_beside_the_caches_of_both_tables(planned: Path) -> None:
+    """The fast server's new caches need room that its experts have: they leave first."""
+    done = run(
+        "solve", TRACE, "--cluster", "memory.toml", "--solver", "layer-partition", "-o", "a.json",
+        folder=planned,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run(
+        "solve", TRACE, "--cluster", "memory.toml", "--solver", "layer-partition", "--execution",
+        "paths", "-o", "b.json", folder=planned,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run(
+        "migrate", "a.json", "b.json", "--cluster", "memory.toml", "--model", "model.json",
+        "-o", "m.json", folder=planned,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    values = json.loads((planned / "m.json").read_text())
+    begins = values["table"]["begins_after"]
+    assert values["table"]["waits_from"] >= begins > 0
+    dropped = [step for step in values["steps"][:begins] if step["do"] == "drop"]
+    assert len(dropped) >= 5
+    assert {step["server"] for step in dropped} == {"fast"}
+    assert f"for new ones when the first {begins} steps are complete" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -115,14 +200,23 @@ def test_simulate_and_compare_use_the_table(planned: Path) -> None:
             "did you mean 'exact'",
         ),
         (
-            ("simulate", "paths.json", "--trace", TRACE, "--cluster", CLUSTER, "--requests", 2,
-             "--migrate", "partial"),
-            "expected 1, where every layer executes at home",
+            ("simulate", "home.json", "--trace", TRACE, "--cluster", CLUSTER, "--requests", 2,
+             "--migrate", "prism", "--migrate-solver", "exakt+paths"),
+            "--migrate-solver: 'exakt+paths', did you mean 'exact'?; expected one of uniform",
         ),
         (
             ("simulate", "home.json", "--trace", TRACE, "--cluster", CLUSTER, "--requests", 2,
-             "--migrate", "prism", "--migrate-solver", "exact+paths"),
-            "expected one of uniform",
+             "--migrate", "prism", "--migrate-solver", "pipeline"),
+            "--migrate-solver: 'pipeline' plans whole layers, whichever of their experts are",
+        ),
+        (
+            ("migrate", "home.json", "paths.json", "--cluster", "memory.toml", "-o", "x"),
+            "--model: home.json and paths.json differ in where layers execute, and memory.toml",
+        ),
+        (
+            ("migrate", "home.json", "paths.json", "--cluster", "memory.toml", "-o", "x",
+             "--model", "mixtral-8x7b"),
+            "mixtral-8x7b",
         ),
     ],
 )  # fmt: skip
