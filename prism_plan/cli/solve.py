@@ -136,9 +136,13 @@ def command(args: SolveOptions) -> None:
         instance = Instance.build(trace, cluster, min_replicas=args.min_replicas)
         placement = solve(instance, name, options, inputs=inputs)
     write_output(args.output, dump_placement(placement))
-    # of home plans nothing depends on how fast GPUs and links are
+    # of plans of experts nothing depends on how fast GPUs and links are
     if name.endswith(PATHS) or name in TABLE_SOLVERS:
+        from prism_plan.solvers.idle_time import planning_assumptions
+
         log_assumed_figures(args.cluster, cluster, compute=True, links=True)
+        for text in planning_assumptions(cluster, trace):
+            log_info(f"{args.cluster}: planned for {text}")
     if reserved := missing_kv_reservation(cluster, trace.model):
         log_info(f"{args.cluster}: {reserved}")
     if placement.plan.termination == "time_limit":
