@@ -135,7 +135,7 @@ def command(args: SolveOptions) -> None:
     write_output(args.output, dump_placement(placement))
     if name.endswith(PATHS):  # nothing else in a plan depends on how fast GPUs and links are
         log_assumed_figures(args.cluster, cluster, compute=True, links=True)
-    if reserved := missing_kv_reservation(cluster, trace.model):
+    if reserved := missing_kv_reservation(cluster, trace.model, placement.execution):
         log_info(f"{args.cluster}: {reserved}")
     if placement.plan.termination == "time_limit":
         log_info("the time limit ended the search; the gap to the bound is in the file")
