@@ -82,6 +82,7 @@ def make_model(layers: int, experts: int, top_k: int = 1, **changes: Any) -> Mod
         "expert_bytes": EXPERT_BYTES,
         "dense_bytes": EXPERT_BYTES,
         "kv_bytes_per_token": 0,
+        "attention_flops": 0,
         **changes,
     }
     return ModelSpec(
