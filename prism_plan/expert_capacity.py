@@ -38,11 +38,25 @@ def kv_bytes(
     if execution is None:
         return tuple(server.kv_tokens * model.kv_bytes_per_token for server in cluster.servers)
     token_layers = [0] * cluster.num_servers
-    for server, row in zip(cluster.servers, execution.tolist(), strict=True):
-        for m, layers in zip(row, model.decoder_layers_by_layer, strict=True):
+    for server, executed in zip(cluster.servers, decoder_layers_at(model, execution), strict=True):
+        for m, layers in executed.items():
             token_layers[m] += server.kv_tokens * layers
     of_all = model.num_decoder_layers
     return tuple(-(-kept * model.kv_bytes_per_token // of_all) for kept in token_layers)
+
+
+def decoder_layers_at(model: ModelSpec, execution: npt.NDArray[np.int32]) -> list[dict[int, int]]:
+    """How many decoder layers each server executes for requests of each home server, [N].
+
+    By an execution table int32 [N, L]; servers that execute none are left out.
+    """
+    found: list[dict[int, int]] = []
+    for row in execution.tolist():
+        executed: dict[int, int] = {}
+        for m, layers in zip(row, model.decoder_layers_by_layer, strict=True):
+            executed[m] = executed.get(m, 0) + layers
+        found.append(executed)
+    return found
 
 
 def resident_bytes(
@@ -102,6 +116,18 @@ def gpu_capacity(
     Infeasible
         A GPU is too small for what must reside on it.
     """
+    require_memory_for_unequal(cluster, model)
+    return capacity_with_kv(cluster, model, kv_bytes(cluster, model, execution))
+
+
+def require_memory_for_unequal(cluster: Cluster, model: ModelSpec) -> None:
+    """Refuse slots where experts differ in size by layer, for a number of them says nothing then.
+
+    Raises
+    ------
+    InputError
+        Names the first GPU that gives slots.
+    """
     for n, server in enumerate(cluster.servers):
         for g, gpu in enumerate(server.gpus):
             if gpu.slots is not None and not model.equal_expert_bytes:
@@ -110,7 +136,6 @@ def gpu_capacity(
                     place=f"server[{n}].gpu[{g}]",
                     expected="memory_gb, for experts of this model differ in size by layer",
                 )
-    return capacity_with_kv(cluster, model, kv_bytes(cluster, model, execution))
 
 
 def capacity_with_kv(

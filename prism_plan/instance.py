@@ -178,10 +178,12 @@ class Instance:
         *,
         min_replicas: int = 1,
         token_rates: TokenRates | None = None,
+        execution: npt.NDArray[np.int32] | None = None,
     ) -> Instance:
         """The problem of serving a trace's tasks on a cluster.
 
-        ``token_rates`` replace those of the cluster's own users.
+        ``token_rates`` replace those of the cluster's own users. KV caches lie where an
+        ``execution`` table int32 [N, L] has layers execute, by default at home.
 
         Raises
         ------
@@ -204,7 +206,9 @@ class Instance:
                 expected="tasks with calls, at a rate above 0",
                 remedy="profile them, or name others",
             )
-        instance = cls.of_cluster(cluster, model, activations=calls, min_replicas=min_replicas)
+        instance = cls.of_cluster(
+            cluster, model, activations=calls, min_replicas=min_replicas, execution=execution
+        )
         return instance.replace(trace=trace)
 
     @classmethod
@@ -215,8 +219,12 @@ class Instance:
         *,
         activations: npt.NDArray[np.float64] | None = None,
         min_replicas: int = 1,
+        execution: npt.NDArray[np.int32] | None = None,
     ) -> Instance:
         """The capacities and rules of a cluster for a model, by default without any calls.
+
+        KV caches lie where an ``execution`` table int32 [N, L] has layers execute, by default at
+        home.
 
         Raises
         ------
@@ -234,7 +242,7 @@ class Instance:
             model=model.shape(),
             servers=tuple(server.name for server in cluster.servers),
             activations=activations,
-            gpu_capacity=gpu_capacity(cluster, model),
+            gpu_capacity=gpu_capacity(cluster, model, execution),
             min_replicas=min_replicas,
             pinned=tuple(rule_triples(cluster, model, "pin")),
             forbidden=tuple(rule_triples(cluster, model, "forbid")),

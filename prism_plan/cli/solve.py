@@ -143,7 +143,7 @@ def command(args: SolveOptions) -> None:
         log_assumed_figures(args.cluster, cluster, compute=True, links=True)
         for text in planning_assumptions(cluster, trace):
             log_info(f"{args.cluster}: planned for {text}")
-    if reserved := missing_kv_reservation(cluster, trace.model):
+    if reserved := missing_kv_reservation(cluster, trace.model, placement.execution):
         log_info(f"{args.cluster}: {reserved}")
     if placement.plan.termination == "time_limit":
         log_info("the time limit ended the search; the gap to the bound is in the file")
