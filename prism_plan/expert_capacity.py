@@ -89,12 +89,15 @@ def bytes_for_experts(model: ModelSpec, server: Server, gpu: int, kv: int | None
     left = usable - resident.total
     if left < 0:
         held = "the dense part" if resident.total > resident.reserve else "its reserve"
+        lower = ""
+        if resident.kv:
+            held, lower = "the dense part and KV caches", ", or lower kv_tokens"
         raise Infeasible(
             f"server {server.name!r} gpu[{gpu}]: {usable:,} usable bytes do not hold {held} of "
             f"{resident.total:,} bytes",
             shortfall=-left,
             unit="bytes",
-            remedy="raise memory_gb or memory_fraction, or put dense = true on another GPU",
+            remedy=f"raise memory_gb or memory_fraction, or put dense = true on another GPU{lower}",
         )
     return left
 

@@ -105,7 +105,7 @@ def command(args: SolveOptions) -> None:
     from prism_plan.io.placement import dump_placement, read_placement
     from prism_plan.model_spec import require_same_model
     from prism_plan.solvers.contract import Options
-    from prism_plan.solvers.registry import PATHS, TABLE_SOLVERS, get_solver
+    from prism_plan.solvers.registry import PATHS, TABLE_SOLVERS, get_solver, plans_tables
     from prism_plan.solvers.run import solve
 
     name = args.solver
@@ -133,11 +133,13 @@ def command(args: SolveOptions) -> None:
         )
     inputs = {"trace": trace_identity(trace), "cluster": cluster_input}
     with error_source(args.cluster):
-        instance = Instance.build(trace, cluster, min_replicas=args.min_replicas)
+        instance = Instance.build(
+            trace, cluster, min_replicas=args.min_replicas, reserve_kv=not plans_tables(name)
+        )
         placement = solve(instance, name, options, inputs=inputs)
     write_output(args.output, dump_placement(placement))
     # of plans of experts nothing depends on how fast GPUs and links are
-    if name.endswith(PATHS) or name in TABLE_SOLVERS:
+    if plans_tables(name):
         from prism_plan.solvers.idle_time import planning_assumptions
 
         log_assumed_figures(args.cluster, cluster, compute=True, links=True)

@@ -30,11 +30,16 @@ MAX_ROUNDS = 10
 
 
 def with_paths(solver: Solver) -> Solver:
-    """The solver, followed by the execution table of least idle time for its placement."""
+    """The solver, followed by the execution table of least idle time for its placement.
+
+    Capacities are those of the cluster, with KV caches where the table has them; those of the
+    instance, which count them at home, are not used.
+    """
 
     def plan(instance: Instance, options: Options) -> SolverResult:
         cluster, trace = _cluster_and_trace(instance, solver.name)
         reserved = [0] * cluster.num_servers  # for KV caches; it only grows from round to round
+        instance = instance.replace(gpu_capacity=capacity_with_kv(cluster, trace.model, reserved))
         short = 0
         for _ in range(MAX_ROUNDS):
             result = solver(instance, options)
