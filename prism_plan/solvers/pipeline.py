@@ -154,12 +154,12 @@ def _no_pipeline(problem: _Problem) -> Infeasible:
     """Why no order of servers holds every layer whole."""
     runs = problem.memory.fits_until(range(problem.cluster.num_servers))
     layers = runs.shape[1]
-    whole = (runs - np.arange(layers)).max(axis=1)
+    held = int((runs - np.arange(layers)).max(axis=1).sum())
+    whole = quantity(held, "whole layer")
     cached = " beside the KV caches" if any(s.kv_tokens for s in problem.cluster.servers) else ""
     return Infeasible(
-        f"pipeline: no order of servers holds all layers: they hold {quantity(int(whole.sum()), 'whole layer')}{cached}, and "
-        f"there are {layers}",
-        shortfall=max(layers - int(whole.sum()), 1),
+        f"pipeline: no order of servers holds all {layers} layers: they hold {whole}{cached}",
+        shortfall=max(layers - held, 1),
         unit="layers",
         remedy="add memory, lower kv_tokens, or use a solver that splits layers",
     )

@@ -189,7 +189,7 @@ def test_caches_that_fit_nowhere(planned: Path) -> None:
             "'slow' gpu[0]: 20,000,000 usable bytes do not hold the dense part",
         ),
         ("layer-partition+paths", "'fast' gpu[0]: 20,000,000 usable bytes do not hold the dense"),
-        ("pipeline", "they hold 0 whole layers beside the KV caches, and there are"),
+        ("pipeline", "holds all 4 layers: they hold 0 whole layers beside the KV caches"),
     ):
         done = run("solve", TRACE, "--cluster", "kv.toml", "--solver", solver, "-o", "x",
                    folder=planned)  # fmt: skip
