@@ -85,7 +85,7 @@ def measured(
                     continue
                 placements.append((solver, placement))
                 note = more.setdefault(solver, [])
-                note.append({"home": placement.execution is None, **placement.plan.extra})
+                note.append({"home": placement.execution is None, **_told(placement)})
             if offload:
                 placements.append(("offload", pp.offload_placement(instance)))
             drawn = sample_requests(scored, where, requests_per_server=requests, seed=seed)
@@ -96,16 +96,18 @@ def measured(
                         "mean_s": run["latency_s"]["mean"],
                         "p99_s": run["latency_s"]["p99"],
                         "ttft_s": run["ttft_s"]["mean"],
-                        "tpot_s": run["tpot_s"]["mean"],
-                        "remote_share": run["remote_share"],
-                        "waiting_share": run["waiting_share"],
-                        "sent_mb": run["bytes_sent"] / run["requests"] / 1e6,
                         "busiest": run["busiest"],
                     }
                 )
         found[name] = {"runs": rows, "plans": more}
         print(name, {s: _mean(row) for s, row in rows.items()}, flush=True)
     return found
+
+
+def _told(placement: pp.Placement) -> dict[str, Any]:
+    """What a plan tells of its choice."""
+    extra = placement.plan.extra
+    return {key: extra[key] for key in ("expected_latency_s", "simulated_s") if key in extra}
 
 
 def _mean(row: list[Any]) -> float | None:
@@ -144,7 +146,7 @@ def _as_long(part: pp.Trace, tokens: int, each: int = 6, decode: int = 32) -> pp
                     experts=experts[at],
                 )
 
-    return trace_from_batches(part.model, part.tasks, batches, name=f"{tokens} tokens")
+    return trace_from_batches(part.model, part.tasks, batches(), name=f"{tokens} tokens")
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -276,6 +278,20 @@ def _cell(regime: Mapping[str, Any], solver: str) -> str:
     return f"{value:.3g}" + " +" * home
 
 
+def _compact(values: Any, depth: int = 0) -> str:
+    """JSON with one line a solver of a regime; numbers of six digits."""
+    if depth < 5 and isinstance(values, dict):
+        inner = ",\n".join(
+            " " * (depth + 1) + json.dumps(key) + ": " + _compact(value, depth + 1)
+            for key, value in values.items()
+        )
+        return "{\n" + inner + "\n" + " " * depth + "}"
+    rounded = json.loads(
+        json.dumps(values, allow_nan=False), parse_float=lambda text: float(f"{float(text):.6g}")
+    )
+    return json.dumps(rounded)
+
+
 def main() -> int:
     """Run the parts that are named, or all; keep the others of the file."""
     values = json.loads(FILE.read_text()) if FILE.exists() else {"parts": {}}
@@ -285,7 +301,7 @@ def main() -> int:
     for part in sys.argv[1:] or PARTS:
         values["parts"][part] = PARTS[part]()
         values["commit"] = commit()
-        FILE.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        FILE.write_text(_compact(values) + "\n", encoding="utf-8")
     return 0
 
 

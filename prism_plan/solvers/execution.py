@@ -18,7 +18,7 @@ from prism_plan.errors import Infeasible, UnsupportedFeature
 from prism_plan.execution_table import executes_at_home, home_execution
 from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.instance import Instance
-from prism_plan.solvers.busy_servers import IDLE_SHARE, Candidate, busiest_share, simulated_s
+from prism_plan.solvers.busy_servers import Candidate, queues_matter, simulated_s
 from prism_plan.solvers.contract import Options, Solver, SolverResult
 from prism_plan.solvers.idle_time import idle_time, request_weights
 from prism_plan.solvers.packing import pack_on_gpus
@@ -96,7 +96,9 @@ def _best_table(
     def note(chosen: npt.NDArray[np.int32], **more: Any) -> dict[str, Any]:
         return {"expected_latency_s": float(weights @ idle.of_table(chosen)), **more}
 
-    if executes_at_home(table) or busiest_share(idle, table, cluster) <= IDLE_SHARE:
+    if executes_at_home(table) or not queues_matter(
+        idle, Candidate(on_gpu, table, instance.gpu_capacity), cluster
+    ):
         return table, note(table)
     rates = np.array([1 / (s.arrival_interval_s or np.inf) for s in cluster.servers])
     tables = {

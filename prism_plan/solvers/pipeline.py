@@ -13,7 +13,7 @@ from prism_plan.execution_table import home_execution, spans
 from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.instance import Instance
 from prism_plan.printable_text import quantity
-from prism_plan.solvers.busy_servers import IDLE_SHARE, Candidate, busiest_share, simulated_s
+from prism_plan.solvers.busy_servers import Candidate, queues_matter, simulated_s
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult
 from prism_plan.solvers.idle_time import IdleMeasure, request_weights
 from prism_plan.solvers.packing import expected_load
@@ -98,9 +98,8 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     plans = {name: _placed(problem, groups) for name, groups in named.items()}
     chosen = next(iter(plans))
     idle = problem.measure.idle_time(plans[chosen].on_gpu)
-    busy = busiest_share(idle, plans[chosen].execution, instance.cluster) > IDLE_SHARE
     extra: dict[str, Any] = {}
-    if busy and len(plans) > 1:
+    if len(plans) > 1 and queues_matter(idle, plans[chosen], instance.cluster):
         means = simulated_s(plans, instance, instance.cluster, instance.trace, options.seed)
         chosen = min(means, key=means.__getitem__)
         idle = problem.measure.idle_time(plans[chosen].on_gpu)
