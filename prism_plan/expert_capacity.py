@@ -40,17 +40,27 @@ def kv_bytes(
     if execution is None:
         return tuple(server.kv_tokens * model.kv_bytes_per_token for server in cluster.servers)
     tables = execution.reshape(-1, *execution.shape[-2:])
-    homes = np.arange(cluster.num_servers)[:, None]
-    layers_at = np.zeros((len(tables), cluster.num_servers, cluster.num_servers), np.int64)
-    for number, table in enumerate(tables):  # by home, and server that executes
-        np.add.at(layers_at[number], (homes, table), model.decoder_layers_by_layer)
-    most = layers_at.max(axis=0).tolist()
-    token_layers = [
-        sum(server.kv_tokens * row[m] for server, row in zip(cluster.servers, most, strict=True))
-        for m in range(cluster.num_servers)
-    ]
+    executed = [decoder_layers_at(model, table) for table in tables]
+    token_layers = [0] * cluster.num_servers
+    for n, server in enumerate(cluster.servers):
+        for m in {m for by_home in executed for m in by_home[n]}:
+            token_layers[m] += server.kv_tokens * max(by_home[n].get(m, 0) for by_home in executed)
     of_all = model.num_decoder_layers
     return tuple(-(-kept * model.kv_bytes_per_token // of_all) for kept in token_layers)
+
+
+def decoder_layers_at(model: ModelSpec, execution: npt.NDArray[np.int32]) -> list[dict[int, int]]:
+    """How many decoder layers each server executes for requests of each home server, [N].
+
+    By an execution table int32 [N, L]; servers that execute none are left out.
+    """
+    found: list[dict[int, int]] = []
+    for row in execution.tolist():
+        executed: dict[int, int] = {}
+        for m, layers in zip(row, model.decoder_layers_by_layer, strict=True):
+            executed[m] = executed.get(m, 0) + layers
+        found.append(executed)
+    return found
 
 
 def resident_bytes(
@@ -83,12 +93,15 @@ def bytes_for_experts(model: ModelSpec, server: Server, gpu: int, kv: int | None
     left = usable - resident.total
     if left < 0:
         held = "the dense part" if resident.total > resident.reserve else "its reserve"
+        lower = ""
+        if resident.kv:
+            held, lower = "the dense part and KV caches", ", or lower kv_tokens"
         raise Infeasible(
             f"server {server.name!r} gpu[{gpu}]: {usable:,} usable bytes do not hold {held} of "
             f"{resident.total:,} bytes",
             shortfall=-left,
             unit="bytes",
-            remedy="raise memory_gb or memory_fraction, or put dense = true on another GPU",
+            remedy=f"raise memory_gb or memory_fraction, or put dense = true on another GPU{lower}",
         )
     return left
 
@@ -109,6 +122,18 @@ def gpu_capacity(
     Infeasible
         A GPU is too small for what must reside on it.
     """
+    require_memory_for_unequal(cluster, model)
+    return capacity_with_kv(cluster, model, kv_bytes(cluster, model, execution))
+
+
+def require_memory_for_unequal(cluster: Cluster, model: ModelSpec) -> None:
+    """Refuse slots where experts differ in size by layer, for a number of them says nothing then.
+
+    Raises
+    ------
+    InputError
+        Names the first GPU that gives slots.
+    """
     for n, server in enumerate(cluster.servers):
         for g, gpu in enumerate(server.gpus):
             if gpu.slots is not None and not model.equal_expert_bytes:
@@ -117,7 +142,6 @@ def gpu_capacity(
                     place=f"server[{n}].gpu[{g}]",
                     expected="memory_gb, for experts of this model differ in size by layer",
                 )
-    return capacity_with_kv(cluster, model, kv_bytes(cluster, model, execution))
 
 
 def capacity_with_kv(

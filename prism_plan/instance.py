@@ -178,10 +178,14 @@ class Instance:
         *,
         min_replicas: int = 1,
         token_rates: TokenRates | None = None,
+        execution: npt.NDArray[np.int32] | None = None,
+        reserve_kv: bool = True,
     ) -> Instance:
         """The problem of serving a trace's tasks on a cluster.
 
-        ``token_rates`` replace those of the cluster's own users.
+        ``token_rates`` replace those of the cluster's own users. KV caches lie where an
+        ``execution`` table int32 [N, L] has layers execute, by default at home; without
+        ``reserve_kv`` nowhere, for solvers that plan where layers execute.
 
         Raises
         ------
@@ -204,7 +208,10 @@ class Instance:
                 expected="tasks with calls, at a rate above 0",
                 remedy="profile them, or name others",
             )
-        instance = cls.of_cluster(cluster, model, activations=calls, min_replicas=min_replicas)
+        instance = cls.of_cluster(
+            cluster, model, activations=calls, min_replicas=min_replicas, execution=execution,
+            reserve_kv=reserve_kv,
+        )  # fmt: skip
         return instance.replace(trace=trace)
 
     @classmethod
@@ -215,8 +222,13 @@ class Instance:
         *,
         activations: npt.NDArray[np.float64] | None = None,
         min_replicas: int = 1,
+        execution: npt.NDArray[np.int32] | None = None,
+        reserve_kv: bool = True,
     ) -> Instance:
         """The capacities and rules of a cluster for a model, by default without any calls.
+
+        KV caches lie where an ``execution`` table int32 [N, L] has layers execute, by default at
+        home; without ``reserve_kv`` nowhere.
 
         Raises
         ------
@@ -230,11 +242,12 @@ class Instance:
         require_array_size(*shape, "servers")
         if activations is None:
             activations = np.zeros(shape)
+        reserving = cluster if reserve_kv else _without_kv(cluster)
         return cls(
             model=model.shape(),
             servers=tuple(server.name for server in cluster.servers),
             activations=activations,
-            gpu_capacity=gpu_capacity(cluster, model),
+            gpu_capacity=gpu_capacity(reserving, model, execution),
             min_replicas=min_replicas,
             pinned=tuple(rule_triples(cluster, model, "pin")),
             forbidden=tuple(rule_triples(cluster, model, "forbid")),
@@ -255,3 +268,9 @@ class Instance:
         if execution is None or self.cluster is None:
             return self
         return self.replace(gpu_capacity=gpu_capacity(self.cluster, model, execution))
+
+
+def _without_kv(cluster: Cluster) -> Cluster:
+    """The cluster with nothing reserved for KV caches."""
+    servers = tuple(dataclasses.replace(server, kv_tokens=0) for server in cluster.servers)
+    return dataclasses.replace(cluster, servers=servers)

@@ -28,7 +28,10 @@ run()
 
 
 def test_warm_leaves_nothing_to_compile(tmp_path: Path) -> None:
-    """After ``python -m prism_plan.warm`` neither solve nor simulate compiles anything."""
+    """After ``python -m prism_plan.warm`` neither solve nor simulate compiles anything.
+
+    Neither does a solver that plans where layers execute, nor a simulation of its table.
+    """
     root = Path(__file__).resolve().parent.parent
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     warm = [sys.executable, "-m", "prism_plan.warm"]
@@ -42,6 +45,10 @@ def test_warm_leaves_nothing_to_compile(tmp_path: Path) -> None:
         ("simulate", "--trace", str(trace), "--cluster", str(cluster), "--solvers", "exact",
          "--requests", "1", "--offload", "--route", "nearest"),
         ("compare", str(trace), "--cluster", str(cluster), "--solvers", "exact,prism"),
+        ("solve", str(trace), "--cluster", str(cluster), "--solver", "layer-partition",
+         "--execution", "paths", "-o", "paths.json"),
+        ("simulate", "paths.json", "--trace", str(trace), "--cluster", str(cluster),
+         "--solvers", "prism+paths", "--requests", "1"),
     ):  # fmt: skip
         listened = [sys.executable, "-c", LISTEN, *command]
         result = subprocess.run(

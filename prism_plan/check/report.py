@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from prism_plan.check.cluster import require_plannable
 from prism_plan.check.memory_report import (
     GpuMemory,
     gpu_memory,
     insufficient_kv_memory,
+    memory_shortages,
     missing_kv_reservation,
 )
 from prism_plan.cluster import Cluster
@@ -92,6 +94,7 @@ def check_file(
     cluster: tuple[str, Cluster, InputFile] | None = None,
     trace: tuple[str, Trace] | None = None,
     model: tuple[str, ModelSpec] | None = None,
+    placement: tuple[str, Placement] | None = None,
 ) -> CheckReport:
     """Check any file that the commands read or write; the content decides which kind it is.
 
@@ -104,16 +107,22 @@ def check_file(
     rules alone. Of a migration the form is checked, and that no step needs a later one.
 
     A cluster is refused where every solver refuses it: whatever the trace is, or with ``trace``,
-    or whatever the trace of ``model`` is.
+    or whatever the trace of ``model`` is. With a ``placement`` (file name, content) beside one of
+    these, whether that placement fits the cluster decides, with KV caches where its execution table
+    has layers execute.
 
     Raises
     ------
+    ValueError
+        A ``placement`` without sizes.
     InputError
         The file is not of our formats, or its form is broken; of a cluster nobody asks for
         anything, or it does not go with the trace or the model.
     Infeasible
         No placement satisfies the cluster.
     """
+    if placement is not None and trace is None and model is None:
+        raise ValueError("a placement has no sizes: give a trace or a model")
     name = os.fspath(path)
     with OpenFile(path) as file:
         if name.endswith(".parquet") or file.pread(4, 0) == MAGIC:
@@ -125,7 +134,10 @@ def check_file(
         table = parse_toml(text, path)
         if "phase" in table and "server" not in table:
             return _check_phases(path, schedule_from_values(table, source=path))
-        return _check_cluster(path, cluster_from_values(table, source=path), trace, model)
+        found = cluster_from_values(table, source=path)
+        if placement is not None:
+            return _check_cluster_with_placement(path, found, trace, model, placement)
+        return _check_cluster(path, found, trace, model)
     if is_sweep_csv(text):
         return _check_sweep(path, sweep_from_csv(text, source=path))
     if not _LOOKS_LIKE_JSON.match(text):
@@ -168,15 +180,66 @@ def _check_cluster(
     except (InputError, Infeasible) as error:
         raise error.within(path) from error
     memory = () if spec is None else gpu_memory(cluster, spec)
-    gpus = sum(len(server.gpus) for server in cluster.servers)
     return CheckReport(
         str(path),
         "cluster",
-        f"{quantity(cluster.num_servers, 'server')}, {quantity(gpus, 'GPU')}",
+        _cluster_summary(cluster),
         notes=(*notes, *_notes_on_memory(memory), *_notes_on_states(spec)),
         warnings=_warnings(path, cluster, spec, memory, found),
         memory=memory,
     )
+
+
+def _check_cluster_with_placement(
+    path: str | os.PathLike[str],
+    cluster: Cluster,
+    trace: tuple[str, Trace] | None,
+    model: tuple[str, ModelSpec] | None,
+    placement: tuple[str, Placement],
+) -> CheckReport:
+    """Whether a placement fits a cluster: servers, the bytes of each GPU, coverage and rules."""
+    name, plan = placement
+    other, spec = (trace[0], trace[1].model) if trace else model if model else ("", None)
+    assert spec is not None  # see check_file
+    require_same_model(plan.model, spec, source=name, other=other)
+    problems = cluster_mismatches(plan, cluster)
+    memory: tuple[GpuMemory, ...] = ()
+    try:
+        require_users(cluster)
+        if _same_gpus(plan, cluster):
+            memory = gpu_memory(cluster, spec, plan)
+            problems += memory_shortages(memory)
+        if memory and all((row.for_experts_bytes or 0) >= 0 for row in memory):
+            instance = Instance.of_cluster(cluster, spec, execution=plan.execution)
+            found = violations(plan, min_replicas=plan.plan.min_replicas, instance=instance)
+            # capacities: in bytes above
+            problems += [one.message for one in found if one.constraint != "capacity"]
+    except InputError as error:
+        raise error.within(path) from error
+    return CheckReport(
+        str(path),
+        "cluster",
+        f"{_cluster_summary(cluster)}, with {name}: {_placement_summary(plan)}",
+        tuple(problems),
+        notes=(*_notes_on_memory(memory), *_notes_on_states(spec)),
+        warnings=_warnings(path, cluster, spec, memory, trace[1] if trace else None, plan.execution)
+        if memory
+        else (),
+        memory=memory,
+    )
+
+
+def _same_gpus(placement: Placement, cluster: Cluster) -> bool:
+    """Whether a placement is for the servers of a cluster and the numbers of their GPUs."""
+    return [
+        (name, len(gpus))
+        for name, gpus in zip(placement.servers, placement.gpu_capacity, strict=True)
+    ] == [(server.name, len(server.gpus)) for server in cluster.servers]
+
+
+def _cluster_summary(cluster: Cluster) -> str:
+    gpus = sum(len(server.gpus) for server in cluster.servers)
+    return f"{quantity(cluster.num_servers, 'server')}, {quantity(gpus, 'GPU')}"
 
 
 def _notes_on_memory(memory: Sequence[GpuMemory]) -> tuple[str, ...]:
@@ -204,10 +267,11 @@ def _warnings(
     model: ModelSpec | None,
     memory: Sequence[GpuMemory],
     trace: Trace | None,
+    execution: npt.NDArray[np.int32] | None = None,
 ) -> tuple[str, ...]:
-    lines = [missing_kv_reservation(cluster, model)]
+    lines = [missing_kv_reservation(cluster, model, execution)]
     if model is not None and memory:
-        lines.append(insufficient_kv_memory(cluster, model, memory, trace))
+        lines.append(insufficient_kv_memory(cluster, model, memory, trace, execution))
     text = "; ".join(line for line in lines if line)
     return (f"{path}: {text}",) if text else ()
 
@@ -291,20 +355,21 @@ def _check_placement(
         _note_unknown_input(placement, trace[0], trace[1].sha256, notes)
     if model is not None:
         require_same_model(placement.model, model[1], source=path, other=model[0])
+    execution = None
     if cluster is not None:
+        if placement.servers == tuple(server.name for server in cluster[1].servers):
+            execution = placement.execution
+        how: dict[str, Any] = {"min_replicas": plan.min_replicas, "execution": execution}
         try:
             require_users(cluster[1])
             if trace is not None:
-                instance = Instance.build(trace[1], cluster[1], min_replicas=plan.min_replicas)
+                instance = Instance.build(trace[1], cluster[1], **how)
             elif model is not None:
-                instance = Instance.of_cluster(cluster[1], model[1], min_replicas=plan.min_replicas)
-        except (InputError, Infeasible) as error:
+                instance = Instance.of_cluster(cluster[1], model[1], **how)
+        except InputError as error:
             raise error.within(cluster[0]) from error
-        if instance is not None and model is not None and placement.servers == instance.servers:
-            try:
-                instance = instance.with_execution(placement.execution, model[1])
-            except Infeasible as error:
-                raise error.within(path) from error
+        except Infeasible as error:  # where layers execute is the placement's choice
+            raise error.within(cluster[0] if execution is None else path) from error
     found = violations(placement, min_replicas=plan.min_replicas, instance=instance)
     problems += [violation.message for violation in found]
     if cluster is not None and instance is None:
@@ -329,26 +394,34 @@ def _check_placement(
     memory: tuple[GpuMemory, ...] = ()
     warnings: tuple[str, ...] = ()
     if cluster is not None:
-        same_gpus = [len(gpus) for gpus in placement.gpu_capacity] == [
-            len(server.gpus) for server in cluster[1].servers
-        ]
         spec = None if model is None else model[1]
-        if spec is not None and fits and same_gpus:
+        if spec is not None and _same_gpus(placement, cluster[1]):
             memory = gpu_memory(cluster[1], spec, placement)
-            notes += _notes_on_memory(memory)
-        warnings = _warnings(cluster[0], cluster[1], spec, memory, trace[1] if trace else None)
+            notes += [*_notes_on_memory(memory), *_notes_on_states(spec)]
+        warnings = _warnings(
+            cluster[0], cluster[1], spec, memory, trace[1] if trace else None, execution
+        )
+    return CheckReport(
+        str(path),
+        "placement",
+        _placement_summary(placement),
+        tuple(problems),
+        tuple(notes),
+        warnings,
+        memory,
+    )
+
+
+def _placement_summary(placement: Placement) -> str:
     copies = placement.local.sum(axis=0, dtype=np.int32)
     table = ""
     if placement.execution is not None:
         homes = int(executed_elsewhere(placement.execution).any(axis=1).sum())
         table = f", version 2: layers of {quantity(homes, 'server')} execute elsewhere"
-    summary = (
-        f"{placement.model.name} on {quantity(placement.num_servers, 'server')} by {plan.solver}, "
-        f"{int(placement.on_gpu.sum()):,} experts placed, {int(copies.min())} to "
-        f"{int(copies.max())} copies{table}"
-    )
-    return CheckReport(
-        str(path), "placement", summary, tuple(problems), tuple(notes), warnings, memory
+    return (
+        f"{placement.model.name} on {quantity(placement.num_servers, 'server')} by "
+        f"{placement.plan.solver}, {int(placement.on_gpu.sum()):,} experts placed, "
+        f"{int(copies.min())} to {int(copies.max())} copies{table}"
     )
 
 

@@ -10,7 +10,7 @@ import click
 
 from prism_plan.cli.options_dataclass import TableOptions, error_line, options_as
 from prism_plan.cli.tables import format_option
-from prism_plan.errors import PrismError
+from prism_plan.errors import InputError, PrismError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class CheckOptions(TableOptions):
     cluster: str | None
     trace: str | None
     model: str | None
+    placement: str | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,6 +35,21 @@ class CheckOptions(TableOptions):
         if self.trace is not None and self.model is not None:
             raise click.UsageError(
                 "--model with --trace, which says the model", ctx=click.get_current_context()
+            )
+        if self.placement is None:
+            return
+        if self.trace is None and self.model is None:
+            raise InputError(
+                "a placement does not say how large the dense part and a KV cache are",
+                parameter="placement",
+                expected="``model`` or ``trace`` beside it",
+            )
+        if not any(file.endswith(".toml") for file in self.files):
+            raise InputError(
+                f"no cluster to check is among {', '.join(self.files)}",
+                parameter="placement",
+                expected="a cluster, C.toml, as FILE",
+                remedy="check a placement itself as FILE, with ``cluster``",
             )
 
 
@@ -55,6 +71,12 @@ class CheckOptions(TableOptions):
     metavar="MODEL",
     help="Instead of --trace: a model's sizes, for memory and rules alone; as in profile.",
 )
+@click.option(
+    "--placement",
+    metavar="P.json",
+    help="With --model or --trace: check clusters for this placement, its experts and its KV "
+    "caches where layers execute.",
+)
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @options_as(CheckOptions)
@@ -64,8 +86,8 @@ def command(args: CheckOptions) -> int:
     All that the commands read and write: traces, clusters, placements, comparisons, simulations,
     migrations, sweeps, calibrations, phases.
 
-    A cluster is refused where every solver would refuse it. With --trace or --model the memory of
-    every GPU is printed.
+    A cluster is refused where every solver would refuse it, or with --placement where that does
+    not fit. With --trace or --model the memory of every GPU is printed.
 
     Exit code 2 if a file is malformed or asks for what makes no sense, 3 if a well-formed
     placement breaks a constraint or no placement can satisfy a cluster.
@@ -73,16 +95,22 @@ def command(args: CheckOptions) -> int:
     from prism_plan.check.report import check_file
     from prism_plan.cli.console import load_trace, log_info, print_json, print_line
     from prism_plan.cli.inputs import load_cluster, read_model_spec
+    from prism_plan.io.placement import read_placement
 
     cluster = None if args.cluster is None else (args.cluster, *load_cluster(args.cluster))
     trace = None if args.trace is None else (args.trace, load_trace(args.trace))
     model = None if args.model is None else (args.model, read_model_spec(args.model))
+    placement = None
+    if args.placement is not None:
+        placement = (args.placement, read_placement(args.placement))
     code = 0
     found: list[dict[str, Any]] = []
     warnings: dict[str, None] = {}  # in order, and each once for all files
     for path in args.files:
         try:
-            report = check_file(path, cluster=cluster, trace=trace, model=model)
+            report = check_file(
+                path, cluster=cluster, trace=trace, model=model, placement=placement
+            )
         except PrismError as error:
             code = 2 if 2 in (code, error.exit_code) else error.exit_code
             log_info(error_line(error))
@@ -127,6 +155,7 @@ def _print_memory(path: str, rows: Sequence[Mapping[str, Any]], form: str) -> No
         size_column("dense", "dense_bytes", of("dense_bytes")),
         size_column("KV cache", "kv_bytes", of("kv_bytes")),
         size_column("reserve", "reserve_bytes", of("reserve_bytes"), rank=2),
+        size_column("for experts", "for_experts_bytes", of("for_experts_bytes"), rank=6),
         count_column("slots", "slots", of("slots"), rank=3),
         count_column("experts", "experts", of("experts")),
         size_column("their bytes", "expert_bytes", of("expert_bytes"), rank=4),

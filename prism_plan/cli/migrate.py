@@ -152,7 +152,7 @@ def _limits(
             )
         sizes = read_model_spec(args.model)
         require_same_model(after.model, sizes, source=args.b, other=args.model)
-        return Instance.of_cluster(cluster, sizes), sizes
+        return Instance.of_cluster(cluster, sizes, reserve_kv=False), sizes
     model = after.model
     limits = Instance(
         model=model,

@@ -62,7 +62,7 @@ def entropy(args: PlotOptions) -> None:
 @figure_options
 @options_as(PlotOptions)
 def placement_map(args: PlotOptions) -> None:
-    """Which server and GPU holds which expert."""
+    """Which server and GPU holds which expert, and which server executes which layer."""
     from prism_plan import plotting
     from prism_plan.io.placement import read_placement
 

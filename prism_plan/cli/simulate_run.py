@@ -125,11 +125,12 @@ def _plan_placements(
     from prism_plan.evaluate.offload_baseline import offload_placement
     from prism_plan.instance import Instance
     from prism_plan.placement import OFFLOAD
-    from prism_plan.solvers import Options, solve
+    from prism_plan.solvers import Options, plans_tables, solve
 
     if not names and not args.offload:
         return []
-    instance = Instance.build(trace, cluster, min_replicas=args.min_replicas)
+    at_home = args.offload or not all(map(plans_tables, names))
+    instance = Instance.build(trace, cluster, min_replicas=args.min_replicas, reserve_kv=at_home)
     options = Options(seed=args.seed)
     found = [(name, solve(instance, name, options)) for name in names]
     if args.offload:

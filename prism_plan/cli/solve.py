@@ -105,7 +105,7 @@ def command(args: SolveOptions) -> None:
     from prism_plan.io.placement import dump_placement, read_placement
     from prism_plan.model_spec import require_same_model
     from prism_plan.solvers.contract import Options
-    from prism_plan.solvers.registry import PATHS, TABLE_SOLVERS, get_solver
+    from prism_plan.solvers.registry import PATHS, TABLE_SOLVERS, get_solver, plans_tables
     from prism_plan.solvers.run import solve
 
     name = args.solver
@@ -133,13 +133,19 @@ def command(args: SolveOptions) -> None:
         )
     inputs = {"trace": trace_identity(trace), "cluster": cluster_input}
     with error_source(args.cluster):
-        instance = Instance.build(trace, cluster, min_replicas=args.min_replicas)
+        instance = Instance.build(
+            trace, cluster, min_replicas=args.min_replicas, reserve_kv=not plans_tables(name)
+        )
         placement = solve(instance, name, options, inputs=inputs)
     write_output(args.output, dump_placement(placement))
-    # of home plans nothing depends on how fast GPUs and links are
-    if name.endswith(PATHS) or name in TABLE_SOLVERS:
+    # of plans of experts nothing depends on how fast GPUs and links are
+    if plans_tables(name):
+        from prism_plan.solvers.idle_time import planning_assumptions
+
         log_assumed_figures(args.cluster, cluster, compute=True, links=True)
-    if reserved := missing_kv_reservation(cluster, trace.model):
+        for text in planning_assumptions(cluster, trace):
+            log_info(f"{args.cluster}: planned for {text}")
+    if reserved := missing_kv_reservation(cluster, trace.model, placement.execution):
         log_info(f"{args.cluster}: {reserved}")
     if placement.plan.termination == "time_limit":
         log_info("the time limit ended the search; the gap to the bound is in the file")

@@ -136,8 +136,8 @@ def _scaled(factor: float, unit: str, digits: int) -> Callable[[float], str]:
         if value == 0:
             return f"0 {unit}"
         scaled = value / factor
-        if 0 < scaled < least / 2:  # rounded to zero it would read as nothing at all
-            return f"<{least:.{digits}f} {unit}"
+        if 0 < abs(scaled) < least / 2:  # rounded to zero it would read as nothing at all
+            return f"{'<' if scaled > 0 else '>-'}{least:.{digits}f} {unit}"
         return f"{scaled:,.{digits}f} {unit}"
 
     return cell

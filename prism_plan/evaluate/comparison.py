@@ -18,7 +18,7 @@ from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.simulate.short_run import short_run
-from prism_plan.solvers import PATHS, SOLVER_NAMES, TABLE_SOLVERS, Options, solve
+from prism_plan.solvers import PATHS, SOLVER_NAMES, TABLE_SOLVERS, Options, plans_tables, solve
 from prism_plan.token_rates import TokenRates, expected_token_rates
 from prism_plan.trace import Trace
 
@@ -175,11 +175,13 @@ def compare(
     """
     options = options or Options()
     planned, scored = (trace, trace) if holdout is None else trace.split(holdout, options.seed)
-    instance = Instance.build(planned, cluster, min_replicas=min_replicas)
-    target = Instance.build(scored, cluster, min_replicas=min_replicas)
+    names = DEFAULT_SOLVERS if solvers is None else tuple(solvers)
+    at_home = not all(map(plans_tables, names)) or bool(placements)
+    instance = Instance.build(planned, cluster, min_replicas=min_replicas, reserve_kv=at_home)
+    target = Instance.build(scored, cluster, min_replicas=min_replicas, reserve_kv=at_home)
     token_rates = expected_token_rates(scored, cluster)
     rows: list[ComparisonRow] = []
-    for name in DEFAULT_SOLVERS if solvers is None else solvers:
+    for name in names:
         pairs = instance.num_servers * instance.model.num_pairs
         if solvers is None and name == "ilp" and pairs > ILP_PAIRS:
             note = f"left out beyond {ILP_PAIRS:,} pairs; it runs where ``solvers`` names it"

@@ -20,7 +20,7 @@ from prism_plan.trace import TokenBatch, Trace, trace_from_batches
 
 
 def compile_kernels() -> None:
-    """Read, solve, score and simulate an example of a few experts: all kernels are compiled."""
+    """Read, solve with a table, score and simulate a small example: all kernels are compiled."""
     written, cluster = _example()
     with tempfile.TemporaryDirectory() as folder:
         write_trace(f"{folder}/example.parquet", written)
@@ -30,7 +30,7 @@ def compile_kernels() -> None:
 
 def _use(trace: Trace, cluster: Cluster) -> None:
     instance = Instance.build(trace, cluster)
-    placement = solve(instance, "exact")
+    placement = solve(instance, "exact+paths")
     step_score(placement.local, trace, expected_token_rates(trace, cluster))
     requests = sample_requests(trace, cluster, requests_per_server=1)
     simulate_placements([("example", placement)], requests, trace, cluster)

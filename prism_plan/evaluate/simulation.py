@@ -186,7 +186,7 @@ def simulate_placements(
         kind=trace.kind,
         cluster=files.get("cluster", InputFile(cluster.name, "")),
         partial=partial,
-        notes=(*own_notes, *notes(runs)),
+        notes=(*own_notes, *notes(runs, calibrated=options.calibration is not None)),
         interrupted=interrupted,
     )
 

@@ -23,7 +23,9 @@ MAX_REVIEWS = 100_000
 
 
 def cluster_rules(trace: Trace, cluster: Cluster) -> Instance:
-    """The capacities and rules of a cluster, whose figures are checked before any placement.
+    """The rules of a cluster, whose figures are checked before any placement.
+
+    Its capacities are those without KV caches, which lie where a placement executes layers.
 
     Raises
     ------
@@ -32,7 +34,7 @@ def cluster_rules(trace: Trace, cluster: Cluster) -> Instance:
     """
     Network.of(cluster, trace.model)
     timing(cluster, trace.model, 1)
-    return Instance.of_cluster(cluster, trace.model)
+    return Instance.of_cluster(cluster, trace.model, reserve_kv=False)
 
 
 def prepare(
@@ -45,7 +47,7 @@ def prepare(
 ) -> tuple[Scenario, Instance]:
     """The scenario of a placement, and the rules that migrations from it have to keep.
 
-    The capacities of the rules are those of a plan that executes at home.
+    ``instance`` and the rules have the capacities without KV caches.
 
     Raises
     ------
@@ -66,7 +68,7 @@ def prepare(
     moving = options.migrate != "never" and not offload
     if moving:
         require_supported_migration(rules, options)
-    limits = rules.with_execution(placement.execution, model)
+    limits = rules.with_execution(placement.execution_table, model)
     for violation in violations(placement, instance=limits):
         if violation.constraint == "capacity":
             raise InputError(

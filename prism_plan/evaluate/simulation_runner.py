@@ -64,8 +64,7 @@ def _signals_deferred() -> Iterator[None]:
 class SimulationRunner:
     """Simulates one placement from the first arrival to the last request, with reviews.
 
-    ``instance`` has the rules that migrations keep, and the capacities of a plan that executes at
-    home.
+    ``instance`` has the rules that migrations keep.
     """
 
     name: str
@@ -127,7 +126,7 @@ class SimulationRunner:
         every_s = self.options.migrate_every_s
         policy = self.options.policy()
         statistics = self.options.counting().start(self.instance.activations.shape)
-        limits = self.instance.with_execution(self.placement.execution, self.scenario.model)
+        limits = self.instance.with_execution(self.placement.execution_table, self.scenario.model)
         current = self.placement.replace(gpu_capacity=limits.gpu_capacity)
         reviews = 0
         while not self.engine.all_finished:

@@ -30,7 +30,7 @@ from prism_plan.placement import OFFLOAD, Placement
 from prism_plan.simulate.report import SimulationRun
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import sample_requests
-from prism_plan.solvers import Options, solve
+from prism_plan.solvers import Options, plans_tables, solve
 from prism_plan.trace import Trace
 
 #: Bandwidth in Mbit/s and seconds between requests of a run; ``None``: as in the cluster file.
@@ -93,7 +93,10 @@ def plan_block(work: SweepWork, block: GridBlock) -> PlannedBlock:
         if options.holdout is not None:
             planned, scored = _split(work, block)
         base = vary_cluster(work.cluster, gpus=block.gpus, memory_fraction=block.memory_fraction)
-        instance = Instance.build(planned, base, min_replicas=options.min_replicas)
+        instance = Instance.build(
+            planned, base, min_replicas=options.min_replicas,
+            reserve_kv=not plans_tables(block.solver),
+        )  # fmt: skip
         begin = time.perf_counter()
         if block.solver == OFFLOAD:
             placement = offload_placement(instance)

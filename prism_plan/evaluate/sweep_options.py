@@ -9,7 +9,7 @@ from prism_plan.errors import InputError
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.input_limits import MAX_REPLICAS, require_integer
 from prism_plan.simulate.poisson_arrivals import MAX_REQUESTS
-from prism_plan.simulate.sampling import MAX_PROMPT_TOKENS
+from prism_plan.simulate.sampling import DECODE_TOKENS, MAX_PROMPT_TOKENS, PROMPT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class SweepOptions:
 
     requests_per_server: int = 20
     burst: int = 1
-    decode_tokens: int = 32
-    prompt_tokens: int = 128
+    decode_tokens: int = DECODE_TOKENS
+    prompt_tokens: int = PROMPT_TOKENS
     holdout: float | None = None
     min_replicas: int = 1
     simulation: SimulationOptions = dataclasses.field(default_factory=SimulationOptions)

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from prism_plan.errors import InputError, UnsupportedFeature, did_you_mean
 from prism_plan.exact_sum import exact_sum
-from prism_plan.execution_table import moved_activations
+from prism_plan.execution_table import home_execution, moved_activations
+from prism_plan.expert_capacity import capacity_with_kv
 from prism_plan.instance import MIN_CALLS, Instance
 from prism_plan.migration.cost import MigrationCost, communication_s, migration_s
 from prism_plan.migration.recent_requests import RecentRequests, requests_behind
@@ -132,9 +133,8 @@ def review(
     rates
         Estimated calls per second, [N, L, E]. Those below ``MIN_CALLS`` count as none.
     instance
-        The problem's rules, and the capacities of a plan that executes all layers at home; what an
-        execution table leaves of them, and what its messages cost, is counted by its cluster and
-        trace. Its activations are replaced by ``rates``.
+        The problem's rules; its activations are replaced by ``rates``. Where it has a cluster and a
+        trace, its capacities are replaced by what the KV caches of each execution table leave.
     call_s
         Expected seconds of a remote call of each server, [N].
     load_gbs
@@ -202,15 +202,28 @@ class _CostModel:
     def for_running_table(self) -> Instance:
         """The problem of placing experts for the running table: its capacities, moved activations.
 
-        With every layer at home it is the instance itself.
+        With every layer at home activations are those of the homes.
         """
-        instance, execution = self.instance, self.current.execution
-        if execution is None:
+        instance = self.beside(self.current.execution_table)
+        if self.current.execution is None:
             return instance
-        if instance.trace is not None:
-            instance = instance.with_execution(execution, instance.trace.model)
-        moved = moved_activations(instance.activations, execution)
+        moved = moved_activations(instance.activations, self.current.execution)
         return instance.replace(activations=moved)
+
+    @property
+    def without_caches(self) -> Instance:
+        """The problem of solvers that plan a table: what was asked for, and all GPUs' memory."""
+        recent, trace = self.requests.cluster, self.instance.trace
+        assert trace is not None  # or there are no requests
+        room = capacity_with_kv(recent, trace.model, [0] * recent.num_servers)
+        return self.instance.replace(cluster=recent, gpu_capacity=room)
+
+    def beside(self, table: npt.NDArray[np.int32]) -> Instance:
+        """The problem with what the KV caches of an execution table [N, L] leave of each GPU."""
+        instance = self.instance
+        if instance.trace is None:
+            return instance
+        return instance.with_execution(table, instance.trace.model)
 
     @property
     def expert_bytes(self) -> tuple[int, ...]:
@@ -253,9 +266,11 @@ class _CostModel:
 
 
 def _prism(costs: _CostModel) -> Review:
-    instance = costs.instance
     if costs.policy.solver.endswith(PATHS):  # a table for what is asked for now
-        instance = instance.replace(cluster=costs.requests.cluster)
+        instance = costs.without_caches
+    else:
+        shape = (costs.instance.num_servers, costs.instance.model.num_layers)
+        instance = costs.beside(home_execution(*shape))
     candidate = _solver_candidate(costs, instance, costs.policy.solver)
     if costs.total_s(candidate) < costs.before_s:
         return costs.review("move", candidate)

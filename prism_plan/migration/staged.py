@@ -41,10 +41,10 @@ def staged_migration(
     """The migration steps from one placement to another, and when the table of the target begins.
 
     The plan has a ``change`` where the target's table is not the only one of ``tables_in_use``
-    int32 [tables, N, L], which ``current`` has to fit beside. ``instance`` has the rules, and the
-    capacities of a plan that executes at home; ``model`` has the sizes of KV caches, ``None`` where
-    none is kept and every table leaves the same. ``rates`` [N, L, E] are the calls per second of
-    each home, by which loads are ordered. ``names`` are what errors call the two placements.
+    int32 [tables, N, L], which ``current`` has to fit beside. ``instance`` has the rules; ``model``
+    has the sizes of KV caches, ``None`` where none is kept and every table leaves its capacities.
+    ``rates`` [N, L, E] are the calls per second of each home, by which loads are ordered.
+    ``names`` are what errors call the two placements.
 
     Each stage keeps every GPU within what the tables of that time leave of it:
 

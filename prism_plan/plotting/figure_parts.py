@@ -81,7 +81,12 @@ def is_narrow(figure: Figure) -> bool:
 
 
 def draw_legend(
-    figure: Figure, handles: Sequence[Any], labels: Sequence[str], *, beside: bool = False
+    figure: Figure,
+    handles: Sequence[Any],
+    labels: Sequence[str],
+    *,
+    beside: bool = False,
+    title: str = "",
 ) -> None:
     """Draw a legend below the panels, in rows, or ``beside`` them, in one column."""
     most = min(40, max(max_characters(figure, 80), 16))
@@ -95,6 +100,8 @@ def draw_legend(
         ncols=1 if beside else min(len(labels), columns),
         frameon=False,
         fontsize=9,
+        title=title or None,
+        title_fontsize=9,
     )
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_parse_math(False)  # "$" and "_" in the name of a task are only letters
@@ -130,6 +137,17 @@ def finish_figure(
             remedy="give a larger ``size_in`` or draw less at a time",
         ) from warning
     figure.set_layout_engine("none")
+
+
+def round_positions(figure: Figure) -> None:
+    """Round where panels stand, in a figure that :func:`finish_figure` has finished.
+
+    Grids inside of grids come out of the solver of the layout with last bits that differ from one
+    drawing to the next, and so would the bytes of files.
+    """
+    for axes in figure.axes:
+        left, bottom, width, height = (round(part, 9) for part in axes.get_position().bounds)
+        axes.set_position((left, bottom, width, height))
 
 
 def _draw_title(figure: Figure, parts: Sequence[str], between: str) -> None:

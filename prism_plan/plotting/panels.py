@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prism_plan.model_spec import ModelShape
 from prism_plan.plotting.figure_options import FigureOptions
@@ -13,15 +13,34 @@ from prism_plan.plotting.style import WIDTH_IN
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
+
+
+class LayerPanels(NamedTuple):
+    """A figure with a grid of panels of layers × experts, and the columns of that grid.
+
+    ``below`` is the place of a panel of the whole width below the grid, where one was asked for.
+    """
+
+    figure: Figure
+    panels: list[Axes]
+    cols: int
+    below: SubplotSpec | None
 
 
 def layer_panels(
-    count: int, model: ModelShape, options: FigureOptions, *, last_right: bool = False
-) -> tuple[Figure, list[Axes], int]:
-    """A figure with a grid of ``count`` panels of layers × experts, and its columns.
+    count: int,
+    model: ModelShape,
+    options: FigureOptions,
+    *,
+    last_right: bool = False,
+    below_in: float = 0.0,
+) -> LayerPanels:
+    """A figure with a grid of ``count`` panels of layers × experts.
 
     With ``last_right`` the last panel stands at the right end of its row, where a colour bar of
-    its own leaves no gap between columns.
+    its own leaves no gap between columns. ``below_in`` is the height of what stands below the
+    grid; 0 is nothing.
     """
     wanted = count if count <= 3 else 2 if count == 4 else 3 if count <= 9 else 4
     cols = min(wanted, 4 if model.num_experts <= 64 else 3 if model.num_experts <= 128 else 2)
@@ -29,8 +48,15 @@ def layer_panels(
     rows = math.ceil(count / cols)
     per_layer, least, most = (0.16, 2.0, 5.0) if rows == 1 else (0.09, 1.3, 3.2)
     panel = min(max(per_layer * model.num_layers, least), most)
-    figure = new_figure(rows * (panel + 0.35) + 1.2, options)
-    grid = figure.subplots(rows, cols, squeeze=False).ravel().tolist()
+    height = rows * (panel + 0.35)
+    figure = new_figure(height + below_in + 1.2, options)
+    below = None
+    if below_in:
+        halves = figure.add_gridspec(2, 1, height_ratios=[height, below_in])
+        below = halves[1]
+        grid = halves[0].subgridspec(rows, cols).subplots(squeeze=False).ravel().tolist()
+    else:
+        grid = figure.subplots(rows, cols, squeeze=False).ravel().tolist()
     used = [*range(count - 1), rows * cols - 1 if last_right else count - 1]
     for place, axes in enumerate(grid):
         if place not in used:
@@ -38,7 +64,7 @@ def layer_panels(
             continue
         expert_axis(axes, model, named=place + cols not in used)
         layer_axis(axes, model, named=place % cols == 0 or place - 1 not in used)
-    return figure, [grid[place] for place in used], cols
+    return LayerPanels(figure, [grid[place] for place in used], cols, below)
 
 
 def expert_axis(axes: Axes, model: ModelShape, *, named: bool = True) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from prism_plan.model_spec import ModelShape
 from prism_plan.placement import Placement
+from prism_plan.plotting.execution_panel import draw_execution, execution_panel_in, fit_names
 from prism_plan.plotting.figure_options import DEFAULT_FIGURE, FigureOptions
 from prism_plan.plotting.figure_parts import (
     colour_map,
@@ -20,6 +21,7 @@ from prism_plan.plotting.figure_parts import (
     max_characters,
     new_figure,
     quantity_text,
+    round_positions,
     shorten,
 )
 from prism_plan.plotting.panels import expert_axis, layer_axis, layer_panels
@@ -28,6 +30,7 @@ from prism_plan.plotting.style import COLOURS, MISSING, matplotlib_settings
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
 
 #: Beyond so many servers a placement is drawn without a panel for each.
 MAX_SERVER_PANELS = 12
@@ -37,9 +40,12 @@ def placement_map(placement: Placement, *, options: FigureOptions = DEFAULT_FIGU
     """Which GPU of each server holds which expert, and how many servers hold it.
 
     The image of a server is int [L, E]: 0 not held, 1 + g held by its GPU g, 1 + (its GPUs) held
-    by several of them. The last panel is int [L, E], servers that hold the expert. Beyond
+    by several of them. The last of these panels is int [L, E], servers that hold the expert. Beyond
     :data:`MAX_SERVER_PANELS` servers that panel is the first, and bars [N] with the number of
     experts of each server take the place of the others.
+
+    Where the placement has an execution table a panel below shows it
+    (:func:`prism_plan.plotting.execution_panel.draw_execution`).
 
     Raises
     ------
@@ -52,16 +58,23 @@ def placement_map(placement: Placement, *, options: FigureOptions = DEFAULT_FIGU
     share = "" if plan.remote_share is None else f"remote share {plan.remote_share:.1%}"
     inputs = [f"{kind} {file.name}" for kind, file in placement.inputs.items() if file.name]
     facts = (model.name, *inputs, share)
+    below_in = 0.0 if placement.execution is None else execution_panel_in(placement)
     with matplotlib_settings():
         if many:
-            figure = _many_servers(model, placement.servers, local, options)
+            figure, below = _many_servers(model, placement.servers, local, options, below_in)
             facts += (f"{placement.num_servers} servers, too many for a panel each",)
         else:
             count = placement.num_servers + 1
-            figure, panels, cols = layer_panels(count, model, options, last_right=True)
+            figure, panels, cols, below = layer_panels(
+                count, model, options, last_right=True, below_in=below_in
+            )
             _server_panels(figure, panels[:-1], cols, placement)
             _copies_panel(figure, panels[-1], local.sum(axis=0), cols)
+        drawn = None if below is None else draw_execution(figure, below, placement)
         finish_figure(figure, options, f"Placement by {shorten(plan.solver, 40)}", facts)
+        if drawn is not None:
+            round_positions(figure)
+            fit_names(figure, drawn)
     return figure
 
 
@@ -94,7 +107,9 @@ def _server_panels(figure: Figure, panels: Sequence[Axes], cols: int, placement:
     if doubled:
         labels.append("several GPUs of the server")
         shades.append("black")
-    draw_legend(figure, [legend_patch(shade) for shade in shades], labels)
+    # with two legends in the figure each says what it is for
+    what = "" if placement.execution is None else "where the server holds the expert"
+    draw_legend(figure, [legend_patch(shade) for shade in shades], labels, title=what)
 
 
 def _copies_panel(figure: Figure, axes: Axes, copies: npt.NDArray[np.int64], cols: int) -> None:
@@ -127,10 +142,19 @@ def _many_servers(
     servers: Sequence[str],
     local: npt.NDArray[np.bool_],
     options: FigureOptions,
-) -> Figure:
+    below_in: float,
+) -> tuple[Figure, SubplotSpec | None]:
+    """A figure of the copies and of the experts of each server, and the place below these."""
     height = min(max(0.12 * model.num_layers, 2.0), 5.0)
-    figure = new_figure(height + 4.2, options)
-    copies, bars = figure.subplots(2, 1, height_ratios=[height, 2.6])
+    figure = new_figure(height + 4.2 + below_in, options)
+    below = None
+    if below_in:
+        rows = figure.add_gridspec(2, 1, height_ratios=[height + 3.0, below_in])
+        below = rows[1]
+        inner = rows[0].subgridspec(2, 1, height_ratios=[height, 2.6])
+        copies, bars = (figure.add_subplot(inner[row]) for row in range(2))
+    else:
+        copies, bars = figure.subplots(2, 1, height_ratios=[height, 2.6])
     expert_axis(copies, model)
     layer_axis(copies, model)
     _copies_panel(figure, copies, local.sum(axis=0), 1)
@@ -144,7 +168,7 @@ def _many_servers(
     bars.set_title(f"experts on each server, of {model.num_pairs:,} in the model")
     bars.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     bars.set_axisbelow(True)
-    return figure
+    return figure, below
 
 
 def _gpu_colours(count: int) -> list[Any]:

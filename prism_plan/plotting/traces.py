@@ -65,7 +65,7 @@ def heatmap(
         return np.where(y < 0, y + 1, np.exp(np.maximum(y, 0) * math.log(top)))
 
     with matplotlib_settings():
-        figure, panels, cols = layer_panels(len(chosen), model, options)
+        figure, panels, cols, _ = layer_panels(len(chosen), model, options)
         norm = FuncNorm((forward, inverse), vmin=0.0, vmax=top)
         for axes, task, image in zip(panels, chosen, ratio, strict=True):
             drawn = axes.imshow(

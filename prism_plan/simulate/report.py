@@ -288,8 +288,11 @@ def _round_up(seconds: float) -> float:
     return next(step * power for step in (1.0, 2.0, 5.0, 10.0, 20.0) if step * power >= seconds)
 
 
-def notes(runs: Sequence[SimulationRun]) -> list[str]:
-    """Warnings about the runs: overloaded servers, routes drawn from counts."""
+def notes(runs: Sequence[SimulationRun], *, calibrated: bool = False) -> list[str]:
+    """Warnings about the runs: overloaded servers, routes drawn from counts, unknown attention.
+
+    ``calibrated``: the dense time was measured, attention included.
+    """
     warnings = []
     for run in runs:
         loads = sorted(run.offered_load().items(), key=lambda item: -item[1])
@@ -307,4 +310,12 @@ def notes(runs: Sequence[SimulationRun]) -> list[str]:
             "tokens were drawn from counts: which experts a token calls together is not real, so "
             "waiting shares, destinations and latencies are not those of the model"
         )
+    if runs and not calibrated:
+        scenario = runs[0].scenario
+        unknown = scenario.model.attention_flops is None
+        if unknown and scenario.requests.prompts.prefill_tokens.any():
+            warnings.append(
+                f"attention_flops of {scenario.model.name} is not known: prompts pay nothing for "
+                "pairs of tokens, so the prefill of long ones takes longer than simulated"
+            )
     return warnings

@@ -28,6 +28,8 @@ from prism_plan.trace import Trace
 
 __all__ = ["Prompts", "Requests", "sample_requests"]
 
+#: Tokens of prompts that are drawn, and decode steps where the trace does not tell phases.
+PROMPT_TOKENS, DECODE_TOKENS = 128, 32
 #: Longer prompts than this are a mistake: of drawn ones, memory would be full of them.
 MAX_PROMPT_TOKENS = 2**17
 
@@ -41,8 +43,8 @@ def sample_requests(
     burst: int = 1,
     schedule: Schedule | None = None,
     arrivals: ArrivalTrace | None = None,
-    decode_tokens: int = 32,
-    prompt_tokens: int = 128,
+    decode_tokens: int = DECODE_TOKENS,
+    prompt_tokens: int = PROMPT_TOKENS,
     seed: int = 0,
 ) -> Requests:
     """Sample the requests of all servers: their arrival times, tasks and prompts.

@@ -10,6 +10,7 @@ from prism_plan.solvers.registry import (
     SOLVER_NAMES,
     TABLE_SOLVERS,
     get_solver,
+    plans_tables,
     solvers_supporting,
 )
 from prism_plan.solvers.run import solve
@@ -24,6 +25,7 @@ __all__ = [
     "Solver",
     "SolverResult",
     "get_solver",
+    "plans_tables",
     "solve",
     "solvers_supporting",
 ]

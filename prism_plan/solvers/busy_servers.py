@@ -1,8 +1,8 @@
 """Plans whose servers would be busy: queues are no part of the idle time, so a simulation decides.
 
-The idle time of a request lets all homes choose the same server. Where one would execute layers
-for more than :data:`IDLE_SHARE` of its time, candidates are compared by short simulations of the
-trace on the same requests.
+The idle time of a request lets all homes choose the same server, or the same links. Where a server
+would execute layers for more than :data:`IDLE_SHARE` of its time, or calls stay remote, candidates
+are compared by short simulations of the trace on the same requests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.instance import Instance
-from prism_plan.placement import Placement, SolveReport
+from prism_plan.placement import Placement, SolveReport, server_of_gpu
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.simulate.short_run import short_run
 from prism_plan.solvers.idle_time import IdleTime
@@ -23,8 +23,8 @@ from prism_plan.trace import Trace
 
 #: Share of its time that a server may execute layers before queues are looked at.
 IDLE_SHARE = 0.3
-#: Requests of each server in the simulation that decides.
-SIMULATED_REQUESTS = 50
+#: Requests of each server in the simulation that decides, of large clusters fewer: so many in all.
+SIMULATED_REQUESTS, MAX_SIMULATED = 50, 1000
 
 
 class Candidate(NamedTuple):
@@ -35,13 +35,25 @@ class Candidate(NamedTuple):
     gpu_capacity: tuple[tuple[int, ...], ...]
 
 
-def busiest_share(idle: IdleTime, table: npt.NDArray[np.int32], cluster: Cluster) -> float:
-    """The largest share of time for which a server would execute layers.
+def queues_matter(idle: IdleTime, plan: Candidate, cluster: Cluster) -> bool:
+    """Whether the idle time alone cannot be trusted to order candidates.
 
-    0 where the interval of a server with users is not known: the cluster is planned as idle.
+    False where the interval of a server with users is not known: the cluster is planned as idle.
     """
     if any(s.has_users and s.arrival_interval_s is None for s in cluster.servers):
-        return 0.0
+        return False
+    if busiest_share(idle, plan.execution, cluster) > IDLE_SHARE:
+        return True
+    owner = server_of_gpu([[0] * len(server.gpus) for server in cluster.servers])
+    local = np.zeros((cluster.num_servers, *plan.on_gpu.shape[1:]), bool)
+    np.logical_or.at(local, owner, plan.on_gpu)
+    whole: npt.NDArray[np.bool_] = local.all(axis=2)
+    at_work = whole[plan.execution, np.arange(plan.execution.shape[1])]
+    return not bool(at_work[idle.has_users].all())
+
+
+def busiest_share(idle: IdleTime, table: npt.NDArray[np.int32], cluster: Cluster) -> float:
+    """The largest share of time for which a server would execute layers."""
     busy = np.zeros(cluster.num_servers)
     layers = np.arange(table.shape[1])
     for n, server in enumerate(cluster.servers):
@@ -56,7 +68,9 @@ def simulated_s(
     seed: int,
 ) -> dict[str, float]:  # fmt: skip
     """Mean seconds of a request under each candidate, on the same requests."""
-    requests = sample_requests(trace, cluster, requests_per_server=SIMULATED_REQUESTS, seed=seed)
+    users = sum(server.has_users for server in cluster.servers)
+    number = min(SIMULATED_REQUESTS, -(-MAX_SIMULATED // users))
+    requests = sample_requests(trace, cluster, requests_per_server=number, seed=seed)
     means = {}
     for name, (on_gpu, execution, capacity) in candidates.items():
         placement = Placement(

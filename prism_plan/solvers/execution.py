@@ -19,7 +19,7 @@ from prism_plan.execution_table import executes_at_home, home_execution
 from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.instance import Instance
 from prism_plan.instance_feasibility import require_feasible
-from prism_plan.solvers.busy_servers import IDLE_SHARE, Candidate, busiest_share, simulated_s
+from prism_plan.solvers.busy_servers import Candidate, queues_matter, simulated_s
 from prism_plan.solvers.contract import Options, Solver, SolverResult
 from prism_plan.solvers.idle_time import idle_time, request_weights
 from prism_plan.solvers.packing import pack_on_gpus
@@ -31,11 +31,16 @@ MAX_ROUNDS = 10
 
 
 def with_paths(solver: Solver) -> Solver:
-    """The solver, followed by the execution table of least idle time for its placement."""
+    """The solver, followed by the execution table of least idle time for its placement.
+
+    Capacities are those of the cluster, with KV caches where the table has them; those of the
+    instance, which count them at home, are not used.
+    """
 
     def plan(instance: Instance, options: Options) -> SolverResult:
         cluster, trace = _cluster_and_trace(instance, solver.name)
         reserved = [0] * cluster.num_servers  # for KV caches; it only grows from round to round
+        instance = instance.replace(gpu_capacity=capacity_with_kv(cluster, trace.model, reserved))
         short = 0
         for _ in range(MAX_ROUNDS):
             result = solver(instance, options)
@@ -93,7 +98,9 @@ def _best_table(
     def note(chosen: npt.NDArray[np.int32], **more: Any) -> dict[str, Any]:
         return {"expected_latency_s": float(weights @ idle.of_table(chosen)), **more}
 
-    if executes_at_home(table) or busiest_share(idle, table, cluster) <= IDLE_SHARE:
+    if executes_at_home(table) or not queues_matter(
+        idle, Candidate(on_gpu, table, instance.gpu_capacity), cluster
+    ):
         return table, note(table)
     rates = np.array([1 / (s.arrival_interval_s or np.inf) for s in cluster.servers])
     tables = {

@@ -19,7 +19,7 @@ from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.model_spec import ModelSpec
 from prism_plan.simulate.network import BYTES_PER_TOKEN_ID, Network
 from prism_plan.simulate.requests import Requests
-from prism_plan.simulate.sampling import sample_requests
+from prism_plan.simulate.sampling import DECODE_TOKENS, PROMPT_TOKENS, sample_requests
 from prism_plan.solvers.idle_layers import layer_times
 from prism_plan.token_rates import shares_by_task
 from prism_plan.trace import Trace
@@ -217,6 +217,21 @@ def request_weights(idle: IdleTime, cluster: Cluster) -> Floats:
     return shares
 
 
+def planning_assumptions(cluster: Cluster, trace: Trace) -> tuple[str, ...]:
+    """Short texts that say what the measure takes for granted, as cluster and trace do not say it.
+
+    Without arrival rates nobody knows whether servers are busy; a counts-only trace has no prompts.
+    """
+    texts = []
+    if any(s.has_users and s.arrival_interval_s is None for s in cluster.servers):
+        texts.append("an idle cluster, for arrival_interval_s is not given")
+    if trace.kind == "counts":
+        texts.append(
+            f"prompts of {PROMPT_TOKENS} tokens and {DECODE_TOKENS} that follow, drawn from counts"
+        )
+    return tuple(texts)
+
+
 def _prompts_by_task(
     trace: Trace, tasks: npt.NDArray[np.intp], servers: int, seed: int
 ) -> Requests:
@@ -228,7 +243,9 @@ def _prompts_by_task(
     ]
     model = trace.model
     tokens = (
-        max(float(trace.mean_tokens()[tasks].max()), 1.0) if trace.requests is not None else 160
+        max(float(trace.mean_tokens()[tasks].max()), 1.0)
+        if trace.requests is not None
+        else PROMPT_TOKENS + DECODE_TOKENS
     )
     work = tokens * len(tasks) * model.num_layers * model.top_k * servers
     number = int(np.clip(MAX_WORK / work, 1, MAX_PROMPTS))

@@ -13,7 +13,7 @@ from prism_plan.execution_table import home_execution, spans
 from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.instance import Instance
 from prism_plan.printable_text import quantity
-from prism_plan.solvers.busy_servers import IDLE_SHARE, Candidate, busiest_share, simulated_s
+from prism_plan.solvers.busy_servers import Candidate, queues_matter, simulated_s
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult
 from prism_plan.solvers.idle_time import IdleMeasure, request_weights
 from prism_plan.solvers.packing import expected_load
@@ -30,7 +30,7 @@ class _Problem:
         self.instance, self.cluster, self.trace, self.seed = instance, cluster, trace, seed
         self.measure = IdleMeasure(trace.model, cluster, trace, seed)
         self.at_home = np.array([server.execute_at_home for server in cluster.servers])
-        self._memory = RunMemory(instance, cluster, trace.model)
+        self.memory = RunMemory(instance, cluster, trace.model)
         holdings = [self._holding(m) for m in range(cluster.num_servers)]
         self._idle = self.measure.idle_time(np.logical_or.reduce(holdings))
         self.weights = request_weights(self._idle, cluster)
@@ -48,7 +48,7 @@ class _Problem:
         request = self._idle.of_homes(np.where(self.at_home, 0.0, chosen))
         for home in np.flatnonzero(self.at_home & (chosen > 0)):
             request.layer_s[:] += chosen[home] * self._calls_s[int(home)]
-        row = best_pipeline(request, self._memory.fits_until(sorted(members)))
+        row = best_pipeline(request, self.memory.fits_until(sorted(members)))
         return None if row is None else Group(members, row, request.of_row(row))
 
     def _holding(self, server: int) -> npt.NDArray[np.bool_]:
@@ -93,14 +93,13 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     problem = _Problem(instance, instance.cluster, instance.trace, options.seed)
     partitions = problem.groups().candidates()
     if not partitions:
-        raise _no_pipeline(instance)
+        raise _no_pipeline(problem)
     named = {quantity(len(groups), "group"): groups for groups in partitions}
     plans = {name: _placed(problem, groups) for name, groups in named.items()}
     chosen = next(iter(plans))
     idle = problem.measure.idle_time(plans[chosen].on_gpu)
-    busy = busiest_share(idle, plans[chosen].execution, instance.cluster) > IDLE_SHARE
     extra: dict[str, Any] = {}
-    if busy and len(plans) > 1:
+    if len(plans) > 1 and queues_matter(idle, plans[chosen], instance.cluster):
         means = simulated_s(plans, instance, instance.cluster, instance.trace, options.seed)
         chosen = min(means, key=means.__getitem__)
         idle = problem.measure.idle_time(plans[chosen].on_gpu)
@@ -150,21 +149,17 @@ def _placed(problem: _Problem, groups: Partition) -> Candidate:
     return Candidate(np.concatenate(on_gpu), table, capacity)
 
 
-def _no_pipeline(instance: Instance) -> Infeasible:
+def _no_pipeline(problem: _Problem) -> Infeasible:
     """Why no order of servers holds every layer whole."""
-    sizes = instance.expert_size * instance.model.num_experts
-    if instance.in_slots:
-        whole = int((instance.slots // instance.model.num_experts).sum())
-        lacking, unit = max(instance.model.num_layers - whole, 1), "layers"
-        found = f"the servers hold {quantity(whole, 'whole layer')} of {instance.model.num_layers}"
-    else:
-        capacity = sum(sum(gpus) for gpus in instance.gpu_capacity)
-        lacking, unit = max(int(sizes.sum()) - capacity, int(sizes.min())), "bytes"
-        found = "the servers do not hold every layer whole"
+    runs = problem.memory.fits_until(range(problem.cluster.num_servers))
+    layers = runs.shape[1]
+    held = int((runs - np.arange(layers)).max(axis=1).sum())
+    whole = quantity(held, "whole layer")
+    cached = " beside the KV caches" if any(s.kv_tokens for s in problem.cluster.servers) else ""
     return Infeasible(
-        f"pipeline: {found}, KV caches counted where layers execute",
-        shortfall=lacking,
-        unit=unit,
+        f"pipeline: no order of servers holds all {layers} layers: they hold {whole}{cached}",
+        shortfall=max(layers - held, 1),
+        unit="layers",
         remedy="add memory, lower kv_tokens, or use a solver that splits layers",
     )
 

@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class RunMemory:
-    """Runs of layers and the memory of servers.
+    """Runs of layers and the memory of servers, as the cluster gives it.
 
     Experts lie on any GPU of a server, KV caches with the dense part. Where experts differ in size
     a server of several GPUs is taken to waste an expert of the largest size on all but one: so much
@@ -25,7 +25,8 @@ class RunMemory:
     """
 
     def __init__(self, instance: Instance, cluster: Cluster, model: ModelSpec) -> None:
-        self._instance, self._cluster, self._model = instance, cluster, model
+        self._cluster, self._model = cluster, model
+        self._capacity: list[dict[int, tuple[int, ...] | None]] = [{} for _ in cluster.servers]
         size = instance.expert_size * model.num_experts
         self._until = np.concatenate([[0], np.cumsum(size)])  # of layers before each, [L + 1]
         self._largest = 0 if instance.in_slots else int(instance.expert_size.max())
@@ -72,14 +73,15 @@ class RunMemory:
 
     def _fits(self, server: int, begin: int, end: int, tokens: int) -> bool:
         needed = int(self._until[end] - self._until[begin])
-        limit = self._instance.gpu_capacity[server]
-        if self._model.kv_bytes_per_token and (tokens or self._tokens[server]):
-            kv = self.kv_bytes(server, begin, end, tokens)
+        kv = self.kv_bytes(server, begin, end, tokens)
+        if kv not in self._capacity[server]:
             try:
-                limit = server_capacity(self._model, self._cluster.servers[server], kv)
+                found = server_capacity(self._model, self._cluster.servers[server], kv)
             except Infeasible:
-                return False
-        return needed <= sum(limit) - (len(limit) - 1) * self._largest
+                found = None
+            self._capacity[server][kv] = found
+        limit = self._capacity[server][kv]
+        return limit is not None and needed <= sum(limit) - (len(limit) - 1) * self._largest
 
 
 def deal_out(

@@ -55,6 +55,11 @@ def get_solver(name: str) -> Solver:
     return with_paths(solver)
 
 
+def plans_tables(name: str) -> bool:
+    """Whether the solver of this name plans where layers execute."""
+    return name in TABLE_SOLVERS or name.endswith(PATHS)
+
+
 def solvers_supporting(
     features: frozenset[Feature], among: Sequence[str] = SOLVER_NAMES
 ) -> list[str]:

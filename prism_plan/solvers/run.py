@@ -123,6 +123,10 @@ def _report(
     assumed: tuple[str, ...] = ()
     if result.execution is not None and instance.cluster is not None:
         assumed = assumed_texts(instance.cluster, compute=True, links=True)
+        if instance.trace is not None:
+            from prism_plan.solvers.idle_time import planning_assumptions  # imports the simulator
+
+            assumed += planning_assumptions(instance.cluster, instance.trace)
     termination = result.termination
     if placement.execution is not None:  # the bound is that of plans that execute at home
         bound, termination = None, "heuristic"

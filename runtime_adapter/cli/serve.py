@@ -24,6 +24,8 @@ from runtime_adapter.cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from prism_plan.cluster import Cluster
+    from prism_plan.model_spec import ModelSpec
     from prism_plan.simulate.routing_policies import Route
     from runtime_adapter.tokenized_requests import TokenizedRequest
 
@@ -203,6 +205,9 @@ def command(args: ServeOptions) -> None:
             )
         with error_source(args.cluster):
             network = Network.of(cluster, spec)
+    kv_text = missing_kv_text(args.placement, args.cluster, cluster, spec)
+    if kv_text and rendezvous.rank == 0:  # once a run
+        log_info(kv_text)
     if args.transport == "nccl":
         prepare_nccl(args.interface)  # before anything uses a card
     devices = server_devices(len(placement.gpu_capacity[rendezvous.rank]), args.device)
@@ -293,3 +298,23 @@ def command(args: ServeOptions) -> None:
         write_bytes(args.stats, (json.dumps(values, indent=1) + "\n").encode())
     if failed:
         raise RuntimeFailure(f"{failed} of {len(results)} requests failed; see their errors")
+
+
+def missing_kv_text(
+    placement_path: str, cluster_path: str | None, cluster: Cluster | None, spec: ModelSpec
+) -> str:
+    """A line that says whose KV caches have no memory reserved, of a plan without a table.
+
+    Empty where nothing is missing. Such a plan gives no ``kv_tokens``, only a cluster file does.
+    """
+    from prism_plan.check.memory_report import missing_kv_reservation
+
+    if spec.kv_bytes_per_token == 0:
+        return ""
+    if cluster is None:
+        return (
+            f"{placement_path}: gives no kv_tokens: KV caches are not bounded; whether memory is "
+            "reserved for them can be told with --cluster"
+        )
+    text = missing_kv_reservation(cluster, spec)
+    return f"{cluster_path}: {text}" if text else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -18,6 +19,7 @@ from prism_plan.check.cluster import _smallest_model, require_feasible_placement
 from prism_plan.check.memory_report import (
     gpu_memory,
     insufficient_kv_memory,
+    memory_shortages,
     missing_kv_reservation,
 )
 from prism_plan.cluster import Cluster, Gpu, Server
@@ -29,6 +31,7 @@ from prism_plan.io.placement import read_placement, write_placement
 from prism_plan.io.simulation import read_simulation
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model_spec import ModelSpec
+from prism_plan.placement import Placement, SolveReport
 from prism_plan.placement_check import violations
 from prism_plan.solvers import solve
 from prism_plan.token_rates import require_users
@@ -408,16 +411,18 @@ def test_memory_by_hand() -> None:
     assert rows == [
         {
             "server": "a", "gpu": 0, "usable_bytes": 1000, "dense_bytes": 250, "kv_bytes": 0,
-            "reserve_bytes": 0, "slots": 7, "experts": 6, "expert_bytes": 600, "free_bytes": 150,
+            "reserve_bytes": 0, "slots": 7, "experts": 6, "expert_bytes": 600,
+            "for_experts_bytes": 750, "free_bytes": 150,
         },
         {
             "server": "b", "gpu": 0, "usable_bytes": 700, "dense_bytes": 250, "kv_bytes": 200,
-            "reserve_bytes": 50, "slots": 2, "experts": 2, "expert_bytes": 200, "free_bytes": 0,
+            "reserve_bytes": 50, "slots": 2, "experts": 2, "expert_bytes": 200,
+            "for_experts_bytes": 200, "free_bytes": 0,
         },
         {
             "server": "b", "gpu": 1, "usable_bytes": None, "dense_bytes": None, "kv_bytes": None,
             "reserve_bytes": None, "slots": 3, "experts": 3, "expert_bytes": 300,
-            "free_bytes": None,
+            "for_experts_bytes": None, "free_bytes": None,
         },
     ]  # fmt: skip
 
@@ -451,6 +456,8 @@ def test_check_prints_the_memory(prism_plan: Run, here: Path, with_sizes: tuple[
             "B",
             "0",
             "B",
+            "750",
+            "B",
             "7",
             "6",
             "600",
@@ -469,6 +476,8 @@ def test_check_prints_the_memory(prism_plan: Run, here: Path, with_sizes: tuple[
             "B",
             "50",
             "B",
+            "200",
+            "B",
             "2",
             "2",
             "200",
@@ -476,7 +485,7 @@ def test_check_prints_the_memory(prism_plan: Run, here: Path, with_sizes: tuple[
             "0",
             "B",
         ],
-        ["b", "gpu[1]", "–", "–", "–", "–", "3", "3", "300", "B", "–"],
+        ["b", "gpu[1]", "–", "–", "–", "–", "–", "3", "3", "300", "B", "–"],
     ]
     assert "note: slots are given for b gpu[1]: the KV cache" in result.stdout
     printed = invoke(here, "check", "c.toml", *with_sizes, "--json")
@@ -524,6 +533,187 @@ def test_a_model_or_a_trace_needs_a_cluster(here: Path) -> None:
         assert words in result.stderr
 
 
+# ------------------------------------------------------------- clusters with a given placement
+
+#: Layer 1 of a's users executes on b: their tokens' KV cache is split over both.
+TABLE = np.array([[1, 0], [1, 1]], np.int32)
+
+
+def on_table(here: Path, kv_tokens: int) -> Path:
+    """A cluster whose first server reserves so much, beside a placement with a table."""
+    text = CLUSTER.replace('name = "a"', f'name = "a"\nkv_tokens = {kv_tokens}')
+    text = text.replace("kv_tokens = 20", "kv_tokens = 10")
+    (here / "c.toml").write_text(text)
+    write_placement(here / "p.json", read_placement(here / "p.json").replace(execution=TABLE))
+    return here
+
+
+def checked(here: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and report of checking the cluster with the placement."""
+    result = invoke(here, "check", "c.toml", "--placement", "p.json", *options, "--json")
+    return result.returncode, json.loads(result.stdout)[0]
+
+
+@pytest.mark.parametrize(
+    "sizes", [("--model", "m.json"), ("--trace", "t.parquet")], ids=["model", "trace"]
+)
+def test_memory_of_a_cluster_with_a_placement(here: Path, sizes: tuple[str, ...]) -> None:
+    """KV caches are counted where layers execute, and experts as the placement holds them.
+
+    By hand: 10 bytes a token over three decoder layers, two of which execute with MoE layer 1. b
+    keeps 10 tokens of its own and two thirds of a's 15, a the other third of these.
+    """
+    placement = read_placement(on_table(here, 15) / "p.json")
+    code, report = checked(here, *sizes)
+    held = [int(number) for number in placement.on_gpu.sum(axis=(1, 2))]
+    assert [row["kv_bytes"] for row in report["memory"]] == [50, 200, None]
+    assert [row["dense_bytes"] for row in report["memory"]] == [250, 250, None]
+    assert [row["for_experts_bytes"] for row in report["memory"]] == [700, 200, None]
+    assert [row["experts"] for row in report["memory"]] == held
+    assert [row["expert_bytes"] for row in report["memory"]] == [100 * number for number in held]
+    assert [row["slots"] for row in report["memory"]] == [7, 2, 3]
+    assert [row["free_bytes"] for row in report["memory"]] == [
+        700 - 100 * held[0], 200 - 100 * held[1], None
+    ]  # fmt: skip
+    assert (code, report["problems"]) == (0, [])
+    assert "with p.json: tiny on 2 servers" in report["summary"]
+
+
+def test_a_placement_that_does_not_fit_a_cluster(prism_plan: Run, here: Path) -> None:
+    """The table is printed all the same, the line says by how many bytes; exit code 3.
+
+    Also where KV caches alone are too large, for which no capacity is defined.
+    """
+    on_table(here, 16)  # two thirds of 16 tokens: 107 bytes, 7 more than are left on b
+    result = prism_plan("check", "c.toml", "--model", "m.json", "--placement", "p.json", cwd=here)
+    assert result.returncode == 3
+    assert "c.toml: INVALID: cluster: " in result.stdout
+    assert [line for line in result.stderr.splitlines() if "lacks" in line] == [
+        "prism-plan: c.toml: server 'b' gpu[0] lacks 7 bytes: dense part 250, KV cache 207, "
+        "reserve 50 and 2 experts 200, of 700 usable bytes"
+    ]
+    rows = [line for line in result.stdout.splitlines() if " gpu[0]" in line]
+    assert rows[1].split()[-2:] == ["-7", "B"]
+    code, report = checked(on_table(here, 1000), "--model", "m.json")
+    assert code == 3
+    assert [row["for_experts_bytes"] for row in report["memory"]] == [-2584, -6367, None]
+    assert [row["slots"] for row in report["memory"]] == [0, 0, 3]
+    assert [text.partition(":")[0] for text in report["problems"]] == [
+        f"server 'a' gpu[0] lacks {2584 + report['memory'][0]['expert_bytes']:,} bytes",
+        f"server 'b' gpu[0] lacks {6367 + report['memory'][1]['expert_bytes']:,} bytes",
+    ]
+    # the placement itself is refused for the same reason
+    for options in (("--model", "m.json"), ("--trace", "t.parquet")):
+        assert invoke(here, "check", "p.json", "--cluster", "c.toml", *options).returncode == 3
+
+
+def test_a_table_may_fit_where_home_does_not(here: Path) -> None:
+    """KV caches that do not fit at home are no problem where the layers execute elsewhere."""
+    text = CLUSTER.replace("kv_tokens = 20", "kv_tokens = 50")  # 500 bytes, 400 are left on b
+    (here / "c.toml").write_text(text)
+    alone = invoke(here, "check", "c.toml", "--model", "m.json")
+    assert alone.returncode == 3
+    placement = read_placement(here / "p.json")
+    held = placement.on_gpu.copy()
+    held[0], held[1] = True, False
+    table = np.array([[0, 0], [1, 0]], np.int32)  # two thirds stay, one goes to a
+    cluster = text.replace("memory_gb = 1e-6", "memory_gb = 2e-6")
+    (here / "c.toml").write_text(cluster)
+    write_placement(here / "p.json", placement.replace(on_gpu=held, execution=table))
+    code, report = checked(here, "--model", "m.json")
+    assert (code, report["problems"]) == (0, [])
+    assert [row["kv_bytes"] for row in report["memory"]] == [167, 334, None]
+    found = invoke(here, "check", "p.json", "--cluster", "c.toml", "--model", "m.json", "--json")
+    (report,) = json.loads(found.stdout)
+    assert [row["kv_bytes"] for row in report["memory"]] == [167, 334, None]
+    assert not [text for text in report["problems"] if "the cluster says" in text]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_memory_with_a_placement_is_counted_anew(seed: int) -> None:
+    """Per GPU: usable = dense + KV + reserve + left, left = experts + free, for random tables.
+
+    KV caches of all servers together are those of all users' tokens, up to one rounding each.
+    """
+    rng = np.random.default_rng(seed)
+    servers = int(rng.integers(1, 5))
+    spec = dataclasses.replace(
+        SPEC, moe_layers=(1, 2, 4), num_decoder_layers=6, expert_bytes=int(rng.integers(50, 90))
+    )
+    cluster = Cluster("c", tuple(
+        Server(
+            f"s{n}",
+            tuple(Gpu(memory_bytes=int(rng.integers(500, 3000)), reserve_bytes=7)
+                  for _ in range(int(rng.integers(1, 3)))),
+            tasks={"x": 1.0}, weight=1.0, kv_tokens=int(rng.integers(0, 60)),
+        )
+        for n in range(servers)
+    ))  # fmt: skip
+    gpus = [len(server.gpus) for server in cluster.servers]
+    table = rng.integers(0, servers, (servers, 3)).astype(np.int32)
+    placement = Placement(
+        spec.shape(), tuple(f"s{n}" for n in range(servers)), tuple((9,) * g for g in gpus),
+        rng.random((sum(gpus), 3, 3)) < 0.5, SolveReport("hand"), execution=table,
+    )  # fmt: skip
+    rows = gpu_memory(cluster, spec, placement)
+    short = memory_shortages(rows)
+    layers = (2, 1, 3)  # decoder layers that execute with MoE layers 1, 2 and 4
+    for m, server in enumerate(cluster.servers):
+        own = [row for row in rows if row.server == server.name]
+        token_layers = sum(
+            home.kv_tokens * count
+            for home, row in zip(cluster.servers, table, strict=True)
+            for at, count in zip(row, layers, strict=True)
+            if at == m
+        )
+        assert own[0].kv_bytes == math.ceil(token_layers * spec.kv_bytes_per_token / 6)
+        for g, (row, gpu) in enumerate(zip(own, server.gpus, strict=True)):
+            held = int(placement.on_gpu[placement.gpus_of(m)[g]].sum())
+            used = held * spec.expert_bytes + 7
+            used += 0 if g else spec.dense_bytes + own[0].kv_bytes
+            assert row.free_bytes == gpu.usable_bytes - used
+            assert row.slots == max((gpu.usable_bytes - used) // spec.expert_bytes + held, 0)
+            told = f"server '{row.server}' gpu[{g}] lacks {-row.free_bytes:,} bytes"
+            assert any(line.startswith(told) for line in short) == (row.free_bytes < 0)
+
+
+def test_placements_that_are_not_of_the_cluster(here: Path) -> None:
+    """Other servers are named, and there is no table then; too many experts in slots too."""
+    placement = read_placement(here / "p.json")
+    write_placement(here / "p.json", placement.replace(servers=("a", "x")))
+    code, report = checked(here, "--model", "m.json")
+    assert (code, report["problems"]) == (3, ["servers are ['a', 'x'], the cluster has ['a', 'b']"])
+    assert "memory" not in report
+    held = placement.on_gpu.copy()
+    held[2] = True
+    write_placement(here / "p.json", placement.replace(on_gpu=held))
+    code, report = checked(here, "--model", "m.json")
+    assert code == 3
+    assert report["problems"] == ["server 'b' gpu[1] holds 6 experts, the cluster says 3 slots"]
+    held[2], held[0] = False, False
+    write_placement(here / "p.json", placement.replace(on_gpu=held))
+    code, report = checked(here, "--model", "m.json")
+    assert code == 3
+    assert any("is held nowhere" in text for text in report["problems"])
+
+
+def test_wrong_combinations_with_a_placement(here: Path) -> None:
+    """Without sizes, without a cluster, or with one of another model: one line, exit code 2."""
+    for arguments, words in (
+        (("c.toml", "--placement", "p.json"), "--placement: a placement does not say how large"),
+        (("p.json", "--placement", "p.json", "--cluster", "c.toml", "--model", "m.json"),
+         "--placement: no cluster to check is among p.json; expected a cluster"),
+        (("c.toml", "--placement", "p.json", "--model", "olmoe-1b-7b"), "made for another model"),
+        (("c.toml", "--placement", "none.json", "--model", "m.json"), "none.json"),
+        (("c.toml", "--placement", "c.toml", "--model", "m.json"), "c.toml"),
+    ):  # fmt: skip
+        result = invoke(here, "check", *arguments)
+        assert result.returncode == 2
+        assert words in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
 # ------------------------------------------------------------------------------------ KV caches
 
 
@@ -532,10 +722,50 @@ def test_no_kv_cache_is_reserved() -> None:
     assert missing_kv_reservation(parse_cluster(CLUSTER)) == (
         "nothing is reserved for the KV cache of a: kv_tokens is not given or 0"
     )
-    servers = tuple(Server(f"s{n}", (Gpu(slots=1),), {"x": 1.0} if n else {}) for n in range(100))
+    gpu = Gpu(memory_bytes=1)
+    servers = tuple(Server(f"s{n}", (gpu,), {"x": 1.0} if n else {}) for n in range(100))
     assert "of s1, s2, s3 and 96 more:" in missing_kv_reservation(Cluster("c", servers))
     stateless = dataclasses.replace(SPEC, kv_bytes_per_token=0)
     assert missing_kv_reservation(Cluster("c", servers), stateless) == ""
+
+
+def test_kv_tokens_are_no_remedy_where_slots_are_given() -> None:
+    """Servers whose KV cache lies on GPUs that give slots are named without ``kv_tokens``.
+
+    With a table that is where the layers of their users execute: here those of a, b and c on b and
+    c, of which c has memory.
+    """
+    users = {"x": 1.0}
+    gpus = [Gpu(memory_bytes=1), Gpu(slots=1), Gpu(memory_bytes=1)]
+    servers = tuple(Server(n, (gpu,), users) for n, gpu in zip("abc", gpus, strict=True))
+    cluster = Cluster("c", servers)
+    assert missing_kv_reservation(cluster) == (
+        "nothing is reserved for the KV cache of a, c: kv_tokens is not given or 0; no KV cache of "
+        "b is subtracted from slots, which are used as given"
+    )
+    only = missing_kv_reservation(Cluster("c", servers[1:2]))
+    assert only == "no KV cache of b is subtracted from slots, which are used as given"
+    table = np.array([[1, 1], [1, 2], [2, 2]], np.int32)
+    assert missing_kv_reservation(cluster, SPEC, table) == (
+        "nothing is reserved for the KV cache of b, c: kv_tokens is not given or 0; no KV cache of "
+        "a is subtracted from slots, which are used as given"
+    )
+
+
+def test_kv_cache_of_others_is_looked_for_where_it_lies() -> None:
+    """With a table a server needs room for the layers that it executes for the users of others."""
+    gpu = Gpu(memory_bytes=SPEC.dense_bytes + 600 + 4)  # 4 bytes beside all experts
+    servers = (Server("a", (gpu,), {"x": 1.0}), Server("b", (gpu,)))
+    cluster = Cluster("c", servers)
+    spec = dataclasses.replace(SPEC, num_decoder_layers=5)  # 2 execute with layer 1, 3 with layer 2
+    memory = gpu_memory(cluster, spec)
+    assert insufficient_kv_memory(cluster, spec, memory) == (
+        "nothing is left for a KV cache on a gpu[0] (4 bytes, a token needs 10)"
+    )
+    table = np.array([[0, 1], [1, 1]], np.int32)
+    assert insufficient_kv_memory(cluster, spec, memory, None, table) == (
+        "nothing is left for a KV cache on b gpu[0] (4 bytes, a token of a needs 6)"
+    )
 
 
 def test_nothing_is_left_for_a_kv_cache() -> None:

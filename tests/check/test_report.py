@@ -13,7 +13,7 @@ from prism_plan.check.report import check_file
 from prism_plan.errors import InputError
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
-from prism_plan.io.placement import placement_to_json, write_placement
+from prism_plan.io.placement import placement_to_json, read_placement, write_placement
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model_spec import ModelSpec
@@ -184,3 +184,12 @@ def test_states_of_layers_without_keys_are_named(files: dict[str, Path]) -> None
     assert not [
         note for note in check_file(files["c.toml"], model=("m", SPEC)).notes if "state" in note
     ]
+    cluster = ("c.toml", parse_cluster(CLUSTER), InputFile("c.toml", "0" * 64))
+    placed = ("p.json", read_placement(files["p.json"]))
+    for found in (
+        check_file(files["p.json"], cluster=cluster, model=("m.json", model)),
+        check_file(files["c.toml"], model=("m.json", model), placement=placed),
+    ):
+        assert note in found.notes
+    with pytest.raises(ValueError, match="a placement has no sizes"):
+        check_file(files["c.toml"], placement=placed)

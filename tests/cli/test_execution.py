@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +193,96 @@ def test_migrate_beside_the_caches_of_both_tables(planned: Path) -> None:
     assert f"for new ones when the first {begins} steps are complete" in done.stdout
 
 
+def test_pipeline(planned: Path) -> None:
+    """Its plan says what it minimised and how long a request takes, and who executes what.
+
+    `simulate`, `compare` and `check` take the file as they take the solver.
+    """
+    solve = ("solve", TRACE, "--cluster", CLUSTER, "--solver", "pipeline", "-o", "pipeline.json")
+    done = run(*solve, folder=planned)
+    assert done.returncode == 0, done.stderr
+    assert "s a request on an idle cluster" in done.stdout
+    assert "executes layers" in done.stdout
+    plan = json.loads((planned / "pipeline.json").read_text())["plan"]
+    assert (plan["objective"], plan["bound"], plan["remote_share"]) == ("latency", None, 0.0)
+    assert 0 < plan["expected_latency_s"] < 10
+    summary = json.loads(run(*solve, "--json", folder=planned).stdout)
+    executed = {server["server"]: server["executes"] for server in summary["servers"]}
+    assert executed["fast"] != ""
+    checked = run("check", "pipeline.json", "--cluster", CLUSTER, "--trace", TRACE, folder=planned)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    scored = run(
+        "compare", TRACE, "--cluster", CLUSTER, "--solvers", "layer-partition,pipeline",
+        "pipeline.json", "--json", "-o", "r.json", folder=planned,
+    )  # fmt: skip
+    home, solver, file = json.loads(scored.stdout)["rows"]
+    assert solver["latency_mean_s"] == file["latency_mean_s"] < home["latency_mean_s"]
+    assert run("check", "r.json", folder=planned).returncode == 0
+
+
+def test_tables_in_sweeps(planned: Path) -> None:
+    """A sweep plans with paths and pipelines, and its table is valid."""
+    done = run(
+        "simulate", "--trace", TRACE, "--cluster", CLUSTER, "--requests", 3, "--sweep",
+        "bandwidth_mbps=100,10000", "--sweep", "solver=exact,exact+paths,pipeline", "--jobs", 1,
+        "-o", "sweep.csv", folder=planned,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with (planned / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = ["exact", "exact+paths", "pipeline"]
+    assert sorted(row["solver"] for row in rows) == sorted(names * 2)
+    assert {row["status"] for row in rows} == {"ok"}
+    assert run("check", "sweep.csv", folder=planned).returncode == 0
+
+
+def changed_table(planned: Path, name: str, **changes: object) -> str:
+    """``paths.json`` with other values of its keys."""
+    values = json.loads((planned / "paths.json").read_text()) | changes
+    (planned / name).write_text(json.dumps(values))
+    return name
+
+
+def test_bad_tables(planned: Path) -> None:
+    """A hole, an unknown server and an unknown version are told with their place, in one line."""
+    execution = json.loads((planned / "paths.json").read_text())["execution"]
+    last = execution["slow"][-1]["last"]
+    for run_of_slow, words in (
+        ([{"first": 0, "last": last - 1, "server": "fast"}], f"execution.slow.*{last}"),
+        ([{"first": 0, "last": last, "server": "fats"}], "'fats', did you mean 'fast'"),
+        ([{"first": 1, "last": last, "server": "fast"}], "execution.slow"),
+    ):
+        name = changed_table(planned, "bad.json", execution={**execution, "slow": run_of_slow})
+        done = run("check", name, folder=planned)
+        assert done.returncode == 2
+        assert re.search(words, done.stdout + done.stderr), done.stdout + done.stderr
+    name = changed_table(planned, "bad.json", version=3)
+    done = run("check", name, folder=planned)
+    assert done.returncode == 2
+    assert "version: 3" in done.stdout + done.stderr
+
+
+def test_caches_that_fit_nowhere(planned: Path) -> None:
+    """Exit code 3, with the server and its bytes, for paths and pipelines alike."""
+    text = (planned / CLUSTER).read_text()
+    text = re.sub(r"slots = \d+", "memory_gb = 0.02", text)
+    text = text.replace('name = "slow"', 'name = "slow"\nkv_tokens = 100000000')
+    (planned / "kv.toml").write_text(text)
+    for solver, words in (
+        (
+            "layer-partition",
+            "'slow' gpu[0]: 20,000,000 usable bytes do not hold the dense part",
+        ),
+        ("layer-partition+paths", "'fast' gpu[0]: 20,000,000 usable bytes do not hold the dense"),
+        ("pipeline", "holds all 4 layers: they hold 0 whole layers beside the KV caches"),
+    ):
+        done = run("solve", TRACE, "--cluster", "kv.toml", "--solver", solver, "-o", "x",
+                   folder=planned)  # fmt: skip
+        assert done.returncode == 3, done.stderr
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -198,6 +290,19 @@ def test_migrate_beside_the_caches_of_both_tables(planned: Path) -> None:
         (
             ("solve", TRACE, "--cluster", CLUSTER, "--solver", "exakt+paths", "-o", "x"),
             "did you mean 'exact'",
+        ),
+        (
+            ("solve", TRACE, "--cluster", CLUSTER, "--solver", "pipeline", "--execution", "paths",
+             "-o", "x"),
+            "--execution: solver 'pipeline' plans by itself where layers execute",
+        ),
+        (
+            ("compare", TRACE, "--cluster", CLUSTER, "--solvers", "pipeline+paths"),
+            "expected pipeline, without +paths",
+        ),
+        (
+            ("compare", TRACE, "--cluster", CLUSTER, "--solvers", "prism", "--requests", -1),
+            "--requests: -1",
         ),
         (
             ("simulate", "home.json", "--trace", TRACE, "--cluster", CLUSTER, "--requests", 2,

@@ -38,6 +38,7 @@ SPEC = ModelSpec(
     expert_bytes=1_000_000,
     dense_bytes=5_000_000,
     kv_bytes_per_token=0,
+    attention_flops=0,
 )
 #: 33 slots for 24 experts; a request takes about 10 ms.
 CLUSTER = """\

@@ -179,7 +179,7 @@ def test_a_pipeline_that_does_not_fit_is_a_note(
     """Servers too small for whole layers have plans of experts all the same."""
     small = slots_cluster(["x", "y"], [[9], [7]])
     rows = {row.name: row for row in compare(trace, small).rows}
-    assert "the servers hold 1 whole layer of 2" in rows["pipeline"].note
+    assert "all 2 layers: they hold 1 whole layer" in rows["pipeline"].note
     assert rows["exact"].remote is not None
     with pytest.raises(Infeasible, match="whole layer"):
         compare(trace, small, solvers=["pipeline"])

@@ -141,7 +141,7 @@ def _case(name: str, *arguments: str, **more: Any) -> Case:
 def catalogue() -> list[Case]:
     """All cases, in a fixed order."""
     cases = [*_check(), *_profile(), *_solve(), *_compare(), *_simulate(), *_sweep(), *_moves()]
-    cases += _plot()
+    cases += [*_plot(), *_gpus()]
     names = [case.name for case in cases]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -471,3 +471,9 @@ def _plot() -> Iterator[Case]:
     for kind, file in drawn.items():
         yield _case(f"plot/{kind}", "plot", kind, file, "-o", "figure.png", long=True)
     yield _case("plot/wrong-kind", "plot", "cdf", "in/golden/ours/sweep.csv", "-o", "figure.png")
+
+
+def _gpus() -> Iterator[Case]:
+    yield _case("gpus/all", "gpus", "--json")
+    yield _case("gpus/rtx-4090", "gpus", "rtx-4090", "--json")
+    yield _case("gpus/wrong-name", "gpus", "rtx4090", "--json")

@@ -13,7 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.golden.catalogue import INPUTS, Case, is_data
-from tests.golden.comparing import ABSENT, Difference, differences, judge, read_exceptions
+from tests.golden.comparing import (
+    ABSENT,
+    Difference,
+    ListedException,
+    differences,
+    judge,
+    read_exceptions,
+)
 from tests.golden.golden import read_values, write_values
 from tests.golden.running import outcome, run
 from tests.golden.values import read_file, recorded, without
@@ -135,6 +142,15 @@ def test_an_exception_with_a_value_accepts_that_value_alone(tmp_path: Path) -> N
     """``now`` says what is right, so that another wrong value is seen."""
     wrong, _ = judged(tmp_path, listed("solve/*", more="now = 0.5"))
     assert wrong == ["solve/b: p.json:plan.bound: was 0.25, is 0.75"]
+
+
+def test_an_exception_admits_a_long_list_by_its_digest() -> None:
+    """Compared in full, or as it is recorded; another list is not admitted."""
+    values = list(range(40))
+    for found in (values, recorded(values)):
+        one = ListedException("a/b", "stdout", "A sentence.", recorded(values))
+        assert one.covers(Difference("a/b", "stdout", "no JSON", found))
+    assert not one.covers(Difference("a/b", "stdout", "no JSON", values[::-1]))
 
 
 def test_an_exception_that_meets_nothing_is_wrong(tmp_path: Path) -> None:

@@ -13,14 +13,18 @@ import matplotlib
 import numpy as np
 import pytest
 import scipy.stats
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from prism_plan import plotting
 from prism_plan.errors import InputError, OutputError
+from prism_plan.execution_table import home_execution
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import InputFile, Placement, SolveReport
+from prism_plan.plotting.execution_panel import MAX_NAMED_SERVERS
+from prism_plan.plotting.style import NO_DATA
 from prism_plan.trace import Trace
 
 ROWS = [
@@ -113,8 +117,9 @@ def texts(figure: Figure) -> list[matplotlib.text.Text]:
             low, high = sorted(axis.get_view_interval())
             shown = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
             found += [label for tick in shown for label in (tick.label1, tick.label2)]
-    for one in figure.legends:
-        found += one.get_texts()
+    of_panels = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    for one in (*figure.legends, *of_panels):
+        found += [*one.get_texts(), one.get_title()]
     return [text for text in found if text.get_visible() and text.get_text().strip()]
 
 
@@ -326,6 +331,123 @@ def test_placement_map_is_readable_at_every_size(
     check_readable(plotting.placement_map(make_placement(servers, gpus, layers, experts)))
 
 
+# ---------------------------------------------------------------------------------- execution table
+
+
+def make_table(servers: int, layers: int, seed: int = 0) -> np.ndarray:
+    """An execution table of one to four spans a row, on servers at random; int32 [N, L]."""
+    rng = np.random.default_rng(seed)
+    table = np.empty((servers, layers), np.int32)
+    for row in table:
+        starts = np.flatnonzero(rng.random(layers) < 2 / layers)
+        for start in (0, *starts):
+            row[start:] = rng.integers(servers)
+    table[0, 0] = servers - 1  # not all at home
+    return table
+
+
+def panel_of_execution(figure: Figure) -> Axes:
+    """The panel of an execution table."""
+    (axes,) = (axes for axes in figure.axes if axes.get_ylabel() == "home server")
+    return axes
+
+
+@pytest.mark.parametrize("servers", [2, 3, 12, 13, 64])
+def test_execution_table_is_drawn(servers: int) -> None:
+    """The image is the table, rows are the home servers, columns the numbers of MoE layers."""
+    table = make_table(servers, 26)
+    figure = plotting.placement_map(make_placement(servers, 1, 26).replace(execution=table))
+    axes = panel_of_execution(figure)
+    np.testing.assert_array_equal(images(figure)[-1], table)
+    assert [x.get_text() for x in axes.get_yticklabels()] == [
+        f"edge-site-{n}" for n in range(servers)
+    ]
+    assert axes.get_yticks().tolist() == list(range(servers))
+    assert [x.get_text() for x in axes.get_xticklabels()] == [str(n) for n in range(1, 27)]
+    assert axes.get_xticks().tolist() == list(range(26))
+
+
+@pytest.mark.parametrize("servers", [3, 64])
+def test_colours_of_executing_servers_are_in_the_legend(servers: int) -> None:
+    """The legend names the servers that execute layers; each cell has the colour of its server.
+
+    Also the servers' names in the spans are those of the table.
+    """
+    table = make_table(servers, 8)
+    figure = plotting.placement_map(make_placement(servers, 1, 8).replace(execution=table))
+    axes = panel_of_execution(figure)
+    entries = axes.get_legend()
+    names = [text.get_text() for text in entries.get_texts()]
+    assert names == [f"edge-site-{m}" for m in np.unique(table)]
+    shades = {
+        name: patch.get_facecolor()
+        for name, patch in zip(names, entries.get_patches(), strict=True)
+    }
+    assert len(set(shades.values())) == len(names)
+    drawn = axes.images[0]
+    cells = drawn.cmap(drawn.norm(drawn.get_array()))
+    for (n, layer), m in np.ndenumerate(table):
+        assert tuple(cells[n, layer]) == shades[f"edge-site-{m}"]
+    for text in axes.texts:
+        x, y = text.get_position()
+        assert text.get_text() == f"edge-site-{table[int(y), int(x)]}"
+    assert len(axes.texts) >= servers
+
+
+def test_servers_beyond_the_named_ones_are_grey() -> None:
+    """Where more servers execute than have colours of their own, the least used share a grey."""
+    table = np.repeat(np.roll(np.arange(100, dtype=np.int32), 1)[:, None], 2, axis=1)
+    table[0] = 1  # server 1 executes for two homes, 99 for none
+    figure = plotting.placement_map(make_placement(100, 1, 2).replace(execution=table))
+    axes = panel_of_execution(figure)
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(names) == MAX_NAMED_SERVERS + 1
+    assert names[-1] == f"{99 - MAX_NAMED_SERVERS} other servers"
+    drawn = axes.images[0]
+    cells = drawn.cmap(drawn.norm(drawn.get_array()))[:, 0]
+    grey = (cells == to_rgba(NO_DATA)).all(axis=1)
+    assert grey.sum() == 99 - MAX_NAMED_SERVERS
+    assert not grey[[0, 2]].any()
+
+
+def test_figures_of_home_plans_do_not_change() -> None:
+    """A table adds a panel and changes none of the others; without one there is none."""
+    placement = make_placement(3, 2, 4)
+    home = plotting.placement_map(placement)
+    table = plotting.placement_map(placement.replace(execution=make_table(3, 4)))
+    assert all(axes.get_ylabel() != "home server" for axes in home.axes)
+    for one, other in zip(images(home), images(table)[:-1], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert legend(home) == legend(table)
+    assert home.legends[0].get_title().get_text() == ""
+    at_home = placement.replace(execution=home_execution(3, 4))
+    assert len(plotting.placement_map(at_home).axes) == len(home.axes)
+
+
+@pytest.mark.parametrize(
+    ("servers", "layers", "experts"),
+    [(2, 1, 8), (3, 26, 64), (12, 32, 8), (13, 61, 256), (64, 61, 256), (64, 1, 8), (150, 3, 8)],
+)
+def test_execution_panels_are_readable(servers: int, layers: int, experts: int) -> None:
+    """No texts overlap or leave the figure, with long names too, from 2 to 150 home servers."""
+    placement = make_placement(servers, 1, layers, experts)
+    placement = placement.replace(execution=make_table(servers, layers))
+    check_readable(plotting.placement_map(placement))
+    names = tuple(f"$a_very$-long-name-of-a-server-in-the-field-{n}" for n in range(servers))
+    check_readable(plotting.placement_map(placement.replace(servers=names)))
+
+
+@pytest.mark.parametrize("size_in", [(7.0, 6.0), (12.0, 6.5), (30.0, 12.0)])
+def test_execution_panels_of_other_sizes(size_in: tuple[float, float]) -> None:
+    """In a paper's two columns and on a poster no texts overlap; what has no room is refused."""
+    placement = make_placement(2).replace(execution=make_table(2, 3))
+    options = plotting.FigureOptions(size_in=size_in)
+    figure = plotting.placement_map(placement, options=options)
+    check_readable(figure, width_px=int(100 * size_in[0]))
+    with pytest.raises(InputError, match="expected room for the panels"):
+        plotting.placement_map(placement, options=plotting.FigureOptions(size_in=(2, 2)))
+
+
 # --------------------------------------------------------------------------------------- comparison
 
 
@@ -403,6 +525,7 @@ def test_same_input_same_bytes(tmp_path: Path, name: str, signature: bytes) -> N
         lambda: plotting.heatmap(trace),
         lambda: plotting.entropy(trace),
         lambda: plotting.placement_map(placement),
+        lambda: plotting.placement_map(make_placement(4).replace(execution=make_table(4, 3))),
         lambda: plotting.comparison(ROWS),
     ]
     path = tmp_path / name

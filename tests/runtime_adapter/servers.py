@@ -87,7 +87,11 @@ class Servers:
                     process.stdin.close()
 
     def errors(self, name: str) -> list[str]:
-        """The lines that a server has said so far."""
+        """The lines that a server has said so far, but for the first one's warning of KV caches."""
+        return [line for line in self.said(name) if "kv_tokens" not in line]
+
+    def said(self, name: str) -> list[str]:
+        """All lines that a server has said so far."""
         return (self.folder / f"{name}.err").read_text().splitlines()
 
     def answers(self, name: str) -> list[dict[str, Any]]:

@@ -82,6 +82,7 @@ def make_model(layers: int, experts: int, top_k: int = 1, **changes: Any) -> Mod
         "expert_bytes": EXPERT_BYTES,
         "dense_bytes": EXPERT_BYTES,
         "kv_bytes_per_token": 0,
+        "attention_flops": 0,
         **changes,
     }
     return ModelSpec(
@@ -229,7 +230,7 @@ def drawn_asks(
     return asks
 
 
-def _drawn_curves(rng: np.random.Generator, ties: bool) -> GpuCurves:
+def drawn_curves(rng: np.random.Generator, ties: bool) -> GpuCurves:
     """Times about 0.1 to 1 s; with ``ties`` multiples of a quarter, zero among them."""
 
     def curve() -> tuple[tuple[int, float], ...]:
@@ -302,7 +303,7 @@ def drawn_scenario(
     asks = drawn_asks(
         rng, model, servers, ties=ties, most=most, spacing_s=float(rng.choice([0.3, 3]))
     )
-    curves = [_drawn_curves(rng, ties) for _ in range(2)]
+    curves = [drawn_curves(rng, ties) for _ in range(2)]
     measured = {
         (f"s{n}", g): curves[int(rng.integers(2))]
         for n, server in enumerate(cluster.servers)
@@ -357,6 +358,6 @@ def contended_scenario(
         dataclasses.replace(cluster, servers=tuple(made)),
         drawn_held(rng, servers, layers, experts, 0.0),
         asks,
-        curves=_drawn_curves(rng, ties),
+        curves=drawn_curves(rng, ties),
         execution=execution.astype(np.int32),
     )

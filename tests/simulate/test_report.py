@@ -20,9 +20,11 @@ from prism_plan.evaluate.simulation import dump_report, simulate_placements
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.io.simulation import simulation_from_json
+from prism_plan.model_spec import ModelSpec
 from prism_plan.objective import score, step_score
 from prism_plan.placement import Placement
 from prism_plan.simulate.arrival_trace import Arrival, ArrivalTrace
+from prism_plan.simulate.calibration import Calibration, GpuCurves
 from prism_plan.simulate.phase_schedule import Phase, Schedule
 from prism_plan.simulate.report import TIMELINE_BINS, SimulationRun, _timeline, summary
 from prism_plan.simulate.requests import Requests
@@ -260,6 +262,31 @@ def test_unstable_load_is_noted_with_its_utilisation() -> None:
     assert f"c {utilisation[2]:.2f}" in note
     assert "unstable load" in note
     assert simulated(small_trace(), small_cluster(), "exact").notes == ()
+
+
+def test_unknown_attention_is_noted_once() -> None:
+    """A model spec without ``attention_flops``: one note, however many placements are simulated.
+
+    None where they are known, where a calibration measured all of it, or where nobody has a prompt.
+    """
+    unknown = dataclasses.replace(SPEC, attention_flops=None)
+
+    def notes_of(model: ModelSpec, prompt_tokens: int = 6, **options: Any) -> tuple[str, ...]:
+        drawn = small_trace(prompt_tokens=prompt_tokens)
+        trace = dataclasses.replace(drawn, model=model)
+        found: tuple[str, ...] = simulated(
+            trace, small_cluster(), "exact", "prism", number=5, **options
+        ).notes
+        return found
+
+    (note,) = notes_of(unknown)
+    assert note.startswith("attention_flops of tiny is not known: prompts pay nothing for pairs")
+    for flops in (0, 1000):
+        assert notes_of(dataclasses.replace(SPEC, attention_flops=flops)) == ()
+    curve = ((1, 1e-6), (64, 2e-6))
+    measured = Calibration("c", GpuCurves(dense_s=curve, expert_s=curve))
+    assert notes_of(unknown, calibration=measured) == ()
+    assert notes_of(unknown, prompt_tokens=0) == ()
 
 
 def test_overload_is_told_however_many_places_there_are() -> None:

@@ -203,6 +203,8 @@ def test_a_table_that_would_overload_a_server_is_not_taken() -> None:
         idle = solve(Instance.build(trace, cluster), "exact+paths")
         assert idle.execution_table[:2, 1].tolist() == [2, 2]
         assert "simulated_s" not in idle.plan.extra
+        said = [text for text in idle.plan.assumed if "idle cluster" in text]
+        assert len(said) == (interval_s is None)
     trace, cluster = _equals_but_one(0.15)
     busy = solve(Instance.build(trace, cluster), "exact+paths")
     assert sorted(busy.execution_table[:, 0].tolist()) == [0, 1, 2]

@@ -280,7 +280,7 @@ def test_bad_input() -> None:
     rng = np.random.default_rng(0)
     trace = a_trace(a_model(4, experts=6))
     instance = Instance.build(trace, single_gpus(a_cluster(rng, 3), [11, 11, 11]))
-    with pytest.raises(Infeasible, match="3 whole layers of 4") as caught:
+    with pytest.raises(Infeasible, match="all 4 layers: they hold 3 whole layers") as caught:
         solve(instance, "pipeline")
     assert (caught.value.shortfall, caught.value.unit) == (1, "layers")
     with pytest.raises(UnsupportedFeature, match="needs the links of a cluster"):

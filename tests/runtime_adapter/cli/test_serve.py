@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import json
 import threading
@@ -16,9 +17,11 @@ pytest.importorskip("transformers")
 
 import runtime_adapter  # noqa: E402
 from prism_plan.errors import InputError  # noqa: E402
+from prism_plan.io.cluster import parse_cluster  # noqa: E402
 from prism_plan.io.placement import placement_to_json  # noqa: E402
 from prism_plan.io.serve_requests import read_requests  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
+from runtime_adapter.cli.serve import missing_kv_text  # noqa: E402
 from runtime_adapter.control.move_command import request_move  # noqa: E402
 from runtime_adapter.moe.compute import ExpertCompute  # noqa: E402
 from runtime_adapter.moe.placed_model import load_placed_model  # noqa: E402
@@ -164,6 +167,9 @@ def test_tokens_are_those_of_one_process(
         told = [text for text in run.errors(name) if not text.startswith(NOTE)]
         assert told == [] or servers == 2  # torchrun warns
         assert name == names[0] or told == run.errors(name)
+        # one line a run: plans without a table do not say what is reserved for KV caches
+        of_caches = [text for text in run.said(name) if "gives no kv_tokens" in text]
+        assert len(of_caches) == (name == names[0])
     assert remote > 0
     if servers == 4:
         assert run.stats(names[-1])["requests"] == 0
@@ -218,6 +224,27 @@ def test_logits_over_the_links(dtype: Any, channels: ChannelConfig | None) -> No
     finally:
         for one in servers:
             one.close()
+
+
+def test_kv_caches_without_memory_are_told() -> None:
+    """With a cluster file the servers whose users' caches have no memory are named, else what is.
+
+    Nothing is said of a cluster that reserves it, or of a model without keys and values.
+    """
+    spec = committed("mixtral").spec
+    text = (
+        '[[server]]\nname = "a"\ntasks = { x = 1.0 }\nweight = 1.0\n[[server.gpu]]\nmemory_gb = 1'
+    )
+    cluster = parse_cluster(text)
+    kept = parse_cluster(text.replace("weight", "kv_tokens = 5\nweight"))
+    assert missing_kv_text("p.json", "c.toml", cluster, spec) == (
+        "c.toml: nothing is reserved for the KV cache of a: kv_tokens is not given or 0"
+    )
+    assert missing_kv_text("p.json", "c.toml", kept, spec) == ""
+    assert missing_kv_text("p.json", None, None, spec).startswith("p.json: gives no kv_tokens: ")
+    stateless = dataclasses.replace(spec, kv_bytes_per_token=0)
+    for known in (None, cluster):
+        assert missing_kv_text("p.json", "c.toml", known, stateless) == ""
 
 
 # ------------------------------------------------------------------------------------- by reading
