@@ -47,8 +47,7 @@ def queues_matter(idle: IdleTime, plan: Candidate, cluster: Cluster) -> bool:
     owner = server_of_gpu([[0] * len(server.gpus) for server in cluster.servers])
     local = np.zeros((cluster.num_servers, *plan.on_gpu.shape[1:]), bool)
     np.logical_or.at(local, owner, plan.on_gpu)
-    whole: npt.NDArray[np.bool_] = local.all(axis=2)
-    at_work = whole[plan.execution, np.arange(plan.execution.shape[1])]
+    at_work = local[plan.execution, np.arange(plan.execution.shape[1])]
     return not bool(at_work[idle.has_users].all())
 
 
