@@ -101,7 +101,8 @@ class Review:
     ``target`` is the new placement, and ``moved_experts`` and ``moved_bytes`` are what the GPUs
     newly load: ``None`` and zero for ``"stay"``. The seconds are those of the best candidate,
     adopted or not: ``before_s`` is C(P) of the current placement, ``after_s`` that of the
-    candidate, ``saving_s`` their difference, ``cost_s`` the candidate's T_mig.
+    candidate, ``saving_s`` their difference, ``cost_s`` the candidate's T_mig. Of policies that
+    keep the execution table C leaves out its messages.
     """
 
     decision: Literal["move", "stay"]
