@@ -98,6 +98,12 @@ class MigrationOptions(ReviewOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.migrate_solver.endswith("+paths"):
+            raise InputError(
+                f"{self.migrate_solver!r:.60} plans where layers execute",
+                parameter="migrate_solver",
+                expected="a solver of experts alone: the runtime does not execute tables yet",
+            )
         if not self.migrates:
             self.refuse("placements_dir", found="has no effect without ``migrate`` or ``movable``")
 

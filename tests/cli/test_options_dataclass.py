@@ -252,6 +252,10 @@ def test_options_without_effect_are_refused(
         (("--weights", "peer"), "--weights: has no effect without --migrate or --movable"),
         (("--migrate", "prism"), "--migrate: prism needs to know the links; expected --cluster"),
         (("--horizon", "5"), "--horizon: has no effect without --migrate"),
+        (
+            ("--cluster", "c", "--migrate", "prism", "--migrate-solver", "exact+paths"),
+            "--migrate-solver: 'exact+paths' plans where layers execute; expected a solver of",
+        ),
         (("--threads", "0"), "--threads: 0; expected a whole number from 1 to 1,024"),
     ],
     ids=str,
