@@ -147,7 +147,8 @@ def simulate_placements(
     deadline = math.inf
     if options.time_limit_s is not None:
         deadline = time.monotonic() + options.time_limit_s
-    rules = cluster_rules(trace, cluster).replace(trace=planned_on or trace)
+    known = trace if planned_on is None else planned_on
+    rules = cluster_rules(trace, cluster).replace(trace=known)
     prepared = []
     for name, placement in placements:
         try:

@@ -199,7 +199,7 @@ class _CostModel:
     def before_s(self) -> float:
         return self._communication_s(self.current)
 
-    @property
+    @functools.cached_property
     def for_running_table(self) -> Instance:
         """The problem of placing experts for the running table: its capacities, moved activations.
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.check.report import check_file
 from prism_plan.errors import InputError
+from prism_plan.execution_table import TableChange, home_execution
 from prism_plan.io.migration import (
     dump_migration,
     migration_from_json,
@@ -48,6 +50,14 @@ def plans(draw: st.DrawFn) -> MigrationPlan:
         needs = draw(st.sets(st.integers(0, index - 1))) if index else set()
         kind = "load" if latest[place] else "drop"
         steps.append(MigrationStep(kind, *place, tuple(sorted(needs)), draw(st.booleans())))  # type: ignore[arg-type]
+    change = None
+    if draw(st.booleans()):
+        server = st.integers(0, len(names) - 1)
+        row = st.lists(server, min_size=len(layers), max_size=len(layers))
+        table = draw(st.lists(row, min_size=len(names), max_size=len(names)))
+        waits_from = draw(st.integers(0, len(steps)))
+        begins_after = draw(st.sampled_from([0, waits_from]))
+        change = TableChange(np.array(table, np.int32), begins_after, waits_from)
     file = st.builds(InputFile, st.text(), st.just("0123456789abcdef" * 4))
     seconds = st.floats(0, 1e9)
     return MigrationPlan(
@@ -57,6 +67,7 @@ def plans(draw: st.DrawFn) -> MigrationPlan:
         tuple(steps),
         draw(st.dictionaries(st.sampled_from(["from", "to"]), file)),
         draw(st.none() | st.builds(LoadTime, seconds, seconds)),
+        change,
     )
 
 
@@ -69,6 +80,11 @@ def test_round_trip_is_exact(plan: MigrationPlan, tmp_path_factory: pytest.TempP
     again = read_migration(path)
     for field in ("model", "servers", "gpus", "steps", "inputs", "load_s"):
         assert getattr(again, field) == getattr(plan, field)
+    assert (again.change is None) == (plan.change is None)
+    if plan.change is not None and again.change is not None:
+        assert (again.change.execution == plan.change.execution).all()
+        assert again.change.begins_after == plan.change.begins_after
+        assert again.change.waits_from == plan.change.waits_from
     assert dump_migration(again) == path.read_bytes()
     jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), shipped_schema("migration-1"))
     assert not check_file(path).problems
@@ -145,3 +161,30 @@ def test_what_is_wrong_is_named(case: str, values: dict[str, Any], tmp_path: Pat
             read(file)
         assert words in str(caught.value)
         assert str(file) in str(caught.value)
+
+
+TABLE_MUTATIONS: dict[str, tuple[list[Any], Any, str]] = {
+    "no such step": (["waits_from"], 7, "table.waits_from: 7; expected at most 6"),
+    "begins in between": (["begins_after"], 1, "table.begins_after: 1; expected 0, or 4"),
+    "unknown server": (["execution", "s0", 0, "server"], "s9", "execution.s0[0].server"),
+    "layer": (["execution", "s1", 0, "first"], 4, "execution.s1[0]: first 4; expected 3"),
+    "key": (["colour"], 1, "unknown key 'colour'"),
+}
+
+
+@pytest.mark.parametrize("case", list(TABLE_MUTATIONS))
+def test_what_is_wrong_with_a_table_is_named(case: str, values: dict[str, Any]) -> None:
+    """When it begins, which steps wait, and every run of its layers are checked."""
+    plan = migration_from_json(values)
+    table = home_execution(2, 1)[::-1].copy()
+    good = migration_to_json(plan.replace(change=TableChange(table, 4, 4)))
+    assert list(good)[-2:] == ["table", "steps"]
+    assert migration_from_json(good).change is not None
+    path, value, words = TABLE_MUTATIONS[case]
+    target: Any = good["table"]
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    with pytest.raises(InputError) as caught:
+        migration_from_json(good, source="m.json")
+    assert words in str(caught.value)
