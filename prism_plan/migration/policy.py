@@ -268,6 +268,8 @@ class _CostModel:
 
 def _prism(costs: _CostModel) -> Review:
     if costs.policy.solver.endswith(PATHS):  # a table for what is asked for now
+        if not costs.requests.arrivals.any():
+            return costs.review("stay", costs.current)  # no task of the trace makes these calls
         instance = costs.without_caches
     else:
         shape = (costs.instance.num_servers, costs.instance.model.num_layers)

@@ -24,13 +24,17 @@ Floats = npt.NDArray[np.float64]
 STEPS = 200
 #: Tasks with fewer tokens of a home, as a share of its most frequent task's, are not asked for.
 LEAST_SHARE = 0.01
+#: Homes with fewer requests, as a share of the home with most of them, have no users: a window
+#: forgets them step by step, and tables are not planned for them.
+LEAST_ARRIVALS = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
 class RecentRequests:
     """What was asked for recently: ``arrivals`` [N] requests per second of each home server.
 
-    ``cluster`` has the estimated tasks and arrivals of its servers, those without calls no users.
+    ``cluster`` has the estimated tasks and arrivals of its servers; those with hardly any have no
+    users.
     ``idle`` is the measure of a mean request of each home, ``None`` where nobody called anything.
     """
 
@@ -72,7 +76,9 @@ def requests_behind(
     known = idle.tokens > 0
     arrivals = np.where(known, tokens_per_s / np.where(known, idle.tokens, 1.0), 0.0)
     servers = [
-        dataclasses.replace(server, arrival_interval_s=1 / rate if rate else None, weight=None)
+        dataclasses.replace(server, arrival_interval_s=1 / rate, weight=None)
+        if rate > LEAST_ARRIVALS * arrivals.max()
+        else dataclasses.replace(server, tasks={})
         for server, rate in zip(servers, arrivals.tolist(), strict=True)
     ]
     recent = dataclasses.replace(recent, servers=tuple(servers))

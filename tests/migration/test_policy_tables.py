@@ -177,6 +177,23 @@ def test_tables_come_and_go() -> None:
     assert again.decision == "stay"
 
 
+def test_calls_that_no_task_makes() -> None:
+    """There is nothing to plan a table for: the review stays."""
+    trace, cluster = small_trace(), small_cluster()
+    counts = trace.counts.copy()
+    counts[:, 0, 5] = 0
+    instance = Instance.build(dataclasses.replace(trace, counts=counts), cluster)
+    current = solve(instance, "exact")
+    rates = np.zeros_like(instance.activations)
+    rates[:, 0, 5] = 9.0
+    found = review(
+        Policy("prism", 1e9, solver="exact+paths"), current, rates, instance,
+        call_seconds(cluster, SPEC), gpu_load_gbs(cluster),
+    )  # fmt: skip
+    assert found.before_s > 0
+    assert (found.decision, found.target) == ("stay", None)
+
+
 def test_capacities_are_those_of_each_table() -> None:
     """The running placement is checked beside its own table's caches, the target beside its own."""
     spec = dataclasses.replace(SPEC, kv_bytes_per_token=100_000)

@@ -87,6 +87,18 @@ def test_nobody_called() -> None:
         assert found.messages_s(np.full((3, 3), 1), 300.0) == 0.0
 
 
+def test_homes_that_a_window_has_nearly_forgotten() -> None:
+    """They have no users in the cluster that tables are planned for; their messages still count."""
+    trace, cluster = small_trace(), small_cluster()
+    rates = rates_of(trace, cluster)
+    rates[0] *= 1e-6
+    found = requests_behind(rates, cluster, trace, ON_GPU)
+    assert [server.has_users for server in found.cluster.servers] == [False, True, True]
+    assert found.arrivals[0] == pytest.approx(50e-6)
+    only_a = np.array([[1, 1, 1], [1, 1, 1], [2, 2, 2]], np.int32)
+    assert found.messages_s(only_a, 1.0) > 0
+
+
 def test_counts_only_traces() -> None:
     """Requests of such a trace have the prompts that are drawn for it."""
     trace, cluster = counts_of(small_trace()), small_cluster()
