@@ -28,6 +28,8 @@ from prism_plan.trace import Trace
 
 #: KV caches lie where layers execute, so that slots depend on the table: plan, count, plan again.
 MAX_ROUNDS = 10
+#: A table that is simulated has to be faster than home by this share: less is noise of the sample.
+MIN_GAIN = 0.05
 
 
 def with_paths(solver: Solver) -> Solver:
@@ -112,5 +114,7 @@ def _best_table(
         {key: Candidate(on_gpu, x, instance.gpu_capacity) for key, x in tables.items()},
         instance, cluster, trace, seed,
     )  # fmt: skip
-    chosen = tables[min(means, key=means.__getitem__)]
-    return chosen, note(chosen, simulated_s=means)
+    best = min(means, key=means.__getitem__)
+    if means[best] > (1 - MIN_GAIN) * means["home"]:
+        best = "home"
+    return tables[best], note(tables[best], simulated_s=means)
