@@ -11,13 +11,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prism_plan.cluster import Cluster
+from prism_plan.cluster import Cluster, Gpu, Link, Server
 from prism_plan.evaluate.comparison import compare
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
@@ -116,6 +116,41 @@ def gamma(
     return prepare
 
 
+def many_unequal(servers: int, layers: int, slots: int) -> Callable[[Path], Instance]:
+    """Prepare a cluster of unequal servers at V3's experts, with links, and a drawn trace."""
+
+    def prepare(folder: Path) -> Instance:
+        rng = np.random.default_rng(0)
+        model = replace(PRESETS["deepseek-v3"], moe_layers=tuple(range(layers)))
+        trace = synthetic_trace(model, ["x", "y"], requests=4, prompt_tokens=20, decode_tokens=8)
+        made = tuple(
+            Server(
+                f"s{n}",
+                (
+                    Gpu(
+                        slots=int(slots * rng.uniform(0.7, 1.3)),
+                        memory_bandwidth_gbs=float(rng.uniform(500, 1500)),
+                    ),
+                ),
+                tasks={"xy"[n % 2]: 1.0},
+                arrival_interval_s=100.0,
+            )
+            for n in range(servers)
+        )
+        return Instance.build(trace, Cluster("unequal", made, Link(bandwidth_mbps=500.0)))
+
+    return prepare
+
+
+def planned(solver: str) -> Callable[[Instance], dict[str, Any]]:
+    """Run a solver that plans where layers execute."""
+
+    def run(instance: Instance) -> dict[str, Any]:
+        return {"expected_latency_s": solve(instance, solver).plan.extra["expected_latency_s"]}
+
+    return run
+
+
 def solved(solver: str, **options: Any) -> Callable[[Instance], dict[str, Any]]:
     """Run a solver, model building counted, and tell what came out."""
 
@@ -198,7 +233,10 @@ def compared(path: Path) -> dict[str, Any]:
     """Read a trace and score solvers that plan in no time, as `compare` does."""
     trace = read_trace(path, keep_tokens=True)
     names = ["uniform", "redundance", "smartmoe", "eplb", "layer-partition"]
-    result = compare(trace, paper_cluster_of_drawn_tasks(), solvers=names)
+    cluster = paper_cluster_of_drawn_tasks()
+    servers = tuple(replace(server, arrival_interval_s=None) for server in cluster.servers)
+    # without arrivals nothing is simulated, as in older versions
+    result = compare(trace, replace(cluster, servers=servers), solvers=names)
     return {row.name: row.steps.waiting_share for row in result.rows if row.steps}
 
 
@@ -292,6 +330,19 @@ CASES = [
         "exact, V3 size, 256 servers x 60, each its own task",
         gamma(58, 256, 8, 256, 60, 256),
         solved("exact"),
+        repeats=3,
+    ),
+    Case(
+        "paths, V3 size, 64 servers",
+        many_unequal(64, 58, 1536),
+        planned("layer-partition+paths"),
+        2.0,
+        repeats=3,
+    ),
+    Case(
+        "pipeline, V3 size, 64 servers",
+        many_unequal(64, 58, 1536),
+        planned("pipeline"),
         repeats=3,
     ),
     Case("count 1,000,000 tokens x 26 x 6", large_trace(1_000_000), counted, 5.0, 1024, repeats=3),
