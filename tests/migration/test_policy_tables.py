@@ -194,8 +194,9 @@ def test_calls_that_no_task_makes() -> None:
     assert (found.decision, found.target) == ("stay", None)
 
 
-def test_capacities_are_those_of_each_table() -> None:
+def test_capacities_are_those_of_each_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The running placement is checked beside its own table's caches, the target beside its own."""
+    monkeypatch.setattr("prism_plan.solvers.execution.queues_matter", lambda *_: False)
     spec = dataclasses.replace(SPEC, kv_bytes_per_token=100_000)
     trace = dataclasses.replace(small_trace(), model=spec)
     text = ("slots = 11", "memory_gb = 0.018"), ("slots = 8", "memory_gb = 0.015"), (
