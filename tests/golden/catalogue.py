@@ -70,6 +70,7 @@ OTHER_READERS = {
     "runtime_adapter/**": "the package itself",
     "traces/tiny-*/*": "profile --format hf and --model",
     "traces/tiny-prompts.jsonl": "profile --prompts",
+    "studies/execution.json": "studies.execution --tables",
     "tests/golden/exceptions.toml": "the golden comparison",
     "tests/golden/values/*": "the golden comparison",
     "tests/golden/inputs/configs/*": "profile --model",
