@@ -44,7 +44,7 @@ def test_warm_leaves_nothing_to_compile(tmp_path: Path) -> None:
         ("solve", str(trace), "--cluster", str(cluster), "-o", "p.json"),
         ("simulate", "--trace", str(trace), "--cluster", str(cluster), "--solvers", "exact",
          "--requests", "1", "--offload", "--route", "nearest"),
-        ("compare", str(trace), "--cluster", str(cluster), "--solvers", "exact,prism"),
+        ("compare", str(trace), "--cluster", str(cluster), "--solvers", "exact,prism,pipeline"),
         ("solve", str(trace), "--cluster", str(cluster), "--solver", "layer-partition",
          "--execution", "paths", "-o", "paths.json"),
         ("simulate", "paths.json", "--trace", str(trace), "--cluster", str(cluster),

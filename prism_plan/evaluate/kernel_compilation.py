@@ -15,6 +15,8 @@ from prism_plan.model_spec import ModelSpec
 from prism_plan.objective import step_score
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.solvers import solve
+from prism_plan.solvers.idle_time import MeanRequest
+from prism_plan.solvers.pipeline_order import MAX_EXACT, best_pipeline
 from prism_plan.token_rates import expected_token_rates
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
 
@@ -34,6 +36,10 @@ def _use(trace: Trace, cluster: Cluster) -> None:
     step_score(placement.local, trace, expected_token_rates(trace, cluster))
     requests = sample_requests(trace, cluster, requests_per_server=1)
     simulate_placements([("example", placement)], requests, trace, cluster)
+    for servers in (1, MAX_EXACT + 1):  # every order, and the local search
+        links = np.zeros((servers, servers))
+        request = MeanRequest(np.zeros((1, servers)), links, np.zeros(servers), links)
+        best_pipeline(request, np.ones((servers, 1), np.int64))
 
 
 def _example() -> tuple[Trace, Cluster]:
