@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prism_plan.execution_table import executed_elsewhere
 from prism_plan.instance import Instance
 from prism_plan.model_spec import require_same_model
 from prism_plan.placement import Placement
+from prism_plan.printable_text import quantity
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ def violations(
     """Every constraint that a placement breaks; empty for a feasible placement.
 
     Coverage and the capacities that the placement itself states are always checked; with an
-    ``instance`` also its capacities, replicas, pins, forbidden experts and layer caps.
+    ``instance`` also its capacities, replicas, pins, forbidden experts and layer caps, and of a
+    placement with an execution table the ``execute_at_home`` and ``kv_tokens`` of its cluster.
 
     Raises
     ------
@@ -81,6 +84,32 @@ def _check_memory(
     return found
 
 
+def _check_home(placement: Placement, instance: Instance) -> list[Violation]:
+    """Servers of the cluster that keep all layers of their users, and what a table reserves."""
+    if placement.execution is None or instance.cluster is None:
+        return []
+    found = []
+    away = executed_elsewhere(placement.execution).sum(axis=1).tolist()
+    for server, layers in zip(instance.cluster.servers, away, strict=True):
+        where = f"server {server.name!r}"
+        if server.execute_at_home and layers:
+            text = (
+                f"{where} has execute_at_home = true, and {quantity(layers, 'layer')} of its users "
+                "execute on other servers"
+            )
+            found.append(Violation("execute_at_home", where, layers, "layers", text))
+        tokens = placement.kv_tokens.get(server.name, server.kv_tokens)
+        if tokens != server.kv_tokens:
+            text = (
+                f"{where} has kv_tokens {tokens:,} in the placement, "
+                f"{server.kv_tokens:,} in the cluster"
+            )
+            found.append(
+                Violation("kv_tokens", where, abs(tokens - server.kv_tokens), "tokens", text)
+            )
+    return found
+
+
 def _check_instance(placement: Placement, instance: Instance) -> list[Violation]:
     """What a placement breaks of an instance besides coverage."""
     require_same_model(
@@ -107,6 +136,7 @@ def _check_instance(placement: Placement, instance: Instance) -> list[Violation]
                 pair = model.pair_text(layer * model.num_experts + expert)
                 where = f"server {placement.servers[n]!r} {pair}"
                 found.append(Violation(constraint, where, 1, "experts", f"{where} is {broken}"))
+    found += _check_home(placement, instance)
     for n, cap in enumerate(instance.layer_caps):
         if cap is None:
             continue

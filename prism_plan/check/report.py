@@ -283,7 +283,7 @@ def _check_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> Check
         f"({plan.extra_loads:,} of them temporary) and {quantity(plan.drops, 'drop')}"
     )
     if plan.change is not None:
-        summary += "; layers execute elsewhere afterwards"
+        summary += "; the execution table changes"
     return CheckReport(str(path), "migration", summary)
 
 

@@ -62,7 +62,12 @@ class CompareOptions(TableOptions):
     help="Seconds for ilp; none by default.",
 )
 @click.option("--backend", type=BACKENDS, default="highs", show_default=True, help="Of ilp.")
-@click.option("--seed", default=0, show_default=True, help="Of the split and of random solvers.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help="Of the split, of solvers that draw or simulate, and of the simulated requests.",
+)
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option("-o", "--output", metavar="R.json", help="Also write the comparison as JSON.")
@@ -85,13 +90,19 @@ def command(args: CompareOptions) -> None:
         parse_solver_names,
         require_writable_output,
     )
+    from prism_plan.errors import InputError
     from prism_plan.evaluate.comparison import DEFAULT_SOLVERS, compare
+    from prism_plan.input_limits import require_integer
     from prism_plan.io.placement import read_placement
+    from prism_plan.simulate.poisson_arrivals import MAX_REQUESTS
     from prism_plan.solvers.contract import Options
 
     names = parse_solver_names(args.solvers)
+    if names == [] and not args.placements:
+        raise InputError("no solver and no placement", parameter="solvers", expected="one at least")
     if names is not None and "ilp" not in names:
         args.refuse("backend", found="has no effect without solver ilp")
+    require_integer(args.requests_per_server, 0, MAX_REQUESTS, "requests_per_server")
     require_writable_output(args.output, args.trace, args.cluster, *args.placements)
     options = Options(seed=args.seed, time_limit_s=args.time_limit_s, backend=args.backend)
     cluster, _ = load_cluster(args.cluster)
@@ -185,6 +196,8 @@ def _print(result: Comparison, values: dict[str, Any], args: CompareOptions) -> 
             log_info(f"{row['name']}: destinations are {row['destinations_method']}")
     if result.kind == "counts":
         log_info("counts-only trace: waiting share and destinations need one token by token")
+    if simulated and result.kind == "counts":
+        log_info("latencies are those of drawn prompts, whose tokens call experts independently")
     if not simulated and args.requests_per_server:
         log_info("no latencies: a server with tasks has no arrival_interval_s")
 
@@ -194,5 +207,8 @@ def _above_best(key: str, values: list[float | None]) -> Column:
     from prism_plan.cli.tables import excess_column
 
     best = min((value for value in values if value is not None), default=0.0)
-    above = [None if not best or value is None else value / best - 1 for value in values]
+    if best == 0:
+        above = [0.0 if value == 0 else None for value in values]
+    else:
+        above = [None if value is None else value / best - 1 for value in values]
     return excess_column("vs best", key, above, rank=2)

@@ -82,7 +82,12 @@ class SolveOptions(TableOptions):
     help="With --from: load an expert only if it saves more than P remote calls per second "
     "(or per unit of weight).",
 )
-@click.option("--seed", default=0, show_default=True, help="Of solvers that draw at random.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help="Of solvers that draw at random, and of the requests that a table is planned with.",
+)
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option(
@@ -111,6 +116,8 @@ def command(args: SolveOptions) -> None:
     name = args.solver
     if name in TABLE_SOLVERS:
         args.refuse("execution", found=f"solver {name!r} plans by itself where layers execute")
+    if name.endswith(PATHS) and args.execution == "home":
+        args.refuse("execution", found=f"solver {name!r} plans where layers execute")
     if args.execution == "paths":
         name = name.removesuffix(PATHS) + PATHS
     with error_parameter("solver"):
@@ -147,6 +154,8 @@ def command(args: SolveOptions) -> None:
             log_info(f"{args.cluster}: planned for {text}")
     if reserved := missing_kv_reservation(cluster, trace.model, placement.execution):
         log_info(f"{args.cluster}: {reserved}")
+    if because := placement.plan.extra.get("at_home_because"):
+        log_info(f"every layer executes at home: {because}")
     if placement.plan.termination == "time_limit":
         log_info("the time limit ended the search; the gap to the bound is in the file")
     _print_summary(placement, instance, args)
@@ -214,7 +223,9 @@ def _print_summary(placement: Placement, instance: Instance, args: SolveOptions)
     if "priced_bound" in plan.extra:
         bound = "in calls and loads together"
     latency = ""
-    if (seconds := plan.extra.get("expected_latency_s")) is not None:
+    if (seconds := plan.extra.get("simulated_latency_s")) is not None:
+        latency = f"{seconds:.3g} s a request in short simulations, "
+    elif (seconds := plan.extra.get("expected_latency_s")) is not None:
         latency = f"{seconds:.3g} s a request on an idle cluster, "
     title = (
         f"{plan.solver}: {latency}{percent(plan.remote_share, 4)} of calls are remote "

@@ -59,6 +59,7 @@ def value_bars(
             color="white",
             markeredgecolor="black",
             markeredgewidth=1.2,
+            clip_on=False,
             zorder=4,
         )
     for i in range(len(values)):

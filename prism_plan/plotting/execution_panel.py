@@ -180,9 +180,11 @@ def _colours(table: npt.NDArray[np.int32]) -> tuple[tuple[str, ...], list[int]]:
     # stable: of servers that execute equally many layers the first have a colour
     most = np.argsort(-cells, kind="stable")[:MAX_NAMED_SERVERS]
     named = sorted(int(m) for m in most if cells[m])
+    few = len(table) <= MAX_NAMED_SERVERS  # then a server has the same colour in every figure
+    palette = _different_colours(len(table) if few else len(named))
     colours = [NO_DATA] * len(table)
-    for m, colour in zip(named, _different_colours(len(named)), strict=True):
-        colours[m] = colour
+    for number, m in enumerate(named):
+        colours[m] = palette[m if few else number]
     return tuple(colours), named
 
 

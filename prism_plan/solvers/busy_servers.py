@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
+from prism_plan.input_limits import MAX_SEED
 from prism_plan.instance import Instance
 from prism_plan.placement import Placement, SolveReport, server_of_gpu
 from prism_plan.simulate.sampling import sample_requests
@@ -23,8 +24,9 @@ from prism_plan.trace import Trace
 
 #: Share of its time that a server may execute layers before queues are looked at.
 IDLE_SHARE = 0.3
-#: Requests of each server in the simulation that decides, of large clusters fewer: so many in all.
-SIMULATED_REQUESTS, MAX_SIMULATED = 50, 1000
+#: Samples of requests that are simulated. In each, requests of a server: of large clusters fewer,
+#: so many in all.
+SAMPLES, SIMULATED_REQUESTS, MAX_SIMULATED = 2, 40, 600
 
 
 class Candidate(NamedTuple):
@@ -65,17 +67,20 @@ def busiest_share(idle: IdleTime, table: npt.NDArray[np.int32], cluster: Cluster
 def simulated_s(
     candidates: Mapping[str, Candidate], instance: Instance, cluster: Cluster, trace: Trace,
     seed: int,
-) -> dict[str, float]:  # fmt: skip
-    """Mean seconds of a request under each candidate, on the same requests."""
+) -> dict[str, list[float]]:  # fmt: skip
+    """Mean seconds of a request under each candidate in each sample; all on the same requests."""
     users = sum(server.has_users for server in cluster.servers)
     number = min(SIMULATED_REQUESTS, -(-MAX_SIMULATED // users))
-    requests = sample_requests(trace, cluster, requests_per_server=number, seed=seed)
-    means = {}
-    for name, (on_gpu, execution, capacity) in candidates.items():
-        placement = Placement(
-            instance.model, instance.servers, capacity, on_gpu, SolveReport("candidate"),
-            execution=execution,
-        )  # fmt: skip
-        outcome = short_run(placement, requests, cluster, trace.model)
-        means[name] = float(np.mean(outcome.done_s - requests.arrival_s))
-    return means
+    found: dict[str, list[float]] = {name: [] for name in candidates}
+    for sample in range(SAMPLES):
+        requests = sample_requests(
+            trace, cluster, requests_per_server=number, seed=(seed + sample) % MAX_SEED
+        )
+        for name, (on_gpu, execution, capacity) in candidates.items():
+            placement = Placement(
+                instance.model, instance.servers, capacity, on_gpu, SolveReport("candidate"),
+                execution=execution,
+            )  # fmt: skip
+            outcome = short_run(placement, requests, cluster, trace.model)
+            found[name].append(float(np.mean(outcome.done_s - requests.arrival_s)))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -99,11 +100,12 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     chosen = next(iter(plans))
     idle = problem.measure.idle_time(plans[chosen].on_gpu)
     extra: dict[str, Any] = {}
-    if len(plans) > 1 and queues_matter(idle, plans[chosen], instance.cluster):
-        means = simulated_s(plans, instance, instance.cluster, instance.trace, options.seed)
+    if queues_matter(idle, plans[chosen], instance.cluster):
+        samples = simulated_s(plans, instance, instance.cluster, instance.trace, options.seed)
+        means = {name: mean(seconds) for name, seconds in samples.items()}
         chosen = min(means, key=means.__getitem__)
         idle = problem.measure.idle_time(plans[chosen].on_gpu)
-        extra["simulated_s"] = means
+        extra |= {"simulated_s": means, "simulated_latency_s": means[chosen]}
     plan = plans[chosen]
     extra["expected_latency_s"] = float(problem.weights @ idle.of_table(plan.execution))
     extra["groups"] = [
@@ -156,8 +158,11 @@ def _no_pipeline(problem: _Problem) -> Infeasible:
     held = int((runs - np.arange(layers)).max(axis=1).sum())
     whole = quantity(held, "whole layer")
     cached = " beside the KV caches" if any(s.kv_tokens for s in problem.cluster.servers) else ""
+    cause = f"they hold {whole}{cached}"
+    if held >= layers:  # layers of unequal size, or runs that leave gaps
+        cause = f"runs of contiguous layers do not fill them{cached}"
     return Infeasible(
-        f"pipeline: no order of servers holds all {layers} layers: they hold {whole}{cached}",
+        f"pipeline: no order of servers holds all {layers} layers: {cause}",
         shortfall=max(layers - held, 1),
         unit="layers",
         remedy="add memory, lower kv_tokens, or use a solver that splits layers",

@@ -38,8 +38,9 @@ def get_solver(name: str) -> Solver:
     """
     experts = name.removesuffix(PATHS)
     if experts not in ALL_SOLVERS:
+        known = (*ALL_SOLVERS, *(solver + PATHS for solver in SOLVER_NAMES))
         raise InputError(
-            f"unknown solver {name!r}{did_you_mean(experts, ALL_SOLVERS)}",
+            f"unknown solver {name!r}{did_you_mean(name, known)}",
             expected=f"one of {', '.join(ALL_SOLVERS)}, or one that places experts with {PATHS}",
         )
     if experts in TABLE_SOLVERS and name != experts:

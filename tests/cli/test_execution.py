@@ -160,7 +160,7 @@ def test_migrate_tells_that_the_table_changes(planned: Path) -> None:
     }  # fmt: skip
     checked = run("check", "m.json", folder=planned)
     assert checked.returncode == 0
-    assert "layers execute elsewhere afterwards" in checked.stdout
+    assert "the execution table changes" in checked.stdout
     same = run(
         "migrate", "paths.json", "paths.json", "--cluster", CLUSTER, "--json", folder=planned
     )
@@ -262,6 +262,22 @@ def test_bad_tables(planned: Path) -> None:
     assert "version: 3" in done.stdout + done.stderr
 
 
+def test_what_a_file_must_not_do(planned: Path) -> None:
+    """`check` refuses tables that move layers of execute_at_home, and caches of another size."""
+    text = (planned / CLUSTER).read_text()
+    (planned / "kept.toml").write_text(
+        text.replace('name = "slow"', 'name = "slow"\nexecute_at_home = true')
+    )
+    given = ("--cluster", "kept.toml", "--trace", TRACE)
+    done = run("check", "paths.json", *given, folder=planned)
+    assert done.returncode == 3
+    assert "'slow' has execute_at_home = true" in done.stderr
+    name = changed_table(planned, "huge.json", kv_tokens={"slow": 10**12})
+    done = run("check", name, "--cluster", CLUSTER, "--trace", TRACE, folder=planned)
+    assert done.returncode == 3
+    assert "kv_tokens 1,000,000,000,000 in the placement, 0 in the cluster" in done.stderr
+
+
 def test_caches_that_fit_nowhere(planned: Path) -> None:
     """Exit code 3, with the server and its bytes, for paths and pipelines alike."""
     text = (planned / CLUSTER).read_text()
@@ -289,12 +305,21 @@ def test_caches_that_fit_nowhere(planned: Path) -> None:
         (("solve", TRACE, "--cluster", CLUSTER, "--execution", "away", "-o", "x"), "'away'"),
         (
             ("solve", TRACE, "--cluster", CLUSTER, "--solver", "exakt+paths", "-o", "x"),
-            "did you mean 'exact'",
+            "did you mean 'exact+paths'",
         ),
         (
             ("solve", TRACE, "--cluster", CLUSTER, "--solver", "pipeline", "--execution", "paths",
              "-o", "x"),
             "--execution: solver 'pipeline' plans by itself where layers execute",
+        ),
+        (
+            ("solve", TRACE, "--cluster", CLUSTER, "--solver", "exact+paths", "--execution", "home",
+             "-o", "x"),
+            "--execution: solver 'exact+paths' plans where layers execute",
+        ),
+        (
+            ("compare", TRACE, "--cluster", CLUSTER, "--solvers", ""),
+            "--solvers: no solver and no placement",
         ),
         (
             ("compare", TRACE, "--cluster", CLUSTER, "--solvers", "pipeline+paths"),

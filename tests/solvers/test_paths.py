@@ -285,6 +285,29 @@ def test_slots_are_counted_with_the_table() -> None:
     assert placement.kv_tokens == {"slow": 1000}
 
 
+def test_without_a_table_the_plan_is_that_at_home() -> None:
+    """Where no table fits beside its caches: the solver's own plan, bound and all, with the reason.
+
+    At home 19.1 MB of the slow server and 5.1 MB of the fast one are left for 24 experts of 1 MB;
+    each decoder layer that moves takes 1.2 MB along, and fractions of experts are lost.
+    """
+    trace, cluster = _in_memory(1200)
+    servers = tuple(
+        dataclasses.replace(
+            server, gpus=(dataclasses.replace(server.gpus[0], memory_bytes=memory),)
+        )
+        for server, memory in zip(cluster.servers, (29_100_000, 9_100_000), strict=True)
+    )
+    cluster = dataclasses.replace(cluster, servers=servers)
+    instance = Instance.build(trace, cluster)
+    home, found = solve(instance, "exact"), solve(instance, "exact+paths")
+    assert found.execution is None
+    assert (found.on_gpu == home.on_gpu).all()
+    assert found.gpu_capacity == home.gpu_capacity
+    assert (found.plan.bound, found.plan.termination) == (home.plan.bound, "optimal")
+    assert "KV caches" in found.plan.extra["at_home_because"]
+
+
 def test_a_cache_that_fits_nowhere() -> None:
     """Exit code 3 with the server and its bytes."""
     trace, cluster = _in_memory(6000)  # 30 MB, where 20 are left
@@ -299,7 +322,9 @@ def test_names_with_paths() -> None:
     """An unknown solver with paths is named; an instance without links and steps is refused."""
     trace, cluster = _in_memory(0)
     instance = Instance.build(trace, cluster)
-    with pytest.raises(InputError, match=r"unknown solver 'exakt\+paths', did you mean 'exact'"):
+    with pytest.raises(
+        InputError, match=r"unknown solver 'exakt\+paths', did you mean 'exact\+paths'"
+    ):
         solve(instance, "exakt+paths")
     with pytest.raises(UnsupportedFeature, match=r"needs the links of a cluster"):
         solve(instance.replace(cluster=None), "exact+paths")
