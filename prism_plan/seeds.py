@@ -12,12 +12,13 @@ import numpy as np
 
 
 class RandomSource(IntEnum):
-    """What a generator of the simulator decides; never reuse a number, which is part of a seed."""
+    """What a generator decides; never reuse a number, which is part of a seed."""
 
     ARRIVALS = 0
     TASKS = 1
     PROMPTS = 2
     DRAWING = 3
+    BOOTSTRAP = 4
 
 
 def random_generator(seed: int) -> np.random.Generator:

@@ -167,6 +167,7 @@ def _print(result: Comparison, values: dict[str, Any], args: CompareOptions) -> 
         columns += [
             duration_column("mean", "latency_mean_s", of("latency_mean_s")),
             _above_best("latency_above_best", of("latency_mean_s")),
+            text_column("95 % interval", "interval", [_interval_text(row) for row in rows], rank=2),
             duration_column("p95", "latency_p95_s", of("latency_p95_s"), rank=2),
             duration_column("ttft", "ttft_mean_s", of("ttft_mean_s"), rank=3),
         ]
@@ -200,6 +201,16 @@ def _print(result: Comparison, values: dict[str, Any], args: CompareOptions) -> 
         log_info("latencies are those of drawn prompts, whose tokens call experts independently")
     if not simulated and args.requests_per_server:
         log_info("no latencies: a server with tasks has no arrival_interval_s")
+
+
+def _interval_text(row: dict[str, Any]) -> str:
+    """By how much a row is slower than the best one, as far as the simulations can tell."""
+    low, high = row["latency_above_best_low"], row["latency_above_best_high"]
+    if low is None:
+        return ""
+    if low <= 0 <= high:
+        return "no significant difference"
+    return f"{low:+.1%} to {high:+.1%}"
 
 
 def _above_best(key: str, values: list[float | None]) -> Column:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
+from prism_plan.evaluate.paired_bootstrap import Interval, relative_difference
+from prism_plan.input_limits import MAX_SEED
 from prism_plan.instance import Instance
 from prism_plan.model_spec import ModelSpec, require_same_model
 from prism_plan.objective import RemoteScore, StepScore, largest_share, score, step_scores
@@ -27,19 +30,24 @@ if TYPE_CHECKING:
 
 #: Solvers of a comparison that names none: all of them, and two with the layers where they lie.
 DEFAULT_SOLVERS = (*SOLVER_NAMES, "layer-partition" + PATHS, "exact" + PATHS, *TABLE_SOLVERS)
-#: Simulated requests of each server; so many tell apart what differs by some percent.
-SIMULATED_REQUESTS = 20
+#: Simulated requests of each server in a sample, and samples of different seeds.
+SIMULATED_REQUESTS, SAMPLES = 20, 3
 #: `ilp` is left out of a comparison of all solvers beyond so many (server, expert) pairs.
 ILP_PAIRS = 50_000
 
 
 @dataclass(frozen=True, eq=False)
 class LatencyScore:
-    """Seconds of the requests of a short simulation: mean, 95th percentile, mean to first token."""
+    """Seconds of the requests of short simulations: mean, 95th percentile, mean to first token.
+
+    ``above_best`` is the interval of the relative difference to the placement of the least mean,
+    ``None`` for that one: 0.1 is ten percent slower.
+    """
 
     mean_s: float
     p95_s: float
     ttft_mean_s: float
+    above_best: Interval | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +72,7 @@ class ComparisonRow:
         """Plain values for ``--json`` and plots."""
         remote, steps, placement, latency = self.remote, self.steps, self.placement, self.latency
         servers = placement.servers if placement else ()
+        above = latency.above_best if latency else None
         worst_remote = largest_share(remote.by_server) if remote else None
         worst_waiting = largest_share(steps.waiting_by_server) if steps else None
         return {
@@ -87,6 +96,8 @@ class ComparisonRow:
             "latency_mean_s": latency.mean_s if latency else None,
             "latency_p95_s": latency.p95_s if latency else None,
             "ttft_mean_s": latency.ttft_mean_s if latency else None,
+            "latency_above_best_low": above.low if above else None,
+            "latency_above_best_high": above.high if above else None,
             "bound": placement.plan.bound if placement else None,
             "termination": placement.plan.termination if placement else None,
             "runtime_s": placement.plan.runtime_s if placement else None,
@@ -117,6 +128,7 @@ class Comparison:
     seed: int
     min_replicas: int
     simulated_requests: int | None = None
+    simulated_samples: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, format ``prism-plan/comparison`` version 1."""
@@ -132,6 +144,7 @@ class Comparison:
             "seed": self.seed,
             "min_replicas": self.min_replicas,
             "simulated_requests": self.simulated_requests,
+            "simulated_samples": self.simulated_samples,
             "rows": [row.to_json() for row in self.rows],
         }
 
@@ -161,9 +174,9 @@ def compare(
 
     With ``holdout`` the solvers plan on one part of each task's requests and all placements are
     scored on the rest. ``solvers`` of ``None`` are :data:`DEFAULT_SOLVERS`, without `ilp` where it
-    would take minutes. Latencies are those of ``requests_per_server`` simulated requests of each
-    server with users, the same for all placements; 0, or a server without ``arrival_interval_s``:
-    nothing is simulated.
+    would take minutes. Latencies are those of :data:`SAMPLES` simulations of
+    ``requests_per_server`` requests of each server with users, the same for all placements; 0, or
+    a server without ``arrival_interval_s``: nothing is simulated.
 
     Raises
     ------
@@ -224,6 +237,7 @@ def compare(
         seed=options.seed,
         min_replicas=min_replicas,
         simulated_requests=simulated,
+        simulated_samples=None if simulated is None else SAMPLES,
     )
 
 
@@ -258,17 +272,32 @@ def _score_latency(
     rows: Sequence[ComparisonRow], scored: Trace, cluster: Cluster, number: int, seed: int
 ) -> list[ComparisonRow]:
     """The rows with latencies of their placements, all on the same simulated requests."""
-    requests = sample_requests(scored, cluster, requests_per_server=number, seed=seed)
-    found = []
-    for row in rows:
-        if row.placement is not None and not row.violations:
-            outcome = short_run(row.placement, requests, cluster, scored.model)
-            latency_s = outcome.done_s - requests.arrival_s
-            latency = LatencyScore(
-                mean_s=float(latency_s.mean()),
-                p95_s=float(np.percentile(latency_s, 95)),
-                ttft_mean_s=float((outcome.first_token_s - requests.arrival_s).mean()),
-            )
-            row = dataclasses.replace(row, latency=latency)
-        found.append(row)
+    placed = {
+        index: row.placement
+        for index, row in enumerate(rows)
+        if row.placement is not None and not row.violations
+    }
+    samples: dict[int, list[npt.NDArray[np.float64]]] = {index: [] for index in placed}
+    for sample in range(SAMPLES):
+        requests = sample_requests(
+            scored, cluster, requests_per_server=number, seed=(seed + sample) % MAX_SEED
+        )
+        for index, placement in placed.items():
+            outcome = short_run(placement, requests, cluster, scored.model)
+            times_s = np.stack([outcome.done_s, outcome.first_token_s]) - requests.arrival_s
+            samples[index].append(times_s)
+    times = {index: np.stack(parts, axis=1) for index, parts in samples.items()}
+    best = min(times, key=lambda index: float(times[index][0].mean()), default=None)
+    found = list(rows)
+    for index, (latency_s, ttft_s) in times.items():
+        above = None
+        if best is not None and index != best:
+            above = relative_difference(latency_s, times[best][0], seed)
+        score_of_row = LatencyScore(
+            mean_s=float(latency_s.mean()),
+            p95_s=float(np.percentile(latency_s, 95)),
+            ttft_mean_s=float(ttft_s.mean()),
+            above_best=above,
+        )
+        found[index] = dataclasses.replace(rows[index], latency=score_of_row)
     return found

@@ -40,6 +40,7 @@ _COMPARED: Mapping[str, str] = {
     **{"destinations": "float64", "destinations_method": "string"},
     **{"planned_share": "float64"},
     **_typed("float64", "latency_mean_s latency_p95_s ttft_mean_s"),
+    **_typed("float64", "latency_above_best_low latency_above_best_high"),
     **{"bound": "float64", "termination": "string"},
     **{"runtime_s": "float64", "violations": "Int64", "note": "string"},
 }
@@ -80,8 +81,9 @@ def comparison_frame(comparison: Mapping[str, Any], level: str = "placement") ->
         ``"placement"``: one row a placement, indexed by its name. Columns: solver, remote_share,
         worst_server, worst_server_share, waiting_share, worst_waiting_server, worst_waiting_share,
         destinations (servers), destinations_method, planned_share, latency_mean_s, latency_p95_s,
-        ttft_mean_s (of simulated requests), bound, termination, runtime_s, violations (of
-        constraints), note (why there is no placement).
+        ttft_mean_s (of simulated requests), latency_above_best_low and latency_above_best_high
+        (95 % interval of the relative difference to the least mean), bound, termination,
+        runtime_s, violations (of constraints), note (why there is no placement).
 
         ``"server"``: one row a placement and server, indexed by both, with remote_share and
         waiting_share of the server's own requests.

@@ -63,6 +63,11 @@ class RowPart(FormatModel):
     latency_p95_s: Amount | None = None
     #: To the first token.
     ttft_mean_s: Amount | None = None
+    latency_above_best_low: float | None = Field(
+        default=None,
+        description="95 % interval of latency_mean_s over the least of all rows, less 1.",
+    )
+    latency_above_best_high: float | None = None
     bound: float | None = Field(description="Lower bound on planned_share, where the plan has one.")
     termination: Literal["optimal", "heuristic", "time_limit"] | None
     runtime_s: Amount | None
@@ -88,6 +93,9 @@ class ComparisonFile(FormatModel):
     min_replicas: Positive
     simulated_requests: Positive | None = Field(
         default=None, description="Of each server, the same for all rows; null: none."
+    )
+    simulated_samples: Positive | None = Field(
+        default=None, description="Simulations of so many requests, with seeds of their own."
     )
     rows: CheckedList[RowPart]
 
