@@ -20,7 +20,7 @@ from prism_plan.solvers.idle_time import IdleMeasure, request_weights
 from prism_plan.solvers.packing import expected_load
 from prism_plan.solvers.pipeline_groups import Group, Groups, Members, Partition
 from prism_plan.solvers.pipeline_memory import RunMemory, deal_out
-from prism_plan.solvers.pipeline_order import best_pipeline
+from prism_plan.solvers.pipeline_order import best_pipeline, pipeline_s
 from prism_plan.trace import Trace
 
 
@@ -37,20 +37,30 @@ class _Problem:
         self.weights = request_weights(self._idle, cluster)
         self._calls_s = self._called_layers(holdings)
 
-    def groups(self) -> Groups:
-        """The groups that can be made of the cluster's servers."""
+    @property
+    def load(self) -> float:
+        """Requests per second of the whole cluster; 0 where they are not known."""
+        users = [server for server in self.cluster.servers if server.has_users]
+        intervals = [server.arrival_interval_s for server in users]
+        return 0.0 if None in intervals else sum(1 / interval for interval in intervals if interval)
+
+    def groups(self, load: float) -> Groups:
+        """The groups that can be made of the cluster's servers, for so many requests per second."""
         idle = self._idle
         distance_s = idle.latency_s + idle.token_bytes * idle.seconds_per_byte
-        return Groups(self.cluster.num_servers, self._plan_group, distance_s)
+        return Groups(
+            self.cluster.num_servers, lambda members: self._plan_group(members, load), distance_s
+        )
 
-    def _plan_group(self, members: Members) -> Group | None:
+    def _plan_group(self, members: Members, load: float) -> Group | None:
         chosen = np.zeros(len(self.weights))
         chosen[sorted(members)] = self.weights[sorted(members)]
         request = self._idle.of_homes(np.where(self.at_home, 0.0, chosen))
         for home in np.flatnonzero(self.at_home & (chosen > 0)):
             request.layer_s[:] += chosen[home] * self._calls_s[int(home)]
-        row = best_pipeline(request, self.memory.fits_until(sorted(members)))
-        return None if row is None else Group(members, row, request.of_row(row))
+        # weights are shares of all requests: seconds times the rate of all are shares of time
+        row = best_pipeline(request, self.memory.fits_until(sorted(members)), load)
+        return None if row is None else Group(members, row, pipeline_s(request, row, load))
 
     def _holding(self, server: int) -> npt.NDArray[np.bool_]:
         """Every layer on one server, dealt out as if its GPUs had the room, bool [G, L, E]."""
@@ -92,7 +102,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
             "instance with Instance.build(trace, cluster)"
         )
     problem = _Problem(instance, instance.cluster, instance.trace, options.seed)
-    partitions = problem.groups().candidates()
+    partitions = problem.groups(0.0).candidates()
     if not partitions:
         raise _no_pipeline(problem)
     named = {quantity(len(groups), "group"): groups for groups in partitions}
@@ -101,6 +111,9 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     idle = problem.measure.idle_time(plans[chosen].on_gpu)
     extra: dict[str, Any] = {}
     if queues_matter(idle, plans[chosen], instance.cluster):
+        for groups in problem.groups(problem.load).candidates():
+            name = f"{quantity(len(groups), 'group')} for the load"
+            named[name], plans[name] = groups, _placed(problem, groups)
         samples = simulated_s(plans, instance, instance.cluster, instance.trace, options.seed)
         means = {name: mean(seconds) for name, seconds in samples.items()}
         chosen = min(means, key=means.__getitem__)

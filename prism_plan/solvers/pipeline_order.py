@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.execution_table import spans
 from prism_plan.jit import inline_kernel, jit
 from prism_plan.kernel_types import int64
 from prism_plan.solvers.idle_time import MeanRequest
+from prism_plan.solvers.paths import BUSIEST
 
 Array = Any
 
@@ -28,13 +30,13 @@ MAX_STEPS = 20_000_000
 
 
 def best_pipeline(
-    request: MeanRequest, fits_until: npt.NDArray[np.integer]
+    request: MeanRequest, fits_until: npt.NDArray[np.integer], load: float = 0.0
 ) -> npt.NDArray[np.int32] | None:
-    """The row int32 [L] of least time for a request; ``None`` where no pipeline was found.
+    """The row int32 [L] of least :func:`pipeline_s`; ``None`` where no pipeline was found.
 
     ``fits_until`` [N, L] is the end of the longest run that begins at a layer and fits a server,
     the layer itself where none does. The least of all pipelines up to :data:`MAX_EXACT` servers
-    that a run fits; ties are broken by index.
+    that a run fits; ties are broken by index. ``load`` as in :func:`pipeline_s`.
     """
     layers = len(request.layer_s)
     usable = np.flatnonzero((fits_until > np.arange(layers)).any(axis=1))
@@ -51,16 +53,43 @@ def best_pipeline(
     )
     row = np.full(layers, -1, np.int32)
     if len(usable) <= MAX_EXACT:
-        _every_order(*arrays, row)
+        _every_order(*arrays, float(load), row)
     else:
-        _search_orders(*arrays, row)
+        _search_orders(*arrays, float(load), row)
     return None if row[0] < 0 else usable[row].astype(np.int32)
+
+
+def pipeline_s(request: MeanRequest, row: npt.NDArray[np.integer], load: float = 0.0) -> float:
+    """Seconds of a request with a row [L], with the waiting for the requests of others.
+
+    ``load``: a server with a run of w seconds is busy for a share ρ = load · w of its time, and a
+    layer waits there for ρ / (2 (1 - ρ)) of its own time on average, as in an M/D/1 queue; up to
+    ρ = :data:`BUSIEST`, and in proportion to ρ beyond. 0 is an idle cluster.
+    """
+    total = request.of_row(row)
+    for run in spans(row):
+        seconds = float(request.layer_s[run.first : run.last + 1, run.server].sum())
+        total += with_waiting(seconds, load) - seconds
+    return total
+
+
+def with_waiting(seconds: float, load: float) -> float:
+    """The seconds of a run with its waiting; see :func:`pipeline_s`."""
+    share = load * seconds
+    if share <= BUSIEST:
+        return seconds * (1 + share / (2 * (1 - share)))
+    return seconds * (1 + BUSIEST / (2 * (1 - BUSIEST))) * share / BUSIEST
+
+
+#: The same for kernels.
+_with_waiting = inline_kernel(with_waiting)
 
 
 @jit
 def _every_order(  # pragma: no cover - compiled
-    prefix_s: Array, hop_s: Array, start_s: Array, id_s: Array, fits_until: Array, row: Array
-) -> None:
+    prefix_s: Array, hop_s: Array, start_s: Array, id_s: Array, fits_until: Array, load: float,
+    row: Array,
+) -> None:  # fmt: skip
     """Write the best pipeline over N servers to ``row`` [L], left alone where there is none.
 
     ``cost[used, last, l]``: layers up to l executed by the servers of the set ``used``, the last
@@ -74,7 +103,8 @@ def _every_order(  # pragma: no cover - compiled
     for first in range(servers):
         cost[:] = np.inf
         for end in range(1, fits_until[first, 0] + 1):
-            cost[1 << first, first, end] = start_s[first] + prefix_s[first, end]
+            run_s = _with_waiting(prefix_s[first, end], load)
+            cost[1 << first, first, end] = start_s[first] + run_s
         for used in range(sets):
             if (used >> first) & 1 == 0:
                 continue
@@ -87,9 +117,10 @@ def _every_order(  # pragma: no cover - compiled
                         if (used >> m) & 1:
                             continue
                         to = used | (1 << m)
-                        base = now + hop_s[last, m] - prefix_s[m, begin]
+                        base = now + hop_s[last, m]
                         for end in range(begin + 1, fits_until[m, begin] + 1):
-                            there = base + prefix_s[m, end]
+                            run_s = prefix_s[m, end] - prefix_s[m, begin]
+                            there = base + _with_waiting(run_s, load)
                             if there < cost[to, m, end]:
                                 cost[to, m, end] = there
                                 came_from[to, m, end, 0] = last
@@ -113,7 +144,7 @@ def _every_order(  # pragma: no cover - compiled
 @inline_kernel
 def _run_lengths(  # pragma: no cover - compiled
     order: Array, number: int, prefix_s: Array, hop_s: Array, start_s: Array, id_s: Array,
-    fits_until: Array, cost: Array, begin_of: Array,
+    fits_until: Array, load: float, cost: Array, begin_of: Array,
 ) -> float:  # fmt: skip
     """Least seconds with the first ``number`` servers of ``order``, each with a layer at least.
 
@@ -131,10 +162,10 @@ def _run_lengths(  # pragma: no cover - compiled
         for begin in range(i, layers - (number - 1 - i)):
             if cost[now, begin] == np.inf:
                 continue
-            base = cost[now, begin] + hop - prefix_s[m, begin]
+            base = cost[now, begin] + hop
             last_end = min(fits_until[m, begin], layers - (number - 1 - i))
             for end in range(begin + 1, last_end + 1):
-                there = base + prefix_s[m, end]
+                there = base + _with_waiting(prefix_s[m, end] - prefix_s[m, begin], load)
                 if there < cost[1 - now, end]:
                     cost[1 - now, end] = there
                     begin_of[i, end] = begin
@@ -145,8 +176,9 @@ def _run_lengths(  # pragma: no cover - compiled
 
 @inline_kernel
 def _greedy_order(  # pragma: no cover - compiled
-    first: int, prefix_s: Array, hop_s: Array, fits_until: Array, order: Array, in_use: Array
-) -> int:
+    first: int, prefix_s: Array, hop_s: Array, fits_until: Array, load: float, order: Array,
+    in_use: Array,
+) -> int:  # fmt: skip
     """Fill servers from ``first`` on, each time the one of least seconds a layer; 0: none fits."""
     servers, layers = fits_until.shape
     in_use[:] = False
@@ -163,7 +195,8 @@ def _greedy_order(  # pragma: no cover - compiled
             end = fits_until[m, covered]
             if in_use[m] or end == covered:
                 continue
-            seconds = hop_s[at, m] + prefix_s[m, end] - prefix_s[m, covered]
+            run_s = prefix_s[m, end] - prefix_s[m, covered]
+            seconds = hop_s[at, m] + _with_waiting(run_s, load)
             if seconds / (end - covered) < best:
                 best, nearest = seconds / (end - covered), m
         if nearest < 0:
@@ -212,8 +245,9 @@ def _neighbour(  # pragma: no cover - compiled
 
 @jit
 def _search_orders(  # pragma: no cover - compiled
-    prefix_s: Array, hop_s: Array, start_s: Array, id_s: Array, fits_until: Array, row: Array
-) -> None:
+    prefix_s: Array, hop_s: Array, start_s: Array, id_s: Array, fits_until: Array, load: float,
+    row: Array,
+) -> None:  # fmt: skip
     """As :func:`_every_order`, by local search from the best of the greedy orders."""
     servers, layers = fits_until.shape
     longest = int64(min(servers, layers))
@@ -223,17 +257,17 @@ def _search_orders(  # pragma: no cover - compiled
     greedy_s = np.full(servers, np.inf)
     for first in range(servers):
         if fits_until[first, 0] > 0:
-            number = _greedy_order(int64(first), prefix_s, hop_s, fits_until, order, in_use)
+            number = _greedy_order(int64(first), prefix_s, hop_s, fits_until, load, order, in_use)
             if number > 0:
                 greedy_s[first] = _run_lengths(
-                    order, number, prefix_s, hop_s, start_s, id_s, fits_until, cost, begin_of
+                    order, number, prefix_s, hop_s, start_s, id_s, fits_until, load, cost, begin_of
                 )
     best, steps = np.inf, 0
     for first in np.argsort(greedy_s, kind="mergesort")[:STARTS]:
         now = greedy_s[first]
         if now == np.inf:
             break
-        number = _greedy_order(first, prefix_s, hop_s, fits_until, order, in_use)
+        number = _greedy_order(first, prefix_s, hop_s, fits_until, load, order, in_use)
         improved = True
         while improved:
             improved = False
@@ -246,8 +280,8 @@ def _search_orders(  # pragma: no cover - compiled
                         if length == 0 or steps > MAX_STEPS:
                             continue
                         there = _run_lengths(
-                            made, length, prefix_s, hop_s, start_s, id_s, fits_until, cost,
-                            begin_of,
+                            made, length, prefix_s, hop_s, start_s, id_s, fits_until, load,
+                            cost, begin_of,
                         )  # fmt: skip
                         steps += length * layers * layers // (2 * length)
                         if there < now - 1e-12 * abs(now):
@@ -258,7 +292,9 @@ def _search_orders(  # pragma: no cover - compiled
                                 in_use[made[k]] = True
         if now < best:
             best = now
-            _run_lengths(order, number, prefix_s, hop_s, start_s, id_s, fits_until, cost, begin_of)
+            _run_lengths(
+                order, number, prefix_s, hop_s, start_s, id_s, fits_until, load, cost, begin_of
+            )
             end = layers
             for place in range(number - 1, -1, -1):
                 begin = begin_of[place, end]
