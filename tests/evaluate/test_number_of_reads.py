@@ -46,11 +46,11 @@ def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ((*COMPARE, "--holdout", "0.5"), KEPT, 1),
         (SIMULATE, KEPT, 1),
         ((*SIMULATE, "--holdout", "0.5"), KEPT, 1),
-        # and scored, searched for the prompts that were drawn, or both
-        (COMPARE, TOO_LARGE, 3),
+        # and scored, searched for the prompts that were drawn, or both: for each of three samples
+        (COMPARE, TOO_LARGE, 5),
         (SIMULATE, TOO_LARGE, 2),
         # and before that split
-        ((*COMPARE, "--holdout", "0.5"), TOO_LARGE, 4),
+        ((*COMPARE, "--holdout", "0.5"), TOO_LARGE, 6),
         ((*SIMULATE, "--holdout", "0.5"), TOO_LARGE, 3),
     ],
 )
