@@ -45,8 +45,12 @@ def kv_bytes(
     for n, server in enumerate(cluster.servers):
         for m in {m for by_home in executed for m in by_home[n]}:
             token_layers[m] += server.kv_tokens * max(by_home[n].get(m, 0) for by_home in executed)
-    of_all = model.num_decoder_layers
-    return tuple(-(-kept * model.kv_bytes_per_token // of_all) for kept in token_layers)
+    return tuple(cache_bytes(model, kept) for kept in token_layers)
+
+
+def cache_bytes(model: ModelSpec, token_layers: int) -> int:
+    """Bytes of the KV caches of so many tokens times decoder layers, rounded up."""
+    return -(-token_layers * model.kv_bytes_per_token // model.num_decoder_layers)
 
 
 def decoder_layers_at(model: ModelSpec, execution: npt.NDArray[np.int32]) -> list[dict[int, int]]:

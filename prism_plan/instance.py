@@ -255,6 +255,12 @@ class Instance:
             cluster=cluster,
         )
 
+    def without_kv(self, model: ModelSpec) -> Instance:
+        """The problem with nothing reserved for KV caches, where its cluster is known."""
+        if self.cluster is None:
+            return self
+        return self.replace(gpu_capacity=gpu_capacity(_without_kv(self.cluster), model))
+
     def with_execution(self, execution: npt.NDArray[np.int32] | None, model: ModelSpec) -> Instance:
         """The problem with what a table leaves of each GPU, where its cluster is known.
 

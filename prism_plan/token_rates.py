@@ -113,6 +113,20 @@ def expected_token_rates(trace: Trace, cluster: Cluster) -> TokenRates:
     return TokenRates(trace.tasks, rates)
 
 
+def request_rates(cluster: Cluster) -> npt.NDArray[np.float64] | None:
+    """Requests per second of each server, float64 [N], 0 without users.
+
+    ``None`` where a server with users has no ``arrival_interval_s``.
+    """
+    rates = np.zeros(cluster.num_servers)
+    for n, server in enumerate(cluster.servers):
+        if server.has_users:
+            if server.arrival_interval_s is None:
+                return None
+            rates[n] = 1 / server.arrival_interval_s
+    return rates
+
+
 def shares_by_task(trace: Trace, tasks: Mapping[str, float], place: str) -> npt.NDArray[np.float64]:
     """A server's shares of requests in the order of the trace's tasks, float64 [tasks].
 

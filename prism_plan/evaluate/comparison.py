@@ -13,16 +13,15 @@ import numpy.typing as npt
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
 from prism_plan.evaluate.paired_bootstrap import Interval, relative_difference
-from prism_plan.input_limits import MAX_SEED
 from prism_plan.instance import Instance
 from prism_plan.model_spec import ModelSpec, require_same_model
 from prism_plan.objective import RemoteScore, StepScore, largest_share, score, step_scores
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
-from prism_plan.simulate.sampling import sample_requests
+from prism_plan.simulate.sampling import sample_requests, sample_seeds
 from prism_plan.simulate.short_run import short_run
 from prism_plan.solvers import PATHS, SOLVER_NAMES, TABLE_SOLVERS, Options, plans_tables, solve
-from prism_plan.token_rates import TokenRates, expected_token_rates
+from prism_plan.token_rates import TokenRates, expected_token_rates, request_rates
 from prism_plan.trace import Trace
 
 if TYPE_CHECKING:
@@ -191,7 +190,7 @@ def compare(
     names = DEFAULT_SOLVERS if solvers is None else tuple(solvers)
     at_home = not all(map(plans_tables, names)) or bool(placements)
     instance = Instance.build(planned, cluster, min_replicas=min_replicas, reserve_kv=at_home)
-    target = Instance.build(scored, cluster, min_replicas=min_replicas, reserve_kv=at_home)
+    target = Instance.build(scored, cluster, min_replicas=min_replicas, reserve_kv=False)
     token_rates = expected_token_rates(scored, cluster)
     rows: list[ComparisonRow] = []
     for name in names:
@@ -222,8 +221,7 @@ def compare(
             )
         rows.append(_score_row(name, placement, target, trace.model))
     rows = _score_steps(rows, scored, token_rates)
-    intervals = [s.arrival_interval_s for s in cluster.servers if s.has_users]
-    simulated = None if None in intervals else requests_per_server or None
+    simulated = None if request_rates(cluster) is None else requests_per_server or None
     if simulated is not None:
         rows = _score_latency(rows, scored, cluster, simulated, options.seed)
     return Comparison(
@@ -244,7 +242,7 @@ def compare(
 def _score_row(
     name: str, placement: Placement, target: Instance, model: ModelSpec
 ) -> ComparisonRow:
-    planned_for = target.with_execution(placement.execution, model)
+    planned_for = target.with_execution(placement.execution_table, model)
     return ComparisonRow(
         name=name,
         placement=placement,
@@ -278,10 +276,8 @@ def _score_latency(
         if row.placement is not None and not row.violations
     }
     samples: dict[int, list[npt.NDArray[np.float64]]] = {index: [] for index in placed}
-    for sample in range(SAMPLES):
-        requests = sample_requests(
-            scored, cluster, requests_per_server=number, seed=(seed + sample) % MAX_SEED
-        )
+    for own_seed in sample_seeds(seed, SAMPLES):
+        requests = sample_requests(scored, cluster, requests_per_server=number, seed=own_seed)
         for index, placement in placed.items():
             outcome = short_run(placement, requests, cluster, scored.model)
             times_s = np.stack([outcome.done_s, outcome.first_token_s]) - requests.arrival_s

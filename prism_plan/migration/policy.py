@@ -15,7 +15,6 @@ import numpy.typing as npt
 from prism_plan.errors import InputError, UnsupportedFeature, did_you_mean
 from prism_plan.exact_sum import exact_sum
 from prism_plan.execution_table import home_execution, moved_activations
-from prism_plan.expert_capacity import capacity_with_kv
 from prism_plan.instance import MIN_CALLS, Instance
 from prism_plan.migration.cost import MigrationCost, communication_s, migration_s
 from prism_plan.migration.recent_requests import RecentRequests, requests_behind
@@ -211,14 +210,6 @@ class _CostModel:
         moved = moved_activations(instance.activations, self.current.execution)
         return instance.replace(activations=moved)
 
-    @property
-    def without_caches(self) -> Instance:
-        """The problem of solvers that plan a table: what was asked for, and all GPUs' memory."""
-        recent, trace = self.requests.cluster, self.instance.trace
-        assert trace is not None  # or there are no requests
-        room = capacity_with_kv(recent, trace.model, [0] * recent.num_servers)
-        return self.instance.replace(cluster=recent, gpu_capacity=room)
-
     def beside(self, table: npt.NDArray[np.int32]) -> Instance:
         """The problem with what the KV caches of an execution table [N, L] leave of each GPU."""
         instance = self.instance
@@ -270,7 +261,7 @@ def _prism(costs: _CostModel) -> Review:
     if costs.policy.solver.endswith(PATHS):  # a table for what is asked for now
         if not costs.requests.arrivals.any():
             return costs.review("stay", costs.current)  # no task of the trace makes these calls
-        instance = costs.without_caches
+        instance = costs.instance.replace(cluster=costs.requests.cluster)
     else:
         shape = (costs.instance.num_servers, costs.instance.model.num_layers)
         instance = costs.beside(home_execution(*shape))

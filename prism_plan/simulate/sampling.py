@@ -26,7 +26,7 @@ from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.synthetic_prompts import POOL, draw_prompts
 from prism_plan.trace import Trace
 
-__all__ = ["Prompts", "Requests", "sample_requests"]
+__all__ = ["Prompts", "Requests", "sample_requests", "sample_seeds"]
 
 #: Tokens of prompts that are drawn, and decode steps where the trace does not tell phases.
 PROMPT_TOKENS, DECODE_TOKENS = 128, 32
@@ -148,6 +148,11 @@ def sample_requests(
         rate=None if arrivals is not None else rates.server_rates(),
         phases=_phase_starts(schedule, rates, by_server),
     )
+
+
+def sample_seeds(seed: int, samples: int) -> list[int]:
+    """Seeds of several samples that differ in nothing else; the first is ``seed`` itself."""
+    return [(seed + sample) % (MAX_SEED + 1) for sample in range(samples)]
 
 
 def _phase_starts(

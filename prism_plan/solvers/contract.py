@@ -10,11 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.cluster import Cluster
 from prism_plan.deprecated_names import renamed_fields
-from prism_plan.errors import InputError
+from prism_plan.errors import InputError, UnsupportedFeature
 from prism_plan.input_limits import MAX_SEED, require_integer
 from prism_plan.instance import MAX_CALLS, Instance
 from prism_plan.placement import Placement, Termination
+from prism_plan.trace import Trace
 
 
 class Feature(StrEnum):
@@ -78,6 +80,22 @@ class Options:
                 parameter="load_price",
                 remedy="give the existing placement as ``reference``",
             )
+
+
+def cluster_and_trace(instance: Instance, solver: str) -> tuple[Cluster, Trace]:
+    """What solvers that plan where layers execute need of an instance.
+
+    Raises
+    ------
+    UnsupportedFeature
+        The instance was built without.
+    """
+    if instance.cluster is None or instance.trace is None:
+        raise UnsupportedFeature(
+            f"solver {solver!r} needs the links of a cluster and the steps of a trace; build the "
+            "instance with Instance.build(trace, cluster)"
+        )
+    return instance.cluster, instance.trace
 
 
 @dataclass(frozen=True, eq=False)

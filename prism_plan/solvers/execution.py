@@ -17,16 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import Infeasible, UnsupportedFeature
-from prism_plan.execution_table import executes_at_home, home_execution
+from prism_plan.errors import Infeasible
+from prism_plan.execution_table import home_execution
 from prism_plan.expert_capacity import capacity_with_kv, gpu_capacity, kv_bytes
 from prism_plan.instance import Instance
 from prism_plan.instance_feasibility import require_feasible
-from prism_plan.solvers.busy_servers import Candidate, queues_matter, simulated_s
-from prism_plan.solvers.contract import Options, Solver, SolverResult
+from prism_plan.placement import Placement, SolveReport
+from prism_plan.solvers.busy_servers import queues_matter, simulated_s
+from prism_plan.solvers.contract import Options, Solver, SolverResult, cluster_and_trace
 from prism_plan.solvers.idle_time import IdleMeasure, IdleTime, request_weights
 from prism_plan.solvers.packing import pack_on_gpus
 from prism_plan.solvers.paths import shortest_paths, tolled_paths
+from prism_plan.token_rates import request_rates
 from prism_plan.trace import Trace
 
 #: KV caches lie where layers execute, so that slots depend on the table: plan, count, plan again.
@@ -40,8 +42,8 @@ AT_HOME_BECAUSE = "at_home_because"
 Capacity = tuple[tuple[int, ...], ...]
 
 
-def with_paths(solver: Solver) -> Solver:
-    """The solver, followed by the execution table of least idle time for its placement.
+def with_paths(solver: Solver, name: str) -> Solver:
+    """The solver, under another name, with the execution table of least idle time for its plan.
 
     Capacities are those of the cluster, with KV caches where the table has them; those of the
     instance, which count them at home, are not used. Where no table fits or pays, the result is the
@@ -49,14 +51,10 @@ def with_paths(solver: Solver) -> Solver:
     """
 
     def plan(instance: Instance, options: Options) -> SolverResult:
-        if instance.cluster is None or instance.trace is None:
-            raise UnsupportedFeature(
-                f"solver '{solver.name}+paths' needs the links of a cluster and the steps of a "
-                "trace; build the instance with Instance.build(trace, cluster)"
-            )
-        return _Planner(solver, instance, instance.cluster, instance.trace, options).best()
+        cluster, trace = cluster_and_trace(instance, name)
+        return _Planner(solver, instance, cluster, trace, options).best()
 
-    return dataclasses.replace(solver, name=f"{solver.name}+paths", function=plan)
+    return dataclasses.replace(solver, name=name, function=plan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +62,7 @@ class _Placed:
     """What the solver placed with these capacities, and a table for it."""
 
     result: SolverResult
-    plan: Candidate
+    plan: Placement
 
 
 class _Planner:
@@ -91,7 +89,7 @@ class _Planner:
                 home, {AT_HOME_BECAUSE: f"no table fits beside its KV caches: {error}"}
             )
         home = self._with_home()
-        if home is not None and executes_at_home(placed.plan.execution):
+        if home is not None and placed.plan.execution is None:
             because = "no table is faster for a request on its own"
             return self._result(home, {AT_HOME_BECAUSE: because})
         if not queues_matter(idle, placed.plan, self._cluster):
@@ -101,7 +99,8 @@ class _Planner:
     def _fastest(self, placed: _Placed, idle: IdleTime, home: _Placed | None) -> SolverResult:
         """The candidate that is fastest in short simulations."""
         candidates = {"paths": placed}
-        rates = np.array([1 / (s.arrival_interval_s or np.inf) for s in self._cluster.servers])
+        rates = request_rates(self._cluster)
+        assert rates is not None  # or queues would not matter
         tolled = self._if_it_fits(placed, tolled_paths(idle, rates, self._at_home))
         if tolled is not None:
             candidates["paths with tolls"] = tolled
@@ -109,7 +108,7 @@ class _Planner:
             candidates["home"] = home
         samples = simulated_s(
             {name: candidate.plan for name, candidate in candidates.items()},
-            self._instance, self._cluster, self._trace, self._options.seed,
+            self._cluster, self._trace, self._options.seed,
         )  # fmt: skip
         means = {name: mean(seconds) for name, seconds in samples.items()}
         note: dict[str, Any] = {"simulated_s": means}
@@ -140,7 +139,7 @@ class _Planner:
             )
             if lacking == 0:
                 own = capacity_with_kv(cluster, model, needed)
-                return _Placed(result, Candidate(on_gpu, table, own)), idle
+                return self._placed(result, on_gpu, table, own), idle
             capacity = left
         raise Infeasible(
             f"KV caches and experts do not fit together after {MAX_ROUNDS} rounds of planning",
@@ -157,7 +156,7 @@ class _Planner:
         except Infeasible:
             return None
         table = home_execution(self._cluster.num_servers, self._trace.model.num_layers)
-        return _Placed(result, Candidate(on_gpu, table, capacity))
+        return self._placed(result, on_gpu, table, capacity)
 
     def _if_it_fits(self, placed: _Placed, table: npt.NDArray[np.int32]) -> _Placed | None:
         """The same experts with another table, where its KV caches leave enough for them."""
@@ -170,7 +169,18 @@ class _Planner:
         held = on_gpu.sum(axis=2) @ self._instance.expert_size
         if (held > [slots for gpus in capacity for slots in gpus]).any():
             return None
-        return _Placed(placed.result, Candidate(on_gpu, table, capacity))
+        return self._placed(placed.result, on_gpu, table, capacity)
+
+    def _placed(
+        self, result: SolverResult, on_gpu: npt.NDArray[np.bool_], table: npt.NDArray[np.int32],
+        capacity: Capacity,
+    ) -> _Placed:  # fmt: skip
+        report = SolveReport(self._solver.name)
+        instance = self._instance
+        plan = Placement(
+            instance.model, instance.servers, capacity, on_gpu, report, execution=table
+        )
+        return _Placed(result, plan)
 
     def _place(self, capacity: Capacity) -> tuple[SolverResult, npt.NDArray[np.bool_]]:
         """What the solver places on GPUs of these capacities; each is planned once."""
@@ -186,12 +196,12 @@ class _Planner:
 
     def _result(self, placed: _Placed, note: Mapping[str, Any]) -> SolverResult:
         idle = self._measure.idle_time(placed.plan.on_gpu)
-        seconds = idle.of_table(placed.plan.execution)
+        seconds = idle.of_table(placed.plan.execution_table)
         expected_s = float(request_weights(idle, self._cluster) @ seconds)
         return dataclasses.replace(
             placed.result,
             on_gpu=placed.plan.on_gpu,
-            execution=placed.plan.execution,
+            execution=placed.plan.execution_table,
             gpu_capacity=placed.plan.gpu_capacity,
             extra={**placed.result.extra, "expected_latency_s": expected_s, **note},
             runtime_s=None,  # of all rounds and tables, not of the last search

@@ -21,7 +21,7 @@ from prism_plan.simulate.network import BYTES_PER_TOKEN_ID, Network
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import DECODE_TOKENS, PROMPT_TOKENS, sample_requests
 from prism_plan.solvers.idle_layers import layer_times
-from prism_plan.token_rates import shares_by_task
+from prism_plan.token_rates import request_rates, shares_by_task
 from prism_plan.trace import Trace
 
 Floats = npt.NDArray[np.float64]
@@ -203,16 +203,10 @@ def request_weights(idle: IdleTime, cluster: Cluster) -> Floats:
     In proportion to arrival rates; where a server with users has none, to ``weight``, which counts
     tokens, over the mean tokens of a request.
     """
-    rates = np.zeros(cluster.num_servers)
-    users = [n for n, server in enumerate(cluster.servers) if server.has_users]
-    known = all(cluster.servers[n].arrival_interval_s is not None for n in users)
-    for n in users:
-        server = cluster.servers[n]
-        if known:
-            assert server.arrival_interval_s is not None
-            rates[n] = 1 / server.arrival_interval_s
-        elif server.weight is not None:
-            rates[n] = server.weight / idle.tokens[n]
+    rates = request_rates(cluster)
+    if rates is None:
+        weights = np.array([s.weight or 0.0 if s.has_users else 0.0 for s in cluster.servers])
+        rates = weights / np.where(idle.tokens > 0, idle.tokens, 1.0)
     shares: Floats = rates / rates.sum()
     return shares
 
@@ -223,7 +217,7 @@ def planning_assumptions(cluster: Cluster, trace: Trace) -> tuple[str, ...]:
     Without arrival rates nobody knows whether servers are busy; a counts-only trace has no prompts.
     """
     texts = []
-    if any(s.has_users and s.arrival_interval_s is None for s in cluster.servers):
+    if request_rates(cluster) is None:
         texts.append("an idle cluster, for arrival_interval_s is not given")
     if trace.kind == "counts":
         texts.append(

@@ -9,18 +9,26 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import Infeasible, UnsupportedFeature
-from prism_plan.execution_table import home_execution, spans
+from prism_plan.errors import Infeasible
+from prism_plan.execution_table import home_execution, moved_activations, spans
 from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.instance import Instance
+from prism_plan.placement import Placement, SolveReport
 from prism_plan.printable_text import quantity
-from prism_plan.solvers.busy_servers import Candidate, queues_matter, simulated_s
-from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult
+from prism_plan.solvers.busy_servers import queues_matter, simulated_s
+from prism_plan.solvers.contract import (
+    Feature,
+    Options,
+    Solver,
+    SolverResult,
+    cluster_and_trace,
+)
 from prism_plan.solvers.idle_time import IdleMeasure, request_weights
 from prism_plan.solvers.packing import expected_load
 from prism_plan.solvers.pipeline_groups import Group, Groups, Members, Partition
 from prism_plan.solvers.pipeline_memory import RunMemory, deal_out
 from prism_plan.solvers.pipeline_order import best_pipeline, pipeline_s
+from prism_plan.token_rates import request_rates
 from prism_plan.trace import Trace
 
 
@@ -36,13 +44,6 @@ class _Problem:
         self._idle = self.measure.idle_time(np.logical_or.reduce(holdings))
         self.weights = request_weights(self._idle, cluster)
         self._calls_s = self._called_layers(holdings)
-
-    @property
-    def load(self) -> float:
-        """Requests per second of the whole cluster; 0 where they are not known."""
-        users = [server for server in self.cluster.servers if server.has_users]
-        intervals = [server.arrival_interval_s for server in users]
-        return 0.0 if None in intervals else sum(1 / interval for interval in intervals if interval)
 
     def groups(self, load: float) -> Groups:
         """The groups that can be made of the cluster's servers, for so many requests per second."""
@@ -96,12 +97,8 @@ class _Problem:
 
 
 def _solve(instance: Instance, options: Options) -> SolverResult:
-    if instance.cluster is None or instance.trace is None:
-        raise UnsupportedFeature(
-            "solver 'pipeline' needs the links of a cluster and the steps of a trace; build the "
-            "instance with Instance.build(trace, cluster)"
-        )
-    problem = _Problem(instance, instance.cluster, instance.trace, options.seed)
+    cluster, trace = cluster_and_trace(instance, "pipeline")
+    problem = _Problem(instance, cluster, trace, options.seed)
     partitions = problem.groups(0.0).candidates()
     if not partitions:
         raise _no_pipeline(problem)
@@ -110,34 +107,33 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     chosen = next(iter(plans))
     idle = problem.measure.idle_time(plans[chosen].on_gpu)
     extra: dict[str, Any] = {}
-    if queues_matter(idle, plans[chosen], instance.cluster):
-        for groups in problem.groups(problem.load).candidates():
+    if (rates := request_rates(cluster)) is not None and queues_matter(
+        idle, plans[chosen], cluster
+    ):
+        for groups in problem.groups(float(rates.sum())).candidates():
             name = f"{quantity(len(groups), 'group')} for the load"
             named[name], plans[name] = groups, _placed(problem, groups)
-        samples = simulated_s(plans, instance, instance.cluster, instance.trace, options.seed)
+        samples = simulated_s(plans, cluster, trace, options.seed)
         means = {name: mean(seconds) for name, seconds in samples.items()}
         chosen = min(means, key=means.__getitem__)
         idle = problem.measure.idle_time(plans[chosen].on_gpu)
         extra |= {"simulated_s": means, "simulated_latency_s": means[chosen]}
     plan = plans[chosen]
-    extra["expected_latency_s"] = float(problem.weights @ idle.of_table(plan.execution))
+    extra["expected_latency_s"] = float(problem.weights @ idle.of_table(plan.execution_table))
     extra["groups"] = [
         [instance.servers[run.server] for run in spans(group.row)] for group in named[chosen]
     ]
-    owner = np.repeat(np.arange(instance.num_servers), [len(g) for g in instance.gpu_capacity])
-    local = np.zeros(instance.activations.shape, bool)
-    np.logical_or.at(local, owner, plan.on_gpu)
     return SolverResult(
-        local,
+        plan.local,
         on_gpu=plan.on_gpu,
-        execution=plan.execution,
+        execution=plan.execution_table,
         gpu_capacity=plan.gpu_capacity,
         objective="latency",
         extra=extra,
     )
 
 
-def _placed(problem: _Problem, groups: Partition) -> Candidate:
+def _placed(problem: _Problem, groups: Partition) -> Placement:
     """The experts and the table of some groups."""
     instance, model = problem.instance, problem.trace.model
     table = home_execution(instance.num_servers, model.num_layers)
@@ -152,16 +148,15 @@ def _placed(problem: _Problem, groups: Partition) -> Candidate:
     local = np.zeros(instance.activations.shape, bool)
     for server, layers in enumerate(owned):
         local[server, layers] = True
-    moved = np.zeros(instance.activations.shape)  # calls by the server that executes the layer
-    layer_index = np.arange(model.num_layers)
-    for home, row in enumerate(table):
-        moved[row, layer_index] += instance.activations[home]
-    load = expected_load(moved, local)
+    load = expected_load(moved_activations(instance.activations, table), local)
     on_gpu = [
         deal_out(room, layers, instance, load[server])
         for server, (room, layers) in enumerate(zip(capacity, owned, strict=True))
     ]
-    return Candidate(np.concatenate(on_gpu), table, capacity)
+    return Placement(
+        instance.model, instance.servers, capacity, np.concatenate(on_gpu),
+        SolveReport("pipeline"), execution=table,
+    )  # fmt: skip
 
 
 def _no_pipeline(problem: _Problem) -> Infeasible:

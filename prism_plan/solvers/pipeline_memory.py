@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible
-from prism_plan.expert_capacity import server_capacity
+from prism_plan.expert_capacity import cache_bytes, server_capacity
 from prism_plan.instance import Instance
 from prism_plan.model_spec import ModelSpec
 
@@ -63,17 +63,12 @@ class RunMemory:
             ends[begin] = end
         return ends
 
-    def kv_bytes(self, server: int, begin: int, end: int, tokens: int) -> int:
-        """Bytes of KV caches on a server that executes layers for homes of so many tokens."""
-        model = self._model
-        token_layers = tokens * int(self._kv_until[end] - self._kv_until[begin])
-        if self._at_home[server]:
-            token_layers += int(self._tokens[server]) * model.num_decoder_layers
-        return -(-token_layers * model.kv_bytes_per_token // model.num_decoder_layers)
-
     def _fits(self, server: int, begin: int, end: int, tokens: int) -> bool:
         needed = int(self._until[end] - self._until[begin])
-        kv = self.kv_bytes(server, begin, end, tokens)
+        token_layers = tokens * int(self._kv_until[end] - self._kv_until[begin])
+        if self._at_home[server]:
+            token_layers += int(self._tokens[server]) * self._model.num_decoder_layers
+        kv = cache_bytes(self._model, token_layers)
         if kv not in self._capacity[server]:
             try:
                 found = server_capacity(self._model, self._cluster.servers[server], kv)

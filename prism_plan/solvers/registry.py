@@ -53,7 +53,7 @@ def get_solver(name: str) -> Solver:
         return solver
     from prism_plan.solvers.execution import with_paths
 
-    return with_paths(solver)
+    return with_paths(solver, name)
 
 
 def plans_tables(name: str) -> bool:

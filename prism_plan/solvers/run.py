@@ -21,6 +21,7 @@ from prism_plan.solvers.registry import (
     ALL_SOLVERS,
     SOLVER_NAMES,
     get_solver,
+    plans_tables,
     solvers_supporting,
 )
 
@@ -64,6 +65,8 @@ def solve(
             f"solver {solver!r} does not support {' and '.join(sorted(unsupported))}; "
             f"supported by: {', '.join(alternatives)}"
         )
+    if plans_tables(solver) and instance.trace is not None:  # caches lie where its table says
+        instance = instance.without_kv(instance.trace.model)
     require_feasible(instance)
     begin = time.perf_counter()
     result = chosen(instance, options)

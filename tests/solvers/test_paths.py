@@ -308,6 +308,22 @@ def test_without_a_table_the_plan_is_that_at_home() -> None:
     assert "KV caches" in found.plan.extra["at_home_because"]
 
 
+@pytest.mark.parametrize("solver", ["exact+paths", "pipeline"])
+def test_a_cache_that_fits_elsewhere_alone(solver: str) -> None:
+    """25 MB of cache, of which the home server has 20: the layers execute where they fit."""
+    trace, cluster = _in_memory(5000)
+    fast = cluster.servers[1]
+    gpu = dataclasses.replace(fast.gpus[0], memory_bytes=60 * 10**6)
+    fast = dataclasses.replace(fast, gpus=(gpu,))
+    cluster = dataclasses.replace(cluster, servers=(cluster.servers[0], fast))
+    with pytest.raises(Infeasible, match="'slow'"):
+        Instance.build(trace, cluster)
+    found = solve(Instance.build(trace, cluster, reserve_kv=False), solver)
+    assert found.execution_table[0].tolist() == [1] * 4
+    counted = Instance.build(trace, cluster, execution=found.execution)
+    assert violations(found, instance=counted) == []
+
+
 def test_a_cache_that_fits_nowhere() -> None:
     """Exit code 3 with the server and its bytes."""
     trace, cluster = _in_memory(6000)  # 30 MB, where 20 are left
