@@ -12,7 +12,7 @@ from prism_plan.jit import code_is_kept
 
 def main() -> None:
     """Compile all kernels; exit with 1 where the machine code cannot be kept."""
-    print(f"{PROGRAM}: compiling what is not compiled yet: up to 10 seconds", file=sys.stderr)
+    print(f"{PROGRAM}: compiling what is not compiled yet: up to 20 seconds", file=sys.stderr)
     begin = time.perf_counter()
     compile_kernels()
     if not code_is_kept():
