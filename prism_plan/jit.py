@@ -77,7 +77,7 @@ def _sources_digest() -> str:
     package = Path(__file__).parent
     digest = hashlib.sha256()
     paths = [package / name for name in ("compiled_loops.py", "jit.py", "kernel_types.py")]
-    for folder in ("simulate", "solvers"):
+    for folder in ("latency", "simulate", "solvers"):
         paths += sorted((package / folder).rglob("*.py"))
     for path in paths:
         digest.update(path.read_bytes())

@@ -147,7 +147,7 @@ def command(args: SolveOptions) -> None:
     write_output(args.output, dump_placement(placement))
     # of plans of experts nothing depends on how fast GPUs and links are
     if plans_tables(name):
-        from prism_plan.solvers.idle_time import planning_assumptions
+        from prism_plan.latency.idle_time import planning_assumptions
 
         log_assumed_figures(args.cluster, cluster, compute=True, links=True)
         for text in planning_assumptions(cluster, trace):

@@ -11,11 +11,11 @@ from prism_plan.evaluate.simulation import simulate_placements
 from prism_plan.instance import Instance
 from prism_plan.io.trace_reader import read_trace
 from prism_plan.io.trace_writer import write_trace
+from prism_plan.latency.idle_time import MeanRequest
 from prism_plan.model_spec import ModelSpec
 from prism_plan.objective import step_score
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.solvers import solve
-from prism_plan.solvers.idle_time import MeanRequest
 from prism_plan.solvers.pipeline_order import MAX_EXACT, best_pipeline
 from prism_plan.token_rates import expected_token_rates
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
-from prism_plan.solvers.idle_time import IdleTime, idle_time
+from prism_plan.latency.idle_time import IdleTime, idle_time
 from prism_plan.trace import Trace
 
 Floats = npt.NDArray[np.float64]

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
+from prism_plan.latency.idle_time import IdleTime
 from prism_plan.placement import Placement
 from prism_plan.simulate.sampling import sample_requests, sample_seeds
 from prism_plan.simulate.short_run import short_run
-from prism_plan.solvers.idle_time import IdleTime
 from prism_plan.token_rates import request_rates
 from prism_plan.trace import Trace
 

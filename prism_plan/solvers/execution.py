@@ -22,10 +22,10 @@ from prism_plan.execution_table import home_execution
 from prism_plan.expert_capacity import capacity_with_kv, gpu_capacity, kv_bytes
 from prism_plan.instance import Instance
 from prism_plan.instance_feasibility import require_feasible
+from prism_plan.latency.idle_time import IdleMeasure, IdleTime, request_weights
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.solvers.busy_servers import queues_matter, simulated_s
 from prism_plan.solvers.contract import Options, Solver, SolverResult, cluster_and_trace
-from prism_plan.solvers.idle_time import IdleMeasure, IdleTime, request_weights
 from prism_plan.solvers.packing import pack_on_gpus
 from prism_plan.solvers.paths import shortest_paths, tolled_paths
 from prism_plan.token_rates import request_rates

@@ -1,6 +1,6 @@
 """The best execution table for a placement: a shortest path over servers, home by home.
 
-Optimal in the idle time of a request (:mod:`prism_plan.solvers.idle_time`): each layer costs what
+Optimal in the idle time of a request (:mod:`prism_plan.latency.idle_time`): each layer costs what
 it takes where it executes, and each change of server the messages that it needs.
 """
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from prism_plan.execution_table import home_execution
 from prism_plan.jit import kernel
-from prism_plan.solvers.idle_time import IdleTime, MeanRequest
+from prism_plan.latency.idle_time import IdleTime, MeanRequest
 
 Array = Any
 

@@ -13,6 +13,7 @@ from prism_plan.errors import Infeasible
 from prism_plan.execution_table import home_execution, moved_activations, spans
 from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.instance import Instance
+from prism_plan.latency.idle_time import IdleMeasure, request_weights
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.printable_text import quantity
 from prism_plan.solvers.busy_servers import queues_matter, simulated_s
@@ -23,7 +24,6 @@ from prism_plan.solvers.contract import (
     SolverResult,
     cluster_and_trace,
 )
-from prism_plan.solvers.idle_time import IdleMeasure, request_weights
 from prism_plan.solvers.packing import expected_load
 from prism_plan.solvers.pipeline_groups import Group, Groups, Members, Partition
 from prism_plan.solvers.pipeline_memory import RunMemory, deal_out

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from prism_plan.execution_table import spans
 from prism_plan.jit import inline_kernel, jit
 from prism_plan.kernel_types import int64
-from prism_plan.solvers.idle_time import MeanRequest
+from prism_plan.latency.idle_time import MeanRequest
 from prism_plan.solvers.paths import BUSIEST
 
 Array = Any

@@ -127,7 +127,7 @@ def _report(
     if result.execution is not None and instance.cluster is not None:
         assumed = assumed_texts(instance.cluster, compute=True, links=True)
         if instance.trace is not None:
-            from prism_plan.solvers.idle_time import planning_assumptions  # imports the simulator
+            from prism_plan.latency.idle_time import planning_assumptions  # imports the simulator
 
             assumed += planning_assumptions(instance.cluster, instance.trace)
     termination = result.termination

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from prism_plan.cluster import Cluster
+from prism_plan.latency.idle_time import idle_time
 from prism_plan.migration.recent_requests import requests_behind, task_shares
-from prism_plan.solvers.idle_time import idle_time
 from prism_plan.token_rates import TokenRates, activations, expected_token_rates
 from prism_plan.trace import Trace
 from tests.evaluate.simulation_material import SPEC, counts_of, small_cluster, small_trace

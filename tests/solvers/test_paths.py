@@ -15,13 +15,13 @@ from prism_plan.cluster import Cluster, Gpu, Link, Server
 from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
 from prism_plan.expert_capacity import gpu_capacity, kv_bytes
 from prism_plan.instance import Instance
+from prism_plan.latency.idle_time import IdleTime, MeanRequest, _prompts_by_task, idle_time
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement_check import violations
 from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.scenario import Scenario
 from prism_plan.solvers import solve
-from prism_plan.solvers.idle_time import IdleTime, MeanRequest, _prompts_by_task, idle_time
 from prism_plan.solvers.paths import _toll, shortest_path, shortest_paths, tolled_paths
 from prism_plan.trace import Trace
 from tests.profiling.synthetic import synthetic_trace

@@ -16,9 +16,9 @@ from prism_plan.cluster import Cluster, Gpu, Link, PairLink, Server
 from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
 from prism_plan.execution_table import home_execution, spans
 from prism_plan.instance import Instance
+from prism_plan.latency.idle_time import IdleMeasure, MeanRequest, request_weights
 from prism_plan.placement_check import violations
 from prism_plan.solvers import solve
-from prism_plan.solvers.idle_time import IdleMeasure, MeanRequest, request_weights
 from prism_plan.solvers.pipeline_groups import _partitions_of
 from prism_plan.solvers.pipeline_memory import deal_out
 from prism_plan.solvers.pipeline_order import (

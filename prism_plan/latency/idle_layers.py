@@ -1,7 +1,7 @@
-"""Idle seconds of layers, compiled: prompts of a trace at every server that may execute them.
+"""Seconds and work of layers, compiled: prompts of a trace at servers that may execute them.
 
 By the rules of the simulator for one step of one request on its own (docs/design.md, section 4);
-see :mod:`prism_plan.solvers.idle_time`.
+see :mod:`prism_plan.latency.idle_time` and :mod:`prism_plan.latency.layer_work`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from prism_plan.compiled_loops import as_constant
 from prism_plan.jit import kernel
 from prism_plan.kernel_types import int64
 from prism_plan.model_spec import ModelSpec
-from prism_plan.placement import first_gpus, gpu_offsets, server_of_gpu
+from prism_plan.placement import first_gpus, gpu_offsets
 from prism_plan.simulate.network import BYTES_PER_CALL, Network
-from prism_plan.simulate.requests import Requests
+from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.routing_policies import COVER, choose_holders, holder_lists
-from prism_plan.simulate.timing import timing
+from prism_plan.simulate.timing import Timing, timing
 
 Array = Any
 Floats = npt.NDArray[np.float64]
 
 
-class _Problem(NamedTuple):
-    """What :func:`_idle_layers` reads; G counts GPUs, P prompts."""
+class Problem(NamedTuple):
+    """What kernels of layers read; G counts GPUs, P prompts."""
 
     experts: Array
     first_row: Array
@@ -52,8 +52,23 @@ class _Problem(NamedTuple):
     token_bytes: int
 
 
-class _Scratch(NamedTuple):
-    """Working memory of :func:`_idle_layers`; see ``EngineState``."""
+class Record(NamedTuple):
+    """What the steps of one layer at one server ask of GPUs and links, each with its weight.
+
+    Float64 ``gpus`` [G, 3]: visits of experts to each GPU, their seconds, and the sum of the
+    squares of seconds. ``sent`` and ``returned`` [N, 3]: messages to and from each server, the
+    seconds for which they hold a link, and the sum of squares. ``seconds`` [2]: experts of the
+    executing server, and what calls add. All of size zero where nothing is recorded.
+    """
+
+    gpus: Array
+    sent: Array
+    returned: Array
+    seconds: Array
+
+
+class Scratch(NamedTuple):
+    """Working memory of kernels of layers; see ``EngineState``."""
 
     token_count: Array
     expert_order: Array
@@ -68,20 +83,18 @@ class _Scratch(NamedTuple):
     back_s: Array
 
 
-def layer_times(
-    on_gpu: npt.NDArray[np.bool_], model: ModelSpec, cluster: Cluster, network: Network,
-    requests: Requests, executing: Sequence[int],
-) -> Floats:  # fmt: skip
-    """Idle seconds of every prompt in each layer, executed at some servers, [P, L, servers]."""
-    prompts = requests.prompts
-    servers = cluster.num_servers
-    owner = server_of_gpu([[0] * len(server.gpus) for server in cluster.servers])
+def layer_problem(
+    on_gpu: npt.NDArray[np.bool_], model: ModelSpec, gpu_start: npt.NDArray[np.int32],
+    dense_gpu: npt.NDArray[np.int32], network: Network, tables: Timing, prompts: Prompts,
+) -> tuple[Problem, Scratch]:  # fmt: skip
+    """What the kernels need, for a placement bool [G, L, E] and prompts.
+
+    ``gpu_start`` int32 [N + 1] and ``dense_gpu`` int32 [N] as in a ``Scenario``.
+    """
+    servers = len(dense_gpu)
+    owner = np.repeat(np.arange(servers, dtype=np.int32), np.diff(gpu_start))
     first_gpu = first_gpus(on_gpu.reshape(len(on_gpu), -1), owner, servers)
     holders, num_replicas = holder_lists(first_gpu)
-    longest = int((prompts.prefill_tokens + prompts.decode_tokens).max())
-    tables = timing(cluster, model, max(int(prompts.prefill_tokens.max()), 1), context=longest)
-    gpu_start = gpu_offsets(len(server.gpus) for server in cluster.servers)
-    dense_gpu = gpu_start[:-1] + np.array([s.dense_gpu for s in cluster.servers], np.int32)
     arrays = {
         "experts": prompts.experts,
         "first_row": prompts.first_row,
@@ -102,13 +115,13 @@ def layer_times(
         "seconds_per_byte": network.seconds_per_byte,
         "half_rtt_s": network.half_rtt_s,
     }
-    problem = _Problem(
+    problem = Problem(
         **{name: as_constant(array) for name, array in arrays.items()},
         call_overhead_s=float(network.call_overhead_s),
         token_bytes=int(network.token_bytes),
     )
     top_k = model.top_k
-    scratch = _Scratch(
+    scratch = Scratch(
         token_count=np.zeros((servers, model.num_experts), np.int32),
         expert_order=np.zeros((servers, model.num_experts), np.int32),
         distinct_experts=np.zeros(servers, np.int32),
@@ -121,14 +134,45 @@ def layer_times(
         gpu_work_s=np.zeros(len(on_gpu)),
         back_s=np.zeros(servers),
     )
+    return problem, scratch
+
+
+def cluster_problem(
+    on_gpu: npt.NDArray[np.bool_], model: ModelSpec, cluster: Cluster, network: Network,
+    prompts: Prompts,
+) -> tuple[Problem, Scratch]:  # fmt: skip
+    """As :func:`layer_problem`, by the figures of a cluster's GPUs.
+
+    Raises
+    ------
+    InputError
+        A figure of a GPU is wrong.
+    """
+    longest = int((prompts.prefill_tokens + prompts.decode_tokens).max())
+    tables = timing(cluster, model, max(int(prompts.prefill_tokens.max()), 1), context=longest)
+    gpu_start = gpu_offsets(len(server.gpus) for server in cluster.servers)
+    dense_gpu = gpu_start[:-1] + np.array([s.dense_gpu for s in cluster.servers], np.int32)
+    return layer_problem(on_gpu, model, gpu_start, dense_gpu, network, tables, prompts)
+
+
+def layer_times(
+    on_gpu: npt.NDArray[np.bool_], model: ModelSpec, cluster: Cluster, network: Network,
+    requests: Requests, executing: Sequence[int],
+) -> Floats:  # fmt: skip
+    """Idle seconds of every prompt in each layer, executed at some servers, [P, L, servers]."""
+    prompts = requests.prompts
+    problem, scratch = cluster_problem(on_gpu, model, cluster, network, prompts)
+    none = np.zeros((0, 3))
     at = np.array(executing, np.int64)
     found = np.zeros((len(prompts), model.num_layers, len(at)))
-    _idle_layers(problem, scratch, as_constant(at), found)
+    _idle_layers(problem, scratch, Record(none, none, none, none[0:0, 0]), as_constant(at), found)
     return found
 
 
 @kernel
-def _batch_s(p: _Problem, s: _Scratch, m: int, layer: int) -> float:  # pragma: no cover - compiled
+def batch_s(  # pragma: no cover - compiled
+    p: Problem, s: Scratch, r: Record, m: int, layer: int, weight: float
+) -> float:
     """Seconds of the experts of server m that are counted in ``s``, which is cleared."""
     begin, end = p.gpu_start[m], p.gpu_start[m + 1]
     first = layer * s.token_count.shape[1]
@@ -143,12 +187,18 @@ def _batch_s(p: _Problem, s: _Scratch, m: int, layer: int) -> float:  # pragma: 
     longest = 0.0
     for g in range(begin, end):
         longest = max(longest, s.gpu_work_s[g])
+    if len(r.seconds) > 0:
+        for g in range(begin, end):
+            if s.gpu_work_s[g] > 0.0:
+                r.gpus[g, 0] += weight
+                r.gpus[g, 1] += weight * s.gpu_work_s[g]
+                r.gpus[g, 2] += weight * s.gpu_work_s[g] ** 2
     return longest
 
 
 @kernel
-def _step_s(  # pragma: no cover - compiled
-    p: _Problem, s: _Scratch, at: int, layer: int, row: int, tokens: int
+def step_s(  # pragma: no cover - compiled
+    p: Problem, s: Scratch, r: Record, at: int, layer: int, row: int, tokens: int, weight: float
 ) -> float:
     """Seconds of a layer's experts and calls from server ``at``, for one step on its own."""
     servers, experts = s.token_count.shape
@@ -188,9 +238,11 @@ def _step_s(  # pragma: no cover - compiled
             if not seen:
                 s.tokens_to[m] += 1
                 s.tokens_sent[m] += 1
-    end_s = _batch_s(p, s, at, layer)
+    local_s = batch_s(p, s, r, at, layer, weight)
+    if len(r.seconds) > 0:
+        r.seconds[0] += weight * local_s
     if remote == 0:
-        return end_s
+        return local_s
     sent_s = p.call_overhead_s  # when the uplink is free
     for m in range(servers):
         s.back_s[m] = -1.0
@@ -200,8 +252,18 @@ def _step_s(  # pragma: no cover - compiled
         for i in range(s.distinct_experts[m]):
             named += s.token_count[m, s.expert_order[m, i]]
         states = s.tokens_to[m] * p.token_bytes
-        sent_s += (states + BYTES_PER_CALL * named) * p.seconds_per_byte[at, m]
-        s.back_s[m] = sent_s + p.half_rtt_s[at, m] + _batch_s(p, s, m, layer)
+        out_s = (states + BYTES_PER_CALL * named) * p.seconds_per_byte[at, m]
+        sent_s += out_s
+        s.back_s[m] = sent_s + p.half_rtt_s[at, m] + batch_s(p, s, r, int64(m), layer, weight)
+        if len(r.seconds) > 0:
+            reply_s = states * p.seconds_per_byte[m, at]
+            r.sent[m, 0] += weight
+            r.sent[m, 1] += weight * out_s
+            r.sent[m, 2] += weight * out_s**2
+            r.returned[m, 0] += weight
+            r.returned[m, 1] += weight * reply_s
+            r.returned[m, 2] += weight * reply_s**2
+    end_s = local_s
     down_s = 0.0  # when the downlink is free; answers come in the order in which they are ready
     while True:
         next_one = -1
@@ -209,17 +271,20 @@ def _step_s(  # pragma: no cover - compiled
             if s.back_s[m] >= 0 and (next_one < 0 or s.back_s[m] < s.back_s[next_one]):
                 next_one = m
         if next_one < 0:
-            return end_s
+            break
         held_s = s.tokens_to[next_one] * p.token_bytes * p.seconds_per_byte[next_one, at]
         down_s = max(down_s, s.back_s[next_one]) + held_s
         end_s = max(end_s, down_s + p.half_rtt_s[next_one, at])
         s.back_s[next_one] = -1.0
         s.tokens_to[next_one] = 0
+    if len(r.seconds) > 0:
+        r.seconds[1] += weight * (end_s - local_s)
+    return end_s
 
 
 @kernel
 def _idle_layers(  # pragma: no cover - compiled
-    p: _Problem, s: _Scratch, executing: Array, found: Array
+    p: Problem, s: Scratch, r: Record, executing: Array, found: Array
 ) -> None:
     """Fill ``found`` [P, L, servers] with the idle seconds of each prompt, layer and server."""
     prompts, layers, servers = found.shape
@@ -234,10 +299,12 @@ def _idle_layers(  # pragma: no cover - compiled
                 tokens = int64(p.prefill_tokens[prompt])
                 if tokens > 0:
                     total_s += p.prefill_s[p.kind[g], p.dense_class[layer], tokens]
-                    total_s += _step_s(p, s, int64(at), int64(layer), row, tokens)
+                    total_s += step_s(p, s, r, int64(at), int64(layer), row, tokens, 1.0)
                     context = tokens
                 for _ in range(p.decode_tokens[prompt]):
                     total_s += p.decode_s[p.kind[g], p.dense_class[layer], context]
-                    total_s += _step_s(p, s, int64(at), int64(layer), row + context, int64(1))
+                    total_s += step_s(
+                        p, s, r, int64(at), int64(layer), row + context, int64(1), 1.0
+                    )
                     context += 1
                 found[prompt, layer, number] = total_s

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.cluster import Cluster, Gpu, Server
+from prism_plan.latency.idle_layers import layer_times
 from prism_plan.model_spec import ModelSpec
 from prism_plan.simulate.network import BYTES_PER_TOKEN_ID, Network
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import DECODE_TOKENS, PROMPT_TOKENS, sample_requests
-from prism_plan.solvers.idle_layers import layer_times
 from prism_plan.token_rates import request_rates, shares_by_task
 from prism_plan.trace import Trace
 

@@ -1,0 +1,1 @@
+"""How long the requests of a plan take, by formula."""
