@@ -44,6 +44,7 @@ class Problem(NamedTuple):
     dense_class: Array
     size: Array
     prefill_s: Array
+    attention_s: Array
     decode_s: Array
     expert_s: Array
     seconds_per_byte: Array
@@ -55,13 +56,15 @@ class Problem(NamedTuple):
 class Record(NamedTuple):
     """What the steps of one layer at one server ask of GPUs and links, each with its weight.
 
-    Float64 ``gpus`` [G, 3]: visits of experts to each GPU, their seconds, and the sum of the
-    squares of seconds. ``sent`` and ``returned`` [N, 3]: messages to and from each server, the
-    seconds for which they hold a link, and the sum of squares. ``seconds`` [2]: experts of the
-    executing server, and what calls add. All of size zero where nothing is recorded.
+    Float64 ``gpus`` [G]: seconds of experts on each GPU. ``batches`` [N, 3]: batches of experts at
+    each server, their seconds (of the slowest GPU), and the sum of squares. ``sent`` and
+    ``returned`` [N, 3]: messages to and from each server, the seconds for which they hold a link,
+    and the sum of squares. ``seconds`` [2]: experts of the executing server, and what calls add.
+    All of size zero where nothing is recorded.
     """
 
     gpus: Array
+    batches: Array
     sent: Array
     returned: Array
     seconds: Array
@@ -110,6 +113,7 @@ def layer_problem(
         "dense_class": tables.dense_class,
         "size": tables.size,
         "prefill_s": tables.prefill_s,
+        "attention_s": tables.attention_s,
         "decode_s": tables.decode_s,
         "expert_s": tables.expert_s,
         "seconds_per_byte": network.seconds_per_byte,
@@ -165,7 +169,9 @@ def layer_times(
     none = np.zeros((0, 3))
     at = np.array(executing, np.int64)
     found = np.zeros((len(prompts), model.num_layers, len(at)))
-    _idle_layers(problem, scratch, Record(none, none, none, none[0:0, 0]), as_constant(at), found)
+    _idle_layers(
+        problem, scratch, Record(none[:, 0], none, none, none, none[:, 0]), as_constant(at), found
+    )
     return found
 
 
@@ -189,10 +195,11 @@ def batch_s(  # pragma: no cover - compiled
         longest = max(longest, s.gpu_work_s[g])
     if len(r.seconds) > 0:
         for g in range(begin, end):
-            if s.gpu_work_s[g] > 0.0:
-                r.gpus[g, 0] += weight
-                r.gpus[g, 1] += weight * s.gpu_work_s[g]
-                r.gpus[g, 2] += weight * s.gpu_work_s[g] ** 2
+            r.gpus[g] += weight * s.gpu_work_s[g]
+        if longest > 0.0:
+            r.batches[m, 0] += weight
+            r.batches[m, 1] += weight * longest
+            r.batches[m, 2] += weight * longest**2
     return longest
 
 

@@ -23,16 +23,17 @@ class Timing:
 
     ``kind`` int32 [G] is the row of each GPU (GPUs that are alike share one). The dense part of one
     MoE layer, attention included: ``prefill_s`` [kinds, classes, T + 1] of a prompt by its tokens,
-    ``decode_s`` [kinds, classes, C + 1] of a decode step by the tokens before it; ``dense_class``
-    int32 [L] is the class of each layer. ``expert_s`` [kinds, sizes, T + 1] is one expert's batch,
-    ``size`` int32 [L] the expert size of each layer; ``load_s`` [G, L] bringing one expert from
-    host memory.
+    ``attention_s``, of these the seconds that attention adds; ``decode_s`` [kinds, classes, C + 1]
+    of a decode step by the tokens before it; ``dense_class`` int32 [L] is the class of each layer.
+    ``expert_s`` [kinds, sizes, T + 1] is one expert's batch, ``size`` int32 [L] the expert size of
+    each layer; ``load_s`` [G, L] bringing one expert from host memory.
     """
 
     kind: Ints
     dense_class: Ints
     size: Ints
     prefill_s: Floats
+    attention_s: Floats
     decode_s: Floats
     expert_s: Floats
     load_s: Floats
@@ -77,6 +78,7 @@ def timing(
     rows: dict[object, int] = {}
     kind = np.empty(len(gpus), np.int32)
     prefill: list[list[Floats]] = []
+    attention: list[list[Floats]] = []
     decode: list[list[Floats]] = []
     expert: list[list[Floats]] = []
     counts = np.arange(tokens + 1, dtype=np.float64)
@@ -90,11 +92,14 @@ def timing(
             rows[key] = len(prefill)
             if curves is None:
                 prefill.append([roofline_prefill_s(model, gpu, counts, int(c)) for c in classes])
+                without = roofline_prefill_s(model, gpu, counts, 0)
+                attention.append([with_it - without for with_it in prefill[-1]])
                 decode.append([roofline_decode_s(model, gpu, contexts, int(c)) for c in classes])
                 expert.append([roofline_expert_s(model, gpu, int(b), counts) for b in sizes])
             else:
                 measured = interpolate(curves.dense_s, counts)
                 prefill.append([measured] * len(classes))
+                attention.append([np.zeros_like(counts)] * len(classes))
                 decode.append([np.full(len(contexts), measured[1])] * len(classes))
                 expert.append([interpolate(curves.expert_s, counts)] * len(sizes))
         kind[index] = rows[key]
@@ -104,6 +109,7 @@ def timing(
         dense_class=dense_class.astype(np.int32),
         size=size.astype(np.int32),
         prefill_s=np.array(prefill),
+        attention_s=np.array(attention),
         decode_s=np.array(decode),
         expert_s=np.array(expert),
         load_s=np.array([layer_bytes / (gpu.load_gbs * 1e9) for _, _, gpu in gpus]),
