@@ -145,6 +145,7 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
         print_table,
         share_column,
         size_column,
+        speed_column,
         text_column,
     )
     from prism_plan.printable_text import quantity
@@ -159,10 +160,12 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
     columns = [
         text_column("placement", "placement", names),
         duration_column("mean", "latency_mean_s", of("latency_s", "mean")),
-        duration_column("p95", "latency_p95_s", of("latency_s", "p95"), rank=1),
+        duration_column("ttft", "ttft_mean_s", of("ttft_s", "mean"), rank=1),
+        speed_column("tok/s", "user_tokens_per_s", of("user_tokens_per_s"), rank=1),
+        duration_column("p95", "latency_p95_s", of("latency_s", "p95"), rank=2),
         duration_column("p99", "latency_p99_s", of("latency_s", "p99"), rank=4),
-        duration_column("ttft", "ttft_mean_s", of("ttft_s", "mean"), rank=2),
-        duration_column("tpot", "tpot_mean_s", of("tpot_s", "mean"), rank=2),
+        # says the same as tok/s, in seconds
+        duration_column("tpot", "tpot_mean_s", of("tpot_s", "mean"), rank=9),
         share_column("remote", "remote_share", of("remote_share"), digits=1, rank=5),
         share_column("waiting", "waiting_share", of("waiting_share"), digits=1, rank=6),
         number_column("dest.", "destinations", of("destinations"), rank=7),
