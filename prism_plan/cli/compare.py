@@ -81,7 +81,7 @@ def command(args: CompareOptions) -> None:
     """
     import json
 
-    from prism_plan.cli.console import load_trace, print_json, progress, write_output
+    from prism_plan.cli.console import load_trace, log_info, print_json, progress, write_output
     from prism_plan.cli.inputs import (
         error_source,
         load_cluster,
@@ -133,6 +133,8 @@ def command(args: CompareOptions) -> None:
             )
     if result.simulated_requests is not None:
         log_assumed_figures(args.cluster, cluster, compute=True, links=True)
+    if result.few_requests:
+        log_info(f"{args.trace}: {result.few_requests}")
     values = result.to_json()
     if args.output is not None:
         write_output(args.output, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())

@@ -24,6 +24,7 @@ def run_simulations(args: SimulateOptions) -> int:
         error_source,
         load_cluster,
         log_assumed_simulation_figures,
+        log_few_requests,
         log_planned_on_scored_requests,
         parse_solver_names,
         require_writable_output,
@@ -84,6 +85,8 @@ def run_simulations(args: SimulateOptions) -> int:
         _print_runs(values, form=args.table_format, err=args.output == "-")
     offload = [placement.plan.solver == OFFLOAD for _, placement in placements]
     log_assumed_simulation_figures(args.cluster, cluster, options, offload)
+    if args.arrivals is None and args.schedule is None:  # else the tasks are not the cluster's
+        log_few_requests(scored, cluster, args.trace)
     for text in values["notes"]:
         log_info(text)
     if result.partial:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
+from prism_plan.evaluate.few_requests import few_requests
 from prism_plan.evaluate.paired_bootstrap import Interval, relative_difference
 from prism_plan.instance import Instance
 from prism_plan.model_spec import ModelSpec, require_same_model
@@ -133,6 +134,8 @@ class Comparison:
     min_replicas: int
     simulated_requests: int | None = None
     simulated_samples: int | None = None
+    #: Why mean times may not hold for other requests, or empty.
+    few_requests: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, format ``prism-plan/comparison`` version 1."""
@@ -241,6 +244,7 @@ def compare(
         min_replicas=min_replicas,
         simulated_requests=simulated,
         simulated_samples=None if simulated is None else SAMPLES,
+        few_requests="" if simulated is None else few_requests(scored, cluster),
     )
 
 
