@@ -81,7 +81,7 @@ def command(args: CompareOptions) -> None:
     """
     import json
 
-    from prism_plan.cli.console import load_trace, print_json, progress, write_output
+    from prism_plan.cli.console import load_trace, log_info, print_json, progress, write_output
     from prism_plan.cli.inputs import (
         error_source,
         load_cluster,
@@ -133,6 +133,8 @@ def command(args: CompareOptions) -> None:
             )
     if result.simulated_requests is not None:
         log_assumed_figures(args.cluster, cluster, compute=True, links=True)
+    if result.few_requests:
+        log_info(f"{args.trace}: {result.few_requests}")
     values = result.to_json()
     if args.output is not None:
         write_output(args.output, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
@@ -149,6 +151,7 @@ def _print(result: Comparison, values: dict[str, Any], args: CompareOptions) -> 
         number_column,
         print_table,
         share_column,
+        speed_column,
         text_column,
     )
 
@@ -166,10 +169,11 @@ def _print(result: Comparison, values: dict[str, Any], args: CompareOptions) -> 
     if simulated:
         columns += [
             duration_column("mean", "latency_mean_s", of("latency_mean_s")),
+            duration_column("ttft", "ttft_mean_s", of("ttft_mean_s"), rank=3),
+            speed_column("tok/s", "user_tokens_per_s", of("user_tokens_per_s"), rank=3),
             _above_best("latency_above_best", of("latency_mean_s")),
             text_column("95 % interval", "interval", [_interval_text(row) for row in rows], rank=2),
             duration_column("p95", "latency_p95_s", of("latency_p95_s"), rank=2),
-            duration_column("ttft", "ttft_mean_s", of("ttft_mean_s"), rank=3),
         ]
     columns.append(share_column("remote", "remote_share", of("remote_share")))
     if result.holdout is not None:

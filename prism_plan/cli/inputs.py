@@ -129,6 +129,17 @@ def log_assumed_figures(
         log(f"{path}: {text}")
 
 
+def log_few_requests(trace: Trace, cluster: Cluster, source: str) -> None:
+    """Say where the trace has too few requests for what is said about mean times.
+
+    ``trace`` is what times are planned or simulated with, of the file ``source``.
+    """
+    from prism_plan.evaluate.few_requests import few_requests
+
+    if text := few_requests(trace, cluster):
+        log_info(f"{source}: {text}")
+
+
 def log_assumed_simulation_figures(
     path: str, cluster: Cluster, options: SimulationOptions, offload: Sequence[bool]
 ) -> None:

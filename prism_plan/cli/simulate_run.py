@@ -24,6 +24,7 @@ def run_simulations(args: SimulateOptions) -> int:
         error_source,
         load_cluster,
         log_assumed_simulation_figures,
+        log_few_requests,
         log_planned_on_scored_requests,
         parse_solver_names,
         require_writable_output,
@@ -84,6 +85,8 @@ def run_simulations(args: SimulateOptions) -> int:
         _print_runs(values, form=args.table_format, err=args.output == "-")
     offload = [placement.plan.solver == OFFLOAD for _, placement in placements]
     log_assumed_simulation_figures(args.cluster, cluster, options, offload)
+    if args.arrivals is None and args.schedule is None:  # else the tasks are not the cluster's
+        log_few_requests(scored, cluster, args.trace)
     for text in values["notes"]:
         log_info(text)
     if result.partial:
@@ -145,6 +148,7 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
         print_table,
         share_column,
         size_column,
+        speed_column,
         text_column,
     )
     from prism_plan.printable_text import quantity
@@ -159,10 +163,12 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
     columns = [
         text_column("placement", "placement", names),
         duration_column("mean", "latency_mean_s", of("latency_s", "mean")),
-        duration_column("p95", "latency_p95_s", of("latency_s", "p95"), rank=1),
+        duration_column("ttft", "ttft_mean_s", of("ttft_s", "mean"), rank=1),
+        speed_column("tok/s", "user_tokens_per_s", of("user_tokens_per_s"), rank=1),
+        duration_column("p95", "latency_p95_s", of("latency_s", "p95"), rank=2),
         duration_column("p99", "latency_p99_s", of("latency_s", "p99"), rank=4),
-        duration_column("ttft", "ttft_mean_s", of("ttft_s", "mean"), rank=2),
-        duration_column("tpot", "tpot_mean_s", of("tpot_s", "mean"), rank=2),
+        # says the same as tok/s, in seconds
+        duration_column("tpot", "tpot_mean_s", of("tpot_s", "mean"), rank=9),
         share_column("remote", "remote_share", of("remote_share"), digits=1, rank=5),
         share_column("waiting", "waiting_share", of("waiting_share"), digits=1, rank=6),
         number_column("dest.", "destinations", of("destinations"), rank=7),

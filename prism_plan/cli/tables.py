@@ -101,6 +101,14 @@ def share_column(
     return _column(heading, key, values, lambda value: f"{100 * value:.{digits}f} %", rank=rank)
 
 
+def speed_column(
+    heading: str, key: str, values: Sequence[float | None], *, rank: int = 0
+) -> Column:
+    """Numbers a second; all with one decimal where the largest is below 1000."""
+    largest = max((value for value in values if value is not None), default=0.0)
+    return number_column(heading, key, values, digits=1 if largest < 1000 else 0, rank=rank)
+
+
 def excess_column(
     heading: str, key: str, values: Sequence[float | None], *, rank: int = 0
 ) -> Column:

@@ -12,12 +12,14 @@ import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
+from prism_plan.evaluate.few_requests import few_requests
 from prism_plan.evaluate.paired_bootstrap import Interval, relative_difference
 from prism_plan.instance import Instance
 from prism_plan.model_spec import ModelSpec, require_same_model
 from prism_plan.objective import RemoteScore, StepScore, largest_share, score, step_scores
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
+from prism_plan.simulate.report import time_per_output_token, user_tokens_per_s
 from prism_plan.simulate.sampling import sample_requests, sample_seeds
 from prism_plan.simulate.short_run import short_run
 from prism_plan.solvers import PATHS, SOLVER_NAMES, TABLE_SOLVERS, Options, plans_tables, solve
@@ -39,6 +41,8 @@ ILP_PAIRS = 50_000
 class LatencyScore:
     """Seconds of the requests of short simulations: mean, 95th percentile, mean to first token.
 
+    ``user_tokens_per_s`` are the output tokens a second after the first
+    (:func:`prism_plan.simulate.report.user_tokens_per_s`), ``None`` where no request has a second.
     ``above_best`` is the interval of the relative difference to the placement of the least mean,
     ``None`` for that one: 0.1 is ten percent slower.
     """
@@ -46,6 +50,7 @@ class LatencyScore:
     mean_s: float
     p95_s: float
     ttft_mean_s: float
+    user_tokens_per_s: float | None
     above_best: Interval | None = None
 
 
@@ -95,6 +100,7 @@ class ComparisonRow:
             "latency_mean_s": latency.mean_s if latency else None,
             "latency_p95_s": latency.p95_s if latency else None,
             "ttft_mean_s": latency.ttft_mean_s if latency else None,
+            "user_tokens_per_s": latency.user_tokens_per_s if latency else None,
             "latency_above_best_low": above.low if above else None,
             "latency_above_best_high": above.high if above else None,
             "bound": placement.plan.bound if placement else None,
@@ -128,6 +134,8 @@ class Comparison:
     min_replicas: int
     simulated_requests: int | None = None
     simulated_samples: int | None = None
+    #: Why mean times may not hold for other requests, or empty.
+    few_requests: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, format ``prism-plan/comparison`` version 1."""
@@ -236,6 +244,7 @@ def compare(
         min_replicas=min_replicas,
         simulated_requests=simulated,
         simulated_samples=None if simulated is None else SAMPLES,
+        few_requests="" if simulated is None else few_requests(scored, cluster),
     )
 
 
@@ -280,12 +289,16 @@ def _score_latency(
         requests = sample_requests(scored, cluster, requests_per_server=number, seed=own_seed)
         for index, placement in placed.items():
             outcome = short_run(placement, requests, cluster, scored.model)
-            times_s = np.stack([outcome.done_s, outcome.first_token_s]) - requests.arrival_s
-            samples[index].append(times_s)
+            latency_s, ttft_s = (
+                outcome.done_s - requests.arrival_s,
+                outcome.first_token_s - requests.arrival_s,
+            )
+            tpot_s = time_per_output_token(requests, outcome)
+            samples[index].append(np.stack([latency_s, ttft_s, tpot_s]))
     times = {index: np.stack(parts, axis=1) for index, parts in samples.items()}
     best = min(times, key=lambda index: float(times[index][0].mean()), default=None)
     found = list(rows)
-    for index, (latency_s, ttft_s) in times.items():
+    for index, (latency_s, ttft_s, tpot_s) in times.items():
         above = None
         if best is not None and index != best:
             above = relative_difference(latency_s, times[best][0], seed)
@@ -293,6 +306,7 @@ def _score_latency(
             mean_s=float(latency_s.mean()),
             p95_s=float(np.percentile(latency_s, 95)),
             ttft_mean_s=float(ttft_s.mean()),
+            user_tokens_per_s=user_tokens_per_s(tpot_s),
             above_best=above,
         )
         found[index] = dataclasses.replace(rows[index], latency=score_of_row)

@@ -39,7 +39,7 @@ _COMPARED: Mapping[str, str] = {
     **{"worst_waiting_server": "string", "worst_waiting_share": "float64"},
     **{"destinations": "float64", "destinations_method": "string"},
     **{"planned_share": "float64"},
-    **_typed("float64", "latency_mean_s latency_p95_s ttft_mean_s"),
+    **_typed("float64", "latency_mean_s latency_p95_s ttft_mean_s user_tokens_per_s"),
     **_typed("float64", "latency_above_best_low latency_above_best_high"),
     **{"bound": "float64", "termination": "string"},
     **{"runtime_s": "float64", "violations": "Int64", "note": "string"},
@@ -50,6 +50,7 @@ _RUNS: Mapping[str, str] = {
     **{"solver": "string", "partial": "bool"},
     **_typed("int64", "requests finished"),
     **_times("latency ttft tpot queueing"),
+    **_typed("float64", "user_tokens_per_s"),
     **_typed("float64", "remote_share waiting_share destinations busiest"),
     **_typed("int64", "expert_calls remote_calls messages bytes_sent loads loaded_bytes"),
     **_typed("int64", "reviews moves moved_experts moved_bytes events"),
@@ -81,9 +82,9 @@ def comparison_frame(comparison: Mapping[str, Any], level: str = "placement") ->
         ``"placement"``: one row a placement, indexed by its name. Columns: solver, remote_share,
         worst_server, worst_server_share, waiting_share, worst_waiting_server, worst_waiting_share,
         destinations (servers), destinations_method, planned_share, latency_mean_s, latency_p95_s,
-        ttft_mean_s (of simulated requests), latency_above_best_low and latency_above_best_high
-        (95 % interval of the relative difference to the least mean), bound, termination,
-        runtime_s, violations (of constraints), note (why there is no placement).
+        ttft_mean_s and user_tokens_per_s (of simulated requests), latency_above_best_low and
+        latency_above_best_high (95 % interval of the relative difference to the least mean), bound,
+        termination, runtime_s, violations (of constraints), note (why there is no placement).
 
         ``"server"``: one row a placement and server, indexed by both, with remote_share and
         waiting_share of the server's own requests.
@@ -137,10 +138,10 @@ def simulation_frame(report: Mapping[str, Any], level: str = "placement") -> pd.
     level
         ``"placement"``: one row a run, indexed by the name of its placement. Columns: solver,
         partial, requests, finished; latency, ttft, tpot and queueing, each with mean, p50, p95, p99
-        and max in seconds (``latency_mean_s``); remote_share, waiting_share, destinations
-        (servers), busiest, expert_calls, remote_calls, messages, bytes_sent, loads, loaded_bytes;
-        reviews, moves, moved_experts and moved_bytes of all migrations; events, simulated_s,
-        runtime_s.
+        and max in seconds (``latency_mean_s``); user_tokens_per_s (1 / tpot_mean_s); remote_share,
+        waiting_share, destinations (servers), busiest, expert_calls, remote_calls, messages,
+        bytes_sent, loads, loaded_bytes; reviews, moves, moved_experts and moved_bytes of all
+        migrations; events, simulated_s, runtime_s.
 
         ``"server"``: one row a run and server, indexed by both. Columns: requests, latency in
         seconds as above, utilisation, remote_share, waiting_share, destinations, bytes_sent,

@@ -63,6 +63,11 @@ class RowPart(FormatModel):
     latency_p95_s: Amount | None = None
     #: To the first token.
     ttft_mean_s: Amount | None = None
+    user_tokens_per_s: Amount | None = Field(
+        default=None,
+        description="Output tokens a second after the first, for a user: 1 / mean of the requests' "
+        "time per output token. Older files lack it.",
+    )
     latency_above_best_low: float | None = Field(
         default=None,
         description="95 % interval of latency_mean_s over the least of all rows, less 1.",

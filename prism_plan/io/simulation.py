@@ -117,6 +117,11 @@ class RunPart(ExtensibleModel):
     latency_s: TimesPart
     ttft_s: TimesPart
     tpot_s: TimesPart
+    user_tokens_per_s: Amount | None = Field(
+        default=None,
+        description="Output tokens a second after the first, for a user: 1 / mean of tpot_s. "
+        "Older files lack it.",
+    )
     queueing_s: TimesPart
     remote_share: Share | None
     waiting_share: Share | None

@@ -160,7 +160,7 @@ class _Queues:
         workload: Workload, site: Site,
     ) -> None:  # fmt: skip
         self._work, self._table, self._load, self._site = work, table, workload, site
-        servers, layers = table.shape
+        servers = len(table)
         self._server_of = np.repeat(np.arange(servers), np.diff(site.gpu_start))
         prompts = workload.prompts
         passes = np.array([prompts.prefill_tokens > 0, prompts.decode_tokens], np.float64)

@@ -34,8 +34,9 @@ class LayerWork:
     ``seconds`` [Q, 2, 4] for a request on its own: dense work without attention, attention, experts
     of the executing server, and what calls to other servers add. ``gpus`` [Q, 2, G]: seconds on
     each GPU. ``visits`` [Q, 2, N, 3]: visits to the GPUs of each server, by dense parts and by
-    batches of experts, their seconds and the sum of squares. ``sent`` and ``returned`` [Q, 2, N, 3]:
-    messages to and from each server, the seconds for which they hold a link, the sum of squares.
+    batches of experts, their seconds and the sum of squares. ``sent`` and ``returned``
+    [Q, 2, N, 3]: messages to and from each server, the seconds for which they hold a link, the sum
+    of squares.
     ``prompt_s`` [Q, P] are the seconds of each prompt of the class, zero for others.
     """
 

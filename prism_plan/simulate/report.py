@@ -67,10 +67,7 @@ class SimulationRun:
     @property
     def tpot_s(self) -> Floats:
         """Time per output token after the first, [R]; NaN where there is only one."""
-        prompts, prompt = self.scenario.requests.prompts, self.scenario.requests.prompt
-        steps = prompts.decode_tokens[prompt] - (prompts.prefill_tokens[prompt] == 0)
-        after = self.outcome.done_s - self.outcome.first_token_s
-        return np.where(steps > 0, after / np.maximum(steps, 1), np.nan)
+        return time_per_output_token(self.scenario.requests, self.outcome)
 
     @property
     def queueing_s(self) -> Floats:
@@ -149,6 +146,7 @@ class SimulationRun:
             "latency_s": summary(self.latency_s),
             "ttft_s": summary(self.ttft_s),
             "tpot_s": summary(self.tpot_s),
+            "user_tokens_per_s": user_tokens_per_s(self.tpot_s),
             "queueing_s": summary(self.queueing_s),
             "remote_share": _share(outcome.remote_calls.sum(), outcome.calls.sum()),
             "waiting_share": _share(outcome.waiting.sum(), outcome.steps.sum()),
@@ -230,6 +228,27 @@ class SimulationRun:
                 raise AssertionError(
                     f"server {n}: requests spent {total_s} s, but {present_s} s were counted"
                 )
+
+
+def time_per_output_token(requests: Requests, outcome: Outcome) -> Floats:
+    """Seconds per output token after the first of each request, [R]; NaN where there is only one.
+
+    TPOT of serving benchmarks: the time from the first token to the last over the tokens between.
+    """
+    tokens = requests.later_tokens
+    after_s = outcome.done_s - outcome.first_token_s
+    return np.where(tokens > 0, after_s / np.maximum(tokens, 1), np.nan)
+
+
+def user_tokens_per_s(tpot_s: Floats) -> float | None:
+    """Output tokens a second that a user sees after the first token: 1 / mean of ``tpot_s``.
+
+    So serving benchmarks compute the speed for a user from the mean TPOT: every request counts
+    alike, however long its answer. (A mean of the requests' own speeds would be larger, and hide
+    the slow ones.) ``None`` where no finished request has a second token, or tokens take no time.
+    """
+    mean_s = summary(tpot_s)["mean"]
+    return 1 / mean_s if mean_s else None
 
 
 def _rate(requests: Requests, server: int, own: npt.NDArray[np.bool_]) -> float | None:

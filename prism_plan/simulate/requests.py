@@ -92,6 +92,17 @@ class Requests:
     def __len__(self) -> int:
         return len(self.home)
 
+    @property
+    def later_tokens(self) -> npt.NDArray[np.int64]:
+        """Tokens that each request's answer has after the first, int64 [R].
+
+        Each decode step makes one; without a prefill the first of them makes the first token.
+        """
+        prompts = self.prompts
+        tokens = prompts.decode_tokens.astype(np.int64) - (prompts.prefill_tokens == 0)
+        later: npt.NDArray[np.int64] = tokens[self.prompt]
+        return later
+
 
 def _make_read_only(record: Prompts | Requests) -> None:
     for value in vars(record).values():

@@ -62,6 +62,7 @@ def make_run(
         "latency_s": times,
         "ttft_s": times,
         "tpot_s": times,
+        "user_tokens_per_s": None if not finished else 1 / times["mean"],
         "queueing_s": times,
         "remote_share": share,
         "waiting_share": None if share is None else min(2 * share, 1.0),

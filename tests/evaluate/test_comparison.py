@@ -159,6 +159,9 @@ def test_latencies_are_those_of_the_simulator(trace: Trace, cluster: Cluster) ->
         for key, of in (("latency_mean_s", "latency_s"), ("ttft_mean_s", "ttft_s")):
             mean = sum(runs[index][of]["mean"] for runs in samples) / 3
             assert found[key] == pytest.approx(mean, rel=1e-12)
+        # every request has as many tokens that are timed in each sample
+        tpot_s = sum(runs[index]["tpot_s"]["mean"] for runs in samples) / 3
+        assert found["user_tokens_per_s"] == pytest.approx(1 / tpot_s, rel=1e-12)
     best = min(rows, key=lambda row: row["latency_mean_s"])
     assert best["latency_above_best_low"] is best["latency_above_best_high"] is None
     for row in rows:

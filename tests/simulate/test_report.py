@@ -26,7 +26,13 @@ from prism_plan.placement import Placement
 from prism_plan.simulate.arrival_trace import Arrival, ArrivalTrace
 from prism_plan.simulate.calibration import Calibration, GpuCurves
 from prism_plan.simulate.phase_schedule import Phase, Schedule
-from prism_plan.simulate.report import TIMELINE_BINS, SimulationRun, _timeline, summary
+from prism_plan.simulate.report import (
+    TIMELINE_BINS,
+    SimulationRun,
+    _timeline,
+    summary,
+    user_tokens_per_s,
+)
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.token_rates import expected_token_rates
@@ -64,6 +70,13 @@ def assert_close(found: Any, expected: Any) -> None:
         assert found[key] == (None if value is None else pytest.approx(value, rel=1e-12)), key
 
 
+def test_speed_for_a_user_counts_requests_alike() -> None:
+    """1 / mean TPOT: neither the mean of speeds, nor tokens over time; none without a time."""
+    assert user_tokens_per_s(np.array([0.1, 0.3, np.nan])) == pytest.approx(5.0)
+    assert user_tokens_per_s(np.array([np.nan])) is None
+    assert user_tokens_per_s(np.zeros(2)) is None
+
+
 # ----------------------------------------------------------------------- against the request table
 
 
@@ -88,6 +101,8 @@ def test_times_are_those_of_the_request_table(
     assert_close(run["ttft_s"], figures(t["first_token_s"] - t["arrival_s"]))
     assert_close(run["tpot_s"], figures(tpot))
     assert_close(run["queueing_s"], figures(queueing))
+    speed = None if run["tpot_s"]["mean"] is None else 1 / np.nanmean(tpot)
+    assert run["user_tokens_per_s"] == (None if speed is None else pytest.approx(speed, rel=1e-12))
     assert (run["tpot_s"]["mean"] is None) == (decode_tokens <= (prompt_tokens == 0))
     for server in run["servers"]:
         own = np.array(rows["server"]) == server["name"]

@@ -260,7 +260,7 @@ def _improve(  # pragma: no cover - compiled
     size: Array, held: Array, table: Array, most_steps: int,
 ) -> tuple[float, int]:  # fmt: skip
     """Local search: windows of each server, then single layers in exchange for others."""
-    homes, layers, servers = layer_s.shape
+    _, layers, servers = layer_s.shape
     best_table, made = np.zeros_like(table), np.zeros_like(table)
     trial = held.copy()
     best = _respond(
