@@ -59,9 +59,7 @@ class GroupProblem:
     size: npt.NDArray[np.int64]
 
 
-def improve(
-    problem: GroupProblem, held: Bools, most_steps: int
-) -> tuple[Bools, Table, float, int]:
+def improve(problem: GroupProblem, held: Bools, most_steps: int) -> tuple[Bools, Table, float, int]:
     """Improve holdings bool [M, L] by local search; the table int32 [H, L] and its seconds.
 
     The seconds are infinite where some layer cannot be executed. ``most_steps`` bounds the
@@ -218,9 +216,7 @@ def _respond(  # pragma: no cover - compiled
     best = np.inf
     for h in range(homes):  # a path for a request on its own, to begin with
         if not fixed[h]:
-            _path(
-                layer_s[h], hop_s[h], id_s[h], start_s[h], factor, held, cost, before, table[h]
-            )
+            _path(layer_s[h], hop_s[h], id_s[h], start_s[h], factor, held, cost, before, table[h])
     best = _seconds(
         layer_s, called_s, hop_s, id_s, start_s, home, fixed, rates, weights, places, variation,
         held, table, work_s, at_s,
@@ -239,9 +235,7 @@ def _respond(  # pragma: no cover - compiled
                         waiting += rates[k] * at_s[k, m]
                         caused += rates[k] * work_s[k, m]
                 factor[m] = 1.0 + waiting + caused
-            _path(
-                layer_s[h], hop_s[h], id_s[h], start_s[h], factor, held, cost, before, table[h]
-            )
+            _path(layer_s[h], hop_s[h], id_s[h], start_s[h], factor, held, cost, before, table[h])
             now = _seconds(
                 layer_s, called_s, hop_s, id_s, start_s, home, fixed, rates, weights, places,
                 variation, held, table, work_s, at_s,
