@@ -19,7 +19,7 @@ from prism_plan.cluster import Cluster, Gpu, Server
 from prism_plan.latency.idle_layers import layer_times
 from prism_plan.model_spec import ModelSpec
 from prism_plan.simulate.network import BYTES_PER_TOKEN_ID, Network
-from prism_plan.simulate.requests import Requests
+from prism_plan.simulate.requests import Prompts, Requests
 from prism_plan.simulate.sampling import DECODE_TOKENS, PROMPT_TOKENS, sample_requests
 from prism_plan.token_rates import request_rates, shares_by_task
 from prism_plan.trace import Trace
@@ -135,6 +135,31 @@ class IdleMeasure:
         self._requests = _prompts_by_task(trace, self._tasks, cluster.num_servers, seed)
         self._network = Network.of(cluster, model)
 
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts of all tasks."""
+        return self._requests.prompts
+
+    @property
+    def shares(self) -> Floats:
+        """Share of each task in the requests of each home, float64 [N, T], zero without users."""
+        return self._shares
+
+    @property
+    def members(self) -> Floats:
+        """Share of each prompt in the requests of a task, float64 [T, P]; 0 where not asked for."""
+        members = np.zeros((self._shares.shape[1], len(self.prompts)))
+        np.add.at(members, (self._tasks[self._requests.home], self._requests.prompt), 1.0)
+        total = members.sum(axis=1, keepdims=True)
+        shares: Floats = members / np.where(total > 0, total, 1.0)
+        return shares
+
+    def request_weights(self, cluster: Cluster) -> Floats:
+        """As :func:`request_weights`."""
+        prefill, decode = self.prompts.prefill_tokens, self.prompts.decode_tokens
+        tokens = self._shares @ self._by_task(prefill.astype(np.int64) + decode)
+        return weights_of(tokens, cluster)
+
     def idle_time(self, on_gpu: npt.NDArray[np.bool_]) -> IdleTime:
         """The idle time of requests under a placement bool [G, L, E], in parts.
 
@@ -203,10 +228,15 @@ def request_weights(idle: IdleTime, cluster: Cluster) -> Floats:
     In proportion to arrival rates; where a server with users has none, to ``weight``, which counts
     tokens, over the mean tokens of a request.
     """
+    return weights_of(idle.tokens, cluster)
+
+
+def weights_of(tokens: Floats, cluster: Cluster) -> Floats:
+    """As :func:`request_weights`, by the mean tokens of a request of each home, [N]."""
     rates = request_rates(cluster)
     if rates is None:
         weights = np.array([s.weight or 0.0 if s.has_users else 0.0 for s in cluster.servers])
-        rates = weights / np.where(idle.tokens > 0, idle.tokens, 1.0)
+        rates = weights / np.where(tokens > 0, tokens, 1.0)
     shares: Floats = rates / rates.sum()
     return shares
 

@@ -52,21 +52,21 @@ def with_paths(solver: Solver, name: str) -> Solver:
 
     def plan(instance: Instance, options: Options) -> SolverResult:
         cluster, trace = cluster_and_trace(instance, name)
-        return _Planner(solver, instance, cluster, trace, options).best()
+        return TablePlanner(solver, instance, cluster, trace, options).best()
 
     return dataclasses.replace(solver, name=name, function=plan)
 
 
 @dataclass(frozen=True, eq=False)
-class _Placed:
+class Placed:
     """What the solver placed with these capacities, and a table for it."""
 
     result: SolverResult
     plan: Placement
 
 
-class _Planner:
-    """Plans with and without a table, and chooses."""
+class TablePlanner:
+    """Plans of a solver of experts with and without a table, and the choice between them."""
 
     def __init__(
         self, solver: Solver, instance: Instance, cluster: Cluster, trace: Trace, options: Options
@@ -80,15 +80,15 @@ class _Planner:
     def best(self) -> SolverResult:
         """The plan with the best table, or the one at home."""
         try:
-            placed, idle = self._with_table()
+            placed, idle = self.with_table()
         except Infeasible as error:
-            home = self._with_home()
+            home = self.with_home()
             if home is None:
                 raise
             return self._result(
                 home, {AT_HOME_BECAUSE: f"no table fits beside its KV caches: {error}"}
             )
-        home = self._with_home()
+        home = self.with_home()
         if home is not None and placed.plan.execution is None:
             because = "no table is faster for a request on its own"
             return self._result(home, {AT_HOME_BECAUSE: because})
@@ -96,12 +96,12 @@ class _Planner:
             return self._result(placed, {})
         return self._fastest(placed, idle, home)
 
-    def _fastest(self, placed: _Placed, idle: IdleTime, home: _Placed | None) -> SolverResult:
+    def _fastest(self, placed: Placed, idle: IdleTime, home: Placed | None) -> SolverResult:
         """The candidate that is fastest in short simulations."""
         candidates = {"paths": placed}
         rates = request_rates(self._cluster)
         assert rates is not None  # or queues would not matter
-        tolled = self._if_it_fits(placed, tolled_paths(idle, rates, self._at_home))
+        tolled = self.if_it_fits(placed, tolled_paths(idle, rates, self._at_home))
         if tolled is not None:
             candidates["paths with tolls"] = tolled
         if home is not None:
@@ -119,7 +119,7 @@ class _Planner:
             note[AT_HOME_BECAUSE] = f"no table gained {MIN_GAIN:.0%} in short simulations"
         return self._result(candidates[best], {**note, "simulated_latency_s": means[best]})
 
-    def _with_table(self) -> tuple[_Placed, IdleTime]:
+    def with_table(self) -> tuple[Placed, IdleTime]:
         """Place, find the table, count what its caches leave, and place again until both fit."""
         cluster, model = self._cluster, self._trace.model
         reserved = [0] * cluster.num_servers  # for KV caches; it only grows from round to round
@@ -148,7 +148,7 @@ class _Planner:
             remedy="lower kv_tokens, or plan with every layer at home",
         )
 
-    def _with_home(self) -> _Placed | None:
+    def with_home(self) -> Placed | None:
         """The solver's plan with every layer at home; ``None`` where there is none."""
         try:
             capacity = gpu_capacity(self._cluster, self._trace.model)
@@ -158,7 +158,7 @@ class _Planner:
         table = home_execution(self._cluster.num_servers, self._trace.model.num_layers)
         return self._placed(result, on_gpu, table, capacity)
 
-    def _if_it_fits(self, placed: _Placed, table: npt.NDArray[np.int32]) -> _Placed | None:
+    def if_it_fits(self, placed: Placed, table: npt.NDArray[np.int32]) -> Placed | None:
         """The same experts with another table, where its KV caches leave enough for them."""
         model, on_gpu = self._trace.model, placed.plan.on_gpu
         try:
@@ -174,13 +174,13 @@ class _Planner:
     def _placed(
         self, result: SolverResult, on_gpu: npt.NDArray[np.bool_], table: npt.NDArray[np.int32],
         capacity: Capacity,
-    ) -> _Placed:  # fmt: skip
+    ) -> Placed:  # fmt: skip
         report = SolveReport(self._solver.name)
         instance = self._instance
         plan = Placement(
             instance.model, instance.servers, capacity, on_gpu, report, execution=table
         )
-        return _Placed(result, plan)
+        return Placed(result, plan)
 
     def _place(self, capacity: Capacity) -> tuple[SolverResult, npt.NDArray[np.bool_]]:
         """What the solver places on GPUs of these capacities; each is planned once."""
@@ -194,7 +194,7 @@ class _Planner:
             self._known[capacity] = result, on_gpu
         return self._known[capacity]
 
-    def _result(self, placed: _Placed, note: Mapping[str, Any]) -> SolverResult:
+    def _result(self, placed: Placed, note: Mapping[str, Any]) -> SolverResult:
         idle = self._measure.idle_time(placed.plan.on_gpu)
         seconds = idle.of_table(placed.plan.execution_table)
         expected_s = float(request_weights(idle, self._cluster) @ seconds)

@@ -32,7 +32,7 @@ from prism_plan.token_rates import request_rates
 from prism_plan.trace import Trace
 
 
-class _Problem:
+class PipelineProblem:
     """What every group's plan is made from."""
 
     def __init__(self, instance: Instance, cluster: Cluster, trace: Trace, seed: int) -> None:
@@ -41,13 +41,13 @@ class _Problem:
         self.at_home = np.array([server.execute_at_home for server in cluster.servers])
         self.memory = RunMemory(instance, cluster, trace.model)
         holdings = [self._holding(m) for m in range(cluster.num_servers)]
-        self._idle = self.measure.idle_time(np.logical_or.reduce(holdings))
-        self.weights = request_weights(self._idle, cluster)
-        self._calls_s = self._called_layers(holdings)
+        self.idle = self.measure.idle_time(np.logical_or.reduce(holdings))
+        self.weights = request_weights(self.idle, cluster)
+        self.called_s = self._called_layers(holdings)
 
     def groups(self, load: float) -> Groups:
         """The groups that can be made of the cluster's servers, for so many requests per second."""
-        idle = self._idle
+        idle = self.idle
         distance_s = idle.latency_s + idle.token_bytes * idle.seconds_per_byte
         return Groups(
             self.cluster.num_servers, lambda members: self._plan_group(members, load), distance_s
@@ -56,9 +56,9 @@ class _Problem:
     def _plan_group(self, members: Members, load: float) -> Group | None:
         chosen = np.zeros(len(self.weights))
         chosen[sorted(members)] = self.weights[sorted(members)]
-        request = self._idle.of_homes(np.where(self.at_home, 0.0, chosen))
+        request = self.idle.of_homes(np.where(self.at_home, 0.0, chosen))
         for home in np.flatnonzero(self.at_home & (chosen > 0)):
-            request.layer_s[:] += chosen[home] * self._calls_s[int(home)]
+            request.layer_s[:] += chosen[home] * self.called_s[int(home)]
         # weights are shares of all requests: seconds times the rate of all are shares of time
         row = best_pipeline(request, self.memory.fits_until(sorted(members)), load)
         return None if row is None else Group(members, row, pipeline_s(request, row, load))
@@ -85,25 +85,25 @@ class _Problem:
         self, holdings: list[npt.NDArray[np.bool_]]
     ) -> dict[int, npt.NDArray[np.float64]]:
         """Of homes that execute everything: seconds of layer l held by server m, [L, N]."""
-        homes = np.flatnonzero(self.at_home & self._idle.has_users)
+        homes = np.flatnonzero(self.at_home & self.idle.has_users)
         if not len(homes):
             return {}
         # [holders, T, L, homes]
         found = np.array([self.measure.layer_s(held, homes.tolist()) for held in holdings])
         return {
-            int(home): np.einsum("t,mtl->lm", self._idle.shares[home], found[..., number])
+            int(home): np.einsum("t,mtl->lm", self.idle.shares[home], found[..., number])
             for number, home in enumerate(homes)
         }
 
 
 def _solve(instance: Instance, options: Options) -> SolverResult:
     cluster, trace = cluster_and_trace(instance, "pipeline")
-    problem = _Problem(instance, cluster, trace, options.seed)
+    problem = PipelineProblem(instance, cluster, trace, options.seed)
     partitions = problem.groups(0.0).candidates()
     if not partitions:
         raise _no_pipeline(problem)
     named = {quantity(len(groups), "group"): groups for groups in partitions}
-    plans = {name: _placed(problem, groups) for name, groups in named.items()}
+    plans = {name: placed_groups(problem, groups) for name, groups in named.items()}
     chosen = next(iter(plans))
     idle = problem.measure.idle_time(plans[chosen].on_gpu)
     extra: dict[str, Any] = {}
@@ -112,7 +112,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     ):
         for groups in problem.groups(float(rates.sum())).candidates():
             name = f"{quantity(len(groups), 'group')} for the load"
-            named[name], plans[name] = groups, _placed(problem, groups)
+            named[name], plans[name] = groups, placed_groups(problem, groups)
         samples = simulated_s(plans, cluster, trace, options.seed)
         means = {name: mean(seconds) for name, seconds in samples.items()}
         chosen = min(means, key=means.__getitem__)
@@ -133,7 +133,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     )
 
 
-def _placed(problem: _Problem, groups: Partition) -> Placement:
+def placed_groups(problem: PipelineProblem, groups: Partition) -> Placement:
     """The experts and the table of some groups."""
     instance, model = problem.instance, problem.trace.model
     table = home_execution(instance.num_servers, model.num_layers)
@@ -159,7 +159,7 @@ def _placed(problem: _Problem, groups: Partition) -> Placement:
     )  # fmt: skip
 
 
-def _no_pipeline(problem: _Problem) -> Infeasible:
+def _no_pipeline(problem: PipelineProblem) -> Infeasible:
     """Why no order of servers holds every layer whole."""
     runs = problem.memory.fits_until(range(problem.cluster.num_servers))
     layers = runs.shape[1]

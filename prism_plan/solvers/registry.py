@@ -21,7 +21,7 @@ SOLVER_NAMES = (
     "exact",
 )
 #: Solvers that plan experts and where layers execute together; the links of a cluster are needed.
-TABLE_SOLVERS = ("pipeline",)
+TABLE_SOLVERS = ("pipeline", "latency")
 ALL_SOLVERS = (*SOLVER_NAMES, *TABLE_SOLVERS)
 
 #: After the name of a solver of experts: layers execute where that takes the least idle time.

@@ -1,0 +1,171 @@
+"""Plans of whole layers under load: which servers hold which, group by group.
+
+Each group of servers serves its own homes. The search (:mod:`.whole_layers`) starts from servers
+filled one after the other, from the group's pipeline, and from changes of the best one drawn at
+random; it stops by work.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.execution_table import home_execution
+from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
+from prism_plan.solvers.latency.problem import Bools, LatencyProblem, Table
+from prism_plan.solvers.latency.whole_layers import GroupProblem, improve
+from prism_plan.solvers.pipeline import PipelineProblem
+from prism_plan.solvers.pipeline_groups import Partition
+
+#: Groups of at most so many servers are searched.
+MAX_SERVERS = 8
+#: Orders in which servers are filled, and changes that are drawn at random.
+ORDERS, CHANGES = 6, 16
+#: Holdings that a local search tries at most, and steps of the dynamic programme of all of them.
+MAX_TRIED, MAX_WORK = 20_000, 3_000_000_000
+#: KV caches lie where layers execute: search, count, search again.
+MAX_ROUNDS = 10
+#: Squared coefficient of variation of a request's seconds where it is not known.
+VARIATION = 0.2
+
+
+def window_plan(
+    problem: LatencyProblem, pipelines: PipelineProblem, partition: Partition, effort: int = 1
+) -> tuple[Table, Bools] | None:
+    """The table int32 [N, L] and the whole layers bool [N, L] of the best plan that was found.
+
+    ``None`` where a group is too large, or its memory too small. ``effort`` multiplies the work.
+    """
+    if any(len(group.members) > MAX_SERVERS for group in partition):
+        return None
+    cluster, model = problem.cluster, problem.model
+    reserved = [0] * cluster.num_servers
+    for _ in range(MAX_ROUNDS):
+        room = [sum(gpus) for gpus in capacity_with_kv(cluster, model, reserved)]
+        found = _searched(problem, pipelines, partition, room, effort)
+        if found is None:
+            return None
+        table, whole = found
+        needed = kv_bytes(cluster, model, table)
+        reserved = [max(before, now) for before, now in zip(reserved, needed, strict=True)]
+        left = [sum(gpus) for gpus in capacity_with_kv(cluster, model, reserved)]
+        held = whole @ _layer_size(problem)
+        if (held <= left).all():
+            return found
+    return None
+
+
+def _layer_size(problem: LatencyProblem) -> npt.NDArray[np.int64]:
+    return problem.instance.expert_size * problem.model.num_experts
+
+
+def _searched(
+    problem: LatencyProblem, pipelines: PipelineProblem, partition: Partition,
+    room: Sequence[int], effort: int,
+) -> tuple[Table, Bools] | None:  # fmt: skip
+    servers, layers = problem.cluster.num_servers, problem.model.num_layers
+    table = home_execution(servers, layers)
+    whole = np.zeros((servers, layers), bool)
+    for group in partition:
+        members = sorted(group.members)
+        asked = _group_problem(problem, pipelines, members, room)
+        owned = np.zeros((len(members), layers), bool)
+        owned[[members.index(m) for m in group.row.tolist()], np.arange(layers)] = True
+        found = _best(asked, owned, problem.seed, effort, len(partition))
+        if found is None:
+            return None
+        held, rows = found
+        whole[members] = held
+        homes = [members[m] for m in asked.home.tolist()]
+        table[homes] = np.array(members, np.int32)[rows]
+    return table, whole
+
+
+def _group_problem(
+    problem: LatencyProblem, pipelines: PipelineProblem, members: Sequence[int],
+    room: Sequence[int],
+) -> GroupProblem:  # fmt: skip
+    idle, weights = pipelines.idle, problem.weights
+    homes = [m for m in members if idle.has_users[m]] or [members[0]]
+    requests = [idle.of_home(n) for n in homes]
+    within = np.ix_(members, members)
+    layers = problem.model.num_layers
+    called = np.zeros((len(homes), layers))
+    for number, n in enumerate(homes):
+        if n in pipelines.called_s:
+            called[number] = pipelines.called_s[n][:, members].min(axis=1)
+    return GroupProblem(
+        layer_s=np.array([request.layer_s[:, members] for request in requests]),
+        called_s=called,
+        hop_s=np.array([request.hop_s[within] for request in requests]),
+        id_s=np.array([request.id_s[within] for request in requests]),
+        start_s=np.array([request.start_s[members] for request in requests]),
+        home=np.array([members.index(n) for n in homes], np.int64),
+        fixed=problem.at_home[homes],
+        rates=problem.rates[homes],
+        weights=weights[homes],
+        places=np.array([problem.places[n] for n in homes], np.float64),
+        variation=np.full(len(homes), VARIATION),
+        room=np.array([room[m] for m in members], np.int64),
+        size=_layer_size(problem),
+    )
+
+
+def _best(
+    asked: GroupProblem, owned: Bools, seed: int, effort: int, groups: int
+) -> tuple[Bools, Table] | None:
+    """The best of the local searches from all starts."""
+    homes, layers, servers = asked.layer_s.shape
+    step = 3 * homes * layers * servers**3
+    tries = min(MAX_TRIED, MAX_WORK // step // groups) * effort
+    if tries < 1:
+        return None
+    found = []
+    for start in itertools.chain([owned], _filled(asked)):
+        held, table, seconds, tried = improve(asked, start, tries)
+        tries -= tried
+        found.append((seconds, held, table))
+        if tries < 1:
+            break
+    rng = np.random.default_rng(seed)
+    for _ in range(CHANGES * effort):
+        if tries < 1:
+            break
+        seconds, held, table = min(found, key=lambda plan: plan[0])
+        start = held.copy()
+        for m in rng.choice(servers, size=min(servers, 2), replace=False).tolist():
+            start[m] = _window(asked, m, int(rng.integers(layers)))
+        held, table, seconds, tried = improve(asked, start, tries)
+        tries -= tried
+        found.append((seconds, held, table))
+    seconds, held, table = min(found, key=lambda plan: plan[0])
+    return (held, table) if np.isfinite(seconds) else None
+
+
+def _filled(asked: GroupProblem) -> Iterator[Bools]:
+    """Servers filled with one layer after the other, in several orders; again from the first."""
+    _, layers, servers = asked.layer_s.shape
+    for order in itertools.islice(itertools.permutations(range(servers)), ORDERS):
+        held = np.zeros((servers, layers), bool)
+        begin = 0
+        for m in order:
+            held[m] = _window(asked, m, begin)
+            begin = (begin + int(held[m].sum())) % layers
+        yield held
+
+
+def _window(asked: GroupProblem, server: int, begin: int) -> Bools:
+    """The layers from one on that a server holds, as long as its memory goes; bool [L]."""
+    layers = len(asked.size)
+    held = np.zeros(layers, bool)
+    left = int(asked.room[server])
+    for number in range(layers):
+        layer = (begin + number) % layers
+        if asked.size[layer] > left:
+            break
+        held[layer] = True
+        left -= int(asked.size[layer])
+    return held
