@@ -14,8 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -23,6 +22,7 @@ import click
 import prism_plan as pp
 from studies.grid.cells import Cell, all_cells, named, quarter
 from studies.grid.measure import BASELINES, JUDGED, Run, interval_s, known, measured
+from studies.grid.processes import finished
 from studies.grid.record import SEEDS, CellRecord, read_records, record_of, write_records
 from studies.grid.verdict import report
 from studies.machine import commit
@@ -71,21 +71,9 @@ def run_all(path: Path, records: dict[str, CellRecord], todo: list[Job], process
         spent = time.perf_counter() - begun
         print(f"{done}/{len(todo)} {spent:.0f} s: {cell.name}, seed {seed}: {means}", flush=True)
 
-    if processes == 1:
-        for done, job in enumerate(todo, 1):
-            keep(job, *measured(*job), done)
-        return
-    # new interpreters: compiled loops and their threads do not survive a fork
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures: dict[Future[tuple[str, dict[str, Run]]], Job] = {
-            pool.submit(measured, *job): job for job in todo
-        }
-        try:
-            for done, future in enumerate(as_completed(futures), 1):
-                keep(futures[future], *future.result(), done)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with closing(finished(measured, todo, processes)) as results:
+        for done, (job, result) in enumerate(results, 1):
+            keep(job, *result, done)
 
 
 def _known(

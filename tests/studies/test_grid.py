@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import prism_plan as pp
 import studies.grid.__main__ as runner
 from studies.grid.cells import LOADS, MBPS, OTHERS, RTT_MS, SLOTS, all_cells, named, quarter
 from studies.grid.measure import BASELINES, Run, fingerprint, interval_s, measured, routing
+from studies.grid.processes import finished
 from studies.grid.record import SEEDS, CellRecord, read_records, record_of, write_records
 from studies.grid.verdict import report, verdict
+from tests.limits import HANG_S
 
 # ------------------------------------------------------------------------------------------- cells
 
@@ -185,6 +189,23 @@ def test_a_run_that_fails_leaves_the_others(
     monkeypatch.setattr(runner, "measured", failing)
     assert call(file, "--cells", CELL).exit_code != 0
     assert set(read_records(file)[CELL].runs["prism"]) == {0, 1}
+
+
+def test_calls_that_share_processes() -> None:
+    """Each call's result comes with its arguments, and a call's error is raised."""
+    calls = [(7, 2), (9, 4), (5, 3)]
+    for processes in (1, 2):
+        assert dict(finished(divmod, calls, processes)) == {call: divmod(*call) for call in calls}
+    with pytest.raises(ZeroDivisionError):
+        list(finished(divmod, [(1, 0)], 2))
+
+
+def test_processes_end_with_their_caller() -> None:
+    """Calls that have not ended are left, so that Ctrl-C and refused runs end the grid."""
+    results = finished(time.sleep, [(0.0,), (HANG_S,), (HANG_S,), (HANG_S,)], 2)
+    assert next(results) == ((0.0,), None)
+    results.close()
+    assert not active_children()
 
 
 def test_named_solvers_are_run_anew_after_a_change(
