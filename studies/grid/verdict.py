@@ -196,9 +196,12 @@ def _sums(records: Mapping[str, CellRecord], verdicts: Mapping[str, Verdict]) ->
     ]
     if ratios:
         yield f"`latency` to the best baseline: {min(ratios):.3f} to {max(ratios):.3f}"
-    for solver, commits in sorted(_commits(records, verdicts).items()):
+    together: dict[str, list[str]] = {}
+    for solver, commits in _commits(records, verdicts).items():
         told = ", ".join(f"{commit} ({n} runs)" for commit, n in commits.items())
-        yield f"commits of `{solver}`: {told}"
+        together.setdefault(told, []).append(f"`{solver}`")
+    for told, solvers in together.items():
+        yield f"commits of {', '.join(solvers)}: {told}"
 
 
 def _commits(records: Mapping[str, CellRecord], names: Iterable[str]) -> dict[str, dict[str, int]]:

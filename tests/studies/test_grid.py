@@ -359,7 +359,7 @@ def test_missing_runs_leave_a_cell_open() -> None:
 
 def test_the_claim_holds_only_where_all_cells_are_judged() -> None:
     """A failure, a cell that was not run, or fewer seeds than five: the claim does not hold."""
-    good = CellRecord(2.5, 8, 200, runs=runs_of({"mean_s": 0.9}))
+    good = CellRecord(2.5, 8, 200, runs=runs_of({"mean_s": 0.9, "commit": "bbb"}))
     text, holds = report({CELL: good}, [CELL])
     assert holds
     assert "1 PASS, 0 FAIL, 0 loaded, 0 open" in text
@@ -367,7 +367,7 @@ def test_the_claim_holds_only_where_all_cells_are_judged() -> None:
         f"| {CELL} | 2.5 s | `pipeline` | 1 s | 30% | `exact+paths` +10.0% | 0.900 | 0.900–0.900 |"
     )
     assert row in text
-    assert "commits of `latency`: aaa (5 runs)" in text
+    assert "`offload`: aaa (5 runs)\ncommits of `latency`: bbb (5 runs)" in text
     assert not report({CELL: good}, [CELL, "832-100-5-40"])[1]
     bad = CellRecord(2.5, 8, 200, runs=runs_of({"mean_s": 1.1}))
     assert not report({CELL: bad}, [CELL])[1]
