@@ -7,6 +7,7 @@
 # make schemas write the JSON Schemas of prism_plan/schemas anew from the models in prism_plan/io
 # make bench   measure and record the speeds that tests/benchmarks/README.md promises
 # make bench BASE=REV [CASES="A,B"]  measure an older commit and the working tree in turn: ratios
+# make grid    hold `latency` against the best of the others in a quarter of the grid (studies)
 # Only Python (3.11 or newer) and make are needed. PyTorch comes from the package index that pip is
 # set up for; on Linux that is a large build with CUDA unless the index offers the CPU build.
 
@@ -24,7 +25,7 @@ TEST_PROCESSES ?= 2
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
-.PHONY: demo demo-model test test-long same lint schemas bench clean
+.PHONY: demo demo-model test test-long same lint schemas bench grid clean
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -73,6 +74,10 @@ schemas: $(VENV)/installed
 
 bench: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m tests.benchmarks $(if $(BASE),--base "$(BASE)") $(if $(CASES),--cases "$(CASES)")
+
+grid: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/python -m studies.grid --quarter --renew latency
+	$(BIN)/python -m studies.grid --quarter --report
 
 clean:
 	rm -rf $(VENV) demo-out build *.egg-info

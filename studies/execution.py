@@ -48,8 +48,11 @@ def changed(
     for n, server in enumerate(base.servers):
         gpus = server.gpus
         if slots is not None:
-            each = slots[n] // len(gpus)
-            gpus = tuple(dataclasses.replace(gpu, memory_bytes=None, slots=each) for gpu in gpus)
+            each, more = divmod(slots[n], len(gpus))
+            gpus = tuple(
+                dataclasses.replace(gpu, memory_bytes=None, slots=each + (g < more))
+                for g, gpu in enumerate(gpus)
+            )
         if bandwidth_gbs is not None and tflops is not None:
             figures = {"memory_bandwidth_gbs": bandwidth_gbs, "tflops": tflops}
             gpus = tuple(dataclasses.replace(gpu, **figures) for gpu in gpus)
@@ -61,6 +64,22 @@ def changed(
     link = dataclasses.replace(base.link, bandwidth_mbps=mbps, rtt_ms=rtt_ms)
     found = dataclasses.replace(base, servers=tuple(made), link=link)
     return vary_cluster(found, gpus=4 * servers // 3)
+
+
+def unequal_gpus(base: pp.Cluster) -> pp.Cluster:
+    """Three servers with GPUs of 205, 1555 and 672 GB/s."""
+    figures = ((205.0, 30.0), (1555.0, 312.0), (672.0, 125.0))
+    unequal = tuple(
+        dataclasses.replace(
+            server,
+            gpus=tuple(
+                dataclasses.replace(gpu, memory_bandwidth_gbs=gbs, tflops=tflops)
+                for gpu in server.gpus
+            ),
+        )
+        for server, (gbs, tflops) in zip(base.servers, figures, strict=True)
+    )
+    return dataclasses.replace(base, servers=unequal)
 
 
 def measured(
@@ -188,25 +207,13 @@ def load() -> dict[str, Any]:
 def gpus() -> dict[str, Any]:
     """Weak GPUs, unequal ones, and links so fast that layers are best at home."""
     weak = {"bandwidth_gbs": 205.0, "tflops": 30.0}
-    base = changed()
-    figures = ((205.0, 30.0), (1555.0, 312.0), (672.0, 125.0))
-    unequal = tuple(
-        dataclasses.replace(
-            server,
-            gpus=tuple(
-                dataclasses.replace(gpu, memory_bandwidth_gbs=gbs, tflops=tflops)
-                for gpu in server.gpus
-            ),
-        )
-        for server, (gbs, tflops) in zip(base.servers, figures, strict=True)
-    )
     fast = {"mbps": 100_000.0, "rtt_ms": 0.02, "places": 8, "interval_s": 0.35}
     return measured(
         {
             "weak, every 10 s": changed(**weak),
             "weak, every 3 s": changed(**weak, interval_s=3.0),
             "weak, every 1.5 s, 4 places": changed(**weak, interval_s=1.5, places=4),
-            "unequal, every 10 s": dataclasses.replace(base, servers=unequal),
+            "unequal, every 10 s": unequal_gpus(changed()),
             "100 Gbit/s, 0.02 ms, 8 places, every 0.35 s": changed(**fast),
             "the same, 832 832 1664": changed(**fast, slots=(832, 832, 1664)),
         }
