@@ -38,7 +38,8 @@ class Options:
     seed
         Seed of solvers that draw random numbers.
     time_limit_s
-        Wall time for the search of `ilp`; no limit by default.
+        Wall time for the search of `ilp`, no limit by default; `latency` searches on until then,
+        and stops by work without it.
     backend
         Back end of `ilp`: ``"highs"`` or ``"cbc"``.
     reference
@@ -46,7 +47,10 @@ class Options:
         and of equally good placements the one with fewer loads is chosen.
     load_price
         Price of a load in the unit of the activations (calls per second): an expert is loaded only
-        where it saves more remote calls than this.
+        where it saves more remote calls than this. For `latency` seconds of mean request latency a
+        GiB that is newly loaded.
+    whole_layers
+        `latency` plans whole layers only, on one server each or several.
 
     Raises
     ------
@@ -59,6 +63,7 @@ class Options:
     backend: Literal["highs", "cbc"] = "highs"
     reference: Placement | None = None
     load_price: float = 0.0
+    whole_layers: bool = False
 
     def __post_init__(self) -> None:
         require_integer(self.seed, 0, MAX_SEED, "seed")

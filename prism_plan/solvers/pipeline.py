@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
@@ -31,12 +32,23 @@ from prism_plan.solvers.pipeline_order import best_pipeline, pipeline_s
 from prism_plan.token_rates import request_rates
 from prism_plan.trace import Trace
 
+#: As :func:`deal_out`.
+Deal = Callable[
+    [Sequence[int], Sequence[int], Instance, npt.NDArray[np.float64]], npt.NDArray[np.bool_]
+]
+
 
 class PipelineProblem:
-    """What every group's plan is made from."""
+    """What every group's plan is made from.
 
-    def __init__(self, instance: Instance, cluster: Cluster, trace: Trace, seed: int) -> None:
+    ``deal`` distributes a server's layers over its GPUs, as :func:`deal_out` does by default.
+    """
+
+    def __init__(
+        self, instance: Instance, cluster: Cluster, trace: Trace, seed: int, deal: Deal = deal_out
+    ) -> None:
         self.instance, self.cluster, self.trace, self.seed = instance, cluster, trace, seed
+        self._deal = deal
         self.measure = IdleMeasure(trace.model, cluster, trace, seed)
         self.at_home = np.array([server.execute_at_home for server in cluster.servers])
         self.memory = RunMemory(instance, cluster, trace.model)
@@ -76,7 +88,7 @@ class PipelineProblem:
         first = sum(gpus[:server])
         held = np.zeros((sum(gpus), model.num_layers, model.num_experts), bool)
         load = self.instance.activations.sum(axis=0)
-        held[first : first + gpus[server]] = deal_out(
+        held[first : first + gpus[server]] = self._deal(
             enough, range(model.num_layers), self.instance, load
         )
         return held

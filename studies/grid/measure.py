@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from prism_plan.solvers.idle_time import IdleMeasure
 
 import prism_plan as pp
 from prism_plan.errors import Infeasible
@@ -18,7 +19,6 @@ from prism_plan.profiling.counts_csv import read_counts
 from prism_plan.profiling.sources import Source
 from prism_plan.solvers import get_solver
 from prism_plan.solvers.busy_servers import busiest_share
-from prism_plan.solvers.idle_time import IdleMeasure
 from studies import paper
 from studies.grid.cells import Cell
 

@@ -23,47 +23,67 @@ Bools = npt.NDArray[np.bool_]
 MAX_SWEEPS = 20
 
 
-def deal_experts(
-    capacity: Sequence[int], held: Bools, size: npt.NDArray[np.int64],
-    load: npt.NDArray[np.float64], tokens: npt.NDArray[np.uint16],
-) -> Bools:  # fmt: skip
-    """What each GPU of a server holds of the experts that it holds, bool [GPUs, L, E].
+class GpuDealer:
+    """Distributes experts by the tokens of one trace; what it found for a layer it finds again.
 
-    ``capacity`` of each GPU is in the unit of ``size`` [L], that of an expert of each layer;
-    ``held`` bool [L, E]; ``load`` [L, E] are calls. ``tokens`` uint16 [tokens, L, K] are experts
-    that are called together. Experts of a layer go by falling load to the GPU with the fewest of
-    that layer, then least filled; ties: lowest GPU. Experts of a layer then change places where a
-    token's experts are spread more evenly by that, :data:`MAX_SWEEPS` times at most.
-
-    Raises
-    ------
-    ValueError
-        The experts do not fit.
+    ``tokens`` uint16 [tokens, L, K] are experts that are called together; none: experts are dealt
+    out by their load alone. ``size`` int64 [L] is that of an expert of each layer.
     """
-    layers, experts = held.shape
-    owner = np.full((layers, experts), -1, np.int64)
-    used = [0] * len(capacity)
-    for layer in range(layers):
-        of_layer = [0] * len(capacity)
-        chosen = np.flatnonzero(held[layer])
-        for expert in chosen[np.argsort(-load[layer, chosen], kind="stable")].tolist():
-            room = [g for g, most in enumerate(capacity) if used[g] + size[layer] <= most]
-            if not room:
-                raise ValueError(f"experts do not fit GPUs of {list(capacity)}")
-            gpu = min(room, key=lambda g: (of_layer[g], used[g] / capacity[g]))
-            owner[layer, expert] = gpu
-            used[gpu] += int(size[layer])
-            of_layer[gpu] += 1
-    if len(capacity) > 1 and len(tokens):
-        number, top_k = len(tokens), tokens.shape[2]
+
+    def __init__(self, tokens: npt.NDArray[np.uint16], size: npt.NDArray[np.int64]) -> None:
+        self._tokens, self._size = as_constant(tokens), size
+        self._known: dict[tuple[int, bytes, tuple[int, ...]], npt.NDArray[np.int64]] = {}
+
+    def deal(self, capacity: Sequence[int], held: Bools, load: npt.NDArray[np.float64]) -> Bools:
+        """What each GPU of a server holds of the experts that it holds, bool [GPUs, L, E].
+
+        ``capacity`` of each GPU is in the unit of the sizes; ``held`` bool [L, E]; ``load`` [L, E]
+        are calls. Experts of a layer go by falling load to the GPU with the fewest of that layer,
+        then least filled; ties: lowest GPU. Experts of a layer then change places while that
+        spreads the experts of tokens more evenly.
+
+        Raises
+        ------
+        ValueError
+            The experts do not fit.
+        """
+        layers, experts = held.shape
+        packed = np.zeros((len(capacity), layers, experts), bool)
+        if len(capacity) == 1:
+            if int((held.sum(axis=1) * self._size).sum()) > capacity[0]:
+                raise ValueError(f"experts do not fit a GPU of {capacity[0]}")
+            packed[0] = held
+            return packed
+        used = [0] * len(capacity)
+        for layer in np.flatnonzero(held.any(axis=1)).tolist():
+            owner = np.full(experts, -1, np.int64)
+            of_layer = [0] * len(capacity)
+            chosen = np.flatnonzero(held[layer])
+            size = int(self._size[layer])
+            for expert in chosen[np.argsort(-load[layer, chosen], kind="stable")].tolist():
+                room = [g for g, most in enumerate(capacity) if used[g] + size <= most]
+                if not room:
+                    raise ValueError(f"experts do not fit GPUs of {list(capacity)}")
+                gpu = min(room, key=lambda g: (of_layer[g], used[g] / capacity[g]))
+                owner[expert] = gpu
+                used[gpu] += size
+                of_layer[gpu] += 1
+            key = layer, held[layer].tobytes(), tuple(of_layer)
+            if len(self._tokens) and key not in self._known:
+                self._known[key] = self._exchanged(layer, owner, len(capacity))
+            owner = self._known.get(key, owner)
+            packed[owner[chosen], layer, chosen] = True
+        return packed
+
+    def _exchanged(
+        self, layer: int, owner: npt.NDArray[np.int64], gpus: int
+    ) -> npt.NDArray[np.int64]:
+        number, _, top_k = self._tokens.shape
         _exchange(
-            as_constant(tokens), owner, np.zeros((number, len(capacity)), np.int64),
-            np.zeros(experts + 1, np.int64), np.zeros(number * top_k, np.int64),
+            self._tokens, layer, owner, np.zeros((number, gpus), np.int64),
+            np.zeros(len(owner) + 1, np.int64), np.zeros(number * top_k, np.int64),
         )  # fmt: skip
-    packed = np.zeros((len(capacity), layers, experts), bool)
-    layer, expert = np.nonzero(owner >= 0)
-    packed[owner[layer, expert], layer, expert] = True
-    return packed
+        return owner
 
 
 @kernel
@@ -92,47 +112,46 @@ def _moved(  # pragma: no cover - compiled
 
 @kernel
 def _exchange(  # pragma: no cover - compiled
-    tokens: Array, owner: Array, counts: Array, first: Array, callers: Array
+    tokens: Array, layer: int, owner: Array, counts: Array, first: Array, callers: Array
 ) -> None:
-    """Exchange experts of a layer between GPUs while tokens get shorter; changes ``owner`` [L, E].
+    """Exchange experts of a layer between GPUs while tokens get shorter; changes ``owner`` [E].
 
     ``counts`` [tokens, GPUs], ``first`` [E + 1] and ``callers`` [tokens K] are working memory.
     """
-    number, layers, top_k = tokens.shape
-    experts = owner.shape[1]
-    for layer in range(layers):
-        counts[:] = 0
-        first[:] = 0
-        for t in range(number):
-            for k in range(top_k):
-                e = int64(tokens[t, layer, k])
-                if owner[layer, e] >= 0:
-                    first[e] += 1
-                    counts[t, owner[layer, e]] += 1
-        for e in range(1, experts + 1):
-            first[e] += first[e - 1]
-        for t in range(number):  # from the ends of experts' calls back to where they begin
-            for k in range(top_k):
-                e = int64(tokens[t, layer, k])
-                if owner[layer, e] >= 0:
-                    first[e] -= 1
-                    callers[first[e]] = t
-        for _ in range(MAX_SWEEPS):
-            improved = False
-            for a in range(experts):
-                for b in range(a + 1, experts):
-                    at_a, at_b = owner[layer, a], owner[layer, b]
-                    if at_a < 0 or at_b < 0 or at_a == at_b:
-                        continue
-                    begin_a, end_a = first[a], first[a + 1]
-                    begin_b, end_b = first[b], first[b + 1]
-                    change = _moved(counts, callers, begin_a, end_a, at_a, at_b)
-                    change += _moved(counts, callers, begin_b, end_b, at_b, at_a)
-                    if change < 0:
-                        owner[layer, a], owner[layer, b] = at_b, at_a
-                        improved = True
-                    else:
-                        _moved(counts, callers, begin_a, end_a, at_b, at_a)
-                        _moved(counts, callers, begin_b, end_b, at_a, at_b)
-            if not improved:
-                break
+    number, _, top_k = tokens.shape
+    experts = len(owner)
+    counts[:] = 0
+    first[:] = 0
+    for t in range(number):
+        for k in range(top_k):
+            e = int64(tokens[t, layer, k])
+            if owner[e] >= 0:
+                first[e] += 1
+                counts[t, owner[e]] += 1
+    for e in range(1, experts + 1):
+        first[e] += first[e - 1]
+    for t in range(number):  # from the ends of experts' calls back to where they begin
+        for k in range(top_k):
+            e = int64(tokens[t, layer, k])
+            if owner[e] >= 0:
+                first[e] -= 1
+                callers[first[e]] = t
+    for _ in range(MAX_SWEEPS):
+        improved = False
+        for a in range(experts):
+            for b in range(a + 1, experts):
+                at_a, at_b = owner[a], owner[b]
+                if at_a < 0 or at_b < 0 or at_a == at_b:
+                    continue
+                begin_a, end_a = first[a], first[a + 1]
+                begin_b, end_b = first[b], first[b + 1]
+                change = _moved(counts, callers, begin_a, end_a, at_a, at_b)
+                change += _moved(counts, callers, begin_b, end_b, at_b, at_a)
+                if change < 0:
+                    owner[a], owner[b] = at_b, at_a
+                    improved = True
+                else:
+                    _moved(counts, callers, begin_a, end_a, at_b, at_a)
+                    _moved(counts, callers, begin_b, end_b, at_a, at_b)
+        if not improved:
+            break

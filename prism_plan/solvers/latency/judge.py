@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -17,79 +16,73 @@ from prism_plan.solvers.latency.problem import LatencyProblem
 
 Floats = npt.NDArray[np.float64]
 
-#: The formula is trusted where places and GPUs are busy for no more than this share of the time.
+#: The formula is trusted where places, GPUs and links are busy for no more than this share of time.
 TRUSTED_SHARE = 0.3
-#: Candidates within this share of the best by the formula are simulated.
-WITHIN = 0.3
+#: Candidates within this share of the best by the formula are simulated; where it is not trusted,
+#: those below so many times the best.
+WITHIN, UNTRUSTED = 0.3, 3.0
 #: Requests of a server in a sample; of large clusters fewer, so many in all.
 SIMULATED_REQUESTS, MAX_SIMULATED = 40, 600
-#: Rounds of simulations: samples of each, and how many of the best go on to it.
-ROUNDS = ((1, 16), (2, 6), (3, 3))
-
-
-@dataclass(frozen=True, eq=False)
-class Simulated:
-    """Seconds of all requests of some samples under a plan: [requests] each, and their homes."""
-
-    latency_s: Floats
-    ttft_s: Floats
-    home: npt.NDArray[np.int32]
-    later_s: Floats
-    later_tokens: npt.NDArray[np.int64]
-
-    @property
-    def mean_s(self) -> float:
-        """Mean seconds of a request."""
-        return float(self.latency_s.mean())
+#: Rounds of simulations: samples that come to those before, and how many plans take part.
+ROUNDS = ((1, 16), (2, 8), (3, 4))
 
 
 class Judge:
-    """Simulates plans on the same requests, in rounds: the best of one go on to the next."""
+    """Orders plans; those it simulates run on the same requests.
 
-    def __init__(self, problem: LatencyProblem) -> None:
-        self._problem = problem
+    ``price_s`` gives seconds that a plan costs beside its latency, for what it loads.
+    """
+
+    def __init__(self, problem: LatencyProblem, load_price: float = 0.0) -> None:
+        self._problem, self._price = problem, load_price
         users = sum(server.has_users for server in problem.cluster.servers)
         self._number = min(SIMULATED_REQUESTS, -(-MAX_SIMULATED // users))
         self._samples: dict[int, Requests] = {}
-        self._runs: dict[tuple[str, int], Floats] = {}
+        self._runs: dict[tuple[str, int], float] = {}
+        self.expected: dict[str, PlanLatency] = {}
+        self.simulated: dict[str, float] = {}
 
-    def best(
-        self, plans: Mapping[str, Placement], expected: Mapping[str, PlanLatency]
-    ) -> tuple[str, dict[str, float]]:
-        """The name of the fastest plan, and the simulated seconds of those that were simulated."""
-        by_formula = sorted(plans, key=lambda name: expected[name].mean_s)
-        first = by_formula[0]
+    def formula_s(self, name: str, plan: Placement) -> float:
+        """Seconds of a mean request by the formula, with the price of loads."""
+        if name not in self.expected:
+            self.expected[name] = self._problem.expected(plan)
+        return self.expected[name].mean_s + self.price_s(plan)
+
+    def price_s(self, plan: Placement) -> float:
+        """Seconds that a plan costs for what it loads."""
+        return self._price * self._problem.loaded_gib(plan) if self._price else 0.0
+
+    def close(self, plans: Mapping[str, Placement]) -> list[str]:
+        """Names of plans that may be the fastest, by the formula, best first."""
+        seconds = {name: self.formula_s(name, plan) for name, plan in plans.items()}
+        names = sorted(seconds, key=seconds.__getitem__)
+        best = names[0]
         if not self._problem.loaded:
-            return first, {}
-        close = [
-            name
-            for name in by_formula
-            if expected[name].mean_s <= (1 + WITHIN) * expected[first].mean_s
-            or not trusted(expected[name])
-            or not trusted(expected[first])
-        ]
-        if len(close) == 1:
-            return first, {}
-        simulated: dict[str, float] = {}
+            return names[:1]
+        most = 1 + WITHIN if trusted(self.expected[best]) else UNTRUSTED
+        return [name for name in names if seconds[name] <= most * seconds[best]]
+
+    def best(self, plans: Mapping[str, Placement]) -> str:
+        """The name of the fastest plan; ``simulated`` has the seconds of those simulated."""
+        close = self.close(plans)
         begin = 0
         for samples, most in ROUNDS:
             close = close[:most]
             if len(close) == 1:
                 break
-            for name in close:
-                runs = [self._run(name, plans[name], number) for number in range(begin + samples)]
-                simulated[name] = float(np.mean([run.mean() for run in runs]))
             begin += samples
-            close = sorted(close, key=simulated.__getitem__)
-        return close[0], simulated
+            for name in close:
+                runs = [self._run(name, plans[name], number) for number in range(begin)]
+                self.simulated[name] = float(np.mean(runs))
+            close = sorted(close, key=lambda n: self.simulated[n] + self.price_s(plans[n]))
+        return close[0]
 
-    def _run(self, name: str, plan: Placement, sample: int) -> Floats:
-        """Seconds of the requests of one sample under a plan."""
+    def _run(self, name: str, plan: Placement, sample: int) -> float:
+        """Mean seconds of the requests of one sample under a plan."""
         if (name, sample) not in self._runs:
-            requests = self._requests(sample)
-            problem = self._problem
+            requests, problem = self._requests(sample), self._problem
             outcome = short_run(plan, requests, problem.cluster, problem.model)
-            self._runs[name, sample] = outcome.done_s - requests.arrival_s
+            self._runs[name, sample] = float(np.mean(outcome.done_s - requests.arrival_s))
         return self._runs[name, sample]
 
     def _requests(self, sample: int) -> Requests:
@@ -104,10 +97,5 @@ class Judge:
 
 def trusted(expected: PlanLatency) -> bool:
     """Whether the formula is close to the simulator: nothing is busy for long."""
-    shares: Sequence[float] = (
-        expected.busiest_place,
-        float(expected.gpu_share.max()),
-        float(expected.up_share.max()),
-        float(expected.down_share.max()),
-    )
-    return max(shares) <= TRUSTED_SHARE
+    shares = (expected.place_share, expected.gpu_share, expected.up_share, expected.down_share)
+    return max(float(share.max()) for share in shares) <= TRUSTED_SHARE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,8 +19,9 @@ from prism_plan.placement import Placement, SolveReport, gpu_offsets
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.timing import timing
 from prism_plan.solvers.exact import solve_flow
-from prism_plan.solvers.latency.gpus import deal_experts
-from prism_plan.solvers.packing import expected_load
+from prism_plan.solvers.latency.gpus import GpuDealer
+from prism_plan.solvers.packing import expected_load, pack_on_gpus, reference_local
+from prism_plan.solvers.pipeline import PipelineProblem
 from prism_plan.solvers.shrinkage import shrunk_activations
 from prism_plan.token_rates import request_rates
 from prism_plan.trace import Trace
@@ -37,11 +40,18 @@ class LatencyProblem:
 
     ``calls`` [N, L, E] are the activations that the search uses, shrunk where the trace is short;
     ``rates`` [N] requests per second, zero where not all are known, and ``loaded`` whether they
-    are; ``weights`` [N] shares of all requests; ``at_home`` bool [N].
+    are; ``weights`` [N] shares of all requests; ``at_home`` bool [N]. ``held_before`` bool
+    [N, L, E] is what a ``reference`` placement has on the servers.
     """
 
-    def __init__(self, instance: Instance, cluster: Cluster, trace: Trace, seed: int) -> None:
+    def __init__(
+        self, instance: Instance, cluster: Cluster, trace: Trace, seed: int,
+        reference: Placement | None = None,
+    ) -> None:  # fmt: skip
         self.instance, self.cluster, self.trace, self.seed = instance, cluster, trace, seed
+        self.reference, self.held_before = reference, None
+        if reference is not None:
+            self.held_before = reference_local(instance, reference)
         self.model = trace.model
         self.measure = IdleMeasure(trace.model, cluster, trace, seed)
         self.at_home = np.array([server.execute_at_home for server in cluster.servers])
@@ -72,7 +82,9 @@ class LatencyProblem:
             gpu_start=gpu_start,
             dense_gpu=gpu_start[:-1] + np.array([s.dense_gpu for s in cluster.servers], np.int32),
         )
-        self._tokens = self._tokens_together()
+        self._dealer = GpuDealer(self._tokens_together(), instance.expert_size)
+        self._dealt: dict[tuple[int, ...], Bools] = {}
+        self.pipelines = PipelineProblem(instance, cluster, trace, seed, self._deal_layers)
 
     def expected(self, plan: Placement) -> PlanLatency:
         """The expected latency of a plan by the formula."""
@@ -88,11 +100,12 @@ class LatencyProblem:
         """
         return capacity_with_kv(self.cluster, self.model, kv_bytes(self.cluster, self.model, table))
 
-    def placed(self, table: Table, whole: Bools) -> Placement:
+    def placed(self, table: Table, whole: Bools, *, fill: bool = True) -> Placement:
         """A plan with a table in which servers hold these layers whole, as far as they may.
 
         ``whole`` bool [N, L]. What is left of memory goes to the experts that executing servers
-        call most, by the exact flow on moved activations, by all rules of the instance.
+        call most, by the exact flow on moved activations, by all rules of the instance; without
+        ``fill`` it stays free.
 
         Raises
         ------
@@ -100,12 +113,29 @@ class LatencyProblem:
             The experts do not fit beside the KV caches of the table.
         """
         capacity = self.capacity(table)
+        layers = np.repeat(whole[:, :, None], self.model.num_experts, axis=2)
+        if not fill:
+            return self.packed(layers, table, capacity)
         instance = self.instance.replace(gpu_capacity=capacity)
         require_feasible(instance)
         calls = moved_activations(self.calls, table)
-        wanted = calls + 4 * max(float(calls.max()), 1e-30) * whole[:, :, None]
-        local, _, _ = solve_flow(instance, wanted)
+        wanted = calls + 4 * max(float(calls.max()), 1e-30) * layers
+        local, _, _ = solve_flow(instance, wanted, self.held_before)
         return self.packed(local, table, capacity)
+
+    def if_it_fits(self, local: Bools, table: Table) -> Placement | None:
+        """A plan of experts ``local`` [N, L, E] with a table, or ``None``."""
+        try:
+            return self.packed(local, table, self.capacity(table))
+        except Infeasible:
+            return None
+
+    def loaded_gib(self, plan: Placement) -> float:
+        """GiB of experts that a plan loads beyond what servers held before; 0 if that is open."""
+        if self.held_before is None:
+            return 0.0
+        loads = (plan.local & ~self.held_before).sum(axis=(0, 2))
+        return float(loads @ np.array(self.model.expert_bytes_by_layer, np.float64)) / 2**30
 
     def packed(self, local: Bools, table: Table, capacity: Capacity) -> Placement:
         """A plan in which servers hold ``local`` [N, L, E], distributed over their GPUs.
@@ -115,22 +145,38 @@ class LatencyProblem:
         Infeasible
             They do not fit.
         """
-        load = expected_load(moved_activations(self.calls, table), local)
-        size = self.instance.expert_size
+        calls = moved_activations(self.calls, table)
+        instance = self.instance
+        if self.reference is not None and instance.in_slots:  # experts stay on their GPUs
+            if (local.sum(axis=(1, 2)) > [sum(gpus) for gpus in capacity]).any():
+                raise Infeasible("experts do not fit", shortfall=1, unit="experts", remedy="")
+            moved = instance.replace(gpu_capacity=capacity, activations=calls)
+            return self._plan(pack_on_gpus(moved, local, self.reference), table, capacity)
+        load = expected_load(calls, local)
         try:
-            on_gpu = [
-                deal_experts(room, local[n], size, load[n], self._tokens)
-                for n, room in enumerate(capacity)
-            ]
+            on_gpu = [self._dealer.deal(room, local[n], load[n]) for n, room in enumerate(capacity)]
         except ValueError as error:
             raise Infeasible(
                 f"{error}", shortfall=1, unit="experts", remedy="add memory"
             ) from error
-        instance = self.instance
+        return self._plan(np.concatenate(on_gpu), table, capacity)
+
+    def _plan(self, on_gpu: Bools, table: Table, capacity: Capacity) -> Placement:
+        instance, report = self.instance, SolveReport("latency")
         return Placement(
-            instance.model, instance.servers, capacity, np.concatenate(on_gpu),
-            SolveReport("latency"), execution=table,
-        )  # fmt: skip
+            instance.model, instance.servers, capacity, on_gpu, report, execution=table
+        )
+
+    def _deal_layers(
+        self, capacity: Sequence[int], layers: Sequence[int], instance: Instance, load: Floats
+    ) -> Bools:
+        """Whole layers on the GPUs of a server, as experts are dealt out; each kind once."""
+        key = tuple(capacity)
+        if key not in self._dealt:
+            held = np.zeros(load.shape, bool)
+            held[list(layers)] = True
+            self._dealt[key] = self._dealer.deal(key, held, load)
+        return self._dealt[key]
 
     def _tokens_together(self) -> npt.NDArray[np.uint16]:
         """Experts of the prompts' decode steps, or of all tokens where there are none."""

@@ -2,45 +2,111 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from typing import Any
+
+import numpy as np
 
 from prism_plan.errors import Infeasible
 from prism_plan.instance import Instance
+from prism_plan.instance_feasibility import require_feasible
 from prism_plan.placement import Placement
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, cluster_and_trace
-from prism_plan.solvers.latency.candidates import candidates
+from prism_plan.solvers.latency.best_response import best_response
+from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bound_s
+from prism_plan.solvers.latency.candidates import candidates, spread_over_gpus
 from prism_plan.solvers.latency.judge import Judge
 from prism_plan.solvers.latency.problem import LatencyProblem
+from prism_plan.solvers.latency.reasons import limits, reason
+from prism_plan.solvers.paths import shortest_paths
+
+#: Plans that are changed further: so many of the best by the formula.
+IMPROVED = 3
+#: With a time limit, how often the work doubles at most.
+MOST_EFFORT = 12
+
+
+class _Search:
+    """Plans by name, each kept once."""
+
+    def __init__(self, problem: LatencyProblem, options: Options) -> None:
+        self.problem, self.options = problem, options
+        self.plans: dict[str, Placement] = {}
+        self.judge = Judge(problem, options.load_price if options.reference is not None else 0.0)
+        self._known: set[bytes] = set()
+
+    def add(self, name: str, plan: Placement) -> None:
+        """Keep a plan unless it is known."""
+        key = np.packbits(plan.on_gpu).tobytes() + plan.execution_table.tobytes()
+        if key not in self._known:
+            self._known.add(key)
+            number = sum(known == name or known.startswith(f"{name} #") for known in self.plans)
+            self.plans[name if not number else f"{name} #{number + 1}"] = plan
+
+    def run(self, required: frozenset[Feature], effort: int) -> None:
+        """Collect candidates and improve the best of them."""
+        for name, plan in candidates(self.problem, self.options, required, effort):
+            self.add(name, plan)
+        if not self.plans:
+            return
+        if self.problem.reference is None:
+            for name in self._best(self.judge.close(self.plans) or list(self.plans)):
+                spread = spread_over_gpus(self.problem, self.plans[name])
+                if spread is not None:
+                    self.add(f"{name}, spread over GPUs", spread)
+        if not self.options.whole_layers and self.problem.instance.in_slots:
+            for name in self._best(list(self.plans))[:IMPROVED]:
+                for number, plan in enumerate(best_response(self.problem, self.plans[name]), 1):
+                    self.add(f"{name}, improved {number}", plan)
+
+    def _best(self, names: list[str]) -> list[str]:
+        """Names by the formula, best first."""
+        return sorted(names, key=lambda name: self.judge.formula_s(name, self.plans[name]))
 
 
 def _solve(instance: Instance, options: Options) -> SolverResult:
     cluster, trace = cluster_and_trace(instance, "latency")
-    problem = LatencyProblem(instance, cluster, trace, options.seed)
-    plans: dict[str, Placement] = {}
-    required = frozenset(
-        feature
-        for feature, needed in (
-            (Feature.MIN_REPLICAS, instance.min_replicas > 1),
-            (Feature.RULES, instance.has_rules),
-            (Feature.UNEQUAL_BYTES, not instance.in_slots),
-        )
-        if needed
-    )
-    for name, plan in candidates(problem, options, required, False, 1):
-        plans[name] = plan
-    if not plans:
-        raise Infeasible("no plan", shortfall=1, unit="slots", remedy="add memory")
-    expected = {name: problem.expected(plan) for name, plan in plans.items()}
-    chosen, simulated = Judge(problem).best(plans, expected)
-    plan = plans[chosen]
-    extra: dict[str, Any] = {
-        "expected_latency_s": expected[chosen].mean_s,
-        "candidates": {name: value.mean_s for name, value in expected.items()},
-        "chosen": chosen,
-        "parts_s": expected[chosen].by_part,
+    begin = time.monotonic()
+    problem = LatencyProblem(instance, cluster, trace, options.seed, options.reference)
+    needed = {
+        Feature.MIN_REPLICAS: instance.min_replicas > 1,
+        Feature.RULES: instance.has_rules,
+        Feature.UNEQUAL_BYTES: not instance.in_slots,
     }
-    if simulated:
-        extra |= {"simulated_s": simulated, "simulated_latency_s": simulated[chosen]}
+    required = frozenset(feature for feature, is_needed in needed.items() if is_needed)
+    search = _Search(problem, options)
+    search.run(required, 1)
+    if options.time_limit_s is not None:
+        for doubling in range(1, MOST_EFFORT):
+            spent = time.monotonic() - begin
+            if spent * 3 > options.time_limit_s:  # the next one takes twice as long as the last
+                break
+            search.problem.seed = (options.seed + doubling) % 2**31
+            search.run(required, 2**doubling)
+        search.problem.seed = options.seed
+    if not search.plans:
+        raise _no_plan(problem)
+    judge = search.judge
+    chosen = judge.best(search.plans)
+    plan, expected = search.plans[chosen], judge.expected[chosen]
+    unlimited = problem.pipelines.idle.of_table(
+        shortest_paths(problem.pipelines.idle, problem.at_home)
+    )
+    extra: dict[str, Any] = {
+        "expected_latency_s": expected.mean_s,
+        "expected_parts_s": expected.by_part,
+        "latency_bound_s": all_plans_bound_s(problem),
+        "whole_layers_bound_s": whole_layers_bound_s(problem, plan.execution_table),
+        "reason": reason(problem, plan, expected),
+        "limits": limits(expected, float(problem.weights @ unlimited)),
+        "chosen": chosen,
+        "candidates_s": {name: found.mean_s for name, found in judge.expected.items()},
+    }
+    if judge.simulated:
+        extra["simulated_s"] = judge.simulated
+        if chosen in judge.simulated:
+            extra["simulated_latency_s"] = judge.simulated[chosen]
     return SolverResult(
         plan.local,
         on_gpu=plan.on_gpu,
@@ -51,10 +117,29 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     )
 
 
+def _no_plan(problem: LatencyProblem) -> Infeasible:
+    """Why nothing fits: what the plan with every layer at home lacks."""
+    from prism_plan.expert_capacity import gpu_capacity
+
+    try:
+        capacity = gpu_capacity(problem.cluster, problem.model)
+        require_feasible(dataclasses.replace(problem.instance, gpu_capacity=capacity))
+    except Infeasible as error:
+        return error
+    return Infeasible(
+        "no plan was found that fits beside the KV caches",
+        shortfall=1,
+        unit="slots",
+        remedy="lower kv_tokens or add memory",
+    )
+
+
 SOLVER = Solver(
     name="latency",
     summary="experts and where layers execute, planned together for the least mean latency",
-    guarantee="never worse than its candidates by its own measure: prism, exact, layer-partition",
+    guarantee="never worse than prism, exact, layer-partition and pipeline by its own measure",
     function=_solve,
-    supports=frozenset({Feature.MIN_REPLICAS, Feature.RULES, Feature.UNEQUAL_BYTES}),
+    supports=frozenset(
+        {Feature.MIN_REPLICAS, Feature.RULES, Feature.UNEQUAL_BYTES, Feature.LOAD_PRICE}
+    ),
 )

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from prism_plan.errors import Infeasible
 from prism_plan.execution_table import home_execution
 from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.solvers.latency.problem import Bools, LatencyProblem, Table
 from prism_plan.solvers.latency.whole_layers import GroupProblem, improve
-from prism_plan.solvers.pipeline import PipelineProblem
 from prism_plan.solvers.pipeline_groups import Partition
 
 #: Groups of at most so many servers are searched.
@@ -26,36 +26,46 @@ MAX_SERVERS = 8
 ORDERS, CHANGES = 6, 16
 #: Holdings that a local search tries at most, and steps of the dynamic programme of all of them.
 MAX_TRIED, MAX_WORK = 20_000, 3_000_000_000
+#: So many of the best plans are given back.
+MOST_PLANS = 3
 #: KV caches lie where layers execute: search, count, search again.
 MAX_ROUNDS = 10
 #: Squared coefficient of variation of a request's seconds where it is not known.
 VARIATION = 0.2
 
 
-def window_plan(
-    problem: LatencyProblem, pipelines: PipelineProblem, partition: Partition, effort: int = 1
-) -> tuple[Table, Bools] | None:
-    """The table int32 [N, L] and the whole layers bool [N, L] of the best plan that was found.
+def window_plans(
+    problem: LatencyProblem, partition: Partition, effort: int = 1
+) -> list[tuple[Table, Bools]]:
+    """Tables int32 [N, L] and whole layers bool [N, L] of the best plans that were found.
 
-    ``None`` where a group is too large, or its memory too small. ``effort`` multiplies the work.
+    At most :data:`MOST_PLANS` that differ, best first by the queued objective; none where a group
+    is too large, or its memory too small. ``effort`` multiplies the work.
     """
     if any(len(group.members) > MAX_SERVERS for group in partition):
-        return None
+        return []
     cluster, model = problem.cluster, problem.model
     reserved = [0] * cluster.num_servers
     for _ in range(MAX_ROUNDS):
-        room = [sum(gpus) for gpus in capacity_with_kv(cluster, model, reserved)]
-        found = _searched(problem, pipelines, partition, room, effort)
-        if found is None:
-            return None
-        table, whole = found
-        needed = kv_bytes(cluster, model, table)
+        try:
+            room = [sum(gpus) for gpus in capacity_with_kv(cluster, model, reserved)]
+        except Infeasible:
+            return []
+        plans = _searched(problem, partition, room, effort)
+        fitting = []
+        for table, whole in plans:
+            needed = kv_bytes(cluster, model, table)
+            try:
+                left = [sum(gpus) for gpus in capacity_with_kv(cluster, model, needed)]
+            except Infeasible:
+                left = [0] * cluster.num_servers
+            if (whole @ _layer_size(problem) <= left).all():
+                fitting.append((table, whole))
+        if fitting or not plans:
+            return fitting
+        needed = kv_bytes(cluster, model, plans[0][0])
         reserved = [max(before, now) for before, now in zip(reserved, needed, strict=True)]
-        left = [sum(gpus) for gpus in capacity_with_kv(cluster, model, reserved)]
-        held = whole @ _layer_size(problem)
-        if (held <= left).all():
-            return found
-    return None
+    return []
 
 
 def _layer_size(problem: LatencyProblem) -> npt.NDArray[np.int64]:
@@ -63,31 +73,34 @@ def _layer_size(problem: LatencyProblem) -> npt.NDArray[np.int64]:
 
 
 def _searched(
-    problem: LatencyProblem, pipelines: PipelineProblem, partition: Partition,
-    room: Sequence[int], effort: int,
-) -> tuple[Table, Bools] | None:  # fmt: skip
+    problem: LatencyProblem, partition: Partition, room: Sequence[int], effort: int
+) -> list[tuple[Table, Bools]]:
+    """The best plans of all groups together; the k-th has the k-th plan of each group."""
     servers, layers = problem.cluster.num_servers, problem.model.num_layers
-    table = home_execution(servers, layers)
-    whole = np.zeros((servers, layers), bool)
+    tables = [home_execution(servers, layers) for _ in range(MOST_PLANS)]
+    wholes = [np.zeros((servers, layers), bool) for _ in range(MOST_PLANS)]
+    most = 1
     for group in partition:
         members = sorted(group.members)
-        asked = _group_problem(problem, pipelines, members, room)
+        asked = _group_problem(problem, members, room)
         owned = np.zeros((len(members), layers), bool)
         owned[[members.index(m) for m in group.row.tolist()], np.arange(layers)] = True
         found = _best(asked, owned, problem.seed, effort, len(partition))
-        if found is None:
-            return None
-        held, rows = found
-        whole[members] = held
+        if not found:
+            return []
+        most = max(most, len(found))
         homes = [members[m] for m in asked.home.tolist()]
-        table[homes] = np.array(members, np.int32)[rows]
-    return table, whole
+        for k in range(MOST_PLANS):
+            held, rows = found[min(k, len(found) - 1)]
+            wholes[k][members] = held
+            tables[k][homes] = np.array(members, np.int32)[rows]
+    return list(zip(tables, wholes, strict=True))[:most]
 
 
 def _group_problem(
-    problem: LatencyProblem, pipelines: PipelineProblem, members: Sequence[int],
-    room: Sequence[int],
-) -> GroupProblem:  # fmt: skip
+    problem: LatencyProblem, members: Sequence[int], room: Sequence[int]
+) -> GroupProblem:
+    pipelines = problem.pipelines
     idle, weights = pipelines.idle, problem.weights
     homes = [m for m in members if idle.has_users[m]] or [members[0]]
     requests = [idle.of_home(n) for n in homes]
@@ -116,13 +129,13 @@ def _group_problem(
 
 def _best(
     asked: GroupProblem, owned: Bools, seed: int, effort: int, groups: int
-) -> tuple[Bools, Table] | None:
-    """The best of the local searches from all starts."""
+) -> list[tuple[Bools, Table]]:
+    """The best that local searches from all starts found, with different tables, best first."""
     homes, layers, servers = asked.layer_s.shape
     step = 3 * homes * layers * servers**3
     tries = min(MAX_TRIED, MAX_WORK // step // groups) * effort
     if tries < 1:
-        return None
+        return []
     found = []
     for start in itertools.chain([owned], _filled(asked)):
         held, table, seconds, tried = improve(asked, start, tries)
@@ -141,8 +154,11 @@ def _best(
         held, table, seconds, tried = improve(asked, start, tries)
         tries -= tried
         found.append((seconds, held, table))
-    seconds, held, table = min(found, key=lambda plan: plan[0])
-    return (held, table) if np.isfinite(seconds) else None
+    best: dict[bytes, tuple[Bools, Table]] = {}
+    for seconds, held, table in sorted(found, key=lambda plan: plan[0]):
+        if np.isfinite(seconds) and len(best) < MOST_PLANS:
+            best.setdefault(table.tobytes(), (held, table))
+    return list(best.values())
 
 
 def _filled(asked: GroupProblem) -> Iterator[Bools]:
