@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from prism_plan.solvers.idle_time import IdleMeasure
 
 import prism_plan as pp
 from prism_plan.errors import Infeasible
+from prism_plan.latency.idle_time import IdleMeasure
 from prism_plan.profiling.counts_csv import read_counts
 from prism_plan.profiling.sources import Source
 from prism_plan.solvers import get_solver
