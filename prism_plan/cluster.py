@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from prism_plan.errors import InputError
+from prism_plan.errors import InputError, did_you_mean
 
 #: Fields of a GPU and of links that have a default where a cluster file does not give them.
 GPU_FIGURES = ("memory_bandwidth_gbs", "tflops", "launch_overhead_us", "load_gbs")
@@ -170,3 +170,25 @@ class Cluster:
     def num_servers(self) -> int:
         """N, the number of servers."""
         return len(self.servers)
+
+    def with_users_of(self, names: Collection[str]) -> Cluster:
+        """The cluster with the users of these servers alone; the others serve them.
+
+        Raises
+        ------
+        InputError
+            No server has one of the names, or it has no users.
+        """
+        known = [server.name for server in self.servers if server.has_users]
+        for name in names:
+            if name not in known:
+                raise InputError(
+                    f"{name!r}{did_you_mean(name, known)}",
+                    parameter="heads",
+                    expected=f"servers with tasks: {', '.join(known)}",
+                )
+        servers = tuple(
+            server if server.name in names else dataclasses.replace(server, tasks={}, kv_tokens=0)
+            for server in self.servers
+        )
+        return dataclasses.replace(self, servers=servers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,8 +12,11 @@ from prism_plan.cli.options_dataclass import TableOptions, options_as
 from prism_plan.cli.tables import format_option
 
 if TYPE_CHECKING:
+    from prism_plan.cluster import Cluster
+    from prism_plan.evaluate.user_figures import UserFigures
     from prism_plan.instance import Instance
     from prism_plan.placement import Placement
+    from prism_plan.trace import Trace
 
 BACKENDS = click.Choice(["highs", "cbc"])
 
@@ -30,6 +34,8 @@ class SolveOptions(TableOptions):
     backend: Literal["highs", "cbc"]
     reference: str | None
     load_price: float
+    whole_layers: bool
+    heads: tuple[str, ...]
     seed: int
     output: str
 
@@ -43,7 +49,7 @@ class SolveOptions(TableOptions):
     show_default=True,
     metavar="NAME",
     help="uniform, redundance, smartmoe, eplb, layer-partition, prism, ilp or exact place experts; "
-    "pipeline plans where whole layers lie and execute.",
+    "latency and pipeline plan where layers execute, too.",
 )
 @click.option(
     "--execution",
@@ -51,28 +57,29 @@ class SolveOptions(TableOptions):
     default="home",
     show_default=True,
     help="Where layers execute: at the home server of each request, or along the fastest path over "
-    "all servers (as NAME+paths in lists of solvers). Not for pipeline.",
+    "all servers (as NAME+paths in lists of solvers). Not for latency and pipeline.",
 )
 @click.option(
     "--min-replicas",
     default=1,
     show_default=True,
     metavar="R",
-    help="Every expert on at least R servers (ilp, exact).",
+    help="Every expert on at least R servers (ilp, exact, latency).",
 )
 @click.option(
     "--time-limit",
     "time_limit_s",
     type=float,
     metavar="S",
-    help="Seconds for ilp; none by default.",
+    help="Seconds for ilp, none by default; for latency, which by default stops by work.",
 )
 @click.option("--backend", type=BACKENDS, default="highs", show_default=True, help="Of ilp.")
 @click.option(
     "--from",
     "reference",
     metavar="OLD.json",
-    help="Plan near this placement (ilp, exact): of equally good plans the one that loads least.",
+    help="Plan near this placement (ilp, exact, latency): of equally good plans the one that loads "
+    "least.",
 )
 @click.option(
     "--load-price",
@@ -80,7 +87,18 @@ class SolveOptions(TableOptions):
     show_default=True,
     metavar="P",
     help="With --from: load an expert only if it saves more than P remote calls per second "
-    "(or per unit of weight).",
+    "(or per unit of weight). For latency: seconds of a mean request that a GiB to load must save.",
+)
+@click.option(
+    "--whole-layers",
+    is_flag=True,
+    help="Only plans in which servers hold and execute whole layers (latency, pipeline).",
+)
+@click.option(
+    "--heads",
+    multiple=True,
+    metavar="NAME",
+    help="Plan for the requests of these home servers alone; again for each (latency, pipeline).",
 )
 @click.option(
     "--seed",
@@ -103,6 +121,7 @@ def command(args: SolveOptions) -> None:
         error_source,
         load_cluster,
         log_assumed_figures,
+        log_few_requests,
         require_writable_output,
         trace_identity,
     )
@@ -122,6 +141,9 @@ def command(args: SolveOptions) -> None:
         name = name.removesuffix(PATHS) + PATHS
     with error_parameter("solver"):
         get_solver(name)
+    if name not in TABLE_SOLVERS:
+        found = f"has no effect on solver {args.solver!r}, only on {' and '.join(TABLE_SOLVERS)}"
+        args.refuse("whole_layers", "heads", found=found)
     if name.removesuffix(PATHS) != "ilp":
         args.refuse("backend", found=f"has no effect on solver {args.solver!r}, only on ilp")
     require_writable_output(args.output, args.trace, args.cluster, args.reference)
@@ -131,8 +153,11 @@ def command(args: SolveOptions) -> None:
         backend=args.backend,
         reference=None if args.reference is None else read_placement(args.reference),
         load_price=args.load_price,
+        whole_layers=args.whole_layers,
     )
     cluster, cluster_input = load_cluster(args.cluster)
+    if args.heads:
+        cluster = cluster.with_users_of(args.heads)
     trace = load_trace(args.trace)
     if options.reference is not None:
         require_same_model(
@@ -154,14 +179,47 @@ def command(args: SolveOptions) -> None:
             log_info(f"{args.cluster}: planned for {text}")
     if reserved := missing_kv_reservation(cluster, trace.model, placement.execution):
         log_info(f"{args.cluster}: {reserved}")
+    figures = None
+    if plans_tables(name):
+        log_few_requests(trace, cluster, args.trace)
+        figures = _user_figures(placement, cluster, trace, args.seed)
     if because := placement.plan.extra.get("at_home_because"):
         log_info(f"every layer executes at home: {because}")
     if placement.plan.termination == "time_limit":
         log_info("the time limit ended the search; the gap to the bound is in the file")
-    _print_summary(placement, instance, args)
+    _print_summary(placement, instance, args, figures)
+    if figures is not None:
+        _log_faster(figures, cluster, trace, args.seed)
 
 
-def _print_summary(placement: Placement, instance: Instance, args: SolveOptions) -> None:
+def _user_figures(
+    placement: Placement, cluster: Cluster, trace: Trace, seed: int
+) -> UserFigures | None:
+    """What the plan means for a user, where arrival rates are known."""
+    from prism_plan.evaluate.user_figures import user_figures
+    from prism_plan.token_rates import request_rates
+
+    if request_rates(cluster) is None:
+        return None
+    return user_figures([("plan", placement)], cluster, trace, seed)["plan"]
+
+
+def _log_faster(plan: UserFigures, cluster: Cluster, trace: Trace, seed: int) -> None:
+    """Say where servers would be faster without calling each other."""
+    from prism_plan.cli.console import log_info
+    from prism_plan.evaluate.user_figures import without_plan
+
+    for name, figures in without_plan(cluster, trace, seed).items():
+        if figures.latency_s < plan.latency_s:
+            log_info(
+                f"faster without the plan: {name}, with experts from host memory (offload), "
+                f"{figures.latency_s:.3g} s a request where the plan takes {plan.latency_s:.3g} s"
+            )
+
+
+def _print_summary(
+    placement: Placement, instance: Instance, args: SolveOptions, figures: UserFigures | None
+) -> None:
     from prism_plan.cli.console import log_info, percent, print_json
     from prism_plan.cli.tables import (
         count_column,
@@ -202,6 +260,7 @@ def _print_summary(placement: Placement, instance: Instance, args: SolveOptions)
         "bound": plan.bound,
         "runtime_s": plan.runtime_s,
         **dict(plan.extra),
+        **({} if figures is None else {"user": dataclasses.asdict(figures)}),
         "servers": rows,
     }
     to_stderr = args.output == "-"
@@ -222,15 +281,38 @@ def _print_summary(placement: Placement, instance: Instance, args: SolveOptions)
     bound = "no bound" if plan.bound is None else f"bound {percent(plan.bound, 4)}"
     if "priced_bound" in plan.extra:
         bound = "in calls and loads together"
-    latency = ""
-    if (seconds := plan.extra.get("simulated_latency_s")) is not None:
-        latency = f"{seconds:.3g} s a request in short simulations, "
-    elif (seconds := plan.extra.get("expected_latency_s")) is not None:
-        latency = f"{seconds:.3g} s a request on an idle cluster, "
+    title_latency = _latency_text(placement, figures)
     title = (
-        f"{plan.solver}: {latency}{percent(plan.remote_share, 4)} of calls are remote "
+        f"{plan.solver}: {title_latency}{percent(plan.remote_share, 4)} of calls are remote "
         f"({plan.termination}, {bound}, {plan.runtime_s:.3f} s)"
     )
     print_table(columns, title=title, form=args.table_format, err=to_stderr)
+    if (because := plan.extra.get("reason")) is not None:
+        log_info(because)
+    if "latency_bound_s" in plan.extra:
+        log_info(_bound_text(placement))
     if "loads" in plan.extra:
         log_info(f"{quantity(plan.extra['loads'], 'expert')} to load (prism-plan diff lists them)")
+
+
+def _latency_text(placement: Placement, figures: UserFigures | None) -> str:
+    """Mean latency, first token and speed for a user, for the title."""
+    if figures is not None:
+        speed = ""
+        if figures.tokens_per_s is not None:
+            speed = f", then {figures.tokens_per_s:.3g} tokens/s"
+        return f"{figures.latency_s:.3g} s a request, first token {figures.ttft_s:.2g} s{speed}; "
+    if (seconds := placement.plan.extra.get("expected_latency_s")) is not None:
+        return f"{seconds:.3g} s a request on an idle cluster, "
+    return ""
+
+
+def _bound_text(placement: Placement) -> str:
+    """Lower bounds, and what limits the plan."""
+    extra = placement.plan.extra
+    largest = [f"{name} {share:.0%}" for name, share in extra["limits"].items() if share >= 0.05]
+    return (
+        f"by formula {extra['expected_latency_s']:.3g} s; no plan is below "
+        f"{extra['latency_bound_s']:.3g} s, none of whole layers below "
+        f"{extra['whole_layers_bound_s']:.3g} s; limited by {', '.join(largest)}"
+    )

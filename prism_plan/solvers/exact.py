@@ -41,7 +41,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     scale = max(total, options.load_price * int(local.sum()))
     proven = objective - bound <= TOLERANCE * scale
     if held_before is None:
-        _fill_free_slots(instance, local)
+        fill_free_slots(instance, local)
     runtime_s = time.perf_counter() - begin
     return SolverResult(
         local=local,
@@ -148,7 +148,7 @@ def _prices(search: flow.FlowState, instance: Instance, scale: float) -> Prices:
     )
 
 
-def _fill_free_slots(instance: Instance, local: Bools) -> None:
+def fill_free_slots(instance: Instance, local: Bools) -> None:
     """Fill free slots with the experts that all servers together call most.
 
     Free slots do not change the objective; popular experts in them save message hops.

@@ -16,10 +16,13 @@ from prism_plan.solvers.latency.windows import window_plans
 from prism_plan.solvers.packing import reference_local
 from prism_plan.solvers.paths import shortest_paths, tolled_paths
 from prism_plan.solvers.pipeline import placed_groups
+from prism_plan.solvers.pipeline_groups import Partition
 from prism_plan.solvers.registry import get_solver
 
 #: Solvers of experts whose plans are candidates, at home and with paths.
 EXPERT_SOLVERS = ("exact", "layer-partition", "prism")
+#: How names of plans of this solver's own begin; all others are plans of other solvers.
+OWN = "whole layers"
 
 
 def candidates(
@@ -92,7 +95,7 @@ def _of_whole_layers(
     problem: LatencyProblem, required: frozenset[Feature], options: Options, effort: int
 ) -> Iterator[tuple[str, Placement]]:
     loads = [0.0, float(problem.rates.sum())] if problem.loaded else [0.0]
-    partitions = {}
+    partitions: dict[tuple[tuple[int, ...], ...], Partition] = {}
     for load in loads:
         for groups in problem.pipelines.groups(load).candidates():
             partitions.setdefault(tuple(tuple(sorted(g.members)) for g in groups), groups)
@@ -103,7 +106,7 @@ def _of_whole_layers(
         return
     for groups in partitions.values():
         for number, (table, whole) in enumerate(window_plans(problem, groups, effort), 1):
-            name = f"whole layers, {quantity(len(groups), 'group')}" + f" ({number})" * (number > 1)
+            name = f"{OWN}, {quantity(len(groups), 'group')}" + f" ({number})" * (number > 1)
             try:
                 yield name, problem.placed(table, whole, fill=not options.whole_layers)
             except Infeasible:

@@ -18,7 +18,7 @@ from prism_plan.latency.idle_time import IdleMeasure
 from prism_plan.placement import Placement, SolveReport, gpu_offsets
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.timing import timing
-from prism_plan.solvers.exact import solve_flow
+from prism_plan.solvers.exact import fill_free_slots, solve_flow
 from prism_plan.solvers.latency.gpus import GpuDealer
 from prism_plan.solvers.packing import expected_load, pack_on_gpus, reference_local
 from prism_plan.solvers.pipeline import PipelineProblem
@@ -121,6 +121,8 @@ class LatencyProblem:
         calls = moved_activations(self.calls, table)
         wanted = calls + 4 * max(float(calls.max()), 1e-30) * layers
         local, _, _ = solve_flow(instance, wanted, self.held_before)
+        if self.held_before is None:  # copies do no harm, and serve when tasks shift
+            fill_free_slots(instance, local)
         return self.packed(local, table, capacity)
 
     def if_it_fits(self, local: Bools, table: Table) -> Placement | None:

@@ -15,7 +15,7 @@ from prism_plan.placement import Placement
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, cluster_and_trace
 from prism_plan.solvers.latency.best_response import best_response
 from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bound_s
-from prism_plan.solvers.latency.candidates import candidates, spread_over_gpus
+from prism_plan.solvers.latency.candidates import OWN, candidates, spread_over_gpus
 from prism_plan.solvers.latency.judge import Judge
 from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.latency.reasons import limits, reason
@@ -34,20 +34,24 @@ class _Search:
         self.problem, self.options = problem, options
         self.plans: dict[str, Placement] = {}
         self.judge = Judge(problem, options.load_price if options.reference is not None else 0.0)
+        self.others: set[str] = set()  # names of plans of other solvers
         self._known: set[bytes] = set()
 
-    def add(self, name: str, plan: Placement) -> None:
+    def add(self, name: str, plan: Placement, *, of_others: bool = False) -> None:
         """Keep a plan unless it is known."""
         key = np.packbits(plan.on_gpu).tobytes() + plan.execution_table.tobytes()
         if key not in self._known:
             self._known.add(key)
             number = sum(known == name or known.startswith(f"{name} #") for known in self.plans)
-            self.plans[name if not number else f"{name} #{number + 1}"] = plan
+            name = name if not number else f"{name} #{number + 1}"
+            self.plans[name] = plan
+            if of_others:
+                self.others.add(name)
 
     def run(self, required: frozenset[Feature], effort: int) -> None:
         """Collect candidates and improve the best of them."""
         for name, plan in candidates(self.problem, self.options, required, effort):
-            self.add(name, plan)
+            self.add(name, plan, of_others=not name.startswith(OWN))
         if not self.plans:
             return
         if self.problem.reference is None:
@@ -88,7 +92,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     if not search.plans:
         raise _no_plan(problem)
     judge = search.judge
-    chosen = judge.best(search.plans)
+    chosen = judge.best(search.plans, search.others)
     plan, expected = search.plans[chosen], judge.expected[chosen]
     unlimited = problem.pipelines.idle.of_table(
         shortest_paths(problem.pipelines.idle, problem.at_home)

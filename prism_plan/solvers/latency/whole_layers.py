@@ -41,7 +41,8 @@ class GroupProblem:
     own server, ``fixed`` bool [H] whether it executes everything. ``rates`` [H] are requests per
     second, ``weights`` [H] shares of requests, ``places`` [H], ``variation`` [H] the squared
     coefficient of variation of a request's seconds. ``room`` int64 [M] and ``size`` int64 [L] are
-    in the same unit.
+    in the same unit. ``fairness`` is the share of the slowest home's seconds in the objective, the
+    rest is that of the mean.
     """
 
     layer_s: Floats
@@ -57,6 +58,7 @@ class GroupProblem:
     variation: Floats
     room: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
+    fairness: float = 0.0
 
 
 def improve(problem: GroupProblem, held: Bools, most_steps: int) -> tuple[Bools, Table, float, int]:
@@ -67,19 +69,22 @@ def improve(problem: GroupProblem, held: Bools, most_steps: int) -> tuple[Bools,
     """
     held = held.copy()
     table = np.repeat(problem.home[:, None], held.shape[1], axis=1).astype(np.int64)
-    seconds, tried = _improve(*_arrays(problem), held, table, int(most_steps))
+    seconds, tried = _improve(*(*_arrays(problem), held, table, int(most_steps)))
     return held, table.astype(np.int32), float(seconds), int(tried)
 
 
 def respond(problem: GroupProblem, held: Bools) -> tuple[Table, float]:
     """The paths that homes choose where servers hold these layers, and the seconds."""
     table = np.repeat(problem.home[:, None], held.shape[1], axis=1).astype(np.int64)
-    seconds = _respond(*_arrays(problem), held, table, np.zeros_like(table))
+    seconds = _respond(*(*_arrays(problem), held, table, np.zeros_like(table)))
     return table.astype(np.int32), float(seconds)
 
 
 def _arrays(problem: GroupProblem) -> tuple[Array, ...]:
-    return tuple(as_constant(value) for value in vars(problem).values())
+    return tuple(
+        as_constant(value) if isinstance(value, np.ndarray) else value
+        for value in vars(problem).values()
+    )
 
 
 @inline_kernel
@@ -107,12 +112,12 @@ def _waiting_for_places(  # pragma: no cover - compiled
 @inline_kernel
 def _seconds(  # pragma: no cover - compiled
     layer_s: Array, called_s: Array, hop_s: Array, id_s: Array, start_s: Array, home: Array,
-    fixed: Array, rates: Array, weights: Array, places: Array, variation: Array, held: Array,
-    table: Array, work_s: Array, at_s: Array,
+    fixed: Array, rates: Array, weights: Array, places: Array, variation: Array, fairness: float,
+    held: Array, table: Array, work_s: Array, at_s: Array,
 ) -> float:  # fmt: skip
     """Mean seconds of a request with a table [H, L]; fills ``work_s`` and ``at_s`` [H, M]."""
     homes, layers, servers = layer_s.shape
-    total = 0.0
+    total, all_weights, slowest = 0.0, 0.0, 0.0
     for h in range(homes):
         for m in range(servers):
             work_s[h, m] = 0.0
@@ -152,7 +157,10 @@ def _seconds(  # pragma: no cover - compiled
             seconds += at_s[h, m]
         seconds += _waiting_for_places(places[h], rates[h], seconds, variation[h])
         total += weights[h] * seconds
-    return total
+        all_weights += weights[h]
+        if weights[h] > 0.0:
+            slowest = max(slowest, seconds)
+    return total + fairness * (all_weights * slowest - total)
 
 
 @inline_kernel
@@ -206,7 +214,7 @@ def _path(  # pragma: no cover - compiled
 def _respond(  # pragma: no cover - compiled
     layer_s: Array, called_s: Array, hop_s: Array, id_s: Array, start_s: Array, home: Array,
     fixed: Array, rates: Array, weights: Array, places: Array, variation: Array, room: Array,
-    size: Array, held: Array, table: Array, best_table: Array,
+    size: Array, fairness: float, held: Array, table: Array, best_table: Array,
 ) -> float:  # fmt: skip
     """Let homes choose paths from those of ``table`` on; leaves the best table there."""
     homes, layers, servers = layer_s.shape
@@ -219,7 +227,7 @@ def _respond(  # pragma: no cover - compiled
             _path(layer_s[h], hop_s[h], id_s[h], start_s[h], factor, held, cost, before, table[h])
     best = _seconds(
         layer_s, called_s, hop_s, id_s, start_s, home, fixed, rates, weights, places, variation,
-        held, table, work_s, at_s,
+        fairness, held, table, work_s, at_s,
     )  # fmt: skip
     best_table[:] = table
     if best == np.inf or rates.sum() == 0.0:
@@ -238,7 +246,7 @@ def _respond(  # pragma: no cover - compiled
             _path(layer_s[h], hop_s[h], id_s[h], start_s[h], factor, held, cost, before, table[h])
             now = _seconds(
                 layer_s, called_s, hop_s, id_s, start_s, home, fixed, rates, weights, places,
-                variation, held, table, work_s, at_s,
+                variation, fairness, held, table, work_s, at_s,
             )  # fmt: skip
             if now < best:
                 best = now
@@ -251,7 +259,7 @@ def _respond(  # pragma: no cover - compiled
 def _improve(  # pragma: no cover - compiled
     layer_s: Array, called_s: Array, hop_s: Array, id_s: Array, start_s: Array, home: Array,
     fixed: Array, rates: Array, weights: Array, places: Array, variation: Array, room: Array,
-    size: Array, held: Array, table: Array, most_steps: int,
+    size: Array, fairness: float, held: Array, table: Array, most_steps: int,
 ) -> tuple[float, int]:  # fmt: skip
     """Local search: windows of each server, then single layers in exchange for others."""
     _, layers, servers = layer_s.shape
@@ -259,7 +267,7 @@ def _improve(  # pragma: no cover - compiled
     trial = held.copy()
     best = _respond(
         layer_s, called_s, hop_s, id_s, start_s, home, fixed, rates, weights, places, variation,
-        room, size, held, table, best_table,
+        room, size, fairness, held, table, best_table,
     )  # fmt: skip
     tried, improved = 1, True
     while improved and tried < most_steps:
@@ -294,7 +302,7 @@ def _improve(  # pragma: no cover - compiled
                         made[:] = table
                         now = _respond(
                             layer_s, called_s, hop_s, id_s, start_s, home, fixed, rates, weights,
-                            places, variation, room, size, trial, made, best_table,
+                            places, variation, room, size, fairness, trial, made, best_table,
                         )  # fmt: skip
                         tried += 1
                         if now < best - GAIN * abs(best):

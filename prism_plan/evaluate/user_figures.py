@@ -1,0 +1,128 @@
+"""What a plan means for a user, and whether servers would be faster without it, by simulation.
+
+Short simulations of the trace that was planned on, all on requests of the same seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import PrismError
+from prism_plan.evaluate.offload_baseline import offload_placement
+from prism_plan.evaluate.simulation import simulate_placements
+from prism_plan.instance import Instance
+from prism_plan.placement import Placement
+from prism_plan.simulate.sampling import sample_requests, sample_seeds
+from prism_plan.token_rates import request_rates, shares_by_task
+from prism_plan.trace import Trace
+
+#: Samples, and requests of a server in each; of large clusters fewer, so many in all.
+SAMPLES, REQUESTS, MAX_REQUESTS = 2, 40, 600
+
+
+@dataclass(frozen=True)
+class UserFigures:
+    """Means over requests: seconds until the answer is complete and until its first token.
+
+    ``tokens_per_s`` is the speed at which a user sees tokens after the first, ``None`` where
+    answers have one token.
+    """
+
+    latency_s: float
+    ttft_s: float
+    tokens_per_s: float | None
+
+
+def user_figures(
+    placements: Sequence[tuple[str, Placement]], cluster: Cluster, trace: Trace, seed: int = 0
+) -> dict[str, UserFigures]:
+    """Figures for users under each placement, by name.
+
+    Raises
+    ------
+    InputError
+        A server with users has no arrival interval; see ``simulate_placements``.
+    """
+    users = sum(server.has_users for server in cluster.servers)
+    number = min(REQUESTS, -(-MAX_REQUESTS // max(users, 1)))
+    found: dict[str, list[Mapping[str, float | None]]] = {name: [] for name, _ in placements}
+    for own_seed in sample_seeds(seed, SAMPLES):
+        requests = sample_requests(trace, cluster, requests_per_server=number, seed=own_seed)
+        report = simulate_placements(list(placements), requests, trace, cluster).to_json()
+        for run in report["runs"]:
+            found[run["placement"]].append(
+                {
+                    "latency": run["latency_s"]["mean"],
+                    "ttft": run["ttft_s"]["mean"],
+                    "tpot": run["tpot_s"]["mean"],
+                }
+            )
+    figures = {}
+    for name, runs in found.items():
+        tpot = [run["tpot"] for run in runs if run["tpot"]]
+        figures[name] = UserFigures(
+            latency_s=mean(run["latency"] or 0.0 for run in runs),
+            ttft_s=mean(run["ttft"] or 0.0 for run in runs),
+            tokens_per_s=1 / mean(tpot) if tpot else None,
+        )
+    return figures
+
+
+def without_plan(cluster: Cluster, trace: Trace, seed: int = 0) -> dict[str, UserFigures]:
+    """Figures where no server calls another: each for itself, or one of them for all.
+
+    Experts that do not fit are loaded from host memory when they are called (`offload`). The one
+    for all is the server with the most memory for experts; what it takes to reach it is left out.
+    Empty where arrival rates are not known, or experts differ in size.
+
+    Raises
+    ------
+    InputError
+        A figure of the cluster is wrong.
+    """
+    rates = request_rates(cluster)
+    if rates is None or not trace.model.equal_expert_bytes:
+        return {}
+    found: dict[str, UserFigures] = {}
+    for name, alone in (
+        ("each server for itself", cluster),
+        (None, _one_for_all(cluster, trace)),
+    ):
+        try:
+            instance = Instance.build(trace, alone)
+            if not all(instance.slots):
+                continue
+            plan = offload_placement(instance)
+            figures = user_figures([("offload", plan)], alone, trace, seed)["offload"]
+        except PrismError:  # it does not fit
+            continue
+        found[name or f"{alone.servers[0].name} for all"] = figures
+    return found
+
+
+def _one_for_all(cluster: Cluster, trace: Trace) -> Cluster:
+    """The server with the most memory for experts, with the users of all."""
+    rates = request_rates(cluster)
+    assert rates is not None
+    by_task = sum(
+        rate * shares_by_task(trace, server.tasks, "tasks")
+        for rate, server in zip(rates, cluster.servers, strict=True)
+        if server.has_users
+    )
+    instance = Instance.of_cluster(cluster, trace.model, reserve_kv=False)
+    largest = max(range(len(rates)), key=lambda n: (sum(instance.gpu_capacity[n]), -n))
+    tasks = {task: float(by_task[i]) for i, task in enumerate(trace.tasks) if by_task[i] > 0}
+    total = sum(tasks.values())
+    server = dataclasses.replace(
+        cluster.servers[largest],
+        tasks={task: share / total for task, share in tasks.items()},
+        arrival_interval_s=float(1 / rates.sum()),
+        weight=None if cluster.servers[largest].weight is None else 1.0,
+        concurrency=sum(s.concurrency for s in cluster.servers if s.has_users),
+        kv_tokens=sum(s.kv_tokens for s in cluster.servers),
+    )
+    return dataclasses.replace(cluster, servers=(server,), pair_links=())
