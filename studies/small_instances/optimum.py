@@ -1,0 +1,131 @@
+"""The optimum of a small instance: the parts that it consists of, and its proof.
+
+The idle time of a mean request splits into layers and the messages between them, and a layer's
+seconds depend on the plan by little: the servers that execute it (a *column* of the table, one
+server a home), and where its experts lie. :mod:`.layer_tables` has the least seconds by column and
+by how many experts each server holds; :mod:`.program` then finds the best choice of all layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prism_plan.simulate.requests import Requests
+from prism_plan.solvers.idle_time import (
+    IdleMeasure,
+    IdleTime,
+    _prompts_by_task,
+    request_weights,
+)
+from studies.small_instances.instances import SmallInstance
+from studies.small_instances.layer_tables import LayerTable, layer_table, steps_of_layer
+from studies.small_instances.program import Messages, best_choices
+
+Floats = npt.NDArray[np.float64]
+
+
+class Measure:
+    """The measure of an instance: idle seconds of a mean request of all homes."""
+
+    def __init__(self, small: SmallInstance) -> None:
+        self._cluster = small.cluster
+        self._measure = IdleMeasure(small.trace.model, small.cluster, small.trace)
+        model = small.trace.model
+        everywhere = np.ones((small.cluster.num_servers, model.num_layers, model.num_experts), bool)
+        #: Its shares of tasks, weights and messages are those of every placement.
+        self.anywhere: IdleTime = self._measure.idle_time(everywhere)
+        self.weights: Floats = request_weights(self.anywhere, small.cluster)
+        tasks = np.flatnonzero(self.anywhere.shares.any(axis=0))
+        #: The prompts that the measure looks at; each task is a home of its own.
+        self.prompts: Requests = _prompts_by_task(small.trace, tasks, len(self.weights), seed=0)
+
+    def idle_time(self, on_gpu: npt.NDArray[np.bool_]) -> IdleTime:
+        """The idle time under a placement bool [N, L, E]; servers have one GPU each."""
+        return self._measure.idle_time(on_gpu)
+
+    def value_s(self, on_gpu: npt.NDArray[np.bool_], table: npt.NDArray[np.integer]) -> float:
+        """Seconds of a plan, experts bool [N, L, E] on servers of one GPU and a table [N, L]."""
+        return float(self.weights @ self.idle_time(on_gpu).of_table(table))
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """An instance in parts: ``columns`` int64 [C, N], tables by layer, messages and slots."""
+
+    columns: npt.NDArray[np.int64]
+    tables: Sequence[LayerTable]
+    messages: Messages
+    slots: tuple[int, ...]
+
+    @classmethod
+    def of(cls, small: SmallInstance, measure: Measure) -> Parts:
+        """The parts of an instance; homes without users execute at home."""
+        servers, model = small.cluster.num_servers, small.trace.model
+        users = np.flatnonzero(measure.anywhere.has_users).tolist()
+        columns = np.array(
+            [
+                column
+                for column in itertools.product(range(servers), repeat=servers)
+                if all(column[n] == n for n in range(servers) if n not in users)
+            ],
+            np.int64,
+        )
+        shares = measure.weights[:, None] * measure.anywhere.shares
+        tables = [
+            layer_table(
+                steps_of_layer(measure.prompts, len(small.trace.tasks), layer), shares, columns,
+                small.slots, model, small.cluster,
+            )
+            for layer in range(model.num_layers)
+        ]  # fmt: skip
+        start_s, hop_s, id_s = (np.zeros((len(columns),) * d) for d in (1, 2, 2))
+        for n in users:
+            request, at = measure.anywhere.of_home(n), columns[:, n]
+            start_s += measure.weights[n] * request.start_s[at]
+            hop_s += measure.weights[n] * request.hop_s[at[:, None], at]
+            id_s += measure.weights[n] * request.id_s[at[:, None], at]
+        return cls(columns, tables, Messages(start_s, hop_s, id_s), small.slots)
+
+    def plan(
+        self, chosen: Sequence[tuple[int, int]]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32]]:
+        """Experts bool [N, L, E] and table int32 [N, L] of a choice for each layer."""
+        local = [
+            table.local(column, index)
+            for table, (column, index) in zip(self.tables, chosen, strict=True)
+        ]
+        table = self.columns[[column for column, _ in chosen]].T
+        return np.stack(local, axis=1), np.ascontiguousarray(table, np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Optimum:
+    """The best plan, experts bool [N, L, E] and table int32 [N, L].
+
+    ``bound_s`` is a lower bound on the measure of every plan, ``value_s`` the measure of this one.
+    They are equal, so that this plan is an optimum, but for the choice between two servers that
+    both hold all that a token lacks (:mod:`.layer_tables`). ``seconds`` is the time it took.
+    """
+
+    local: npt.NDArray[np.bool_]
+    table: npt.NDArray[np.int32]
+    value_s: float
+    bound_s: float
+    seconds: float
+
+
+def optimum(small: SmallInstance) -> Optimum:
+    """The optimum of an instance."""
+    begin = time.perf_counter()
+    measure = Measure(small)
+    parts = Parts.of(small, measure)
+    chosen, bound_s = best_choices(parts.tables, parts.messages, parts.slots)
+    local, table = parts.plan(chosen)
+    value_s = measure.value_s(local, table)
+    return Optimum(local, table, value_s, bound_s, time.perf_counter() - begin)
