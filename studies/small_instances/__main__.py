@@ -102,7 +102,8 @@ def _optimum(small: SmallInstance) -> dict[str, Any]:
 
 def _classes(small: SmallInstance) -> dict[str, float | None]:
     measure = Measure(small)
-    return class_optima(Parts.of(small, measure), measure, small.problem())
+    parts = Parts.of(small, measure, ties="worse")  # what a plan takes at most
+    return class_optima(parts, measure, small.problem())
 
 
 def _plan(small: SmallInstance, solver: str) -> dict[str, Any]:

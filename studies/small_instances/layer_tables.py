@@ -7,8 +7,9 @@ rules are those of the simulator (docs/design.md, section 4), written anew and n
 :mod:`prism_plan.solvers.idle_layers`, so that one is a check of the other.
 
 Where every other server holds all that a token lacks, route ``cover`` chooses by what the servers
-were sent before. Here such a token takes the better one. So the seconds are a lower bound, which
-is met where nothing depends on that choice: with links that are all alike, in decode steps.
+were sent before, by all steps of all layers: a tie that no layer can decide on its own. Here every
+such token takes the better server (``ties`` "better"), so that the seconds are a lower bound, the
+worse one, or the mean of both. There is no difference in decode steps where links are all alike.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,10 @@ Floats = npt.NDArray[np.float64]
 #: A step calls at most so many different experts: its table has (2^N - 1)^experts rows.
 MAX_EXPERTS_OF_STEP = 6
 MAX_SERVERS, MAX_TOP_K = 3, 2
+
+#: Which server a token calls where several would do.
+Ties = Literal["better", "mean", "worse"]
+TIES: tuple[Ties, ...] = ("better", "mean", "worse")
 
 #: A step: the experts of each of its tokens, sorted.
 Step = tuple[tuple[int, ...], ...]
@@ -92,7 +97,7 @@ def steps_of_layer(requests: Requests, tasks: int, layer: int) -> dict[Step, Flo
 
 def layer_table(
     steps: dict[Step, Floats], shares: Floats, columns: npt.NDArray[np.integer],
-    slots: Sequence[int], model: ModelSpec, cluster: Cluster,
+    slots: Sequence[int], model: ModelSpec, cluster: Cluster, ties: Ties = "better",
 ) -> LayerTable:  # fmt: skip
     """The table of a layer from its steps by task.
 
@@ -124,7 +129,7 @@ def layer_table(
             raise ValueError(f"a step calls {len(own)} experts, at most {MAX_EXPERTS_OF_STEP}")
         tokens = np.array([[own.index(rank[e]) for e in token] for token in step], np.int64)
         table = np.empty((ways ** len(own), servers))
-        _step_table(as_constant(tokens), len(own), links, table)
+        _step_table(as_constant(tokens), len(own), links, TIES.index(ties), table)
         called.append(own)
         first.append(first[-1] + len(table))
         tables.append(table)
@@ -183,18 +188,18 @@ class _Problem(NamedTuple):
 
 
 @kernel
-def _step_table(tokens: Array, experts: int, links: _Links, found: Array) -> None:
+def _step_table(tokens: Array, experts: int, links: _Links, ties: int, found: Array) -> None:
     """Seconds of a step by the holders of its experts and the server that executes, [ways, N].
 
     ``tokens`` [T, K] name the step's experts 0, 1, ...; a row of ``found`` is Σ_e (holders - 1) ·
-    (2^N - 1)^(experts - 1 - e).
+    (2^N - 1)^(experts - 1 - e). ``ties`` is a position in :data:`TIES`.
     """
     rows, servers = found.shape
     ways = (1 << servers) - 1
     number, top_k = tokens.shape
     for row in range(rows):
         for at in range(servers):
-            least = 1e300
+            least, most, total = 1e300, 0.0, 0.0
             for choice in range(1 << number):  # of tokens that could go to either server
                 states0 = states1 = states2 = calls0 = calls1 = calls2 = 0
                 for t in range(number):
@@ -230,8 +235,11 @@ def _step_table(tokens: Array, experts: int, links: _Links, found: Array) -> Non
                             calls2 += to == 2
                 states = (states0, states1, states2)
                 calls = (calls0, calls1, calls2)
-                least = min(least, _call_s(links, at, servers, states, calls))
-            found[row, at] = least
+                seconds = _call_s(links, at, servers, states, calls)
+                least, most, total = min(least, seconds), max(most, seconds), total + seconds
+            found[row, at] = most if ties == 2 else least
+            if ties == 1:
+                found[row, at] = total / (1 << number)
 
 
 @kernel
