@@ -163,13 +163,19 @@ def _line(name: str, above: dict[str, float | None]) -> str:
     made = {number: share for number, share in above.items() if share is not None}
     if not made:
         return f"| {name} | – | – | – | – | – | {len(above)} |"
-    shares = np.sort(list(made.values()))
+    # instances without a plan are the worst
+    shares = np.sort([np.inf if share is None else share for share in above.values()])
     worst = max(made, key=made.__getitem__)
-    rank = min(int(np.ceil(0.95 * len(above))), len(shares)) - 1
+    of_95 = shares[int(np.ceil(0.95 * len(shares))) - 1]
     return (
-        f"| {name} | {np.median(shares):.2%} | {shares[rank]:.1%} | {shares[-1]:.1%} (no. {worst}) "
-        f"| {(shares <= 0.01).sum()} | {(shares <= 0.06).sum()} | {len(above) - len(made)} |"
+        f"| {name} | {_share(float(np.median(shares)))} | {_share(float(of_95))} "
+        f"| {_share(made[worst])} (no. {worst}) | {(shares <= 0.01).sum()} "
+        f"| {(shares <= 0.06).sum()} | {len(above) - len(made)} |"
     )
+
+
+def _share(value: float) -> str:
+    return "no plan" if np.isinf(value) else f"{value:.2%}"
 
 
 def rows_text(table: npt.NDArray[np.integer]) -> list[str]:
