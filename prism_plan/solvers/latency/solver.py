@@ -13,10 +13,10 @@ from prism_plan.instance import Instance
 from prism_plan.instance_feasibility import require_feasible
 from prism_plan.placement import Placement
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, cluster_and_trace
-from prism_plan.solvers.latency.best_response import best_response
 from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bound_s
 from prism_plan.solvers.latency.candidates import OWN, candidates, spread_over_gpus
 from prism_plan.solvers.latency.judge import Judge
+from prism_plan.solvers.latency.partial_layers import improved, partial_layers
 from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.latency.reasons import limits, reason
 from prism_plan.solvers.paths import shortest_paths
@@ -60,9 +60,10 @@ class _Search:
                 if spread is not None:
                     self.add(f"{name}, spread over GPUs", spread)
         if not self.options.whole_layers and self.problem.instance.in_slots:
+            for plan in partial_layers(self.problem):
+                self.add("partial layers", plan)
             for name in self._best(list(self.plans))[:IMPROVED]:
-                for number, plan in enumerate(best_response(self.problem, self.plans[name]), 1):
-                    self.add(f"{name}, improved {number}", plan)
+                self.add(f"{name}, improved", improved(self.problem, self.plans[name]))
 
     def _best(self, names: list[str]) -> list[str]:
         """Names by the formula, best first."""
