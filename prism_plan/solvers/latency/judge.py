@@ -25,7 +25,7 @@ WITHIN, UNTRUSTED = 0.3, 3.0
 #: Requests of a server in a sample; of large clusters fewer, so many in all.
 SIMULATED_REQUESTS, MAX_SIMULATED = 40, 600
 #: Rounds of simulations: samples that come to those before, and how many plans take part.
-ROUNDS = ((1, 16), (2, 8), (3, 4))
+ROUNDS = ((1, 12), (2, 6), (3, 3))
 #: No plan is chosen whose slowest home, or whose 99th percentile, is further above that of the best
 #: plan of another solver: what is gained on average is not to be one home's loss. Percentiles of
 #: the few requests that are simulated are uncertain.

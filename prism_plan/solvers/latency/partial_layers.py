@@ -16,8 +16,8 @@ import numpy as np
 from prism_plan.errors import Infeasible
 from prism_plan.execution_table import home_execution, moved_activations
 from prism_plan.placement import Placement
-from prism_plan.solvers.latency.polish import polish
-from prism_plan.solvers.latency.problem import LatencyProblem, Table
+from prism_plan.solvers.latency.polish import Polish
+from prism_plan.solvers.latency.problem import Bools, LatencyProblem, Table
 from prism_plan.solvers.paths import shortest_paths, tolled_paths
 
 #: Tables to start from: at most so many of homes on one server each, and with one change.
@@ -26,8 +26,8 @@ MOST_FIXED, MOST_CHANGES = 64, 64
 MEASURED, IMPROVED = 12, 4
 #: Turns of table, experts and exchanges.
 ROUNDS = 4
-#: Steps of prompts that exchanges of experts of one plan look at, at most.
-MAX_STEPS = 40_000_000
+#: Expert calls of prompts that exchanges of experts look at: in all, and of one plan a share.
+MAX_CALLS, SHARE = 40_000_000, 0.25
 
 
 def starts(problem: LatencyProblem) -> Iterator[Table]:
@@ -54,29 +54,41 @@ def starts(problem: LatencyProblem) -> Iterator[Table]:
             yield table
 
 
-def partial_layers(problem: LatencyProblem) -> Iterator[Placement]:
+class Budget:
+    """Expert calls that exchanges of experts may still look at."""
+
+    def __init__(self, effort: int = 1) -> None:
+        self.whole = self.left = MAX_CALLS * effort
+
+
+def partial_layers(problem: LatencyProblem, budget: Budget) -> Iterator[Placement]:
     """The best plans that start from simple tables."""
     if problem.cluster.num_servers > MOST_FIXED:
         return
-    found: list[tuple[float, int, Placement]] = []
+    found: list[tuple[float, int, Table, Bools]] = []
+    nothing = np.zeros((problem.cluster.num_servers, problem.model.num_layers), bool)
     for number, table in enumerate(starts(problem)):
-        plan = _placed(problem, table)
-        if plan is not None:
-            found.append((_estimate_s(problem, plan), number, plan))
+        try:
+            local = problem.experts_for(table, nothing)
+        except Infeasible:
+            continue
+        found.append((_estimate_s(problem, table, local), number, table, local))
     found.sort(key=lambda entry: entry[:2])
-    measured = [
-        (problem.expected(plan).mean_s, number, plan) for _, number, plan in found[:MEASURED]
-    ]
+    measured = []
+    for _, number, table, local in found[:MEASURED]:
+        plan = problem.if_it_fits(local, table)
+        if plan is not None:
+            measured.append((problem.expected(plan).mean_s, number, plan))
     measured.sort(key=lambda entry: entry[:2])
     for _, _, plan in measured[:IMPROVED]:
-        yield improved(problem, plan)
+        yield improved(problem, plan, budget)
 
 
-def improved(problem: LatencyProblem, plan: Placement) -> Placement:
+def improved(problem: LatencyProblem, plan: Placement, budget: Budget) -> Placement:
     """A plan with better tables and experts by the formula, or the plan itself."""
     best_s = problem.expected(plan).mean_s
     for _ in range(ROUNDS):
-        options = [*_exchanged(problem, plan), *_responses(problem, plan)]
+        options = [*_exchanged(problem, plan, budget), *_responses(problem, plan)]
         found = [(problem.expected(made).mean_s, made) for made in options]
         if not found:
             return plan
@@ -110,36 +122,34 @@ def _responses(problem: LatencyProblem, plan: Placement) -> Iterator[Placement]:
                 yield made
 
 
-def _exchanged(problem: LatencyProblem, plan: Placement) -> Iterator[Placement]:
+def _exchanged(problem: LatencyProblem, plan: Placement, budget: Budget) -> Iterator[Placement]:
     """The plan with experts exchanged between servers."""
     prompts = problem.workload.prompts
-    steps = int((prompts.prefill_tokens.astype(np.int64) + prompts.decode_tokens).sum())
-    most = MAX_STEPS // max(steps * problem.model.top_k, 1)
-    if most < 4 * problem.model.num_layers:
+    tokens = int((prompts.prefill_tokens.astype(np.int64) + prompts.decode_tokens).sum())
+    calls = max(tokens * problem.model.top_k, 1)  # that a change of one layer looks at
+    most = int(min(budget.left, SHARE * budget.whole)) // calls
+    if most < 2 * problem.model.num_layers:
         return
-    made = polish(problem, plan, most)
+    search = Polish(problem, plan, most)
+    made = search.plan()
+    budget.left -= search.tried * calls
     if made is not None:
         yield made
 
 
-def _placed(
-    problem: LatencyProblem, table: Table, whole: np.ndarray | None = None
-) -> Placement | None:
-    if whole is None:
-        whole = np.zeros(table.shape, bool)
+def _placed(problem: LatencyProblem, table: Table, whole: Bools) -> Placement | None:
     try:
         return problem.placed(table, whole)
     except Infeasible:
         return None
 
 
-def _estimate_s(problem: LatencyProblem, plan: Placement) -> float:
+def _estimate_s(problem: LatencyProblem, table: Table, local: Bools) -> float:
     """Seconds of a mean request if each remote call took one round trip; only to order starts."""
-    table = plan.execution_table
     alone = float(problem.weights @ problem.pipelines.idle.of_table(table))
     calls = moved_activations(problem.calls, table)
     total = float(problem.calls.sum())
-    remote = float(np.where(plan.local, 0.0, calls).sum()) / total if total else 0.0
+    remote = float(np.where(local, 0.0, calls).sum()) / total if total else 0.0
     per_request = (
         float(problem.weights @ problem.pipelines.idle.tokens)
         * problem.model.num_layers

@@ -30,24 +30,16 @@ class _Change(NamedTuple):
     to: int
 
 
-def polish(problem: LatencyProblem, plan: Placement, most: int) -> Placement | None:
-    """A plan with the same table whose calls take less time; ``None`` where none was found.
+class Polish:
+    """A local search for a plan with the same table whose calls take less time.
 
-    Local search by the steps of the prompts: within a layer experts move, change places, get a copy
-    or lose one; then moves in two layers at a time that need each other's slots. ``most`` bounds
-    the changes that are tried. By the rules of the instance.
+    By the steps of the prompts: within a layer experts move, change places, get a copy or lose one;
+    then in two layers at a time changes that need each other's slots. ``most`` bounds the changes
+    that are tried. By the rules of the instance.
     """
-    search = _Polish(problem, plan, most)
-    if not search.improve():
-        return None
-    try:
-        return problem.packed(search.costs.local, plan.execution_table, plan.gpu_capacity)
-    except Infeasible:
-        return None
 
-
-class _Polish:
     def __init__(self, problem: LatencyProblem, plan: Placement, most: int) -> None:
+        self._problem, self._plan = problem, plan
         instance = problem.instance
         self.costs = LayerCosts(problem, plan)
         self._most = most
@@ -60,6 +52,21 @@ class _Polish:
         self._forbidden = instance.mask(instance.forbidden)
         self._seconds = [self.costs.seconds(layer) for layer in range(self._layers)]
 
+    @property
+    def tried(self) -> int:
+        """How often the seconds of a layer were found."""
+        return self.costs.evaluations
+
+    def plan(self) -> Placement | None:
+        """The plan that the search finds; ``None`` where it finds none."""
+        if not self.improve():
+            return None
+        table, capacity = self._plan.execution_table, self._plan.gpu_capacity
+        try:
+            return self._problem.packed(self.costs.local, table, capacity)
+        except Infeasible:
+            return None
+
     def improve(self) -> bool:
         """Make changes until none helps or the work is done; whether any was made."""
         changed = False
@@ -67,7 +74,8 @@ class _Polish:
             now = False
             for layer in range(self._layers):
                 now |= self._sweep_layer(layer)
-            now |= self._sweep_pairs()
+            if any(self.costs.calls_elsewhere(layer) for layer in range(self._layers)):
+                now |= self._sweep_pairs()
             changed |= now
             if not now or self._over():
                 break
@@ -95,6 +103,8 @@ class _Polish:
                 local = self.costs.local
                 theirs = local[change.to, layer] & ~local[change.source, layer]
                 for other in np.flatnonzero(theirs).tolist():
+                    if self._over():
+                        return changed
                     back = _Change(layer, other, change.to, change.source)
                     if self._allowed(back) and self._try((change, back)):
                         changed = True
@@ -156,7 +166,7 @@ class _Polish:
             if self._forbidden[change.to, change.layer, change.expert]:
                 return False
             held = int(self.costs.local[change.to, change.layer].sum())
-            return held < self._cap[change.to]
+            return bool(held < self._cap[change.to])
         return True
 
     def _fits(self, changes: tuple[_Change, ...]) -> bool:
@@ -194,4 +204,4 @@ class _Polish:
 
     def _try(self, changes: tuple[_Change, ...]) -> bool:
         """Make changes where they gain."""
-        return self._cost_of(changes, keep=True) < -GAIN * sum(self._seconds)
+        return bool(self._cost_of(changes, keep=True) < -GAIN * sum(self._seconds))

@@ -112,10 +112,21 @@ class LatencyProblem:
         Infeasible
             The experts do not fit beside the KV caches of the table.
         """
+        if not fill:
+            layers = np.repeat(whole[:, :, None], self.model.num_experts, axis=2)
+            return self.packed(layers, table, self.capacity(table))
+        return self.packed(self.experts_for(table, whole), table, self.capacity(table))
+
+    def experts_for(self, table: Table, whole: Bools) -> Bools:
+        """What servers hold in :meth:`placed`, bool [N, L, E].
+
+        Raises
+        ------
+        Infeasible
+            The experts do not fit beside the KV caches of the table.
+        """
         capacity = self.capacity(table)
         layers = np.repeat(whole[:, :, None], self.model.num_experts, axis=2)
-        if not fill:
-            return self.packed(layers, table, capacity)
         instance = self.instance.replace(gpu_capacity=capacity)
         require_feasible(instance)
         calls = moved_activations(self.calls, table)
@@ -123,7 +134,7 @@ class LatencyProblem:
         local, _, _ = solve_flow(instance, wanted, self.held_before)
         if self.held_before is None:  # copies do no harm, and serve when tasks shift
             fill_free_slots(instance, local)
-        return self.packed(local, table, capacity)
+        return local
 
     def if_it_fits(self, local: Bools, table: Table) -> Placement | None:
         """A plan of experts ``local`` [N, L, E] with a table, or ``None``."""

@@ -16,7 +16,7 @@ from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, 
 from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bound_s
 from prism_plan.solvers.latency.candidates import OWN, candidates, spread_over_gpus
 from prism_plan.solvers.latency.judge import Judge
-from prism_plan.solvers.latency.partial_layers import improved, partial_layers
+from prism_plan.solvers.latency.partial_layers import Budget, improved, partial_layers
 from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.latency.reasons import limits, reason
 from prism_plan.solvers.paths import shortest_paths
@@ -60,10 +60,11 @@ class _Search:
                 if spread is not None:
                     self.add(f"{name}, spread over GPUs", spread)
         if not self.options.whole_layers and self.problem.instance.in_slots:
-            for plan in partial_layers(self.problem):
+            budget = Budget(effort)
+            for plan in partial_layers(self.problem, budget):
                 self.add("partial layers", plan)
             for name in self._best(list(self.plans))[:IMPROVED]:
-                self.add(f"{name}, improved", improved(self.problem, self.plans[name]))
+                self.add(f"{name}, improved", improved(self.problem, self.plans[name], budget))
 
     def _best(self, names: list[str]) -> list[str]:
         """Names by the formula, best first."""
