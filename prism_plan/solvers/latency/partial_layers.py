@@ -22,8 +22,9 @@ from prism_plan.solvers.paths import shortest_paths, tolled_paths
 
 #: Tables to start from: at most so many of homes on one server each, and with one change.
 MOST_FIXED, MOST_CHANGES = 64, 64
-#: So many of the best by the estimate get a formula, and so many of these are improved.
-MEASURED, IMPROVED = 12, 4
+#: So many of the best by the estimate are measured by the formula; of these the best are improved,
+#: of large problems fewer: as many as have prompts of so many expert calls together.
+MEASURED, LEAST_IMPROVED, MOST_IMPROVED, CALLS_IMPROVED = 24, 2, 8, 100_000
 #: Turns of table, experts and exchanges.
 ROUNDS = 4
 #: Expert calls of prompts that exchanges of experts look at: in all, and of one plan a share.
@@ -80,7 +81,8 @@ def partial_layers(problem: LatencyProblem, budget: Budget) -> Iterator[Placemen
         if plan is not None:
             measured.append((problem.expected(plan).mean_s, number, plan))
     measured.sort(key=lambda entry: entry[:2])
-    for _, _, plan in measured[:IMPROVED]:
+    most = int(np.clip(CALLS_IMPROVED // _calls(problem), LEAST_IMPROVED, MOST_IMPROVED))
+    for _, _, plan in measured[:most]:
         yield improved(problem, plan, budget)
 
 
@@ -124,9 +126,7 @@ def _responses(problem: LatencyProblem, plan: Placement) -> Iterator[Placement]:
 
 def _exchanged(problem: LatencyProblem, plan: Placement, budget: Budget) -> Iterator[Placement]:
     """The plan with experts exchanged between servers."""
-    prompts = problem.workload.prompts
-    tokens = int((prompts.prefill_tokens.astype(np.int64) + prompts.decode_tokens).sum())
-    calls = max(tokens * problem.model.top_k, 1)  # that a change of one layer looks at
+    calls = _calls(problem)
     most = int(min(budget.left, SHARE * budget.whole)) // calls
     if most < 2 * problem.model.num_layers:
         return
@@ -135,6 +135,13 @@ def _exchanged(problem: LatencyProblem, plan: Placement, budget: Budget) -> Iter
     budget.left -= search.tried * calls
     if made is not None:
         yield made
+
+
+def _calls(problem: LatencyProblem) -> int:
+    """Expert calls of all prompts in one layer, which a change of it looks at."""
+    prompts = problem.workload.prompts
+    tokens = int((prompts.prefill_tokens.astype(np.int64) + prompts.decode_tokens).sum())
+    return max(tokens * problem.model.top_k, 1)
 
 
 def _placed(problem: LatencyProblem, table: Table, whole: Bools) -> Placement | None:

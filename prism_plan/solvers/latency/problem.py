@@ -132,9 +132,22 @@ class LatencyProblem:
         calls = moved_activations(self.calls, table)
         wanted = calls + 4 * max(float(calls.max()), 1e-30) * layers
         local, _, _ = solve_flow(instance, wanted, self.held_before)
-        if self.held_before is None:  # copies do no harm, and serve when tasks shift
-            fill_free_slots(instance, local)
         return local
+
+    def filled(self, plan: Placement) -> Placement | None:
+        """A plan with the experts that all call most in its free slots; ``None``: none is free.
+
+        Copies serve when tasks shift, or a server is lost. They may do harm: route `cover` chooses
+        among servers that hold the same by what it sent before, not by their links.
+        """
+        if self.held_before is not None or not self.instance.in_slots:
+            return None
+        instance = self.instance.replace(gpu_capacity=plan.gpu_capacity)
+        local = plan.local.copy()
+        fill_free_slots(instance, local)
+        if (local == plan.local).all():
+            return None
+        return self.packed(local, plan.execution_table, plan.gpu_capacity)
 
     def if_it_fits(self, local: Bools, table: Table) -> Placement | None:
         """A plan of experts ``local`` [N, L, E] with a table, or ``None``."""

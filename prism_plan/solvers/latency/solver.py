@@ -96,6 +96,10 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     judge = search.judge
     chosen = judge.best(search.plans, search.others)
     plan, expected = search.plans[chosen], judge.expected[chosen]
+    if not options.whole_layers and (filled := problem.filled(plan)) is not None:
+        with_copies = problem.expected(filled)
+        if with_copies.mean_s <= expected.mean_s:
+            plan, expected = filled, with_copies
     unlimited = problem.pipelines.idle.of_table(
         shortest_paths(problem.pipelines.idle, problem.at_home)
     )
