@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 
 import numpy as np
@@ -40,6 +41,9 @@ def _use(trace: Trace, cluster: Cluster) -> None:
         links = np.zeros((servers, servers))
         request = MeanRequest(np.zeros((1, servers)), links, np.zeros(servers), links)
         best_pipeline(request, np.ones((servers, 1), np.int64))
+    pair = dataclasses.replace(cluster.servers[0], gpus=(Gpu(slots=4), Gpu(slots=4)))
+    whole = dataclasses.replace(cluster, servers=(pair, cluster.servers[1]))
+    solve(Instance.build(trace, whole), "latency")
 
 
 def _example() -> tuple[Trace, Cluster]:
