@@ -142,6 +142,15 @@ def many_unequal(servers: int, layers: int, slots: int) -> Callable[[Path], Inst
     return prepare
 
 
+def paper_problem(folder: Path) -> Instance:
+    """Prepare the paper's testbed with half of its requests."""
+    traces = Path(os.environ.get("PRISM_TRACES", ROOT.parent / "shared" / "traces"))
+    scores = traces / "deepseek-v2-lite-esft" / "expert_scores"
+    sources = [Source(scores / task) for task in ESFT_TASKS]
+    trace = read_esft(sources, PRESETS["deepseek-v2-lite"])
+    return Instance.build(trace.split(0.5, 0)[0], paper_cluster(trace))
+
+
 def planned(solver: str) -> Callable[[Instance], dict[str, Any]]:
     """Run a solver that plans where layers execute."""
 
@@ -344,6 +353,15 @@ CASES = [
         many_unequal(64, 58, 1536),
         planned("pipeline"),
         repeats=3,
+    ),
+    Case("latency, V2-Lite, 3 servers", paper_problem, planned("latency"), 5.0, repeats=3),
+    Case(
+        "latency, V3 size, 64 servers",
+        many_unequal(64, 58, 1536),
+        planned("latency"),
+        300.0,
+        4096,
+        repeats=1,
     ),
     Case("count 1,000,000 tokens x 26 x 6", large_trace(1_000_000), counted, 5.0, 1024, repeats=3),
     Case(
