@@ -15,6 +15,9 @@ Floats = npt.NDArray[np.float64]
 #: their way, by its own phase (row) and theirs (column). A token's calls are short against a
 #: prompt's, so that any of them becomes the slowest; fitted to the simulator.
 EXPOSED = np.array([[0.25, 0.0], [0.5, 0.25]])
+#: The power with which waiting makes a phase meet more others: 0 would be none of them, and 1 as if
+#: no two of these others were ever there together; fitted to the simulator.
+LONGER = 0.75
 #: Of the other's time, the most for which one that follows it is taken to stand still.
 MOST_FOLLOWED = 0.9
 
@@ -93,14 +96,14 @@ class Meetings:
         of them that a request of the same home can meet.
         """
         n = self._servers
-        own_s, their_s = idle_s.ravel()[:, None], phase_s.ravel()[:, None]
+        work_s, lasts_s = idle_s.ravel()[:, None], phase_s.ravel()[:, None]
         homes = np.repeat(np.arange(n), 2)
         same = homes[:, None] == homes[None]
         starts = np.where(same, (rates * others)[homes], rates[homes])  # [own P, their P]
 
         # Of its time that the other is at a resource, in use or waiting; and for how long a visit
         # that meets it there waits: half a use, or all of it where the other comes back in turn.
-        share = ratio(self._held_s + self._waiting_s, their_s)
+        share = ratio(self._held_s + self._waiting_s, lasts_s)
         half_s = self._size_s * share / 2
         back = np.minimum(share, 1.0)
         wait_s = half_s * (1 + back) * self._sign  # [their P, R]
@@ -119,10 +122,16 @@ class Meetings:
         ports_s = np.maximum(ports_s, 0.0)
 
         # A token that catches up with a prompt on a hop stays behind it on the hops that follow.
-        followed = np.minimum(ratio(np.broadcast_to(self._followed_s, ports_s.shape), their_s.T),
-                              MOST_FOLLOWED)  # fmt: skip
-        behind = np.maximum(ratio(ports_s, own_s), followed / (1 - followed))
-        delays_s = starts * delay_s(ratio(gpus_s, own_s) + behind, own_s, their_s.T)
+        followed_s = np.broadcast_to(self._followed_s, ports_s.shape)
+        followed = np.minimum(ratio(followed_s, lasts_s.T), MOST_FOLLOWED)
+        behind_s = np.maximum(ports_s, work_s * followed / (1 - followed))
+        # The longer a phase lasts with its waiting, the more others it meets.
+        alone_s = work_s ** (1 - LONGER) * lasts_s**LONGER
+        slowdown = ratio(gpus_s + behind_s, alone_s)
+        # A prompt that others slow down ends, and its tokens begin, rather when these are gone.
+        there = np.ones_like(slowdown)
+        there[DECODE::2] = 1 / (1 + slowdown[PREFILL::2])
+        delays_s = starts * delay_s(slowdown, alone_s, lasts_s.T, there)
 
         met = ratio(delays_s, gpus_s + ports_s)
         waiting_s = np.zeros_like(self._held_s)
@@ -136,19 +145,20 @@ class Meetings:
         return at_gpus, at_ports
 
 
-def delay_s(slowdown: Floats, own_s: Floats, their_s: Floats) -> Floats:
+def delay_s(slowdown: Floats, own_s: Floats, their_s: Floats, there: Floats) -> Floats:
     """Seconds by which phases that start once a second delay a phase, on average; any one shape.
 
-    A phase of ``own_s`` takes ``slowdown`` seconds longer for each second of its work while another
-    one is there, which begins at a random time and lasts ``their_s``. In x seconds beside the other
-    x / (1 + slowdown) of the work is done, and slowdown times that is lost. The two are side by
-    side until the own work or the other phase ends; this is the integral over the time at which the
-    other begins.
+    A phase that lasts ``own_s`` without such another takes ``slowdown`` seconds longer for each
+    second of its work while another is there, which begins at a random time and lasts ``their_s``.
+    In x seconds beside the other x / (1 + slowdown) of the work is done, and slowdown times that is
+    lost. The two are side by side until the own work or the other phase ends; this is the integral
+    over the time at which the other begins. Those that begin before the own phase count ``there``.
     """
     during = their_s / (1 + slowdown)  # work that is done while the other phase lasts
-    longer = own_s * (their_s - slowdown * own_s / 2)
-    shorter = during * own_s + slowdown * during**2 / 2
-    found: Floats = slowdown * np.where(during >= own_s, longer, shorter)
+    most = np.minimum(during, own_s)
+    later = most * own_s - most**2 / 2
+    before = (1 + slowdown) * (most**2 / 2 + own_s * (during - most))
+    found: Floats = slowdown * (later + there * before)
     return found
 
 
