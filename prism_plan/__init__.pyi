@@ -122,6 +122,7 @@ from .simulate.calibration import Calibration as Calibration
 from .simulate.requests import Prompts as Prompts
 from .simulate.requests import Requests as Requests
 from .simulate.sampling import sample_requests as sample_requests
+from .simulate.scenario import Scenario as Scenario
 from .sizes.load import load_model_spec as load_model_spec
 from .solvers.contract import Options as Options
 from .solvers.entropy import entropy_counts as entropy_counts

@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 EXPOSED = np.array([[0.25, 0.0], [0.5, 0.25]])
 #: The power with which waiting makes a phase meet more others: 0 would be none of them, and 1 as if
 #: no two of these others were ever there together; fitted to the simulator.
-LONGER = 0.75
+LONGER = 0.7
 #: Of the other's time, the most for which one that follows it is taken to stand still.
 MOST_FOLLOWED = 0.9
 

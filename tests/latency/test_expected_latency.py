@@ -34,7 +34,6 @@ from tests.simulate.builders import (
     Ask,
     back_s,
     dense_s,
-    drawn_asks,
     drawn_held,
     expert_s,
     holding,
@@ -207,7 +206,7 @@ def test_attention_alone() -> None:
 
 
 def test_the_mean_weighs_homes_by_their_requests() -> None:
-    """Of three requests two are of s1, which has twice the tokens; a server without users counts 0."""
+    """Two of three requests are of s1 and longer; a server without users counts nothing."""
     model, cluster = make_model(1, 1), make_cluster([1, 1, 1])
     held = np.ones((3, 1, 1), bool)
     asks = [Ask(0, 0.0, [ONE]), Ask(1, 0.0, [ONE] * 2), Ask(1, 1.0, [ONE] * 2)]
@@ -219,7 +218,7 @@ def test_the_mean_weighs_homes_by_their_requests() -> None:
     assert sum(found.by_part.values()) == pytest.approx(found.mean_s, rel=1e-12)
 
 
-# ------------------------------------------------------------------------------------- other engines
+# -------------------------------------------------------------------------------- the planners
 
 
 @settings(max_examples=25, deadline=None)
@@ -257,7 +256,7 @@ def test_without_load_it_is_the_idle_time_of_the_planners(seed: int) -> None:
 
 
 def test_one_place_without_links_is_pollaczek_and_khinchine() -> None:
-    """One server, one place, requests of two lengths: M/G/1 to the last digits, idle parts as is."""
+    """One server, one place, requests of two lengths: M/G/1 to the last digits."""
     model, cluster = make_model(1, 1), make_cluster([1])
     asks = [Ask(0, 0.0, [ONE]), Ask(0, 1.0, [ONE] * 5)]
     scenario = make_scenario(model, cluster, [[[True]]], asks)
