@@ -1,6 +1,6 @@
 """How far the formula of a plan's latency is from the simulator, by load.
 
-    python -m studies.formula             # all parts, fifteen minutes: studies/formula.json
+    python -m studies.formula             # all parts, ten minutes: studies/formula.json
     python -m studies.formula v2lite-low  # some of them; the others stay as they are in the file
     python -m studies.formula --tables    # prints the table of studies/README.md
 
@@ -63,7 +63,7 @@ def at_load(scenario: Scenario, busiest: float) -> tuple[Scenario, pp.PlanLatenc
 
     least, most = 0.0, math.inf
     factor = 1.0
-    for _ in range(60):
+    for step in range(60):
         found = faster(factor)
         latency = pp.expected_latency(placement, found)
         if abs(latency.busiest / busiest - 1) < 1e-3:
@@ -72,7 +72,9 @@ def at_load(scenario: Scenario, busiest: float) -> tuple[Scenario, pp.PlanLatenc
             least = factor
         else:
             most = factor
-        factor = factor * 2 if most == math.inf else (least + most) / 2
+        factor *= busiest / latency.busiest  # shares grow nearly in proportion
+        if step > 4 or not least < factor < most:
+            factor = 2 * least if most == math.inf else (least + most) / 2
     raise AssertionError(f"no load of {busiest}")
 
 
@@ -197,7 +199,10 @@ def mixtral() -> tuple[pp.Trace, pp.Trace]:
 
 def _parts() -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
     for band in BANDS:
-        yield f"v2lite-{band}", functools.partial(measured, v2lite, band, 100)
+        yield (
+            f"v2lite-{band}",
+            functools.partial(measured, v2lite, band, 100 if band == "low" else 40),
+        )
     for band in BANDS:
         yield f"mixtral-{band}", functools.partial(measured, mixtral, band, 30, (70, 70, 149))
 

@@ -71,7 +71,7 @@ class PlanLatency:
     def busiest(self) -> float:
         """The largest share of time for which a GPU, a port or the places of a home are taken.
 
-        Up to 0.3 the seconds are within 10 % of the simulator's (docs/design.md, section 10).
+        Up to 0.3 the seconds are mostly within 10 % of the simulator's (design, section 10).
         """
         shares = (self.gpu_share, self.up_share, self.down_share, self.place_share)
         return float(max(share.max() for share in shares))
