@@ -84,6 +84,8 @@ from .io.sweep import write_sweep as write_sweep
 from .io.trace_reader import read_trace as read_trace
 from .io.trace_writer import TraceWriter as TraceWriter
 from .io.trace_writer import write_trace as write_trace
+from .latency.expected_latency import PlanLatency as PlanLatency
+from .latency.expected_latency import expected_latency as expected_latency
 from .migration.order.find_order import migration_plan as migration_plan
 from .migration.plan import MigrationPlan as MigrationPlan
 from .migration_step import MigrationStep as MigrationStep
@@ -120,6 +122,7 @@ from .simulate.calibration import Calibration as Calibration
 from .simulate.requests import Prompts as Prompts
 from .simulate.requests import Requests as Requests
 from .simulate.sampling import sample_requests as sample_requests
+from .simulate.scenario import Scenario as Scenario
 from .sizes.load import load_model_spec as load_model_spec
 from .solvers.contract import Options as Options
 from .solvers.entropy import entropy_counts as entropy_counts

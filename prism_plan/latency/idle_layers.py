@@ -20,7 +20,7 @@ from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import first_gpus, gpu_offsets
 from prism_plan.simulate.network import BYTES_PER_CALL, Network
 from prism_plan.simulate.requests import Prompts, Requests
-from prism_plan.simulate.routing_policies import COVER, choose_holders, holder_lists
+from prism_plan.simulate.routing_policies import ROUTES, Route, choose_holders, holder_lists
 from prism_plan.simulate.timing import Timing, timing
 
 Array = Any
@@ -51,6 +51,7 @@ class Problem(NamedTuple):
     half_rtt_s: Array
     call_overhead_s: float
     token_bytes: int
+    route: int
 
 
 class Record(NamedTuple):
@@ -59,14 +60,17 @@ class Record(NamedTuple):
     Float64 ``gpus`` [G]: seconds of experts on each GPU. ``batches`` [N, 3]: batches of experts at
     each server, their seconds (of the slowest GPU), and the sum of squares. ``sent`` and
     ``returned`` [N, 3]: messages to and from each server, the seconds for which they hold a link,
-    and the sum of squares. ``seconds`` [2]: experts of the executing server, and what calls add.
-    All of size zero where nothing is recorded.
+    and the sum of squares. ``trains`` [2]: squared seconds for which all messages of a step hold
+    the uplink of the executing server, and all answers its downlink, beyond the squares of each.
+    ``seconds`` [2]: experts of the executing server, and what calls add. All of size zero where
+    nothing is recorded.
     """
 
     gpus: Array
     batches: Array
     sent: Array
     returned: Array
+    trains: Array
     seconds: Array
 
 
@@ -89,10 +93,12 @@ class Scratch(NamedTuple):
 def layer_problem(
     on_gpu: npt.NDArray[np.bool_], model: ModelSpec, gpu_start: npt.NDArray[np.int32],
     dense_gpu: npt.NDArray[np.int32], network: Network, tables: Timing, prompts: Prompts,
+    route: Route = "cover",
 ) -> tuple[Problem, Scratch]:  # fmt: skip
     """What the kernels need, for a placement bool [G, L, E] and prompts.
 
-    ``gpu_start`` int32 [N + 1] and ``dense_gpu`` int32 [N] as in a ``Scenario``.
+    ``gpu_start`` int32 [N + 1] and ``dense_gpu`` int32 [N] as in a ``Scenario``. Route `spread`
+    takes the number of a prompt for that of a request.
     """
     servers = len(dense_gpu)
     owner = np.repeat(np.arange(servers, dtype=np.int32), np.diff(gpu_start))
@@ -123,6 +129,7 @@ def layer_problem(
         **{name: as_constant(array) for name, array in arrays.items()},
         call_overhead_s=float(network.call_overhead_s),
         token_bytes=int(network.token_bytes),
+        route=ROUTES.index(route),
     )
     top_k = model.top_k
     scratch = Scratch(
@@ -130,7 +137,7 @@ def layer_problem(
         expert_order=np.zeros((servers, model.num_experts), np.int32),
         distinct_experts=np.zeros(servers, np.int32),
         tokens_to=np.zeros(servers, np.int32),
-        tokens_sent=np.zeros(servers, np.int64),
+        tokens_sent=np.zeros((servers, servers), np.int64),
         missing_experts=np.zeros((2, top_k), np.int64),
         held_mask=np.zeros(servers, np.int64),
         candidate_servers=np.zeros(servers, np.int32),
@@ -170,8 +177,9 @@ def layer_times(
     at = np.array(executing, np.int64)
     found = np.zeros((len(prompts), model.num_layers, len(at)))
     _idle_layers(
-        problem, scratch, Record(none[:, 0], none, none, none, none[:, 0]), as_constant(at), found
-    )
+        problem, scratch, Record(none[:, 0], none, none, none, none[:, 0], none[:, 0]),
+        as_constant(at), found,
+    )  # fmt: skip
     return found
 
 
@@ -205,9 +213,13 @@ def batch_s(  # pragma: no cover - compiled
 
 @kernel
 def step_s(  # pragma: no cover - compiled
-    p: Problem, s: Scratch, r: Record, at: int, layer: int, row: int, tokens: int, weight: float
-) -> float:
-    """Seconds of a layer's experts and calls from server ``at``, for one step on its own."""
+    p: Problem, s: Scratch, r: Record, at: int, layer: int, prompt: int, row: int, tokens: int,
+    weight: float,
+) -> float:  # fmt: skip
+    """Seconds of a layer's experts and calls from server ``at``, for one step on its own.
+
+    The step has ``tokens`` rows of experts from ``row`` on; ``prompt`` is the number of its prompt.
+    """
     servers, experts = s.token_count.shape
     top_k = p.experts.shape[2]
     first = layer * experts
@@ -228,8 +240,8 @@ def step_s(  # pragma: no cover - compiled
             continue
         remote += missing
         choose_holders(
-            int64(COVER), int64(0), s.missing_experts, missing, p.holders, p.num_replicas,
-            s.tokens_sent, p.link_rank[at], s.held_mask, s.candidate_servers, s.cover_table,
+            p.route, prompt, s.missing_experts, missing, p.holders, p.num_replicas,
+            s.tokens_sent[at], p.link_rank[at], s.held_mask, s.candidate_servers, s.cover_table,
         )  # fmt: skip
         for k in range(missing):
             m = s.missing_experts[1, k]
@@ -244,13 +256,14 @@ def step_s(  # pragma: no cover - compiled
                     seen = True
             if not seen:
                 s.tokens_to[m] += 1
-                s.tokens_sent[m] += 1
+                s.tokens_sent[at, m] += 1
     local_s = batch_s(p, s, r, at, layer, weight)
     if len(r.seconds) > 0:
         r.seconds[0] += weight * local_s
     if remote == 0:
         return local_s
     sent_s = p.call_overhead_s  # when the uplink is free
+    all_out_s, all_reply_s = 0.0, 0.0
     for m in range(servers):
         s.back_s[m] = -1.0
         if s.tokens_to[m] == 0:
@@ -270,6 +283,10 @@ def step_s(  # pragma: no cover - compiled
             r.returned[m, 0] += weight
             r.returned[m, 1] += weight * reply_s
             r.returned[m, 2] += weight * reply_s**2
+            r.trains[0] += 2 * weight * all_out_s * out_s
+            r.trains[1] += 2 * weight * all_reply_s * reply_s
+            all_out_s += out_s
+            all_reply_s += reply_s
     end_s = local_s
     down_s = 0.0  # when the downlink is free; answers come in the order in which they are ready
     while True:
@@ -306,12 +323,15 @@ def _idle_layers(  # pragma: no cover - compiled
                 tokens = int64(p.prefill_tokens[prompt])
                 if tokens > 0:
                     total_s += p.prefill_s[p.kind[g], p.dense_class[layer], tokens]
-                    total_s += step_s(p, s, r, int64(at), int64(layer), row, tokens, 1.0)
+                    total_s += step_s(
+                        p, s, r, int64(at), int64(layer), int64(prompt), row, tokens, 1.0
+                    )
                     context = tokens
                 for _ in range(p.decode_tokens[prompt]):
                     total_s += p.decode_s[p.kind[g], p.dense_class[layer], context]
                     total_s += step_s(
-                        p, s, r, int64(at), int64(layer), row + context, int64(1), 1.0
-                    )
+                        p, s, r, int64(at), int64(layer), int64(prompt), row + context, int64(1),
+                        1.0,
+                    )  # fmt: skip
                     context += 1
                 found[prompt, layer, number] = total_s

@@ -1,7 +1,7 @@
 """What requests ask of GPUs and links, layer by layer, at the servers that execute their layers.
 
 Added up over prompts by the rules of the simulator for a request on its own; how long requests of
-others make it wait follows from these sums (:mod:`prism_plan.latency.queueing`).
+others make it wait follows from these sums (:mod:`prism_plan.latency.meetings`).
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class LayerWork:
     each GPU. ``visits`` [Q, 2, N, 3]: visits to the GPUs of each server, by dense parts and by
     batches of experts, their seconds and the sum of squares. ``sent`` and ``returned``
     [Q, 2, N, 3]: messages to and from each server, the seconds for which they hold a link, the sum
-    of squares.
-    ``prompt_s`` [Q, P] are the seconds of each prompt of the class, zero for others.
+    of squares. ``trains`` [Q, 2, 2]: what the squares of a step's messages together are more, at
+    the uplink and at the downlink of the executing server. ``prompt_s`` [Q, P] are the seconds of
+    each prompt of the class, zero for others.
     """
 
     seconds: Floats
@@ -45,6 +46,7 @@ class LayerWork:
     visits: Floats
     sent: Floats
     returned: Floats
+    trains: Floats
     prompt_s: Floats
 
 
@@ -61,12 +63,14 @@ def layer_work(problem: Problem, scratch: Scratch, members: Floats, triples: Int
         visits=np.zeros((number, 2, servers, 3)),
         sent=np.zeros((number, 2, servers, 3)),
         returned=np.zeros((number, 2, servers, 3)),
+        trains=np.zeros((number, 2, 2)),
         prompt_s=np.zeros((number, members.shape[1])),
     )
     found = np.zeros(2)
     _layer_work(
         problem, scratch, as_constant(members), as_constant(triples.astype(np.int64)),
-        work.seconds, work.gpus, work.visits, work.sent, work.returned, work.prompt_s, found,
+        work.seconds, work.gpus, work.visits, work.sent, work.returned, work.trains,
+        work.prompt_s, found,
     )  # fmt: skip
     return work
 
@@ -74,7 +78,8 @@ def layer_work(problem: Problem, scratch: Scratch, members: Floats, triples: Int
 @kernel
 def _layer_work(  # pragma: no cover - compiled
     p: Problem, s: Scratch, members: Array, triples: Array, seconds: Array, gpus: Array,
-    visits: Array, sent: Array, returned: Array, prompt_s: Array, experts_and_calls: Array,
+    visits: Array, sent: Array, returned: Array, trains: Array, prompt_s: Array,
+    experts_and_calls: Array,
 ) -> None:  # fmt: skip
     """Fill the arrays of a :class:`LayerWork`; ``experts_and_calls`` [2] is working memory."""
     for q in range(len(triples)):
@@ -85,7 +90,7 @@ def _layer_work(  # pragma: no cover - compiled
         for phase in range(2):
             record = Record(
                 gpus[q, phase], visits[q, phase], sent[q, phase], returned[q, phase],
-                experts_and_calls,
+                trains[q, phase], experts_and_calls,
             )  # fmt: skip
             experts_and_calls[:] = 0.0
             for prompt in range(members.shape[1]):
@@ -111,7 +116,7 @@ def _layer_work(  # pragma: no cover - compiled
                     visits[q, phase, at, 0] += weight
                     visits[q, phase, at, 1] += weight * dense_s
                     visits[q, phase, at, 2] += weight * dense_s**2
-                    step = step_s(p, s, record, at, layer, row, tokens, weight)
+                    step = step_s(p, s, record, at, layer, int64(prompt), row, tokens, weight)
                     prompt_s[q, prompt] += dense_s + step
                     row += 1
                     context += 1

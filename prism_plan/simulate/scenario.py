@@ -102,7 +102,7 @@ class Scenario:
         tokens = max(int(prompts.prefill_tokens.max(initial=0)), 1)
         context = int((prompts.prefill_tokens + prompts.decode_tokens).max(initial=0))
         if not offload:
-            _require_covered(placement, requests)
+            require_covered(placement, requests)
         else:
             _require_slots(placement)
         first_gpu = gpu_offsets(len(server.gpus) for server in cluster.servers)
@@ -158,7 +158,14 @@ def _require_slots(placement: Placement) -> None:
             )
 
 
-def _require_covered(placement: Placement, requests: Requests) -> None:
+def require_covered(placement: Placement, requests: Requests) -> None:
+    """Refuse a placement that lacks an expert that the requests call.
+
+    Raises
+    ------
+    InputError
+        Names the first such expert.
+    """
     held = placement.local.any(axis=0)
     if held.all():  # as in most plans: no need to look at every prompt
         return

@@ -37,7 +37,7 @@ FOREIGN = re.compile(
     r"|^--(always|dirty|exclude)$|prism-plan simulate --sweep"
 )
 #: Parameters that only Python callers give, and parts of what they give.
-PYTHON_ONLY = {"level", "frame", "comparison"}
+PYTHON_ONLY = {"level", "frame", "comparison", "scenario"}
 
 
 def texts(path: Path) -> Iterator[str]:

@@ -20,7 +20,7 @@ from prism_plan.solvers.latency.problem import LatencyProblem
 Array = Any
 
 _NONE = np.zeros((0, 3))
-_NO_RECORD = Record(_NONE[:, 0], _NONE, _NONE, _NONE, _NONE[:, 0])
+_NO_RECORD = Record(_NONE[:, 0], _NONE, _NONE, _NONE, _NONE[:, 0], _NONE[:, 0])
 
 
 class LayerCosts:
@@ -112,8 +112,10 @@ def _layer_cost(  # pragma: no cover - compiled
             tokens = int64(p.prefill_tokens[prompt])
             seconds = 0.0
             if tokens > 0:
-                seconds += step_s(p, s, r, at, int64(layer), row, tokens, 1.0)
+                seconds += step_s(p, s, r, at, int64(layer), int64(prompt), row, tokens, 1.0)
             for context in range(tokens, tokens + p.decode_tokens[prompt]):
-                seconds += step_s(p, s, r, at, int64(layer), row + context, int64(1), 1.0)
+                seconds += step_s(
+                    p, s, r, at, int64(layer), int64(prompt), row + context, int64(1), 1.0
+                )
             total += weight * seconds
     return total
