@@ -22,6 +22,9 @@ from prism_plan.solvers.paths import shortest_paths, tolled_paths
 
 #: Tables to start from: at most so many of homes on one server each, and with one change.
 MOST_FIXED, MOST_CHANGES = 64, 64
+#: Starts are given experts while all have so many (server, layer, expert) triples together: the
+#: time of a flow grows with them.
+MOST_PAIRS = 4_000_000
 #: So many of the best by the estimate are measured by the formula; of these the best are improved,
 #: of large problems fewer: as many as have prompts of so many expert calls together.
 MEASURED, LEAST_IMPROVED, MOST_IMPROVED, CALLS_IMPROVED = 24, 2, 8, 100_000
@@ -64,11 +67,10 @@ class Budget:
 
 def partial_layers(problem: LatencyProblem, budget: Budget) -> Iterator[Placement]:
     """The best plans that start from simple tables."""
-    if problem.cluster.num_servers > MOST_FIXED:
-        return
     found: list[tuple[float, int, Table, Bools]] = []
     nothing = np.zeros((problem.cluster.num_servers, problem.model.num_layers), bool)
-    for number, table in enumerate(starts(problem)):
+    most = MOST_PAIRS // problem.calls.size
+    for number, table in enumerate(itertools.islice(starts(problem), most)):
         try:
             local = problem.experts_for(table, nothing)
         except Infeasible:

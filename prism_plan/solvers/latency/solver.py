@@ -21,8 +21,9 @@ from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.latency.reasons import limits, reason
 from prism_plan.solvers.paths import shortest_paths
 
-#: Plans that are changed further: so many of the best by the formula.
-IMPROVED = 3
+#: Plans that are changed further: so many of the best by the formula, of large problems one: each
+#: takes flows over so many (server, layer, expert) triples.
+IMPROVED, LARGE = 3, 300_000
 #: With a time limit, how often the work doubles at most.
 MOST_EFFORT = 12
 
@@ -63,7 +64,8 @@ class _Search:
             budget = Budget(effort)
             for plan in partial_layers(self.problem, budget):
                 self.add("partial layers", plan)
-            for name in self._best(list(self.plans))[:IMPROVED]:
+            most = 1 if self.problem.calls.size > LARGE else IMPROVED
+            for name in self._best(list(self.plans))[:most]:
                 self.add(f"{name}, improved", improved(self.problem, self.plans[name], budget))
 
     def _best(self, names: list[str]) -> list[str]:
