@@ -308,11 +308,18 @@ def _latency_text(placement: Placement, figures: UserFigures | None) -> str:
 
 
 def _bound_text(placement: Placement) -> str:
-    """Lower bounds, and what limits the plan."""
+    """What the plan's seconds are spent on, and lower bounds."""
+    from prism_plan.cli.console import percent
+
     extra = placement.plan.extra
-    largest = [f"{name} {share:.0%}" for name, share in extra["limits"].items() if share >= 0.05]
+    shares = dict(extra["limits"])
+    memory = shares.pop("memory")
+    largest = [f"{name} {percent(share, 0)}" for name, share in shares.items() if share >= 0.05]
+    text = f"{extra['expected_latency_s']:.3g} s by the formula: {', '.join(largest)}"
+    if memory >= 0.05:
+        text += f"; {percent(memory, 0)} less if every server had memory for all experts"
+    whole_s = max(extra["whole_layers_bound_s"], extra["latency_bound_s"])
     return (
-        f"by formula {extra['expected_latency_s']:.3g} s; no plan is below "
-        f"{extra['latency_bound_s']:.3g} s, none of whole layers below "
-        f"{extra['whole_layers_bound_s']:.3g} s; limited by {', '.join(largest)}"
+        f"{text}. Lower bounds without queues: {extra['latency_bound_s']:.3g} s for any plan, "
+        f"{whole_s:.3g} s for whole layers"
     )

@@ -16,6 +16,7 @@ from prism_plan.evaluate.offload_baseline import offload_placement
 from prism_plan.evaluate.simulation import simulate_placements
 from prism_plan.instance import Instance
 from prism_plan.placement import Placement
+from prism_plan.simulate.network import Network
 from prism_plan.simulate.sampling import sample_requests, sample_seeds
 from prism_plan.token_rates import request_rates, shares_by_task
 from prism_plan.trace import Trace
@@ -76,8 +77,8 @@ def without_plan(cluster: Cluster, trace: Trace, seed: int = 0) -> dict[str, Use
     """Figures where no server calls another: each for itself, or one of them for all.
 
     Experts that do not fit are loaded from host memory when they are called (`offload`). The one
-    for all is the server with the most memory for experts; what it takes to reach it is left out.
-    Empty where arrival rates are not known, or experts differ in size.
+    for all is the server with the most memory for experts; the messages that reach it and bring the
+    first token's id home count with each request. Empty where arrival rates are not known, or experts differ in size.
 
     Raises
     ------
@@ -88,9 +89,10 @@ def without_plan(cluster: Cluster, trace: Trace, seed: int = 0) -> dict[str, Use
     if rates is None or not trace.model.equal_expert_bytes:
         return {}
     found: dict[str, UserFigures] = {}
-    for name, alone in (
-        ("each server for itself", cluster),
-        (None, _one_for_all(cluster, trace)),
+    one, reach_s = _one_for_all(cluster, trace)
+    for name, alone, more_s in (
+        ("each server for itself", cluster, 0.0),
+        (f"{one.servers[0].name} for all", one, reach_s),
     ):
         try:
             instance = Instance.build(trace, alone)
@@ -100,12 +102,17 @@ def without_plan(cluster: Cluster, trace: Trace, seed: int = 0) -> dict[str, Use
             figures = user_figures([("offload", plan)], alone, trace, seed)["offload"]
         except PrismError:  # it does not fit
             continue
-        found[name or f"{alone.servers[0].name} for all"] = figures
+        found[name] = dataclasses.replace(
+            figures, latency_s=figures.latency_s + more_s, ttft_s=figures.ttft_s + more_s
+        )
     return found
 
 
-def _one_for_all(cluster: Cluster, trace: Trace) -> Cluster:
-    """The server with the most memory for experts, with the users of all."""
+def _one_for_all(cluster: Cluster, trace: Trace) -> tuple[Cluster, float]:
+    """The server with the most memory for experts, with the users of all.
+
+    Also the mean seconds that messages to it and from it take of a request.
+    """
     rates = request_rates(cluster)
     assert rates is not None
     by_task = sum(
@@ -125,4 +132,9 @@ def _one_for_all(cluster: Cluster, trace: Trace) -> Cluster:
         concurrency=sum(s.concurrency for s in cluster.servers if s.has_users),
         kv_tokens=sum(s.kv_tokens for s in cluster.servers),
     )
-    return dataclasses.replace(cluster, servers=(server,), pair_links=())
+    network = Network.of(cluster, trace.model)
+    there_s = network.half_rtt_s + network.hop_overhead_s
+    both_s = there_s[:, largest] + there_s[largest]
+    both_s[largest] = 0.0
+    reach_s = float(rates @ both_s / rates.sum())
+    return dataclasses.replace(cluster, servers=(server,), pair_links=()), reach_s

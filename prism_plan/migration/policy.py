@@ -81,7 +81,9 @@ class Policy:
         experts = str(self.solver).removesuffix(PATHS)
         if experts not in SOLVER_NAMES:
             reason = did_you_mean(experts, SOLVER_NAMES)
-            if experts in TABLE_SOLVERS:
+            if experts == "latency":
+                reason = " plans for seconds, and a review counts what calls send"
+            elif experts in TABLE_SOLVERS:
                 reason = " plans whole layers, whichever of their experts are called"
             raise InputError(
                 f"{self.solver!r}{reason}",

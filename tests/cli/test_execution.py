@@ -340,6 +340,11 @@ def test_caches_that_fit_nowhere(planned: Path) -> None:
             "--migrate-solver: 'pipeline' plans whole layers, whichever of their experts are",
         ),
         (
+            ("simulate", "home.json", "--trace", TRACE, "--cluster", CLUSTER, "--requests", 2,
+             "--migrate", "prism", "--migrate-solver", "latency"),
+            "--migrate-solver: 'latency' plans for seconds, and a review counts what calls send",
+        ),
+        (
             ("migrate", "home.json", "paths.json", "--cluster", "memory.toml", "-o", "x"),
             "--model: home.json and paths.json differ in where layers execute, and memory.toml",
         ),

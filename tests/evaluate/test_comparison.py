@@ -52,7 +52,7 @@ def test_every_solver_has_a_row(trace: Trace, cluster: Cluster) -> None:
     Two of them follow with their layers where the experts are, and the pipeline.
     """
     result = compare(trace, cluster)
-    tables = ["layer-partition+paths", "exact+paths", "pipeline"]
+    tables = ["layer-partition+paths", "exact+paths", "pipeline", "latency"]
     assert [row.name for row in result.rows] == [*SOLVER_NAMES, *tables]
     shares = {row.name: row.remote.share for row in result.rows if row.remote}
     shares = {name: share for name, share in shares.items() if name not in tables}
