@@ -78,7 +78,8 @@ def without_plan(cluster: Cluster, trace: Trace, seed: int = 0) -> dict[str, Use
 
     Experts that do not fit are loaded from host memory when they are called (`offload`). The one
     for all is the server with the most memory for experts; the messages that reach it and bring the
-    first token's id home count with each request. Empty where arrival rates are not known, or experts differ in size.
+    first token's id home count with each request. Empty where arrival rates are not known, or
+    experts differ in size.
 
     Raises
     ------

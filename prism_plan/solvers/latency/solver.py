@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
 import numpy as np
 
 from prism_plan.errors import Infeasible
+from prism_plan.expert_capacity import gpu_capacity, kv_bytes
 from prism_plan.instance import Instance
 from prism_plan.instance_feasibility import require_feasible
 from prism_plan.placement import Placement
@@ -130,19 +130,28 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
 
 
 def _no_plan(problem: LatencyProblem) -> Infeasible:
-    """Why nothing fits: what the plan with every layer at home lacks."""
-    from prism_plan.expert_capacity import gpu_capacity
-
+    """Why nothing fits: what the plan with every layer at home lacks, and where caches lie."""
     try:
         capacity = gpu_capacity(problem.cluster, problem.model)
-        require_feasible(dataclasses.replace(problem.instance, gpu_capacity=capacity))
+        require_feasible(problem.instance.replace(gpu_capacity=capacity))
+        cause = Infeasible(
+            "no plan was found that fits", shortfall=1, unit="slots", remedy="add memory"
+        )
     except Infeasible as error:
-        return error
+        cause = error
+    needed = kv_bytes(problem.cluster, problem.model)
+    caches = [
+        f"{kept:,} bytes of {server.name}"
+        for server, kept in zip(problem.cluster.servers, needed, strict=True)
+        if kept
+    ]
+    if not caches or "lower kv_tokens" in cause.remedy:
+        return cause
     return Infeasible(
-        "no plan was found that fits beside the KV caches",
-        shortfall=1,
-        unit="slots",
-        remedy="lower kv_tokens or add memory",
+        f"{cause.constraint} (KV caches with every layer at home: {', '.join(caches)})",
+        shortfall=cause.shortfall,
+        unit=cause.unit,
+        remedy=f"{cause.remedy}, or lower kv_tokens",
     )
 
 
