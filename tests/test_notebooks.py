@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 #: Those that look for real routing data, and do with a committed trace where there is none.
-WITH_REAL_DATA = [path for path in NOTEBOOKS if not path.stem.startswith("1-")]
+WITH_REAL_DATA = [path for path in NOTEBOOKS if path.stem.startswith(("2-", "3-"))]
 
 nbformat = pytest.importorskip("nbformat", reason="the extra `dev` is not installed")
 pytest.importorskip("nbclient", reason="the extra `dev` is not installed")
@@ -65,9 +65,14 @@ def check(executed: Any) -> None:
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_there_are_three() -> None:
-    """Quick start, comparing solvers, migration: in reading order."""
-    assert NAMES == ["1-quick-start", "2-comparing-solvers", "3-migration-and-latency"]
+def test_there_are_four() -> None:
+    """Quick start, comparing solvers, migration, joint plans: in reading order."""
+    assert NAMES == [
+        "1-quick-start",
+        "2-comparing-solvers",
+        "3-migration-and-latency",
+        "4-from-prism-to-a-joint-plan",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
