@@ -16,7 +16,7 @@ import numpy.typing as npt
 from prism_plan.errors import InputError
 from prism_plan.latency.home_work import HomeWork, home_work, ratio
 from prism_plan.latency.meetings import Meetings
-from prism_plan.latency.queueing import waiting_for_places
+from prism_plan.latency.queueing import BUSIEST, waiting_for_places
 from prism_plan.latency.workload import Site as Site
 from prism_plan.latency.workload import Workload as Workload
 from prism_plan.model_spec import require_same_model
@@ -27,6 +27,8 @@ Floats = npt.NDArray[np.float64]
 
 #: Parts of a request's time, in the order of ``PlanLatency.parts``.
 PARTS = ("compute", "attention", "hops", "calls", "places", "gpus", "ports")
+#: Up to this share of time meetings are counted as they are.
+TRUSTED = 0.25
 #: Rounds at most in which waiting times and the requests in progress are made to agree.
 ROUNDS = 12
 #: They agree where no phase changes by more than this share.
@@ -183,6 +185,28 @@ def latency_of(
     )
 
 
+def _shared_gpus_s(work: HomeWork, served: Floats, others: Floats) -> Floats:
+    """Seconds that phases wait at GPUs at most, [N, 2]: meetings count too many where all are busy.
+
+    As in processor sharing, of which a request gets the half that comes to it where it is seldom at
+    a GPU, as in M/D/1, and all of it where it is always there; and the rest of others' phases. No
+    limit where servers are busy for :data:`TRUSTED` of the time at most, and all of it at twice that.
+    """
+    held_s = work.servers[..., 1]  # [N, 2, N]
+    by_home = held_s.sum(axis=1)
+    asked = served @ by_home  # share of time by server
+    own = (1 - others)[:, None] * served[:, None] * by_home
+    share = np.clip(asked - own, 0.0, BUSIEST)
+    rest = served @ (held_s**2 / 2).sum(axis=1)
+    present = ratio(held_s, work.idle_s.sum(axis=2)[..., None])
+    waiting = held_s * (1 + present) / 2 * (share / (1 - share))[:, None, :]
+    visited = held_s > 0
+    most = waiting.sum(axis=2) + (visited * rest).sum(axis=2)
+    busiest = np.where(visited, share[:, None, :], 0.0).max(axis=2)
+    found: Floats = most / np.clip((busiest - TRUSTED) / TRUSTED, 1e-9, 1.0)
+    return found
+
+
 def _with_meetings(work: HomeWork, workload: Workload, site: Site) -> tuple[Floats, Floats, Floats]:
     """Seconds of phases with waiting, and of these the waiting at GPUs and at ports, [N, 2] each.
 
@@ -199,6 +223,7 @@ def _with_meetings(work: HomeWork, workload: Workload, site: Site) -> tuple[Floa
         # of a home's own requests those that hold another place
         others = np.minimum(1.0, (places - 1) / np.maximum(np.minimum(asked, places), 1e-9))
         gpus, ports = meetings.waiting_s(idle_s, phase_s, served, others)
+        gpus = np.minimum(gpus, _shared_gpus_s(work, served, others))
         before, phase_s = phase_s, idle_s + gpus + ports
         if np.all(np.abs(phase_s - before) <= AGREED * phase_s):
             break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -85,6 +87,13 @@ class LatencyProblem:
         self._dealer = GpuDealer(self._tokens_together(), instance.expert_size)
         self._dealt: dict[tuple[int, ...], Bools] = {}
         self.pipelines = PipelineProblem(instance, cluster, trace, seed, self._deal_layers)
+
+    def as_idle(self) -> LatencyProblem:
+        """The same problem for a cluster without queues."""
+        idle = copy.copy(self)
+        idle.loaded, idle.rates = False, np.zeros_like(self.rates)
+        idle.workload = dataclasses.replace(self.workload, rates=idle.rates)
+        return idle
 
     def expected(self, plan: Placement) -> PlanLatency:
         """The expected latency of a plan by the formula."""

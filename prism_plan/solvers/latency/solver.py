@@ -15,7 +15,7 @@ from prism_plan.placement import Placement
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, cluster_and_trace
 from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bound_s
 from prism_plan.solvers.latency.candidates import OWN, candidates, spread_over_gpus
-from prism_plan.solvers.latency.judge import Judge
+from prism_plan.solvers.latency.judge import Judge, trusted
 from prism_plan.solvers.latency.partial_layers import Budget, improved, partial_layers
 from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.latency.reasons import limits, reason
@@ -64,9 +64,17 @@ class _Search:
             budget = Budget(effort)
             for plan in partial_layers(self.problem, budget):
                 self.add("partial layers", plan)
+            if self.problem.loaded and not self._trusted():  # the formula may order them wrongly
+                for plan in partial_layers(self.problem.as_idle(), Budget(effort)):
+                    self.add("partial layers for an idle cluster", plan)
             most = 1 if self.problem.calls.size > LARGE else IMPROVED
             for name in self._best(list(self.plans))[:most]:
                 self.add(f"{name}, improved", improved(self.problem, self.plans[name], budget))
+
+    def _trusted(self) -> bool:
+        """Whether the formula is close to the simulator for the plan that it finds best."""
+        name = self._best(list(self.plans))[0]
+        return trusted(self.judge.expected[name])
 
     def _best(self, names: list[str]) -> list[str]:
         """Names by the formula, best first."""
