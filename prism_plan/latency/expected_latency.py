@@ -190,7 +190,8 @@ def _shared_gpus_s(work: HomeWork, served: Floats, others: Floats) -> Floats:
 
     As in processor sharing, of which a request gets the half that comes to it where it is seldom at
     a GPU, as in M/D/1, and all of it where it is always there; and the rest of others' phases. No
-    limit where servers are busy for :data:`TRUSTED` of the time at most, and all of it at twice that.
+    limit where servers are busy for :data:`TRUSTED` of the time at most; the whole limit at twice
+    that.
     """
     held_s = work.servers[..., 1]  # [N, 2, N]
     by_home = held_s.sum(axis=1)

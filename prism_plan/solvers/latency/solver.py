@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prism_plan.errors import Infeasible
+from prism_plan.errors import Infeasible, UnsupportedFeature
 from prism_plan.expert_capacity import gpu_capacity, kv_bytes
 from prism_plan.instance import Instance
 from prism_plan.instance_feasibility import require_feasible
@@ -91,6 +91,12 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
         Feature.UNEQUAL_BYTES: not instance.in_slots,
     }
     required = frozenset(feature for feature, is_needed in needed.items() if is_needed)
+    if Feature.UNEQUAL_BYTES in required and required != {Feature.UNEQUAL_BYTES}:
+        others = ", ".join(sorted(required - {Feature.UNEQUAL_BYTES}))
+        raise UnsupportedFeature(
+            f"solver 'latency' does not support {others} with experts of unequal size; "
+            "supported by: ilp"
+        )
     search = _Search(problem, options)
     search.run(required, 1)
     if options.time_limit_s is not None:
