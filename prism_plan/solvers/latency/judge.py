@@ -77,13 +77,16 @@ class Judge:
         return [name for name in names if self.formula_s(name, plans[name]) <= limit]
 
     def best(self, plans: Mapping[str, Placement], others: Collection[str]) -> str:
-        """The name of the fastest plan; ``simulated`` has the seconds of those simulated.
+        """The name of the fastest plan; ``simulated`` has the seconds of the last round.
 
         ``others`` are the plans of other solvers: the best of them is what fairness is measured by.
         """
-        close = self.close(plans)
-        if len(close) == 1 and close[0] not in others:
-            close += [name for name in self._by_formula(plans) if name in others][:1]
+        if not self._problem.loaded:  # by the formula alone
+            close = self._by_formula(plans)
+        else:
+            close = self.close(plans)
+            if not any(name in others for name in close):
+                close += [name for name in self._by_formula(plans) if name in others][:1]
         figures = {name: self._formula_figures(name) for name in close}
         begin = 0
         for samples, most in ROUNDS:
@@ -94,6 +97,7 @@ class Judge:
             if standard is not None and standard not in close:
                 close.append(standard)
             begin += samples
+            self.simulated = {}  # means of fewer samples say nothing beside those of more
             for name in close:
                 figures[name] = self._simulated_figures(name, plans[name], begin)
                 self.simulated[name] = figures[name].mean_s
@@ -117,7 +121,8 @@ class Judge:
 
     def _formula_figures(self, name: str) -> _Figures:
         expected = self.expected[name]
-        return _Figures(expected.mean_s, 0.0, float(expected.of_home.max()))
+        asking = expected.weights > 0
+        return _Figures(expected.mean_s, 0.0, float(expected.of_home[asking].max()))
 
     def _simulated_figures(self, name: str, plan: Placement, samples: int) -> _Figures:
         seconds = np.concatenate([self._run(name, plan, number) for number in range(samples)])

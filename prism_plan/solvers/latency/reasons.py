@@ -19,6 +19,8 @@ def reason(problem: LatencyProblem, plan: Placement, expected: PlanLatency) -> s
     table = plan.execution_table
     home = home_execution(*table.shape)
     away = (table != home) & (problem.weights > 0)[:, None]
+    if problem.at_home[problem.weights > 0].all():
+        return "every layer runs at home, as execute_at_home asks"
     if not away.any():
         return "every layer runs at home: no other table is faster"
     at_home = problem.expected(plan.replace(execution=home))

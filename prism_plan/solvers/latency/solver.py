@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
 import numpy as np
 
 from prism_plan.errors import Infeasible
+from prism_plan.expert_capacity import gpu_capacity
 from prism_plan.instance import Instance
 from prism_plan.instance_feasibility import require_feasible
 from prism_plan.placement import Placement
+from prism_plan.printable_text import quantity
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, cluster_and_trace
 from prism_plan.solvers.latency.best_response import best_response
 from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bound_s
@@ -38,10 +39,12 @@ class _Search:
         self._known: set[bytes] = set()
 
     def add(self, name: str, plan: Placement, *, of_others: bool = False) -> None:
-        """Keep a plan unless it is known."""
+        """Keep a plan that is allowed, unless it is known."""
         key = np.packbits(plan.on_gpu).tobytes() + plan.execution_table.tobytes()
-        if key not in self._known:
-            self._known.add(key)
+        if key in self._known:
+            return
+        self._known.add(key)
+        if self.problem.is_allowed(plan, whole_layers=self.options.whole_layers):
             number = sum(known == name or known.startswith(f"{name} #") for known in self.plans)
             name = name if not number else f"{name} #{number + 1}"
             self.plans[name] = plan
@@ -60,9 +63,17 @@ class _Search:
                 if spread is not None:
                     self.add(f"{name}, spread over GPUs", spread)
         if not self.options.whole_layers and self.problem.instance.in_slots:
-            for name in self._best(list(self.plans))[:IMPROVED]:
+            for name in self._to_improve():
                 for number, plan in enumerate(best_response(self.problem, self.plans[name]), 1):
                     self.add(f"{name}, improved {number}", plan)
+
+    def _to_improve(self) -> list[str]:
+        """Names of the best plans; also of those that are best but for what they load."""
+        found = self._best(list(self.plans))[:IMPROVED]
+        if self.options.load_price > 0:
+            fastest = sorted(self.plans, key=lambda name: self.judge.expected[name].mean_s)
+            found += [name for name in fastest[:IMPROVED] if name not in found]
+        return found
 
     def _best(self, names: list[str]) -> list[str]:
         """Names by the formula, best first."""
@@ -90,7 +101,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
             search.run(required, 2**doubling)
         search.problem.seed = options.seed
     if not search.plans:
-        raise _no_plan(problem)
+        raise _no_plan(problem, options)
     judge = search.judge
     chosen = judge.best(search.plans, search.others)
     plan, expected = search.plans[chosen], judge.expected[chosen]
@@ -121,20 +132,36 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     )
 
 
-def _no_plan(problem: LatencyProblem) -> Infeasible:
-    """Why nothing fits: what the plan with every layer at home lacks."""
-    from prism_plan.expert_capacity import gpu_capacity
-
+def _no_plan(problem: LatencyProblem, options: Options) -> Infeasible:
+    """Why nothing fits: what the plan with every layer at home lacks, or one of whole layers."""
+    instance = problem.instance
     try:
         capacity = gpu_capacity(problem.cluster, problem.model)
-        require_feasible(dataclasses.replace(problem.instance, gpu_capacity=capacity))
+        require_feasible(instance.replace(gpu_capacity=capacity))
     except Infeasible as error:
         return error
+    beside = " beside the KV caches" if any(s.kv_tokens for s in problem.cluster.servers) else ""
+    if instance.has_rules or instance.min_replicas > 1:
+        beside += ", and keeps rules and replicas"
+    if instance.in_slots and not options.whole_layers:
+        return Infeasible(
+            f"latency: no plan was found that fits{beside}",
+            shortfall=1,
+            unit="plan",
+            remedy="lower kv_tokens or add memory",
+        )
+    layers, size = problem.model.num_layers, int(instance.expert_size.min())
+    room = np.array([sum(gpus) for gpus in capacity]) // (size * problem.model.num_experts)
+    held = int(np.minimum(room, layers).sum())
+    split = "plan without whole layers"
+    if not instance.in_slots:  # candidates are pipelines alone
+        split = "use solver ilp, which splits layers of unequal expert sizes"
     return Infeasible(
-        "no plan was found that fits beside the KV caches",
-        shortfall=1,
-        unit="slots",
-        remedy="lower kv_tokens or add memory",
+        f"latency: no plan of whole layers was found that fits{beside}: servers have memory for "
+        f"{quantity(held, 'whole layer')}, the model has {layers}",
+        shortfall=max(layers - held, 1),
+        unit="layers",
+        remedy=f"add memory, or {split}",
     )
 
 
