@@ -169,6 +169,10 @@ def command(args: SolveOptions) -> None:
             trace, cluster, min_replicas=args.min_replicas, reserve_kv=not plans_tables(name)
         )
         placement = solve(instance, name, options, inputs=inputs)
+    if args.heads:
+        heads = [server.name for server in cluster.servers if server.has_users]
+        plan = dataclasses.replace(placement.plan, extra={**placement.plan.extra, "heads": heads})
+        placement = placement.replace(plan=plan)
     write_output(args.output, dump_placement(placement))
     # of plans of experts nothing depends on how fast GPUs and links are
     if plans_tables(name):
@@ -308,11 +312,14 @@ def _latency_text(placement: Placement, figures: UserFigures | None) -> str:
 
 
 def _bound_text(placement: Placement) -> str:
-    """Lower bounds, and what limits the plan."""
+    """Lower bounds, and what limits the plan: shares of its time, and what more memory saves."""
     extra = placement.plan.extra
-    largest = [f"{name} {share:.0%}" for name, share in extra["limits"].items() if share >= 0.05]
+    shares = {name: share for name, share in extra["limits"].items() if share >= 0.05}
+    memory = shares.pop("memory", 0.0)
+    spent = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    saved = f"; {memory:.0%} less if every server held all experts" if memory else ""
     return (
         f"by formula {extra['expected_latency_s']:.3g} s; no plan is below "
         f"{extra['latency_bound_s']:.3g} s, none of whole layers below "
-        f"{extra['whole_layers_bound_s']:.3g} s; limited by {', '.join(largest)}"
+        f"{extra['whole_layers_bound_s']:.3g} s; time goes to {spent}{saved}"
     )

@@ -52,8 +52,10 @@ def user_figures(
     found: dict[str, list[Mapping[str, float | None]]] = {name: [] for name, _ in placements}
     for own_seed in sample_seeds(seed, SAMPLES):
         requests = sample_requests(trace, cluster, requests_per_server=number, seed=own_seed)
-        report = simulate_placements(list(placements), requests, trace, cluster).to_json()
-        for run in report["runs"]:
+        simulation = simulate_placements(list(placements), requests, trace, cluster)
+        if simulation.interrupted:  # figures of a part would look like those of all
+            raise KeyboardInterrupt
+        for run in simulation.to_json()["runs"]:
             found[run["placement"]].append(
                 {
                     "latency": run["latency_s"]["mean"],
@@ -76,7 +78,8 @@ def without_plan(cluster: Cluster, trace: Trace, seed: int = 0) -> dict[str, Use
     """Figures where no server calls another: each for itself, or one of them for all.
 
     Experts that do not fit are loaded from host memory when they are called (`offload`). The one
-    for all is the server with the most memory for experts; what it takes to reach it is left out.
+    for all is the server with the most memory for experts; what it takes to reach it is left out,
+    and it may not serve users of other servers that have ``execute_at_home``.
     Empty where arrival rates are not known, or experts differ in size.
 
     Raises
@@ -88,10 +91,14 @@ def without_plan(cluster: Cluster, trace: Trace, seed: int = 0) -> dict[str, Use
     if rates is None or not trace.model.equal_expert_bytes:
         return {}
     found: dict[str, UserFigures] = {}
-    for name, alone in (
-        ("each server for itself", cluster),
-        (None, _one_for_all(cluster, trace)),
+    one = _one_for_all(cluster, trace)
+    without = [("each server for itself", cluster), (f"{one.servers[0].name} for all", one)]
+    if any(
+        server.execute_at_home and server.has_users and server.name != one.servers[0].name
+        for server in cluster.servers
     ):
+        del without[1]
+    for name, alone in without:
         try:
             instance = Instance.build(trace, alone)
             if not all(instance.slots):
@@ -100,7 +107,7 @@ def without_plan(cluster: Cluster, trace: Trace, seed: int = 0) -> dict[str, Use
             figures = user_figures([("offload", plan)], alone, trace, seed)["offload"]
         except PrismError:  # it does not fit
             continue
-        found[name or f"{alone.servers[0].name} for all"] = figures
+        found[name] = figures
     return found
 
 
