@@ -76,10 +76,13 @@ class Judge:
         limit = most * self.formula_s(best, plans[best])
         return [name for name in names if self.formula_s(name, plans[name]) <= limit]
 
-    def best(self, plans: Mapping[str, Placement], others: Collection[str]) -> str:
+    def best(
+        self, plans: Mapping[str, Placement], others: Collection[str], kept: str | None = None
+    ) -> str:
         """The name of the fastest plan; ``simulated`` has the seconds of the last round.
 
         ``others`` are the plans of other solvers: the best of them is what fairness is measured by.
+        ``kept`` takes part in all rounds: more plans to choose from may not make the choice worse.
         """
         if not self._problem.loaded:  # by the formula alone
             close = self._by_formula(plans)
@@ -94,8 +97,9 @@ class Judge:
                 break
             standard = next((name for name in close if name in others), None)
             close = close[:most]
-            if standard is not None and standard not in close:
-                close.append(standard)
+            close += [
+                name for name in dict.fromkeys((standard, kept)) if name and name not in close
+            ]
             begin += samples
             self.simulated = {}  # means of fewer samples say nothing beside those of more
             for name in close:

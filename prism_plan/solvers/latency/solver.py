@@ -92,7 +92,9 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     required = frozenset(feature for feature, is_needed in needed.items() if is_needed)
     search = _Search(problem, options)
     search.run(required, 1)
-    if options.time_limit_s is not None:
+    kept = None
+    if options.time_limit_s is not None and search.plans:
+        kept = search.judge.best(search.plans, search.others)
         for doubling in range(1, MOST_EFFORT):
             spent = time.monotonic() - begin
             if spent * 3 > options.time_limit_s:  # the next one takes twice as long as the last
@@ -103,7 +105,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     if not search.plans:
         raise _no_plan(problem, options)
     judge = search.judge
-    chosen = judge.best(search.plans, search.others)
+    chosen = judge.best(search.plans, search.others, kept)
     plan, expected = search.plans[chosen], judge.expected[chosen]
     unlimited = problem.pipelines.idle.of_table(
         shortest_paths(problem.pipelines.idle, problem.at_home)

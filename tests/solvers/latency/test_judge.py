@@ -130,6 +130,15 @@ def test_only_samples_of_the_same_number_are_compared() -> None:
     assert all(of_plan == set(range(6)) for of_plan in samples.values())
 
 
+def test_a_plan_that_is_kept_takes_part_to_the_end() -> None:
+    """Far behind by the formula, it is simulated all the same, and chosen where it is the best."""
+    plans = plans_of(**{f"p{n}": latency([1 + n / 1000] * 2) for n in range(40)})
+    judge = Rehearsed({name: steady(2 - n / 100, 2.0) for n, name in enumerate(plans)})
+    assert judge.best(plans, set()) == "p15"
+    assert judge.best(plans, set(), "p39") == "p39"
+    assert judge.best(plans, set(), "p2") == "p15"
+
+
 def test_loads_have_their_price() -> None:
     """A gain of 0.2 s for 2 GiB to load is taken below 0.1 s a GiB, by formula or simulated."""
     plans = plans_of(old=latency([1.0, 1.0]), new=latency([0.8, 0.8]))
