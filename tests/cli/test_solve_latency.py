@@ -158,6 +158,31 @@ def test_where_servers_are_faster_without_a_plan(prism_plan: Run, here: Path) ->
     assert any(told in line for line in result.stderr.splitlines())
 
 
+def test_an_overloaded_cluster_is_told(prism_plan: Run, here: Path) -> None:
+    """Requests come faster than they are answered: what is overloaded, and that queues grow."""
+    for interval_s, overloaded in (("0.01", True), ("1.0", False)):
+        (here / "c.toml").write_text(CLUSTER.replace("10.0", interval_s))
+        result = prism_plan(*LATENCY, "-o", "p.json", cwd=here)
+        assert result.returncode == 0, result.stderr
+        plan = json.loads((here / "p.json").read_text())["plan"]
+        assert (plan["busiest_share"] >= 1) is overloaded
+        told = [line for line in result.stderr.splitlines() if "overloaded: " in line]
+        assert len(told) == overloaded
+        assert all(plan["busiest"] in line for line in told)
+
+
+def test_one_server_that_holds_everything_is_no_faster_without_a_plan(
+    prism_plan: Run, here: Path
+) -> None:
+    """What differs by rounding alone is not called faster."""
+    head, _, rest = CLUSTER.partition("[[server]]")
+    alone = rest.partition("[[server]]")[0].replace("1.6", "9.0")
+    (here / "c.toml").write_text(f"{head}[[server]]{alone}")
+    result = prism_plan(*LATENCY, "-o", "p.json", cwd=here)
+    assert result.returncode == 0, result.stderr
+    assert "faster without" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [

@@ -38,6 +38,27 @@ def reason(problem: LatencyProblem, plan: Placement, expected: PlanLatency) -> s
     return f"{which} of {plan.servers[n]} {runs} on {plan.servers[longest.server]}: {gain}"
 
 
+def busiest(plan: Placement, expected: PlanLatency) -> tuple[str, float]:
+    """What works, or is taken, for the largest share of time, and that share by the formula.
+
+    From 1 on more is asked for than there is: queues grow for as long as requests come.
+    """
+    names = plan.servers
+    gpus = [
+        f"gpu[{g}] of {name}"
+        for name, own in zip(names, plan.gpu_capacity, strict=True)
+        for g in range(len(own))
+    ]
+    shares = {
+        **{f"places of {name}": x for name, x in zip(names, expected.place_share, strict=True)},
+        **dict(zip(gpus, expected.gpu_share, strict=True)),
+        **{f"uplink of {name}": x for name, x in zip(names, expected.up_share, strict=True)},
+        **{f"downlink of {name}": x for name, x in zip(names, expected.down_share, strict=True)},
+    }
+    found = max(shares, key=lambda name: shares[name])
+    return found, float(shares[found])
+
+
 def limits(expected: PlanLatency, unlimited_s: float) -> dict[str, float]:
     """Shares of the mean latency, by what they are spent on, largest first.
 

@@ -19,7 +19,7 @@ from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bo
 from prism_plan.solvers.latency.candidates import OWN, candidates, spread_over_gpus
 from prism_plan.solvers.latency.judge import Judge
 from prism_plan.solvers.latency.problem import LatencyProblem
-from prism_plan.solvers.latency.reasons import limits, reason
+from prism_plan.solvers.latency.reasons import busiest, limits, reason
 from prism_plan.solvers.paths import shortest_paths
 
 #: Plans that are changed further: so many of the best by the formula.
@@ -120,6 +120,8 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
         "chosen": chosen,
         "candidates_s": {name: found.mean_s for name, found in judge.expected.items()},
     }
+    if problem.loaded:
+        extra["busiest"], extra["busiest_share"] = busiest(plan, expected)
     if judge.simulated:
         extra["simulated_s"] = judge.simulated
         if chosen in judge.simulated:

@@ -146,6 +146,10 @@ def test_plans_keep_to_everything(
     assert sum(extra["expected_parts_s"].values()) == pytest.approx(expected_s, rel=1e-9)
     assert extra["candidates_s"][extra["chosen"]] == expected_s
     assert 0 < extra["latency_bound_s"] <= idle_s(problem, plan) * (1 + 1e-9)
+    shares = problem.expected(plan)
+    if problem.loaded:
+        every = (shares.place_share, shares.gpu_share, shares.up_share, shares.down_share)
+        assert extra["busiest_share"] == max(float(share.max()) for share in every)
     if whole_layers:
         assert extra["whole_layers_bound_s"] <= idle_s(problem, plan) * (1 + 1e-9)
     assert (plan.plan.objective, plan.plan.termination) == ("latency", "heuristic")
