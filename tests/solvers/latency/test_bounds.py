@@ -16,6 +16,8 @@ from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bo
 from prism_plan.solvers.latency.layer_times import least_layer_s
 from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.paths import shortest_paths
+from prism_plan.trace import Trace
+from tests.profiling.synthetic import synthetic_trace
 from tests.solvers.latency.drawn import (
     counts_of,
     drawn_cluster,
@@ -179,3 +181,76 @@ def test_memory_makes_whole_layers_travel() -> None:
     alone = problem_of(trace, Cluster("c", rich, Link(bandwidth_mbps=100, rtt_ms=5.0)))
     assert whole_layers_bound_s(alone, table) < 0.9 * bound
     assert all_plans_bound_s(alone) < all_plans_bound_s(problem) <= seconds
+
+
+def decode_only(layers: int, tokens: int) -> Trace:
+    return synthetic_trace(
+        a_model(layers, experts=4, attention_flops=0, kv_bytes_per_token=0, hidden_size=4096),
+        ["x"], requests=2, prompt_tokens=0, decode_tokens=tokens,
+    )  # fmt: skip
+
+
+def test_gpus_share_the_experts_of_a_token() -> None:
+    """Two GPUs, each token's two experts on different ones: both bounds are met exactly.
+
+    Each expert is on a GPU of its own: an expert takes as long as two of them.
+    """
+    trace = decode_only(2, 5)
+    gpu = Gpu(slots=2, memory_bandwidth_gbs=1.0, tflops=1.0)
+    cluster = Cluster("c", (Server("a", (gpu,) * 4, tasks={"x": 1.0}, weight=1.0),), Link())
+    problem = problem_of(trace, cluster)
+    held = np.zeros((4, 2, 4), bool)
+    for expert in range(4):
+        held[expert, :, expert] = True
+    table = np.zeros((1, 2), np.int32)
+    seconds = idle_s(problem, planned(problem, held, table))
+    assert all_plans_bound_s(problem) == pytest.approx(seconds, rel=1e-9)
+    assert whole_layers_bound_s(problem, table) == pytest.approx(seconds, rel=1e-9)
+
+
+def test_messages_that_no_plan_does_without() -> None:
+    """Servers without end, memory for a layer each: a token takes a hop and an id, but for one id.
+
+    Calls take longer here. With faster calls than hops the bound is that of calls.
+    """
+    trace = decode_only(2, 5)
+    gpu = Gpu(slots=4, memory_bandwidth_gbs=1e7, tflops=1e7, launch_overhead_us=0.0)
+    servers = tuple(Server(name, (gpu,), tasks={"x": 1.0}, weight=1.0) for name in "ab")
+    for overhead_ms, hop_overhead_ms, with_hops in ((9.0, 1.0, True), (0.0, 99.0, False)):
+        link = Link(100.0, 1.0, overhead_ms, hop_overhead_ms=hop_overhead_ms)
+        problem = problem_of(trace, Cluster("c", servers, link))
+        best = np.inf
+        held = np.zeros((2, 2, 4), bool)
+        held[0, 0], held[1, 1] = True, True
+        for rows in itertools.product((0, 1), repeat=4):
+            table = np.array(rows).reshape(2, 2)
+            best = min(best, idle_s(problem, planned(problem, held, table)))
+        bound = all_plans_bound_s(problem)
+        id_s = (0.5 + hop_overhead_ms) * 1e-3
+        assert bound <= best
+        assert bound >= (best - 1.01 * id_s if with_hops else 0.5 * best)
+
+
+def test_prices_of_memory() -> None:
+    """A fast server of two of four layers, a slow one of all: two layers run on the slow one.
+
+    Hops cost nothing, so that the bound is that of two fast and two slow layers.
+    """
+    trace = decode_only(4, 5)
+    fast, slow = (
+        Gpu(slots=slots, memory_bandwidth_gbs=speed, tflops=1.0, launch_overhead_us=0.0)
+        for slots, speed in ((8, 10.0), (16, 1.0))
+    )
+    servers = (
+        Server("fast", (fast,), tasks={"x": 1.0}, weight=1.0),
+        Server("slow", (slow,)),
+    )
+    problem = problem_of(trace, Cluster("c", servers, Link(10**6, 0.0, 0.0)))
+    held = np.ones((2, 4, 4), bool)
+    held[0, 2:] = False
+    table = np.array([[0, 0, 1, 1], [1, 1, 1, 1]], np.int32)
+    seconds = idle_s(problem, planned(problem, held, table))
+    bound = whole_layers_bound_s(problem, table)
+    assert 0.999 * seconds <= bound <= seconds * (1 + 1e-9)
+    everywhere = idle_s(problem, planned(problem, np.ones((2, 4, 4), bool), 0 * table))
+    assert everywhere < 0.3 * bound
