@@ -327,7 +327,7 @@ def _bound_text(placement: Placement) -> str:
     spent = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     saved = f"; {memory:.0%} less if every server held all experts" if memory else ""
     return (
-        f"by formula {extra['expected_latency_s']:.3g} s; no plan is below "
-        f"{extra['latency_bound_s']:.3g} s, none of whole layers below "
+        f"by formula {extra['expected_latency_s']:.3g} s, where no plan is below "
+        f"{extra['latency_bound_s']:.3g} s and none of whole layers below "
         f"{extra['whole_layers_bound_s']:.3g} s; time goes to {spent}{saved}"
     )

@@ -12,11 +12,12 @@ import pytest
 from prism_plan.cluster import Cluster, Gpu, Link, Server
 from prism_plan.evaluate import user_figures as module
 from prism_plan.evaluate.simulation import simulate_placements
-from prism_plan.evaluate.user_figures import REQUESTS, SAMPLES, user_figures, without_plan
+from prism_plan.evaluate.user_figures import FIRST_SAMPLE, REQUESTS, user_figures, without_plan
 from prism_plan.instance import Instance
-from prism_plan.simulate.sampling import sample_requests, sample_seeds
+from prism_plan.simulate.sampling import sample_requests
 from prism_plan.simulate.short_run import short_run
-from prism_plan.solvers import solve
+from prism_plan.solvers import busy_servers, solve
+from prism_plan.solvers.latency import judge
 from tests.evaluate.simulation_material import small_cluster, small_trace
 
 
@@ -32,7 +33,7 @@ def test_figures_are_those_of_simulations() -> None:
     assert list(found) == ["prism", "pipeline"]
     for name, plan in plans:
         reports, seconds, first = [], [], []
-        for seed in sample_seeds(3, SAMPLES):
+        for seed in (3 + FIRST_SAMPLE, 4 + FIRST_SAMPLE):
             requests = sample_requests(trace, cluster, requests_per_server=REQUESTS, seed=seed)
             run = simulate_placements([(name, plan)], requests, trace, cluster).to_json()["runs"][0]
             reports.append(run)
@@ -43,6 +44,12 @@ def test_figures_are_those_of_simulations() -> None:
         assert found[name].ttft_s == pytest.approx(mean(first), rel=1e-9)
         tpot_s = mean(run["tpot_s"]["mean"] for run in reports)
         assert found[name].tokens_per_s == pytest.approx(1 / tpot_s, rel=1e-9)
+
+
+def test_nothing_was_chosen_by_these_requests() -> None:
+    """All samples that solvers simulate come before the first of those that figures are of."""
+    assert sum(samples for samples, _ in judge.ROUNDS) <= FIRST_SAMPLE
+    assert busy_servers.SAMPLES <= FIRST_SAMPLE
 
 
 def test_answers_of_one_token_have_no_speed() -> None:
