@@ -94,13 +94,17 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     search.run(required, 1)
     kept = None
     if options.time_limit_s is not None and search.plans:
+        searched = time.monotonic()
         kept = search.judge.best(search.plans, search.others)
+        last_s, judged_s = searched - begin, time.monotonic() - searched
         for doubling in range(1, MOST_EFFORT):
-            spent = time.monotonic() - begin
-            if spent * 3 > options.time_limit_s:  # the next one takes twice as long as the last
+            now = time.monotonic()
+            # the next one takes twice as long as the last at most, then the judge chooses again
+            if now - begin + 2 * last_s + judged_s > options.time_limit_s:
                 break
             search.problem.seed = (options.seed + doubling) % 2**31
             search.run(required, 2**doubling)
+            last_s = time.monotonic() - now
         search.problem.seed = options.seed
     if not search.plans:
         raise _no_plan(problem, options)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -23,6 +24,7 @@ from prism_plan.placement_check import violations
 from prism_plan.simulate.short_run import short_run
 from prism_plan.solvers import solve
 from prism_plan.solvers.contract import Options
+from prism_plan.solvers.latency import solver as latency_solver
 from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.trace import Trace
 from tests.solvers.latency.drawn import (
@@ -331,6 +333,35 @@ def test_a_time_limit_searches_on() -> None:
     assert seconds[2] <= seconds[0] * (1 + 1e-9)
     assert (short.on_gpu == plain.on_gpu).all()
     assert longer.plan.seed == plain.plan.seed == 0
+
+
+def test_a_time_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Effort doubles for as long as twice the last search, and the judge, fit within the limit.
+
+    By a clock on which a search takes a second for each unit of effort, and the judge one.
+    """
+    now_s, efforts = [0.0], []
+    run, best = latency_solver._Search.run, latency_solver.Judge.best
+
+    def search(self: Any, required: Any, effort: int) -> None:
+        run(self, required, 1)
+        efforts.append(effort)
+        now_s[0] += effort
+
+    def judge(*arguments: Any) -> str:
+        now_s[0] += 1
+        return best(*arguments)
+
+    monkeypatch.setattr(latency_solver._Search, "run", search)
+    monkeypatch.setattr(latency_solver.Judge, "best", judge)
+    monkeypatch.setattr(latency_solver, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    trace, cluster = busy_case(None)
+    for limit_s, wanted in ((1, [1]), (5, [1, 2]), (16.9, [1, 2, 4]), (17, [1, 2, 4, 8])):
+        efforts.clear()
+        now_s[0] = 0.0
+        solve(Instance.build(trace, cluster), "latency", Options(time_limit_s=float(limit_s)))
+        assert efforts == wanted
+        assert now_s[0] <= max(limit_s, 3)  # one search and two choices there always are
 
 
 @pytest.mark.parametrize("seed", range(3))
