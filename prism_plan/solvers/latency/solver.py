@@ -10,7 +10,7 @@ import numpy as np
 from prism_plan.errors import Infeasible
 from prism_plan.expert_capacity import gpu_capacity
 from prism_plan.instance import Instance
-from prism_plan.instance_feasibility import require_feasible
+from prism_plan.instance_feasibility import explain_infeasible, require_feasible
 from prism_plan.placement import Placement
 from prism_plan.printable_text import quantity
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, cluster_and_trace
@@ -145,7 +145,10 @@ def _no_plan(problem: LatencyProblem, options: Options) -> Infeasible:
     instance = problem.instance
     try:
         capacity = gpu_capacity(problem.cluster, problem.model)
-        require_feasible(instance.replace(gpu_capacity=capacity))
+        at_home = instance.replace(gpu_capacity=capacity)
+        require_feasible(at_home)
+        if instance.in_slots and instance.has_rules:
+            explain_infeasible(at_home)
     except Infeasible as error:
         return error
     beside = " beside the KV caches" if any(s.kv_tokens for s in problem.cluster.servers) else ""

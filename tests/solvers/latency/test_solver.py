@@ -303,6 +303,19 @@ def test_what_fits_nowhere() -> None:
         solve(build, "latency")
 
 
+def test_rules_that_nothing_keeps() -> None:
+    """An expert that is forbidden everywhere, and caps that are too low: as ``exact`` tells it."""
+    trace, cluster = busy_case(None)
+    for changes in ({"forbid": ((2, 3),)}, {"layer_cap": 1}):
+        instance = Instance.build(trace, changed(cluster, **changes))
+        told = []
+        for solver in ("exact", "latency"):
+            with pytest.raises(Infeasible) as caught:
+                solve(instance, solver)
+            told.append(str(caught.value))
+        assert told[0] == told[1]
+
+
 def test_bad_input() -> None:
     """No links, a wrong time limit, paths on top: one line each."""
     trace, cluster = busy_case(None)
