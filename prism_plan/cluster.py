@@ -174,6 +174,8 @@ class Cluster:
     def with_users_of(self, names: Collection[str]) -> Cluster:
         """The cluster with the users of these servers alone; the others serve them.
 
+        ``kv_tokens`` of the others stay reserved, so that a plan fits the whole cluster, too.
+
         Raises
         ------
         InputError
@@ -188,7 +190,7 @@ class Cluster:
                     expected=f"servers with tasks: {', '.join(known)}",
                 )
         servers = tuple(
-            server if server.name in names else dataclasses.replace(server, tasks={}, kv_tokens=0)
+            server if server.name in names else dataclasses.replace(server, tasks={})
             for server in self.servers
         )
         return dataclasses.replace(self, servers=servers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,20 @@ def test_slots_give_no_bytes() -> None:
     """A GPU given by slots has no memory size to compute with."""
     with pytest.raises(ValueError, match="no memory size"):
         _ = Gpu(slots=3).usable_bytes
+
+
+def test_users_of_some_servers() -> None:
+    """The others lose their users and nothing else: caches, rules and rates stay as they are."""
+    users = 'name = "b"\ntasks = { law = 1.0 }\nweight = 1\nkv_tokens = 7\n[[server.gpu]]'
+    cluster = parse_cluster(FULL.replace('name = "b"\n[[server.gpu]]', users))
+    only = cluster.with_users_of(["a"])
+    assert [server.has_users for server in only.servers] == [True, False, False]
+    assert only.servers[0] == cluster.servers[0]
+    assert only.servers[1] == dataclasses.replace(cluster.servers[1], tasks={})
+    assert only.servers[1].kv_tokens == 7
+    assert (only.link, only.pair_links) == (cluster.link, cluster.pair_links)
+    assert cluster.with_users_of(["b", "a"]) == cluster
+    for name, said in (("c", "expected servers with tasks: a, b"), ("A", "'A'")):
+        with pytest.raises(InputError, match=said) as caught:
+            cluster.with_users_of(["a", name])
+        assert caught.value.parameter == "heads"

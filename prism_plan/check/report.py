@@ -336,6 +336,23 @@ def _check_sweep(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]
     return CheckReport(str(path), "sweep", f"{quantity(len(rows), 'run')}, {failed} of them failed")
 
 
+def _planned_users(placement: Placement, cluster: Cluster, problems: list[str]) -> Cluster:
+    """The cluster with the users that a placement was planned for: all, or those of its ``heads``.
+
+    Wrong ``heads`` are added to the problems.
+    """
+    heads = placement.plan.extra.get("heads")
+    if heads is None:
+        return cluster
+    try:
+        if not (heads and isinstance(heads, list) and all(isinstance(name, str) for name in heads)):
+            raise InputError(f"{heads!r}", parameter="heads", expected="names of servers")
+        return cluster.with_users_of(heads)
+    except InputError as error:
+        problems.append(f"plan.{error}")
+        return cluster
+
+
 def _check_placement(
     path: str | os.PathLike[str],
     placement: Placement,
@@ -363,7 +380,8 @@ def _check_placement(
         try:
             require_users(cluster[1])
             if trace is not None:
-                instance = Instance.build(trace[1], cluster[1], **how)
+                users = _planned_users(placement, cluster[1], problems)
+                instance = Instance.build(trace[1], users, **how)
             elif model is not None:
                 instance = Instance.of_cluster(cluster[1], model[1], **how)
         except InputError as error:

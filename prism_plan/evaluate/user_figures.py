@@ -23,6 +23,9 @@ from prism_plan.trace import Trace
 
 #: Samples, and requests of a server in each; of large clusters fewer, so many in all.
 SAMPLES, REQUESTS, MAX_REQUESTS = 2, 40, 600
+#: Solvers choose between plans by samples of lower numbers. What is best there is partly so by
+#: chance, so that figures come from requests that nothing was chosen by.
+FIRST_SAMPLE = 100
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ def user_figures(
 ) -> dict[str, UserFigures]:
     """Figures for users under each placement, by name.
 
+    Of requests with seeds from ``seed`` + :data:`FIRST_SAMPLE` on.
+
     Raises
     ------
     InputError
@@ -51,10 +56,12 @@ def user_figures(
     users = sum(server.has_users for server in cluster.servers)
     number = min(REQUESTS, -(-MAX_REQUESTS // max(users, 1)))
     found: dict[str, list[Mapping[str, float | None]]] = {name: [] for name, _ in placements}
-    for own_seed in sample_seeds(seed, SAMPLES):
+    for own_seed in sample_seeds(seed, FIRST_SAMPLE + SAMPLES)[FIRST_SAMPLE:]:
         requests = sample_requests(trace, cluster, requests_per_server=number, seed=own_seed)
-        report = simulate_placements(list(placements), requests, trace, cluster).to_json()
-        for run in report["runs"]:
+        simulation = simulate_placements(list(placements), requests, trace, cluster)
+        if simulation.interrupted:  # figures of a part would look like those of all
+            raise KeyboardInterrupt
+        for run in simulation.to_json()["runs"]:
             found[run["placement"]].append(
                 {
                     "latency": run["latency_s"]["mean"],
@@ -78,8 +85,8 @@ def without_plan(cluster: Cluster, trace: Trace, seed: int = 0) -> dict[str, Use
 
     Experts that do not fit are loaded from host memory when they are called (`offload`). The one
     for all is the server with the most memory for experts; the messages that reach it and bring the
-    first token's id home count with each request. Empty where arrival rates are not known, or
-    experts differ in size.
+    first token's id home count with each request, and it may not serve users of other servers that
+    have ``execute_at_home``. Empty where arrival rates are not known, or experts differ in size.
 
     Raises
     ------
@@ -91,10 +98,16 @@ def without_plan(cluster: Cluster, trace: Trace, seed: int = 0) -> dict[str, Use
         return {}
     found: dict[str, UserFigures] = {}
     one, reach_s = _one_for_all(cluster, trace)
-    for name, alone, more_s in (
+    without = [
         ("each server for itself", cluster, 0.0),
         (f"{one.servers[0].name} for all", one, reach_s),
+    ]
+    if any(
+        server.execute_at_home and server.has_users and server.name != one.servers[0].name
+        for server in cluster.servers
     ):
+        del without[1]
+    for name, alone, more_s in without:
         try:
             instance = Instance.build(trace, alone)
             if not all(instance.slots):

@@ -66,7 +66,7 @@ def pack_on_gpus(
     packed = np.zeros((len(server_of), layers * experts), bool)
     before = np.zeros_like(packed)
     if reference is not None:
-        before = _reference_on_gpu(instance, reference).reshape(packed.shape)
+        before = reference_on_gpu(instance, reference).reshape(packed.shape)
     if any(len(gpus) != 1 for gpus in instance.gpu_capacity):  # else there is nothing to balance
         load = expected_load(instance.activations, local).reshape(servers, -1)
     for n in range(servers):
@@ -93,7 +93,7 @@ def pack_on_gpus(
     return packed.reshape(len(server_of), layers, experts)
 
 
-def _reference_on_gpu(instance: Instance, reference: Placement) -> npt.NDArray[np.bool_]:
+def reference_on_gpu(instance: Instance, reference: Placement) -> npt.NDArray[np.bool_]:
     """What a reference placement has on each GPU of the instance's servers, bool [G, L, E].
 
     Servers are matched by name, their GPUs by index.

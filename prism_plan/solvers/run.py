@@ -139,7 +139,9 @@ def _report(
     if options.reference is not None:
         loads = int((result.local & ~reference_local(instance, options.reference)).sum())
         extra |= {"load_price": options.load_price, "loads": loads}
-        if options.load_price > 0:  # the bound is then one on both terms together
+        if result.objective == "latency":
+            extra["load_price_unit"] = "seconds of a mean request a GiB"
+        elif options.load_price > 0:  # the bound is then one on both terms together
             objective = "remote + load_price·loads"
             extra["priced_objective"] = math.fsum(score.remote) + options.load_price * loads
             extra["priced_bound"] = result.bound

@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from prism_plan.latency.idle_time import MeanRequest
+from prism_plan.solvers.latency.layer_times import least_layer_s
 from prism_plan.solvers.latency.problem import Floats, LatencyProblem, Table
 from prism_plan.solvers.paths import shortest_path
 
@@ -20,7 +21,7 @@ STEPS, MAX_SERVERS = 100, 8
 
 
 def whole_layers_bound_s(problem: LatencyProblem, table: Table) -> float:
-    """Seconds that no plan of whole layers is below, experts spread over GPUs as ours are.
+    """Seconds that no plan of whole layers is below, however GPUs share the experts of a layer.
 
     Every server could hold any layer, but no more layers than it has memory for without KV caches:
     at least so many of a home's layers are executed elsewhere. Zero for homes that execute at home.
@@ -30,9 +31,11 @@ def whole_layers_bound_s(problem: LatencyProblem, table: Table) -> float:
     size = problem.instance.expert_size * problem.model.num_experts
     most = np.array([int((np.cumsum(np.sort(size)) <= own).sum()) for own in room])
     seconds = np.zeros(len(room))
+    layer_s = least_layer_s(problem)
     for n in np.flatnonzero(problem.pipelines.idle.has_users).tolist():
         if not problem.at_home[n]:
-            seconds[n] = _bounded_path_s(problem.pipelines.idle.of_home(n), most, n, table[n])
+            request = dataclasses.replace(problem.pipelines.idle.of_home(n), layer_s=layer_s[n])
+            seconds[n] = _bounded_path_s(request, most, n, table[n])
     return float(problem.weights @ seconds)
 
 

@@ -76,14 +76,20 @@ class Judge:
         limit = most * self.formula_s(best, plans[best])
         return [name for name in names if self.formula_s(name, plans[name]) <= limit]
 
-    def best(self, plans: Mapping[str, Placement], others: Collection[str]) -> str:
-        """The name of the fastest plan; ``simulated`` has the seconds of those simulated.
+    def best(
+        self, plans: Mapping[str, Placement], others: Collection[str], kept: str | None = None
+    ) -> str:
+        """The name of the fastest plan; ``simulated`` has the seconds of the last round.
 
         ``others`` are the plans of other solvers: the best of them is what fairness is measured by.
+        ``kept`` takes part in all rounds: more plans to choose from may not make the choice worse.
         """
-        close = self.close(plans)
-        if len(close) == 1 and close[0] not in others:
-            close += [name for name in self._by_formula(plans) if name in others][:1]
+        if not self._problem.loaded:  # by the formula alone
+            close = self._by_formula(plans)
+        else:
+            close = self.close(plans)
+            if not any(name in others for name in close):
+                close += [name for name in self._by_formula(plans) if name in others][:1]
         figures = {name: self._formula_figures(name) for name in close}
         begin = 0
         for samples, most in ROUNDS:
@@ -91,9 +97,11 @@ class Judge:
                 break
             standard = next((name for name in close if name in others), None)
             close = close[:most]
-            if standard is not None and standard not in close:
-                close.append(standard)
+            close += [
+                name for name in dict.fromkeys((standard, kept)) if name and name not in close
+            ]
             begin += samples
+            self.simulated = {}  # means of fewer samples say nothing beside those of more
             for name in close:
                 figures[name] = self._simulated_figures(name, plans[name], begin)
                 self.simulated[name] = figures[name].mean_s
@@ -137,7 +145,8 @@ class Judge:
 
     def _formula_figures(self, name: str) -> _Figures:
         expected = self.expected[name]
-        return _Figures(expected.mean_s, 0.0, float(expected.of_home.max()))
+        asking = expected.weights > 0
+        return _Figures(expected.mean_s, 0.0, float(expected.of_home[asking].max()))
 
     def _simulated_figures(self, name: str, plan: Placement, samples: int) -> _Figures:
         seconds = np.concatenate([self._run(name, plan, number) for number in range(samples)])

@@ -18,11 +18,17 @@ from prism_plan.instance_feasibility import require_feasible
 from prism_plan.latency.expected_latency import PlanLatency, Site, Workload, latency_of
 from prism_plan.latency.idle_time import IdleMeasure
 from prism_plan.placement import Placement, SolveReport, gpu_offsets
+from prism_plan.placement_check import violations
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.timing import timing
 from prism_plan.solvers.exact import fill_free_slots, solve_flow
 from prism_plan.solvers.latency.gpus import GpuDealer
-from prism_plan.solvers.packing import expected_load, pack_on_gpus, reference_local
+from prism_plan.solvers.packing import (
+    expected_load,
+    pack_on_gpus,
+    reference_local,
+    reference_on_gpu,
+)
 from prism_plan.solvers.pipeline import PipelineProblem
 from prism_plan.solvers.shrinkage import shrunk_activations
 from prism_plan.token_rates import request_rates
@@ -158,6 +164,17 @@ class LatencyProblem:
             return None
         return self.packed(local, plan.execution_table, plan.gpu_capacity)
 
+    def is_allowed(self, plan: Placement, *, whole_layers: bool = False) -> bool:
+        """Whether a plan keeps to replicas, rules and homes, and to ``whole_layers`` where asked.
+
+        An existing placement need not, nor need searches that do not know every rule.
+        """
+        instance = self.instance.replace(gpu_capacity=plan.gpu_capacity)
+        if violations(plan, instance=instance):
+            return False
+        partial = plan.local.any(axis=2) & ~plan.local.all(axis=2)
+        return not (whole_layers and partial.any())
+
     def if_it_fits(self, local: Bools, table: Table) -> Placement | None:
         """A plan of experts ``local`` [N, L, E] with a table, or ``None``."""
         try:
@@ -187,6 +204,12 @@ class LatencyProblem:
                 raise Infeasible("experts do not fit", shortfall=1, unit="experts", remedy="")
             moved = instance.replace(gpu_capacity=capacity, activations=calls)
             return self._plan(pack_on_gpus(moved, local, self.reference), table, capacity)
+        if self.reference is not None:  # of unequal size: as they lie, where that is all
+            on_gpu_before = reference_on_gpu(instance, self.reference)
+            used = on_gpu_before.sum(axis=2) @ instance.expert_size
+            fits = bool((used <= [room for gpus in capacity for room in gpus]).all())
+            if fits and np.array_equal(reference_local(instance, self.reference), local):
+                return self._plan(on_gpu_before, table, capacity)
         load = expected_load(calls, local)
         try:
             on_gpu = [self._dealer.deal(room, local[n], load[n]) for n, room in enumerate(capacity)]

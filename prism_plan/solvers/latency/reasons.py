@@ -19,6 +19,8 @@ def reason(problem: LatencyProblem, plan: Placement, expected: PlanLatency) -> s
     table = plan.execution_table
     home = home_execution(*table.shape)
     away = (table != home) & (problem.weights > 0)[:, None]
+    if problem.at_home[problem.weights > 0].all():
+        return "every layer runs at home, as execute_at_home asks"
     if not away.any():
         return "every layer runs at home: no other table is faster"
     at_home = problem.expected(plan.replace(execution=home))
@@ -34,6 +36,27 @@ def reason(problem: LatencyProblem, plan: Placement, expected: PlanLatency) -> s
     runs = "runs" if first == last else "run"
     gain = f"saves {seconds:.2g} s a request" if seconds > 0 else "for the good of other homes"
     return f"{which} of {plan.servers[n]} {runs} on {plan.servers[longest.server]}: {gain}"
+
+
+def busiest(plan: Placement, expected: PlanLatency) -> tuple[str, float]:
+    """What works, or is taken, for the largest share of time, and that share by the formula.
+
+    From 1 on more is asked for than there is: queues grow for as long as requests come.
+    """
+    names = plan.servers
+    gpus = [
+        f"gpu[{g}] of {name}"
+        for name, own in zip(names, plan.gpu_capacity, strict=True)
+        for g in range(len(own))
+    ]
+    shares = {
+        **{f"places of {name}": x for name, x in zip(names, expected.place_share, strict=True)},
+        **dict(zip(gpus, expected.gpu_share, strict=True)),
+        **{f"uplink of {name}": x for name, x in zip(names, expected.up_share, strict=True)},
+        **{f"downlink of {name}": x for name, x in zip(names, expected.down_share, strict=True)},
+    }
+    found = max(shares, key=lambda name: shares[name])
+    return found, float(shares[found])
 
 
 def limits(expected: PlanLatency, unlimited_s: float) -> dict[str, float]:

@@ -10,15 +10,16 @@ import numpy as np
 from prism_plan.errors import Infeasible, UnsupportedFeature
 from prism_plan.expert_capacity import gpu_capacity, kv_bytes
 from prism_plan.instance import Instance
-from prism_plan.instance_feasibility import require_feasible
+from prism_plan.instance_feasibility import explain_infeasible, require_feasible
 from prism_plan.placement import Placement
+from prism_plan.printable_text import quantity
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, cluster_and_trace
 from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bound_s
 from prism_plan.solvers.latency.candidates import OWN, candidates, spread_over_gpus
 from prism_plan.solvers.latency.judge import Judge, trusted
 from prism_plan.solvers.latency.partial_layers import Budget, improved, partial_layers
 from prism_plan.solvers.latency.problem import LatencyProblem
-from prism_plan.solvers.latency.reasons import limits, reason
+from prism_plan.solvers.latency.reasons import busiest, limits, reason
 from prism_plan.solvers.paths import shortest_paths
 
 #: Plans that are changed further: so many of the best by the formula, of large problems one: each
@@ -39,10 +40,12 @@ class _Search:
         self._known: set[bytes] = set()
 
     def add(self, name: str, plan: Placement, *, of_others: bool = False) -> None:
-        """Keep a plan unless it is known."""
+        """Keep a plan that is allowed, unless it is known."""
         key = np.packbits(plan.on_gpu).tobytes() + plan.execution_table.tobytes()
-        if key not in self._known:
-            self._known.add(key)
+        if key in self._known:
+            return
+        self._known.add(key)
+        if self.problem.is_allowed(plan, whole_layers=self.options.whole_layers):
             number = sum(known == name or known.startswith(f"{name} #") for known in self.plans)
             name = name if not number else f"{name} #{number + 1}"
             self.plans[name] = plan
@@ -67,14 +70,22 @@ class _Search:
             if self.problem.loaded and not self._trusted():  # the formula may order them wrongly
                 for plan in partial_layers(self.problem.as_idle(), Budget(effort)):
                     self.add("partial layers for an idle cluster", plan)
-            most = 1 if self.problem.calls.size > LARGE else IMPROVED
-            for name in self._best(list(self.plans))[:most]:
+            for name in self._to_improve():
                 self.add(f"{name}, improved", improved(self.problem, self.plans[name], budget))
 
     def _trusted(self) -> bool:
         """Whether the formula is close to the simulator for the plan that it finds best."""
         name = self._best(list(self.plans))[0]
         return trusted(self.judge.expected[name])
+
+    def _to_improve(self) -> list[str]:
+        """Names of the best plans; also of those that are best but for what they load."""
+        most = 1 if self.problem.calls.size > LARGE else IMPROVED
+        found = self._best(list(self.plans))[:most]
+        if self.options.load_price > 0:
+            fastest = sorted(self.plans, key=lambda name: self.judge.expected[name].mean_s)
+            found += [name for name in fastest[:most] if name not in found]
+        return found
 
     def _best(self, names: list[str]) -> list[str]:
         """Names by the formula, best first."""
@@ -99,18 +110,24 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
         )
     search = _Search(problem, options)
     search.run(required, 1)
-    if options.time_limit_s is not None:
+    kept = None
+    if options.time_limit_s is not None and search.plans:
+        searched = time.monotonic()
+        kept = search.judge.best(search.plans, search.others)
+        last_s, judged_s = searched - begin, time.monotonic() - searched
         for doubling in range(1, MOST_EFFORT):
-            spent = time.monotonic() - begin
-            if spent * 3 > options.time_limit_s:  # the next one takes twice as long as the last
+            now = time.monotonic()
+            # the next one takes twice as long as the last at most, then the judge chooses again
+            if now - begin + 2 * last_s + judged_s > options.time_limit_s:
                 break
             search.problem.seed = (options.seed + doubling) % 2**31
             search.run(required, 2**doubling)
+            last_s = time.monotonic() - now
         search.problem.seed = options.seed
     if not search.plans:
-        raise _no_plan(problem)
+        raise _no_plan(problem, options)
     judge = search.judge
-    chosen = judge.best(search.plans, search.others)
+    chosen = judge.best(search.plans, search.others, kept)
     plan, expected = search.plans[chosen], judge.expected[chosen]
     if not options.whole_layers and (filled := problem.filled(plan)) is not None:
         with_copies = problem.expected(filled)
@@ -129,6 +146,8 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
         "chosen": chosen,
         "candidates_s": {name: found.mean_s for name, found in judge.expected.items()},
     }
+    if problem.loaded:
+        extra["busiest"], extra["busiest_share"] = busiest(plan, expected)
     if judge.simulated:
         extra["simulated_s"] = judge.simulated
         if chosen in judge.simulated:
@@ -143,29 +162,59 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     )
 
 
-def _no_plan(problem: LatencyProblem) -> Infeasible:
-    """Why nothing fits: what the plan with every layer at home lacks, and where caches lie."""
-    try:
-        capacity = gpu_capacity(problem.cluster, problem.model)
-        require_feasible(problem.instance.replace(gpu_capacity=capacity))
-        cause = Infeasible(
-            "no plan was found that fits", shortfall=1, unit="slots", remedy="add memory"
-        )
-    except Infeasible as error:
-        cause = error
+def _no_plan(problem: LatencyProblem, options: Options) -> Infeasible:
+    """Why nothing fits, and where KV caches lie."""
+    cause = _cause(problem, options)
     needed = kv_bytes(problem.cluster, problem.model)
     caches = [
         f"{kept:,} bytes of {server.name}"
         for server, kept in zip(problem.cluster.servers, needed, strict=True)
         if kept
     ]
-    if not caches or "lower kv_tokens" in cause.remedy:
+    if not caches:
         return cause
+    remedy = cause.remedy if "kv_tokens" in cause.remedy else f"{cause.remedy}, or lower kv_tokens"
     return Infeasible(
         f"{cause.constraint} (KV caches with every layer at home: {', '.join(caches)})",
         shortfall=cause.shortfall,
         unit=cause.unit,
-        remedy=f"{cause.remedy}, or lower kv_tokens",
+        remedy=remedy,
+    )
+
+
+def _cause(problem: LatencyProblem, options: Options) -> Infeasible:
+    """What the plan with every layer at home lacks, or one of whole layers."""
+    instance = problem.instance
+    try:
+        capacity = gpu_capacity(problem.cluster, problem.model)
+        at_home = instance.replace(gpu_capacity=capacity)
+        require_feasible(at_home)
+        if instance.in_slots and instance.has_rules:
+            explain_infeasible(at_home)
+    except Infeasible as error:
+        return error
+    beside = " beside the KV caches" if any(s.kv_tokens for s in problem.cluster.servers) else ""
+    if instance.has_rules or instance.min_replicas > 1:
+        beside += ", and keeps rules and replicas"
+    if instance.in_slots and not options.whole_layers:
+        return Infeasible(
+            f"latency: no plan was found that fits{beside}",
+            shortfall=1,
+            unit="plan",
+            remedy="lower kv_tokens or add memory",
+        )
+    layers, size = problem.model.num_layers, int(instance.expert_size.min())
+    room = np.array([sum(gpus) for gpus in capacity]) // (size * problem.model.num_experts)
+    held = int(np.minimum(room, layers).sum())
+    split = "plan without whole layers"
+    if not instance.in_slots:  # candidates are pipelines alone
+        split = "use solver ilp, which splits layers of unequal expert sizes"
+    return Infeasible(
+        f"latency: no plan of whole layers was found that fits{beside}: servers have memory for "
+        f"{quantity(held, 'whole layer')}, the model has {layers}",
+        shortfall=max(layers - held, 1),
+        unit="layers",
+        remedy=f"add memory, or {split}",
     )
 
 

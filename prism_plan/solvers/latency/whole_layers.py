@@ -305,7 +305,8 @@ def _improve(  # pragma: no cover - compiled
                             places, variation, room, size, fairness, trial, made, best_table,
                         )  # fmt: skip
                         tried += 1
-                        if now < best - GAIN * abs(best):
+                        # of a start that lacks layers the seconds are infinite
+                        if now < (best if best == np.inf else best - GAIN * abs(best)):
                             best, improved = now, True
                             held[:] = trial
                             table[:] = made

@@ -1,0 +1,152 @@
+"""The choice between plans: by formula, by simulation, by fairness, and by the price of loads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prism_plan.latency.expected_latency import PARTS, PlanLatency
+from prism_plan.solvers.latency.judge import Judge, trusted
+
+
+def latency(of_home: list[float], share: float = 0.1, weights: Any = None) -> PlanLatency:
+    """Seconds of each home, all of them compute, and the busiest share of time."""
+    parts = np.zeros((len(of_home), len(PARTS)))
+    parts[:, 0] = of_home
+    homes = np.zeros(len(of_home))
+    even = np.full(len(of_home), 1 / len(of_home))
+    return PlanLatency(
+        parts=parts,
+        weights=even if weights is None else np.array(weights),
+        gpu_share=np.full(1, share),
+        up_share=homes,
+        down_share=homes,
+        place_share=homes,
+    )
+
+
+class Rehearsed(Judge):
+    """A judge whose plans are their formula's figures, and whose simulations are written down.
+
+    ``runs`` are the seconds of 100 requests of two homes, in turns, by name; the same each time.
+    """
+
+    def __init__(self, runs: dict[str, np.ndarray] | None, gib: Any = None, **price: float) -> None:
+        problem: Any = SimpleNamespace(
+            cluster=SimpleNamespace(servers=[SimpleNamespace(has_users=True)] * 2),
+            loaded=runs is not None,
+            expected=lambda plan: plan,
+            loaded_gib=gib,
+        )
+        super().__init__(problem, **price)
+        self.runs = runs or {}
+        self.asked: list[tuple[str, int]] = []
+
+    def _run(self, name: str, plan: Any, sample: int) -> np.ndarray:
+        self.asked.append((name, sample))
+        return self.runs[name]
+
+    def _requests(self, sample: int) -> Any:
+        return SimpleNamespace(home=np.arange(100) % 2)
+
+
+def steady(first: float, second: float) -> np.ndarray:
+    """100 requests of two homes, each with the same seconds always."""
+    return np.where(np.arange(100) % 2 == 0, first, second)
+
+
+def plans_of(**seconds: PlanLatency) -> Any:
+    return seconds
+
+
+def test_idle_clusters_are_judged_by_the_formula() -> None:
+    """The least mean, unless its slowest home is 3 % behind that of the best other solver's plan.
+
+    Then the next best that is fair; homes without requests do not count.
+    """
+    plans = plans_of(
+        other=latency([1.0, 1.0]),
+        unfair=latency([0.5, 1.04]),
+        fair=latency([0.7, 1.02]),
+        worse=latency([2.0, 2.0]),
+    )
+    assert Rehearsed(None).best(plans, {"other"}) == "fair"
+    assert Rehearsed(None).best(plans, set()) == "unfair"
+    assert Rehearsed(None).best(plans, {"other", "unfair"}) == "unfair"
+    weights = [1.0, 0.0]
+    nobody = plans_of(
+        other=latency([1.0, 1.0], 0.1, weights), own=latency([0.9, 9.0], 0.1, weights)
+    )
+    assert Rehearsed(None).best(nobody, {"other"}) == "own"
+
+
+def test_busy_clusters_are_judged_by_simulation() -> None:
+    """Of plans close to the best by formula the one of the least simulated mean."""
+    plans = plans_of(a=latency([1.0, 1.0]), b=latency([1.1, 1.1]), far=latency([1.4, 1.4]))
+    runs = {"a": steady(2.0, 2.0), "b": steady(1.5, 1.5)}
+    judge = Rehearsed(runs)
+    assert judge.best(plans, set()) == "b"
+    assert judge.simulated == {"a": 2.0, "b": 1.5}
+    assert {name for name, _ in judge.asked} == {"a", "b"}  # the far one is not simulated
+
+
+def test_an_untrusted_formula_has_more_plans_simulated() -> None:
+    """Where something is busy for more than 30 % of the time: those below three times the best."""
+    assert trusted(latency([1.0], 0.3))
+    assert not trusted(latency([1.0], 0.31))
+    plans = plans_of(a=latency([1.0, 1.0], 0.5), b=latency([2.9, 2.9], 0.5), c=latency([3.1, 3.1]))
+    judge = Rehearsed({"a": steady(5.0, 5.0), "b": steady(4.0, 4.0)})
+    assert judge.best(plans, set()) == "b"
+    assert "c" not in judge.simulated
+
+
+@pytest.mark.parametrize(
+    ("own", "chosen"),
+    [
+        (steady(0.5, 1.02), "own"),
+        (steady(0.5, 1.04), "other"),  # the slowest home
+        (np.where(np.arange(100) < 2, 3.0, 0.5), "other"),  # the 99th percentile
+        (np.where(np.arange(100) < 2, 1.05, 0.5), "own"),
+    ],
+)
+def test_what_is_gained_on_average_is_no_homes_loss(own: np.ndarray, chosen: str) -> None:
+    """Beside the best plan of another solver, though that is far behind by the formula."""
+    plans = plans_of(other=latency([9.0, 9.0]), own=latency([1.0, 1.0]))
+    judge = Rehearsed({"own": own, "other": steady(1.0, 1.0)})
+    assert judge.best(plans, {"other"}) == chosen
+
+
+def test_only_samples_of_the_same_number_are_compared() -> None:
+    """Of 20 plans the last 4 have all six samples, and only these are told."""
+    plans = plans_of(**{f"p{n}": latency([1 + n / 1000] * 2) for n in range(20)})
+    judge = Rehearsed({name: steady(2 - n / 100, 2.0) for n, name in enumerate(plans)})
+    chosen = judge.best(plans, set())
+    assert len(judge.simulated) == 4
+    assert judge.simulated[chosen] == min(judge.simulated.values())
+    samples = {name: {s for own, s in judge.asked if own == name} for name in judge.simulated}
+    assert all(of_plan == set(range(6)) for of_plan in samples.values())
+
+
+def test_a_plan_that_is_kept_takes_part_to_the_end() -> None:
+    """Far behind by the formula, it is simulated all the same, and chosen where it is the best."""
+    plans = plans_of(**{f"p{n}": latency([1 + n / 1000] * 2) for n in range(40)})
+    judge = Rehearsed({name: steady(2 - n / 100, 2.0) for n, name in enumerate(plans)})
+    assert judge.best(plans, set()) == "p15"
+    assert judge.best(plans, set(), "p39") == "p39"
+    assert judge.best(plans, set(), "p2") == "p15"
+
+
+def test_loads_have_their_price() -> None:
+    """A gain of 0.2 s for 2 GiB to load is taken below 0.1 s a GiB, by formula or simulated."""
+    plans = plans_of(old=latency([1.0, 1.0]), new=latency([0.8, 0.8]))
+    runs = {"old": steady(1.0, 1.0), "new": steady(0.8, 0.8)}
+
+    def gib(plan: PlanLatency) -> float:
+        return 2.0 if plan.mean_s < 0.9 else 0.0
+
+    for known in (None, runs):
+        assert Rehearsed(known, gib, load_price=0.09).best(plans, {"old"}) == "new"
+        assert Rehearsed(known, gib, load_price=0.11).best(plans, {"old"}) == "old"
