@@ -47,11 +47,11 @@ class SolveOptions(TableOptions):
 @click.option("--cluster", required=True, metavar="C.toml", help="Servers, GPUs and links.")
 @click.option(
     "--solver",
-    default="exact",
+    default="latency",
     show_default=True,
     metavar="NAME",
-    help="uniform, redundance, smartmoe, eplb, layer-partition, prism, ilp or exact place experts; "
-    "latency and pipeline plan where layers execute, too.",
+    help="latency and pipeline plan experts and where layers execute; uniform, redundance, smartmoe, "
+    "eplb, layer-partition, prism, ilp and exact place experts, for layers that execute at home.",
 )
 @click.option(
     "--execution",
