@@ -6,7 +6,7 @@ its own layer alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,15 @@ Array = Any
 
 _NONE = np.zeros((0, 3))
 _NO_RECORD = Record(_NONE[:, 0], _NONE, _NONE, _NONE, _NONE[:, 0], _NONE[:, 0])
+
+
+class CopyChange(NamedTuple):
+    """A copy that came or went: the GPU of the server that held it before, -1 for none."""
+
+    server: int
+    layer: int
+    expert: int
+    gpu_before: int
 
 
 class LayerCosts:
@@ -62,25 +71,31 @@ class LayerCosts:
         at, _ = self._weights[layer]
         return not bool(self.local[at, layer].all())
 
-    def put(self, server: int, layer: int, expert: int) -> None:
+    def put(self, server: int, layer: int, expert: int) -> CopyChange:
         """Give a server a copy of an expert, on its GPU with the fewest of the layer."""
         begin, end = self._gpu_start[server], self._gpu_start[server + 1]
         first = layer * self._experts
         on = self._first_gpu[server, first : first + self._experts]
         fewest = min(range(begin, end), key=lambda g: int((on == g).sum()))
-        self.local[server, layer, expert] = True
-        self._set(server, first + expert, int(fewest))
+        return self._set(server, layer, expert, int(fewest))
 
-    def take(self, server: int, layer: int, expert: int) -> None:
+    def take(self, server: int, layer: int, expert: int) -> CopyChange:
         """Take a server's copy of an expert."""
-        self.local[server, layer, expert] = False
-        self._set(server, layer * self._experts + expert, -1)
+        return self._set(server, layer, expert, -1)
 
-    def _set(self, server: int, pair: int, gpu: int) -> None:
+    def undo(self, change: CopyChange) -> None:
+        """Make a change undone: the copy is gone, or lies on its GPU again."""
+        self._set(*change)
+
+    def _set(self, server: int, layer: int, expert: int, gpu: int) -> CopyChange:
+        pair = layer * self._experts + expert
+        change = CopyChange(server, layer, expert, int(self._first_gpu[server, pair]))
         self._first_gpu[server, pair] = gpu
+        self.local[server, layer, expert] = gpu >= 0
         holding = np.flatnonzero(self._first_gpu[:, pair] >= 0)
         self._replicas[pair] = len(holding)
         self._holders[pair, : len(holding)] = holding
+        return change
 
 
 def _prompt_weights(problem: LatencyProblem, plan: Placement) -> list[tuple[Array, Array]]:
