@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import numpy as np
 import pytest
 
 from prism_plan.io.placement import read_placement
@@ -68,7 +69,10 @@ def here(tmp_path: Path) -> Path:
 def test_what_is_printed(
     prism_plan: Run, here: Path, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
-    """Figures for users first; a table within the window with whole names; reason and bounds."""
+    """Figures for users first; a table within the window with whole names; reason and bounds.
+
+    The table's last column has the layers that a server executes by the file.
+    """
     monkeypatch.setenv("COLUMNS", str(columns))
     result = prism_plan(*LATENCY, "-o", "p.json", cwd=here)
     assert result.returncode == 0, result.stderr
@@ -77,14 +81,24 @@ def test_what_is_printed(
     for text in ("s a request, first token ", " tokens/s; ", "of calls are remote (heuristic"):
         assert text in title
     assert max(map(len, table)) <= columns
-    assert any("edge-2-with-a-long-name" in line and "1-4" in line for line in table)
+    executed = read_placement(here / "p.json").execution_table
+    for n, name in enumerate(("edge-0", "edge-1", "edge-2-with-a-long-name")):
+        (line,) = (line for line in table if line.split()[:1] == [name])
+        spans = line.partition("%")[2].replace(",", " ").split()
+        told = {
+            layer
+            for first, _, last in (span.partition("-") for span in spans)
+            for layer in range(int(first), int(last or first) + 1)
+        }
+        assert told == set((np.flatnonzero((executed == n).any(axis=0)) + 1).tolist())
     said = result.stderr.splitlines()
     assert all(line.startswith("prism-plan: ") for line in said)
     plan = json.loads((here / "p.json").read_text())["plan"]
     assert f"prism-plan: {plan['reason']}" in said
-    bounds = next(line for line in said if "no plan is below" in line)
-    assert f"{plan['latency_bound_s']:.3g} s" in bounds
-    assert f"{plan['whole_layers_bound_s']:.3g} s" in bounds
+    bounds = next(line for line in said if "ower bounds without queues: " in line)
+    whole_s = max(plan["latency_bound_s"], plan["whole_layers_bound_s"])
+    assert f"{plan['latency_bound_s']:.3g} s for any plan" in bounds
+    assert f"{whole_s:.3g} s for whole layers" in bounds
 
 
 def test_files_are_valid(prism_plan: Run, here: Path) -> None:
