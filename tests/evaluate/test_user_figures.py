@@ -17,7 +17,7 @@ from prism_plan.instance import Instance
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.simulate.short_run import short_run
 from prism_plan.solvers import busy_servers, solve
-from prism_plan.solvers.latency import judge
+from prism_plan.solvers.latency import selection
 from tests.evaluate.simulation_material import small_cluster, small_trace
 
 
@@ -48,7 +48,7 @@ def test_figures_are_those_of_simulations() -> None:
 
 def test_nothing_was_chosen_by_these_requests() -> None:
     """All samples that solvers simulate come before the first of those that figures are of."""
-    assert sum(samples for samples, _ in judge.ROUNDS) <= FIRST_SAMPLE
+    assert sum(samples for samples, _ in selection.ROUNDS) <= FIRST_SAMPLE
     assert busy_servers.SAMPLES <= FIRST_SAMPLE
 
 

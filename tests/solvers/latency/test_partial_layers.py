@@ -14,9 +14,9 @@ from prism_plan.instance import Instance
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
 from prism_plan.solvers import solve
+from prism_plan.solvers.latency.expert_exchange import ExpertExchange
 from prism_plan.solvers.latency.layer_costs import LayerCosts
 from prism_plan.solvers.latency.partial_layers import Budget, improved, partial_layers
-from prism_plan.solvers.latency.polish import Polish
 from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.paths import shortest_paths
 from tests.solvers.latency.drawn import drawn_cluster, drawn_model, drawn_trace, idle_s, problem_of
@@ -96,7 +96,7 @@ def test_expert_exchanges_keep_rules_and_lose_nothing(seed: int, kind: str, star
         return
     problem, plan = drawn
     layers = range(problem.model.num_layers)
-    search = Polish(problem, plan, most=3000)
+    search = ExpertExchange(problem, plan, most=3000)
     before = plan.on_gpu.copy()
     seconds = [search.costs.seconds(layer) for layer in layers]
     was_changed = search.improve()

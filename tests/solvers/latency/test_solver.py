@@ -195,7 +195,7 @@ def test_never_worse_than_other_solvers_by_its_own_measure(
     """
     trace, cluster = busy_case(interval_s, seed)
     extra = solve(Instance.build(trace, cluster), "latency").plan.extra
-    own = ("whole layers", "improved", "spread")
+    own = ("whole layers", "partial layers", "improved", "spread")
     others = [name for name in extra["candidates_s"] if not any(word in name for word in own)]
     assert {"exact", "exact+paths", "layer-partition+paths", "pipeline, 1 group"} & set(others)
     if interval_s is None:
@@ -206,6 +206,20 @@ def test_never_worse_than_other_solvers_by_its_own_measure(
     simulated = extra.get("simulated_s", {})
     for name in set(others) & set(simulated):
         assert extra["simulated_latency_s"] <= simulated[name] * (1 + 1e-9)
+
+
+def test_plans_of_one_name_are_numbered() -> None:
+    """From the second on, also those of a further search and those made of numbered ones."""
+    trace, cluster = busy_case(None)
+    problem = LatencyProblem(Instance.build(trace, cluster), cluster, trace, seed=0)
+    search = latency_solver._Search(problem, Options())
+    plan = solve(Instance.build(trace, cluster), "exact")
+    for name in ("a, 1 group", "a, 1 group", "a, 1 group #2, improved", "a", "a, 1 group"):
+        search.add(name, plan)
+        search.add(name, plan)  # known: left out, without a number
+        search._known.clear()
+    names = ["a, 1 group", "a, 1 group #2", "a, 1 group #2, improved", "a", "a, 1 group #3"]
+    assert list(search.plans) == names
 
 
 @pytest.mark.parametrize("solver", ["exact", "exact+paths", "pipeline", "layer-partition+paths"])
@@ -349,24 +363,24 @@ def test_a_time_limit_searches_on() -> None:
 
 
 def test_a_time_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Effort doubles for as long as twice the last search, and the judge, fit within the limit.
+    """Effort doubles for as long as twice the last search, and selection, fit within the limit.
 
-    By a clock on which a search takes a second for each unit of effort, and the judge one.
+    By a clock on which a search takes a second for each unit of effort, and selection one.
     """
     now_s, efforts = [0.0], []
-    run, best = latency_solver._Search.run, latency_solver.Judge.best
+    run, best = latency_solver._Search.run, latency_solver.PlanSelection.best
 
     def search(self: Any, required: Any, effort: int) -> None:
         run(self, required, 1)
         efforts.append(effort)
         now_s[0] += effort
 
-    def judge(*arguments: Any) -> str:
+    def select(*arguments: Any) -> str:
         now_s[0] += 1
         return best(*arguments)
 
     monkeypatch.setattr(latency_solver._Search, "run", search)
-    monkeypatch.setattr(latency_solver.Judge, "best", judge)
+    monkeypatch.setattr(latency_solver.PlanSelection, "best", select)
     monkeypatch.setattr(latency_solver, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
     trace, cluster = busy_case(None)
     for limit_s, wanted in ((1, [1]), (5, [1, 2]), (16.9, [1, 2, 4]), (17, [1, 2, 4, 8])):

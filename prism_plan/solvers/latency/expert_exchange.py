@@ -30,7 +30,7 @@ class _Change(NamedTuple):
     to: int
 
 
-class Polish:
+class ExpertExchange:
     """A local search for a plan with the same table whose calls take less time.
 
     By the steps of the prompts: within a layer experts move, change places, get a copy or lose one;
