@@ -65,7 +65,7 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", [80, pytest.param(120, marks=pytest.mark.long)])
 def test_what_is_printed(
     prism_plan: Run, here: Path, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
@@ -95,6 +95,8 @@ def test_what_is_printed(
     assert all(line.startswith("prism-plan: ") for line in said)
     plan = json.loads((here / "p.json").read_text())["plan"]
     assert f"prism-plan: {plan['reason']}" in said
+    assert plan["busiest_share"] < 1
+    assert "overloaded: " not in result.stderr
     bounds = next(line for line in said if "ower bounds without queues: " in line)
     whole_s = max(plan["latency_bound_s"], plan["whole_layers_bound_s"])
     assert f"{plan['latency_bound_s']:.3g} s for any plan" in bounds
@@ -137,7 +139,7 @@ def test_heads(prism_plan: Run, here: Path) -> None:
     checked = prism_plan("check", "h.json", "--cluster", "c.toml", "--trace", "t.parquet", cwd=here)
     assert checked.returncode == 0, checked.stderr
     values = json.loads((here / "h.json").read_text())
-    for heads in (["nobody"], [], 5, [["edge-0"]]):
+    for heads in (["nobody"], [["edge-0"]]):
         values["plan"]["heads"] = heads
         (here / "wrong.json").write_text(json.dumps(values))
         wrong = prism_plan(
@@ -174,15 +176,13 @@ def test_where_servers_are_faster_without_a_plan(prism_plan: Run, here: Path) ->
 
 def test_an_overloaded_cluster_is_told(prism_plan: Run, here: Path) -> None:
     """Requests come faster than they are answered: what is overloaded, and that queues grow."""
-    for interval_s, overloaded in (("0.01", True), ("1.0", False)):
-        (here / "c.toml").write_text(CLUSTER.replace("10.0", interval_s))
-        result = prism_plan(*LATENCY, "-o", "p.json", cwd=here)
-        assert result.returncode == 0, result.stderr
-        plan = json.loads((here / "p.json").read_text())["plan"]
-        assert (plan["busiest_share"] >= 1) is overloaded
-        told = [line for line in result.stderr.splitlines() if "overloaded: " in line]
-        assert len(told) == overloaded
-        assert all(plan["busiest"] in line for line in told)
+    (here / "c.toml").write_text(CLUSTER.replace("10.0", "0.01"))
+    result = prism_plan(*LATENCY, "-o", "p.json", cwd=here)
+    assert result.returncode == 0, result.stderr
+    plan = json.loads((here / "p.json").read_text())["plan"]
+    assert plan["busiest_share"] >= 1
+    (told,) = (line for line in result.stderr.splitlines() if "overloaded: " in line)
+    assert plan["busiest"] in told
 
 
 def test_one_server_that_holds_everything_is_no_faster_without_a_plan(
