@@ -2,8 +2,8 @@
 
 Work, hops and calls of a request on its own follow the simulator's rules, for the prompts that are
 given. Waiting is approximated (docs/design.md, section 10, "Latency of a plan"): at the home's
-places as in M/G/c; at GPUs and ports by the phases of requests that meet there. Where something is
-busy for more than a third of the time the formula orders plans at best.
+places as in M/G/c; at GPUs and ports by the phases of requests that are there together. Where
+something is busy for more than a third of the time the formula orders plans at best.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.errors import InputError
+from prism_plan.latency.contention import Contention
 from prism_plan.latency.home_work import HomeWork, home_work, ratio
-from prism_plan.latency.meetings import Meetings
 from prism_plan.latency.queueing import BUSIEST, waiting_for_places
 from prism_plan.latency.workload import Site as Site
 from prism_plan.latency.workload import Workload as Workload
@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 
 #: Parts of a request's time, in the order of ``PlanLatency.parts``.
 PARTS = ("compute", "attention", "hops", "calls", "places", "gpus", "ports")
-#: Up to this share of time meetings are counted as they are.
+#: Up to this share of time waiting at GPUs is counted as it is.
 TRUSTED = 0.25
 #: Rounds at most in which waiting times and the requests in progress are made to agree.
 ROUNDS = 12
@@ -161,7 +161,7 @@ def latency_of(
     Every expert that prompts call must be held somewhere; calls of others are left out.
     """
     work = home_work(on_gpu, table, workload, site)
-    phase_s, gpus, ports = _with_meetings(work, workload, site)
+    phase_s, gpus, ports = _with_contention(work, workload, site)
     seconds = phase_s.sum(axis=1)
     rates = workload.rates
     parts = np.zeros((len(seconds), len(PARTS)))
@@ -186,7 +186,7 @@ def latency_of(
 
 
 def _shared_gpus_s(work: HomeWork, served: Floats, others: Floats) -> Floats:
-    """Seconds that phases wait at GPUs at most, [N, 2]: meetings count too many where all are busy.
+    """Seconds that phases wait at GPUs at most, [N, 2]: contention is too much where all are busy.
 
     As in processor sharing, of which a request gets the half that comes to it where it is seldom at
     a GPU, as in M/D/1, and all of it where it is always there; and the rest of others' phases. No
@@ -208,7 +208,9 @@ def _shared_gpus_s(work: HomeWork, served: Floats, others: Floats) -> Floats:
     return found
 
 
-def _with_meetings(work: HomeWork, workload: Workload, site: Site) -> tuple[Floats, Floats, Floats]:
+def _with_contention(
+    work: HomeWork, workload: Workload, site: Site
+) -> tuple[Floats, Floats, Floats]:
     """Seconds of phases with waiting, and of these the waiting at GPUs and at ports, [N, 2] each.
 
     The longer requests wait, the more of them are in progress, and wait for each other.
@@ -216,14 +218,14 @@ def _with_meetings(work: HomeWork, workload: Workload, site: Site) -> tuple[Floa
     idle_s = work.idle_s.sum(axis=2)
     phase_s = idle_s
     places = np.array(workload.places, np.float64)
-    meetings = Meetings(work, site.network)
+    contention = Contention(work, site.network)
     for _ in range(ROUNDS):
         seconds = phase_s.sum(axis=1)
         asked = workload.rates * seconds  # requests in progress, where places are enough
         served = workload.rates * np.minimum(1.0, ratio(places, np.maximum(asked, places)))
         # of a home's own requests those that hold another place
         others = np.minimum(1.0, (places - 1) / np.maximum(np.minimum(asked, places), 1e-9))
-        gpus, ports = meetings.waiting_s(idle_s, phase_s, served, others)
+        gpus, ports = contention.waiting_s(idle_s, phase_s, served, others)
         gpus = np.minimum(gpus, _shared_gpus_s(work, served, others))
         before, phase_s = phase_s, idle_s + gpus + ports
         if np.all(np.abs(phase_s - before) <= AGREED * phase_s):

@@ -1,7 +1,7 @@
 """What requests ask of GPUs and links, layer by layer, at the servers that execute their layers.
 
 Added up over prompts by the rules of the simulator for a request on its own; how long requests of
-others make it wait follows from these sums (:mod:`prism_plan.latency.meetings`).
+others make it wait follows from these sums (:mod:`prism_plan.latency.contention`).
 """
 
 from __future__ import annotations

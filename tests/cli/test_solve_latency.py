@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import numpy as np
 import pytest
 
 from prism_plan.io.placement import read_placement
@@ -64,11 +65,14 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", [80, pytest.param(120, marks=pytest.mark.long)])
 def test_what_is_printed(
     prism_plan: Run, here: Path, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
-    """Figures for users first; a table within the window with whole names; reason and bounds."""
+    """Figures for users first; a table within the window with whole names; reason and bounds.
+
+    The table's last column has the layers that a server executes by the file.
+    """
     monkeypatch.setenv("COLUMNS", str(columns))
     result = prism_plan(*LATENCY, "-o", "p.json", cwd=here)
     assert result.returncode == 0, result.stderr
@@ -77,14 +81,26 @@ def test_what_is_printed(
     for text in ("s a request, first token ", " tokens/s; ", "of calls are remote (heuristic"):
         assert text in title
     assert max(map(len, table)) <= columns
-    assert any("edge-2-with-a-long-name" in line and "1-4" in line for line in table)
+    executed = read_placement(here / "p.json").execution_table
+    for n, name in enumerate(("edge-0", "edge-1", "edge-2-with-a-long-name")):
+        (line,) = (line for line in table if line.split()[:1] == [name])
+        spans = line.partition("%")[2].replace(",", " ").split()
+        told = {
+            layer
+            for first, _, last in (span.partition("-") for span in spans)
+            for layer in range(int(first), int(last or first) + 1)
+        }
+        assert told == set((np.flatnonzero((executed == n).any(axis=0)) + 1).tolist())
     said = result.stderr.splitlines()
     assert all(line.startswith("prism-plan: ") for line in said)
     plan = json.loads((here / "p.json").read_text())["plan"]
     assert f"prism-plan: {plan['reason']}" in said
-    bounds = next(line for line in said if "no plan is below" in line)
-    assert f"{plan['latency_bound_s']:.3g} s" in bounds
-    assert f"{plan['whole_layers_bound_s']:.3g} s" in bounds
+    assert plan["busiest_share"] < 1
+    assert "overloaded: " not in result.stderr
+    bounds = next(line for line in said if "ower bounds without queues: " in line)
+    whole_s = max(plan["latency_bound_s"], plan["whole_layers_bound_s"])
+    assert f"{plan['latency_bound_s']:.3g} s for any plan" in bounds
+    assert f"{whole_s:.3g} s for whole layers" in bounds
 
 
 def test_files_are_valid(prism_plan: Run, here: Path) -> None:
@@ -123,7 +139,7 @@ def test_heads(prism_plan: Run, here: Path) -> None:
     checked = prism_plan("check", "h.json", "--cluster", "c.toml", "--trace", "t.parquet", cwd=here)
     assert checked.returncode == 0, checked.stderr
     values = json.loads((here / "h.json").read_text())
-    for heads in (["nobody"], [], 5, [["edge-0"]]):
+    for heads in (["nobody"], [["edge-0"]]):
         values["plan"]["heads"] = heads
         (here / "wrong.json").write_text(json.dumps(values))
         wrong = prism_plan(
@@ -160,15 +176,13 @@ def test_where_servers_are_faster_without_a_plan(prism_plan: Run, here: Path) ->
 
 def test_an_overloaded_cluster_is_told(prism_plan: Run, here: Path) -> None:
     """Requests come faster than they are answered: what is overloaded, and that queues grow."""
-    for interval_s, overloaded in (("0.01", True), ("1.0", False)):
-        (here / "c.toml").write_text(CLUSTER.replace("10.0", interval_s))
-        result = prism_plan(*LATENCY, "-o", "p.json", cwd=here)
-        assert result.returncode == 0, result.stderr
-        plan = json.loads((here / "p.json").read_text())["plan"]
-        assert (plan["busiest_share"] >= 1) is overloaded
-        told = [line for line in result.stderr.splitlines() if "overloaded: " in line]
-        assert len(told) == overloaded
-        assert all(plan["busiest"] in line for line in told)
+    (here / "c.toml").write_text(CLUSTER.replace("10.0", "0.01"))
+    result = prism_plan(*LATENCY, "-o", "p.json", cwd=here)
+    assert result.returncode == 0, result.stderr
+    plan = json.loads((here / "p.json").read_text())["plan"]
+    assert plan["busiest_share"] >= 1
+    (told,) = (line for line in result.stderr.splitlines() if "overloaded: " in line)
+    assert plan["busiest"] in told
 
 
 def test_one_server_that_holds_everything_is_no_faster_without_a_plan(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 
 import numpy as np
@@ -71,10 +70,9 @@ def simulated_wait(places: int, arrivals: np.ndarray, services: np.ndarray) -> f
 # is known to be within some percent at high loads and worse at low ones, where hardly anyone waits,
 # so that a part of the error is in services. The waits are those of one run of fixed seed: that of
 # the highest load and variation has a standard error of 2 %.
-@pytest.mark.parametrize(
-    ("places", "share", "kind"),
-    list(itertools.product([1, 2, 4], [0.3, 0.6, 0.8], ["constant", "exponential", "two kinds"])),
-)
+@pytest.mark.parametrize("places", [1, pytest.param(2, marks=pytest.mark.long), 4])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("kind", ["constant", "exponential", "two kinds"])
 def test_against_a_simulated_queue(places: int, share: float, kind: str) -> None:
     """M/G/c event by event, 400,000 customers: within 7 % of the wait and 0.02 services."""
     rng = np.random.default_rng([places, int(10 * share), len(kind)])

@@ -41,7 +41,7 @@ def tie_free(small: SmallInstance) -> bool:
     return small.cluster.num_servers == 2 or (small.equal_links and not small.prefill_tokens)
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", [0, 1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("shape", TINY)
 def test_no_plan_is_better(shape: tuple[int, int, int], number: int) -> None:
     """All placements of tiny instances, each with its best table, by the measure itself."""
@@ -127,7 +127,7 @@ def test_highs_proves_the_same_optimum(number: int) -> None:
         assert (parts.plan(choice)[0].sum(axis=(1, 2)) <= small.slots).all()
 
 
-@pytest.mark.parametrize("number", [52, 61])
+@pytest.mark.parametrize("number", [52, pytest.param(61, marks=pytest.mark.long)])
 def test_the_record_is_of_these_instances(number: int) -> None:
     """Instances are drawn as they were when the file was written, and their optima hold.
 

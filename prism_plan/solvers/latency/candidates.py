@@ -12,7 +12,7 @@ from prism_plan.printable_text import quantity
 from prism_plan.solvers.contract import Feature, Options
 from prism_plan.solvers.execution import TablePlanner
 from prism_plan.solvers.latency.problem import LatencyProblem
-from prism_plan.solvers.latency.windows import window_plans
+from prism_plan.solvers.latency.whole_layer_search import whole_layer_plans
 from prism_plan.solvers.packing import reference_local
 from prism_plan.solvers.paths import shortest_paths, tolled_paths
 from prism_plan.solvers.pipeline import placed_groups
@@ -28,7 +28,10 @@ OWN = "whole layers"
 def candidates(
     problem: LatencyProblem, options: Options, required: frozenset[Feature], effort: int = 1
 ) -> Iterator[tuple[str, Placement]]:
-    """Names and plans; those that the instance or the options rule out are left out."""
+    """Names and plans; those that the instance or the options rule out are left out.
+
+    Several plans may have one name.
+    """
     if options.reference is not None:
         yield from _of_reference(problem, options.reference)
     if not options.whole_layers:
@@ -87,7 +90,7 @@ def spread_over_gpus(problem: LatencyProblem, plan: Placement) -> Placement | No
         return None
     try:
         return problem.packed(plan.local, plan.execution_table, plan.gpu_capacity)
-    except Infeasible:  # of experts of unequal size: dealt out in another order
+    except Infeasible:  # of experts of unequal size: distributed in another order
         return None
 
 
@@ -105,9 +108,9 @@ def _of_whole_layers(
     if not problem.instance.in_slots:
         return
     for groups in partitions.values():
-        for number, (table, whole) in enumerate(window_plans(problem, groups, effort), 1):
-            name = f"{OWN}, {quantity(len(groups), 'group')}" + f" ({number})" * (number > 1)
+        for table, whole in whole_layer_plans(problem, groups, effort):
             try:
-                yield name, problem.placed(table, whole, fill=not options.whole_layers)
+                plan = problem.placed(table, whole, fill=not options.whole_layers)
             except Infeasible:
                 continue
+            yield f"{OWN}, {quantity(len(groups), 'group')}", plan

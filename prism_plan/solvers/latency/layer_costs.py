@@ -6,7 +6,7 @@ its own layer alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,15 @@ Array = Any
 
 _NONE = np.zeros((0, 3))
 _NO_RECORD = Record(_NONE[:, 0], _NONE, _NONE, _NONE, _NONE[:, 0], _NONE[:, 0])
+
+
+class CopyChange(NamedTuple):
+    """A copy that came or went: the GPU of the server that held it before, -1 for none."""
+
+    server: int
+    layer: int
+    expert: int
+    gpu_before: int
 
 
 class LayerCosts:
@@ -62,25 +71,29 @@ class LayerCosts:
         at, _ = self._weights[layer]
         return not bool(self.local[at, layer].all())
 
-    def put(self, server: int, layer: int, expert: int) -> None:
+    def put(self, server: int, layer: int, expert: int) -> CopyChange:
         """Give a server a copy of an expert, on its GPU with the fewest of the layer."""
-        begin, end = self._gpu_start[server], self._gpu_start[server + 1]
+        begin, end = int(self._gpu_start[server]), int(self._gpu_start[server + 1])
+        if end == begin + 1:
+            return self._set(server, layer, expert, begin)
         first = layer * self._experts
         on = self._first_gpu[server, first : first + self._experts]
         fewest = min(range(begin, end), key=lambda g: int((on == g).sum()))
-        self.local[server, layer, expert] = True
-        self._set(server, first + expert, int(fewest))
+        return self._set(server, layer, expert, fewest)
 
-    def take(self, server: int, layer: int, expert: int) -> None:
+    def take(self, server: int, layer: int, expert: int) -> CopyChange:
         """Take a server's copy of an expert."""
-        self.local[server, layer, expert] = False
-        self._set(server, layer * self._experts + expert, -1)
+        return self._set(server, layer, expert, -1)
 
-    def _set(self, server: int, pair: int, gpu: int) -> None:
-        self._first_gpu[server, pair] = gpu
-        holding = np.flatnonzero(self._first_gpu[:, pair] >= 0)
-        self._replicas[pair] = len(holding)
-        self._holders[pair, : len(holding)] = holding
+    def undo(self, change: CopyChange) -> None:
+        """Make a change undone: the copy is gone, or lies on its GPU again."""
+        self._set(*change)
+
+    def _set(self, server: int, layer: int, expert: int, gpu: int) -> CopyChange:
+        pair = layer * self._experts + expert
+        before = _put_on(self._first_gpu, self._holders, self._replicas, server, pair, gpu)
+        self.local[server, layer, expert] = gpu >= 0
+        return CopyChange(server, layer, expert, int(before))
 
 
 def _prompt_weights(problem: LatencyProblem, plan: Placement) -> list[tuple[Array, Array]]:
@@ -94,6 +107,22 @@ def _prompt_weights(problem: LatencyProblem, plan: Placement) -> list[tuple[Arra
         weights = np.array([by_home[homes & (table[:, layer] == m)].sum(axis=0) for m in at])
         found.append((as_constant(at.astype(np.int64)), as_constant(weights)))
     return found
+
+
+@kernel
+def _put_on(  # pragma: no cover - compiled
+    first_gpu: Array, holders: Array, replicas: Array, server: int, pair: int, gpu: int
+) -> Any:
+    """Put a server's copy of a pair on a GPU, -1 for none; where it was before."""
+    before = first_gpu[server, pair]
+    first_gpu[server, pair] = gpu
+    holding = 0
+    for m in range(len(first_gpu)):
+        if first_gpu[m, pair] >= 0:
+            holders[pair, holding] = m
+            holding += 1
+    replicas[pair] = holding
+    return before
 
 
 @kernel

@@ -16,7 +16,7 @@ import numpy as np
 from prism_plan.errors import Infeasible
 from prism_plan.execution_table import home_execution, moved_activations
 from prism_plan.placement import Placement
-from prism_plan.solvers.latency.polish import Polish
+from prism_plan.solvers.latency.expert_exchange import ExpertExchange
 from prism_plan.solvers.latency.problem import Bools, LatencyProblem, Table
 from prism_plan.solvers.paths import shortest_paths, tolled_paths
 
@@ -132,7 +132,7 @@ def _exchanged(problem: LatencyProblem, plan: Placement, budget: Budget) -> Iter
     most = int(min(budget.left, SHARE * budget.whole)) // calls
     if most < 2 * problem.model.num_layers:
         return
-    search = Polish(problem, plan, most)
+    search = ExpertExchange(problem, plan, most)
     made = search.plan()
     budget.left -= search.tried * calls
     if made is not None:

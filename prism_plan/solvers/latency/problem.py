@@ -22,7 +22,7 @@ from prism_plan.placement_check import violations
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.timing import timing
 from prism_plan.solvers.exact import fill_free_slots, solve_flow
-from prism_plan.solvers.latency.gpus import GpuDealer
+from prism_plan.solvers.latency.gpu_packing import GpuPacking
 from prism_plan.solvers.packing import (
     expected_load,
     pack_on_gpus,
@@ -90,9 +90,9 @@ class LatencyProblem:
             gpu_start=gpu_start,
             dense_gpu=gpu_start[:-1] + np.array([s.dense_gpu for s in cluster.servers], np.int32),
         )
-        self._dealer = GpuDealer(self._tokens_together(), instance.expert_size)
-        self._dealt: dict[tuple[int, ...], Bools] = {}
-        self.pipelines = PipelineProblem(instance, cluster, trace, seed, self._deal_layers)
+        self._packing = GpuPacking(self._tokens_together(), instance.expert_size)
+        self._packed_layers: dict[tuple[int, ...], Bools] = {}
+        self.pipelines = PipelineProblem(instance, cluster, trace, seed, self._pack_layers)
 
     def as_idle(self) -> LatencyProblem:
         """The same problem for a cluster without queues."""
@@ -212,7 +212,9 @@ class LatencyProblem:
                 return self._plan(on_gpu_before, table, capacity)
         load = expected_load(calls, local)
         try:
-            on_gpu = [self._dealer.deal(room, local[n], load[n]) for n, room in enumerate(capacity)]
+            on_gpu = [
+                self._packing.pack(room, local[n], load[n]) for n, room in enumerate(capacity)
+            ]
         except ValueError as error:
             raise Infeasible(
                 f"{error}", shortfall=1, unit="experts", remedy="add memory"
@@ -225,16 +227,16 @@ class LatencyProblem:
             instance.model, instance.servers, capacity, on_gpu, report, execution=table
         )
 
-    def _deal_layers(
+    def _pack_layers(
         self, capacity: Sequence[int], layers: Sequence[int], instance: Instance, load: Floats
     ) -> Bools:
-        """Whole layers on the GPUs of a server, as experts are dealt out; each kind once."""
+        """Whole layers on the GPUs of a server, as experts are distributed; each kind once."""
         key = tuple(capacity)
-        if key not in self._dealt:
+        if key not in self._packed_layers:
             held = np.zeros(load.shape, bool)
             held[list(layers)] = True
-            self._dealt[key] = self._dealer.deal(key, held, load)
-        return self._dealt[key]
+            self._packed_layers[key] = self._packing.pack(key, held, load)
+        return self._packed_layers[key]
 
     def _tokens_together(self) -> npt.NDArray[np.uint16]:
         """Experts of the prompts' decode steps, or of all tokens where there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from prism_plan.printable_text import quantity
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, cluster_and_trace
 from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bound_s
 from prism_plan.solvers.latency.candidates import OWN, candidates, spread_over_gpus
-from prism_plan.solvers.latency.judge import Judge, trusted
 from prism_plan.solvers.latency.partial_layers import Budget, improved, partial_layers
 from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.latency.reasons import busiest, limits, reason
+from prism_plan.solvers.latency.selection import PlanSelection, trusted
 from prism_plan.solvers.paths import shortest_paths
 
 #: Plans that are changed further: so many of the best by the formula, of large problems one: each
@@ -30,14 +31,17 @@ MOST_EFFORT = 12
 
 
 class _Search:
-    """Plans by name, each kept once."""
+    """Plans by name, each kept once; of several with one name the second is "name #2"."""
 
     def __init__(self, problem: LatencyProblem, options: Options) -> None:
         self.problem, self.options = problem, options
         self.plans: dict[str, Placement] = {}
-        self.judge = Judge(problem, options.load_price if options.reference is not None else 0.0)
+        self.selection = PlanSelection(
+            problem, options.load_price if options.reference is not None else 0.0
+        )
         self.others: set[str] = set()  # names of plans of other solvers
         self._known: set[bytes] = set()
+        self._number: Counter[str] = Counter()  # plans by name without their number
 
     def add(self, name: str, plan: Placement, *, of_others: bool = False) -> None:
         """Keep a plan that is allowed, unless it is known."""
@@ -46,8 +50,9 @@ class _Search:
             return
         self._known.add(key)
         if self.problem.is_allowed(plan, whole_layers=self.options.whole_layers):
-            number = sum(known == name or known.startswith(f"{name} #") for known in self.plans)
-            name = name if not number else f"{name} #{number + 1}"
+            self._number[name] += 1
+            if self._number[name] > 1:
+                name = f"{name} #{self._number[name]}"
             self.plans[name] = plan
             if of_others:
                 self.others.add(name)
@@ -59,7 +64,7 @@ class _Search:
         if not self.plans:
             return
         if self.problem.reference is None:
-            for name in self._best(self.judge.close(self.plans) or list(self.plans)):
+            for name in self._best(self.selection.close(self.plans) or list(self.plans)):
                 spread = spread_over_gpus(self.problem, self.plans[name])
                 if spread is not None:
                     self.add(f"{name}, spread over GPUs", spread)
@@ -76,20 +81,20 @@ class _Search:
     def _trusted(self) -> bool:
         """Whether the formula is close to the simulator for the plan that it finds best."""
         name = self._best(list(self.plans))[0]
-        return trusted(self.judge.expected[name])
+        return trusted(self.selection.expected[name])
 
     def _to_improve(self) -> list[str]:
         """Names of the best plans; also of those that are best but for what they load."""
         most = 1 if self.problem.calls.size > LARGE else IMPROVED
         found = self._best(list(self.plans))[:most]
         if self.options.load_price > 0:
-            fastest = sorted(self.plans, key=lambda name: self.judge.expected[name].mean_s)
+            fastest = sorted(self.plans, key=lambda name: self.selection.expected[name].mean_s)
             found += [name for name in fastest[:most] if name not in found]
         return found
 
     def _best(self, names: list[str]) -> list[str]:
         """Names by the formula, best first."""
-        return sorted(names, key=lambda name: self.judge.formula_s(name, self.plans[name]))
+        return sorted(names, key=lambda name: self.selection.formula_s(name, self.plans[name]))
 
 
 def _solve(instance: Instance, options: Options) -> SolverResult:
@@ -113,12 +118,12 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     kept = None
     if options.time_limit_s is not None and search.plans:
         searched = time.monotonic()
-        kept = search.judge.best(search.plans, search.others)
-        last_s, judged_s = searched - begin, time.monotonic() - searched
+        kept = search.selection.best(search.plans, search.others)
+        last_s, selected_s = searched - begin, time.monotonic() - searched
         for doubling in range(1, MOST_EFFORT):
             now = time.monotonic()
-            # the next one takes twice as long as the last at most, then the judge chooses again
-            if now - begin + 2 * last_s + judged_s > options.time_limit_s:
+            # the next one takes twice as long as the last at most, then one is selected again
+            if now - begin + 2 * last_s + selected_s > options.time_limit_s:
                 break
             search.problem.seed = (options.seed + doubling) % 2**31
             search.run(required, 2**doubling)
@@ -126,9 +131,9 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
         search.problem.seed = options.seed
     if not search.plans:
         raise _no_plan(problem, options)
-    judge = search.judge
-    chosen = judge.best(search.plans, search.others, kept)
-    plan, expected = search.plans[chosen], judge.expected[chosen]
+    selection = search.selection
+    chosen = selection.best(search.plans, search.others, kept)
+    plan, expected = search.plans[chosen], selection.expected[chosen]
     if not options.whole_layers and (filled := problem.filled(plan)) is not None:
         with_copies = problem.expected(filled)
         if with_copies.mean_s <= expected.mean_s:
@@ -144,14 +149,14 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
         "reason": reason(problem, plan, expected),
         "limits": limits(expected, float(problem.weights @ unlimited)),
         "chosen": chosen,
-        "candidates_s": {name: found.mean_s for name, found in judge.expected.items()},
+        "candidates_s": {name: found.mean_s for name, found in selection.expected.items()},
     }
     if problem.loaded:
         extra["busiest"], extra["busiest_share"] = busiest(plan, expected)
-    if judge.simulated:
-        extra["simulated_s"] = judge.simulated
-        if chosen in judge.simulated:
-            extra["simulated_latency_s"] = judge.simulated[chosen]
+    if selection.simulated:
+        extra["simulated_s"] = selection.simulated
+        if chosen in selection.simulated:
+            extra["simulated_latency_s"] = selection.simulated[chosen]
     return SolverResult(
         plan.local,
         on_gpu=plan.on_gpu,

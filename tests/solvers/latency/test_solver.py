@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -40,6 +41,7 @@ from tests.solvers.test_paths import a_cluster, a_model, a_trace
 from tests.solvers.test_pipeline import single_gpus
 
 SEEDS = st.integers(0, 2**32 - 1)
+LONG = pytest.mark.long
 
 
 def changed(cluster: Cluster, **changes: Any) -> Cluster:
@@ -101,15 +103,31 @@ def is_clean(value: Any) -> bool:
     )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=SEEDS,
-    kind=st.sampled_from(["slots", "counts", "unequal sizes", "caches", "rules"]),
-    whole_layers=st.booleans(),
-    min_replicas=st.sampled_from([1, 1, 1, 2]),
-    near=st.sampled_from(["", "", "exact", "latency", "pipeline"]),
-)
-def test_plans_keep_to_everything(
+DRAWN: dict[str, Any] = {
+    "seed": SEEDS,
+    "kind": st.sampled_from(["slots", "counts", "unequal sizes", "caches", "rules"]),
+    "whole_layers": st.booleans(),
+    "min_replicas": st.sampled_from([1, 1, 1, 2]),
+    "near": st.sampled_from(["", "", "exact", "latency", "pipeline"]),
+}
+
+
+@settings(max_examples=10, deadline=None)
+@given(**DRAWN)
+def test_plans_keep_to_everything(**drawn: Any) -> None:
+    """Of a few drawn cases; see :func:`keeps_to_everything`."""
+    keeps_to_everything(**drawn)
+
+
+@pytest.mark.long
+@settings(max_examples=300, deadline=None)
+@given(**DRAWN)
+def test_many_plans_keep_to_everything(**drawn: Any) -> None:
+    """Of many drawn cases; see :func:`keeps_to_everything`."""
+    keeps_to_everything(**drawn)
+
+
+def keeps_to_everything(
     seed: int, kind: str, whole_layers: bool, min_replicas: int, near: str
 ) -> None:
     """Replicas, rules, homes, memory with the table's caches, whole layers; bounds and figures.
@@ -146,7 +164,7 @@ def test_plans_keep_to_everything(
     problem = LatencyProblem(instance, cluster, trace, seed=0)
     assert expected_s == pytest.approx(problem.expected(plan).mean_s, rel=1e-9)
     assert sum(extra["expected_parts_s"].values()) == pytest.approx(expected_s, rel=1e-9)
-    assert extra["candidates_s"][extra["chosen"]] == expected_s
+    assert expected_s <= extra["candidates_s"][extra["chosen"]]  # less where copies fill slots
     assert 0 < extra["latency_bound_s"] <= idle_s(problem, plan) * (1 + 1e-9)
     shares = problem.expected(plan)
     if problem.loaded:
@@ -171,19 +189,26 @@ def busy_case(interval_s: float | None, seed: int = 3) -> tuple[Trace, Cluster]:
     return a_trace(a_model()), cluster
 
 
+@functools.cache
+def busy_plan(solver: str, interval_s: float | None, seed: int = 3) -> Placement:
+    """The plan of a solver for :func:`busy_case`, found once."""
+    trace, cluster = busy_case(interval_s, seed)
+    return solve(Instance.build(trace, cluster), solver)
+
+
 def without_times(plan: Placement) -> bytes:
     return dump_placement(plan.replace(plan=dataclasses.replace(plan.plan, runtime_s=0.0)))
 
 
-@pytest.mark.parametrize("interval_s", [None, 1e4, 0.5])
+@pytest.mark.parametrize("interval_s", [None, pytest.param(1e4, marks=LONG), 0.5])
 def test_the_same_twice(interval_s: float | None) -> None:
     """The same bytes but for the time, whether it is simulated or not."""
     trace, cluster = busy_case(interval_s)
-    one, two = (solve(Instance.build(trace, cluster), "latency") for _ in range(2))
-    assert without_times(one) == without_times(two)
+    again = solve(Instance.build(trace, cluster), "latency")
+    assert without_times(again) == without_times(busy_plan("latency", interval_s))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=LONG) for n in range(2, 10))])
 @pytest.mark.parametrize("interval_s", [None, 1e4, 0.3])
 def test_never_worse_than_other_solvers_by_its_own_measure(
     seed: int, interval_s: float | None
@@ -193,9 +218,8 @@ def test_never_worse_than_other_solvers_by_its_own_measure(
     What comes from its own searches may only be chosen where the slowest home is not far behind
     that of the best plan of another solver, so that only those are surely not better.
     """
-    trace, cluster = busy_case(interval_s, seed)
-    extra = solve(Instance.build(trace, cluster), "latency").plan.extra
-    own = ("whole layers", "improved", "spread")
+    extra = busy_plan("latency", interval_s, seed).plan.extra
+    own = ("whole layers", "partial layers", "improved", "spread")
     others = [name for name in extra["candidates_s"] if not any(word in name for word in own)]
     assert {"exact", "exact+paths", "layer-partition+paths", "pipeline, 1 group"} & set(others)
     if interval_s is None:
@@ -208,17 +232,30 @@ def test_never_worse_than_other_solvers_by_its_own_measure(
         assert extra["simulated_latency_s"] <= simulated[name] * (1 + 1e-9)
 
 
+def test_plans_of_one_name_are_numbered() -> None:
+    """From the second on, also those of a further search and those made of numbered ones."""
+    trace, cluster = busy_case(None)
+    problem = LatencyProblem(Instance.build(trace, cluster), cluster, trace, seed=0)
+    search = latency_solver._Search(problem, Options())
+    plan = busy_plan("exact", None)
+    for name in ("a, 1 group", "a, 1 group", "a, 1 group #2, improved", "a", "a, 1 group"):
+        search.add(name, plan)
+        search.add(name, plan)  # known: left out, without a number
+        search._known.clear()
+    names = ["a, 1 group", "a, 1 group #2", "a, 1 group #2, improved", "a", "a, 1 group #3"]
+    assert list(search.plans) == names
+
+
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(n, marks=LONG) for n in range(5, 40))])
 @pytest.mark.parametrize("solver", ["exact", "exact+paths", "pipeline", "layer-partition+paths"])
-def test_idle_clusters_gain_beside_each_solver(solver: str) -> None:
-    """By the formula, of 10 drawn clusters of unknown rates none is planned more slowly."""
-    for seed in range(10):
-        trace, cluster = busy_case(None, seed)
-        instance = Instance.build(trace, cluster)
-        problem = LatencyProblem(instance, cluster, trace, seed=0)
-        mine, other = (
-            problem.expected(solve(instance, name)).mean_s for name in ("latency", solver)
-        )
-        assert mine <= other * (1 + 1e-9)
+def test_idle_clusters_gain_beside_each_solver(solver: str, seed: int) -> None:
+    """By the formula, drawn clusters of unknown rates are never planned more slowly."""
+    trace, cluster = busy_case(None, seed)
+    problem = LatencyProblem(Instance.build(trace, cluster), cluster, trace, seed=0)
+    mine, other = (
+        problem.expected(busy_plan(name, None, seed)).mean_s for name in ("latency", solver)
+    )
+    assert mine <= other * (1 + 1e-9)
 
 
 def test_the_formula_is_what_the_simulator_gives() -> None:
@@ -349,24 +386,25 @@ def test_a_time_limit_searches_on() -> None:
 
 
 def test_a_time_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Effort doubles for as long as twice the last search, and the judge, fit within the limit.
+    """Effort doubles for as long as twice the last search, and selection, fit within the limit.
 
-    By a clock on which a search takes a second for each unit of effort, and the judge one.
+    By a clock on which a search takes a second for each unit of effort, and selection one.
     """
     now_s, efforts = [0.0], []
-    run, best = latency_solver._Search.run, latency_solver.Judge.best
+    run, best = latency_solver._Search.run, latency_solver.PlanSelection.best
 
     def search(self: Any, required: Any, effort: int) -> None:
-        run(self, required, 1)
+        if not self.plans:
+            run(self, required, 1)
         efforts.append(effort)
         now_s[0] += effort
 
-    def judge(*arguments: Any) -> str:
+    def select(*arguments: Any) -> str:
         now_s[0] += 1
         return best(*arguments)
 
     monkeypatch.setattr(latency_solver._Search, "run", search)
-    monkeypatch.setattr(latency_solver.Judge, "best", judge)
+    monkeypatch.setattr(latency_solver.PlanSelection, "best", select)
     monkeypatch.setattr(latency_solver, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
     trace, cluster = busy_case(None)
     for limit_s, wanted in ((1, [1]), (5, [1, 2]), (16.9, [1, 2, 4]), (17, [1, 2, 4, 8])):
@@ -377,7 +415,7 @@ def test_a_time_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert now_s[0] <= max(limit_s, 3)  # one search and two choices there always are
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=LONG) for n in range(1, 6))])
 def test_more_time_is_no_worse_in_simulations(seed: int) -> None:
     """On a busy cluster, too: on the same samples of requests."""
     trace, cluster = busy_case(0.4, seed)
@@ -394,10 +432,8 @@ def test_whole_layers_are_no_faster_than_all_plans() -> None:
     for seed in range(5):
         trace, cluster = busy_case(None, seed)
         instance = Instance.build(trace, cluster)
-        every, whole = (
-            solve(instance, "latency", Options(whole_layers=only)).plan.extra
-            for only in (False, True)
-        )
+        every = busy_plan("latency", None, seed).plan.extra
+        whole = solve(instance, "latency", Options(whole_layers=True)).plan.extra
         assert every["expected_latency_s"] <= whole["expected_latency_s"] * (1 + 1e-9)
         assert whole["whole_layers_bound_s"] <= whole["expected_latency_s"] * (1 + 1e-9)
 

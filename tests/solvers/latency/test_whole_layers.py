@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_plan.latency.queueing import waiting_for_places
-from prism_plan.solvers.latency.whole_layers import AGREEING, GroupProblem, improve, respond
-from prism_plan.solvers.latency.windows import _best
+from prism_plan.solvers.latency.whole_layer_moves import AGREEING, GroupProblem, improve, respond
+from prism_plan.solvers.latency.whole_layer_search import _best
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -47,7 +47,7 @@ def drawn_group(
 def seconds_of(p: GroupProblem, held: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Seconds of each home's requests, [H]: work, waiting at servers and places, messages.
 
-    At a server a request shares its time with those it meets there (processor sharing): with the
+    At a server a request shares its time with those that are there (processor sharing): with the
     others' requests in progress, and with those of its own home as far as places let them in.
     """
     homes, layers, servers = p.layer_s.shape
@@ -119,7 +119,7 @@ def least(p: GroupProblem) -> float:
     best = np.inf
     for held in all_holdings(p):
         choices = [list(all_rows(p, held, h)) for h in range(len(p.home))]
-        if not p.rates.any():  # homes do not meet: the best row of each
+        if not p.rates.any():  # homes do not delay each other: the best row of each
             choices = [
                 sorted(rows, key=lambda row, h=h: alone_s(p, held, h, row))[:1]  # type: ignore[misc]
                 for h, rows in enumerate(choices)

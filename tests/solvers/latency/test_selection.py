@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from prism_plan.latency.expected_latency import PARTS, PlanLatency
-from prism_plan.solvers.latency.judge import Judge, trusted
+from prism_plan.solvers.latency.selection import PlanSelection, trusted
 
 
-def latency(of_home: list[float], share: float = 0.1, weights: Any = None) -> PlanLatency:
-    """Seconds of each home, all of them compute, and the busiest share of time."""
+def latency(
+    of_home: list[float], share: float = 0.1, weights: Any = None, waiting_s: float = 0.0
+) -> PlanLatency:
+    """Seconds of each home, compute but for what is waiting, and the busiest share of time."""
     parts = np.zeros((len(of_home), len(PARTS)))
-    parts[:, 0] = of_home
+    parts[:, PARTS.index("compute")] = np.array(of_home) - waiting_s
+    parts[:, PARTS.index("gpus")] = waiting_s
     homes = np.zeros(len(of_home))
     even = np.full(len(of_home), 1 / len(of_home))
     return PlanLatency(
@@ -28,8 +31,8 @@ def latency(of_home: list[float], share: float = 0.1, weights: Any = None) -> Pl
     )
 
 
-class Rehearsed(Judge):
-    """A judge whose plans are their formula's figures, and whose simulations are written down.
+class Rehearsed(PlanSelection):
+    """A selection whose plans are their formula's figures, and whose simulations are written down.
 
     ``runs`` are the seconds of 100 requests of two homes, in turns, by name; the same each time.
     """
@@ -62,7 +65,7 @@ def plans_of(**seconds: PlanLatency) -> Any:
     return seconds
 
 
-def test_idle_clusters_are_judged_by_the_formula() -> None:
+def test_idle_clusters_go_by_the_formula() -> None:
     """The least mean, unless its slowest home is 3 % behind that of the best other solver's plan.
 
     Then the next best that is fair; homes without requests do not count.
@@ -83,14 +86,16 @@ def test_idle_clusters_are_judged_by_the_formula() -> None:
     assert Rehearsed(None).best(nobody, {"other"}) == "own"
 
 
-def test_busy_clusters_are_judged_by_simulation() -> None:
-    """Of plans close to the best by formula the one of the least simulated mean."""
+def test_busy_clusters_go_by_simulation() -> None:
+    """Of plans close to the best by formula the one of the least simulated mean.
+
+    A plan that is far behind is not simulated where its work alone takes longer than the best.
+    """
     plans = plans_of(a=latency([1.0, 1.0]), b=latency([1.1, 1.1]), far=latency([1.4, 1.4]))
-    runs = {"a": steady(2.0, 2.0), "b": steady(1.5, 1.5)}
-    judge = Rehearsed(runs)
-    assert judge.best(plans, set()) == "b"
-    assert judge.simulated == {"a": 2.0, "b": 1.5}
-    assert {name for name, _ in judge.asked} == {"a", "b"}  # the far one is not simulated
+    selection = Rehearsed({"a": steady(1.5, 1.5), "b": steady(1.3, 1.3)})
+    assert selection.best(plans, set()) == "b"
+    assert selection.simulated == pytest.approx({"a": 1.5, "b": 1.3})
+    assert {name for name, _ in selection.asked} == {"a", "b"}
 
 
 def test_an_untrusted_formula_has_more_plans_simulated() -> None:
@@ -98,9 +103,33 @@ def test_an_untrusted_formula_has_more_plans_simulated() -> None:
     assert trusted(latency([1.0], 0.3))
     assert not trusted(latency([1.0], 0.31))
     plans = plans_of(a=latency([1.0, 1.0], 0.5), b=latency([2.9, 2.9], 0.5), c=latency([3.1, 3.1]))
-    judge = Rehearsed({"a": steady(5.0, 5.0), "b": steady(4.0, 4.0)})
-    assert judge.best(plans, set()) == "b"
-    assert "c" not in judge.simulated
+    selection = Rehearsed({"a": steady(3.0, 3.0), "b": steady(2.5, 2.5)})
+    assert selection.best(plans, set()) == "b"
+    assert "c" not in selection.simulated
+
+
+def test_of_each_kind_of_plan_one_is_simulated() -> None:
+    """Whatever the formula says of its waiting: the one of least work, where that can be the best.
+
+    Plans of one kind differ by what follows a comma or a number. Those of a kind that was simulated
+    are left out, and those whose work alone takes longer than the best simulated mean.
+    """
+    plans = {
+        "a": latency([1.0, 1.0]),
+        "b": latency([1.1, 1.1]),
+        "b #2": latency([9.0, 9.0], waiting_s=8.5),  # its kind takes part
+        "own, 1 group": latency([5.0, 5.0], waiting_s=4.3),
+        "own, 2 groups": latency([8.0, 8.0], waiting_s=7.5),  # least work of its kind
+        "own, 2 groups #2": latency([4.0, 4.0], waiting_s=3.4),
+        "work": latency([3.0, 3.0], waiting_s=1.0),  # works longer than the best takes
+    }
+    runs = {"a": 2.0, "b": 1.5, "own, 2 groups": 1.2}
+    selection = Rehearsed({name: steady(mean_s, mean_s) for name, mean_s in runs.items()})
+    assert selection.best(plans, set()) == "own, 2 groups"
+    assert selection.simulated == pytest.approx(runs)
+    runs["own, 2 groups"] = 1.6
+    selection = Rehearsed({name: steady(mean_s, mean_s) for name, mean_s in runs.items()})
+    assert selection.best(plans, set()) == "b"
 
 
 @pytest.mark.parametrize(
@@ -115,28 +144,30 @@ def test_an_untrusted_formula_has_more_plans_simulated() -> None:
 def test_what_is_gained_on_average_is_no_homes_loss(own: np.ndarray, chosen: str) -> None:
     """Beside the best plan of another solver, though that is far behind by the formula."""
     plans = plans_of(other=latency([9.0, 9.0]), own=latency([1.0, 1.0]))
-    judge = Rehearsed({"own": own, "other": steady(1.0, 1.0)})
-    assert judge.best(plans, {"other"}) == chosen
+    selection = Rehearsed({"own": own, "other": steady(1.0, 1.0)})
+    assert selection.best(plans, {"other"}) == chosen
 
 
 def test_only_samples_of_the_same_number_are_compared() -> None:
-    """Of 20 plans the last 4 have all six samples, and only these are told."""
-    plans = plans_of(**{f"p{n}": latency([1 + n / 1000] * 2) for n in range(20)})
-    judge = Rehearsed({name: steady(2 - n / 100, 2.0) for n, name in enumerate(plans)})
-    chosen = judge.best(plans, set())
-    assert len(judge.simulated) == 4
-    assert judge.simulated[chosen] == min(judge.simulated.values())
-    samples = {name: {s for own, s in judge.asked if own == name} for name in judge.simulated}
+    """Of 20 plans the last 3 have all six samples, and only these are told."""
+    plans = {f"p #{n}": latency([1 + n / 1000] * 2) for n in range(20)}
+    selection = Rehearsed({name: steady(2 - n / 100, 2.0) for n, name in enumerate(plans)})
+    chosen = selection.best(plans, set())
+    assert len(selection.simulated) == 3
+    assert selection.simulated[chosen] == min(selection.simulated.values())
+    samples = {
+        name: {s for own, s in selection.asked if own == name} for name in selection.simulated
+    }
     assert all(of_plan == set(range(6)) for of_plan in samples.values())
 
 
 def test_a_plan_that_is_kept_takes_part_to_the_end() -> None:
     """Far behind by the formula, it is simulated all the same, and chosen where it is the best."""
-    plans = plans_of(**{f"p{n}": latency([1 + n / 1000] * 2) for n in range(40)})
-    judge = Rehearsed({name: steady(2 - n / 100, 2.0) for n, name in enumerate(plans)})
-    assert judge.best(plans, set()) == "p15"
-    assert judge.best(plans, set(), "p39") == "p39"
-    assert judge.best(plans, set(), "p2") == "p15"
+    plans = {f"p #{n}": latency([1 + n / 1000] * 2) for n in range(40)}
+    selection = Rehearsed({name: steady(2 - n / 100, 2.0) for n, name in enumerate(plans)})
+    assert selection.best(plans, set()) == "p #11"  # the last of the twelve that are simulated
+    assert selection.best(plans, set(), "p #39") == "p #39"
+    assert selection.best(plans, set(), "p #2") == "p #11"
 
 
 def test_loads_have_their_price() -> None:

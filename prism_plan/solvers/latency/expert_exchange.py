@@ -10,7 +10,7 @@ import numpy as np
 
 from prism_plan.errors import Infeasible
 from prism_plan.placement import Placement
-from prism_plan.solvers.latency.layer_costs import LayerCosts
+from prism_plan.solvers.latency.layer_costs import CopyChange, LayerCosts
 from prism_plan.solvers.latency.problem import LatencyProblem
 
 #: Sweeps over all changes at most.
@@ -30,7 +30,7 @@ class _Change(NamedTuple):
     to: int
 
 
-class Polish:
+class ExpertExchange:
     """A local search for a plan with the same table whose calls take less time.
 
     By the steps of the prompts: within a layer experts move, change places, get a copy or lose one;
@@ -178,19 +178,24 @@ class Polish:
                 left[change.to] -= 1
         return bool((left >= 0).all())
 
-    def _make(self, change: _Change, *, undo: bool = False) -> None:
-        source, to = (change.to, change.source) if undo else (change.source, change.to)
-        if source >= 0:
-            self.costs.take(source, change.layer, change.expert)
-            self._free[source] += 1
-        if to >= 0:
-            self.costs.put(to, change.layer, change.expert)
-            self._free[to] -= 1
+    def _make(self, change: _Change) -> list[CopyChange]:
+        made = []
+        if change.source >= 0:
+            made.append(self.costs.take(change.source, change.layer, change.expert))
+            self._free[change.source] += 1
+        if change.to >= 0:
+            made.append(self.costs.put(change.to, change.layer, change.expert))
+            self._free[change.to] -= 1
+        return made
+
+    def _undo(self, made: CopyChange) -> None:
+        """Undo one step: other GPUs would give the layer other seconds than those kept of it."""
+        self.costs.undo(made)
+        self._free[made.server] += 1 if made.gpu_before < 0 else -1
 
     def _cost_of(self, changes: tuple[_Change, ...], *, keep: bool = False) -> float:
         """Seconds that some changes add; they stay only where they are kept and gain."""
-        for change in changes:
-            self._make(change)
+        made = [step for change in changes for step in self._make(change)]
         layers = {change.layer for change in changes}
         after = {layer: self.costs.seconds(layer) for layer in layers}
         added = sum(after[layer] - self._seconds[layer] for layer in layers)
@@ -198,8 +203,8 @@ class Polish:
             for layer in layers:
                 self._seconds[layer] = after[layer]
             return added
-        for change in reversed(changes):
-            self._make(change, undo=True)
+        for step in reversed(made):
+            self._undo(step)
         return added
 
     def _try(self, changes: tuple[_Change, ...]) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_plan.solvers.latency.gpus import GpuDealer
+from prism_plan.solvers.latency.gpu_packing import GpuPacking
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -40,19 +40,19 @@ def test_every_expert_is_on_one_gpu_within_its_room(seed: int) -> None:
     layers, experts, gpus = (int(rng.integers(1, most)) for most in (4, 9, 5))
     top_k = int(rng.integers(1, experts + 1))
     tokens = drawn_tokens(rng, int(rng.integers(0, 20)), layers, experts, top_k)
-    dealer = GpuDealer(tokens, np.ones(layers, np.int64))
+    packing = GpuPacking(tokens, np.ones(layers, np.int64))
     for _ in range(2):
         held = rng.random((layers, experts)) < 0.7
         load = rng.random(held.shape)
         capacity = [int(x) for x in rng.integers(0, layers * experts + 1, gpus)]
         if held.sum() > sum(capacity):
             with pytest.raises(ValueError, match="do not fit"):
-                dealer.deal(capacity, held, load)
+                packing.pack(capacity, held, load)
             continue
-        packed = dealer.deal(capacity, held, load)
+        packed = packing.pack(capacity, held, load)
         assert (packed.sum(axis=0) == held).all()
         assert (packed.sum(axis=(1, 2)) <= capacity).all()
-        assert (dealer.deal(capacity, held, load) == packed).all()
+        assert (packing.pack(capacity, held, load) == packed).all()
         if min(capacity) >= held.sum():
             of_layer = packed.sum(axis=2)
             assert (of_layer.max(axis=0) - of_layer.min(axis=0) <= 1).all()
@@ -67,9 +67,9 @@ def test_unequal_sizes_keep_to_bytes(seed: int) -> None:
     size = rng.integers(1, 6, layers)
     held = rng.random((layers, experts)) < 0.7
     capacity = [int(x) for x in rng.integers(0, int(size.sum()) * experts, 3)]
-    dealer = GpuDealer(drawn_tokens(rng, 10, layers, experts, 1), size)
+    packing = GpuPacking(drawn_tokens(rng, 10, layers, experts, 1), size)
     try:
-        packed = dealer.deal(capacity, held, rng.random(held.shape))
+        packed = packing.pack(capacity, held, rng.random(held.shape))
     except ValueError:
         return
     assert (packed.sum(axis=0) == held).all()
@@ -79,15 +79,15 @@ def test_unequal_sizes_keep_to_bytes(seed: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(seed=SEEDS)
 def test_exchanges_never_make_tokens_longer(seed: int) -> None:
-    """Beside the same experts dealt out by load alone; no single exchange is left that helps."""
+    """Beside the same experts distributed by load alone; no single exchange is left that helps."""
     rng = np.random.default_rng(seed)
     experts, gpus = int(rng.integers(2, 9)), int(rng.integers(2, 4))
     tokens = drawn_tokens(rng, 30, 1, experts, int(rng.integers(1, experts + 1)))
     held = rng.random((1, experts)) < 0.8
     load, size = rng.random(held.shape), np.ones(1, np.int64)
     capacity = [experts] * gpus
-    by_load = GpuDealer(tokens[:0], size).deal(capacity, held, load)
-    found = GpuDealer(tokens, size).deal(capacity, held, load)
+    by_load = GpuPacking(tokens[:0], size).pack(capacity, held, load)
+    found = GpuPacking(tokens, size).pack(capacity, held, load)
     assert (found.sum(axis=2) == by_load.sum(axis=2)).all()
     assert longest(tokens, found, 0) <= longest(tokens, by_load, 0)
     for a, b in itertools.combinations(np.flatnonzero(held[0]).tolist(), 2):
@@ -106,7 +106,7 @@ def test_exchanges_are_close_to_the_optimum() -> None:
         rng = np.random.default_rng(seed)
         tokens = drawn_tokens(rng, 50, 1, 8, 3)
         held = np.ones((1, 8), bool)
-        found = GpuDealer(tokens, np.ones(1, np.int64)).deal([4, 4], held, rng.random((1, 8)))
+        found = GpuPacking(tokens, np.ones(1, np.int64)).pack([4, 4], held, rng.random((1, 8)))
         best = 10**9
         for half in itertools.combinations(range(8), 4):
             split = np.zeros((2, 1, 8), bool)
@@ -123,7 +123,7 @@ def test_what_is_called_together_is_apart() -> None:
     """Of two pairs of experts that tokens always call together, each GPU has one of each pair."""
     tokens = np.array([[[0, 1]], [[2, 3]]] * 5, np.uint16)
     load = np.array([[4.0, 2.0, 3.0, 1.0]])
-    alone = GpuDealer(tokens[:0], np.ones(1, np.int64)).deal([2, 2], np.ones((1, 4), bool), load)
-    assert alone[0, 0].tolist() == [True, True, False, False]  # dealt out by load alone
-    packed = GpuDealer(tokens, np.ones(1, np.int64)).deal([2, 2], np.ones((1, 4), bool), load)
+    alone = GpuPacking(tokens[:0], np.ones(1, np.int64)).pack([2, 2], np.ones((1, 4), bool), load)
+    assert alone[0, 0].tolist() == [True, True, False, False]  # distributed by load alone
+    packed = GpuPacking(tokens, np.ones(1, np.int64)).pack([2, 2], np.ones((1, 4), bool), load)
     assert packed[0, 0, :2].sum() == packed[0, 0, 2:].sum() == 1

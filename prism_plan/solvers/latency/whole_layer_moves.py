@@ -137,16 +137,16 @@ def _seconds(  # pragma: no cover - compiled
             for m in range(servers):
                 own_s += at_s[h, m]
             present = rates[h] * own_s
-            meets = 1.0
+            counted = 1.0
             if present > 0.0:
-                meets = min(1.0, (places[h] - 1.0) / present)
+                counted = min(1.0, (places[h] - 1.0) / present)
             for m in range(servers):
                 if work_s[h, m] == 0.0:
                     continue
                 others = 0.0
                 for k in range(homes):
                     there = rates[k] * at_s[k, m]
-                    others += meets * there if k == h else there
+                    others += counted * there if k == h else there
                 at_s[h, m] = work_s[h, m] * (1.0 + min(others, 1e6))
     for h in range(homes):
         first, last = table[h, 0], table[h, layers - 1]
@@ -261,7 +261,7 @@ def _improve(  # pragma: no cover - compiled
     fixed: Array, rates: Array, weights: Array, places: Array, variation: Array, room: Array,
     size: Array, fairness: float, held: Array, table: Array, most_steps: int,
 ) -> tuple[float, int]:  # fmt: skip
-    """Local search: windows of each server, then single layers in exchange for others."""
+    """Local search: runs of layers of each server, then single layers in exchange for others."""
     _, layers, servers = layer_s.shape
     best_table, made = np.zeros_like(table), np.zeros_like(table)
     trial = held.copy()
@@ -279,7 +279,7 @@ def _improve(  # pragma: no cover - compiled
                         if tried >= most_steps:
                             break
                         trial[:] = held
-                        if kind == 0:  # a window from this layer on, as long as memory goes
+                        if kind == 0:  # a run from this layer on, as long as memory goes
                             trial[m] = False
                             left = room[m]
                             for layer in range(first, layers):

@@ -1,7 +1,7 @@
 """Distribute a server's experts over its GPUs so that those called together are on different ones.
 
 GPUs of a server work on a step at the same time, so that it is as fast as its slowest GPU: experts
-of a layer are dealt out evenly, then exchanged while that shortens the steps of the trace.
+of a layer are distributed evenly, then exchanged while that shortens the steps of the trace.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Bools = npt.NDArray[np.bool_]
 MAX_SWEEPS = 20
 
 
-class GpuDealer:
+class GpuPacking:
     """Distributes experts by the tokens of one trace; what it found for a layer it finds again.
 
-    ``tokens`` uint16 [tokens, L, K] are experts that are called together; none: experts are dealt
-    out by their load alone. ``size`` int64 [L] is that of an expert of each layer.
+    ``tokens`` uint16 [tokens, L, K] are experts that are called together; none: experts are
+    distributed by their load alone. ``size`` int64 [L] is that of an expert of each layer.
     """
 
     def __init__(self, tokens: npt.NDArray[np.uint16], size: npt.NDArray[np.int64]) -> None:
         self._tokens, self._size = as_constant(tokens), size
         self._known: dict[tuple[int, bytes, tuple[int, ...]], npt.NDArray[np.int64]] = {}
 
-    def deal(self, capacity: Sequence[int], held: Bools, load: npt.NDArray[np.float64]) -> Bools:
+    def pack(self, capacity: Sequence[int], held: Bools, load: npt.NDArray[np.float64]) -> Bools:
         """What each GPU of a server holds of the experts that it holds, bool [GPUs, L, E].
 
         ``capacity`` of each GPU is in the unit of the sizes; ``held`` bool [L, E]; ``load`` [L, E]

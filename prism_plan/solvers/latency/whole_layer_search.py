@@ -1,8 +1,8 @@
 """Plans of whole layers under load: which servers hold which, group by group.
 
-Each group of servers serves its own homes. The search (:mod:`.whole_layers`) starts from servers
-filled one after the other, from the group's pipeline, and from changes of the best one drawn at
-random; it stops by work.
+Each group of servers serves its own homes. The search (:mod:`.whole_layer_moves`) starts from
+servers filled one after the other, from the group's pipeline, and from changes of the best one
+drawn at random; it stops by work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prism_plan.errors import Infeasible
 from prism_plan.execution_table import home_execution
 from prism_plan.expert_capacity import capacity_with_kv, kv_bytes
 from prism_plan.solvers.latency.problem import Bools, LatencyProblem, Table
-from prism_plan.solvers.latency.whole_layers import GroupProblem, improve
+from prism_plan.solvers.latency.whole_layer_moves import GroupProblem, improve
 from prism_plan.solvers.pipeline_groups import Partition
 
 #: Groups of at most so many servers are searched.
@@ -27,7 +27,7 @@ MAX_SERVERS = 8
 ORDERS, CHANGES = 6, 16
 #: Holdings that a local search tries at most, and steps of the dynamic programme of all of them.
 MAX_TRIED, MAX_WORK = 20_000, 3_000_000_000
-#: Shares of the slowest home in the objective; from the best plans by each the judge chooses.
+#: Shares of the slowest home in the objective; a plan is selected from the best by each.
 FAIRNESS = (0.0, 0.3)
 #: So many of the best plans by each objective are given back.
 BEST_PLANS = 3
@@ -38,7 +38,7 @@ MAX_ROUNDS = 10
 VARIATION = 0.2
 
 
-def window_plans(
+def whole_layer_plans(
     problem: LatencyProblem, partition: Partition, effort: int = 1
 ) -> list[tuple[Table, Bools]]:
     """Tables int32 [N, L] and whole layers bool [N, L] of the best plans that were found.
@@ -157,7 +157,7 @@ def _best(
         seconds, held, table = min(found, key=lambda plan: plan[0])
         start = held.copy()
         for m in rng.choice(servers, size=min(servers, 2), replace=False).tolist():
-            start[m] = _window(asked, m, int(rng.integers(layers)))
+            start[m] = _contiguous(asked, m, int(rng.integers(layers)))
         held, table, seconds, tried = improve(asked, start, tries)
         tries -= tried
         found.append((seconds, held, table))
@@ -175,12 +175,12 @@ def _filled(asked: GroupProblem) -> Iterator[Bools]:
         held = np.zeros((servers, layers), bool)
         begin = 0
         for m in order:
-            held[m] = _window(asked, m, begin)
+            held[m] = _contiguous(asked, m, begin)
             begin = (begin + int(held[m].sum())) % layers
         yield held
 
 
-def _window(asked: GroupProblem, server: int, begin: int) -> Bools:
+def _contiguous(asked: GroupProblem, server: int, begin: int) -> Bools:
     """The layers from one on that a server holds, as long as its memory goes; bool [L]."""
     layers = len(asked.size)
     held = np.zeros(layers, bool)

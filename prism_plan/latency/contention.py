@@ -1,4 +1,4 @@
-"""How long requests delay each other at GPUs and links, by the phases in which they meet."""
+"""How long requests delay each other at GPUs and links, by the phases in which they are there."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Floats = npt.NDArray[np.float64]
 #: their way, by its own phase (row) and theirs (column). A token's calls are short against a
 #: prompt's, so that any of them becomes the slowest; fitted to the simulator.
 EXPOSED = np.array([[0.25, 0.0], [0.5, 0.25]])
-#: The power with which waiting makes a phase meet more others: 0 would be none of them, and 1 as if
+#: The power with which waiting gives a phase more others beside it: 0 would be none, and 1 as if
 #: no two of these others were ever there together; fitted to the simulator.
 LONGER = 0.7
 #: Of the other's time, the most for which one that follows it is taken to stand still.
 MOST_FOLLOWED = 0.9
 
 
-class Meetings:
-    """How long a phase of one request delays a phase of another where they meet.
+class Contention:
+    """How long a phase of one request delays a phase of another that uses the same GPU or port.
 
-    A request in a phase uses each GPU and port for a share of its time. One that meets it there
+    A request in a phase uses each GPU and port for a share of its time. One that finds it there
     waits for the rest of a use, or for all of it where both take turns; so it goes on more slowly,
     but never longer than the other's phase lasts (:func:`delay_s`).
 
@@ -62,7 +62,7 @@ class Meetings:
             2 * servers, -1
         )
         self._held_s = uses[..., 1]
-        # seconds of a use that is met: the longer, the more often
+        # seconds of a use that a visit finds: the longer, the more often
         self._size_s = ratio(uses[..., 2], uses[..., 1])
         self._waiting_s = np.zeros_like(self._held_s)
         self._turns = self._again(work)
@@ -93,7 +93,7 @@ class Meetings:
 
         ``idle_s`` and ``phase_s`` [N, 2] last phases without and with the waiting that the call
         before this one found; ``rates`` [N] are requests per second, and ``others`` [N] the share
-        of them that a request of the same home can meet.
+        of them that a request of the same home can have beside it.
         """
         n = self._servers
         work_s, lasts_s = idle_s.ravel()[:, None], phase_s.ravel()[:, None]
@@ -102,7 +102,7 @@ class Meetings:
         starts = np.where(same, (rates * others)[homes], rates[homes])  # [own P, their P]
 
         # Of its time that the other is at a resource, in use or waiting; and for how long a visit
-        # that meets it there waits: half a use, or all of it where the other comes back in turn.
+        # that finds it there waits: half a use, or all of it where the other comes back in turn.
         share = ratio(self._held_s + self._waiting_s, lasts_s)
         half_s = self._size_s * share / 2
         back = np.minimum(share, 1.0)
@@ -125,7 +125,7 @@ class Meetings:
         followed_s = np.broadcast_to(self._followed_s, ports_s.shape)
         followed = np.minimum(ratio(followed_s, lasts_s.T), MOST_FOLLOWED)
         behind_s = np.maximum(ports_s, work_s * followed / (1 - followed))
-        # The longer a phase lasts with its waiting, the more others it meets.
+        # The longer a phase lasts with its waiting, the more others are beside it.
         alone_s = work_s ** (1 - LONGER) * lasts_s**LONGER
         slowdown = ratio(gpus_s + behind_s, alone_s)
         # A prompt that others slow down ends, and its tokens begin, rather when these are gone.

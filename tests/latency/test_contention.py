@@ -1,4 +1,4 @@
-"""The delay of phases that meet: its definition, integrated, and its limits."""
+"""The delay of phases that are there together: its definition, integrated, and its limits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prism_plan.latency.meetings import delay_s
+from prism_plan.latency.contention import delay_s
 
 SECONDS = st.floats(0.01, 100.0)
 

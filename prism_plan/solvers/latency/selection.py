@@ -41,7 +41,7 @@ class _Figures:
     slowest_home_s: float
 
 
-class Judge:
+class PlanSelection:
     """Orders plans; those it simulates run on the same requests.
 
     ``load_price`` is in seconds of mean latency a GiB that a plan loads.
@@ -176,7 +176,7 @@ class Judge:
 
 def _kind(name: str) -> str:
     """What made a plan: its name without numbers and improvements."""
-    return name.split(",")[0].split(" #")[0].split(" (")[0]
+    return name.split(",")[0].split(" #")[0]
 
 
 def trusted(expected: PlanLatency) -> bool:
