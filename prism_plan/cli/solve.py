@@ -50,8 +50,9 @@ class SolveOptions(TableOptions):
     default="latency",
     show_default=True,
     metavar="NAME",
-    help="latency and pipeline plan experts and where layers execute; uniform, redundance, smartmoe, "
-    "eplb, layer-partition, prism, ilp and exact place experts, for layers that execute at home.",
+    help="latency and pipeline plan experts and where layers execute; uniform, redundance, "
+    "smartmoe, eplb, layer-partition, prism, ilp and exact place experts, for layers that execute "
+    "at home.",
 )
 @click.option(
     "--execution",
