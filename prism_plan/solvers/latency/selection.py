@@ -29,7 +29,7 @@ ROUNDS = ((1, 12), (2, 6), (3, 3))
 #: No plan is chosen whose slowest home is further above that of the best plan of another solver, or
 #: whose 99th percentile is above its by more than this and the share that the mean gains: what is
 #: gained on average is not to be one home's loss. Percentiles of few requests are uncertain.
-SLOWER_HOME, SLOWER_P99 = 0.03, 0.02
+SLOWER_HOME, SLOWER_P99 = 0.03, 0.0
 
 
 @dataclass(frozen=True)
