@@ -228,7 +228,7 @@ def test_planning_assumes_nothing(here: Path, command: str) -> None:
     `compare` uses them for latencies.
     """
     arguments = {
-        "solve": ("solve", "t.parquet", "--cluster", "c.toml", "-o", "q.json"),
+        "solve": ("solve", "t.parquet", "--cluster", "c.toml", "--solver", "exact", "-o", "q.json"),
         "compare": (
             "compare", "t.parquet", "--cluster", "c.toml", "--solvers", "exact", "--requests", 0,
         ),

@@ -100,7 +100,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "check with a trace": ("check", "c.toml", "--trace", "t.parquet"),
     "check with a model": ("check", "c.toml", "--model", "m.json"),
     "check of a placement": ("check", "p.json", "--cluster", "c.toml"),
-    "solve": ("solve", "t.parquet", "--cluster", "c.toml", "-o", "q.json"),
+    "solve": ("solve", "t.parquet", "--cluster", "c.toml", "--solver", "exact", "-o", "q.json"),
     "compare": ("compare", "t.parquet", "--cluster", "c.toml"),
     "simulate": ("simulate", "p.json", "--trace", "t.parquet", "--cluster", "c.toml"),
     "simulate solvers": ("simulate", "--solvers", "exact", "--trace", "t.parquet", "--cluster",
