@@ -445,7 +445,7 @@ CASES = [
         repeats=3,
     ),
     Case("prism-plan --help", lambda folder: None, lambda _: command("--help"), 0.4),
-    Case("prism-plan solve, V2-Lite", solve_files, solve_command(True), 2.0),
+    Case("prism-plan solve, V2-Lite", solve_files, solve_command(True), 8.0),
     Case("prism-plan simulate, V2-Lite", solve_files, simulate_command(True), 3.0),
     Case("first solve, nothing compiled", solve_files, solve_command(False), repeats=3),
     Case("first simulate, nothing compiled", solve_files, simulate_command(False), repeats=3),
