@@ -87,7 +87,7 @@ def _announce_compilation(program: str) -> None:
         before_first_compilation(
             lambda: write_log_line(
                 program,
-                "compiling for this machine: about 3 seconds, for the simulator 10, for latency 25, "
+                "compiling for this machine: about 3 seconds, the simulator 10, latency 25, "
                 + ("once" if code_is_kept() else "in every run: set NUMBA_CACHE_DIR to a folder"),
             )
         )
