@@ -25,8 +25,8 @@ from prism_plan.errors import Infeasible
 from prism_plan.evaluate.sweep_grid import vary_cluster
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.trace import PHASES, TokenBatch, trace_from_batches
-from studies.machine import commit
 from studies.paper import cluster, trace
+from studies.parts import run_parts, six_digits
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "execution.json"
@@ -293,24 +293,8 @@ def _compact(values: Any, depth: int = 0) -> str:
             for key, value in values.items()
         )
         return "{\n" + inner + "\n" + " " * depth + "}"
-    rounded = json.loads(
-        json.dumps(values, allow_nan=False), parse_float=lambda text: float(f"{float(text):.6g}")
-    )
-    return json.dumps(rounded)
-
-
-def main() -> int:
-    """Run the parts that are named, or all; keep the others of the file."""
-    values = json.loads(FILE.read_text()) if FILE.exists() else {"parts": {}}
-    if sys.argv[1:] == ["--tables"]:
-        print(tables(values))
-        return 0
-    for part in sys.argv[1:] or PARTS:
-        values["parts"][part] = PARTS[part]()
-        values["commit"] = commit()
-        FILE.write_text(_compact(values) + "\n", encoding="utf-8")
-    return 0
+    return json.dumps(six_digits(values))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_parts(FILE, PARTS, tables, _compact))

@@ -26,8 +26,8 @@ from prism_plan.io.phases import read_schedule
 from studies.execution import changed
 from studies.grid.cells import MIXTRAL_TASKS, with_tasks
 from studies.grid.measure import routing
-from studies.machine import commit
 from studies.paper import cluster, trace
+from studies.parts import run_parts, six_digits
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "latency.json"
@@ -156,7 +156,7 @@ def tables(values: Mapping[str, Any]) -> str:
     """Markdown of the parts `reach` and `shift`."""
     lines = ["| regime | " + " | ".join(f"`{s}`" for s in SOLVERS) + " | p99 | slowest home |"]
     lines.append("|---" * (len(SOLVERS) + 3) + "|")
-    for name, regime in values["parts"]["reach"].items():
+    for name, regime in values["parts"].get("reach", {}).items():
         cells = [f"{_mean(regime['runs'][solver], 'mean_s'):.3g}" for solver in SOLVERS]
         own = regime["runs"]["latency"]
         cells += [f"{_mean(own, key):.3g}" for key in ("p99_s", "slowest_home_s")]
@@ -170,21 +170,10 @@ def tables(values: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Run the parts that are named, or all; keep the others of the file."""
-    values = json.loads(FILE.read_text()) if FILE.exists() else {"parts": {}}
-    if sys.argv[1:] == ["--tables"]:
-        print(tables(values))
-        return 0
-    for part in sys.argv[1:] or PARTS:
-        values["parts"][part] = PARTS[part]()
-        values["commit"] = commit()
-        rounded = json.loads(
-            json.dumps(values), parse_float=lambda text: float(f"{float(text):.6g}")
-        )
-        FILE.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
-    return 0
+def _text(values: Any) -> str:
+    """JSON with numbers of six digits."""
+    return json.dumps(six_digits(values), indent=1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_parts(FILE, PARTS, tables, _text))

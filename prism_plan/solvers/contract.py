@@ -125,6 +125,18 @@ class SolverResult:
     execution: npt.NDArray[np.int32] | None = None
     gpu_capacity: tuple[tuple[int, ...], ...] | None = None
 
+    @classmethod
+    def of_plan(cls, plan: Placement, extra: Mapping[str, Any]) -> SolverResult:
+        """The result of a solver that plans GPUs and an execution table, for the least latency."""
+        return cls(
+            plan.local,
+            on_gpu=plan.on_gpu,
+            execution=plan.execution_table,
+            gpu_capacity=plan.gpu_capacity,
+            objective="latency",
+            extra=extra,
+        )
+
 
 @dataclass(frozen=True)
 class Solver:

@@ -135,14 +135,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
     extra["groups"] = [
         [instance.servers[run.server] for run in spans(group.row)] for group in named[chosen]
     ]
-    return SolverResult(
-        plan.local,
-        on_gpu=plan.on_gpu,
-        execution=plan.execution_table,
-        gpu_capacity=plan.gpu_capacity,
-        objective="latency",
-        extra=extra,
-    )
+    return SolverResult.of_plan(plan, extra)
 
 
 def placed_groups(problem: PipelineProblem, groups: Partition) -> Placement:

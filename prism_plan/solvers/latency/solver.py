@@ -157,14 +157,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
         extra["simulated_s"] = selection.simulated
         if chosen in selection.simulated:
             extra["simulated_latency_s"] = selection.simulated[chosen]
-    return SolverResult(
-        plan.local,
-        on_gpu=plan.on_gpu,
-        execution=plan.execution_table,
-        gpu_capacity=plan.gpu_capacity,
-        objective="latency",
-        extra=extra,
-    )
+    return SolverResult.of_plan(plan, extra)
 
 
 def _no_plan(problem: LatencyProblem, options: Options) -> Infeasible:

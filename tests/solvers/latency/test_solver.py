@@ -115,19 +115,19 @@ DRAWN: dict[str, Any] = {
 @settings(max_examples=10, deadline=None)
 @given(**DRAWN)
 def test_plans_keep_to_everything(**drawn: Any) -> None:
-    """Of a few drawn cases; see :func:`keeps_to_everything`."""
-    keeps_to_everything(**drawn)
+    """Of a few drawn cases; see :func:`assert_keeps_to_everything`."""
+    assert_keeps_to_everything(**drawn)
 
 
 @pytest.mark.long
 @settings(max_examples=300, deadline=None)
 @given(**DRAWN)
 def test_many_plans_keep_to_everything(**drawn: Any) -> None:
-    """Of many drawn cases; see :func:`keeps_to_everything`."""
-    keeps_to_everything(**drawn)
+    """Of many drawn cases; see :func:`assert_keeps_to_everything`."""
+    assert_keeps_to_everything(**drawn)
 
 
-def keeps_to_everything(
+def assert_keeps_to_everything(
     seed: int, kind: str, whole_layers: bool, min_replicas: int, near: str
 ) -> None:
     """Replicas, rules, homes, memory with the table's caches, whole layers; bounds and figures.
