@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 
+from prism_plan.jit import kernel
+
 #: Formulas hold up to this share of time; beyond it waiting grows in proportion to the share.
 BUSIEST = 0.95
 
 
+@kernel
 def above(share: float) -> tuple[float, float]:
     """A share of time that formulas can take, and the factor of their result for the rest."""
     if share <= BUSIEST:
@@ -19,6 +22,7 @@ def above(share: float) -> tuple[float, float]:
     return BUSIEST, share / BUSIEST
 
 
+@kernel
 def erlang_c(servers: int, offered: float) -> float:
     """Probability of waiting in M/M/c, for ``offered`` = arrivals per second x mean seconds < c."""
     if offered <= 0:
@@ -30,6 +34,7 @@ def erlang_c(servers: int, offered: float) -> float:
     return blocked / (1 - share * (1 - blocked))
 
 
+@kernel
 def waiting_for_places(places: int, rate: float, seconds: float, squared: float) -> float:
     """Mean seconds until one of some places is free, as in M/G/c.
 

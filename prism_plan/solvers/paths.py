@@ -80,14 +80,14 @@ def shortest_path(request: MeanRequest, home: int) -> npt.NDArray[np.int32]:
     layers, servers = request.layer_s.shape
     row = np.full(layers, home, np.int32)
     before, cost = np.zeros((layers, servers), np.int32), np.zeros((2, servers))
-    _shortest_path(
+    path_of_least_time(
         request.layer_s, request.hop_s, request.start_s, request.id_s, home, before, cost, row
     )
     return row
 
 
 @kernel
-def _shortest_path(  # pragma: no cover - compiled
+def path_of_least_time(  # pragma: no cover - compiled
     layer_s: Array, hop_s: Array, start_s: Array, id_s: Array, home: int, before: Array,
     cost: Array, row: Array,
 ) -> None:  # fmt: skip

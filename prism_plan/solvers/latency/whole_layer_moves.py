@@ -16,7 +16,8 @@ import numpy.typing as npt
 from prism_plan.compiled_loops import as_constant
 from prism_plan.jit import inline_kernel, jit
 from prism_plan.kernel_types import int64
-from prism_plan.latency.queueing import BUSIEST
+from prism_plan.latency.queueing import waiting_for_places
+from prism_plan.solvers.paths import path_of_least_time
 
 Array = Any
 Floats = npt.NDArray[np.float64]
@@ -88,28 +89,6 @@ def _arrays(problem: GroupProblem) -> tuple[Array, ...]:
 
 
 @inline_kernel
-def _waiting_for_places(  # pragma: no cover - compiled
-    places: float, rate: float, seconds: float, variation: float
-) -> float:
-    """``queueing.waiting_for_places``, for kernels."""
-    share = rate * seconds / places
-    if share <= 0.0:
-        return 0.0
-    factor = 1.0
-    if share > BUSIEST:
-        factor = share / BUSIEST
-        share = BUSIEST
-    offered = share * places
-    blocked = 1.0
-    number = 1
-    while number <= places:
-        blocked = offered * blocked / (number + offered * blocked)
-        number += 1
-    waits = blocked / (1.0 - share * (1.0 - blocked))
-    return factor * waits * seconds / (places * (1.0 - share)) * (1.0 + variation) / 2.0
-
-
-@inline_kernel
 def _seconds(  # pragma: no cover - compiled
     layer_s: Array, called_s: Array, hop_s: Array, id_s: Array, start_s: Array, home: Array,
     fixed: Array, rates: Array, weights: Array, places: Array, variation: Array, fairness: float,
@@ -155,7 +134,8 @@ def _seconds(  # pragma: no cover - compiled
             seconds += hop_s[h, table[h, layer - 1], table[h, layer]]
         for m in range(servers):
             seconds += at_s[h, m]
-        seconds += _waiting_for_places(places[h], rates[h], seconds, variation[h])
+        squared = (1.0 + variation[h]) * seconds**2
+        seconds += waiting_for_places(int64(places[h]), rates[h], seconds, squared)
         total += weights[h] * seconds
         all_weights += weights[h]
         if weights[h] > 0.0:
@@ -165,49 +145,19 @@ def _seconds(  # pragma: no cover - compiled
 
 @inline_kernel
 def _path(  # pragma: no cover - compiled
-    layer_s: Array, hop_s: Array, id_s: Array, start_s: Array, factor: Array, held: Array,
-    cost: Array, before: Array, row: Array,
+    layer_s: Array, hop_s: Array, id_s: Array, start_s: Array, home: int, factor: Array,
+    held: Array, priced: Array, cost: Array, before: Array, row: Array,
 ) -> None:  # fmt: skip
     """Write the path of least cost over servers that hold layers to ``row`` [L].
 
-    A second at server m costs ``factor[m]``; ``cost`` [2, M] and ``before`` [L, M] are working
-    memory. The row is left alone where there is no path.
+    A second at server m costs ``factor[m]``; ``priced`` [L, M], ``cost`` [2, M] and ``before``
+    [L, M] are working memory. The row is left alone where there is no path.
     """
     layers, servers = layer_s.shape
-    best = np.inf
-    for first in range(servers):
-        if not held[first, 0]:
-            continue
+    for layer in range(layers):
         for m in range(servers):
-            cost[0, m] = np.inf
-        cost[0, first] = start_s[first] + layer_s[0, first] * factor[first]
-        if cost[0, first] >= best:
-            continue
-        now = 0
-        for layer in range(1, layers):
-            for m in range(servers):
-                cost[1 - now, m] = np.inf
-                if not held[m, layer]:
-                    continue
-                shortest = cost[now, m]
-                came_from = m
-                for a in range(servers):
-                    there = cost[now, a] + hop_s[a, m]
-                    if there < shortest:
-                        shortest = there
-                        came_from = a
-                cost[1 - now, m] = shortest + layer_s[layer, m] * factor[m]
-                before[layer, m] = came_from
-            now = 1 - now
-        for last in range(servers):
-            total = cost[now, last] + id_s[last, first]
-            if total < best:
-                best = total
-                at = last
-                for layer in range(layers - 1, -1, -1):
-                    row[layer] = at
-                    if layer > 0:
-                        at = before[layer, at]
+            priced[layer, m] = layer_s[layer, m] * factor[m] if held[m, layer] else np.inf
+    path_of_least_time(priced, hop_s, start_s, id_s, home, before, cost, row)
 
 
 @jit
@@ -220,11 +170,14 @@ def _respond(  # pragma: no cover - compiled
     homes, layers, servers = layer_s.shape
     work_s, at_s = np.zeros((homes, servers)), np.zeros((homes, servers))
     cost, before = np.zeros((2, servers)), np.zeros((layers, servers), np.int64)
-    factor = np.ones(servers)
+    factor, priced = np.ones(servers), np.zeros((layers, servers))
     best = np.inf
     for h in range(homes):  # a path for a request on its own, to begin with
         if not fixed[h]:
-            _path(layer_s[h], hop_s[h], id_s[h], start_s[h], factor, held, cost, before, table[h])
+            _path(
+                layer_s[h], hop_s[h], id_s[h], start_s[h], home[h], factor, held, priced, cost,
+                before, table[h],
+            )  # fmt: skip
     best = _seconds(
         layer_s, called_s, hop_s, id_s, start_s, home, fixed, rates, weights, places, variation,
         fairness, held, table, work_s, at_s,
@@ -243,7 +196,10 @@ def _respond(  # pragma: no cover - compiled
                         waiting += rates[k] * at_s[k, m]
                         caused += rates[k] * work_s[k, m]
                 factor[m] = 1.0 + waiting + caused
-            _path(layer_s[h], hop_s[h], id_s[h], start_s[h], factor, held, cost, before, table[h])
+            _path(
+                layer_s[h], hop_s[h], id_s[h], start_s[h], home[h], factor, held, priced, cost,
+                before, table[h],
+            )  # fmt: skip
             now = _seconds(
                 layer_s, called_s, hop_s, id_s, start_s, home, fixed, rates, weights, places,
                 variation, fairness, held, table, work_s, at_s,
