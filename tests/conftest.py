@@ -33,6 +33,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ESFT_TASKS = ("intent", "law", "summary", "translation")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that compile for long: one that is last keeps all processes waiting."""
+    items.sort(key=lambda item: "test_jit.py" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def traces_dir() -> Path:
     """The folder of real routing data; tests that need it skip where it is missing."""

@@ -74,7 +74,7 @@ def test_a_read_only_installation_compiles_once(tmp_path: Path) -> None:
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
     traces = Path(__file__).resolve().parent.parent / "traces"
     command = ("solve", str(traces / "tiny-mixtral.parquet"), "--cluster",
-               str(traces / "tiny-cluster.toml"), "-o", "p.json")  # fmt: skip
+               str(traces / "tiny-cluster.toml"), "--solver", "exact", "-o", "p.json")  # fmt: skip
     compiled = []
     for _ in range(2):
         result = subprocess.run(
@@ -99,7 +99,7 @@ def test_without_any_cache_folder_commands_work(tmp_path: Path) -> None:
     assert "set NUMBA_CACHE_DIR to one that can" in result.stderr.splitlines()[-1]
     traces = Path(__file__).resolve().parent.parent / "traces"
     command = ("solve", str(traces / "tiny-mixtral.parquet"), "--cluster",
-               str(traces / "tiny-cluster.toml"), "-o", "p.json")  # fmt: skip
+               str(traces / "tiny-cluster.toml"), "--solver", "exact", "-o", "p.json")  # fmt: skip
     result = subprocess.run(
         [sys.executable, "-m", "prism_plan", *command], env=environment, capture_output=True,
         text=True, cwd=tmp_path,
@@ -119,18 +119,17 @@ def test_a_changed_helper_is_compiled_anew(tmp_path: Path) -> None:
     environment = os.environ | {
         "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)
     }  # fmt: skip
-    code = (
-        "import prism_plan; from prism_plan.evaluate.kernel_compilation import compile_kernels\n"
-        + LISTEN.partition("from prism_plan")[0]
-        + "compile_kernels(); print(prism_plan.__file__)"
-    )
+    traces = root / "traces"
+    command = ("simulate", "--trace", str(traces / "tiny-mixtral.parquet"), "--cluster",
+               str(traces / "tiny-cluster.toml"), "--solvers", "exact", "--requests", "1")  # fmt: skip
     counts = []
     for change in ("", "", "\n# another version\n"):
         helper = package / "simulate" / "routing_policies.py"
         helper.write_text(helper.read_text() + change)
         result = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True,
-            cwd=tmp_path,
+            [sys.executable, "-c", "import prism_plan; print(prism_plan.__file__)\n" + LISTEN,
+             *command],
+            env=environment, capture_output=True, text=True, cwd=tmp_path,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         assert str(tmp_path) in result.stdout
