@@ -120,8 +120,9 @@ def test_a_changed_helper_is_compiled_anew(tmp_path: Path) -> None:
         "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)
     }  # fmt: skip
     traces = root / "traces"
-    command = ("simulate", "--trace", str(traces / "tiny-mixtral.parquet"), "--cluster",
-               str(traces / "tiny-cluster.toml"), "--solvers", "exact", "--requests", "1")  # fmt: skip
+    inputs = ("--trace", str(traces / "tiny-mixtral.parquet"), "--cluster")
+    inputs += (str(traces / "tiny-cluster.toml"),)
+    command = ("simulate", *inputs, "--solvers", "exact", "--requests", "1")
     counts = []
     for change in ("", "", "\n# another version\n"):
         helper = package / "simulate" / "routing_policies.py"
