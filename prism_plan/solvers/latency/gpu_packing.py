@@ -39,8 +39,9 @@ class GpuPacking:
 
         ``capacity`` of each GPU is in the unit of the sizes; ``held`` bool [L, E]; ``load`` [L, E]
         are calls. Experts of a layer go by falling load to the GPU with the fewest of that layer,
-        then least filled; ties: lowest GPU. Experts of a layer then change places while that
-        spreads the experts of tokens more evenly.
+        then least filled; ties: lowest GPU. A GPU that is too small for an even share of all layers
+        gets as much less of each. Experts of a layer then change places while that spreads the
+        experts of tokens more evenly.
 
         Raises
         ------
@@ -55,16 +56,21 @@ class GpuPacking:
             packed[0] = held
             return packed
         used = [0] * len(capacity)
+        left = int((held.sum(axis=1) * self._size).sum())
         for layer in np.flatnonzero(held.any(axis=1)).tolist():
             owner = np.full(experts, -1, np.int64)
             of_layer = [0] * len(capacity)
             chosen = np.flatnonzero(held[layer])
             size = int(self._size[layer])
+            # what a GPU still has room for, evenly over the layers that are left
+            share = [-(-(most - used[g]) * len(chosen) // left) for g, most in enumerate(capacity)]
+            left -= size * len(chosen)
             for expert in chosen[np.argsort(-load[layer, chosen], kind="stable")].tolist():
                 room = [g for g, most in enumerate(capacity) if used[g] + size <= most]
                 if not room:
                     raise ValueError(f"experts do not fit GPUs of {list(capacity)}")
-                gpu = min(room, key=lambda g: (of_layer[g], used[g] / capacity[g]))
+                fair = [g for g in room if of_layer[g] < share[g]] or room
+                gpu = min(fair, key=lambda g: (of_layer[g], used[g] / capacity[g]))
                 owner[expert] = gpu
                 used[gpu] += size
                 of_layer[gpu] += 1

@@ -23,6 +23,16 @@ def drawn_tokens(
     return np.argsort(-(liking + noise), axis=2)[:, :, :top_k].astype(np.uint16)
 
 
+def test_a_small_gpu_gets_as_much_less_of_each_layer() -> None:
+    """Of 18 layers of 64 experts a GPU of 541 slots gets 30 or 31 each; not 32, and none at last."""
+    held = np.ones((18, 64), bool)
+    packing = GpuPacking(np.zeros((0, 18, 6), np.uint16), np.ones(18, np.int64))
+    packed = packing.pack((541, 693), held, np.ones(held.shape))
+    of_layer = packed.sum(axis=2)
+    assert of_layer[0].sum() == 541
+    assert set(of_layer[0].tolist()) == {30, 31}
+
+
 def longest(tokens: np.ndarray, on_gpu: np.ndarray, layer: int) -> int:
     """The experts of each token on its busiest GPU, added up over tokens."""
     held = on_gpu[:, layer][:, tokens[:, layer]]  # [GPUs, tokens, K]
