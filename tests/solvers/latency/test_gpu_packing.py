@@ -24,7 +24,7 @@ def drawn_tokens(
 
 
 def test_a_small_gpu_gets_as_much_less_of_each_layer() -> None:
-    """Of 18 layers of 64 experts a GPU of 541 slots gets 30 or 31 each; not 32, and none at last."""
+    """Of 18 layers of 64 experts a GPU of 541 slots gets 30 or 31 each, and none is left out."""
     held = np.ones((18, 64), bool)
     packing = GpuPacking(np.zeros((0, 18, 6), np.uint16), np.ones(18, np.int64))
     packed = packing.pack((541, 693), held, np.ones(held.shape))
