@@ -28,6 +28,8 @@ MOST_PAIRS = 4_000_000
 #: So many of the best by the estimate are measured by the formula; of these the best are improved,
 #: of large problems fewer: as many as have prompts of so many expert calls together.
 MEASURED, LEAST_IMPROVED, MOST_IMPROVED, CALLS_IMPROVED = 24, 2, 8, 100_000
+#: The formula's work on a plan grows with (servers² × layers); how many plans are measured by it.
+FORMULA_WORK, LEAST_FORMULAS, MOST_FORMULAS = 2_000_000, 24, 1000
 #: Turns of table, experts and exchanges.
 ROUNDS = 4
 #: Expert calls of prompts that exchanges of experts look at: in all, and of one plan a share.
@@ -59,10 +61,12 @@ def starts(problem: LatencyProblem) -> Iterator[Table]:
 
 
 class Budget:
-    """Expert calls that exchanges of experts may still look at."""
+    """Expert calls that exchanges of experts may still look at, and plans that may be measured."""
 
-    def __init__(self, effort: int = 1) -> None:
+    def __init__(self, problem: LatencyProblem, effort: int = 1) -> None:
         self.whole = self.left = MAX_CALLS * effort
+        work = problem.cluster.num_servers**2 * problem.model.num_layers
+        self.formulas = int(np.clip(FORMULA_WORK // work, LEAST_FORMULAS, MOST_FORMULAS)) * effort
 
 
 def partial_layers(problem: LatencyProblem, budget: Budget) -> Iterator[Placement]:
@@ -78,10 +82,11 @@ def partial_layers(problem: LatencyProblem, budget: Budget) -> Iterator[Placemen
         found.append((_estimate_s(problem, table, local), number, table, local))
     found.sort(key=lambda entry: entry[:2])
     measured = []
-    for _, number, table, local in found[:MEASURED]:
+    for _, number, table, local in found[: min(MEASURED, budget.formulas // 3)]:
         plan = problem.if_it_fits(local, table)
         if plan is not None:
             measured.append((problem.expected(plan).mean_s, number, plan))
+            budget.formulas -= 1
     measured.sort(key=lambda entry: entry[:2])
     most = int(np.clip(CALLS_IMPROVED // _calls(problem), LEAST_IMPROVED, MOST_IMPROVED))
     for _, _, plan in measured[:most]:
@@ -92,8 +97,11 @@ def improved(problem: LatencyProblem, plan: Placement, budget: Budget) -> Placem
     """A plan with better tables and experts by the formula, or the plan itself."""
     best_s = problem.expected(plan).mean_s
     for _ in range(ROUNDS):
+        if budget.formulas <= 0:
+            return plan
         options = [*_exchanged(problem, plan, budget), *_responses(problem, plan)]
         found = [(problem.expected(made).mean_s, made) for made in options]
+        budget.formulas -= len(found)
         if not found:
             return plan
         now_s, made = min(found, key=lambda entry: entry[0])

@@ -17,7 +17,12 @@ from prism_plan.printable_text import quantity
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, cluster_and_trace
 from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bound_s
 from prism_plan.solvers.latency.candidates import OWN, candidates, spread_over_gpus
-from prism_plan.solvers.latency.partial_layers import Budget, improved, partial_layers
+from prism_plan.solvers.latency.partial_layers import (
+    LEAST_FORMULAS,
+    Budget,
+    improved,
+    partial_layers,
+)
 from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.latency.reasons import busiest, limits, reason
 from prism_plan.solvers.latency.selection import PlanSelection, trusted
@@ -69,12 +74,14 @@ class _Search:
                 if spread is not None:
                     self.add(f"{name}, spread over GPUs", spread)
         if not self.options.whole_layers and self.problem.instance.in_slots:
-            budget = Budget(effort)
+            budget = Budget(self.problem, effort)
             for plan in partial_layers(self.problem, budget):
                 self.add("partial layers", plan)
             if self.problem.loaded and not self._trusted():  # the formula may order them wrongly
-                for plan in partial_layers(self.problem.as_idle(), Budget(effort)):
+                idle = self.problem.as_idle()
+                for plan in partial_layers(idle, Budget(idle, effort)):
                     self.add("partial layers for an idle cluster", plan)
+            budget.formulas = max(budget.formulas, LEAST_FORMULAS)
             for name in self._to_improve():
                 self.add(f"{name}, improved", improved(self.problem, self.plans[name], budget))
 

@@ -63,7 +63,7 @@ def test_an_improved_plan_is_no_slower(seed: int, kind: str, start: str) -> None
     before = plan.on_gpu.copy()
     seconds = [problem.expected(plan).mean_s]
     for _ in range(2):
-        made = improved(problem, plan, Budget())
+        made = improved(problem, plan, Budget(problem))
         assert_allowed(problem, made)
         seconds.append(problem.expected(made).mean_s)
         assert (made is plan) == (seconds[-1] == seconds[-2])
@@ -80,7 +80,7 @@ def test_plans_from_simple_tables_are_allowed(seed: int, kind: str) -> None:
     if drawn is None:
         return
     problem, _ = drawn
-    for made in partial_layers(problem, Budget()):
+    for made in partial_layers(problem, Budget(problem)):
         assert_allowed(problem, made)
 
 
