@@ -13,6 +13,7 @@ from prism_plan.placement import Placement
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import sample_requests, sample_seeds
 from prism_plan.simulate.short_run import short_run
+from prism_plan.simulate.user_means import request_weights, users_mean, users_percentile
 from prism_plan.solvers.latency.problem import LatencyProblem
 
 Floats = npt.NDArray[np.float64]
@@ -34,7 +35,10 @@ SLOWER_HOME, SLOWER_P99 = 0.03, 0.0
 
 @dataclass(frozen=True)
 class _Figures:
-    """Seconds of requests under a plan: mean, 99th percentile, and mean of the slowest home."""
+    """Seconds of users' requests under a plan: mean, 99th percentile, mean of the slowest home.
+
+    Homes count by their arrival rates in the first two.
+    """
 
     mean_s: float
     p99_s: float
@@ -145,9 +149,17 @@ class PlanSelection:
         seconds = np.concatenate([self._run(name, plan, number) for number in range(samples)])
         homes = np.concatenate([self._requests(number).home for number in range(samples)])
         by_home = np.bincount(homes, seconds) / np.maximum(np.bincount(homes), 1)
+        weights = self._weights(samples)
         return _Figures(
-            float(seconds.mean()), float(np.percentile(seconds, 99)), float(by_home.max())
-        )
+            users_mean(seconds, weights), users_percentile(seconds, weights, 99),
+            float(by_home.max()),
+        )  # fmt: skip
+
+    def _weights(self, samples: int) -> Floats | None:
+        """Weight of each request of the samples, or ``None`` where all weigh the same."""
+        by_sample = [request_weights(self._requests(number)) for number in range(samples)]
+        known = [weights for weights in by_sample if weights is not None]
+        return np.concatenate(known) if known else None
 
     def _run(self, name: str, plan: Placement, sample: int) -> Floats:
         """Seconds of the requests of one sample under a plan."""
