@@ -10,7 +10,8 @@ import pytest
 
 from prism_plan.latency.expected_latency import PARTS, PlanLatency
 from prism_plan.simulate.requests import Requests
-from prism_plan.solvers.latency.selection import PlanSelection, trusted
+from prism_plan.solvers.latency.problem import TRUSTED_SHARE
+from prism_plan.solvers.latency.selection import PlanSelection
 
 
 def latency(
@@ -39,6 +40,7 @@ class Rehearsed(PlanSelection):
     """
 
     rates: np.ndarray | None = None
+    bursts = False
 
     def __init__(self, runs: dict[str, np.ndarray] | None, gib: Any = None, **price: float) -> None:
         problem: Any = SimpleNamespace(
@@ -46,6 +48,8 @@ class Rehearsed(PlanSelection):
             loaded=runs is not None,
             expected=lambda plan: plan,
             loaded_gib=gib,
+            bursts=self.bursts,
+            trusts=lambda expected: expected.busiest <= TRUSTED_SHARE and not self.bursts,
         )
         super().__init__(problem, **price)
         self.runs = runs or {}
@@ -125,12 +129,22 @@ def test_homes_count_by_their_rates() -> None:
 
 def test_an_untrusted_formula_has_more_plans_simulated() -> None:
     """Where something is busy for more than 30 % of the time: those below three times the best."""
-    assert trusted(latency([1.0], 0.3))
-    assert not trusted(latency([1.0], 0.31))
     plans = plans_of(a=latency([1.0, 1.0], 0.5), b=latency([2.9, 2.9], 0.5), c=latency([3.1, 3.1]))
     selection = Rehearsed({"a": steady(3.0, 3.0), "b": steady(2.5, 2.5)})
     assert selection.best(plans, set()) == "b"
     assert "c" not in selection.simulated
+
+
+def test_bursts_have_every_kind_simulated() -> None:
+    """The formula leaves bursts out: whatever it says, one plan of each kind is simulated."""
+
+    class Bursts(Rehearsed):
+        bursts = True
+
+    plans = plans_of(a=latency([1.0, 1.0]), b=latency([2.5, 2.5]), far=latency([90.0, 90.0]))
+    runs = {"a": steady(1.5, 1.5), "b": steady(1.4, 1.4), "far": steady(0.1, 0.1)}
+    assert Bursts(runs).best(plans, set()) == "far"
+    assert Rehearsed(runs).best(plans, set()) == "a"
 
 
 def test_of_each_kind_of_plan_one_is_simulated() -> None:
