@@ -159,7 +159,8 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
         return [run[key] if part is None else run[key][part] for run in runs]
 
     names = [run["placement"] + (" (partial)" if run["partial"] else "") for run in runs]
-    sent = [run["bytes_sent"] / run["requests"] if run["requests"] else None for run in runs]
+    # of a run that ended early nothing is known of the requests that it did not come to
+    sent = [run["bytes_sent"] / run["finished"] if run["finished"] else None for run in runs]
     columns = [
         text_column("placement", "placement", names),
         duration_column("mean", "latency_mean_s", of("latency_s", "mean")),
@@ -177,7 +178,8 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
     ]
     number = runs[0]["requests"] if runs else 0
     place = f"{values['trace']['name']} on {values['cluster']['name']}"
-    title = f"{place}: {quantity(number, 'request')}; 'sent' is per request"
+    finished = " that is finished" if any(run["partial"] for run in runs) else ""
+    title = f"{place}: {quantity(number, 'request')}; 'sent' is per request{finished}"
     print_table(columns, title=title, form=form, err=err)
     if values["migrate"] != "never":
         _print_migrations(values, form=form, err=err)
