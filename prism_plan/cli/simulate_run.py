@@ -56,6 +56,8 @@ def run_simulations(args: SimulateOptions) -> int:
         planned, scored = trace.split(args.holdout, args.seed)
     with error_source(args.cluster):
         requests = _sample_requests(scored, cluster, args)
+    args.refuse_unused(trace)  # after values out of range
+    with error_source(args.cluster):
         placements = existing + _plan_placements(planned, cluster, names, args)
     with (
         progress(len(placements) * len(requests), "requests") as update,

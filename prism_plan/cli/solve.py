@@ -147,6 +147,9 @@ def command(args: SolveOptions) -> None:
     if name not in TABLE_SOLVERS:
         found = f"has no effect on solver {args.solver!r}, only on {' and '.join(TABLE_SOLVERS)}"
         args.refuse("whole_layers", "heads", found=found)
+    if name.removesuffix(PATHS) not in ("ilp", "latency"):
+        found = f"has no effect on solver {args.solver!r}, only on ilp and latency"
+        args.refuse("time_limit_s", found=found)
     if name.removesuffix(PATHS) != "ilp":
         args.refuse("backend", found=f"has no effect on solver {args.solver!r}, only on ilp")
     require_writable_output(args.output, args.trace, args.cluster, args.reference)
