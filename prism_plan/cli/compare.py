@@ -52,7 +52,8 @@ class CompareOptions(TableOptions):
     default=20,
     show_default=True,
     metavar="N",
-    help="Simulated requests of each server, the same for all, for latencies; 0: none.",
+    help="Simulated requests of each server, the same for all, for latencies; 0: none. Homes count "
+    "alike, whatever their arrival rates.",
 )
 @click.option(
     "--time-limit",

@@ -91,6 +91,8 @@ class ReviewOptions(CommandOptions):
                 "migrate_solver",
                 found="has no effect without ``migrate``",
             )  # fmt: skip
+        if self.migrate == "partial":
+            self.refuse("migrate_solver", found="has no effect on policy partial, only on prism")
         if self.statistics == "cumulative":
             self.refuse("half_life_s", found="has no effect with cumulative ``statistics``")
         elif self.half_life_s is not None and not math.isfinite(self.half_life_s):

@@ -27,7 +27,8 @@ from prism_plan.cli.tables import format_option
     "requests_per_server",
     type=int,
     metavar="N",
-    help="Of each server with users; 100, in sweeps 20.",
+    help="Of each server with users, which count alike whatever their arrival rates; 100, in "
+    "sweeps 20.",
 )
 @click.option(
     "--duration",

@@ -16,6 +16,7 @@ MAX_JOBS = 1024
 if TYPE_CHECKING:
     from prism_plan.evaluate.simulation_options import EngineName, SimulationOptions
     from prism_plan.simulate.routing_policies import Route
+    from prism_plan.trace import Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,20 @@ class SimulateOptions(ReviewOptions, TableOptions):
                 self.refuse("min_replicas", found="has no effect without ``solvers``")
         if self.per_request is not None:
             self._require_table()
+
+    def refuse_unused(self, trace: Trace) -> None:
+        """Refuse options about drawn requests where the trace has requests of its own.
+
+        Raises
+        ------
+        InputError
+            Names the option.
+        """
+        if trace.kind != "counts":
+            self.refuse(
+                "prompt_tokens",
+                found=f"has no effect on {trace.name or 'the trace'}, which is not counts-only",
+            )
 
     def _require_table(self) -> None:
         """The table of requests is a Parquet file, and another one than the report."""

@@ -56,6 +56,8 @@ def run_simulations(args: SimulateOptions) -> int:
         planned, scored = trace.split(args.holdout, args.seed)
     with error_source(args.cluster):
         requests = _sample_requests(scored, cluster, args)
+    args.refuse_unused(trace)  # after values out of range
+    with error_source(args.cluster):
         placements = existing + _plan_placements(planned, cluster, names, args)
     with (
         progress(len(placements) * len(requests), "requests") as update,
@@ -159,7 +161,8 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
         return [run[key] if part is None else run[key][part] for run in runs]
 
     names = [run["placement"] + (" (partial)" if run["partial"] else "") for run in runs]
-    sent = [run["bytes_sent"] / run["requests"] if run["requests"] else None for run in runs]
+    # of a run that ended early nothing is known of the requests that it did not come to
+    sent = [run["bytes_sent"] / run["finished"] if run["finished"] else None for run in runs]
     columns = [
         text_column("placement", "placement", names),
         duration_column("mean", "latency_mean_s", of("latency_s", "mean")),
@@ -177,7 +180,8 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
     ]
     number = runs[0]["requests"] if runs else 0
     place = f"{values['trace']['name']} on {values['cluster']['name']}"
-    title = f"{place}: {quantity(number, 'request')}; 'sent' is per request"
+    finished = " that is finished" if any(run["partial"] for run in runs) else ""
+    title = f"{place}: {quantity(number, 'request')}; 'sent' is per request{finished}"
     print_table(columns, title=title, form=form, err=err)
     if values["migrate"] != "never":
         _print_migrations(values, form=form, err=err)

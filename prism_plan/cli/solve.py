@@ -147,6 +147,9 @@ def command(args: SolveOptions) -> None:
     if name not in TABLE_SOLVERS:
         found = f"has no effect on solver {args.solver!r}, only on {' and '.join(TABLE_SOLVERS)}"
         args.refuse("whole_layers", "heads", found=found)
+    if name.removesuffix(PATHS) not in ("ilp", "latency"):
+        found = f"has no effect on solver {args.solver!r}, only on ilp and latency"
+        args.refuse("time_limit_s", found=found)
     if name.removesuffix(PATHS) != "ilp":
         args.refuse("backend", found=f"has no effect on solver {args.solver!r}, only on ilp")
     require_writable_output(args.output, args.trace, args.cluster, args.reference)
@@ -228,6 +231,7 @@ def _print_summary(
     placement: Placement, instance: Instance, args: SolveOptions, figures: UserFigures | None
 ) -> None:
     from prism_plan.cli.console import log_info, percent, print_json
+    from prism_plan.cli.plan_texts import latency_text, plan_texts
     from prism_plan.cli.tables import (
         count_column,
         print_table,
@@ -288,51 +292,13 @@ def _print_summary(
     bound = "no bound" if plan.bound is None else f"bound {percent(plan.bound, 4)}"
     if "priced_bound" in plan.extra:
         bound = "in calls and loads together"
-    title_latency = _latency_text(placement, figures)
+    title_latency = latency_text(placement, figures, instance.cluster)
     title = (
         f"{plan.solver}: {title_latency}{percent(plan.remote_share, 4)} of calls are remote "
         f"({plan.termination}, {bound}, {plan.runtime_s:.3f} s)"
     )
     print_table(columns, title=title, form=args.table_format, err=to_stderr)
-    if (because := plan.extra.get("reason")) is not None:
-        log_info(because)
-    if "latency_bound_s" in plan.extra:
-        log_info(_bound_text(placement))
-    if plan.extra.get("busiest_share", 0.0) >= 1:
-        log_info(
-            f"overloaded: {plan.extra['busiest']} would be busy for "
-            f"{plan.extra['busiest_share']:.0%} of the time, so that requests wait longer and "
-            "longer; seconds of a request are those of the first ones"
-        )
+    for text in plan_texts(placement, instance.cluster):
+        log_info(text)
     if "loads" in plan.extra:
         log_info(f"{quantity(plan.extra['loads'], 'expert')} to load (prism-plan diff lists them)")
-
-
-def _latency_text(placement: Placement, figures: UserFigures | None) -> str:
-    """Mean latency, first token and speed for a user, for the title."""
-    if figures is not None:
-        speed = ""
-        if figures.tokens_per_s is not None:
-            speed = f", then {figures.tokens_per_s:.3g} tokens/s"
-        return f"{figures.latency_s:.3g} s a request, first token {figures.ttft_s:.2g} s{speed}; "
-    if (seconds := placement.plan.extra.get("expected_latency_s")) is not None:
-        return f"{seconds:.3g} s a request on an idle cluster, "
-    return ""
-
-
-def _bound_text(placement: Placement) -> str:
-    """What the plan's seconds are spent on, and lower bounds."""
-    from prism_plan.cli.console import percent
-
-    extra = placement.plan.extra
-    shares = dict(extra["limits"])
-    memory = shares.pop("memory")
-    largest = [f"{name} {percent(share, 0)}" for name, share in shares.items() if share >= 0.05]
-    text = f"{extra['expected_latency_s']:.3g} s by the formula: {', '.join(largest)}"
-    if memory >= 0.05:
-        text += f"; {percent(memory, 0)} less if every server had memory for all experts"
-    whole_s = max(extra["whole_layers_bound_s"], extra["latency_bound_s"])
-    return (
-        f"{text}. Lower bounds without queues: {extra['latency_bound_s']:.3g} s for any plan, "
-        f"{whole_s:.3g} s for whole layers"
-    )

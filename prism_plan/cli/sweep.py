@@ -55,6 +55,7 @@ def run_sweep(args: SimulateOptions) -> int:
     )
     cluster, _ = load_cluster(args.cluster)
     trace = load_trace(args.trace, keep_tokens=True)
+    args.refuse_unused(trace)
     rows: list[dict[str, Any]] = []
     interrupted = False
     ended: PrismError | None = None

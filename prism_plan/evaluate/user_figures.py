@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+import numpy as np
+import numpy.typing as npt
+
 from prism_plan.cluster import Cluster
 from prism_plan.errors import PrismError
 from prism_plan.evaluate.offload_baseline import offload_placement
@@ -17,9 +20,13 @@ from prism_plan.evaluate.simulation import simulate_placements
 from prism_plan.instance import Instance
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
+from prism_plan.simulate.report import summary
 from prism_plan.simulate.sampling import sample_requests, sample_seeds
+from prism_plan.simulate.user_means import request_weights, users_mean
 from prism_plan.token_rates import request_rates, shares_by_task
 from prism_plan.trace import Trace
+
+Floats = npt.NDArray[np.float64]
 
 #: Samples, and requests of a server in each; of large clusters fewer, so many in all.
 SAMPLES, REQUESTS, MAX_REQUESTS = 2, 40, 600
@@ -30,10 +37,10 @@ FIRST_SAMPLE = 100
 
 @dataclass(frozen=True)
 class UserFigures:
-    """Means over requests: seconds until the answer is complete and until its first token.
+    """Means over users' requests: seconds until the answer is complete and until its first token.
 
-    ``tokens_per_s`` is the speed at which a user sees tokens after the first, ``None`` where
-    answers have one token.
+    Each home counts by its arrival rate, its share in all requests. ``tokens_per_s`` is the speed
+    at which a user sees tokens after the first, ``None`` where answers have one token.
     """
 
     latency_s: float
@@ -61,12 +68,14 @@ def user_figures(
         simulation = simulate_placements(list(placements), requests, trace, cluster)
         if simulation.interrupted:  # figures of a part would look like those of all
             raise KeyboardInterrupt
-        for run in simulation.to_json()["runs"]:
-            found[run["placement"]].append(
+        weights = request_weights(requests)
+        for run in simulation.runs:
+            run.require_littles_law()
+            found[run.placement].append(
                 {
-                    "latency": run["latency_s"]["mean"],
-                    "ttft": run["ttft_s"]["mean"],
-                    "tpot": run["tpot_s"]["mean"],
+                    "latency": _mean_s(run.latency_s, weights),
+                    "ttft": _mean_s(run.ttft_s, weights),
+                    "tpot": _mean_s(run.tpot_s, weights),
                 }
             )
     figures = {}
@@ -78,6 +87,14 @@ def user_figures(
             tokens_per_s=1 / mean(tpot) if tpot else None,
         )
     return figures
+
+
+def _mean_s(times_s: Floats, weights: Floats | None) -> float | None:
+    """The mean of finite times [R], by weights where they differ; ``None`` where none is finite."""
+    if weights is None:
+        return summary(times_s)["mean"]
+    finite = np.isfinite(times_s)
+    return users_mean(times_s[finite], weights[finite]) if finite.any() else None
 
 
 def without_plan(cluster: Cluster, trace: Trace, seed: int = 0) -> dict[str, UserFigures]:

@@ -24,7 +24,8 @@ class Slot(NamedTuple):
 def initial_slots(placement: Placement) -> list[list[Slot]]:
     """Each server's slots, GPU by GPU, with the experts of the placement in them.
 
-    A second copy on one server would never be used: its slot begins empty.
+    A second copy on one server would never be used: its slot begins empty. Of a GPU no more slots
+    than there are experts, for more would never be filled.
     """
     held = placement.on_gpu.reshape(len(placement.on_gpu), -1)
     gpu = 0
@@ -32,7 +33,8 @@ def initial_slots(placement: Placement) -> list[list[Slot]]:
     for capacities in placement.gpu_capacity:
         slots: list[Slot] = []
         resident: set[int] = set()
-        for capacity in capacities:
+        for slots_given in capacities:
+            capacity = min(slots_given, held.shape[1])
             pairs = [p for p in np.flatnonzero(held[gpu]).tolist() if p not in resident][:capacity]
             resident.update(pairs)
             slots += [Slot(pair, -1.0, gpu) for pair in pairs]

@@ -134,7 +134,7 @@ class SimulationRun:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as in docs/design.md, section 6."""
-        self._require_littles_law()
+        self.require_littles_law()
         requests, outcome = self.scenario.requests, self.outcome
         phases = [start.to_json() for start in requests.phases]
         return {
@@ -217,8 +217,14 @@ class SimulationRun:
             )
         return rows
 
-    def _require_littles_law(self) -> None:
-        """Check that requests' times at a server add up to the integral of their number."""
+    def require_littles_law(self) -> None:
+        """Check that requests' times at a server add up to the integral of their number.
+
+        Raises
+        ------
+        AssertionError
+            They do not: the engine is broken.
+        """
         requests, outcome = self.scenario.requests, self.outcome
         end_s = np.where(np.isfinite(outcome.done_s), outcome.done_s, outcome.now_s)
         spent_s = np.maximum(end_s - requests.arrival_s, 0.0)

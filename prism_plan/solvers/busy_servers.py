@@ -17,6 +17,7 @@ from prism_plan.latency.idle_time import IdleTime
 from prism_plan.placement import Placement
 from prism_plan.simulate.sampling import sample_requests, sample_seeds
 from prism_plan.simulate.short_run import short_run
+from prism_plan.simulate.user_means import request_weights, users_mean
 from prism_plan.token_rates import request_rates
 from prism_plan.trace import Trace
 
@@ -57,13 +58,17 @@ def busiest_share(
 def simulated_s(
     candidates: Mapping[str, Placement], cluster: Cluster, trace: Trace, seed: int
 ) -> dict[str, list[float]]:
-    """Mean seconds of a request under each candidate in each sample; all on the same requests."""
+    """Mean seconds of a user's request under each candidate in each sample, homes by their rates.
+
+    All on the same requests.
+    """
     users = sum(server.has_users for server in cluster.servers)
     number = min(SIMULATED_REQUESTS, -(-MAX_SIMULATED // users))
     found: dict[str, list[float]] = {name: [] for name in candidates}
     for own_seed in sample_seeds(seed, SAMPLES):
         requests = sample_requests(trace, cluster, requests_per_server=number, seed=own_seed)
+        weights = request_weights(requests)
         for name, placement in candidates.items():
             outcome = short_run(placement, requests, cluster, trace.model)
-            found[name].append(float(np.mean(outcome.done_s - requests.arrival_s)))
+            found[name].append(users_mean(outcome.done_s - requests.arrival_s, weights))
     return found

@@ -215,6 +215,19 @@ NO_EFFECT: list[tuple[tuple[str, ...], str]] = [
     ((*SIMULATE, "--per-request", "r.csv"), "--per-request: 'r.csv'; expected the name of a .par"),
     ((*SIMULATE, "--per-request", "-"), "--per-request: '-'; expected the name of a .parquet"),
     ((*SOLVE, "--solver", "uniform", "--backend", "cbc"), "--backend: has no effect on solver 'u"),
+    (
+        (*SOLVE, "--solver", "exact", "--time-limit", "5"),
+        "--time-limit: has no effect on solver 'e",
+    ),
+    ((*SIMULATE, "--prompt-tokens", "5"), "--prompt-tokens: has no effect on tiny-mixtral.parquet"),
+    (
+        (*SIMULATE, "--sweep", "seed=1", "-o", "o.csv", "--prompt-tokens", "5"),
+        "--prompt-tokens: has no effect on tiny-mixtral.parquet",
+    ),
+    (
+        (*SIMULATE, "--migrate", "partial", "--migrate-solver", "exact"),
+        "--migrate-solver: has no effect on policy partial, only on prism",
+    ),
     ((*SOLVE, "--json", "--format", "csv"), "--format: has no effect with --json"),
     (("compare", *WORDS["compare"], "--backend", "cbc"), "--backend: has no effect without"),
     (("compare", TRACE, *TINY, "--solvers", " ,,"), "--solvers: ' ,,' names no solver; expected"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import pty
@@ -366,13 +368,20 @@ def test_a_signal_writes_the_rows_that_are_done(here: Path, jobs: str) -> None:
 
 
 def test_time_limit(here: Path) -> None:
-    """At the limit a partial report is written, which is no failure."""
+    """At the limit a partial report is written, which is no failure.
+
+    What is sent per request is that of requests that are finished.
+    """
     result = simulate(
         here, "p.json", "--requests", 20000, "--engine", "reference",
-        "--time-limit", 0.2, "-o", "s.json",
+        "--time-limit", 0.2, "-o", "s.json", "--format", "csv",
     )  # fmt: skip
     assert "ended early: 1 of 1 placements" in result.stderr
     values = read_simulation(here / "s.json")
     assert values["partial"]
     assert 0 < values["runs"][0]["finished"] < 60000
-    assert "p.json (partial)" in result.stdout
+    (row,) = csv.DictReader(io.StringIO(result.stdout))
+    assert row["placement"] == "p.json (partial)"
+    run = values["runs"][0]
+    sent = float(row["bytes_sent_per_request"])
+    assert sent == pytest.approx(run["bytes_sent"] / run["finished"], rel=1e-3)

@@ -7,10 +7,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from prism_plan.cli.plan_texts import plan_texts
 from prism_plan.io.placement import read_placement
 from prism_plan.io.trace_writer import write_trace
 from tests.cli.test_commands import SPEC
@@ -183,6 +186,40 @@ def test_an_overloaded_cluster_is_told(prism_plan: Run, here: Path) -> None:
     assert plan["busiest_share"] >= 1
     (told,) = (line for line in result.stderr.splitlines() if "overloaded: " in line)
     assert plan["busiest"] in told
+
+
+@pytest.mark.parametrize(
+    ("share", "word"),
+    [(0.79, None), (0.8, "near its limit"), (0.99, "near its limit"), (1.0, "overloaded")],
+)
+def test_near_the_limit_is_told(share: float, word: str | None) -> None:
+    """From 80 % on: means of few requests are too low there, for queues grow for long."""
+    extra = {"busiest": "gpu[0] of a", "busiest_share": share}
+    placement: Any = SimpleNamespace(plan=SimpleNamespace(extra=extra))
+    told = list(plan_texts(placement, None))
+    assert [text.partition(":")[0] for text in told] == ([] if word is None else [word])
+    assert all("gpu[0] of a would be busy for " in text for text in told)
+
+
+def test_bursts_are_told_in_place_of_bounds(prism_plan: Run, here: Path) -> None:
+    """With `burst_kb` no figure of the formula, which leaves bursts out; one line says so.
+
+    The same where rates are not known, and nothing can be simulated.
+    """
+    bursts = CLUSTER.replace("rtt_ms = 1.0", "rtt_ms = 1.0\nburst_kb = 100")
+    weights = bursts.replace("arrival_interval_s = 10.0", "weight = 1.0")
+    for text, said in (
+        (bursts, "short simulations chose the plan"),
+        (weights, "chosen as if there were none"),
+    ):
+        (here / "c.toml").write_text(text)
+        result = prism_plan(*LATENCY, "-o", "p.json", cwd=here)
+        assert result.returncode == 0, result.stderr
+        for word in ("by the formula", "ower bounds without", "saves"):
+            assert word not in result.stderr
+        (line,) = (line for line in result.stderr.splitlines() if "(burst_kb)" in line)
+        assert said in line
+    assert " s a request on an idle cluster without bursts" in result.stdout
 
 
 def test_one_server_that_holds_everything_is_no_faster_without_a_plan(

@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from prism_plan.cluster import Cluster, Gpu, Link, Server
@@ -21,12 +22,21 @@ from prism_plan.solvers.latency import selection
 from tests.evaluate.simulation_material import small_cluster, small_trace
 
 
+def with_intervals(cluster: Cluster, *intervals_s: float) -> Cluster:
+    servers = zip(cluster.servers, intervals_s, strict=True)
+    return dataclasses.replace(
+        cluster,
+        servers=tuple(dataclasses.replace(own, arrival_interval_s=s) for own, s in servers),
+    )
+
+
 def test_figures_are_those_of_simulations() -> None:
     """Mean of latency and first token over two samples, and tokens a second from the time of one.
 
-    Of the same requests: by the report of a simulation, and by the run's own times.
+    Of the same requests: by the report of a simulation, and by the run's own times. Homes have
+    equal rates, so that every request counts alike.
     """
-    trace, cluster = small_trace(), small_cluster()
+    trace, cluster = small_trace(), with_intervals(small_cluster(), 0.02, 0.02, 0.02)
     instance = Instance.build(trace, cluster)
     plans = [(name, solve(instance, name)) for name in ("prism", "pipeline")]
     found = user_figures(plans, cluster, trace, seed=3)
@@ -44,6 +54,30 @@ def test_figures_are_those_of_simulations() -> None:
         assert found[name].ttft_s == pytest.approx(mean(first), rel=1e-9)
         tpot_s = mean(run["tpot_s"]["mean"] for run in reports)
         assert found[name].tokens_per_s == pytest.approx(1 / tpot_s, rel=1e-9)
+
+
+def test_homes_count_by_their_rates() -> None:
+    """With unequal rates figures are those of a simulation over time, in which rates show.
+
+    They are means of homes weighted by their rates, and not those of the requests that were
+    simulated, of which each home has equally many.
+    """
+    trace, cluster = small_trace(), with_intervals(small_cluster(), 0.5, 20.0, 40.0)
+    plan = solve(Instance.build(trace, cluster), "prism")
+    found = user_figures([("plan", plan)], cluster, trace)["plan"]
+    share = np.array([1 / 0.5, 1 / 20, 1 / 40])
+    weighted, plain = [], []
+    for seed in (FIRST_SAMPLE, FIRST_SAMPLE + 1):
+        requests = sample_requests(trace, cluster, requests_per_server=REQUESTS, seed=seed)
+        seconds = short_run(plan, requests, cluster, trace.model).done_s - requests.arrival_s
+        of_home = [float(seconds[requests.home == n].mean()) for n in range(3)]
+        weighted.append(float(share @ of_home / share.sum()))
+        plain.append(float(seconds.mean()))
+    assert found.latency_s == pytest.approx(mean(weighted), rel=1e-9)
+    long = sample_requests(trace, cluster, duration_s=2000.0, seed=7)
+    seconds = short_run(plan, long, cluster, trace.model).done_s - long.arrival_s
+    assert found.latency_s == pytest.approx(float(seconds.mean()), rel=0.05)
+    assert found.latency_s != pytest.approx(mean(plain), rel=0.05)
 
 
 def test_nothing_was_chosen_by_these_requests() -> None:

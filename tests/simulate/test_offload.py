@@ -113,6 +113,19 @@ def test_loads_of_two_gpus_side_by_side(engine: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_slots_beyond_the_number_of_experts_are_no_matter(engine: Any) -> None:
+    """A billion slots a GPU run as one slot for each expert, and take no memory of their own."""
+    tokens = [[[e]] for e in (0, 2, 0, 1, 2, 3)]
+    held = holding(1, 4, [(0, 0), (0, 1)])
+    logs = []
+    for capacity in (4, 10**9):
+        run = engine(offload(tokens, held, capacity), log=True)
+        finished(run)
+        logs.append(run.log())
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_more_experts_than_slots(engine: Any) -> None:
     """One slot, three experts of a layer: each load waits until the slot's expert has worked."""
     run = engine(offload([[[0, 1, 2]]], holding(1, 3, [(0, 2)]), 1), log=True)

@@ -39,6 +39,8 @@ Floats = npt.NDArray[np.float64]
 Table = npt.NDArray[np.int32]
 Capacity = tuple[tuple[int, ...], ...]
 
+#: The formula is trusted where places, GPUs and links are busy for no more than this share of time.
+TRUSTED_SHARE = 0.3
 #: Tokens of the trace by which experts are distributed over GPUs.
 MAX_TOKENS = 4096
 
@@ -93,6 +95,15 @@ class LatencyProblem:
         self._packing = GpuPacking(self._tokens_together(), instance.expert_size)
         self._packed_layers: dict[tuple[int, ...], Bools] = {}
         self.pipelines = PipelineProblem(instance, cluster, trace, seed, self._pack_layers)
+
+    @property
+    def bursts(self) -> bool:
+        """Whether links have token buckets (``burst_kb``), which the formula leaves out."""
+        return self.network.burst_bytes > 0
+
+    def trusts(self, expected: PlanLatency) -> bool:
+        """Whether the formula is close to the simulator: nothing is busy for long, no bursts."""
+        return not self.bursts and expected.busiest <= TRUSTED_SHARE
 
     def as_idle(self) -> LatencyProblem:
         """The same problem for a cluster without queues."""

@@ -13,12 +13,11 @@ from prism_plan.placement import Placement
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.sampling import sample_requests, sample_seeds
 from prism_plan.simulate.short_run import short_run
+from prism_plan.simulate.user_means import request_weights, users_mean, users_percentile
 from prism_plan.solvers.latency.problem import LatencyProblem
 
 Floats = npt.NDArray[np.float64]
 
-#: The formula is trusted where places, GPUs and links are busy for no more than this share of time.
-TRUSTED_SHARE = 0.3
 #: Candidates within this share of the best by the formula are simulated; where it is not trusted,
 #: those below so many times the best.
 WITHIN, UNTRUSTED = 0.3, 3.0
@@ -34,7 +33,10 @@ SLOWER_HOME, SLOWER_P99 = 0.03, 0.0
 
 @dataclass(frozen=True)
 class _Figures:
-    """Seconds of requests under a plan: mean, 99th percentile, and mean of the slowest home."""
+    """Seconds of users' requests under a plan: mean, 99th percentile, mean of the slowest home.
+
+    Homes count by their arrival rates in the first two.
+    """
 
     mean_s: float
     p99_s: float
@@ -72,7 +74,7 @@ class PlanSelection:
         best = names[0]
         if not self._problem.loaded:
             return names[:1]
-        most = 1 + WITHIN if trusted(self.expected[best]) else UNTRUSTED
+        most = 1 + WITHIN if self._problem.trusts(self.expected[best]) else UNTRUSTED
         limit = most * self.formula_s(best, plans[best])
         return [name for name in names if self.formula_s(name, plans[name]) <= limit]
 
@@ -121,7 +123,8 @@ class PlanSelection:
     def _left_out(self, plans: Mapping[str, Placement], best_s: float) -> list[str]:
         """Of each kind of plans that was not simulated the one of least idle time.
 
-        Without those that take longer than ``best_s`` on an idle cluster.
+        Without those that take longer than ``best_s`` on an idle cluster, as far as the formula
+        knows: bursts of links make messages faster.
         """
         known = {_kind(name) for name in self.simulated}
         found: dict[str, tuple[float, str]] = {}
@@ -129,7 +132,7 @@ class PlanSelection:
             parts = self.expected[name].by_part
             idle_s = sum(parts[part] for part in ("compute", "attention", "hops", "calls"))
             kind = _kind(name)
-            if kind not in known and idle_s < best_s:
+            if kind not in known and (idle_s < best_s or self._problem.bursts):
                 found[kind] = min(found.get(kind, (idle_s, name)), (idle_s, name))
         return [name for _, name in found.values()]
 
@@ -145,9 +148,17 @@ class PlanSelection:
         seconds = np.concatenate([self._run(name, plan, number) for number in range(samples)])
         homes = np.concatenate([self._requests(number).home for number in range(samples)])
         by_home = np.bincount(homes, seconds) / np.maximum(np.bincount(homes), 1)
+        weights = self._weights(samples)
         return _Figures(
-            float(seconds.mean()), float(np.percentile(seconds, 99)), float(by_home.max())
-        )
+            users_mean(seconds, weights), users_percentile(seconds, weights, 99),
+            float(by_home.max()),
+        )  # fmt: skip
+
+    def _weights(self, samples: int) -> Floats | None:
+        """Weight of each request of the samples, or ``None`` where all weigh the same."""
+        by_sample = [request_weights(self._requests(number)) for number in range(samples)]
+        known = [weights for weights in by_sample if weights is not None]
+        return np.concatenate(known) if known else None
 
     def _run(self, name: str, plan: Placement, sample: int) -> Floats:
         """Seconds of the requests of one sample under a plan."""
@@ -179,9 +190,3 @@ def _is_fair(figures: _Figures, standard: _Figures) -> bool:
 def _kind(name: str) -> str:
     """What made a plan: its name without numbers and improvements."""
     return name.split(",")[0].split(" #")[0]
-
-
-def trusted(expected: PlanLatency) -> bool:
-    """Whether the formula is close to the simulator: nothing is busy for long."""
-    shares = (expected.place_share, expected.gpu_share, expected.up_share, expected.down_share)
-    return max(float(share.max()) for share in shares) <= TRUSTED_SHARE

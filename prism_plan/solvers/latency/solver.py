@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from prism_plan.instance_feasibility import explain_infeasible, require_feasible
 from prism_plan.placement import Placement
 from prism_plan.printable_text import quantity
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, cluster_and_trace
-from prism_plan.solvers.latency.bounds import all_plans_bound_s, whole_layers_bound_s
 from prism_plan.solvers.latency.candidates import OWN, candidates, spread_over_gpus
 from prism_plan.solvers.latency.partial_layers import (
     LEAST_FORMULAS,
@@ -23,10 +21,9 @@ from prism_plan.solvers.latency.partial_layers import (
     improved,
     partial_layers,
 )
+from prism_plan.solvers.latency.plan_report import plan_report
 from prism_plan.solvers.latency.problem import LatencyProblem
-from prism_plan.solvers.latency.reasons import busiest, limits, reason
-from prism_plan.solvers.latency.selection import PlanSelection, trusted
-from prism_plan.solvers.paths import shortest_paths
+from prism_plan.solvers.latency.selection import PlanSelection
 
 #: Plans that are changed further: so many of the best by the formula, of large problems one: each
 #: takes flows over so many (server, layer, expert) triples.
@@ -88,7 +85,7 @@ class _Search:
     def _trusted(self) -> bool:
         """Whether the formula is close to the simulator for the plan that it finds best."""
         name = self._best(list(self.plans))[0]
-        return trusted(self.selection.expected[name])
+        return self.problem.trusts(self.selection.expected[name])
 
     def _to_improve(self) -> list[str]:
         """Names of the best plans; also of those that are best but for what they load."""
@@ -145,25 +142,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
         with_copies = problem.expected(filled)
         if with_copies.mean_s <= expected.mean_s:
             plan, expected = filled, with_copies
-    unlimited = problem.pipelines.idle.of_table(
-        shortest_paths(problem.pipelines.idle, problem.at_home)
-    )
-    extra: dict[str, Any] = {
-        "expected_latency_s": expected.mean_s,
-        "expected_parts_s": expected.by_part,
-        "latency_bound_s": all_plans_bound_s(problem),
-        "whole_layers_bound_s": whole_layers_bound_s(problem, plan.execution_table),
-        "reason": reason(problem, plan, expected),
-        "limits": limits(expected, float(problem.weights @ unlimited)),
-        "chosen": chosen,
-        "candidates_s": {name: found.mean_s for name, found in selection.expected.items()},
-    }
-    if problem.loaded:
-        extra["busiest"], extra["busiest_share"] = busiest(plan, expected)
-    if selection.simulated:
-        extra["simulated_s"] = selection.simulated
-        if chosen in selection.simulated:
-            extra["simulated_latency_s"] = selection.simulated[chosen]
+    extra = plan_report(problem, plan, expected, selection, chosen)
     return SolverResult.of_plan(plan, extra)
 
 

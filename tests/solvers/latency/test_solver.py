@@ -306,6 +306,77 @@ def test_a_server_without_users_serves_others() -> None:
     assert at_home.plan.extra["expected_latency_s"] > plan.plan.extra["expected_latency_s"]
 
 
+def with_bursts(cluster: Cluster, burst_kb: float) -> Cluster:
+    link = dataclasses.replace(cluster.link, burst_kb=burst_kb)
+    return dataclasses.replace(cluster, link=link)
+
+
+@pytest.mark.parametrize("interval_s", [None, 100.0])
+def test_bursts_leave_no_bounds(interval_s: float | None) -> None:
+    """Over slow links with bursts no bound, reason or limit is given: simulations are below them.
+
+    Where arrival rates are known several plans are simulated, though nothing is busy for long.
+    """
+    from prism_plan.simulate.sampling import sample_requests
+
+    trace, cluster = busy_case(interval_s)
+    slow = dataclasses.replace(cluster, link=dataclasses.replace(cluster.link, bandwidth_mbps=1.0))
+    extra = solve(Instance.build(trace, with_bursts(slow, 0.0)), "latency").plan.extra
+    names = ("latency_bound_s", "whole_layers_bound_s", "reason", "limits")
+    assert all(extra[name] for name in names)
+    plan = solve(Instance.build(trace, with_bursts(slow, 10_000.0)), "latency")
+    assert [plan.plan.extra[name] for name in names] == [None] * 4
+    assert ("simulated_s" in plan.plan.extra) == (interval_s is not None)
+    if interval_s is not None:
+        assert len(plan.plan.extra["simulated_s"]) > 1
+        assert plan.plan.extra["busiest_share"] < 0.3
+        requests = sample_requests(trace, cluster, requests_per_server=40, seed=9)
+        run = short_run(plan, requests, with_bursts(slow, 10_000.0), trace.model)
+        seconds = float((run.done_s - requests.arrival_s).mean())
+        assert seconds < 0.9 * extra["whole_layers_bound_s"]
+
+
+def test_when_the_formula_is_trusted() -> None:
+    """Nothing is busy for more than 30 % of the time, and links have no bursts."""
+    trace, cluster = busy_case(100.0)
+    problem = LatencyProblem(Instance.build(trace, cluster), cluster, trace, seed=0)
+    expected = problem.expected(busy_plan("exact", 100.0))
+    for share, trusted in ((0.3, True), (0.31, False)):
+        busy = dataclasses.replace(expected, gpu_share=np.full(3, share))
+        assert problem.trusts(busy) == trusted
+    bursts = with_bursts(cluster, 1.0)
+    problem = LatencyProblem(Instance.build(trace, bursts), bursts, trace, seed=0)
+    assert not problem.trusts(expected)
+
+
+@pytest.mark.parametrize(("interval_s", "told"), [(100.0, True), (0.01, False)])
+def test_savings_are_told_where_the_formula_is_trusted(interval_s: float, told: bool) -> None:
+    """What a run of layers saves, for the home whose layers they are; near saturation no number.
+
+    There the formula's waiting, and so what it saves, can be off by a multiple.
+    """
+    trace = a_trace(a_model())
+    slow, fast = (Gpu(slots=24, memory_bandwidth_gbs=x, tflops=x) for x in (0.5, 50.0))
+    users = Server("slow", (slow,), tasks={"x": 1.0}, arrival_interval_s=interval_s)
+    link = Link(bandwidth_mbps=10_000, rtt_ms=0.01)
+    cluster = Cluster("c", (users, Server("fast", (fast,))), link)
+    reason = solve(Instance.build(trace, cluster), "latency").plan.extra["reason"]
+    run = "layers 1-4 of slow run on fast"
+    if told:
+        assert reason.startswith(f"{run}: saves ")
+        assert reason.endswith(" s a request of slow")
+    else:
+        assert reason == run
+
+
+def test_the_bound_for_whole_layers_is_no_lower_than_that_for_all() -> None:
+    """They are plans, too: with homes that execute at home, which have no bound of their own."""
+    trace, cluster = busy_case(100.0)
+    kept = changed(cluster, execute_at_home=True)
+    extra = solve(Instance.build(trace, kept), "latency").plan.extra
+    assert extra["whole_layers_bound_s"] == extra["latency_bound_s"] > 0
+
+
 def test_what_is_taken_for_granted_is_told() -> None:
     """Weights instead of rates: an idle cluster; a counts-only trace: drawn prompts."""
     trace, cluster = busy_case(None)
