@@ -77,22 +77,22 @@ class SimulationRunner:
     deadline: float
 
     def __post_init__(self) -> None:
-        self.engine: Engine = ENGINES[self.options.engine](self.scenario)
+        self.engine = self._new_engine()
         self.migrations: list[ReviewRecord] = []
         self.notes: list[str] = []
         self.interrupted = False
         self.call_s = call_seconds(self.cluster, self.scenario.model)
         self.load_gbs = gpu_load_gbs(self.cluster)
 
+    def _new_engine(self) -> Engine:
+        return ENGINES[self.options.engine](self.scenario)
+
     def run(self) -> SimulationRun:
         """Simulate; Ctrl-C is raised before the first event, and later ends the run."""
         begin = time.perf_counter()
         partial = False
         try:
-            if self.options.migrate == "never" or self.scenario.offload:
-                self._advance(math.inf)
-            else:
-                self._advance_with_reviews()
+            self._advance_to_end()
         except _TimeLimitReached:
             partial = True
         except KeyboardInterrupt:
@@ -111,6 +111,12 @@ class SimulationRunner:
             runtime_s=time.perf_counter() - begin,
             notes=tuple(dict.fromkeys(self.notes)),
         )
+
+    def _advance_to_end(self) -> None:
+        if self.options.migrate == "never" or self.scenario.offload:
+            self._advance(math.inf)
+        else:
+            self._advance_with_reviews()
 
     def _advance(self, until_s: float) -> None:
         compiled = self.options.engine == "compiled"  # it returns to Python only between events

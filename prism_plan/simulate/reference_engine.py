@@ -71,7 +71,7 @@ class Message:
     message_bytes: int
     reply_bytes: int = 0
     gpu_work_s: dict[int, float] = field(default_factory=dict)
-    calls: Sequence[Sequence[int]] = ()
+    calls: list[list[int]] = field(default_factory=list)
     kind: str = "call"
     begins_pass: bool = False
     returning: bool = False
@@ -180,9 +180,13 @@ class ReferenceEngine:
         )
         self._num_pushed += 1
 
-    def _process(self, kind: int, subject: Any) -> None:
+    def _record(self, kind: int, subject: Any) -> None:
+        """Write an event to the log, if there is one."""
         if self._log is not None:
             self._log.append(Event(self.now, kind, *self._where(kind, subject)))
+
+    def _process(self, kind: int, subject: Any) -> None:
+        self._record(kind, subject)
         if kind == events.ARRIVAL:
             self._receive_request(subject)
         elif kind == events.DENSE:
@@ -358,7 +362,7 @@ class ReferenceEngine:
         self._start_calls(request, rows.tolist())
 
     def _start_calls(
-        self, request: ActiveRequest, tokens: Sequence[Sequence[int]], *, again: bool = False
+        self, request: ActiveRequest, tokens: list[list[int]], *, again: bool = False
     ) -> None:
         """Split calls by destination, start the local experts and send the messages.
 
@@ -598,8 +602,12 @@ class ReferenceEngine:
             raise ValueError("a migration is still under way")
         if self.scenario.offload:
             raise ValueError("offloading servers keep what they use; there is nothing to migrate")
+        self._begin_migration(steps, change)
+        self._update_tables()
+
+    def _begin_migration(self, steps: Sequence[MigrationStep], change: TableChange | None) -> None:
         self._steps = steps
-        self._open_needs, self._dependents = step_dependencies(steps, change)
+        self._open_needs, self._dependents = self._dependencies(steps, change)
         self._open_steps = len(steps)
         if not steps:
             self.migration_end_s = self.now
@@ -607,7 +615,11 @@ class ReferenceEngine:
             self._change = change
             self._waiting_steps = range(change.waits_from, len(steps))
         self._start_steps(deque(i for i, needs in enumerate(self._open_needs) if needs == 0))
-        self._update_tables()
+
+    def _dependencies(
+        self, steps: Sequence[MigrationStep], change: TableChange | None
+    ) -> tuple[list[int], list[list[int]]]:
+        return step_dependencies(steps, change)
 
     def _update_tables(self) -> None:
         """Begin the next execution table if its steps are complete, and start steps that waited."""
