@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,13 @@ import numpy.typing as npt
 from prism_plan.errors import Infeasible
 from prism_plan.evaluate.loss_tables import LossTables
 from prism_plan.evaluate.repair_stand_in import repair_placement
-from prism_plan.evaluate.simulation_runner import SimulationRunner
+from prism_plan.evaluate.simulation_runner import SimulationRunner, signals_deferred
 from prism_plan.execution_table import moved_activations
 from prism_plan.instance import Instance
 from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration_step import MigrationStep
 from prism_plan.placement import Placement
+from prism_plan.simulate.compiled.compiled_losses import CompiledEngineWithLosses
 from prism_plan.simulate.engine_interface import EngineWithLosses, Outcome
 from prism_plan.simulate.loss_report import Losses, LossRecord
 from prism_plan.simulate.losses import LossEvent, LossPlan
@@ -30,7 +32,7 @@ from prism_plan.simulate.reference_losses import ReferenceEngineWithLosses
 from prism_plan.simulate.report import SimulationRun
 
 ENGINES: Mapping[str, Callable[..., EngineWithLosses]] = {
-    "compiled": ReferenceEngineWithLosses,
+    "compiled": CompiledEngineWithLosses,
     "reference": ReferenceEngineWithLosses,
 }
 
@@ -67,6 +69,9 @@ class LossRunner(SimulationRunner):
         )
         return self._engine
 
+    def _uninterrupted(self) -> AbstractContextManager[None]:
+        return signals_deferred()  # both engines do what losses need in Python
+
     def run(self) -> SimulationRun:
         """As :meth:`SimulationRunner.run`; the run tells of its losses."""
         run = super().run()
@@ -80,11 +85,12 @@ class LossRunner(SimulationRunner):
             if self.engine.all_finished:
                 self._note_what_comes_too_late(event)
                 break
-            self._record_end_of_repair()
-            if event.kind == "loss":
-                self._engine.lose(event.server)
-            else:
-                self._repair(event)
+            with self._uninterrupted():
+                self._record_end_of_repair()
+                if event.kind == "loss":
+                    self._engine.lose(event.server)
+                else:
+                    self._repair(event)
         self._advance(math.inf)
 
     def _note_what_comes_too_late(self, event: LossEvent) -> None:

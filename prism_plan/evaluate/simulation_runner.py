@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class _TimeLimitReached(Exception):
 
 
 @contextlib.contextmanager
-def _signals_deferred() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Defer Ctrl-C and SIGTERM to the end of the block, so that no event is left half processed."""
     if threading.current_thread() is not threading.main_thread():
         yield  # other threads receive no signals
@@ -119,14 +120,20 @@ class SimulationRunner:
             self._advance_with_reviews()
 
     def _advance(self, until_s: float) -> None:
-        compiled = self.options.engine == "compiled"  # it returns to Python only between events
+        compiled = self.options.engine == "compiled"
         done = False
         while not done:
-            with contextlib.nullcontext() if compiled else _signals_deferred():
+            with self._uninterrupted():
                 done = self.engine.advance(until_s, CHUNK if compiled else REFERENCE_CHUNK)
             self.progress(self.engine.num_finished)
             if time.monotonic() > self.deadline and not (done and math.isinf(until_s)):
                 raise _TimeLimitReached
+
+    def _uninterrupted(self) -> AbstractContextManager[None]:
+        """In which no event is left half processed by a signal."""
+        if self.options.engine == "compiled":  # it returns to Python only between events
+            return contextlib.nullcontext()
+        return signals_deferred()
 
     def _advance_with_reviews(self) -> None:
         every_s = self.options.migrate_every_s

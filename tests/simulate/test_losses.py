@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prism_plan.errors import InputError
 from prism_plan.execution_table import home_execution
 from prism_plan.migration_step import MigrationStep
+from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
+from prism_plan.simulate.compiled.compiled_losses import CompiledEngineWithLosses
 from prism_plan.simulate.losses import HELD_NOWHERE, LOST, WAITED_TOO_LONG, LossPlan
 from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.reference_losses import ReferenceEngineWithLosses
@@ -25,6 +28,7 @@ from tests.simulate.builders import (
     back_s,
     dense_s,
     differing,
+    drawn_scenario,
     expert_s,
     finished,
     holding,
@@ -37,10 +41,10 @@ from tests.simulate.builders import (
 from tests.simulate.drawn_losses import drawn_run, run_with_losses
 
 SEEDS = st.integers(0, 2**32)
-ENGINES: list[Any] = [ReferenceEngineWithLosses]
+ENGINES: list[Any] = [ReferenceEngineWithLosses, CompiledEngineWithLosses]
 
 
-@pytest.fixture(params=ENGINES, ids=["reference"])
+@pytest.fixture(params=ENGINES, ids=["reference", "compiled"])
 def engine(request: pytest.FixtureRequest) -> Any:
     """Each engine in turn."""
     return request.param
@@ -361,19 +365,39 @@ def checked(engine: Any, plan: LossPlan) -> None:
     assert not losses.restarts[np.isnan(outcome.start_s)].any()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
-    seed=st.integers(0, 2**32), ties=st.booleans(), contended=st.booleans(), repair=st.booleans()
+    seed=SEEDS,
+    ties=st.booleans(),
+    contended=st.booleans(),
+    repair=st.booleans(),
+    most=st.sampled_from([None, 1, 7]),
 )
-def test_every_request_comes_to_an_end(
-    seed: int, ties: bool, contended: bool, repair: bool
+def test_engines_are_equal_under_losses(
+    seed: int, ties: bool, contended: bool, repair: bool, most: int | None
 ) -> None:
-    """Under any losses, migrations and tables, and Little's law holds for those that leave."""
-    rng = np.random.default_rng(seed)
-    scenario, plan = drawn_run(rng, ties=ties, contended=contended)
-    run = ReferenceEngineWithLosses(scenario, request_timeout_s=plan.request_timeout_s)
-    run_with_losses(run, plan, rng, repair=repair)
-    checked(run, plan)
+    """Every event and figure, to the last bit, and every request comes to an end.
+
+    Under any losses, migrations and tables, also where the compiled engine runs in pieces.
+    """
+    scenario, plan = drawn_run(np.random.default_rng(seed), ties=ties, contended=contended)
+    runs = []
+    for kind, pieces in ((ReferenceEngineWithLosses, None), (CompiledEngineWithLosses, most)):
+        run = kind(scenario, request_timeout_s=plan.request_timeout_s, log=True)
+        rng = np.random.default_rng(seed + 1)
+        run_with_losses(run, plan, rng, repair=repair, max_events=pieces)
+        checked(run, plan)
+        runs.append(run)
+    reference, compiled = runs
+    assert compiled.log() == reference.log()
+    assert not differing(compiled.outcome(), reference.outcome())
+    assert np.array_equal(compiled.on_gpu(), reference.on_gpu())
+    assert np.array_equal(compiled.tables_in_use(), reference.tables_in_use())
+    assert np.array_equal(compiled.take_calls(), reference.take_calls())
+    assert compiled.migrating == reference.migrating
+    losses = [vars(run.losses()) for run in runs]
+    for name, value in losses[0].items():
+        assert np.array_equal(value, losses[1][name], equal_nan=name == "left_s"), name
 
 
 @settings(max_examples=60, deadline=None)
@@ -390,7 +414,7 @@ def test_requests_outlive_servers_that_hold_copies(seed: int, ties: bool) -> Non
         placement=placement.replace(on_gpu=held),
         requests=plan.served(scenario.requests),
     )
-    run = ReferenceEngineWithLosses(scenario)
+    run = CompiledEngineWithLosses(scenario)
     run_with_losses(run, plan, rng, moves=False)
     checked(run, plan)
     assert set(run.losses().why) <= {0, LOST}
@@ -401,7 +425,47 @@ def test_requests_outlive_servers_that_hold_copies(seed: int, ties: bool) -> Non
 def test_without_losses_it_is_the_engine_without(seed: int, ties: bool, contended: bool) -> None:
     """The same events and figures, to the last bit."""
     scenario, _ = drawn_run(np.random.default_rng(seed), ties=ties, contended=contended)
-    plain = ReferenceEngine(scenario, log=True)
-    run = ReferenceEngineWithLosses(scenario, log=True)
-    assert not differing(finished(plain), finished(run))
-    assert run.log() == plain.log()
+    for plain, with_losses in (
+        (ReferenceEngine, ReferenceEngineWithLosses),
+        (CompiledEngine, CompiledEngineWithLosses),
+    ):
+        engine, run = plain(scenario, log=True), with_losses(scenario, log=True)
+        assert not differing(finished(engine), finished(run))
+        assert run.log() == engine.log()
+
+
+def test_room_grows_where_losses_need_it() -> None:
+    """200 requests at once start again, and their calls are sent again: more room than at first."""
+    token = [[1], [1]]
+    held = holding(2, 2, [(0, 0), (1, 0)], *[[(0, 1), (1, 1)]] * 2)
+    asks = [Ask(0, float(n % 3), [], [token] * 2) for n in range(200)]
+    cluster = make_cluster([1, 1, 1], concurrency=200)
+    model = make_model(2, 2)
+    for execution in (np.array([[0, 0], [1, 1], [2, 2]]), np.array([[0, 2], [1, 1], [2, 2]])):
+        runs = []
+        for kind in ENGINES:
+            scenario = make_scenario(model, cluster, held, asks, execution=execution, restarts=True)
+            run = kind(scenario, log=True)
+            run.advance(3.0)
+            run.lose(2)
+            run.advance(210.0)
+            run.notice(2, [], home_execution(3, 2))
+            run.advance(211.0)
+            run.rejoin(2, [MigrationStep("load", 2, 1)], home_execution(3, 2))
+            finished(run)
+            runs.append(run)
+        assert runs[0].log() == runs[1].log()
+        assert runs[1].losses().repeated_calls + runs[1].losses().restarts.sum() > 40
+
+
+def test_what_the_engines_do_not_do() -> None:
+    """Offloading servers help nobody; more calls of a token than a number has bits."""
+    scenario = drawn_scenario(np.random.default_rng(0), offload=True)
+    for kind in ENGINES:
+        with pytest.raises(ValueError, match="offloading servers do not help"):
+            kind(scenario)
+    wide = make_scenario(
+        make_model(1, 63, 63), make_cluster([1]), np.ones((1, 1, 63)), [], route="nearest"
+    )
+    with pytest.raises(InputError, match=r"^lose: top_k 63; expected at most 62 for the compiled"):
+        CompiledEngineWithLosses(wide)
