@@ -181,7 +181,7 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
     print_table(columns, title=title, form=form, err=err)
     if values["migrate"] != "never":
         _print_migrations(values, form=form, err=err)
-    if "losses" in values:
+    if "losses" in values and runs:
         _print_losses(values, form=form, err=err)
 
 

@@ -137,7 +137,9 @@ class EngineWithLosses(Engine, Protocol):
     """An engine whose servers may be lost and come back (docs/design.md, section 4).
 
     What these methods do follows the events of the time that the run was advanced to. Pairs that a
-    step needs and nobody holds make it wait or fail; everything else is as without losses.
+    step needs and nobody holds make it wait or fail; everything else is as without losses. No
+    request of the scenario arrives at a server while that is lost
+    (:meth:`prism_plan.simulate.losses.LossPlan.served`).
     """
 
     @property

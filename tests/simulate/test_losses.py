@@ -12,12 +12,19 @@ from hypothesis import strategies as st
 
 from prism_plan.errors import InputError
 from prism_plan.execution_table import home_execution
+from prism_plan.instance import Instance
+from prism_plan.io.cluster import read_cluster
 from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.compiled.compiled_engine import CompiledEngine
 from prism_plan.simulate.compiled.compiled_losses import CompiledEngineWithLosses
-from prism_plan.simulate.losses import HELD_NOWHERE, LOST, WAITED_TOO_LONG, LossPlan
+from prism_plan.simulate.losses import HELD_NOWHERE, LOST, WAITED_TOO_LONG, Loss, LossPlan
 from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.reference_losses import ReferenceEngineWithLosses
+from prism_plan.simulate.sampling import sample_requests
+from prism_plan.simulate.scenario import Scenario
+from prism_plan.solvers import solve
+from prism_plan.trace import Trace
+from tests.conftest import ROOT
 from tests.simulate.builders import (
     BYTES_PER_S,
     HALF_RTT_S,
@@ -435,11 +442,11 @@ def test_without_losses_it_is_the_engine_without(seed: int, ties: bool, contende
 
 
 def test_room_grows_where_losses_need_it() -> None:
-    """200 requests at once start again, and their calls are sent again: more room than at first."""
+    """90 requests at once start again, and their calls are sent again: more room than at first."""
     token = [[1], [1]]
     held = holding(2, 2, [(0, 0), (1, 0)], *[[(0, 1), (1, 1)]] * 2)
-    asks = [Ask(0, float(n % 3), [], [token] * 2) for n in range(200)]
-    cluster = make_cluster([1, 1, 1], concurrency=200)
+    asks = [Ask(0, float(n % 3), [], [token]) for n in range(90)]
+    cluster = make_cluster([1, 1, 1], concurrency=90)
     model = make_model(2, 2)
     for execution in (np.array([[0, 0], [1, 1], [2, 2]]), np.array([[0, 2], [1, 1], [2, 2]])):
         runs = []
@@ -469,3 +476,34 @@ def test_what_the_engines_do_not_do() -> None:
     )
     with pytest.raises(InputError, match=r"^lose: top_k 63; expected at most 62 for the compiled"):
         CompiledEngineWithLosses(wide)
+
+
+@pytest.mark.traces
+@pytest.mark.parametrize("solver", ["redundance", "pipeline"])
+def test_engines_are_equal_on_the_real_trace(v2_trace: Trace, solver: str) -> None:
+    """A few requests of DeepSeek-V2-Lite, with a loss and a return while they run."""
+    cluster = read_cluster(ROOT / "traces" / "paper-v2lite.toml")
+    instance = Instance.build(v2_trace, cluster)
+    requests = sample_requests(v2_trace, cluster, requests_per_server=2, decode_tokens=8)
+    first_s = float(requests.arrival_s[0])
+    served = LossPlan((Loss("edge-1", first_s + 0.1, first_s + 0.4),)).served(requests)
+    scenario = Scenario.build(
+        solve(instance, solver), served, cluster, v2_trace.model, restarts=True
+    )
+    table = home_execution(3, v2_trace.model.num_layers)
+    logs = []
+    for kind in ENGINES:
+        run = kind(scenario, log=True)
+        run.advance(first_s + 0.1)
+        run.lose(1)
+        run.advance(first_s + 0.2)
+        nowhere = ~scenario.placement.local[[0, 2]].any(axis=0)
+        steps = [MigrationStep("load", 2, int(pair)) for pair in np.flatnonzero(nowhere)]
+        run.notice(1, steps, table)
+        run.advance(first_s + 0.4)
+        run.rejoin(1, steps, table)
+        assert run.advance()
+        assert run.all_finished
+        logs.append(run.log())
+    assert logs[0] == logs[1]
+    assert len(logs[0]) > 5_000
