@@ -20,6 +20,7 @@ from prism_plan.migration.staged import _between, staged_migration
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.placement_diff import diff
+from tests.migration.replicas_by_hand import too_few_copies
 
 #: An expert has 100 bytes; a token's cache 30, 10 in each of three decoder layers.
 LAYERS, EXPERTS, SERVERS = 3, 3, 3
@@ -118,6 +119,7 @@ def replay(
             tables = [*tables, change.execution]
         assert_fits(cluster, reserved, tables)
         assert held.any(axis=0).all()
+        assert too_few_copies(plan, frozenset(done), current, target) is None
         ready = [
             i
             for i, step in enumerate(plan.steps)
@@ -154,9 +156,20 @@ def stage(plan: MigrationPlan) -> str:
     return "two stages" if change.begins_after else "steps wait"
 
 
+def over_both_stages(plan: MigrationPlan) -> bool:
+    """Whether an expert has a copy less from the first stage into the second."""
+    change = plan.change
+    return change is not None and any(
+        dip.drop < change.begins_after <= dip.load for dip in plan.dips
+    )
+
+
 @pytest.mark.parametrize("block", range(6))
 def test_memory_holds_at_every_moment(block: int) -> None:
-    """Experts, and KV caches of all tables that requests may run on, fit; nothing gets lost."""
+    """Experts, and KV caches of all tables that requests may run on, fit; nothing gets lost.
+
+    With one replica or two: whatever is not kept of the second one the plan says.
+    """
     seen = set()
     for seed in range(40 * block, 40 * block + 40):
         rng = np.random.default_rng(seed)
@@ -171,13 +184,18 @@ def test_memory_holds_at_every_moment(block: int) -> None:
         if current is None or target is None:
             continue
         try:
-            plan = staged_migration(current, target, np.stack(older), instance, MODEL)
+            plan = staged_migration(
+                current, target, np.stack(older), instance, MODEL, min_replicas=1 + seed % 2
+            )
         except Infeasible:
             seen.add("none")
             continue
         seen.add(stage(plan))
+        if over_both_stages(plan):
+            seen.add("dips over both stages")
         replay(rng, cluster, plan, current, target, older)
     assert {"at once", "table after", "steps wait", "two stages"} <= seen
+    assert "dips over both stages" in seen
 
 
 def test_without_caches_nothing_waits() -> None:
@@ -229,7 +247,7 @@ def test_the_placement_between_costs_the_fewest_loads(seed: int) -> None:
         return Placement(model, ("a", "b"), ((4,), (4,)), held, SolveReport("drawn"))
 
     limits = Instance(model, ("a", "b"), np.zeros((2, 1, 4)), tuple((int(n),) for n in room))
-    found = _between(placed(had), placed(will), limits).local
+    found = _between(placed(had), placed(will), limits, 1).local
 
     def loads(held: Any) -> int:
         return int((held & ~had).sum() + (will & ~held).sum())
