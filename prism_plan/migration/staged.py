@@ -24,6 +24,7 @@ from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
 from prism_plan.solvers.exact import solve_flow
+from prism_plan.solvers.missing_replicas import ranked_weights, solve_with_missing
 from prism_plan.solvers.packing import pack_on_gpus
 
 Tables = npt.NDArray[np.int32]
@@ -55,8 +56,8 @@ def staged_migration(
     2. The target does not: the table begins at once, all steps wait for requests on older tables.
     3. The current placement does not: the table begins when all steps are complete.
     4. Neither does: steps to a placement between them, which does, then the table; the other steps
-       wait for requests on older tables. That placement has as many replicas of every expert as
-       there is room for, up to ``min_replicas``, and then costs the fewest loads on the way.
+       wait for requests on older tables. That placement keeps as many replicas as there is
+       room for, up to ``min_replicas``, and then costs the fewest loads on the way.
 
     Raises
     ------
@@ -117,10 +118,9 @@ def _between(
 ) -> Placement:
     """A placement within the limits, over which a move costs the fewest loads.
 
-    Every expert has ``min_replicas`` replicas, or the most that all can have.
-
-    An expert that both placements have on a server and this one has not is loaded again; one that
-    neither has costs a load; one of the target costs the same load now or later.
+    Of the replicas that both placements have, up to ``min_replicas`` of each expert, it has as many
+    as it can. An expert that both placements have on a server and this one has not is loaded again;
+    one that neither has costs a load; one of the target costs the same load now or later.
     """
     if not limits.in_slots:
         raise Infeasible(
@@ -132,15 +132,18 @@ def _between(
         )
     had, will_have = current.local, target.local
     value = (had & will_have).astype(float) - ~(had | will_have)
-    for replicas in range(min(min_replicas, limits.num_servers), 0, -1):
-        try:
-            limits = limits.replace(min_replicas=replicas)
-            require_feasible(limits)
-            local, _, _ = solve_flow(limits, value, had)
-            break
-        except Infeasible:
-            if replicas == 1:
-                raise
+    kept = np.minimum(had.sum(axis=0), will_have.sum(axis=0)).clip(1, min_replicas)
+    if (kept == 1).all():
+        one = limits.replace(min_replicas=1)
+        require_feasible(one)
+        local, _, _ = solve_flow(one, value, had)
+    else:
+        several = limits.replace(min_replicas=int(kept.max()))
+        missing, load = ranked_weights(several, 2)
+        number = np.arange(1, several.min_replicas + 1)[:, None, None]  # of missing replicas
+        price = np.where(number > several.min_replicas - kept, missing, 0.0)
+        price[-1] = np.inf  # some server holds every expert
+        local = solve_with_missing(several, value * load, price)
     return current.replace(
         on_gpu=pack_on_gpus(limits, local, current), gpu_capacity=limits.gpu_capacity
     )
