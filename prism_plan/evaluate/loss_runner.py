@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.errors import Infeasible
+from prism_plan.errors import Infeasible, LimitReached
 from prism_plan.evaluate.loss_tables import LossTables
-from prism_plan.evaluate.repair_stand_in import repair_placement
 from prism_plan.evaluate.simulation_runner import SimulationRunner, signals_deferred
 from prism_plan.execution_table import moved_activations
 from prism_plan.instance import Instance
 from prism_plan.migration.order.find_order import migration_plan
+from prism_plan.migration.repair import missing_text, repair_placement
+from prism_plan.migration.replica_dips import dips_text
 from prism_plan.migration_step import MigrationStep
 from prism_plan.placement import Placement
 from prism_plan.simulate.compiled.compiled_losses import CompiledEngineWithLosses
@@ -127,11 +128,13 @@ class LossRunner(SimulationRunner):
         else:
             wanted = self._living(planned)
         rules, rates = self._rules(held, wanted), self._rates(event.at_s)
-        target = repair_placement(wanted.replace(gpu_capacity=rules.gpu_capacity), rules, rates)
+        target, steps = self._move(held, wanted, rules, rates)
+        if lost and (missing := missing_text(target, rules)):
+            name = self.placement.servers[event.server]
+            self.notes.append(f"after the loss of {name!r} {missing}")
         table = self._tables.table(target, self._away | self._unready)
         later = self._tables.table(target, self._away)
         self._require_room_for_caches(target, table)
-        steps = self._steps(held, target, rules, rates)
         do = self._engine.notice if lost else self._engine.rejoin
         do(event.server, steps, table, None if np.array_equal(later, table) else later)
         self._repairing = event.number, "repaired_s" if lost else "restored_s"
@@ -174,20 +177,25 @@ class LossRunner(SimulationRunner):
         self._calls += self.engine.take_calls()
         return moved_activations(self._calls / max(now_s, 1.0), self.placement.execution_table)
 
-    def _steps(
-        self, held: Placement, target: Placement, rules: Instance,
-        rates: npt.NDArray[np.float64],
-    ) -> tuple[MigrationStep, ...]:  # fmt: skip
-        """The order of loads and drops; none where there is no order."""
+    def _move(
+        self, held: Placement, wanted: Placement, rules: Instance, rates: npt.NDArray[np.float64]
+    ) -> tuple[Placement, tuple[MigrationStep, ...]]:
+        """The repair of what is wanted, and the order of its loads and drops.
+
+        What is held, and no steps, where none is found.
+        """
         try:
+            target = repair_placement(wanted, rules, rates, partly=True)
             plan = migration_plan(
                 held, target, gpu_capacity=rules.gpu_capacity,
                 forbidden=rules.mask(rules.forbidden), priority=rates,
             )  # fmt: skip
-        except Infeasible as error:
+        except (Infeasible, LimitReached) as error:
             self.notes.append(f"a repair was not made: {error}")
-            return ()
-        return plan.steps
+            return held, ()
+        if plan.dips:
+            self.dips.append(dips_text(plan))
+        return target, plan.steps
 
     def _require_room_for_caches(self, target: Placement, table: npt.NDArray[np.int32]) -> None:
         """Note where the KV caches of a table without lost servers and the experts do not fit."""

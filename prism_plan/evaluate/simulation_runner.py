@@ -19,8 +19,10 @@ from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.migration.cost import call_seconds, gpu_load_gbs
 from prism_plan.migration.policy import review
+from prism_plan.migration.replica_dips import dips_text
 from prism_plan.migration.staged import staged_migration
 from prism_plan.placement import Placement
+from prism_plan.printable_text import quantity
 from prism_plan.simulate.compiled.compiled_engine import CHUNK, CompiledEngine
 from prism_plan.simulate.engine_interface import Engine, Outcome
 from prism_plan.simulate.reference_engine import ReferenceEngine
@@ -81,6 +83,7 @@ class SimulationRunner:
         self.engine = self._new_engine()
         self.migrations: list[ReviewRecord] = []
         self.notes: list[str] = []
+        self.dips: list[str] = []  # of each move that does not keep all replicas
         self.interrupted = False
         self.call_s = call_seconds(self.cluster, self.scenario.model)
         self.load_gbs = gpu_load_gbs(self.cluster)
@@ -101,6 +104,10 @@ class SimulationRunner:
                 raise
             partial = self.interrupted = True
         self._record_migration_end()
+        if self.dips:
+            more = len(self.dips) - 1
+            others = f"; so it was in {quantity(more, 'other move')}" if more else ""
+            self.notes.append(f"during a move {self.dips[0]}{others}")
         return SimulationRun(
             placement=self.name,
             solver=self.placement.plan.solver,
@@ -192,6 +199,8 @@ class SimulationRunner:
         except Infeasible as error:
             self.notes.append(f"a move was not made: {error}")
             return False
+        if plan.dips:
+            self.dips.append(dips_text(plan))
         self.engine.migrate(plan.steps, plan.change)
         return True
 

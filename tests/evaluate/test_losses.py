@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
 from prism_plan.evaluate.offload_baseline import offload_placement
-from prism_plan.evaluate.repair_stand_in import repair_placement
 from prism_plan.evaluate.simulation import dump_report, simulate_placements
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.evaluate.sweep_options import SweepOptions
 from prism_plan.instance import Instance
 from prism_plan.io.simulation import read_simulation
-from prism_plan.placement import Placement
 from prism_plan.simulate.losses import LOST, Loss
 from prism_plan.simulate.report import SimulationRun
 from prism_plan.solvers import solve
@@ -200,23 +197,3 @@ def test_sweeps_lose_no_servers() -> None:
     """Their tables have no columns for times before, during and after."""
     with pytest.raises(InputError, match=r"^lose: servers are lost in a sweep"):
         SweepOptions(simulation=SimulationOptions(lose=(LOST_A,)))
-
-
-def test_repair_placement() -> None:
-    """Coverage first, then copies, within capacities and never at a server without slots."""
-    trace = small_trace()
-    cluster: Cluster = small_cluster(*ROOMY)
-    instance = Instance.build(trace, cluster, min_replicas=2)
-    plan: Placement = solve(Instance.build(trace, cluster), "uniform")
-    away = plan.server_of_gpu == 0
-    held = plan.replace(on_gpu=plan.on_gpu & ~away[:, None, None])
-    capacity = ((0,), *instance.gpu_capacity[1:])
-    for slots in (24, 12):
-        capacity = ((0,), (slots - 3, 3), (slots,))
-        rules = instance.replace(gpu_capacity=capacity)
-        repaired = repair_placement(held.replace(gpu_capacity=capacity), rules, rules.activations)
-        used = repaired.on_gpu.sum(axis=(1, 2))
-        assert (used <= [0, slots - 3, 3, slots]).all()
-        copies = repaired.local.sum(axis=0)
-        assert copies.min() == (2 if slots == 24 else 1)
-        assert not (held.on_gpu & ~repaired.on_gpu).any() or slots == 12
