@@ -88,7 +88,9 @@ from .latency.expected_latency import PlanLatency as PlanLatency
 from .latency.expected_latency import expected_latency as expected_latency
 from .migration.order.find_order import migration_plan as migration_plan
 from .migration.plan import MigrationPlan as MigrationPlan
+from .migration.repair import repair_placement as repair_placement
 from .migration_step import MigrationStep as MigrationStep
+from .migration_step import ReplicaDip as ReplicaDip
 from .model_spec import PRESETS as PRESETS
 from .model_spec import ModelShape as ModelShape
 from .model_spec import ModelSpec as ModelSpec

@@ -1,4 +1,4 @@
-"""One step of a migration: an expert that a GPU loads or drops."""
+"""One step of a migration, a load or drop of an expert, and what a drop may leave too few of."""
 
 from __future__ import annotations
 
@@ -21,3 +21,18 @@ class MigrationStep:
     pair: int
     needs: tuple[int, ...] = ()
     temporary: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDip:
+    """An expert that has fewer copies than are wanted during a part of a migration.
+
+    From the drop that is step ``drop`` until the load that is step ``load`` is complete, ``pair``
+    may be held by only ``copies`` servers instead of ``wanted``.
+    """
+
+    pair: int
+    wanted: int
+    copies: int
+    drop: int
+    load: int

@@ -52,9 +52,9 @@ def shown(value: object, max_length: int = 60) -> str:
         return "a number of thousands of digits"
 
 
-def quantity(number: int, noun: str) -> str:
-    """A number with its noun: ``"1 task"``, ``"2,000 tasks"``."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def quantity(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: ``"1 task"``, ``"2,000 tasks"``; ``plural`` where it needs more."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def shortened(name: str) -> str:

@@ -285,11 +285,11 @@ def _cell(regime: Mapping[str, Any], solver: str) -> str:
     return f"{value:.3g}" + " +" * home
 
 
-def _compact(values: Any, depth: int = 0) -> str:
+def compact(values: Any, depth: int = 0) -> str:
     """JSON with one line a solver of a regime; numbers of six digits."""
     if depth < 5 and isinstance(values, dict):
         inner = ",\n".join(
-            " " * (depth + 1) + json.dumps(key) + ": " + _compact(value, depth + 1)
+            " " * (depth + 1) + json.dumps(key) + ": " + compact(value, depth + 1)
             for key, value in values.items()
         )
         return "{\n" + inner + "\n" + " " * depth + "}"
@@ -297,4 +297,4 @@ def _compact(values: Any, depth: int = 0) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_parts(FILE, PARTS, tables, _compact))
+    sys.exit(run_parts(FILE, PARTS, tables, compact))

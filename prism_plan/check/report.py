@@ -38,6 +38,7 @@ from prism_plan.io.text_files import decode
 from prism_plan.io.toml import parse_toml
 from prism_plan.io.trace_reader import read_open_trace
 from prism_plan.migration.plan import MigrationPlan
+from prism_plan.migration.replica_dips import dips_text
 from prism_plan.model_spec import ModelSpec, require_same_model
 from prism_plan.objective import score
 from prism_plan.placement import InputFile, Placement
@@ -284,6 +285,8 @@ def _check_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> Check
     )
     if plan.change is not None:
         summary += "; the execution table changes"
+    if plan.dips:
+        summary += f"; {dips_text(plan)}"
     return CheckReport(str(path), "migration", summary)
 
 

@@ -46,7 +46,9 @@ class MigrateOptions(TableOptions):
 def command(args: MigrateOptions) -> None:
     """Plan the order of loads and drops that leads from placement A to placement B.
 
-    Every expert that A holds stays held by some GPU at every moment, and every GPU within its
+    Every expert that A holds stays held by some GPU at every moment; where B was planned with
+    ``--min-replicas`` R, by R servers, or as many as hold it in A or B if that is less. The plan
+    says which experts have fewer for a while because no slot can be had. Every GPU stays within its
     capacity: the slots of the cluster file where it gives them, else what B states. Where layers
     execute elsewhere afterwards, that is what the KV caches of requests on A and on B leave. Exit
     code 3 where there is no such order.
@@ -62,6 +64,7 @@ def command(args: MigrateOptions) -> None:
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.migration.cost import gpu_load_gbs
     from prism_plan.migration.endpoints import in_server_order
+    from prism_plan.migration.replica_dips import dips_text
     from prism_plan.migration.staged import staged_migration
     from prism_plan.printable_text import quantity
 
@@ -92,7 +95,15 @@ def command(args: MigrateOptions) -> None:
         log_info(f"{quantity(new, 'expert')} held nowhere in {args.a}: missing until loaded")
     if plan.extra_loads:
         log_info(
-            f"{quantity(plan.extra_loads, 'load')} of temporary copies that lead past full GPUs"
+            f"{quantity(plan.extra_loads, 'load')} of temporary copies that lead past full GPUs, "
+            f"{quantity(plan.extra_bytes, 'byte')}"
+        )
+    if plan.dips:
+        log_info(dips_text(plan))
+    elif plan.min_replicas > 1:
+        log_info(
+            f"every expert stays on {plan.min_replicas} servers at every moment (on fewer where "
+            f"{args.a} or {args.b} has fewer)"
         )
     if args.as_json and args.output != "-":
         write_output("-", data)

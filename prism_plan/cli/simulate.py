@@ -67,6 +67,28 @@ from prism_plan.cli.tables import format_option
 )
 @click.option("--calibration", metavar="F.json", help="Measured times instead of the cluster's.")
 @review_options
+@click.option(
+    "--lose",
+    multiple=True,
+    metavar="NAME@SECONDS[:RETURN]",
+    help="This server stops at a time and comes back at another one; may be repeated.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="After a loss until the other servers know.",
+)
+@click.option(
+    "--request-timeout",
+    "request_timeout_s",
+    default=60.0,
+    show_default=True,
+    metavar="S",
+    help="For which a request waits for an expert that no server holds.",
+)
 @click.option("--min-replicas", default=1, show_default=True, metavar="R", help="Of --solvers.")
 @click.option("--seed", default=0, show_default=True, help="Of requests, split and solvers.")
 @click.option(

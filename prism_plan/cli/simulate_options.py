@@ -38,6 +38,9 @@ class SimulateOptions(ReviewOptions, TableOptions):
     prompt_tokens: int
     route: Route
     calibration: str | None
+    lose: tuple[str, ...]
+    timeout_s: float
+    request_timeout_s: float
     min_replicas: int
     seed: int
     engine: EngineName
@@ -63,8 +66,11 @@ class SimulateOptions(ReviewOptions, TableOptions):
                     "there are",
                     remedy="leave one of the two out",
                 )
+        if not self.lose:
+            without = "has no effect without ``lose``"
+            self.refuse("timeout_s", "request_timeout_s", found=without)
         if self.grid:
-            alone = ("placements", "arrivals", "schedule", "duration_s", "per_request")
+            alone = ("placements", "arrivals", "schedule", "duration_s", "per_request", "lose")
             self.refuse(
                 *alone, "time_limit_s", "as_json", "table_format", found="not in a sweep (``grid``)"
             )
@@ -119,6 +125,7 @@ class SimulateOptions(ReviewOptions, TableOptions):
             A value is out of range, or the calibration cannot be read.
         """
         from prism_plan.io.calibration import read_calibration
+        from prism_plan.simulate.losses import parse_loss
 
         return self.simulation(
             route=self.route,
@@ -126,4 +133,7 @@ class SimulateOptions(ReviewOptions, TableOptions):
             engine=self.engine,
             time_limit_s=self.time_limit_s,
             seed=self.seed,
+            lose=tuple(map(parse_loss, self.lose)),
+            timeout_s=self.timeout_s,
+            request_timeout_s=self.request_timeout_s,
         )

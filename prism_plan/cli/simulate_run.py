@@ -185,6 +185,8 @@ def _print_runs(values: dict[str, Any], *, form: str, err: bool) -> None:
     print_table(columns, title=title, form=form, err=err)
     if values["migrate"] != "never":
         _print_migrations(values, form=form, err=err)
+    if "losses" in values and runs:
+        _print_losses(values, form=form, err=err)
 
 
 def _print_migrations(values: dict[str, Any], *, form: str, err: bool) -> None:
@@ -215,3 +217,60 @@ def _print_migrations(values: dict[str, Any], *, form: str, err: bool) -> None:
     if form == "csv":  # a second table begins after a blank line
         click.echo(err=err)
     print_table(columns, title=title, form=form, err=err)
+
+
+def _print_losses(values: dict[str, Any], *, form: str, err: bool) -> None:
+    from prism_plan.cli.tables import count_column, duration_column, print_table, text_column
+    from prism_plan.simulate.loss_report import WHEN
+
+    rows = [
+        (run["placement"], when, run["losses"][when]) for run in values["runs"] for when in WHEN
+    ]
+    parts = [part for _, _, part in rows]
+    columns = [
+        text_column("placement", "placement", [name for name, _, _ in rows]),
+        text_column("loss", "when", [when for _, when, _ in rows]),
+        count_column("requests", "requests", [part["requests"] for part in parts]),
+        duration_column("mean", "latency_mean_s", [part["latency_s"]["mean"] for part in parts]),
+        duration_column("p99", "latency_p99_s", [part["latency_s"]["p99"] for part in parts]),
+        duration_column("ttft", "ttft_mean_s", [part["ttft_s"]["mean"] for part in parts], rank=1),
+        duration_column(
+            "ttft p99", "ttft_p99_s", [part["ttft_s"]["p99"] for part in parts], rank=2
+        ),
+    ]
+    if form == "csv":  # each further table begins after a blank line
+        click.echo(err=err)
+    title = "Requests before, during and after losses"
+    print_table(columns, title=title, form=form, err=err)
+    losses = [(run["placement"], run["losses"]) for run in values["runs"]]
+    counts = (
+        ("lost", "lost_requests", 0),
+        ("failed", "failed_requests", 0),
+        ("restarted", "restarted_requests", 1),
+        ("calls again", "repeated_calls", 2),
+        ("not served", "not_served", 3),
+    )
+    columns = [
+        text_column("placement", "placement", [name for name, _ in losses]),
+        *(
+            count_column(title, key, [of_run[key] for _, of_run in losses], rank=rank)
+            for title, key, rank in counts
+        ),
+        duration_column(
+            "repaired at",
+            "repaired_at_s",
+            [_repaired_s(of_run["servers"]) for _, of_run in losses],
+            rank=1,
+        ),
+    ]
+    if form == "csv":
+        click.echo(err=err)
+    print_table(columns, title="Lost servers", form=form, err=err)
+
+
+def _repaired_s(servers: list[dict[str, Any]]) -> float | None:
+    """When the last migration was complete that a loss needs, if all of them were."""
+    ends = [
+        server["repaired_s" if server["return_s"] is None else "restored_s"] for server in servers
+    ]
+    return None if None in ends else max(ends)

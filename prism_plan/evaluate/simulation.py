@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import InputError
+from prism_plan.evaluate.loss_runner import LossRunner
 from prism_plan.evaluate.simulation_checks import cluster_rules, prepare, require_few_reviews
 from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.evaluate.simulation_runner import SimulationRunner
@@ -70,6 +71,11 @@ class Simulation:
                 "half_life_s": counting.half_life_s if isinstance(counting, Window) else None,
                 "cost": policy.cost,
                 "solver": policy.solver if policy.kind == "prism" else None,
+            }
+        if options.lose:
+            values["losses"] = {
+                "timeout_s": options.timeout_s,
+                "request_timeout_s": options.request_timeout_s,
             }
         return {**values, "runs": [run.to_json() for run in self.runs]}
 
@@ -143,6 +149,10 @@ def simulate_placements(
         The migration policy does not support a rule of the cluster.
     """
     options = options or SimulationOptions()
+    losses = options.losses()
+    losses.check(requests)
+    asked = len(requests)
+    requests = losses.served(requests)
     require_few_reviews(options, requests)
     deadline = math.inf
     if options.time_limit_s is not None:
@@ -165,8 +175,11 @@ def simulate_placements(
             def report(done: int, name: str = name) -> None:
                 progress(name, done, len(requests))
 
-            runner = SimulationRunner(
-                name, placement, scenario, own_rules, cluster, options, report, deadline
+            given = (name, placement, scenario, own_rules, cluster, options, report, deadline)
+            runner = (
+                LossRunner(*given, plan=losses, not_served=asked - len(requests))
+                if options.lose
+                else SimulationRunner(*given)
             )
             runs.append(runner.run())
             if runner.interrupted:

@@ -55,6 +55,13 @@ def prepare(
         The placement does not fit the cluster.
     """
     offload = placement.plan.solver == OFFLOAD
+    if offload and options.lose:
+        raise InputError(
+            f"servers are lost beside the baseline {OFFLOAD}",
+            parameter="lose",
+            expected="placements whose servers call each other",
+            remedy=f"leave {OFFLOAD} out",
+        )
     scenario = Scenario.build(
         placement,
         requests,
@@ -63,6 +70,7 @@ def prepare(
         route=options.route,
         calibration=options.calibration,
         offload=offload,
+        restarts=bool(options.lose),
     )
     rules = instance.replace(min_replicas=placement.plan.min_replicas)
     moving = options.migrate != "never" and not offload

@@ -12,6 +12,7 @@ from prism_plan.migration.policy import Policy, PolicyName
 from prism_plan.migration.statistics import Cumulative, StatisticsOptions, Window
 from prism_plan.simulate.arrival_trace import MAX_S
 from prism_plan.simulate.calibration import Calibration
+from prism_plan.simulate.losses import Loss, LossPlan
 from prism_plan.simulate.routing_policies import Route
 
 EngineName = Literal["compiled", "reference"]
@@ -48,6 +49,13 @@ class SimulationOptions:
         Wall-clock seconds for all runs together; a run that it ends is marked partial.
     seed
         Of solvers that plan candidates.
+    lose
+        Servers that are lost during the run, and when they come back. Not with reviews.
+    timeout_s
+        Seconds after a loss at which all other servers know of it, or at an earlier return.
+    request_timeout_s
+        Seconds for which a request waits for an expert that no server holds while a migration is to
+        load it.
 
     Raises
     ------
@@ -66,8 +74,19 @@ class SimulationOptions:
     engine: EngineName = "compiled"
     time_limit_s: float | None = None
     seed: int = 0
+    lose: tuple[Loss, ...] = ()
+    timeout_s: float = 10.0
+    request_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
+        self.losses()
+        if self.lose and self.migrate != "never":
+            raise InputError(
+                f"servers are lost while ``migrate`` {self.migrate} moves experts",
+                parameter="lose",
+                expected="no reviews: a loss is repaired by a migration of its own",
+                remedy="leave one of the two out",
+            )
         for name in ("migrate_every_s", "horizon_s", "time_limit_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= MAX_S:
@@ -93,6 +112,10 @@ class SimulationOptions:
                 parameter=own.get(error.parameter, error.parameter),
                 expected=error.expected,
             ) from error
+
+    def losses(self) -> LossPlan:
+        """The losses of the run."""
+        return LossPlan(tuple(self.lose), self.timeout_s, self.request_timeout_s)
 
     def policy(self) -> Policy:
         """The policy of the reviews."""

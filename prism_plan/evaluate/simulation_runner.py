@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,10 @@ from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.migration.cost import call_seconds, gpu_load_gbs
 from prism_plan.migration.policy import review
+from prism_plan.migration.replica_dips import dips_text
 from prism_plan.migration.staged import staged_migration
 from prism_plan.placement import Placement
+from prism_plan.printable_text import quantity
 from prism_plan.simulate.compiled.compiled_engine import CHUNK, CompiledEngine
 from prism_plan.simulate.engine_interface import Engine, Outcome
 from prism_plan.simulate.reference_engine import ReferenceEngine
@@ -39,7 +42,7 @@ class _TimeLimitReached(Exception):
 
 
 @contextlib.contextmanager
-def _signals_deferred() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Defer Ctrl-C and SIGTERM to the end of the block, so that no event is left half processed."""
     if threading.current_thread() is not threading.main_thread():
         yield  # other threads receive no signals
@@ -77,22 +80,23 @@ class SimulationRunner:
     deadline: float
 
     def __post_init__(self) -> None:
-        self.engine: Engine = ENGINES[self.options.engine](self.scenario)
+        self.engine = self._new_engine()
         self.migrations: list[ReviewRecord] = []
         self.notes: list[str] = []
+        self.dips: list[str] = []  # of each move that does not keep all replicas
         self.interrupted = False
         self.call_s = call_seconds(self.cluster, self.scenario.model)
         self.load_gbs = gpu_load_gbs(self.cluster)
+
+    def _new_engine(self) -> Engine:
+        return ENGINES[self.options.engine](self.scenario)
 
     def run(self) -> SimulationRun:
         """Simulate; Ctrl-C is raised before the first event, and later ends the run."""
         begin = time.perf_counter()
         partial = False
         try:
-            if self.options.migrate == "never" or self.scenario.offload:
-                self._advance(math.inf)
-            else:
-                self._advance_with_reviews()
+            self._advance_to_end()
         except _TimeLimitReached:
             partial = True
         except KeyboardInterrupt:
@@ -100,6 +104,10 @@ class SimulationRunner:
                 raise
             partial = self.interrupted = True
         self._record_migration_end()
+        if self.dips:
+            more = len(self.dips) - 1
+            others = f"; so it was in {quantity(more, 'other move')}" if more else ""
+            self.notes.append(f"during a move {self.dips[0]}{others}")
         return SimulationRun(
             placement=self.name,
             solver=self.placement.plan.solver,
@@ -112,15 +120,27 @@ class SimulationRunner:
             notes=tuple(dict.fromkeys(self.notes)),
         )
 
+    def _advance_to_end(self) -> None:
+        if self.options.migrate == "never" or self.scenario.offload:
+            self._advance(math.inf)
+        else:
+            self._advance_with_reviews()
+
     def _advance(self, until_s: float) -> None:
-        compiled = self.options.engine == "compiled"  # it returns to Python only between events
+        compiled = self.options.engine == "compiled"
         done = False
         while not done:
-            with contextlib.nullcontext() if compiled else _signals_deferred():
+            with self._uninterrupted():
                 done = self.engine.advance(until_s, CHUNK if compiled else REFERENCE_CHUNK)
             self.progress(self.engine.num_finished)
             if time.monotonic() > self.deadline and not (done and math.isinf(until_s)):
                 raise _TimeLimitReached
+
+    def _uninterrupted(self) -> AbstractContextManager[None]:
+        """In which no event is left half processed by a signal."""
+        if self.options.engine == "compiled":  # it returns to Python only between events
+            return contextlib.nullcontext()
+        return signals_deferred()
 
     def _advance_with_reviews(self) -> None:
         every_s = self.options.migrate_every_s
@@ -179,6 +199,8 @@ class SimulationRunner:
         except Infeasible as error:
             self.notes.append(f"a move was not made: {error}")
             return False
+        if plan.dips:
+            self.dips.append(dips_text(plan))
         self.engine.migrate(plan.steps, plan.change)
         return True
 

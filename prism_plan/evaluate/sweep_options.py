@@ -36,6 +36,12 @@ class SweepOptions:
         require_integer(self.decode_tokens, 0, MAX_PROMPT_TOKENS, "decode_tokens")
         require_integer(self.prompt_tokens, 0, MAX_PROMPT_TOKENS, "prompt_tokens")
         require_integer(self.min_replicas, 1, MAX_REPLICAS, "min_replicas")
+        if self.simulation.lose:
+            raise InputError(
+                "servers are lost in a sweep, whose table has no columns for that",
+                parameter="lose",
+                remedy="leave it out, or simulate placements one by one",
+            )
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise InputError(
                 f"{self.holdout}", parameter="holdout", expected="a share above 0 and below 1"

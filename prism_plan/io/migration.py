@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 
 from prism_plan.errors import InputError
 from prism_plan.execution_table import TableChange
-from prism_plan.input_limits import MAX_GPUS, MAX_NAMES
+from prism_plan.input_limits import MAX_GPUS, MAX_NAMES, MAX_REPLICAS
 from prism_plan.io.execution_runs import ExecutionRuns, runs_of_table, table_of_runs
 from prism_plan.io.file_writing import write_bytes
 from prism_plan.io.json import parse_json
@@ -33,7 +33,7 @@ from prism_plan.io.pydantic_base import (
 from prism_plan.io.shared_fields import FileIdentity, indented_json, require_distinct_names
 from prism_plan.io.text_files import read_text
 from prism_plan.migration.plan import LoadTime, MigrationPlan
-from prism_plan.migration_step import MigrationStep
+from prism_plan.migration_step import MigrationStep, ReplicaDip
 from prism_plan.model_spec import ModelShape
 from prism_plan.placement import InputFile
 
@@ -86,6 +86,29 @@ class TableChangePart(FormatModel):
     execution: ExecutionRuns
 
 
+class DipPart(FormatModel):
+    """An expert that has fewer copies than are wanted during a part of the steps."""
+
+    layer: Count = Field(description="Decoder index.")
+    expert: Count
+    wanted: Count = Field(description="On how many servers it should be at every moment.")
+    copies: Count = Field(description="On how many servers it is at least.")
+    drop: Count = Field(description="The step with which that may begin, counted from 0.")
+    load: Count = Field(description="The step with which it ends.")
+
+
+class ReplicasPart(FormatModel):
+    """On how many servers every expert is kept during the move."""
+
+    min_replicas: Annotated[int, Field(ge=2, le=MAX_REPLICAS)] = Field(
+        description="At every moment, or as many as at the start or in the end, if that is less."
+    )
+    extra_bytes: Count = Field(description="Bytes of the extra loads.")
+    dips: CheckedList[DipPart] = Field(
+        description="Where no order was found that keeps so many, by their first step."
+    )
+
+
 class MigrationFile(FormatModel):
     """In which order experts are loaded and dropped to get from one placement to another."""
 
@@ -111,6 +134,10 @@ class MigrationFile(FormatModel):
     #: Absent where layers execute where they did.
     table: TableChangePart = Field(
         default=ABSENT, description="How the execution table changes, where it does."
+    )
+    #: Absent where one copy of each expert is enough.
+    replicas: ReplicasPart = Field(
+        default=ABSENT, description="Copies that every expert keeps, where that is more than one."
     )
     #: In an order that is safe; any other that respects the needs is safe too, also side by side.
     steps: CheckedList[StepPart]
@@ -153,6 +180,7 @@ def migration_to_json(plan: MigrationPlan) -> dict[str, Any]:
         **{key: getattr(plan, key) for key in _COUNTS},
         "load_s": None if time is None else {"sum": time.sum_s, "makespan": time.makespan_s},
         **_change_to_json(plan),
+        **_replicas_to_json(plan),
         "steps": steps,
     }
 
@@ -164,6 +192,23 @@ def _change_to_json(plan: MigrationPlan) -> dict[str, Any]:
     runs = runs_of_table(change.execution, plan.servers, plan.model)
     table = {"begins_after": change.begins_after, "waits_from": change.waits_from}
     return {"table": {**table, "execution": runs}}
+
+
+def _replicas_to_json(plan: MigrationPlan) -> dict[str, Any]:
+    if plan.min_replicas == 1:
+        return {}
+    dips = []
+    for dip in plan.dips:
+        layer, expert = divmod(dip.pair, plan.model.num_experts)
+        dips.append(
+            {
+                "layer": plan.model.moe_layers[layer],
+                "expert": expert,
+                **{key: getattr(dip, key) for key in ("wanted", "copies", "drop", "load")},
+            }
+        )
+    kept = {"min_replicas": plan.min_replicas, "extra_bytes": plan.extra_bytes, "dips": dips}
+    return {"replicas": kept}
 
 
 def dump_migration(plan: MigrationPlan) -> bytes:
@@ -197,7 +242,8 @@ def read_migration(path: str | os.PathLike[str]) -> MigrationPlan:
     InputError
         Not JSON, not a migration, a newer version, a value that the schema does not allow, a
         server, GPU, layer or expert that is not there, a need that is not an earlier step, a pair
-        loaded or dropped twice in a row, a count that its steps do not have.
+        loaded or dropped twice in a row, a count that its steps do not have, a dip that begins or
+        ends with another step than a drop and a load of its expert.
     """
     return migration_from_json(parse_json(read_text(path), path), source=path)
 
@@ -218,12 +264,17 @@ def migration_from_json(values: Any, source: object = "") -> MigrationPlan:
     )
     if file.table is not ABSENT:
         plan = plan.replace(change=_change(file.table, plan, source))
-    for key in _COUNTS:
-        if getattr(file, key) != getattr(plan, key):
+    stated = [(key, getattr(file, key), key) for key in _COUNTS]
+    if file.replicas is not ABSENT:
+        dips = _dips(values["replicas"]["dips"], file.replicas.min_replicas, plan, source)
+        plan = plan.replace(min_replicas=file.replicas.min_replicas, dips=dips)
+        stated.append(("extra_bytes", file.replicas.extra_bytes, "replicas.extra_bytes"))
+    for key, number, place in stated:
+        if number != getattr(plan, key):
             raise InputError(
-                f"{getattr(file, key):,}",
+                f"{number:,}",
                 source=source,
-                place=key,
+                place=place,
                 expected=f"{getattr(plan, key):,}, as the steps have it",
             )
     return plan
@@ -246,6 +297,40 @@ def _change(part: TableChangePart, plan: MigrationPlan, source: object) -> Table
         )
     table = table_of_runs(part.execution, plan.servers, plan.model, source)
     return TableChange(table, part.begins_after, part.waits_from)
+
+
+def _dips(
+    dips: Sequence[Mapping[str, Any]], min_replicas: int, plan: MigrationPlan, source: object
+) -> tuple[ReplicaDip, ...]:
+    model = plan.model
+    position = {layer: at for at, layer in enumerate(model.moe_layers)}
+    found: list[ReplicaDip] = []
+    for index, dip in enumerate(dips):
+
+        def wrong(key: str, expected: str, dip: Any = dip, index: int = index) -> InputError:
+            return InputError(
+                short_repr(dip[key]),
+                source=source,
+                place=f"replicas.dips[{index}].{key}",
+                expected=expected,
+            )
+
+        if dip["layer"] not in position:
+            raise wrong("layer", f"a MoE layer of {model.name}, {model.layers_text()}")
+        if dip["expert"] >= model.num_experts:
+            raise wrong("expert", f"ids 0..{model.num_experts - 1} of {model.name}")
+        pair = position[dip["layer"]] * model.num_experts + dip["expert"]
+        if not 2 <= dip["wanted"] <= min_replicas:
+            raise wrong("wanted", f"from 2 to min_replicas, {min_replicas:,}")
+        if not 1 <= dip["copies"] < dip["wanted"]:
+            raise wrong("copies", f"from 1 to {dip['wanted'] - 1:,}, fewer than wanted")
+        first = found[-1].drop + 1 if found else 0
+        for key, begin in (("drop", first), ("load", dip["drop"] + 1)):
+            steps = plan.steps[dip[key] : dip[key] + 1]
+            if dip[key] < begin or not any((s.kind, s.pair) == (key, pair) for s in steps):
+                raise wrong(key, f"a {key} of that expert, at steps[{begin}] or later")
+        found.append(ReplicaDip(pair, dip["wanted"], dip["copies"], dip["drop"], dip["load"]))
+    return tuple(found)
 
 
 def _steps(

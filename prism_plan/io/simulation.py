@@ -105,6 +105,47 @@ class PhasePart(ExtensibleModel):
     arrival_interval_s: AboveZero | None = Field(description="null: as before.")
 
 
+class LostServerPart(ExtensibleModel):
+    """One loss of a server; null where the run did not come to it."""
+
+    server: NonEmpty
+    at_s: Amount
+    return_s: Amount | None = Field(description="null: it does not come back.")
+    noticed_s: Amount | None = Field(description="When the other servers knew.")
+    repaired_s: Amount | None = Field(description="End of the migration that followed.")
+    restored_s: Amount | None = Field(description="End of the migration after its return.")
+
+
+class FailurePart(ExtensibleModel):
+    """Why requests failed, and how many."""
+
+    reason: NonEmpty
+    requests: Count
+
+
+class WhenPart(ExtensibleModel):
+    """The answered requests of a part of the run."""
+
+    requests: Count
+    latency_s: TimesPart
+    ttft_s: TimesPart
+
+
+class LossesPart(ExtensibleModel):
+    """Lost servers and what they did; requests without an answer count in no time."""
+
+    servers: ListOf[LostServerPart]
+    not_served: Count = Field(description="Arrivals at servers that were away.")
+    lost_requests: Count = Field(description="In progress at their home server when it was lost.")
+    failed_requests: Count
+    failures: ListOf[FailurePart]
+    restarted_requests: Count
+    repeated_calls: Count = Field(description="Messages whose calls were sent again.")
+    before: WhenPart = Field(description="Requests answered before the first loss.")
+    during: WhenPart = Field(description="Requests that were there between a loss and its repair.")
+    after: WhenPart = Field(description="All others.")
+
+
 class RunPart(ExtensibleModel):
     """A placement as simulated. A run may have more keys than these."""
 
@@ -141,6 +182,7 @@ class RunPart(ExtensibleModel):
     latency_quantiles_s: ListOf[Amount]
     timeline: TimelinePart
     phases: ListOf[PhasePart] = Field(default=[], description="Only with a schedule of phases.")
+    losses: LossesPart = Field(default=ABSENT, description="Only where servers are lost.")
     loads: Count
     loaded_bytes: Count
     events: Count
@@ -156,6 +198,13 @@ class ReviewPart(ExtensibleModel):
     half_life_s: AboveZero | None = Field(description="null: all since the last move.")
     cost: Literal["sum", "max"]
     solver: str | None
+
+
+class LossOptionsPart(ExtensibleModel):
+    """When losses are known, and for how long requests wait."""
+
+    timeout_s: Amount
+    request_timeout_s: AboveZero
 
 
 class TracePart(ExtensibleModel):
@@ -183,6 +232,7 @@ class SimulationFile(FormatModel):
     route: str
     migrate: str
     review: ReviewPart = Field(default=ABSENT, description="Only where migrations are decided.")
+    losses: LossOptionsPart = Field(default=ABSENT, description="Only where servers are lost.")
     timing: str = Field(description="'cluster', or the name of the calibration file.")
     trace: TracePart
     cluster: ClusterPart

@@ -35,9 +35,31 @@ class Endpoints:
     size: npt.NDArray[np.int64]
     capacity: npt.NDArray[np.int64]
 
+    @property
+    def server_of_gpu(self) -> npt.NDArray[np.int64]:
+        """Index of the server of each GPU, int64 [G]."""
+        return np.repeat(np.arange(len(self.gpus)), self.gpus)
+
+    def on_servers(self, held: Bools) -> npt.NDArray[np.int64]:
+        """On how many GPUs of each server a pair is, int64 [N, J], of bool [G, J]."""
+        counts = np.zeros((len(self.servers), held.shape[1]), np.int64)
+        for n, on_gpu in zip(self.server_of_gpu, held, strict=True):
+            counts[n] += on_gpu
+        return counts
+
+    def kept_replicas(self, min_replicas: int) -> npt.NDArray[np.int64]:
+        """On how many servers a migration is to keep each pair at every moment, int64 [J].
+
+        That is ``min_replicas``, or what the first or the final placement has of it if that is
+        less; 0 for a pair that nobody holds at first.
+        """
+        servers = [(self.on_servers(held) > 0).sum(axis=0) for held in (self.initial, self.final)]
+        kept: npt.NDArray[np.int64] = np.minimum(min_replicas, np.minimum(*servers))
+        return kept
+
     def gpu_text(self, gpu: int) -> str:
         """A GPU for a message."""
-        server = int(np.repeat(np.arange(len(self.gpus)), self.gpus)[gpu])
+        server = int(self.server_of_gpu[gpu])
         return f"server {self.servers[server]!r} gpu[{gpu - sum(self.gpus[:server])}]"
 
 

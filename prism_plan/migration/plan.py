@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.execution_table import TableChange
-from prism_plan.migration_step import MigrationStep
+from prism_plan.migration_step import MigrationStep, ReplicaDip
 from prism_plan.model_spec import ModelShape
 from prism_plan.placement import InputFile
 
@@ -36,7 +36,9 @@ class MigrationPlan:
     ``gpus`` is the number of GPUs of each server. Every order of the steps that respects their
     ``needs``, in parallel too, keeps every expert of the first placement held and every GPU
     within its capacity, and ends at the second. ``inputs`` names the two placements' files
-    (``"from"``, ``"to"``); ``load_s`` is the time of loading where a cluster was given. Where the
+    (``"from"``, ``"to"``); ``load_s`` is the time of loading where a cluster was given.
+    ``min_replicas`` servers hold every expert at every moment, or as many as at first or in the
+    end if that is less, but for the ``dips``: expert by expert in the order of the steps. Where the
     execution table changes too, ``change`` says when it begins, and which steps wait for requests
     on the old one; the orders meant above are those that respect it.
     """
@@ -48,6 +50,8 @@ class MigrationPlan:
     inputs: Mapping[str, InputFile] = field(default_factory=dict)
     load_s: LoadTime | None = None
     change: TableChange | None = None
+    min_replicas: int = 1
+    dips: tuple[ReplicaDip, ...] = ()
 
     def replace(self, **changes: Any) -> MigrationPlan:
         """A changed copy."""
@@ -67,6 +71,13 @@ class MigrationPlan:
     def extra_loads(self) -> int:
         """The number of loads beyond those that the two placements differ by."""
         return sum(step.kind == "load" and step.temporary for step in self.steps)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of the extra loads."""
+        return sum(
+            self.bytes_of(step) for step in self.steps if step.kind == "load" and step.temporary
+        )
 
     @property
     def server_of_gpu(self) -> npt.NDArray[np.int64]:

@@ -15,14 +15,16 @@ from prism_plan.errors import Infeasible
 from prism_plan.execution_table import TableChange, moved_activations
 from prism_plan.instance import Instance
 from prism_plan.instance_feasibility import require_feasible
-from prism_plan.migration.endpoints import NAMES
+from prism_plan.migration.endpoints import NAMES, Capacity, match_placements
 from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
+from prism_plan.migration.replica_dips import with_dips
 from prism_plan.migration_step import MigrationStep
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
 from prism_plan.solvers.exact import solve_flow
+from prism_plan.solvers.missing_replicas import ranked_weights, solve_with_missing
 from prism_plan.solvers.packing import pack_on_gpus
 
 Tables = npt.NDArray[np.int32]
@@ -36,6 +38,7 @@ def staged_migration(
     model: ModelSpec | None,
     *,
     rates: npt.NDArray[np.float64] | None = None,
+    min_replicas: int | None = None,
     names: tuple[str, str] = NAMES,
 ) -> MigrationPlan:
     """The migration steps from one placement to another, and when the table of the target begins.
@@ -44,7 +47,8 @@ def staged_migration(
     int32 [tables, N, L], which ``current`` has to fit beside. ``instance`` has the rules; ``model``
     has the sizes of KV caches, ``None`` where none is kept and every table leaves its capacities.
     ``rates`` [N, L, E] are the calls per second of each home, by which loads are ordered.
-    ``names`` are what errors call the two placements.
+    ``min_replicas`` are kept where that is possible, and ``names`` are what errors call the two
+    placements, as in :func:`~prism_plan.migration.order.find_order.migration_plan`.
 
     Each stage keeps every GPU within what the tables of that time leave of it:
 
@@ -52,7 +56,8 @@ def staged_migration(
     2. The target does not: the table begins at once, all steps wait for requests on older tables.
     3. The current placement does not: the table begins when all steps are complete.
     4. Neither does: steps to a placement between them, which does, then the table; the other steps
-       wait for requests on older tables. That placement costs the fewest loads on the way.
+       wait for requests on older tables. That placement keeps as many replicas as there is
+       room for, up to ``min_replicas``, and then costs the fewest loads on the way.
 
     Raises
     ------
@@ -63,11 +68,12 @@ def staged_migration(
     new = target.execution_table
     priority = None if rates is None else moved_activations(rates, new)
     forbidden = instance.mask(instance.forbidden)
+    replicas = target.plan.min_replicas if min_replicas is None else min_replicas
 
     def ordered(a: Placement, b: Placement, limits: Instance) -> MigrationPlan:
         return migration_plan(
             a, b, gpu_capacity=limits.gpu_capacity, forbidden=forbidden, priority=priority,
-            names=names,
+            min_replicas=replicas, names=names,
         )  # fmt: skip
 
     after = _beside(instance, new[None], model)
@@ -83,7 +89,7 @@ def staged_migration(
     if not _excess(target, during):
         plan = ordered(current, target, before)
         return plan.replace(change=TableChange(new, len(plan.steps), len(plan.steps)))
-    between = _between(current, target, during)
+    between = _between(current, target, during, replicas)
     first = ordered(current, between, before)
     second = ordered(between, target, after)
     at = len(first.steps)
@@ -92,7 +98,8 @@ def staged_migration(
                       step.temporary)
         for step in second.steps
     )  # fmt: skip
-    return first.replace(steps=first.steps + later, change=TableChange(new, at, at))
+    joined = first.replace(steps=first.steps + later, change=TableChange(new, at, at))
+    return with_dips(joined, match_placements(current, target, _unlimited(target)))
 
 
 def _beside(instance: Instance, tables: Tables, model: ModelSpec | None) -> Instance:
@@ -100,11 +107,20 @@ def _beside(instance: Instance, tables: Tables, model: ModelSpec | None) -> Inst
     return instance if model is None else instance.with_execution(tables, model)
 
 
-def _between(current: Placement, target: Placement, limits: Instance) -> Placement:
+def _unlimited(placement: Placement) -> Capacity:
+    """Room for everything on each GPU."""
+    everything = sum(placement.model.expert_bytes_by_layer) * placement.model.num_experts
+    return [[everything] * len(gpus) for gpus in placement.gpu_capacity]
+
+
+def _between(
+    current: Placement, target: Placement, limits: Instance, min_replicas: int
+) -> Placement:
     """A placement within the limits, over which a move costs the fewest loads.
 
-    An expert that both placements have on a server and this one has not is loaded again; one that
-    neither has costs a load; one of the target costs the same load now or later.
+    Of the replicas that both placements have, up to ``min_replicas`` of each expert, it has as many
+    as it can. An expert that both placements have on a server and this one has not is loaded again;
+    one that neither has costs a load; one of the target costs the same load now or later.
     """
     if not limits.in_slots:
         raise Infeasible(
@@ -114,10 +130,20 @@ def _between(current: Placement, target: Placement, limits: Instance) -> Placeme
             unit="bytes",
             remedy="move experts first, and the table when requests on the old one have ended",
         )
-    require_feasible(limits)
     had, will_have = current.local, target.local
     value = (had & will_have).astype(float) - ~(had | will_have)
-    local, _, _ = solve_flow(limits, value, had)
+    kept = np.minimum(had.sum(axis=0), will_have.sum(axis=0)).clip(1, min_replicas)
+    if (kept == 1).all():
+        one = limits.replace(min_replicas=1)
+        require_feasible(one)
+        local, _, _ = solve_flow(one, value, had)
+    else:
+        several = limits.replace(min_replicas=int(kept.max()))
+        missing, load = ranked_weights(several, 2)
+        number = np.arange(1, several.min_replicas + 1)[:, None, None]  # of missing replicas
+        price = np.where(number > several.min_replicas - kept, missing, 0.0)
+        price[-1] = np.inf  # some server holds every expert
+        local = solve_with_missing(several, value * load, price)
     return current.replace(
         on_gpu=pack_on_gpus(limits, local, current), gpu_capacity=limits.gpu_capacity
     )

@@ -21,6 +21,7 @@ from prism_plan.plotting.figure_parts import (
     new_figure,
     shorten,
 )
+from prism_plan.plotting.losses import mark_losses
 from prism_plan.plotting.phases import mark_phases
 from prism_plan.plotting.scales import log_axis, needs_log_scale
 from prism_plan.plotting.solver_styles import SolverStyle, lighten, solver_styles
@@ -157,6 +158,13 @@ def simulation_timeline(
         if phase_mark is not None:
             handles.append(phase_mark)
             labels.append("phase begins")
+        losses = [loss for shown in runs for loss in shown.run.get("losses", {}).get("servers", ())]
+        loss_mark = mark_losses(
+            [axes, *([] if strip is None else [strip])], losses, end_s, max_characters(figure, 60)
+        )
+        if loss_mark is not None:
+            handles.append(loss_mark[0])
+            labels.append(loss_mark[1])
         draw_legend(figure, handles, labels, beside=beside)
         _grid(axes)
         finish_figure(figure, options, "Latency by time of arrival", _facts(report, runs))

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from prism_plan.execution_table import TableChange
 from prism_plan.migration_step import MigrationStep
 from prism_plan.simulate.events import Log
+from prism_plan.simulate.losses import LossOutcome
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -130,3 +131,41 @@ class Engine(Protocol):
 
     def log(self) -> Log:
         """The events so far, if logging was asked for."""
+
+
+class EngineWithLosses(Engine, Protocol):
+    """An engine whose servers may be lost and come back (docs/design.md, section 4).
+
+    What these methods do follows the events of the time that the run was advanced to. Pairs that a
+    step needs and nobody holds make it wait or fail; everything else is as without losses. No
+    request of the scenario arrives at a server while that is lost
+    (:meth:`prism_plan.simulate.losses.LossPlan.served`).
+    """
+
+    @property
+    def all_finished(self) -> bool:
+        """Whether every request has been answered, or has left without an answer."""
+
+    def lose(self, server: int) -> None:
+        """A server stops: it computes, sends and receives nothing, and loses its own requests."""
+
+    def notice(
+        self, server: int, steps: Sequence[MigrationStep], table: npt.NDArray[np.int32],
+        later: npt.NDArray[np.int32] | None = None,
+    ) -> None:  # fmt: skip
+        """All others know of a loss: nobody routes there, and what waits there is done again.
+
+        The migration under way is given up, and one of ``steps`` begins (see
+        :meth:`Engine.migrate`). Requests that are admitted or started again from now on have the
+        execution ``table`` int32 [N, L], which sends no layer to a server that is known to be lost;
+        those that are admitted once all steps are complete have ``later``.
+        """
+
+    def rejoin(
+        self, server: int, steps: Sequence[MigrationStep], table: npt.NDArray[np.int32],
+        later: npt.NDArray[np.int32] | None = None,
+    ) -> None:  # fmt: skip
+        """A lost server is back, without experts; a migration begins as in :meth:`notice`."""
+
+    def losses(self) -> LossOutcome:
+        """What losses did to the requests so far."""

@@ -29,10 +29,12 @@ RETURNED = 6
 LOADED = 7
 #: A transfer has ended: the uplink and the downlink that it held are free.
 FREED = 8
+#: A step that waits for an expert which no server holds is given up.
+GIVEN_UP = 9
 
 #: Of events at one time, ends of loads and transfers are processed first and arrivals last, so that
 #: the others find the places and links that are free at that time. Lowest first.
-PRIORITY = np.array([2, 1, 1, 1, 1, 1, 1, 0, 0], np.int8)
+PRIORITY = np.array([2, 1, 1, 1, 1, 1, 1, 0, 0, 1], np.int8)
 PRIORITY.setflags(write=False)
 
 

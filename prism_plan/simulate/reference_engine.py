@@ -30,7 +30,7 @@ from prism_plan.simulate.scenario import Scenario
 
 
 @dataclass
-class _ActiveRequest:
+class ActiveRequest:
     """An admitted request: its location, and where it is in its steps and layers.
 
     ``table`` numbers the execution table that it was admitted with, ``executes_at`` [L] is its row
@@ -56,11 +56,12 @@ class _ActiveRequest:
 
 
 @dataclass
-class _Message:
+class Message:
     """A call to another server, or another message between the servers that execute layers.
 
     Those are hidden states on their way to the next span, the ids of a prompt on their way to the
     first one, or the id of a new token. ``begins_pass``: the receiver begins a pass with it.
+    ``calls`` has the experts that each token of a call needs at the receiver.
     """
 
     request: int
@@ -70,6 +71,7 @@ class _Message:
     message_bytes: int
     reply_bytes: int = 0
     gpu_work_s: dict[int, float] = field(default_factory=dict)
+    calls: list[list[int]] = field(default_factory=list)
     kind: str = "call"
     begins_pass: bool = False
     returning: bool = False
@@ -106,7 +108,7 @@ class ReferenceEngine:
         # requests at their home servers
         self._admission_queue: list[deque[int]] = [deque() for _ in range(servers)]
         self._num_active = [0] * servers
-        self._admitted: dict[int, _ActiveRequest] = {}
+        self._admitted: dict[int, ActiveRequest] = {}
         self._num_present = [0] * servers
         self._present_since_s = [0.0] * servers
         # GPUs: when the compute queue and the load channel are free next
@@ -117,7 +119,7 @@ class ReferenceEngine:
         self._down_busy = [[False] * servers for _ in range(2)]
         self._up_free_s = [0.0] * servers  # when a long message releases the port
         self._down_free_s = [0.0] * servers
-        self._waiting_messages: list[_Message] = []  # in the order in which they were ready
+        self._waiting_messages: list[Message] = []  # in the order in which they were ready
         self._bucket = {
             port: [[scenario.network.burst_bytes, 0.0] for _ in range(servers)]
             for port in ("up", "down")
@@ -178,9 +180,13 @@ class ReferenceEngine:
         )
         self._num_pushed += 1
 
-    def _process(self, kind: int, subject: Any) -> None:
+    def _record(self, kind: int, subject: Any) -> None:
+        """Write an event to the log, if there is one."""
         if self._log is not None:
             self._log.append(Event(self.now, kind, *self._where(kind, subject)))
+
+    def _process(self, kind: int, subject: Any) -> None:
+        self._record(kind, subject)
         if kind == events.ARRIVAL:
             self._receive_request(subject)
         elif kind == events.DENSE:
@@ -246,7 +252,7 @@ class ReferenceEngine:
         decode = int(prompts.decode_tokens[prompt])
         self._num_active[home] += 1
         self.start_s[number] = self.now
-        request = _ActiveRequest(
+        request = ActiveRequest(
             number=number,
             home=home,
             table=len(self._tables) - 1,
@@ -266,11 +272,11 @@ class ReferenceEngine:
             payload = BYTES_PER_TOKEN_ID * request.step_tokens
             self._send_hop("start", request, -1, first, payload, begins_pass=True)
 
-    def _begin_layer(self, request: _ActiveRequest) -> None:
+    def _begin_layer(self, request: ActiveRequest) -> None:
         request.layer_start_s = self.now
         self._enter_layer(request)
 
-    def _enter_layer(self, request: _ActiveRequest) -> None:
+    def _enter_layer(self, request: ActiveRequest) -> None:
         """Move to where the layer executes and start its dense part."""
         scenario, layer = self.scenario, request.layer
         target = request.executes_at[layer]
@@ -284,16 +290,16 @@ class ReferenceEngine:
         self._push(self._compute(gpu, work_s), events.DENSE, request)
 
     def _send_hop(
-        self, kind: str, request: _ActiveRequest, layer: int, to: int, payload: int, *,
+        self, kind: str, request: ActiveRequest, layer: int, to: int, payload: int, *,
         begins_pass: bool = False,
     ) -> None:  # fmt: skip
         """Send hidden states or token ids from where the request is (section 10, rule 5)."""
         at = request.location
         self.hops[at, to] += 1
-        hop = _Message(request.number, layer, at, to, payload, kind=kind, begins_pass=begins_pass)
+        hop = Message(request.number, layer, at, to, payload, kind=kind, begins_pass=begins_pass)
         self._push(self.now + self.scenario.network.hop_overhead_s, events.SEND, hop)
 
-    def _complete_part(self, request: _ActiveRequest) -> None:
+    def _complete_part(self, request: ActiveRequest) -> None:
         request.pending_parts -= 1
         if request.pending_parts:
             return
@@ -306,7 +312,7 @@ class ReferenceEngine:
         else:
             self._end_pass(request)
 
-    def _end_pass(self, request: _ActiveRequest) -> None:
+    def _end_pass(self, request: ActiveRequest) -> None:
         """The driver has made a token: its id begins the next pass, and goes home (rule 3)."""
         driver, home = request.location, request.home
         first = request.executes_at[0]
@@ -328,7 +334,7 @@ class ReferenceEngine:
         if goes_on and first == driver:
             self._begin_layer(request)
 
-    def _deliver_id(self, request: _ActiveRequest) -> None:
+    def _deliver_id(self, request: ActiveRequest) -> None:
         """A token's id is at home; with the last one the request is answered (rule 4)."""
         number = request.number
         if math.isnan(self.first_token_s[number]):
@@ -349,20 +355,28 @@ class ReferenceEngine:
 
     # ------------------------------------------------------------------------------------ routing
 
-    def _route(self, request: _ActiveRequest) -> None:
-        """Split the step's tokens by destination, start the local experts and send the messages."""
-        at, layer = request.location, request.layer
-        experts = self.scenario.model.num_experts
-        first = layer * experts
+    def _route(self, request: ActiveRequest) -> None:
+        """Send the calls of the step's tokens in the layer to where their experts are."""
         tokens = slice(request.token_row, request.token_row + request.step_tokens)
-        rows = self.scenario.requests.prompts.experts[tokens, layer]
+        rows = self.scenario.requests.prompts.experts[tokens, request.layer]
+        self._start_calls(request, rows.tolist())
+
+    def _start_calls(
+        self, request: ActiveRequest, tokens: list[list[int]], *, again: bool = False
+    ) -> None:
+        """Split calls by destination, start the local experts and send the messages.
+
+        ``tokens`` has the experts that each token calls. Calls that are sent ``again`` count as
+        messages alone: their step has been counted.
+        """
+        at, layer, home = request.location, request.layer, request.home
+        first = layer * self.scenario.model.num_experts
         batches: dict[int, dict[int, int]] = {}  # server -> expert -> tokens, by first call
-        tokens_to: dict[int, int] = {}
-        remote = 0
-        for token in rows.tolist():
+        sent: dict[int, list[list[int]]] = {}  # server -> the experts there of each token
+        remote, waiting, destinations = 0, 0, 0
+        for token in tokens:
             missing = []
             for e in token:
-                self._recent_calls[request.home, layer, e] += 1
                 if self.scenario.offload or self._first_gpu(at, first + e) >= 0:
                     batch = batches.setdefault(at, {})
                     batch[e] = batch.get(e, 0) + 1
@@ -370,36 +384,44 @@ class ReferenceEngine:
                     missing.append(e)
             remote += len(missing)
             place = self._choose_holders(request.number, at, [first + e for e in missing])
+            named: dict[int, list[int]] = {}
             for e, m in zip(missing, place, strict=True):
                 batch = batches.setdefault(m, {})
                 batch[e] = batch.get(e, 0) + 1
-            for m in set(place):
-                tokens_to[m] = tokens_to.get(m, 0) + 1
+                named.setdefault(m, []).append(e)
+            for m, experts in named.items():
+                sent.setdefault(m, []).append(experts)
                 self._tokens_sent[at][m] += 1
-            self.waiting[request.home] += bool(missing)
-            self.destinations[request.home] += len(set(place))
-        self.calls[request.home] += rows.size
-        self.remote_calls[request.home] += remote
-        self.steps[request.home] += len(rows)
-        request.remote_experts = remote
-        request.pending_parts = len(batches)
+            waiting += bool(missing)
+            destinations += len(named)
+        if not again:
+            for token in tokens:
+                for e in token:
+                    self._recent_calls[home, layer, e] += 1
+            self.calls[home] += sum(map(len, tokens))
+            self.remote_calls[home] += remote
+            self.steps[home] += len(tokens)
+            self.waiting[home] += waiting
+            self.destinations[home] += destinations
+            request.remote_experts = remote
+        request.pending_parts += len(batches)
         if at in batches:
             if self.scenario.offload:
                 end_s = self._compute_with_offload(at, layer, batches[at])
             else:
                 end_s = self._compute_all(self._gpu_work_s(at, layer, batches[at]))
             self._push(end_s, events.LOCAL, request)
-        for m in sorted(tokens_to):
-            named = sum(batches[m].values())
-            states = tokens_to[m] * self.scenario.network.token_bytes
-            message = _Message(
+        for m in sorted(sent):
+            states = len(sent[m]) * self.scenario.network.token_bytes
+            message = Message(
                 request=request.number,
                 layer=layer,
                 at=at,
                 to=m,
-                message_bytes=states + BYTES_PER_CALL * named,
+                message_bytes=states + BYTES_PER_CALL * sum(map(len, sent[m])),
                 reply_bytes=states,
                 gpu_work_s=self._gpu_work_s(m, layer, batches[m]),
+                calls=sent[m],
             )
             self.messages[at, m] += 1
             self._push(self.now + self.scenario.network.call_overhead_s, events.SEND, message)
@@ -461,7 +483,7 @@ class ReferenceEngine:
 
     # ----------------------------------------------------------------------------------- messages
 
-    def _start_or_enqueue(self, message: _Message) -> None:
+    def _start_or_enqueue(self, message: Message) -> None:
         """Acquire the sender's uplink and the receiver's downlink together, or wait for both.
 
         Of the waiting messages, the one that was ready first starts when both are free; one that
@@ -523,7 +545,7 @@ class ReferenceEngine:
             bucket[1] = self.now + held_s
         return held_s
 
-    def _release_ports(self, message: _Message) -> None:
+    def _release_ports(self, message: Message) -> None:
         a, b = message.ends
         short = int(message.payload < self.scenario.network.short_bytes)
         self._up_busy[short][a] = self._down_busy[short][b] = False
@@ -531,7 +553,7 @@ class ReferenceEngine:
         for other in waiting:
             self._start_or_enqueue(other)
 
-    def _receive(self, message: _Message) -> None:
+    def _receive(self, message: Message) -> None:
         if message.kind == "call":
             self._push(self._compute_all(message.gpu_work_s), events.COMPUTED, message)
             return
@@ -580,8 +602,12 @@ class ReferenceEngine:
             raise ValueError("a migration is still under way")
         if self.scenario.offload:
             raise ValueError("offloading servers keep what they use; there is nothing to migrate")
+        self._begin_migration(steps, change)
+        self._update_tables()
+
+    def _begin_migration(self, steps: Sequence[MigrationStep], change: TableChange | None) -> None:
         self._steps = steps
-        self._open_needs, self._dependents = step_dependencies(steps, change)
+        self._open_needs, self._dependents = self._dependencies(steps, change)
         self._open_steps = len(steps)
         if not steps:
             self.migration_end_s = self.now
@@ -589,7 +615,11 @@ class ReferenceEngine:
             self._change = change
             self._waiting_steps = range(change.waits_from, len(steps))
         self._start_steps(deque(i for i, needs in enumerate(self._open_needs) if needs == 0))
-        self._update_tables()
+
+    def _dependencies(
+        self, steps: Sequence[MigrationStep], change: TableChange | None
+    ) -> tuple[list[int], list[list[int]]]:
+        return step_dependencies(steps, change)
 
     def _update_tables(self) -> None:
         """Begin the next execution table if its steps are complete, and start steps that waited."""

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prism_plan.simulate.engine_interface import Outcome
+from prism_plan.simulate.loss_report import Losses
 from prism_plan.simulate.requests import Requests
 from prism_plan.simulate.scenario import Scenario
 
@@ -42,7 +43,7 @@ class ReviewRecord:
 
 @dataclass(frozen=True, eq=False)
 class SimulationRun:
-    """The simulated run of one placement: its scenario, measurements and reviews."""
+    """The simulated run of one placement: its scenario, measurements, reviews and losses."""
 
     placement: str
     solver: str
@@ -53,6 +54,7 @@ class SimulationRun:
     partial: bool = False
     runtime_s: float = 0.0
     notes: tuple[str, ...] = ()
+    losses: Losses | None = None
 
     @property
     def latency_s(self) -> Floats:
@@ -62,7 +64,7 @@ class SimulationRun:
     @property
     def ttft_s(self) -> Floats:
         """From arrival to the first token, [R]."""
-        return self.outcome.first_token_s - self.scenario.requests.arrival_s
+        return self._of_counted(self.outcome.first_token_s) - self.scenario.requests.arrival_s
 
     @property
     def tpot_s(self) -> Floats:
@@ -72,7 +74,13 @@ class SimulationRun:
     @property
     def queueing_s(self) -> Floats:
         """From arrival to admission, [R]."""
-        return self.outcome.start_s - self.scenario.requests.arrival_s
+        return self._of_counted(self.outcome.start_s) - self.scenario.requests.arrival_s
+
+    def _of_counted(self, times_s: Floats) -> Floats:
+        """Times of the requests that count, [R]; NaN for those that left without an answer."""
+        if self.losses is None:
+            return times_s
+        return np.where(np.isfinite(self.losses.outcome.left_s), np.nan, times_s)
 
     def utilisation(self) -> list[float | None]:
         """Utilisation of each server's admission slots: rate x mean service / concurrency.
@@ -172,11 +180,28 @@ class SimulationRun:
             "latency_quantiles_s": _quantiles(self.latency_s),
             "timeline": _timeline(requests.arrival_s, self.latency_s),
             **({"phases": phases} if phases else {}),
+            **({"losses": self._losses(self.losses)} if self.losses else {}),
             "loads": outcome.loads,
             "loaded_bytes": outcome.loaded_bytes,
             "events": outcome.events,
             "simulated_s": outcome.now_s,
             "runtime_s": self.runtime_s,
+        }
+
+    def _losses(self, losses: Losses) -> dict[str, Any]:
+        """Lost servers, what became of requests, and times before, during and after."""
+        when = losses.when(self.scenario.requests.arrival_s, self.outcome.done_s)
+        return {
+            "servers": [record.to_json() for record in losses.records],
+            **losses.counts(),
+            **{
+                name: {
+                    "requests": int(chosen.sum()),
+                    "latency_s": summary(self.latency_s[chosen]),
+                    "ttft_s": summary(self.ttft_s[chosen]),
+                }
+                for name, chosen in when.items()
+            },
         }
 
     @property
@@ -227,6 +252,9 @@ class SimulationRun:
         """
         requests, outcome = self.scenario.requests, self.outcome
         end_s = np.where(np.isfinite(outcome.done_s), outcome.done_s, outcome.now_s)
+        if self.losses is not None:
+            left_s = self.losses.outcome.left_s
+            end_s = np.where(np.isfinite(left_s), left_s, end_s)
         spent_s = np.maximum(end_s - requests.arrival_s, 0.0)
         for n, present_s in enumerate(outcome.present_s):
             total_s = math.fsum(spent_s[requests.home == n])

@@ -61,10 +61,12 @@ class Scenario:
         calibration: Calibration | None = None,
         execution: Ints | None = None,
         offload: bool = False,
+        restarts: bool = False,
     ) -> Scenario:
         """Build and validate the scenario of a run.
 
-        ``execution`` replaces the table of the placement.
+        ``execution`` replaces the table of the placement. ``restarts``: requests may be started
+        again from their prompt and tokens, so that one step may have all tokens of a request.
 
         Raises
         ------
@@ -101,6 +103,8 @@ class Scenario:
         prompts = requests.prompts
         tokens = max(int(prompts.prefill_tokens.max(initial=0)), 1)
         context = int((prompts.prefill_tokens + prompts.decode_tokens).max(initial=0))
+        if restarts:
+            tokens = max(tokens, context)
         if not offload:
             require_covered(placement, requests)
         else:

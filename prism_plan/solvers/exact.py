@@ -77,7 +77,7 @@ def solve_flow(
     cap_of_server = np.minimum(instance.max_per_layer if capped else pairs, group_size)
     cap = np.broadcast_to(cap_of_server, (groups, servers)).T.copy()
 
-    bits = min(WEIGHT_BITS, 57 - math.ceil(math.log2(2 * servers * (groups + 1))))
+    bits = weight_bits(servers, groups)
     largest = float(np.abs(value).max()) or 1.0
     scale = 2.0 ** (bits - math.ceil(math.log2(largest)))
     weight = np.rint(value.reshape(servers, pairs) * scale).astype(np.int64)
@@ -104,6 +104,14 @@ def solve_flow(
         raise AssertionError(f"no path for {instance.model.pair_text(uncovered)}, yet no cut")
     local = ((search.state == flow.HELD) | (search.state == flow.PINNED)).T.reshape(value.shape)
     return np.ascontiguousarray(local), _prices(search, instance, scale), search.counters
+
+
+def weight_bits(servers: int, groups: int) -> int:
+    """Bits of the values of the flow, of ``servers`` whose experts are in so many groups.
+
+    Values that are integers below 2 to this power are not rounded.
+    """
+    return min(WEIGHT_BITS, 57 - math.ceil(math.log2(2 * servers * (groups + 1))))
 
 
 def best_experts(weight: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int32]:

@@ -14,6 +14,7 @@ from prism_plan.io.migration import migration_to_json
 from prism_plan.io.placement import placement_from_json, write_placement
 from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
+from prism_plan.migration.replica_dips import dips_text
 from prism_plan.model_spec import require_same_model
 from prism_plan.placement import Placement, SolveReport, require_home_execution
 from prism_plan.placement_check import violations
@@ -89,6 +90,8 @@ class Migrations:
             number, target, set(range(len(plan.steps))), plan.loads, plan.moved_bytes,
             state.now(), requested_by, event,
         )  # fmt: skip
+        if plan.dips:
+            state.report(f"migration {number}: {dips_text(plan)}")
         state.log.put(f"plan/{number}", migration_to_json(plan))
         state.log.append(log_entries.MigrationStarted(number))
 
@@ -168,7 +171,8 @@ class Migrations:
             target = _target(state, placement_from_json(state.log.get(f"move/{move}")), instance)
             plan = migration_plan(
                 state.held_placement(instance), target, gpu_capacity=instance.gpu_capacity,
-                forbidden=instance.mask(instance.forbidden), priority=rates, names=NAMES,
+                forbidden=instance.mask(instance.forbidden), priority=rates,
+                min_replicas=target.plan.min_replicas, names=NAMES,
             )  # fmt: skip
         except StoreLost:
             raise

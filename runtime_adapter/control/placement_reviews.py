@@ -181,6 +181,7 @@ class Reviews:
             plan = migration_plan(
                 current, decision.target, gpu_capacity=instance.gpu_capacity,
                 forbidden=instance.mask(instance.forbidden), priority=rates,
+                min_replicas=instance.min_replicas,
             )  # fmt: skip
         except (Infeasible, InputError, UnsupportedFeature) as error:
             state.report(f"a move was not made: {error}", once=True)

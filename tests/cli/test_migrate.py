@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -71,6 +72,30 @@ def test_the_plan_is_written_and_told(prism_plan: Run, here: Path) -> None:
     assert checked.stdout == (
         "m.json: ok: migration: m on 3 servers, 3 loads (1 of them temporary) and 3 drops\n"
     )
+
+
+def test_replicas_that_are_not_kept_are_told(prism_plan: Run, tmp_path: Path) -> None:
+    """A target of two replicas: without a slot the line says which expert has one for a while."""
+    a = placed([[0], [1], [0, 1], []], [1, 1, 2, 1], pairs=2)
+    b = placed([[1], [0], [0, 1], []], [1, 1, 2, 1], pairs=2)
+    two = b.replace(plan=dataclasses.replace(b.plan, min_replicas=2))
+    for name, placement in (("a", a), ("b", two)):
+        write_placement(tmp_path / f"{name}.json", placement)
+    for slots, text in (
+        (1, "every expert stays on 2 servers at every moment (on fewer where a.json or b.json has"),
+        (0, "1 expert has fewer than 2 copies for a while, for no order was found that loads"),
+    ):
+        (tmp_path / "c.toml").write_text(cluster([1, 1, 2, slots]))
+        result = prism_plan(
+            "migrate", "a.json", "b.json", "--cluster", "c.toml", "-o", "m.json", cwd=tmp_path
+        )
+        assert result.returncode == 0, result.stderr
+        assert text in result.stderr
+        assert (
+            "1 load of temporary copies that lead past full GPUs, 10 bytes" in result.stderr
+        ) == (slots == 1)
+        checked = prism_plan("check", "m.json", cwd=tmp_path)
+        assert ("1 expert has fewer than 2 copies" in checked.stdout) == (slots == 0)
 
 
 def test_standard_output_is_json_alone(prism_plan: Run, here: Path) -> None:

@@ -150,6 +150,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 #: What an option needs beside it to have an effect.
 BESIDE = {
     **dict.fromkeys(("migrate_every_s", "half_life_s", "horizon_s"), ("--migrate", "prism")),
+    **dict.fromkeys(("timeout_s", "request_timeout_s"), ("--lose", "edge-0@5")),
     "jobs": ("--sweep", "solver=uniform", "-o", "o.csv"),
 }
 NUMBERS = [
@@ -195,6 +196,16 @@ NO_EFFECT: list[tuple[tuple[str, ...], str]] = [
     (
         (*SIMULATE, "--migrate", "prism", "--statistics", "cumulative", "--half-life", "5"),
         "--half-life: has no effect with cumulative --statistics",
+    ),
+    ((*SIMULATE, "--timeout", "5"), "--timeout: has no effect without --lose; leave it out"),
+    ((*SIMULATE, "--request-timeout", "5"), "--request-timeout: has no effect without --lose"),
+    (
+        (*SIMULATE, "--sweep", "seed=1", "-o", "o.csv", "--lose", "edge-0@5"),
+        "--lose: not in a sweep (--sweep)",
+    ),
+    (
+        (*SIMULATE, "--lose", "edge-0@5", "--migrate", "prism"),
+        "--lose: servers are lost while --migrate prism moves experts; expected no reviews",
     ),
     ((*SIMULATE, "--jobs", "2"), "--jobs: has no effect without --sweep"),
     ((*SIMULATE, "--backend", "dask"), "--backend: has no effect without --sweep"),

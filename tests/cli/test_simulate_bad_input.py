@@ -183,6 +183,28 @@ def calibration(**changes: Any) -> Callable[[Path], None]:
     return writing("k.json", json.dumps(CALIBRATION | changes))
 
 
+LOSSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "no time": (("--lose", "a"), ("--lose: 'a'; expected NAME@SECONDS or NAME@SECONDS:RETURN",)),
+    "back before": (("--lose", "a@0.2:0.1"), ("--lose: a: lost at 0.2 s, back at 0.1 s",)),
+    "another server": (("--lose", "d@0.2"), ("--lose: 'd'", "the cluster: a, b, c")),
+    "after the end": (("--lose", "a@1e6"), ("--lose: a at 1e+06 s", "up to the last arrival")),
+    "twice": (("--lose", "a@0.1", "--lose", "a@0.2"), ("--lose: a at 0.2 s", "since 0.1 s")),
+    "all": (
+        ("--lose", "a@0.1", "--lose", "b@0.1", "--lose", "c@0.1"),
+        ("--lose: no server is left at 0.1 s",),
+    ),
+    "no timeout": (("--lose", "a@0.1", "--timeout", "nan"), ("--timeout: nan; expected sec",)),
+    "with offload": (("--lose", "a@0.1", "--offload"), ("--lose: servers are lost beside the",)),
+}
+
+
+@pytest.mark.parametrize("what", LOSSES)
+def test_losses_that_cannot_be(work: Path, what: str) -> None:
+    """Times, names and numbers of lost servers are checked before anything is simulated."""
+    words, told = LOSSES[what]
+    assert_refused(work, "p.json", *words, words=told)
+
+
 MEASURED = ("--calibration", "k.json")
 FIXED = ("--arrivals", "a.jsonl")
 PHASED = ("--phases", "phases.toml")

@@ -24,6 +24,7 @@ from prism_plan.placement import Placement
 from prism_plan.simulate.phase_schedule import Phase, Schedule
 from prism_plan.simulate.reference_engine import ReferenceEngine
 from prism_plan.simulate.requests import Requests
+from prism_plan.solvers import solve
 from prism_plan.trace import Trace
 from tests.evaluate.simulation_material import (
     SPEC,
@@ -282,6 +283,34 @@ def test_a_move_that_cannot_be_ordered_is_noted() -> None:
     assert run.outcome.loads == 0
     assert any(note.startswith("uniform: a move was not made: infeasible") for note in result.notes)
     assert len(set(result.notes)) == len(result.notes)
+
+
+def test_replicas_that_a_move_cannot_keep_are_noted() -> None:
+    """Two replicas on full servers: the moves are made, and a note tells of experts with one.
+
+    With a free slot on one server both are kept, and nothing is noted.
+    """
+    trace = small_trace()
+    for slots, noted in (("16", True), ("17", False)):
+        cluster = small_cluster(
+            ("interval_s = 0.04\ntasks = { x = 0.5, z = 0.5 }\n[[server.gpu]]\nslots = 11",
+             f"interval_s = 0.04\ntasks = {{ x = 0.5, z = 0.5 }}\n[[server.gpu]]\nslots = {slots}"),
+            ("slots = 11", "slots = 16"),
+            ("slots = 3", "slots = 8"),
+        )  # fmt: skip
+        plan = solve(Instance.build(trace, cluster, min_replicas=2), "exact")
+        result = simulate_placements(
+            [("exact", plan)],
+            sampled(trace, cluster, 600, schedule=SHIFT),
+            trace,
+            cluster,
+            SimulationOptions(migrate="partial", migrate_every_s=1.0, half_life_s=1.0),
+        )
+        (run,) = result.runs
+        assert any(review.decision == "move" for review in run.migrations)
+        text = "exact: during a move 1 expert has fewer than 2 copies for a while"
+        assert any(note.startswith(text) for note in result.notes) == noted
+        assert any("copies" in note for note in result.notes) == noted
 
 
 # ------------------------------------------------------------------------------ holdout and offload

@@ -26,7 +26,7 @@ from prism_plan.io.migration import (
 from prism_plan.io.shared_fields import shipped_schema
 from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.plan import LoadTime, MigrationPlan
-from prism_plan.migration_step import MigrationStep
+from prism_plan.migration_step import MigrationStep, ReplicaDip
 from prism_plan.model_spec import ModelShape
 from prism_plan.placement import InputFile
 from tests.migration.moves_by_hand import placed
@@ -58,6 +58,14 @@ def plans(draw: st.DrawFn) -> MigrationPlan:
         waits_from = draw(st.integers(0, len(steps)))
         begins_after = draw(st.sampled_from([0, waits_from]))
         change = TableChange(np.array(table, np.int32), begins_after, waits_from)
+    replicas, dips = draw(st.sampled_from([1, 2, 5])), []
+    for drop, step in enumerate(steps):
+        ends = [i for i in range(drop, len(steps)) if steps[i].kind == "load"]
+        ends = [i for i in ends if steps[i].pair == step.pair]
+        if replicas > 1 and step.kind == "drop" and ends and draw(st.booleans()):
+            wanted = draw(st.integers(2, replicas))
+            copies = draw(st.integers(1, wanted - 1))
+            dips.append(ReplicaDip(step.pair, wanted, copies, drop, draw(st.sampled_from(ends))))
     file = st.builds(InputFile, st.text(), st.just("0123456789abcdef" * 4))
     seconds = st.floats(0, 1e9)
     return MigrationPlan(
@@ -68,6 +76,8 @@ def plans(draw: st.DrawFn) -> MigrationPlan:
         draw(st.dictionaries(st.sampled_from(["from", "to"]), file)),
         draw(st.none() | st.builds(LoadTime, seconds, seconds)),
         change,
+        replicas,
+        tuple(dips),
     )
 
 
@@ -78,7 +88,8 @@ def test_round_trip_is_exact(plan: MigrationPlan, tmp_path_factory: pytest.TempP
     path = tmp_path_factory.mktemp("migration") / "m.json"
     write_migration(path, plan)
     again = read_migration(path)
-    for field in ("model", "servers", "gpus", "steps", "inputs", "load_s"):
+    fields = ("model", "servers", "gpus", "steps", "inputs", "load_s", "min_replicas", "dips")
+    for field in fields:
         assert getattr(again, field) == getattr(plan, field)
     assert (again.change is None) == (plan.change is None)
     if plan.change is not None and again.change is not None:
@@ -187,4 +198,69 @@ def test_what_is_wrong_with_a_table_is_named(case: str, values: dict[str, Any]) 
     target[path[-1]] = value
     with pytest.raises(InputError) as caught:
         migration_from_json(good, source="m.json")
+    assert words in str(caught.value)
+
+
+@pytest.fixture
+def with_replicas() -> dict[str, Any]:
+    """The file's values of a swap of two experts with two copies each, without a free slot."""
+    a = placed([[0], [1], [0, 1]], [1, 1, 2], pairs=2)
+    b = placed([[1], [0], [0, 1]], [1, 1, 2], pairs=2)
+    return migration_to_json(migration_plan(a, b, min_replicas=2))
+
+
+def test_replicas_read_as_documented(with_replicas: dict[str, Any], tmp_path: Path) -> None:
+    """A part of its own where more than one copy is kept, and `check` tells of the dips.
+
+    Files without it, as all were before, are of moves that keep one copy.
+    """
+    assert with_replicas["replicas"] == {
+        "min_replicas": 2,
+        "extra_bytes": 0,
+        "dips": [{"layer": 3, "expert": 0, "wanted": 2, "copies": 1, "drop": 0, "load": 3}],
+    }
+    assert list(with_replicas)[-2:] == ["replicas", "steps"]
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps(with_replicas))
+    assert "1 expert has fewer than 2 copies for a while" in check_file(path).summary
+    del with_replicas["replicas"]
+    older = migration_from_json(with_replicas)
+    assert (older.min_replicas, older.dips) == (1, ())
+    assert "replicas" not in migration_to_json(older)
+
+
+REPLICA_MUTATIONS: dict[str, tuple[list[Any], Any, str]] = {
+    "one": (["min_replicas"], 1, "replicas.min_replicas: 1"),
+    "bytes": (["extra_bytes"], 10, "replicas.extra_bytes: 10; expected 0, as the steps have it"),
+    "layer": (["dips", 0, "layer"], 1, "replicas.dips[0].layer: 1; expected a MoE layer of m, 3"),
+    "expert": (["dips", 0, "expert"], 2, "replicas.dips[0].expert: 2; expected ids 0..1 of m"),
+    "wanted": (["dips", 0, "wanted"], 3, "dips[0].wanted: 3; expected from 2 to min_replicas, 2"),
+    "copies": (["dips", 0, "copies"], 0, "replicas.dips[0].copies: 0; expected from 1 to 1"),
+    "many": (["dips", 0, "copies"], 2, "replicas.dips[0].copies: 2; expected from 1 to 1"),
+    "other step": (["dips", 0, "drop"], 2, "dips[0].drop: 2; expected a drop of that expert"),
+    "no step": (["dips", 0, "load"], 2**40, "dips[0].load: 1099511627776; expected a load"),
+    "load": (
+        ["dips", 0, "load"],
+        1,
+        "dips[0].load: 1; expected a load of that expert, at steps[1]",
+    ),
+    "twice": (
+        ["dips"],
+        None,
+        "replicas.dips[1].drop: 0; expected a drop of that expert, at steps[1]",
+    ),
+    "foreign": (["colour"], 1, "unknown key 'colour'"),
+}
+
+
+@pytest.mark.parametrize("case", list(REPLICA_MUTATIONS))
+def test_what_is_wrong_with_replicas_is_named(case: str, with_replicas: dict[str, Any]) -> None:
+    """Number, bytes, and every dip with the steps that begin and end it are checked."""
+    path, value, words = REPLICA_MUTATIONS[case]
+    target: Any = with_replicas["replicas"]
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = 2 * target[path[-1]] if case == "twice" else value
+    with pytest.raises(InputError) as caught:
+        migration_from_json(with_replicas, source="m.json")
     assert words in str(caught.value)

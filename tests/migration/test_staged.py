@@ -20,6 +20,7 @@ from prism_plan.migration.staged import _between, staged_migration
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.placement_diff import diff
+from tests.migration.replicas_by_hand import too_few_copies
 
 #: An expert has 100 bytes; a token's cache 30, 10 in each of three decoder layers.
 LAYERS, EXPERTS, SERVERS = 3, 3, 3
@@ -118,6 +119,7 @@ def replay(
             tables = [*tables, change.execution]
         assert_fits(cluster, reserved, tables)
         assert held.any(axis=0).all()
+        assert too_few_copies(plan, frozenset(done), current, target) is None
         ready = [
             i
             for i, step in enumerate(plan.steps)
@@ -156,7 +158,10 @@ def stage(plan: MigrationPlan) -> str:
 
 @pytest.mark.parametrize("block", range(6))
 def test_memory_holds_at_every_moment(block: int) -> None:
-    """Experts, and KV caches of all tables that requests may run on, fit; nothing gets lost."""
+    """Experts, and KV caches of all tables that requests may run on, fit; nothing gets lost.
+
+    With one replica or two: whatever is not kept of the second one the plan says.
+    """
     seen = set()
     for seed in range(40 * block, 40 * block + 40):
         rng = np.random.default_rng(seed)
@@ -171,13 +176,38 @@ def test_memory_holds_at_every_moment(block: int) -> None:
         if current is None or target is None:
             continue
         try:
-            plan = staged_migration(current, target, np.stack(older), instance, MODEL)
+            plan = staged_migration(
+                current, target, np.stack(older), instance, MODEL, min_replicas=1 + seed % 2
+            )
         except Infeasible:
             seen.add("none")
             continue
         seen.add(stage(plan))
         replay(rng, cluster, plan, current, target, older)
     assert {"at once", "table after", "steps wait", "two stages"} <= seen
+
+
+def test_replicas_that_fit_beside_neither_table_are_told() -> None:
+    """An expert may have a copy less from the first stage into the second: one dip, of both."""
+    over_both = 0
+    for seed in range(80):
+        rng = np.random.default_rng(seed)
+        cluster = a_cluster(rng)
+        old, new = a_table(rng), a_table(rng)
+        try:
+            current, target = a_placement(rng, cluster, old), a_placement(rng, cluster, new)
+            if current is None or target is None:
+                continue
+            instance = Instance.of_cluster(cluster, MODEL)
+            plan = staged_migration(current, target, old[None], instance, MODEL, min_replicas=2)
+        except Infeasible:
+            continue
+        replay(rng, cluster, plan, current, target, [old])
+        change = plan.change
+        over_both += change is not None and any(
+            dip.drop < change.begins_after <= dip.load for dip in plan.dips
+        )
+    assert over_both > 0
 
 
 def test_without_caches_nothing_waits() -> None:
@@ -214,9 +244,13 @@ def test_tables_alone_change_without_steps() -> None:
     assert plan.change.execution.tolist() == table.tolist()
 
 
+@pytest.mark.parametrize("min_replicas", [1, 2])
 @pytest.mark.parametrize("seed", range(30))
-def test_the_placement_between_costs_the_fewest_loads(seed: int) -> None:
-    """Against every placement of four experts on two servers that fits and covers."""
+def test_the_placement_between_costs_the_fewest_loads(seed: int, min_replicas: int) -> None:
+    """Against every placement of four experts on two servers that fits and covers.
+
+    Of the replicas that both placements have it keeps as many as any, and then loads count.
+    """
     rng = np.random.default_rng(seed)
     model = a_model(1, 4).shape()
     room = rng.integers(2, 4, 2)
@@ -229,20 +263,24 @@ def test_the_placement_between_costs_the_fewest_loads(seed: int) -> None:
         return Placement(model, ("a", "b"), ((4,), (4,)), held, SolveReport("drawn"))
 
     limits = Instance(model, ("a", "b"), np.zeros((2, 1, 4)), tuple((int(n),) for n in room))
-    found = _between(placed(had), placed(will), limits).local
+    found = _between(placed(had), placed(will), limits, min_replicas).local
+    kept = np.minimum(had.sum(axis=0), will.sum(axis=0)).clip(1, min_replicas)
+
+    def missing(held: Any) -> int:
+        return int(np.maximum(kept - held.sum(axis=0), 0).sum())
 
     def loads(held: Any) -> int:
         return int((held & ~had).sum() + (will & ~held).sum())
 
-    fewest = min(
-        loads(held)
+    least = min(
+        (missing(held), loads(held))
         for bits in itertools.product([False, True], repeat=8)
         if (held := np.array(bits).reshape(2, 1, 4)).any(axis=0).all()
         and (held.sum(axis=(1, 2)) <= room).all()
     )
     assert found.any(axis=0).all()
     assert (found.sum(axis=(1, 2)) <= room).all()
-    assert loads(found) == fewest
+    assert (missing(found), loads(found)) == least
 
 
 def test_experts_of_unequal_size_need_room_beside_both_tables() -> None:

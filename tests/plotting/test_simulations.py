@@ -152,6 +152,28 @@ def test_timeline_marks_phases() -> None:
     assert not plotting.simulation_timeline(with_phases(REPORT, phases[:1])).axes[0].texts
 
 
+def test_timeline_marks_losses() -> None:
+    """A band from the loss to the return, or to the end, and a dotted line at the notice."""
+    servers = [
+        {"server": "edge", "at_s": 300.0, "return_s": 900.0, "noticed_s": 310.0},
+        {"server": "far", "at_s": 1500.0, "return_s": None, "noticed_s": None},
+    ]
+    lost = REPORT | {"runs": [run | {"losses": {"servers": servers}} for run in REPORT["runs"]]}
+    figure, plain = plotting.simulation_timeline(lost), plotting.simulation_timeline(REPORT)
+    for axes, before in zip(figure.axes, plain.axes, strict=True):
+        more = axes.get_lines()[len(before.get_lines()) :]
+        assert [list(line.get_xdata()) for line in more] == [[310.0, 310.0]]
+        bands = [
+            patch.get_window_extent().transformed(axes.transData.inverted())
+            for patch in axes.patches[-2:]
+        ]
+        end_s = axes.get_xlim()[1]
+        np.testing.assert_allclose([bands[0].x0, bands[0].x1], [300.0, 900.0])
+        np.testing.assert_allclose([bands[1].x0, bands[1].x1], [1500.0, end_s])
+    assert legend(figure)[-1] == "away: edge, far (dotted: noticed)"
+    check_readable(figure)
+
+
 @pytest.mark.parametrize("count", [2, 9, 30, 300])
 def test_many_phases_and_moves_are_readable(count: int) -> None:
     """Names of phases get shorter and then go as they get many; lines of moves go beyond 60."""

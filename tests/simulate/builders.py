@@ -24,7 +24,7 @@ from prism_plan.simulate.scenario import Scenario
 #: Kinds of events by number, as tests spell them.
 KINDS = (
     *("arrival", "dense", "local", "send", "arrived", "computed", "returned", "loaded"),
-    "freed",
+    *("freed", "given up"),
 )
 ENGINES: list[Any] = [ReferenceEngine, CompiledEngine]
 
@@ -283,6 +283,7 @@ def drawn_scenario(
     ties: bool = False,
     home: bool = False,
     most: int = 10,
+    restarts: bool = False,
 ) -> Scenario:
     """1-5 servers, 1-3 layers, 2-8 experts, top-k 1-4; ``home``: layers execute at home."""
     servers = int(rng.integers(1, 6)) if servers is None else servers
@@ -320,12 +321,13 @@ def drawn_scenario(
         calibration=Calibration("drawn", None, measured) if rng.random() < 0.7 else None,
         execution=execution.astype(np.int32),
         offload=offload,
+        restarts=restarts,
     )
 
 
 def contended_scenario(
     rng: np.random.Generator, *, ties: bool = False, home: bool = False, burst_kb: float = 0.0,
-    short_kb: float = 0.0,
+    short_kb: float = 0.0, restarts: bool = False,
 ) -> Scenario:  # fmt: skip
     """5 servers of 3 places, 15-20 requests, 2-4 layers; a message takes longer than its experts.
 
@@ -360,4 +362,5 @@ def contended_scenario(
         asks,
         curves=drawn_curves(rng, ties),
         execution=execution.astype(np.int32),
+        restarts=restarts,
     )

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prism_plan.errors import InputError
+from prism_plan.errors import Infeasible, InputError
+from prism_plan.input_limits import MAX_REPLICAS, require_integer
 from prism_plan.migration.endpoints import NAMES, Capacity, Endpoints, match_placements
 from prism_plan.migration.order.greedy import GreedyScheduler
 from prism_plan.migration.order.unequal_sizes import Attempts, relieve_stuck_gpu
 from prism_plan.migration.plan import MigrationPlan
+from prism_plan.migration.replica_dips import with_dips
 from prism_plan.migration_step import MigrationStep
 from prism_plan.placement import Placement
 
@@ -23,6 +25,7 @@ def migration_plan(
     gpu_capacity: Capacity | None = None,
     forbidden: npt.ArrayLike | None = None,
     priority: npt.ArrayLike | None = None,
+    min_replicas: int | None = None,
     names: tuple[str, str] = NAMES,
 ) -> MigrationPlan:
     """The migration steps that lead from ``a`` to ``b``.
@@ -31,29 +34,46 @@ def migration_plan(
     :class:`~prism_plan.instance.Instance`, by default that of ``b``. ``forbidden`` bool [N, L, E]
     says where no temporary copy may go. Loads of high ``priority`` come first: calls per second,
     [G, J] or [N, L, E]; ties go to the lowest index. Experts that nobody holds yet come before
-    all others where that leaves room to move the rest. ``names`` are what errors call the two.
+    all others where that leaves room to move the rest, then those that too few servers hold.
+    ``names`` are what errors call the two.
 
-    Where experts are of one size, and nothing is forbidden, an order is found if one exists, with
-    at most two extra loads for a group of GPUs that wait for each other. Where sizes differ or
-    places are forbidden, the search may fail though an order exists.
+    In every order of the steps that their needs allow, each expert is held by ``min_replicas``
+    servers at every moment (by default the number that ``b`` was planned with), or by as many as
+    hold it at first or in the end, if that is less. Where that is not possible the ``dips`` of the
+    plan say which experts have fewer copies for a while, and during which steps; one copy is left
+    always.
+
+    Where experts are of one size, and nothing is forbidden, an order is found if one exists, and
+    one without dips if that exists and no expert is without a holder at first. A group of GPUs that
+    wait for each other costs at most two extra loads where ``min_replicas`` is 1, and never more
+    than there are GPUs. Where sizes differ or places are forbidden, the search may fail, or have
+    dips, though an order without exists.
 
     Raises
     ------
     InputError
         See :func:`~prism_plan.migration.endpoints.match_placements`; a shape is wrong, a priority
-        is NaN.
+        is NaN, ``min_replicas`` is below 1.
     Infeasible
         No order exists, or none was found; says which and why.
     """
+    replicas = b.plan.min_replicas if min_replicas is None else min_replicas
+    require_integer(replicas, 1, MAX_REPLICAS, "min_replicas")
     ends = match_placements(a, b, gpu_capacity, names)
-    scheduler = GreedyScheduler(
-        ends,
-        ~_by_gpu(ends, forbidden, "forbidden", bool) | ends.final,
-        _by_gpu(ends, priority, "priority", np.float64),
-    )
-    _schedule(scheduler)
+    allowed = ~_by_gpu(ends, forbidden, "forbidden", bool) | ends.final
+    called = _by_gpu(ends, priority, "priority", np.float64)
+    at_most = min(replicas, len(ends.servers))
+    for kept in range(at_most, 0, -1):  # fewer are kept only where no order was found
+        scheduler = GreedyScheduler(ends, allowed, called, at_most, kept)
+        try:
+            _schedule(scheduler)
+            break
+        except Infeasible:
+            if kept == 1:
+                raise
     plan = MigrationPlan(ends.model, ends.servers, ends.gpus, tuple(scheduler.state.steps))
-    return plan.replace(steps=_topological(plan))
+    plan = plan.replace(steps=_topological(plan), min_replicas=replicas)
+    return with_dips(plan, ends)
 
 
 def _by_gpu(ends: Endpoints, array: npt.ArrayLike | None, name: str, dtype: Any) -> Any:

@@ -15,7 +15,8 @@ def relieve_stuck_gpu(scheduler: GreedyScheduler, tried: Attempts) -> None:
     """Make room on one stuck GPU; what is tried is added to ``tried``.
 
     Either another GPU takes a temporary copy of what the stuck one is to drop, or the stuck one
-    drops a duplicate for a while.
+    drops a duplicate for a while. Where nothing of this is left to try, some expert may from then
+    on have a copy less than it should.
 
     Raises
     ------
@@ -39,20 +40,50 @@ def relieve_stuck_gpu(scheduler: GreedyScheduler, tried: Attempts) -> None:
                 scheduler.add_load(g, borrowed)
                 scheduler.retry(g)
                 return
-    raise _fragmented(scheduler)
+    if not _lower_a_floor(scheduler):
+        raise _fragmented(scheduler)
+
+
+def _lower_a_floor(scheduler: GreedyScheduler) -> bool:
+    """Let a stuck GPU drop a copy that cannot be spared, of an expert that others hold too.
+
+    If possible one that alone makes enough room, of these that of the expert called least.
+    """
+    calls, size = scheduler.priority.sum(axis=0), scheduler.ends.size
+    candidates = []
+    for j, gpus in enumerate(scheduler.pending_drops):
+        for g in gpus if scheduler.floor[j] > 1 else ():
+            if scheduler.pending_loads[g] and not scheduler.may_drop(g, j):
+                room = scheduler.state.free[g] + int(size[j])
+                enough = room >= min(scheduler.pending_loads[g])
+                candidates.append((not enough, float(calls[j]), j))
+    if not candidates:
+        return False
+    _, _, lowered = min(candidates)
+    scheduler.floor[lowered] -= 1
+    for g in scheduler.pending_drops[lowered]:
+        scheduler.offer_drop(g, lowered)
+        scheduler.retry(g)
+    return True
 
 
 def _temporary_copies(
     scheduler: GreedyScheduler, tried: Attempts
 ) -> Iterator[tuple[int, int, int]]:
-    """(stuck GPU, sole copy that it is to drop, GPU that may hold a temporary copy)."""
-    pending = scheduler.pending_loads
+    """(stuck GPU, copy to drop that cannot be spared, GPU that may hold one for a while)."""
+    pending, state = scheduler.pending_loads, scheduler.state
+
+    def may_hold(host: int, g: int, j: int) -> bool:
+        n = state.server[host]
+        elsewhere = n == state.server[g] or not state.num_on_server(n, j)
+        return bool(scheduler.allowed[host, j] and elsewhere and not state.held[host, j])
+
     idle_first = sorted(range(len(pending)), key=lambda g: bool(pending[g]))
     for j, gpus in enumerate(scheduler.pending_drops):
         for g in gpus:
-            if pending[g] and len(scheduler.state.copies[j]) == 1:
+            if pending[g] and not scheduler.may_drop(g, j):
                 for host in idle_first:
-                    if scheduler.allowed[host, j] and host != g and (host, j) not in tried:
+                    if may_hold(host, g, j) and (host, j) not in tried:
                         yield g, j, host
 
 

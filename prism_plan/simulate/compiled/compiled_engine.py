@@ -48,6 +48,7 @@ class CompiledEngine:
                 remedy="use nearest or spread",
             )
         self.scenario = scenario
+        self._losses: engine_state.LossArrays | None = None
         self._arrays = engine_state.scenario_arrays(scenario)
         self._set(engine_state.initial_state(scenario, log=log))
         if len(scenario.requests):
@@ -62,7 +63,7 @@ class CompiledEngine:
         while True:
             before = self._total("processed")
             chunk = CHUNK if left is None else min(left, CHUNK)
-            reason = event_loop.run_events(self._arrays, self._state, self._links, until_s, chunk)
+            reason = self._run_events(until_s, chunk)
             if left is not None:
                 left -= self._total("processed") - before
             if reason == event_loop.NO_EVENT_LEFT:
@@ -74,11 +75,22 @@ class CompiledEngine:
                 continue
             elif reason == event_loop.LAST_REPLICA_DROPPED:
                 raise self._last_replica_dropped()
+            elif reason not in _FULL:
+                self._react(reason)
             else:
                 self._set(engine_state.grow(self._state, _FULL[reason]))
         if math.isfinite(until_s):
             self._state.run["now_s"] = max(float(self._state.run["now_s"][0]), until_s)
         return True
+
+    def _run_events(self, until_s: float, most: int) -> int:
+        return event_loop.run_events(
+            self._arrays, self._state, self._links, until_s, most, self._losses
+        )
+
+    def _react(self, reason: int) -> None:
+        """Go on where the event loop left it to Python."""
+        raise AssertionError(f"the event loop ended for reason {reason}")
 
     def _total(self, name: str) -> int:
         return int(self._state.run[name][0])
@@ -109,7 +121,7 @@ class CompiledEngine:
             raise ValueError("a migration is still under way")
         if self.scenario.offload:
             raise ValueError("offloading servers keep what they use; there is nothing to migrate")
-        num_needs, dependents = step_dependencies(steps, change)
+        num_needs, dependents = self._dependencies(steps, change)
         end = np.cumsum([len(own) for own in dependents], dtype=np.int64)
         records = np.zeros(len(steps), STEP)
         records["is_load"] = [step.kind == "load" for step in steps]
@@ -138,8 +150,16 @@ class CompiledEngine:
             self._state.run["next_table_row"] = last_row
             self._state.run["begins_after"] = change.begins_after
         self._state.run["waits_from"] = len(steps) if change is None else change.waits_from
-        reason = event_loop.run_events(self._arrays, self._state, self._links, -math.inf, 0)
-        if reason == event_loop.LAST_REPLICA_DROPPED:
+        self._start_steps()
+
+    def _dependencies(
+        self, steps: Sequence[MigrationStep], change: TableChange | None
+    ) -> tuple[list[int], list[list[int]]]:
+        return step_dependencies(steps, change)
+
+    def _start_steps(self) -> None:
+        """Start the steps of a migration that can, and a table whose steps are complete."""
+        if self._run_events(-math.inf, 0) == event_loop.LAST_REPLICA_DROPPED:
             raise self._last_replica_dropped()
 
     def tables_in_use(self) -> npt.NDArray[np.int32]:

@@ -116,6 +116,19 @@ class EngineState(NamedTuple):
     log: Annotated[Array, records.LOG_LINE, "lines"]
 
 
+class LossArrays(NamedTuple):
+    """What a run writes besides where its servers may be lost.
+
+    Calls are told by a bit for each of a token's experts, in the order of the trace.
+    """
+
+    flags: Annotated[Array, records.LOSS_FLAGS, 1]
+    # Of each message the calls of each token of the step; in the routing of a step those to each
+    # server, zero before and after
+    calls: Annotated[Array, i8, "M", "T"]
+    step_calls: Annotated[Array, i8, "N", "T"]
+
+
 class TransferArrays(NamedTuple):
     """What transfers read and write: of ScenarioArrays and of EngineState."""
 

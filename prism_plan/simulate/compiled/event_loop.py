@@ -33,6 +33,7 @@ from prism_plan.simulate.events import (
     COMPUTED,
     DENSE,
     FREED,
+    GIVEN_UP,
     LOADED,
     LOCAL,
     RETURNED,
@@ -45,6 +46,9 @@ from prism_plan.simulate.routing_policies import choose_holders
 NO_EVENT_LEFT, LIMIT_REACHED, HEAP_FULL, MESSAGES_FULL, LOG_FULL, LAST_REPLICA_DROPPED = range(6)
 #: Also: the next call may have to begin an execution table or to start steps that waited.
 TABLES_CHANGED = 6
+#: With losses, for Python to go on with: a step needs an expert that nobody holds; an expert was
+#: loaded while calls wait for one; a wait is given up.
+EXPERT_MISSING, EXPERT_LOADED, WAIT_GIVEN_UP = range(7, 10)
 #: What an event causes next for its request.
 NOTHING, COMPLETE_PART, BEGIN_PASS, ENTER_LAYER, END_PASS, DELIVER_ID, ADMIT = range(7)
 
@@ -52,11 +56,13 @@ NOTHING, COMPLETE_PART, BEGIN_PASS, ENTER_LAYER, END_PASS, DELIVER_ID, ADMIT = r
 @kernel
 def run_events(  # pragma: no cover - compiled
     scenario: ScenarioArrays, state: EngineState, links: TransferArrays, until_s: float,
-    max_events: int,
+    max_events: int, losses: Any,
 ) -> int:  # fmt: skip
     """Start the steps of a migration that can, then process events; return why it ended.
 
-    Events up to ``until_s`` are processed, at most ``max_events``.
+    Events up to ``until_s`` are processed, at most ``max_events``. ``losses`` is None, or the
+    :class:`~prism_plan.simulate.compiled.engine_state.LossArrays` of a run whose servers may be
+    lost: numba compiles each by itself, and what is for losses is not in the code without them.
 
     An event may cause a chain of actions for its request: a part of a layer is complete, the
     request enters the next layer or ends its pass, a token is at home, another request is admitted.
@@ -110,6 +116,9 @@ def run_events(  # pragma: no cover - compiled
         run.now_s = now
         processed += 1
         run.processed += 1
+        waited = False
+        if losses is not None:
+            waited = kind == GIVEN_UP
         if logging:
             line = state.log[run.log_lines]
             run.log_lines += 1
@@ -121,7 +130,7 @@ def run_events(  # pragma: no cover - compiled
             elif kind == LOADED:
                 g = state.steps[subject].gpu
                 line.request, line.layer, line.at, line.to = -1, -1, scenario.gpus[g].server, g
-            elif kind in (DENSE, LOCAL):
+            elif kind in (DENSE, LOCAL) or waited:
                 at = state.requests[subject].location
                 line.request, line.layer = subject, state.requests[subject].layer
                 line.at, line.to = at, at
@@ -143,6 +152,12 @@ def run_events(  # pragma: no cover - compiled
             size_class = scenario.layers[layer].size_class
             row = request.token_row
             tokens = request.step_tokens
+            if losses is not None and losses.flags[0].held_nowhere > 0:
+                for token in range(row, row + tokens):
+                    for k in range(top_k):
+                        if num_replicas[first + int64(rows_of[token, layer, k])] == 0:
+                            losses.flags[0].request = r
+                            return EXPERT_MISSING
             remote = 0
             for token in range(row, row + tokens):
                 missing: Any = int64(0)
@@ -164,6 +179,14 @@ def run_events(  # pragma: no cover - compiled
                     route, r, missing_experts, missing, holders, num_replicas, tokens_sent[at],
                     link_rank[at], held_mask, candidate_servers, cover_table,
                 )  # fmt: skip
+                if losses is not None:
+                    called: Any = int64(0)
+                    for k in range(top_k):
+                        e = np.uint64(rows_of[token, layer, k])
+                        if first_gpu[at, np.uint64(first) + e] < 0:
+                            m = missing_experts[1, called]
+                            losses.step_calls[m, token - row] |= int64(1) << k
+                            called += 1
                 num_servers = 0
                 for k in range(missing):
                     m = missing_experts[1, k]
@@ -251,6 +274,10 @@ def run_events(  # pragma: no cover - compiled
                     of.kind = CALL
                     of.returning = False
                     state.messages_sent[at, m] += 1
+                    if losses is not None:
+                        for token in range(tokens):
+                            losses.calls[message, token] = losses.step_calls[m, token]
+                            losses.step_calls[m, token] = 0
                     push_event(now + overhead_s, int64(SEND), message, heap)
             request.pending_parts = parts
 
@@ -329,6 +356,9 @@ def run_events(  # pragma: no cover - compiled
                 server.queue_tail = r
 
         else:  # LOADED
+            if losses is not None and waited:
+                losses.flags[0].request = r
+                return WAIT_GIVEN_UP
             step = state.steps[subject]
             add_replica(
                 step.gpu, step.pair, state.gpu_holds, first_gpu, holders, num_replicas,
@@ -337,6 +367,8 @@ def run_events(  # pragma: no cover - compiled
             if not start_steps(scenario, state, complete_step(state, subject, int64(0))):
                 return LAST_REPLICA_DROPPED
             tables_changed = run.begins_after >= 0
+            if losses is not None and losses.flags[0].waiting > 0:
+                return EXPERT_LOADED
 
         # ------------------------------------------------ the actions that the event causes
         while action != NOTHING:

@@ -90,5 +90,8 @@ STEP = _record(
 SLOT = _record(pair="i8", used_s="f8", gpu="i4", lru_next="i4", lru_previous="i4")
 #: An event as :class:`prism_plan.simulate.events.Event` has it.
 LOG_LINE = _record(time_s="f8", kind="i4", request="i4", layer="i4", at="i4", to="i4")
+#: With losses: pairs that nobody holds; calls that wait for one; the request for which Python is
+#: to go on.
+LOSS_FLAGS = _record(held_nowhere="i8", waiting="i8", request="i8")
 #: See :mod:`prism_plan.simulate.compiled.heap`.
 HEAP_ENTRY = _record(time_s="f8", key="i8", event="i8")
