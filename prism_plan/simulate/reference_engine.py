@@ -169,7 +169,7 @@ class ReferenceEngine:
             left -= 1
             self.now, _, _, kind, subject = heapq.heappop(self._heap)
             self._processed += 1
-            self._process(kind, subject)
+            self.process(kind, subject)
         if math.isfinite(until_s):
             self.now = max(self.now, until_s)
         return True
@@ -183,9 +183,9 @@ class ReferenceEngine:
     def _record(self, kind: int, subject: Any) -> None:
         """Write an event to the log, if there is one."""
         if self._log is not None:
-            self._log.append(Event(self.now, kind, *self._where(kind, subject)))
+            self._log.append(Event(self.now, kind, *self.where(kind, subject)))
 
-    def _process(self, kind: int, subject: Any) -> None:
+    def process(self, kind: int, subject: Any) -> None:
         self._record(kind, subject)
         if kind == events.ARRIVAL:
             self._receive_request(subject)
@@ -205,10 +205,10 @@ class ReferenceEngine:
         elif kind == events.FREED:
             self._release_ports(subject)
         else:
-            self._complete_load(subject)
+            self.complete_load(subject)
         self._update_tables()
 
-    def _where(self, kind: int, subject: Any) -> tuple[int, int, int, int]:
+    def where(self, kind: int, subject: Any) -> tuple[int, int, int, int]:
         """Request, layer, at and to of an event for the log."""
         if kind == events.ARRIVAL:
             home = int(self.scenario.requests.home[subject])
@@ -359,9 +359,9 @@ class ReferenceEngine:
         """Send the calls of the step's tokens in the layer to where their experts are."""
         tokens = slice(request.token_row, request.token_row + request.step_tokens)
         rows = self.scenario.requests.prompts.experts[tokens, request.layer]
-        self._start_calls(request, rows.tolist())
+        self.start_calls(request, rows.tolist())
 
-    def _start_calls(
+    def start_calls(
         self, request: ActiveRequest, tokens: list[list[int]], *, again: bool = False
     ) -> None:
         """Split calls by destination, start the local experts and send the messages.
@@ -607,7 +607,7 @@ class ReferenceEngine:
 
     def _begin_migration(self, steps: Sequence[MigrationStep], change: TableChange | None) -> None:
         self._steps = steps
-        self._open_needs, self._dependents = self._dependencies(steps, change)
+        self._open_needs, self._dependents = self.dependencies(steps, change)
         self._open_steps = len(steps)
         if not steps:
             self.migration_end_s = self.now
@@ -616,7 +616,7 @@ class ReferenceEngine:
             self._waiting_steps = range(change.waits_from, len(steps))
         self._start_steps(deque(i for i, needs in enumerate(self._open_needs) if needs == 0))
 
-    def _dependencies(
+    def dependencies(
         self, steps: Sequence[MigrationStep], change: TableChange | None
     ) -> tuple[list[int], list[list[int]]]:
         return step_dependencies(steps, change)
@@ -647,7 +647,7 @@ class ReferenceEngine:
                 raise ValueError(f"step {index} drops the only copy of pair {step.pair}")
             ready.extend(self._complete_step(index))
 
-    def _complete_load(self, index: int) -> None:
+    def complete_load(self, index: int) -> None:
         step = self._steps[index]
         self._gpu_holds[step.gpu, step.pair] = True
         self._start_steps(deque(self._complete_step(index)))

@@ -33,7 +33,7 @@ _OF_MESSAGES = (events.SEND, events.ARRIVED, events.COMPUTED, events.RETURNED, e
 
 @dataclass(eq=False)
 class _WaitingCalls:
-    """Calls of a step that wait for an expert which no server holds; see ``_start_calls``."""
+    """Calls of a step that wait for an expert which no server holds; see ``start_calls``."""
 
     request: ActiveRequest
     tokens: Calls
@@ -257,11 +257,11 @@ class ReferenceEngineWithLosses(ReferenceEngine):
         self._update_tables()
         self._held_nowhere = self._pairs_held_nowhere()
 
-    def _dependencies(
+    def dependencies(
         self, steps: Sequence[MigrationStep], change: TableChange | None
     ) -> tuple[list[int], list[list[int]]]:
         """Steps at servers of whose loss nobody knows yet have a need that is never met."""
-        needs, dependents = super()._dependencies(steps, change)
+        needs, dependents = super().dependencies(steps, change)
         for index, step in enumerate(steps):
             needs[index] += self._lost[self._server_of_gpu[step.gpu]]
         return needs, dependents
@@ -315,7 +315,7 @@ class ReferenceEngineWithLosses(ReferenceEngine):
         self._repeated_calls += 1
         if number in self._admitted:
             self._admitted[number].pending_parts -= 1
-            self._start_calls(self._admitted[number], calls, again=True)
+            self.start_calls(self._admitted[number], calls, again=True)
 
     # --------------------------------------------------------- experts that no living server holds
 
@@ -330,11 +330,11 @@ class ReferenceEngineWithLosses(ReferenceEngine):
             if step.kind == "load" and not self._gpu_holds[step.gpu, step.pair]
         }
 
-    def _start_calls(self, request: ActiveRequest, tokens: Calls, *, again: bool = False) -> None:
+    def start_calls(self, request: ActiveRequest, tokens: Calls, *, again: bool = False) -> None:
         """Wait as a whole for what no server holds, if a migration brings it; else fail."""
         lacking = self._lacking(request, tokens)
         if not lacking:
-            super()._start_calls(request, tokens, again=again)
+            super().start_calls(request, tokens, again=again)
         elif lacking <= self._pairs_coming():
             request.pending_parts += 1
             calls = _WaitingCalls(request, tokens, again)
@@ -350,8 +350,8 @@ class ReferenceEngineWithLosses(ReferenceEngine):
         first = request.layer * self.scenario.model.num_experts
         return {first + e for token in tokens for e in token} & self._held_nowhere
 
-    def _complete_load(self, index: int) -> None:
-        super()._complete_load(index)
+    def complete_load(self, index: int) -> None:
+        super().complete_load(index)
         if not self._held_nowhere:
             return
         self._held_nowhere.discard(self._steps[index].pair)
@@ -360,7 +360,7 @@ class ReferenceEngineWithLosses(ReferenceEngine):
         self._keep_events(lambda kind, subject: kind != events.GIVEN_UP or subject not in ready)
         for calls in ready:
             calls.request.pending_parts -= 1
-            super()._start_calls(calls.request, calls.tokens, again=calls.again)
+            super().start_calls(calls.request, calls.tokens, again=calls.again)
 
     def _check_waiting_calls(self) -> None:
         """Fail the requests that wait for what the new migration does not bring."""
@@ -383,16 +383,16 @@ class ReferenceEngineWithLosses(ReferenceEngine):
 
     # -------------------------------------------------------------------------------------- events
 
-    def _process(self, kind: int, subject: Any) -> None:
+    def process(self, kind: int, subject: Any) -> None:
         if kind != events.GIVEN_UP:
-            super()._process(kind, subject)
+            super().process(kind, subject)
             return
         self._record(kind, subject)
         self._fail(subject.request, WAITED_TOO_LONG)
         self._update_tables()
 
-    def _where(self, kind: int, subject: Any) -> tuple[int, int, int, int]:
+    def where(self, kind: int, subject: Any) -> tuple[int, int, int, int]:
         if kind == events.GIVEN_UP:
             request = subject.request
             return request.number, request.layer, request.location, request.location
-        return super()._where(kind, subject)
+        return super().where(kind, subject)

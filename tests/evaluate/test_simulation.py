@@ -378,7 +378,7 @@ def test_ctrl_c_within_an_event_of_the_plain_engine(
 ) -> None:
     """Ctrl-C takes effect between events: the partial report is sound, the handler is as before."""
     begun = ended = 0
-    take = ReferenceEngine._process
+    take = ReferenceEngine.process
 
     def taking(self: Any, *args: Any) -> None:
         nonlocal begun, ended
@@ -388,7 +388,7 @@ def test_ctrl_c_within_an_event_of_the_plain_engine(
         take(self, *args)
         ended += 1
 
-    monkeypatch.setattr(ReferenceEngine, "_process", taking)
+    monkeypatch.setattr(ReferenceEngine, "process", taking)
     result = simulated(small_trace(), small_cluster(), "exact", number=300, engine="reference")
     assert result.partial
     assert result.interrupted

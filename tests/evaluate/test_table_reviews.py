@@ -124,12 +124,12 @@ class _MemoryWatch(ReferenceEngine):
         self._loading[gpu] = self._loading.get(gpu, 0) + 1
         return super()._load(gpu, layer, earliest_s)
 
-    def _complete_load(self, index: int) -> None:
+    def complete_load(self, index: int) -> None:
         self._loading[self._steps[index].gpu] -= 1
-        super()._complete_load(index)
+        super().complete_load(index)
 
-    def _process(self, kind: int, subject: Any) -> None:
-        super()._process(kind, subject)
+    def process(self, kind: int, subject: Any) -> None:
+        super().process(kind, subject)
         type(self).waited += bool(self._waiting_steps) and self._change is None
         type(self).late += self._change is not None
         model, g = self.scenario.model, 0

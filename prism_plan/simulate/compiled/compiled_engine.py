@@ -50,11 +50,11 @@ class CompiledEngine:
         self.scenario = scenario
         self._losses: engine_state.LossArrays | None = None
         self._arrays = engine_state.scenario_arrays(scenario)
-        self._set(engine_state.initial_state(scenario, log=log))
+        self.set_state(engine_state.initial_state(scenario, log=log))
         if len(scenario.requests):
             push_event(float(scenario.requests.arrival_s[0]), ARRIVAL, 0, self._state.heap)
 
-    def _set(self, state: engine_state.EngineState) -> None:
+    def set_state(self, state: engine_state.EngineState) -> None:
         self._state = state
         self._links = engine_state.transfer_arrays(self._arrays, state)
 
@@ -78,7 +78,7 @@ class CompiledEngine:
             elif reason not in _FULL:
                 self._react(reason)
             else:
-                self._set(engine_state.grow(self._state, _FULL[reason]))
+                self.set_state(engine_state.grow(self._state, _FULL[reason]))
         if math.isfinite(until_s):
             self._state.run["now_s"] = max(float(self._state.run["now_s"][0]), until_s)
         return True
@@ -121,7 +121,7 @@ class CompiledEngine:
             raise ValueError("a migration is still under way")
         if self.scenario.offload:
             raise ValueError("offloading servers keep what they use; there is nothing to migrate")
-        num_needs, dependents = self._dependencies(steps, change)
+        num_needs, dependents = self.dependencies(steps, change)
         end = np.cumsum([len(own) for own in dependents], dtype=np.int64)
         records = np.zeros(len(steps), STEP)
         records["is_load"] = [step.kind == "load" for step in steps]
@@ -142,7 +142,7 @@ class CompiledEngine:
         if not steps:
             self._state.run["migration_end_s"] = self._state.run["now_s"]
         while len(self._state.heap.entries) - int(self._state.heap.counts[0]) <= len(steps):
-            self._set(engine_state.grow(self._state, "heap"))
+            self.set_state(engine_state.grow(self._state, "heap"))
         self._state.run["new_steps"] = len(ready)
         if change is not None:
             self._arrays = engine_state.with_table(self._arrays, change.execution)
@@ -152,7 +152,7 @@ class CompiledEngine:
         self._state.run["waits_from"] = len(steps) if change is None else change.waits_from
         self._start_steps()
 
-    def _dependencies(
+    def dependencies(
         self, steps: Sequence[MigrationStep], change: TableChange | None
     ) -> tuple[list[int], list[list[int]]]:
         return step_dependencies(steps, change)

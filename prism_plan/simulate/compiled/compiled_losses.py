@@ -115,8 +115,8 @@ class CompiledEngineWithLosses(CompiledEngine):
         super().__init__(scenario, log=log)
         self._count_held_nowhere()
 
-    def _set(self, state: engine_state.EngineState) -> None:
-        super()._set(state)
+    def set_state(self, state: engine_state.EngineState) -> None:
+        super().set_state(state)
         more = len(state.messages) - len(self._own_arrays.calls)
         if more:
             calls = np.pad(self._own_arrays.calls, ((0, more), (0, 0)))
@@ -285,9 +285,9 @@ class CompiledEngineWithLosses(CompiledEngine):
             state = self._state
             free = len(state.heap.entries) - int(state.heap.counts[0])
             if free < servers + 8 + events + self._total("open_steps"):
-                self._set(engine_state.grow(state, "heap"))
+                self.set_state(engine_state.grow(state, "heap"))
             elif self._total("free_messages") < servers + 1 + messages:
-                self._set(engine_state.grow(state, "messages"))
+                self.set_state(engine_state.grow(state, "messages"))
             else:
                 return
 
@@ -457,10 +457,10 @@ class CompiledEngineWithLosses(CompiledEngine):
         self.migrate(steps, None if later is None else TableChange(later, end, end))
         self._count_held_nowhere()
 
-    def _dependencies(
+    def dependencies(
         self, steps: Sequence[MigrationStep], change: TableChange | None
     ) -> tuple[list[int], list[list[int]]]:
-        needs, dependents = super()._dependencies(steps, change)
+        needs, dependents = super().dependencies(steps, change)
         for index, step in enumerate(steps):
             needs[index] += bool(self._lost[self._arrays.gpus["server"][step.gpu]])
         return needs, dependents
@@ -565,10 +565,10 @@ class CompiledEngineWithLosses(CompiledEngine):
         return {pair for pair in pairs if self._state.num_replicas[pair] == 0}
 
     def _call(self, number: int, calls: Calls, *, again: bool = False) -> None:
-        """As ``_start_calls`` of the reference: wait for what no server holds, or fail."""
+        """As ``start_calls`` of the reference: wait for what no server holds, or fail."""
         lacking = self._lacking(number, calls)
         if not lacking:
-            self._start_calls(number, calls, again=again)
+            self.start_calls(number, calls, again=again)
         elif lacking <= self._pairs_coming():
             self._state.requests["pending_parts"][number] += 1
             key = self._push(self._now + self._request_timeout_s, GIVEN_UP, number)
@@ -585,7 +585,7 @@ class CompiledEngineWithLosses(CompiledEngine):
         self._keep_events(lambda kind, subject, key: kind != GIVEN_UP or key not in keys)
         for calls in ready:
             self._state.requests["pending_parts"][calls.request] -= 1
-            self._start_calls(calls.request, calls.calls, again=calls.again)
+            self.start_calls(calls.request, calls.calls, again=calls.again)
 
     def _check_waiting_calls(self) -> None:
         coming = self._pairs_coming()
@@ -607,7 +607,7 @@ class CompiledEngineWithLosses(CompiledEngine):
 
     # ------------------------------------------------------------------------------------- routing
 
-    def _start_calls(self, number: int, calls: Calls, *, again: bool) -> None:
+    def start_calls(self, number: int, calls: Calls, *, again: bool) -> None:
         """Split calls by destination, start the local experts and send the messages."""
         arrays, servers = self._arrays, len(self._lost)
         self._make_room(servers + 1, servers)
