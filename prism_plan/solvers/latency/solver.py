@@ -7,14 +7,12 @@ from collections import Counter
 
 import numpy as np
 
-from prism_plan.errors import Infeasible, UnsupportedFeature
-from prism_plan.expert_capacity import gpu_capacity, kv_bytes
+from prism_plan.errors import UnsupportedFeature
 from prism_plan.instance import Instance
-from prism_plan.instance_feasibility import explain_infeasible, require_feasible
 from prism_plan.placement import Placement
-from prism_plan.printable_text import quantity
 from prism_plan.solvers.contract import Feature, Options, Solver, SolverResult, cluster_and_trace
 from prism_plan.solvers.latency.candidates import OWN, candidates, spread_over_gpus
+from prism_plan.solvers.latency.no_plan import no_plan
 from prism_plan.solvers.latency.partial_layers import (
     LEAST_FORMULAS,
     Budget,
@@ -134,7 +132,7 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
             last_s = time.monotonic() - now
         search.problem.seed = options.seed
     if not search.plans:
-        raise _no_plan(problem, options)
+        raise no_plan(problem, options)
     selection = search.selection
     chosen = selection.best(search.plans, search.others, kept)
     plan, expected = search.plans[chosen], selection.expected[chosen]
@@ -144,62 +142,6 @@ def _solve(instance: Instance, options: Options) -> SolverResult:
             plan, expected = filled, with_copies
     extra = plan_report(problem, plan, expected, selection, chosen)
     return SolverResult.of_plan(plan, extra)
-
-
-def _no_plan(problem: LatencyProblem, options: Options) -> Infeasible:
-    """Why nothing fits, and where KV caches lie."""
-    cause = _cause(problem, options)
-    needed = kv_bytes(problem.cluster, problem.model)
-    caches = [
-        f"{kept:,} bytes of {server.name}"
-        for server, kept in zip(problem.cluster.servers, needed, strict=True)
-        if kept
-    ]
-    if not caches:
-        return cause
-    remedy = cause.remedy if "kv_tokens" in cause.remedy else f"{cause.remedy}, or lower kv_tokens"
-    return Infeasible(
-        f"{cause.constraint} (KV caches with every layer at home: {', '.join(caches)})",
-        shortfall=cause.shortfall,
-        unit=cause.unit,
-        remedy=remedy,
-    )
-
-
-def _cause(problem: LatencyProblem, options: Options) -> Infeasible:
-    """What the plan with every layer at home lacks, or one of whole layers."""
-    instance = problem.instance
-    try:
-        capacity = gpu_capacity(problem.cluster, problem.model)
-        at_home = instance.replace(gpu_capacity=capacity)
-        require_feasible(at_home)
-        if instance.in_slots and instance.has_rules:
-            explain_infeasible(at_home)
-    except Infeasible as error:
-        return error
-    beside = " beside the KV caches" if any(s.kv_tokens for s in problem.cluster.servers) else ""
-    if instance.has_rules or instance.min_replicas > 1:
-        beside += ", and keeps rules and replicas"
-    if instance.in_slots and not options.whole_layers:
-        return Infeasible(
-            f"latency: no plan was found that fits{beside}",
-            shortfall=1,
-            unit="plan",
-            remedy="lower kv_tokens or add memory",
-        )
-    layers, size = problem.model.num_layers, int(instance.expert_size.min())
-    room = np.array([sum(gpus) for gpus in capacity]) // (size * problem.model.num_experts)
-    held = int(np.minimum(room, layers).sum())
-    split = "plan without whole layers"
-    if not instance.in_slots:  # candidates are pipelines alone
-        split = "use solver ilp, which splits layers of unequal expert sizes"
-    return Infeasible(
-        f"latency: no plan of whole layers was found that fits{beside}: servers have memory for "
-        f"{quantity(held, 'whole layer')}, the model has {layers}",
-        shortfall=max(layers - held, 1),
-        unit="layers",
-        remedy=f"add memory, or {split}",
-    )
 
 
 SOLVER = Solver(

@@ -415,6 +415,40 @@ def test_what_fits_nowhere() -> None:
         solve(build, "latency")
 
 
+def test_what_whole_layers_lack() -> None:
+    """Layer caps below the experts of a layer, copies, or pins and forbidden experts: the true one.
+
+    Three servers have memory for four layers of six experts; caps leave two of them none.
+    """
+    trace, cluster = busy_case(None)
+    roomy = single_gpus(cluster, [6, 6, 12])
+    whole = Options(whole_layers=True)
+    assert solve(Instance.build(trace, roomy), "latency", whole).local.sum() == 24
+
+    def error(cluster: Cluster, **more: Any) -> Infeasible:
+        with pytest.raises(Infeasible, match="whole layer") as caught:
+            solve(Instance.build(trace, cluster, **more), "latency", whole)
+        return caught.value
+
+    def with_rule(**rule: Any) -> Cluster:
+        first = dataclasses.replace(roomy.servers[0], **rule)
+        return dataclasses.replace(roomy, servers=(first, *roomy.servers[1:]))
+
+    name = roomy.servers[0].name
+    found = error(with_rule(layer_cap=5))
+    assert f"by layer_cap {name} may hold no whole layer of 6 experts" in found.constraint
+    assert "memory for 3 whole layers, the model has 4" in found.constraint
+    assert (found.shortfall, found.remedy.partition(",")[0]) == (1, "raise layer_cap")
+    found = error(single_gpus(cluster, [15, 17, 23]), min_replicas=2)
+    assert "for 7 whole layers, 2 replicas of 4 layers are 8" in found.constraint
+    assert (found.shortfall, found.unit) == (1, "layers")
+    assert "lower ``min_replicas``" in found.remedy
+    spread = tuple((layer, 0) for layer in trace.model.moe_layers)  # a part of every layer
+    found = error(with_rule(pin=spread))
+    assert "servers can hold 4 whole layers, the model has 4" in found.constraint
+    assert "loosen pin" in found.remedy
+
+
 def test_rules_that_nothing_keeps() -> None:
     """An expert that is forbidden everywhere, and caps that are too low: as ``exact`` tells it."""
     trace, cluster = busy_case(None)
