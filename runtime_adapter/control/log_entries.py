@@ -3,6 +3,7 @@
 ==================  ==========================================================================
 written by          entries
 ==================  ==========================================================================
+the store           ServerJoined, ServerDown, ServerLeft
 the scheduler       MigrationStarted, StopRequested, MigrationFinished, ReviewStarted,
                     MoveFinished, LogMessage
 a GPU's server      ExpertsLoaded, DropsAnnounced, SlotsFreed, StepFailed, ServerStopped
@@ -10,9 +11,11 @@ a driver            DropsAcknowledged, CallsReported
 the command `move`  MoveRequested
 ==================  ==========================================================================
 
-Whoever reaches the store can write to the log, so readers skip what no server of the run can have
-written: bytes that are not JSON, an unknown kind, a field that is missing or of another type, a
-server, GPU or expert that the run does not have.
+Readers skip what no server of the run can have written: bytes that are not JSON, an unknown kind, a
+field that is missing or of another type, a server, GPU or expert that the run does not have.
+
+:class:`NewLog` is not written: a reader gets it where a log begins for it, with what its entries up
+to there have led to.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_type_hints
 
 from prism_plan.errors import InputError
 from prism_plan.placement import Placement
-from runtime_adapter.transport.tcp_store import parse_value
+from runtime_adapter.control.json_values import parse_value
 
 #: Names and texts are at most so long.
 MAX_TEXT = 4000
@@ -59,6 +62,14 @@ class ExpertChange(NamedTuple):
     slot: int
 
 
+class HeldExpert(NamedTuple):
+    """An expert in a slot of a GPU; numbers as in :class:`ExpertChange`."""
+
+    gpu: int
+    pair: int
+    slot: int
+
+
 Check = Callable[[Any, Bounds], bool]
 
 
@@ -78,6 +89,13 @@ def _are_changes(value: Any, bounds: Bounds) -> bool:
     )
 
 
+def _are_held(value: Any, bounds: Bounds) -> bool:
+    limits = (bounds.gpus, bounds.pairs, MAX_COUNT)
+    return type(value) is list and all(
+        type(held) is list and len(held) == 3 and all(map(_below, held, limits)) for held in value
+    )
+
+
 # types of fields, each with its check
 Count = Annotated[int, lambda value, bounds: _below(value, MAX_COUNT)]
 Server = Annotated[int, lambda value, bounds: _below(value, bounds.servers)]
@@ -86,6 +104,8 @@ Flag = Annotated[bool, lambda value, bounds: type(value) is bool]
 Text = Annotated[str, lambda value, bounds: type(value) is str and len(value) <= MAX_TEXT]
 Steps = Annotated[list[int], _are_steps]
 Changes = Annotated[list[ExpertChange], _are_changes]
+Port = Annotated[int, lambda value, bounds: _below(value, 1 << 16)]
+Held = Annotated[list[HeldExpert], _are_held]
 
 #: The classes of entries by kind.
 KINDS: dict[str, type[LogEntry]] = {}
@@ -106,6 +126,37 @@ class LogEntry:
     def __init_subclass__(cls) -> None:
         cls.kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
         KINDS[cls.kind] = cls
+
+
+@dataclass(frozen=True)
+class ServerJoined(LogEntry):
+    """A server is up: its worker answers at an address, and its GPUs hold these experts alone.
+
+    ``incarnation`` is greater than that of any earlier time at which it joined.
+    """
+
+    server: Server
+    incarnation: Count
+    host: Text
+    port: Port
+    experts: Held
+
+
+@dataclass(frozen=True)
+class ServerDown(LogEntry):
+    """An incarnation of a server is not used any more; the server may join again."""
+
+    server: Server
+    incarnation: Count
+    reason: Text
+
+
+@dataclass(frozen=True)
+class ServerLeft(LogEntry):
+    """A server has left in good order."""
+
+    server: Server
+    incarnation: Count
 
 
 @dataclass(frozen=True)
@@ -221,6 +272,24 @@ class LogMessage(LogEntry):
     text: Text
 
 
+@dataclass(frozen=True)
+class NewLog:
+    """Where a log begins for its reader: at first, after a restart of the store, or after a gap.
+
+    ``number`` is that of the last entry that it covers (-1: none) of the log of the store's
+    ``epoch``. ``members`` has an object for each server (``state``, ``incarnation``, ``address``
+    and others, as ``StoreClient.members`` gives them), ``held`` a list [server, GPU, pair, slot]
+    for each expert on a GPU of a server that is up (GPUs are counted over all servers),
+    ``open_plans`` the migrations that were started and have not finished.
+    """
+
+    epoch: str
+    number: int
+    members: list[dict[str, Any]]
+    held: list[list[int]]
+    open_plans: list[int]
+
+
 _CHECKS: dict[str, dict[str, Check]] = {
     kind: {
         name: hint.__metadata__[0]
@@ -264,5 +333,6 @@ def read_entry(number: int, raw: bytes, bounds: Bounds | None = None) -> LogEntr
             raise InputError(f"{values[name]!r:.60}", source=source, place=f"{kind}.{name}")
         known[name] = values[name]
     if "experts" in known:
-        known["experts"] = [ExpertChange(*change) for change in known["experts"]]
+        item = HeldExpert if kind == ServerJoined.kind else ExpertChange
+        known["experts"] = [item(*values) for values in known["experts"]]
     return KINDS[kind](**known, number=number)
