@@ -4,10 +4,10 @@
 written by          entries
 ==================  ==========================================================================
 the store           ServerJoined, ServerDown, ServerLeft
-the scheduler       MigrationStarted, StopRequested, MigrationFinished, ReviewStarted,
-                    MoveFinished, LogMessage
+the scheduler       SchedulerStarted, MigrationStarted, StopRequested, MigrationFinished,
+                    ReviewStarted, MoveFinished, LogMessage
 a GPU's server      ExpertsLoaded, DropsAnnounced, SlotsFreed, StepFailed, ServerStopped
-a driver            DropsAcknowledged, CallsReported
+a driver            DropsAcknowledged, DriverSynced, CallsReported
 the command `move`  MoveRequested
 ==================  ==========================================================================
 
@@ -160,10 +160,20 @@ class ServerLeft(LogEntry):
 
 
 @dataclass(frozen=True)
+class SchedulerStarted(LogEntry):
+    """A scheduler begins to read; of what was written before it knows only what is held."""
+
+
+@dataclass(frozen=True)
 class MigrationStarted(LogEntry):
-    """Servers begin the plan's steps."""
+    """Servers begin the plan's steps.
+
+    The scheduler that planned had read all entries of numbers below ``read``. If a later one,
+    before this, changes who is up or what is held, then the plan is void and no server begins it.
+    """
 
     plan: Count
+    read: Count
 
 
 @dataclass(frozen=True)
@@ -189,6 +199,17 @@ class DropsAcknowledged(LogEntry):
     plan: Count
     server: Server
     steps: Steps
+
+
+@dataclass(frozen=True)
+class DriverSynced(LogEntry):
+    """No call of a driver depends on an expert whose drop was announced up to ``read`` entries.
+
+    A driver writes it that did not read them one by one, but began with a :class:`NewLog`.
+    """
+
+    server: Server
+    read: Count
 
 
 @dataclass(frozen=True)
