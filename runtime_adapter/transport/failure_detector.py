@@ -1,9 +1,4 @@
-"""Detects processes that hang: a heartbeat counter that no longer changes.
-
-Workers, drivers and the scheduler count up a heartbeat each, in the store (the keys below) and,
-where the store may be lost, in messages and in shared memory. Watchers: the driver of each server
-(:mod:`runtime_adapter.watchdog`), the scheduler, and the command `move`.
-"""
+"""Measures silence: a heartbeat counter that no longer changes."""
 
 from __future__ import annotations
 
@@ -11,9 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-#: Keys of the store with the heartbeats of the scheduler, and of a server's worker and driver.
-SCHEDULER_HEARTBEAT = "heartbeat/scheduler"
-WORKER_HEARTBEAT, DRIVER_HEARTBEAT = "heartbeat/worker/{}", "heartbeat/driver/{}"
 #: The most that one observation adds: a watcher that was stopped itself has seen no silence.
 MAX_GAP_S = 2.0
 #: Added to the timeout for heartbeats once a second, or reported by a third process.
@@ -23,18 +15,21 @@ HEARTBEAT_MARGIN_S = 2.0
 class FailureDetector:
     """Measures for how long the heartbeats of other processes have not changed.
 
-    Only time between observations counts, at most ``MAX_GAP_S`` each, so neither a clock that is
+    Only time between observations counts, at most ``max_gap_s`` each, so neither a clock that is
     set nor a pause of the observing process makes another process silent.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, now: Callable[[], float] = time.monotonic, max_gap_s: float = MAX_GAP_S
+    ) -> None:
         self._now = now
+        self._max_gap_s = max_gap_s
         self._observed: dict[object, tuple[Any, float, float]] = {}
 
     def silent_s(self, process: object, heartbeat: Any) -> float:
         """Observe a process's heartbeat; returns the seconds it has been unchanged, 0 at first.
 
-        ``process`` is any key that tells processes apart. A call adds at most ``MAX_GAP_S`` to
+        ``process`` is any key that tells processes apart. A call adds at most ``max_gap_s`` to
         the seconds, so observe more often than that.
         """
         now = self._now()
@@ -42,6 +37,10 @@ class FailureDetector:
         if process in self._observed:
             previous, previous_silent_s, observed_s = self._observed[process]
             if heartbeat == previous:
-                silent_s = previous_silent_s + min(max(now - observed_s, 0.0), MAX_GAP_S)
+                silent_s = previous_silent_s + min(max(now - observed_s, 0.0), self._max_gap_s)
         self._observed[process] = (heartbeat, silent_s, now)
         return silent_s
+
+    def forget(self, process: object) -> None:
+        """Begin anew with a process: the next observation of it is its first."""
+        self._observed.pop(process, None)

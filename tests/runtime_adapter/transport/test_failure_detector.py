@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from runtime_adapter.control.failure_detector import MAX_GAP_S, FailureDetector
+from runtime_adapter.transport.failure_detector import MAX_GAP_S, FailureDetector
 
 
 def test_only_observed_time_counts() -> None:
