@@ -75,6 +75,7 @@ OTHER_READERS = {
     "studies/grid.json": "studies.grid --report",
     "studies/small_instances.json": "studies.small_instances --table",
     "studies/latency.json": "studies.latency --tables",
+    "studies/lost_server.json": "studies.lost_server --tables",
     "tests/golden/exceptions.toml": "the golden comparison",
     "tests/golden/values/*": "the golden comparison",
     "tests/golden/inputs/configs/*": "profile --model",
