@@ -17,6 +17,8 @@ COMMANDS = {
     "serve": ("runtime_adapter.cli.serve", "A checkpoint on several servers."),
     "replay": ("runtime_adapter.cli.replay", "Recorded routing through the real machinery."),
     "move": ("runtime_adapter.cli.move", "Move a run's experts to another placement."),
+    "store": ("runtime_adapter.cli.store", "The members, the log and the scheduler of a run."),
+    "status": ("runtime_adapter.cli.status", "Servers of a run, and whether all is well."),
     "calibrate": ("runtime_adapter.cli.calibrate", "Measure the times that simulate reads."),
 }
 

@@ -68,9 +68,7 @@ class _Connection:
 
     def __init__(self, address: StoreAddress, name: str, timeout_s: float) -> None:
         claim = Claim("control", server=name)
-        self._socket, session = dial(
-            (address.host, address.port), claim, address.secret, timeout_s
-        )
+        self._socket, session = dial((address.host, address.port), claim, address.secret, timeout_s)
         self._frames = SignedFrames(self._socket, session, MAX_FRAME_BYTES)
 
     def exchange(self, frame: bytes, patience_s: float) -> bytes:
@@ -169,9 +167,7 @@ class StoreClient:
                 continue
             return answer.get("result"), answer_body
 
-    def _exchange(
-        self, frame: bytes, left_s: float, wait_s: float
-    ) -> tuple[dict[str, Any], bytes]:
+    def _exchange(self, frame: bytes, left_s: float, wait_s: float) -> tuple[dict[str, Any], bytes]:
         with self._lock:
             connection = self._idle.pop() if self._idle else None
         is_new = connection is None
@@ -212,12 +208,13 @@ class StoreClient:
         return dict(self.request("run", timeout_s))
 
     def start_run(self, run: dict[str, Any], timeout_s: float = 30.0) -> dict[str, Any]:
-        """Start a run, or find it started; returns the store's ``epoch`` and the ``run`` that it has.
+        """Start a run, or find it started; returns ``epoch``, ``run`` and whether it has ``begun``.
 
         ``run`` has ``facts`` (an object that the caller compares), ``servers`` (names),
         ``timeout_s``, ``bounds`` [GPUs of all servers, (layer, expert) pairs], ``gpus`` (the number
         of each server; may be left out where every server has one), ``movable``, and ``scheduler``
-        (an object for the scheduler, or ``None``).
+        (an object for the scheduler, or ``None``). Of a run that has begun before the store was
+        restarted ``begun`` may be true as well.
         """
         answer = dict(self.request("start_run", timeout_s, run=run))
         self._run = answer["run"]

@@ -1,0 +1,74 @@
+"""The command ``prism-runtime store``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import click
+
+from prism_plan.cli.options_dataclass import options_as
+from prism_plan.errors import InputError
+from runtime_adapter.cli.options import SecretOptions, log_options, secret_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions(SecretOptions):
+    """The options of ``store``."""
+
+    listen: str
+    placements_dir: str | None
+    keep: bool
+    with_parent: int | None
+
+
+@click.command("store")
+@click.option(
+    "--listen",
+    required=True,
+    metavar="HOST:PORT",
+    help="Address of this machine that all servers reach; port 0: any that is free.",
+)
+@secret_options
+@click.option("--placements-dir", metavar="DIR", help="Write placement-K.json after every move.")
+@click.option(
+    "--keep/--once",
+    default=False,
+    show_default=True,
+    help="When all servers have left, wait for the next run, or end.",
+)
+@click.option("--with-parent", type=int, metavar="PID", help="End with this parent process.")
+@log_options
+@options_as(StoreOptions)
+def command(args: StoreOptions) -> None:
+    """Keep the members and the log of a run, and schedule its moves.
+
+    A process that needs no GPU and no checkpoint, on any machine that all servers reach; they are
+    given its address as --store. Starts its own parts again if they die. When it is started again
+    itself, the servers join again, and the run goes on. Ends with exit code 0 when all servers have
+    left.
+    """
+    from runtime_adapter.control.store.supervisor import StoreConfig, run_store
+
+    args.configure_log()
+    host, port = _listen_address(args.listen)
+    secret = args.secret()
+    args.require_secret_for(host)
+    run_store(
+        StoreConfig(
+            host=host,
+            port=port,
+            secret=secret,
+            placements_dir=args.placements_dir,
+            keep=args.keep,
+            parent_pid=args.with_parent,
+            log_level=args.log_level,
+            log_format=args.log_format,
+        )
+    )
+
+
+def _listen_address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise InputError(f"{text!r:.60}", parameter="listen", expected="HOST:PORT")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,199 @@
+"""Runs the store of a run: service and scheduler, each of which is started again if it dies.
+
+The socket is bound here, once, and handed to each service: clients that come while there is none
+wait in its queue, and the port is never lost to somebody else.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+
+from runtime_adapter import log_output
+from runtime_adapter.control.store.client import StoreAddress
+from runtime_adapter.control.store.service import run_service
+from runtime_adapter.transport.call_threads import exit_with_parent
+from runtime_adapter.transport.rendezvous import RuntimeFailure
+from runtime_adapter.transport.secrets import NO_SECRET, RunSecret
+
+#: Children that die more often are not started again.
+MAX_DEATHS, DEATHS_WITHIN_S = 5, 60.0
+PARENT_INTERVAL_S = 0.25
+END_TIMEOUT_S = 3.0
+BACKLOG = 256
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """How a store runs.
+
+    ``host`` and ``port`` (0: any that is free) are what it listens on. With ``keep`` it waits for
+    the next run when one is over. It ends with the process ``parent_pid``, where one is given.
+    Placements that are reached are written to ``placements_dir``.
+    """
+
+    host: str
+    port: int
+    secret: RunSecret = NO_SECRET
+    placements_dir: str | None = None
+    keep: bool = False
+    parent_pid: int | None = None
+    log_level: log_output.Level = "info"
+    log_format: log_output.Format = "text"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address alone.
+
+    Raises
+    ------
+    RuntimeFailure
+        The port is in use, or the address is not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = (error.strerror or str(error)).lower()
+        raise RuntimeFailure(
+            f"the store cannot listen on {host}:{port}: {reason}; choose another port, or the "
+            "address of the interface that the servers share"
+        ) from error
+    return listener
+
+
+def run_store(config: StoreConfig) -> None:
+    """Run a store until its run is over, or its parent has ended.
+
+    Raises
+    ------
+    RuntimeFailure
+        It cannot listen there, or its processes die again and again.
+    """
+    with listen(config.host, config.port) as listener:
+        host, port = listener.getsockname()[:2]
+        log_output.log_info(f"the store listens on {host}:{port}")
+        _Supervisor(config, listener, port).run()
+
+
+class _Supervisor:
+    def __init__(self, config: StoreConfig, listener: socket.socket, port: int) -> None:
+        self._config = config
+        self._listener = listener
+        any_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        host = any_address.get(config.host, config.host)
+        self._address = StoreAddress(host, port, config.secret)
+        self._context = multiprocessing.get_context("spawn")
+        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+
+    def run(self) -> None:
+        starts: dict[str, Callable[[], BaseProcess]] = {
+            "the store's service": self._start_service, "the scheduler": self._start_scheduler
+        }  # fmt: skip
+        children: dict[str, BaseProcess] = {}
+        try:
+            for name, start in starts.items():
+                children[name] = start()
+            service = "the store's service"
+            while self._parent_lives():
+                sentinels = [child.sentinel for child in children.values()]
+                multiprocessing.connection.wait(sentinels, PARENT_INTERVAL_S)
+                if children[service].exitcode == 0:
+                    return  # the run is over
+                for name, child in children.items():
+                    if child.exitcode is not None:
+                        self._note_death(name, child.exitcode)
+                        children[name] = starts[name]()
+        finally:
+            _end(list(children.values()))
+
+    def _parent_lives(self) -> bool:
+        return self._config.parent_pid in (None, os.getppid())
+
+    def _note_death(self, name: str, code: int) -> None:
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        now = time.monotonic()
+        self._deaths.append(now)
+        if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WITHIN_S:
+            raise RuntimeFailure(
+                f"{name} has ended ({how}), as processes of the store did {MAX_DEATHS} times "
+                f"within {DEATHS_WITHIN_S:g} s; it is not started again"
+            )
+        log_output.log_warning(f"{name} has ended ({how}); it is started again")
+
+    def _start_service(self) -> BaseProcess:
+        config = self._config
+        return self._start(
+            _serve, self._listener, config.secret, config.keep, config.log_level, config.log_format
+        )
+
+    def _start_scheduler(self) -> BaseProcess:
+        config = self._config
+        return self._start(
+            _schedule, self._address, config.placements_dir, config.log_level, config.log_format
+        )
+
+    def _start(self, target: Callable[..., None], *arguments: object) -> BaseProcess:
+        process = self._context.Process(target=target, args=arguments, daemon=True)
+        process.start()
+        return process
+
+
+def _end(children: list[BaseProcess]) -> None:
+    for child in children:
+        child.terminate()
+    deadline = time.monotonic() + END_TIMEOUT_S
+    for child in children:
+        child.join(max(deadline - time.monotonic(), 0.0))
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+
+
+def _serve(
+    listener: socket.socket,
+    secret: RunSecret,
+    keep: bool,
+    log_level: log_output.Level,
+    log_format: log_output.Format,
+) -> None:
+    """The service's process."""
+    _become_child(log_level, log_format)
+    try:
+        run_service(listener, secret, keep=keep, report=log_output.log_warning)
+    except RuntimeFailure as error:
+        log_output.log_error(str(error))
+        os._exit(error.exit_code)
+
+
+def _schedule(
+    address: StoreAddress,
+    placements_dir: str | None,
+    log_level: log_output.Level,
+    log_format: log_output.Format,
+) -> None:
+    """The scheduler's process, which loads solvers."""
+    _become_child(log_level, log_format)
+    from runtime_adapter.control.scheduler import run_scheduler
+
+    run_scheduler(address, placements_dir)
+
+
+def _become_child(log_level: log_output.Level, log_format: log_output.Format) -> None:
+    """Write lines as the supervisor does, and end with it, by its will alone."""
+    log_output.configure(log_level, log_format)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    exit_with_parent()
