@@ -1,20 +1,21 @@
 """Hidden states that go from card to card by NCCL, beside the messages that announce them.
 
 NCCL has no tags, must know the size of what comes before it comes, and occupies a card while it
-waits. So headers and words go by gloo as ever, and states over a second group::
+waits. So headers and words go by TCP as ever, and states over a group of two processes::
 
     driver                                         worker
     states                       -- channel -->     (queued before they are announced)
-    header | words               -- gloo -->      receives the header, then asks for the states
+    header | words               -- TCP -->       receives the header, then asks for the states
     (queued, as well)            <-- channel --     partial sums
-    receives, asks for the sums  <-- gloo --      header
+    receives, asks for the sums  <-- TCP --       header
 
 A side asks the channel only for what the other has queued already, and a queue waits only for what
 was queued before: over all servers these waits point back in time, so they form no circle. Every
 lane of every pair (driver of n, worker of m) has a group of its own, for NCCL keeps the order of a
-group; all are made in one order, two sides at a time. A group that breaks breaks its lane only.
+group; it is made with the lane's connection, and anew after a failure. A group that breaks breaks
+its lane only.
 
-Backend ``split`` runs the same protocol over gloo between CPUs: to try it, and to test it where
+Backend ``gloo`` runs the same protocol over gloo between CPUs: to try it, and to test it where
 there is no card.
 """
 
@@ -24,7 +25,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,15 +33,11 @@ import torch
 import torch.distributed as dist
 
 from prism_plan.errors import InputError
-from runtime_adapter.torch_private import nccl_pair
-from runtime_adapter.transport.pair_groups import connect_pair, store_of_pair
-from runtime_adapter.transport.rendezvous import Rendezvous, RuntimeFailure
-from runtime_adapter.transport.tcp_store import put_json, wait_for_json
+from runtime_adapter.torch_private import gloo_device, gloo_pair, nccl_pair
+from runtime_adapter.transport.c10d_store import PairStore
 
-Backend = Literal["nccl", "split"]
+Backend = Literal["nccl", "gloo"]
 
-#: Prefix of the groups of states in the store.
-STATES = "states"
 #: How often a card is polled for what it has received.
 POLL_INTERVAL_S = 20e-6
 
@@ -63,8 +60,11 @@ class DataChannel:
     Its methods raise DataChannelBroken where the other side is gone or does not answer in time.
     """
 
-    def __init__(self, group: Any, other_rank: int, timeout_s: float) -> None:
+    def __init__(
+        self, group: Any, other_rank: int, timeout_s: float, store: PairStore | None = None
+    ) -> None:
         self._group = group
+        self._store = store  # the group uses it as long as it lives
         self._other_rank = other_rank
         self.timeout_s = timeout_s
 
@@ -113,62 +113,44 @@ class NcclDataChannel(DataChannel):
         work.wait()
 
 
-def connect_channels(
-    channels: ChannelConfig,
-    rendezvous: Rendezvous,
-    pairs: Iterable[tuple[int, int]],
-    num_lanes: int,
-    rank: int,
-) -> dict[tuple[int, int, int], DataChannel]:
-    """Connect the channels of a driver (``rank`` 0) or worker (1), by (driver, worker, lane).
+def open_channel(
+    channels: ChannelConfig, store: PairStore, rank: int, interface: str, timeout_s: float
+) -> DataChannel:
+    """Make one side of a channel: the driver's (``rank`` 0) or the worker's (1).
 
-    ``pairs`` are the (driver, worker) of which it is that side. All sides call this at the same
-    time.
+    Both do so at the same time, and find each other through the store.
 
     Raises
     ------
-    RuntimeFailure
-        The other side of one is not there in time.
+    DataChannelBroken
+        The other side is not there within ``timeout_s``.
     """
-    connected = {}
-    # in one order everywhere: the lowest one that is not connected is next on both of its sides
-    for driver, worker in sorted(pairs):
-        for lane in range(num_lanes):
-            connected[driver, worker, lane] = _connect(
-                channels, rendezvous, driver, worker, lane, rank
-            )
-    return connected
-
-
-def _connect(
-    channels: ChannelConfig, rendezvous: Rendezvous, driver: int, worker: int, lane: int, rank: int
-) -> DataChannel:
-    kind, timeout_s = f"{STATES}/{lane}", rendezvous.rendezvous_timeout_s
-    if channels.backend == "split":
-        group = connect_pair(rendezvous, driver, worker, rank, kind)
-        channel = DataChannel(group, 1 - rank, timeout_s)
-    else:
-        store = store_of_pair(rendezvous, driver, worker, kind)
-        group = nccl_pair(store, rank, channels.device, timeout_s)
-        channel = NcclDataChannel(group, 1 - rank, timeout_s)
+    try:
+        channel = _make_channel(channels, store, rank, interface, timeout_s)
+    except RuntimeError as error:
+        raise DataChannelBroken(
+            f"``transport`` {channels.backend}: {str(error).splitlines()[0]:.120}"
+        ) from error
     # NCCL connects with the first message each way
     first = torch.zeros(1, 1, device=channels.device)
-    try:
-        if rank == 0:
-            sending = channel.send(first)
-            channel.receive(torch.empty_like(first))
-        else:
-            channel.receive(first)
-            sending = channel.send(first)
-        channel.wait(sending)
-    except DataChannelBroken as error:
-        other = worker if rank == 0 else driver
-        raise RuntimeFailure(
-            f"``transport`` {channels.backend}: no states from server {other} within "
-            f"{timeout_s:g} s: {str(error).splitlines()[0]:.120}"
-        ) from error
-    channel.timeout_s = rendezvous.timeout_s
+    if rank == 0:
+        sending = channel.send(first)
+        channel.receive(torch.empty_like(first))
+    else:
+        channel.receive(first)
+        sending = channel.send(first)
+    channel.wait(sending)
     return channel
+
+
+def _make_channel(
+    channels: ChannelConfig, store: PairStore, rank: int, interface: str, timeout_s: float
+) -> DataChannel:
+    if channels.backend == "gloo":
+        group = gloo_pair(store, rank, gloo_device(interface), timeout_s)
+        return DataChannel(group, 1 - rank, timeout_s, store)
+    group = nccl_pair(store, rank, channels.device, timeout_s)
+    return NcclDataChannel(group, 1 - rank, timeout_s, store)
 
 
 # ------------------------------------------------------------------------------------ requirements
@@ -180,27 +162,27 @@ def require_device(channels: ChannelConfig) -> None:
     Raises
     ------
     InputError
-        NCCL without a card, or in a torch that is built without it; ``split`` with a card.
+        NCCL without a card, or in a torch that is built without it; ``gloo`` with a card.
     """
     kind = channels.device.type
-    if channels.backend == "split" and kind != "cpu":
+    if channels.backend == "gloo" and kind != "cpu":
         raise InputError(
-            f"split runs over gloo, between CPUs (``device`` is {kind})",
+            f"gloo runs between CPUs (``device`` is {kind})",
             parameter="transport",
-            remedy="use ``device`` cpu, or ``transport`` nccl or gloo",
+            remedy="use ``device`` cpu, or ``transport`` tcp or nccl",
         )
     if channels.backend == "nccl" and kind != "cuda":
         raise InputError(
             "nccl carries states between CUDA GPUs, and this server has none "
             f"(``device`` is {kind})",
             parameter="transport",
-            remedy="give every server a GPU, or use ``transport`` gloo",
+            remedy="give every server a GPU, or use ``transport`` tcp",
         )
     if channels.backend == "nccl" and not dist.is_nccl_available():
         raise InputError(
             "this torch is built without NCCL",
             parameter="transport",
-            remedy="install a CUDA build of torch, or use ``transport`` gloo",
+            remedy="install a CUDA build of torch, or use ``transport`` tcp",
         )
 
 
@@ -222,26 +204,22 @@ def card_id(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def require_own_card(
-    store: dist.Store, rendezvous: Rendezvous, card: str, names: tuple[str, ...]
-) -> None:
+def require_own_card(rank: int, cards: Sequence[str], names: Sequence[str]) -> None:
     """Refuse a card that another server of the run uses: NCCL cannot connect a card to itself.
+
+    ``cards`` are the :func:`card_id` of every server, of which this is the one of ``rank``.
 
     Raises
     ------
     InputError
         Another server has this server's card; both raise it.
     """
-    put_json(store, f"card/{rendezvous.rank}", card)
-    for n, name in enumerate(names):
-        found = wait_for_json(
-            store, f"card/{n}", rendezvous.rendezvous_timeout_s, f"server {name!r}"
-        )
-        if n != rendezvous.rank and found == card:
+    for n, card in enumerate(cards):
+        if n != rank and card == cards[rank]:
             raise InputError(
-                f"server {names[rendezvous.rank]!r} has the GPU of server {name!r}",
+                f"server {names[rank]!r} has the GPU of server {names[n]!r}",
                 parameter="transport",
                 place="nccl",
                 expected="a GPU of its own for every server",
-                remedy="give another ``device``, or use ``transport`` gloo",
+                remedy="give another ``device``, or use ``transport`` tcp",
             )
