@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import struct
 
@@ -53,3 +54,27 @@ def _request(name: str, code: int) -> bytes | None:
             return fcntl.ioctl(any_socket.fileno(), code, argument)
         except OSError:
             return None
+
+
+def address_of(interface: str) -> str:
+    """The IPv4 address of a network interface of this machine.
+
+    Raises
+    ------
+    InputError
+        It has none; names the interfaces of this machine.
+    """
+    require_interface(interface)
+    answer = _request(interface, _SIOCGIFADDR)
+    if answer is None:
+        raise InputError(f"{interface!r:.60} has no address", parameter="interface")
+    return socket.inet_ntoa(answer[20:24])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, a name or an address, is only reached from this machine itself."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found)
