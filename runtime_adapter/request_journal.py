@@ -85,6 +85,12 @@ class RequestJournal:
         """Whether the journal has requests of an earlier process."""
         return bool(self.finished or self.unfinished)
 
+    @property
+    def next_key(self) -> int:
+        """The number after all keys that are numbers; for requests that come one by one."""
+        keys = [*self.finished, *(request.key for request in self.unfinished)]
+        return 1 + max((int(key) for key in keys if key.isascii() and key.isdigit()), default=0)
+
     def accept(self, key: str, line: dict[str, Any]) -> None:
         """Note a request, before it is served; ``line`` as in a file of requests."""
         self._write({"accept": key, "line": line})

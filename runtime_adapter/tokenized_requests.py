@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from prism_plan.errors import InputError
 from prism_plan.io.serve_requests import MAX_REQUESTS, Request, request_from_line
+from runtime_adapter.request_journal import RequestJournal
 from runtime_adapter.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ class TokenizedRequest:
     """Token ids of a prompt, and how many to add at most.
 
     ``number`` is unique over all servers. A request that cannot be served has the reason as
-    ``error`` instead.
+    ``error`` instead. ``key`` is what a journal calls it, the line's number if empty.
     """
 
     request: Request
@@ -31,6 +33,13 @@ class TokenizedRequest:
     ids: list[int]
     new_tokens: int
     error: str | None = None
+    key: str = ""
+
+    def line(self) -> dict[str, Any]:
+        """The request as a line of a file of requests, without what is not given."""
+        values = {name: getattr(self.request, name) for name in ("prompt", "task", "id")}
+        values["max_new_tokens"] = self.new_tokens or None
+        return {name: value for name, value in values.items() if value not in (None, "")}
 
 
 class RequestTokenizer:
@@ -75,12 +84,35 @@ class RequestTokenizer:
     def _number(self, index: int) -> int:
         return self._server * MAX_REQUESTS + index
 
-    def tokenize_stream(self, stream: IO[bytes], begin_s: float) -> Iterator[TokenizedRequest]:
+    def tokenize_journalled(
+        self, journal: RequestJournal, begin_s: float
+    ) -> Iterator[TokenizedRequest]:
+        """Requests that came on the standard input of an earlier process, and were not finished.
+
+        They arrive now; ``begin_s`` is when time zero is.
+        """
+        for place, begun in enumerate(journal.unfinished):
+            now_s = max(time.monotonic() - begin_s, 0.0)
+            request = Request(0, "", at_s=now_s)
+            try:
+                request = request_from_line(json.dumps(begun.line), journal.path, 0)
+                tokenized = self._tokenize(
+                    replace(request, at_s=now_s), MAX_REQUESTS - 1 - place, journal.path
+                )
+            except InputError as error:
+                tokenized = TokenizedRequest(
+                    request, self._number(MAX_REQUESTS - 1 - place), [], 0, str(error)
+                )
+            yield replace(tokenized, key=begun.key)
+
+    def tokenize_stream(
+        self, stream: IO[bytes], begin_s: float, first_key: int = 1
+    ) -> Iterator[TokenizedRequest]:
         """Requests as they come, line by line; each arrives when it is read.
 
-        ``begin_s`` is when time zero is. A line that cannot be served becomes a request with an
-        ``error``, so that one wrong line does not end the run for all. A line without an ``id`` is
-        called by its number.
+        ``begin_s`` is when time zero is; a journal calls them by numbers from ``first_key`` on. A
+        line that cannot be served becomes a request with an ``error``, so that one wrong line does
+        not end the run for all. A line without an ``id`` is called by its number.
         """
         source = "standard input"
         number = 0
@@ -100,9 +132,10 @@ class RequestTokenizer:
                     )
                 request = request_from_line(line.decode("utf-8", "replace"), source, number)
                 request = replace(request, at_s=max(request.at_s, now_s))
-                yield self._tokenize(request, index, source)
+                tokenized = self._tokenize(request, index, source)
             except InputError as error:
-                yield TokenizedRequest(request, self._number(index), [], 0, str(error))
+                tokenized = TokenizedRequest(request, self._number(index), [], 0, str(error))
+            yield replace(tokenized, key=str(first_key - 1 + number))
 
 
 def context_tokens(checkpoint: Checkpoint) -> int | None:

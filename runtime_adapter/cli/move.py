@@ -6,12 +6,20 @@ from dataclasses import dataclass
 
 import click
 
-from prism_plan.cli.options_dataclass import CommandOptions, options_as
-from runtime_adapter.cli.options import log_info, require_seconds, store_option
+from prism_plan.cli.options_dataclass import options_as
+from runtime_adapter.cli.options import (
+    SecretOptions,
+    address,
+    log_info,
+    log_options,
+    require_seconds,
+    secret_options,
+    store_option,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoveOptions(CommandOptions):
+class MoveOptions(SecretOptions):
     """The options of ``move``."""
 
     store: str
@@ -30,6 +38,8 @@ class MoveOptions(CommandOptions):
     metavar="S",
     help="Seconds to wait for the store.",
 )
+@secret_options
+@log_options
 @options_as(MoveOptions)
 def command(args: MoveOptions) -> None:
     """Move the experts of a run to another placement, while it serves.
@@ -39,17 +49,18 @@ def command(args: MoveOptions) -> None:
     """
     from prism_plan.io.placement import placement_to_json, read_placement
     from prism_plan.placement import require_home_execution
-    from runtime_adapter.cli.options import address
     from runtime_adapter.control.move_command import request_move
-    from runtime_adapter.transport.rendezvous import Rendezvous
+    from runtime_adapter.control.store.client import StoreAddress
 
+    args.configure_log()
     require_seconds(args.rendezvous_timeout_s, "rendezvous_timeout_s")
     placement = read_placement(args.placement)
     require_home_execution(placement, source=args.placement)
     host, port = address(args.store)
     code, text = request_move(
-        Rendezvous(1, -1, host=host, port=port, rendezvous_timeout_s=args.rendezvous_timeout_s),
+        StoreAddress(host, port, args.secret()),
         placement_to_json(placement),
+        args.rendezvous_timeout_s,
         log_info,
     )
     log_info(f"{args.placement}: {text}")

@@ -1,0 +1,97 @@
+"""The store of a run where no other process is there to keep it: a child of the first server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from runtime_adapter.transport.rendezvous import RuntimeFailure
+
+if TYPE_CHECKING:
+    from runtime_adapter.server_config import ServerConfig
+
+POLL_INTERVAL_S = 0.05
+#: Of the question whether somebody listens already.
+CONNECT_TIMEOUT_S = 2.0
+#: Starting Python takes seconds on a machine that does other work.
+START_TIMEOUT_S = 120.0
+#: How long a store that is no longer needed may take to end.
+END_TIMEOUT_S = 5.0
+
+
+class OwnStore:
+    """A launch of ``prism-runtime store`` that ends with this process."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._host, self._port = config.rendezvous.host, config.rendezvous.port
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        words = [
+            *(sys.executable, "-m", "runtime_adapter", "store", "--listen", f"{host}:{self._port}"),
+            *("--with-parent", str(os.getpid())),
+            *("--log-level", config.log_level, "--log-format", config.log_format),
+        ]
+        store = config.store
+        if store.secret_file is not None:
+            words += ["--secret-file", store.secret_file]
+        if store.insecure:
+            words.append("--insecure")
+        if store.placements_dir is not None:
+            words += ["--placements-dir", store.placements_dir]
+        # it says by its own lines what goes wrong; its standard output is not this command's
+        self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def wait_until_listening(self) -> None:
+        """Wait until the store can be asked.
+
+        Raises
+        ------
+        RuntimeFailure
+            It has ended, or does not listen in time.
+        """
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not somebody_listens(self._host, self._port):
+            code = self._process.poll()
+            if code is not None:
+                raise RuntimeFailure(
+                    f"``store`` {self._host}:{self._port}: the store has ended (exit code {code}); "
+                    "see its message"
+                )
+            if time.monotonic() > deadline:
+                raise RuntimeFailure(
+                    f"``store`` {self._host}:{self._port}: the store does not listen within "
+                    f"{START_TIMEOUT_S:g} s"
+                )
+            time.sleep(POLL_INTERVAL_S)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the store has ended."""
+        return self._process.poll() is not None
+
+    def close(self, wait_s: float = 0.0) -> None:
+        """End the store; it gets ``wait_s`` to end by itself, because all have left."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(wait_s)
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+def somebody_listens(host: str, port: int) -> bool:
+    """Whether a process listens there, or may do so behind a link that is slow."""
+    try:
+        socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    return True
