@@ -1,0 +1,169 @@
+"""One trial: a cluster, its faults, and what became of its requests and servers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from prism_plan.errors import PrismError
+from prism_plan.io.placement import placement_to_json
+from studies.faults.cluster import NOBODY_HAS, Answered, Cluster, ClusterConfig, Hang, last_lines
+from studies.faults.processes import Loopback, Places
+from studies.faults.trials import OF_SERVERS, SERVERS, Trial
+
+#: Exit codes of a process that has ended because a trial killed it.
+KILLED = -signal.SIGKILL
+#: Of a server whose requests have failed in part.
+SOME_FAILED = 5
+
+
+def config_of(trial: Trial) -> ClusterConfig:
+    """The cluster of a trial."""
+    return ClusterConfig(
+        model=trial.model,
+        replicas=trial.replicas,
+        roomy=trial.roomy,
+        own_store=trial.own_store,
+        journal=trial.journal,
+        peers=trial.peers,
+        restart_after_s=trial.restart_after_s,
+    )
+
+
+def run_trial(trial: Trial, folder: Path, places: Places | None = None) -> dict[str, Any]:
+    """Run a trial in an empty folder; returns its record, whose ``well`` says how it went.
+
+    A trial went well if nothing hung, all tokens are those of plain transformers, requests have
+    failed only where the experts that they needed were held by nobody, and all servers that were
+    hit serve again and hold experts in the end.
+    """
+    begin_s = time.monotonic()
+    problems: list[str] = []
+    record: dict[str, Any] = {"trial": trial.to_json(), "text": str(trial)}
+    cluster = Cluster(config_of(trial), folder, places or Loopback())
+    with cluster:
+        try:
+            record |= _course(trial, cluster, problems)
+        except Hang as error:
+            problems.append(f"hang: {error}")
+            record["hang"] = str(error)
+            cluster.abort()
+        except (OSError, PrismError, KeyError) as error:
+            problems.append(f"{type(error).__name__}: {error}")
+    problems += judge(cluster, may_lack_experts(trial))
+    record |= {
+        **cluster.counts(),
+        "wrong": cluster.wrong,
+        "moves": [code for code, _ in cluster.moves],
+        "restarts": cluster.num_restarts,
+        "seconds": round(time.monotonic() - begin_s, 1),
+        "load": round(os.getloadavg()[0], 1),
+        "problems": problems,
+        "well": not problems,
+    }
+    if problems:
+        record["said"] = {name: last_lines(cluster.said(name)) for name in (*SERVERS, "store")}
+        record["moves_said"] = [text for _, text in cluster.moves][-5:]
+        record["errors"] = sorted({str(answer.error) for answer in cluster.failed()})[:5]
+    return record
+
+
+def _course(trial: Trial, cluster: Cluster, problems: list[str]) -> dict[str, Any]:
+    """Let all happen that is to happen; adds what went wrong on the way to ``problems``."""
+    cluster.wait_until_well()
+    hits: list[int] = []
+    hit_s = time.monotonic()
+    if trial.moment == "moving":
+        cluster.move_without_end()
+    for number, fault in enumerate(trial.faults):
+        if number and fault.wait:
+            cluster.wait_until_continued()
+            cluster.wait_until_well()
+        cluster.pass_time(fault.after_s)
+        if trial.moment == "moving" and (fault.wait or not number):
+            cluster.wait_for_migration()
+        if not number:
+            hit_s = time.monotonic()
+        hits.append(cluster.hit(fault))
+    cluster.wait_until_continued()
+    over_s = time.monotonic()
+    cluster.wait_until_well()
+    well_s = time.monotonic()
+    if trial.moment == "moving":
+        cluster.stop_moving()
+    code, text = cluster.move_once(1)
+    if code:
+        problems.append(f"the last move ended with {code}: {text}")
+    cluster.wait_until_serving()
+    cluster.stop_feeding()
+    codes = cluster.finish()
+    for name, code in codes.items():
+        # a launch counts the requests that failed in it alone
+        failed = any(answer.request.server == name for answer in cluster.failed())
+        if code != 0 and not (code == SOME_FAILED and failed):
+            problems.append(f"{name} ended with {code}")
+    wanted = placement_to_json(cluster.targets[1])["servers"]
+    for name, server in zip(SERVERS, wanted, strict=True):
+        if cluster.held(name) != [gpu["experts"] for gpu in server["gpus"]]:
+            problems.append(f"{name} does not hold what the last move says")
+    if left := cluster.left_in_shared_memory():
+        problems.append(f"left in shared memory: {left}")
+    return {
+        "hits": hits,
+        "answered_meanwhile": sum(
+            hit_s <= answer.answered_s <= over_s for answer in cluster.answers
+        ),
+        "longest_s": round(_longest_s(cluster.answers), 2),
+        "well_after_s": round(well_s - over_s, 1),
+        "exit_codes": codes,
+    }
+
+
+def judge(cluster: Cluster, may_lack_experts: bool) -> list[str]:
+    """What is wrong with the answers, the processes and the lines of a cluster that has ended."""
+    problems = [f"wrong tokens: {len(cluster.wrong)} answers"] if cluster.wrong else []
+    for answer in cluster.failed():
+        if not (may_lack_experts and NOBODY_HAS in str(answer.error)):
+            problems.append(f"{answer.request.id} failed: {answer.error}"[:300])
+            break
+    if cluster.repeated and not cluster.config.journal:
+        problems.append(f"answered twice: {cluster.repeated[:5]}")
+    for name, codes in cluster.exit_codes.items():
+        # all but the last launch have ended because they were hit
+        unexpected = [code for code in codes if code not in (KILLED, 0, SOME_FAILED)]
+        if unexpected:
+            problems.append(f"{name} ended with {unexpected}")
+    if noise := cluster.noise():
+        problems.append(f"{len(noise)} lines of noise: {noise[0][:200]}")
+    return problems
+
+
+def may_lack_experts(trial: Trial) -> bool:
+    """Whether faults may leave an expert without any server that has it.
+
+    With one replica each loss of a server may; with two, losses of two servers at once.
+    """
+    lost: set[str] = set()
+    for fault in trial.faults:
+        if fault.wait:
+            lost = set()
+        if fault.target in OF_SERVERS:
+            lost.add(fault.server)
+        if len(lost) >= trial.replicas:
+            return True
+    return False
+
+
+def _longest_s(answers: list[Answered]) -> float:
+    return max((one.answered_s - one.request.asked_s for one in answers), default=0.0)
+
+
+def keep_logs(folder: Path, to: Path) -> None:
+    """Keep what a trial has written."""
+    shutil.rmtree(to, ignore_errors=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, to)
