@@ -16,6 +16,7 @@ As a command: ``python -m studies.testbed --servers 3 --mbps 500 -- COMMAND...``
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import ipaddress
 import json
 import os
@@ -164,6 +165,26 @@ class Testbed:
         )
         self._processes.append(process)
         return process
+
+    def cut(self, index: int) -> None:
+        """Take the cable of a server out of the switch: it loses its carrier, and all is lost."""
+        netns.configure("ip", self._switch, [f"link set port{index} down"])
+
+    def mend(self, index: int) -> None:
+        """Put the cable of a server back."""
+        netns.configure("ip", self._switch, [f"link set port{index} up"])
+
+    def slow_down(self, index: int, factor: float) -> None:
+        """Divide the rate of a server's uplink and downlink by a factor; 1 is as it was made.
+
+        Raises
+        ------
+        InputError
+            The rate is out of range then.
+        """
+        bucket = dataclasses.replace(self.bucket, mbps=self.bucket.mbps / factor)
+        netns.configure("tc", self._switch, [bucket.qdisc(f"port{index}")])
+        netns.configure("tc", self._namespaces[index], [bucket.qdisc(self.interface)])
 
     def counters(self, index: int) -> Traffic:
         """The counters of a server's interface: packets of the kernel, each up to 64 KB."""

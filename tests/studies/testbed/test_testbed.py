@@ -192,6 +192,56 @@ def test_both_ends_have_the_bucket(bed: Testbed) -> None:
         assert qdisc["options"]["burst"] == pytest.approx(64_000, rel=0.01)
 
 
+#: Says "ready", then waits for as many bytes from the first server as it is told, and says so.
+RECEIVE = """
+import os, socket, sys
+listener = socket.create_server((os.environ["PRISM_ADDRESS"], 5001))
+print("ready", flush=True)
+peer = listener.accept()[0]
+for _ in range(3):
+    print(peer.recv(1).decode(), flush=True)
+"""
+#: Sends a byte for each line of its input.
+SEND = """
+import socket, sys
+peer = socket.create_connection((sys.argv[1], 5001))
+for line in sys.stdin:
+    peer.sendall(line[:1].encode())
+"""
+
+
+def test_a_cable_is_taken_out_and_put_back(bed: Testbed) -> None:
+    """What is sent while a server's cable is out has not arrived by then, and does afterwards."""
+    receiver = bed.run(1, python(RECEIVE), stdout=subprocess.PIPE)
+    assert receiver.stdout is not None
+    assert receiver.stdout.readline() == b"ready\n"
+    sender = bed.run(2, python(SEND, bed.address(1)), stdin=subprocess.PIPE)
+    assert sender.stdin is not None
+    sender.stdin.write(b"a\n")
+    sender.stdin.flush()
+    assert receiver.stdout.readline() == b"a\n"
+    before = bed.line(1)
+    bed.cut(1)
+    carrier = netns.query("ip", bed._namespaces[1], "link", "show", "dev", bed.interface)
+    assert "NO-CARRIER" in carrier
+    sender.stdin.write(b"b\n")
+    sender.stdin.flush()
+    assert (bed.line(1) - before).received_packets == 0
+    bed.mend(1)
+    assert receiver.stdout.readline() == b"b\n"
+    sender.communicate(b"c\n", timeout=HANG_S)
+    assert receiver.communicate(timeout=HANG_S)[0] == b"c\n"
+    assert (receiver.returncode, sender.returncode) == (0, 0)
+
+
+def test_a_link_is_slowed_down(bed: Testbed) -> None:
+    """A transfer takes no less than the lower rate allows; the link is as before afterwards."""
+    bed.slow_down(1, 50)
+    assert transfers(bed, {0: [1]}, payload=400_000) * 8e-6 / MBPS <= 1.5 / 50
+    bed.slow_down(1, 1)
+    test_both_ends_have_the_bucket(bed)
+
+
 def test_counters_count_the_transfer_and_nothing_else(bed: Testbed) -> None:
     """Payload plus headers at both ends, frame by frame; a third server sees not one packet."""
     transfers(bed, {0: [1]}, payload=1)  # connections of earlier tests have ended
