@@ -51,6 +51,9 @@ class Compute(Protocol):
         No computation that has begun uses an expert that is dropped.
         """
 
+    def held(self) -> list[tuple[int, int, int]]:
+        """(GPU, pair, slot) of every expert that this process would compute with now."""
+
 
 class ExpertCompute:
     """Computes with a server's expert store, on the devices where its experts are.
@@ -84,3 +87,6 @@ class ExpertCompute:
         if change.kind == "drop" and self.store.pools[change.gpu].is_cuda:
             torch.cuda.synchronize(self.store.pools[change.gpu].device)
         self.store.apply(change)
+
+    def held(self) -> list[tuple[int, int, int]]:
+        return self.store.held()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from prism_plan.jit import kernel
 from prism_plan.simulate.timing import Timing
 from runtime_adapter.moe.compute import Batch
 from runtime_adapter.moe.emulated_gpu import GpuClock, wait_until
+from runtime_adapter.transport.peer import Peer
 from runtime_adapter.transport.rendezvous import Rendezvous
 from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change
@@ -44,6 +46,10 @@ class TimedCompute:
         self._held[change.gpu, change.pair] = change.kind == "load"
         gpus = np.flatnonzero(self._held[:, change.pair])
         self._gpu_of[change.pair] = self.first_gpu + gpus[0] if len(gpus) else -1
+
+    def held(self) -> list[tuple[int, int, int]]:
+        found = np.argwhere(self._held).tolist()
+        return [(gpu, pair, 0) for gpu, pair in found]  # nothing is in a slot
 
     def partial_sums(self, batch: Batch) -> torch.Tensor:
         wait_until(self.clock.reserve(enumerate(self._work_s(batch.layer, batch.experts))))
@@ -81,7 +87,9 @@ class TimedLoader:
         self.blocks_compute = blocks_compute
         self._free_s = [0.0] * len(load_s)  # when each GPU's load channel is free
 
-    def connect(self, rendezvous: Rendezvous, expert_map: ExpertMap) -> None:
+    def connect(
+        self, rendezvous: Rendezvous, expert_map: ExpertMap, peers: Mapping[int, Peer]
+    ) -> None:
         """It needs no other server."""
 
     def load(self, pair: int, gpu: int) -> Change:
@@ -99,6 +107,9 @@ class TimedLoader:
 
     def drop(self, pair: int, gpu: int) -> None:
         self.compute.apply(Change("drop", pair, gpu, 0))
+
+    def held(self) -> list[tuple[int, int, int]]:
+        return self.compute.held()
 
 
 @kernel

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from runtime_adapter.transport.peer import Peer
 from runtime_adapter.transport.rendezvous import Rendezvous
 from runtime_adapter.weights.checkpoint import Checkpoint
 from runtime_adapter.weights.expert_map import ExpertMap
@@ -22,7 +24,9 @@ class CheckpointLoader:
         self.store = store
         self._checkpoint: Checkpoint | None = None
 
-    def connect(self, rendezvous: Rendezvous, expert_map: ExpertMap) -> None:
+    def connect(
+        self, rendezvous: Rendezvous, expert_map: ExpertMap, peers: Mapping[int, Peer]
+    ) -> None:
         """It needs no other server."""
 
     def load(self, pair: int, gpu: int) -> Change:
@@ -41,3 +45,6 @@ class CheckpointLoader:
 
     def drop(self, pair: int, gpu: int) -> None:
         self.store.drop(pair, gpu)
+
+    def held(self) -> list[tuple[int, int, int]]:
+        return self.store.held()

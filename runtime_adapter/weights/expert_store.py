@@ -104,12 +104,17 @@ class ExpertStore:
     def __getstate__(self) -> dict[str, Any]:
         assert_spawning(self)  # anything else would copy the weights
         with self._lock:
-            kept = {"shape": self.shape, "pools": self.pools, "_table": dict(self._table)}
-            return kept | {"_free": [list(free) for free in self._free]}
+            return {"shape": self.shape, "pools": self.pools, "_table": dict(self._table)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+        # by the table, for a process that only applies changes takes no slots itself
+        used = {place for places in self._table.values() for place in places}
+        self._free = [
+            [slot for slot in reversed(range(len(pool))) if (gpu, slot) not in used]
+            for gpu, pool in enumerate(self.pools)
+        ]
         self._prepare()
 
     # ------------------------------------------------------------------------------------- table
@@ -210,6 +215,13 @@ class ExpertStore:
                 self._table[change.pair] = tuple(sorted(held.items()))
             else:
                 self._table.pop(change.pair, None)
+
+    def held(self) -> list[tuple[int, int, int]]:
+        """(GPU, pair, slot) of every expert that is in the table, in order."""
+        with self._lock:
+            return sorted(
+                (gpu, pair, slot) for pair, places in self._table.items() for gpu, slot in places
+            )
 
     def has(self, pair: int) -> bool:
         """Whether any GPU holds the expert."""
