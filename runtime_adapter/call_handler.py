@@ -12,14 +12,38 @@ from runtime_adapter.transport.nccl_channel import DataChannel
 from runtime_adapter.transport.wire_kernels import unpack_calls
 from runtime_adapter.weights.expert_map import ExpertMap
 
+#: Unpacked, a call has an expert, a token and a weight.
+_BYTES_OF_CALL = 8 + 8 + 4
 #: Views of calls of up to so many tokens are kept.
 MAX_KEPT_TOKENS = 4
 
 
-class CallHandler:
-    """Handles the calls of one lane of one driver, in memory that is used for each again.
+def require_memory(size: int) -> None:
+    """Refuse buffers that this machine has no memory for.
 
-    ``max_tokens`` is the longest step of any server.
+    Raises
+    ------
+    WireError
+        It has not so much.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if size > free // 2:
+        raise wire.WireError(
+            f"a driver's steps need buffers of {size:,} bytes; {free:,} bytes are free"
+        )
+
+
+class CallHandler:
+    """Handles the calls of one connection, in memory that is used for each again.
+
+    ``max_tokens`` is the longest step of the driver that calls.
+
+    Raises
+    ------
+    WireError
+        There is no memory for such steps.
     """
 
     def __init__(self, config: ServerConfig, max_tokens: int, expert_map: ExpertMap) -> None:
@@ -30,12 +54,14 @@ class CallHandler:
         self._width = config.width
         self._limits = wire.MessageBuffer(max_tokens, model.top_k)
         token_bytes = self._token_bytes()
+        calls = max_tokens * model.top_k
+        buffers = self._limits.call_bytes(token_bytes) + self._limits.answer_bytes(token_bytes)
+        require_memory(buffers + calls * _BYTES_OF_CALL)
         #: Calls are received here.
         self.buffer = torch.empty(self._limits.call_bytes(token_bytes), dtype=torch.uint8)
         self._raw = self.buffer.numpy()
         self._reply = torch.empty(self._limits.answer_bytes(token_bytes), dtype=torch.uint8)
         self._reply_raw = self._reply.numpy()
-        calls = max_tokens * model.top_k
         self._words = self._raw[wire.HEADER_BYTES : wire.HEADER_BYTES + 4 * calls].view(np.uint32)
         self._gpu_of = expert_map.gpu_of[config.rendezvous.rank]
         self._bits = wire.id_bits(model.num_experts)
@@ -104,6 +130,21 @@ class CallHandler:
 
     def _send_states(self, sums: torch.Tensor) -> None:
         """They are in the answer."""
+
+    def message_bytes(self, received: int) -> int:
+        """Size of the message whose first bytes are in the buffer; 0 if they do not tell it.
+
+        Raises
+        ------
+        WireError
+            No server of this version sends it, or it does not fit the buffer.
+        """
+        if received < wire.HEADER_BYTES:
+            return 0
+        header = self.header()
+        if header.kind != wire.CALL or not self._limits.fits(header.tokens, header.calls):
+            raise wire.WireError(f"a call that does not fit {self._model.name}: {header}")
+        return wire.HEADER_BYTES + wire.call_bytes(header.tokens, header.calls, self._token_bytes())
 
     def close(self) -> None:
         """The driver is gone, or makes no more calls."""

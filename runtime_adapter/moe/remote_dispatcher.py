@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,17 +17,21 @@ from runtime_adapter.moe.compute import Batch, Compute
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.emulated_gpu import wait_until
 from runtime_adapter.moe.placed_experts import sum_dtype
-from runtime_adapter.moe.router import Router, count_destinations, select_calls
+from runtime_adapter.moe.router import HoldersSilent, Router, count_destinations, select_calls
 from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.connection import Connection
-from runtime_adapter.transport.rendezvous import RuntimeFailure, ServerLost
+from runtime_adapter.transport.rendezvous import RequestTimeout, RuntimeFailure, ServerLost
 from runtime_adapter.transport.wire_kernels import pack_calls
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-#: A call whose expert has moved is sent again so often before the request fails.
-MAX_RETRIES = 50
+#: For how long calls are sent again whose holders say that they do not have the expert.
+MAX_MISSING_S = 60.0
+#: Between two attempts of a step's calls; grows up to the second value.
+RETRY_S, MAX_RETRY_S = 0.02, 0.5
+#: Waits for a server to answer again are this long at most before the holders are looked at anew.
+WAIT_SLICE_S = 0.5
 
 
 @dataclass(eq=False, slots=True)
@@ -44,13 +46,54 @@ class _PendingCall:
     sent: bool
 
 
+class _Waits:
+    """What a step has waited for, and the servers that it tries to do without.
+
+    ``avoided``, the longest first, have not answered or did not have an expert; ``missing_s`` is
+    when one first lacked an expert.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self.avoided: list[int] = []
+        self.pauses = 0
+        self.missing_s: float | None = None
+        self._began_s: float | None = None
+
+    def began(self, now: float) -> float:
+        """The time at which the waiting has begun, which may be now."""
+        if self._began_s is None:
+            self._began_s = now
+        return self._began_s
+
+    def failed(self, server: int, *, missing: bool = False) -> None:
+        """A server has not answered, or lacked an expert."""
+        if server in self.avoided:
+            self.avoided.remove(server)
+        self.avoided.append(server)
+        if missing and self.missing_s is None:
+            self.missing_s = time.monotonic()
+
+    def left_s(self, now: float) -> float:
+        """Seconds for which the step may still wait."""
+        return max(self.began(now) + self.limit_s - now, 0.0)
+
+    def require_time(self, now: float, waits_for: str) -> None:
+        """Raise RequestTimeout where there is none left."""
+        if self.left_s(now) <= 0:
+            raise RequestTimeout(self.limit_s, waits_for)
+
+
 class RemoteDispatcher:
     """One lane of a driver: runs the experts of a layer, here and on other servers.
 
     ``connections``, all of one kind, lead to the other servers' workers; each has one call in
     flight, so a driver that serves several requests at once has a dispatcher for each. ``rtt_s`` is
-    added to every call, half each way, where the network does not delay it. ``on_lost`` is called
-    with a server that does not answer within ``timeout_s``; its calls then go to other holders.
+    added to every call, half each way, where the network does not delay it.
+
+    Calls of a server that is suspect go to other holders of the experts; where there are none, the
+    step waits until one answers again, up to ``request_timeout_s``. ``on_lost`` is called with the
+    server of every call that was lost on its way.
     """
 
     def __init__(
@@ -61,7 +104,7 @@ class RemoteDispatcher:
         compute: Compute,
         counters: Counters,
         *,
-        timeout_s: float = 10.0,
+        request_timeout_s: float = 600.0,
         rtt_s: float = 0.0,
         on_lost: Callable[[ServerLost], None] = lambda lost: None,
     ) -> None:
@@ -70,12 +113,13 @@ class RemoteDispatcher:
         self.connections = connections
         self.compute = compute
         self.counters = counters
-        self.timeout = datetime.timedelta(seconds=timeout_s)
+        self.request_timeout_s = request_timeout_s
         self.rtt_s = rtt_s
         self.on_lost = on_lost
         self.request = 0
         #: Sequence counter, incremented on entry to and exit from ``layer`` (odd = inside), like a
-        #: seqlock; control/log_follower.py reads it.
+        #: seqlock; control/log_follower.py reads it. It is even while a step waits for a server,
+        #: for then no call of the step is under way, and where they go is chosen afterwards.
         self.passes = 0
         self.layer = 0
         self._bits = wire.id_bits(model.num_experts)
@@ -94,7 +138,9 @@ class RemoteDispatcher:
         Raises
         ------
         ExpertsLost
-            All servers that hold an expert are lost.
+            All servers that held an expert are down.
+        RequestTimeout
+            The step has waited for ``request_timeout_s``.
         RuntimeFailure
             A server answers, but keeps saying that it does not have the expert.
         StepTooLong
@@ -113,9 +159,11 @@ class RemoteDispatcher:
     def _run(
         self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats
     ) -> torch.Tensor:
-        sums, failed = self._send_and_sum(layer, hidden, experts, weights, first=True)
-        retries = 0
+        waits = _Waits(self.request_timeout_s)
+        sums, failed = self._send_and_sum(layer, hidden, experts, weights, waits, first=True)
         while failed is not None and failed.any():
+            self.counters.count(retries=1)
+            self._pause(layer, waits)
             still_failed = np.zeros_like(failed)
             # a column at a time, so that no retry has more tokens than the step, for which the
             # servers' buffers are made; one row a call could have top-k times as many
@@ -123,30 +171,61 @@ class RemoteDispatcher:
                 token = np.flatnonzero(failed[:, k])
                 rows = torch.from_numpy(token)
                 retried, missing = self._send_and_sum(
-                    layer, hidden[rows], experts[token, k, None], weights[token, k, None]
+                    layer, hidden[rows], experts[token, k, None], weights[token, k, None], waits
                 )
                 sums.index_add_(0, rows.to(sums.device), retried)
                 if missing is not None:
                     still_failed[token, k] = missing[:, 0]
             failed = still_failed
-            if failed.any():
-                retries += 1
-                self.counters.count(retries=1)
-                if retries > MAX_RETRIES:
-                    raise RuntimeFailure(
-                        f"layer {self.model.moe_layers[layer]}: holders of an expert keep saying "
-                        "that they do not have it"
-                    )
-                time.sleep(0.02)  # the log entries of a move are about to arrive
         return sums.to(hidden.dtype)
 
+    def _pause(self, layer: int, waits: _Waits) -> None:
+        """Wait before calls are sent again, longer each time, unless for too long.
+
+        The log entries of a move, or of a server that has come back, are about to arrive.
+        """
+        now = time.monotonic()
+        waits.began(now)
+        if waits.missing_s is not None:
+            limit_s = min(MAX_MISSING_S, self.request_timeout_s)
+            if now - waits.missing_s > limit_s:
+                raise RuntimeFailure(
+                    f"layer {self.model.moe_layers[layer]}: holders of an expert keep saying that "
+                    "they do not have it"
+                )
+        waits.require_time(now, "calls that do not arrive are sent again")
+        time.sleep(min(RETRY_S * 2 ** min(waits.pauses, 10), MAX_RETRY_S))
+        waits.pauses += 1
+
+    def _choose(self, layer: int, experts: Ints, waits: _Waits) -> npt.NDArray[np.int32]:
+        """The server of each call [T, K]; waits where all holders of an expert are suspect."""
+        expert_map = self.router.expert_map
+        while True:
+            version = expert_map.version
+            try:
+                return self.router.choose(layer, experts, self.request, waits.avoided)
+            except HoldersSilent as silent:
+                now = time.monotonic()
+                waits.began(now)
+                waits.require_time(
+                    now,
+                    f"{self.model.pair_text(silent.pair)} is held by servers alone that do not "
+                    f"answer: {', '.join(silent.holders)}",
+                )
+                left_s = waits.left_s(now)
+            self.passes += 1
+            try:
+                expert_map.wait_for_change(min(left_s, WAIT_SLICE_S), version)
+            finally:
+                self.passes += 1
+
     def _send_and_sum(
-        self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats, *,
+        self, layer: int, hidden: torch.Tensor, experts: Ints, weights: Floats, waits: _Waits, *,
         first: bool = False,
     ) -> tuple[torch.Tensor, npt.NDArray[np.bool_] | None]:  # fmt: skip
         """Send all calls once; returns the sums, and which calls [T, K] were not answered."""
         rank = self.router.rank
-        chosen = self.router.choose(layer, experts, self.request)
+        chosen = self._choose(layer, experts, waits)
         remote, waiting, destinations = count_destinations(chosen, rank, self._destinations)
         pending = self._send_all(layer, hidden, experts, weights, chosen) if remote else []
         sent_s = time.perf_counter()
@@ -175,7 +254,7 @@ class RemoteDispatcher:
             computed_s = time.perf_counter()
             while pending:
                 call = pending.pop(0)
-                if not self._wait_for_answer(call):
+                if not self._wait_for_answer(call, waits):
                     calls = chosen == call.server
                     failed = calls if failed is None else failed | calls
                 elif hidden.dtype.is_floating_point:  # bytes stand for states in a replay
@@ -232,23 +311,26 @@ class RemoteDispatcher:
                 )
             except RuntimeError as error:
                 sent = False
-                self._lose(server, error)
+                self._report_lost(server, error)
             payload = wire.call_bytes(tokens, calls, token_bytes)
             pending.append(_PendingCall(server, tokens, rows, payload, tokens * token_bytes, sent))
         return pending
 
-    def _wait_for_answer(self, call: _PendingCall) -> bool:
+    def _wait_for_answer(self, call: _PendingCall, waits: _Waits) -> bool:
         """Wait for an answer; False if there is none, or the expert is not there."""
         if not call.sent:
+            waits.failed(call.server)
             return False
         connection = self.connections[call.server]
         try:
             header = connection.answer()
         except RuntimeError as error:
             connection.reset()
-            self._lose(call.server, error)
+            waits.failed(call.server)
+            self._report_lost(call.server, error)
             return False
         if header.kind == wire.MISSING:
+            waits.failed(call.server, missing=True)
             return False
         if header.kind != wire.ANSWER or header.tokens != call.tokens:
             name = self.router.expert_map.servers[call.server]
@@ -256,10 +338,9 @@ class RemoteDispatcher:
         return True
 
     def _discard_answers(self, pending: list[_PendingCall]) -> None:
-        """Receive the answers of a failed step, or the next one would read them as its own."""
+        """Give up the calls of a failed step, or the next one would read their answers."""
         for call in pending:
-            with contextlib.suppress(PrismError):
-                self._wait_for_answer(call)
+            self.connections[call.server].reset()
 
     def _add_answer(
         self, call: _PendingCall, sums: torch.Tensor | None, hidden: torch.Tensor, more: bool
@@ -285,14 +366,6 @@ class RemoteDispatcher:
         sums.index_add_(0, rows, answer.to(device=sums.device, dtype=sums.dtype))
         return sums
 
-    def _lose(self, server: int, error: Exception) -> None:
-        expert_map = self.router.expert_map
-        if expert_map.lost(server):
-            return
-        expert_map.lose(server)
-        reason = str(error).splitlines()[0]
-        if "imed out" in reason or "timeout" in reason.lower():
-            reason = f"no answer within {self.timeout.total_seconds():g} s"
-        else:
-            reason = "the connection was closed"
-        self.on_lost(ServerLost(server, expert_map.servers[server], reason))
+    def _report_lost(self, server: int, error: Exception) -> None:
+        name = self.router.expert_map.servers[server]
+        self.on_lost(ServerLost(server, name, str(error).splitlines()[0]))

@@ -8,7 +8,8 @@ they are the simulation's, call for call (docs/design.md, section 4, rule 5). Th
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,15 @@ from runtime_adapter.weights.expert_map import ExpertMap
 
 class ExpertsLost(PrismError):
     """A request needs an expert that no server holds any more."""
+
+
+class HoldersSilent(Exception):
+    """An expert is held by servers alone that do not answer at the moment, but are not down."""
+
+    def __init__(self, pair: int, holders: Sequence[str]) -> None:
+        self.pair = pair
+        self.holders = holders
+        super().__init__(f"no answer from {', '.join(holders)}")
 
 
 @kernel
@@ -132,29 +142,54 @@ class Router:
         self._compile()
 
     def choose(
-        self, layer: int, experts: npt.NDArray[np.int64], request: int
+        self,
+        layer: int,
+        experts: npt.NDArray[np.int64],
+        request: int,
+        avoided: Sequence[int] = (),
     ) -> npt.NDArray[np.int32]:
         """The server of each call, int32 [T, K], for ``experts`` [T, K] of a layer position.
 
+        ``avoided`` servers are chosen only for experts that no other one holds, the first ones of
+        them before the last ones.
+
         Raises
         ------
+        HoldersSilent
+            All servers that hold an expert and are not down are suspect.
         ExpertsLost
-            All servers that hold an expert are lost.
+            All servers that held an expert are down.
         """
         chosen = np.empty(experts.shape, np.int32)
         expert_map = self.expert_map
-        lost = _route(
-            experts, layer * self.model.num_experts, self.rank, request, self.route,
-            expert_map.gpu_of, expert_map.holder, expert_map.num_replicas, self.sent,
-            self.link_rank, self._mask, self._candidates, self._missing, self._best, chosen,
+        holder, num_replicas = expert_map.holder, expert_map.num_replicas
+        if avoided:
+            holder, num_replicas = expert_map.without(avoided)
+        sent = self.sent.copy()
+        lost = int(
+            _route(
+                experts, layer * self.model.num_experts, self.rank, request, self.route,
+                expert_map.gpu_of, holder, num_replicas, self.sent, self.link_rank, self._mask,
+                self._candidates, self._missing, self._best, chosen,
+            )
         )  # fmt: skip
         if lost >= 0:
-            servers = expert_map.lost_names()
-            raise ExpertsLost(
-                f"{self.model.pair_text(int(lost))} is held by no server that is still there"
-                + (f"; lost: {', '.join(servers)}" if servers else "")
-            )
+            self.sent[:] = sent  # nothing is sent
+            self._raise_lost(lost)
         return chosen
+
+    def _raise_lost(self, pair: int) -> NoReturn:
+        expert_map = self.expert_map
+        silent = [expert_map.servers[n] for n in expert_map.holders_suspect(pair)]
+        if silent:
+            raise HoldersSilent(pair, silent)
+        if expert_map.num_replicas[pair]:  # one has just come back
+            raise HoldersSilent(pair, ["a server that was just away"])
+        down = expert_map.down_names()
+        raise ExpertsLost(
+            f"{self.model.pair_text(pair)} is held by no server that is still there"
+            + (f"; down: {', '.join(down)}" if down else "")
+        )
 
     def _compile(self) -> None:
         """Compile what runs in a step, or load it from the cache: the first step must not wait."""

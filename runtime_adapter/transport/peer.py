@@ -55,9 +55,9 @@ class Peer:
     """One other server, as this process sees it.
 
     ``name`` is the other server's, ``own_name`` this one's. ``on_suspect`` is called with a reason
-    when the other one has not answered for ``timeout_s``, ``on_return`` when it answers again; both
-    in the peer's thread or in that of :meth:`set_address`, and they must not block. A peer that is
-    not started has an address and never becomes suspect.
+    when the other one has not answered for ``timeout_s``, ``on_return`` when it answers again, or
+    has another address or none; both in the peer's thread or in that of :meth:`set_address`, and
+    they must not block. A peer that is not started has an address and never becomes suspect.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Peer:
             self.generation += 1
             self.finished = False
             was_suspect, self.suspect = self.suspect, False
-            if was_suspect and address is not None:
+            if was_suspect:
                 self._on_return()
             self._moved.set()
             if self._pings is not None:

@@ -14,10 +14,11 @@ SLICE_S = 0.1
 _TIMEVAL = struct.pack("@ll", int(SLICE_S), int(SLICE_S % 1 * 1e6))
 
 
-def wait_in_slices(connection: socket.socket) -> None:
-    """Let each later wait of the socket end after :data:`SLICE_S`."""
+def wait_in_slices(connection: socket.socket, *, receiving: bool = True) -> None:
+    """Let each later wait of the socket end after :data:`SLICE_S`, or those to send alone."""
     connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL)
+    if receiving:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
 
 
@@ -50,6 +51,19 @@ def send_some(connection: socket.socket, message: memoryview) -> int:
         return 0
 
 
+def send_all(connection: socket.socket, message: memoryview) -> None:
+    """Send a message, however long the other side takes.
+
+    Raises
+    ------
+    OSError
+        The connection is broken.
+    """
+    sent = send_some(connection, message)
+    while sent < len(message):
+        sent += send_some(connection, message[sent:])
+
+
 def receive_some(connection: socket.socket, buffer: memoryview) -> int:
     """Receive into a buffer that is not empty; returns the bytes, 0 if none came in this slice.
 
@@ -67,20 +81,24 @@ def receive_some(connection: socket.socket, buffer: memoryview) -> int:
     return received
 
 
-def receive_exactly(connection: socket.socket, size: int) -> bytes:
-    """Receive so many bytes, each wait as long as the socket's own time limit.
+def receive_into(connection: socket.socket, buffer: memoryview) -> None:
+    """Fill a buffer, each wait as long as the socket's own time limit.
 
     Raises
     ------
     OSError
         The connection is broken, or the other side has closed it.
     """
-    buffer = bytearray(size)
-    view = memoryview(buffer)
     done = 0
-    while done < size:
-        received = connection.recv_into(view[done:])
+    while done < len(buffer):
+        received = connection.recv_into(buffer[done:])
         if not received:
             raise ConnectionResetError("closed by the other side")
         done += received
+
+
+def receive_exactly(connection: socket.socket, size: int) -> bytes:
+    """Receive so many bytes; waits and raises as :func:`receive_into`."""
+    buffer = bytearray(size)
+    receive_into(connection, memoryview(buffer))
     return bytes(buffer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -55,42 +55,46 @@ class ExpertMap:
 
     def suspect(self, server: int) -> None:
         """A server does not answer this one: no call goes to it until it does."""
-        self._set(server, suspect=True)
+        self._set_suspect(server, True)
 
     def unsuspect(self, server: int) -> None:
         """A server answers this one again."""
-        self._set(server, suspect=False)
+        self._set_suspect(server, False)
 
     def set_down(self, server: int) -> None:
         """The log says that a server is down or has left; what it held is gone with it."""
-        self._set(server, suspect=False, down=True, held=())
+        self.set_all({}, [server])
 
     def set_up(self, server: int, held: Iterable[tuple[int, int]]) -> None:
         """The log says that a server has joined, with exactly these (GPU of the run, pair)."""
-        self._set(server, suspect=False, down=False, held=held)
+        self.set_all({server: held})
 
-    def _set(
-        self,
-        server: int,
-        *,
-        suspect: bool,
-        down: bool | None = None,
-        held: Iterable[tuple[int, int]] | None = None,
+    def set_all(
+        self, up: Mapping[int, Iterable[tuple[int, int]]], down: Iterable[int] = ()
     ) -> None:
+        """Several servers have joined, or are down, all at once.
+
+        What others still hold is never missing in between. Those that are up may stay suspect.
+        """
+        down = list(down)
         with self._changed:
-            if down is None and held is None and self._suspect[server] == suspect:
-                return
-            self._suspect[server] = suspect
-            if down is not None:
-                self._down[server] = down
-            if held is not None:
-                now = np.zeros_like(self._held)
+            for server in (*up, *down):
+                self._held[self._server == server] = False
+            for server, held in up.items():
+                self._down[server] = False
                 for gpu, pair in held:
-                    now[gpu, pair] = True
-                own = self._server == server
-                self._held[own] = now[own]
+                    self._held[gpu, pair] = True
+            for server in down:
+                self._down[server], self._suspect[server] = True, False
             self._refresh_all()
             self._notify()
+
+    def _set_suspect(self, server: int, suspect: bool) -> None:
+        with self._changed:
+            if self._suspect[server] != suspect:
+                self._suspect[server] = suspect
+                self._refresh_all()
+                self._notify()
 
     def _notify(self) -> None:
         self.version += 1
@@ -145,15 +149,17 @@ class ExpertMap:
             holders = {int(self._server[g]) for g in np.flatnonzero(self._held[:, pair])}
             return sorted(n for n in holders if silent[n])
 
-    def without(self, avoided: Iterable[int]) -> tuple[Ints, Ints]:
-        """``holder`` and ``num_replicas`` without some servers, where a pair has other holders."""
+    def without(self, avoided: Sequence[int]) -> tuple[Ints, Ints]:
+        """``holder`` and ``num_replicas`` without some servers, where a pair has other holders.
+
+        A pair that only avoided servers hold has one holder, the first of them in ``avoided``.
+        """
+        place = np.full(len(self.servers), -1)
+        place[list(avoided)] = np.arange(len(avoided))
         with self._changed:
-            avoid = np.zeros(len(self.servers), bool)
-            avoid[list(avoided)] = True
-            gpu_of = self.gpu_of.copy()
-            elsewhere = (gpu_of[~avoid] >= 0).any(axis=0)
-            gpu_of[np.ix_(avoid, elsewhere)] = -1
-            return _list_holders(gpu_of)
+            places = np.where(self.gpu_of >= 0, place[:, None], len(avoided))
+            used = (places == places.min(axis=0)) & (places < len(avoided))
+            return _list_holders(np.where(used, self.gpu_of, -1))
 
     def wait_for_change(self, timeout_s: float, since: int | None = None) -> bool:
         """Wait until anything changes after ``since``, a ``version``; now if not given.

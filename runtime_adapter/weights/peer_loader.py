@@ -1,7 +1,6 @@
 """Loads experts from the memory of another server that holds them, instead of the checkpoint.
 
-Every worker asks every other one over a pair of its own, one request at a time for each of its
-GPUs::
+A worker asks another one over a connection for each of its GPUs, one request at a time::
 
     header int32 [8] (detail is the pair)   ->   header int32 [8] | the expert's weights, raw
 
@@ -11,25 +10,26 @@ all servers of a run share.
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import logging
-import threading
-from functools import partial
-from typing import Any
+import socket
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from prism_plan.placement import Placement
 from runtime_adapter.transport import wire_format as wire
-from runtime_adapter.transport.call_threads import run_in_parallel
-from runtime_adapter.transport.pair_groups import connect_pair, receive, send
-from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous, RuntimeFailure
+from runtime_adapter.transport.handshake import HandshakeFailed
+from runtime_adapter.transport.peer import ConnectionLost, Peer
+from runtime_adapter.transport.rendezvous import Rendezvous
+from runtime_adapter.transport.socket_io import receive_exactly, receive_into, send_all
 from runtime_adapter.weights.checkpoint_loader import CheckpointLoader
 from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change, ExpertStore
 
-#: Prefix of the pairs for weights in the store.
-PAIRS = "weights"
+#: No server of a run is asked more quickly for a connection.
+DIAL_S = 2.0
 
 
 class PeerLoader:
@@ -42,33 +42,20 @@ class PeerLoader:
         self.checkpoint = checkpoint
         self.store = checkpoint.store
         self.num_gpus = [len(gpus) for gpus in placement.gpu_capacity]
-        self._groups: dict[int, Any] = {}
+        self._peers: Mapping[int, Peer] = {}
+        self._sockets: dict[tuple[int, int], socket.socket] = {}  # by server and own GPU
 
-    def connect(self, rendezvous: Rendezvous, expert_map: ExpertMap) -> None:
-        """Connect to the other workers, and answer their requests from now on.
-
-        Raises
-        ------
-        RuntimeFailure
-            One of them is not there in time.
-        """
-        rank, self._expert_map = rendezvous.rank, expert_map
-        self._timeout = datetime.timedelta(seconds=rendezvous.timeout_s)
-        others = rendezvous.other_ranks
-        jobs = [partial(connect_pair, rendezvous, rank, n, 0, PAIRS) for n in others]
-        jobs += [partial(connect_pair, rendezvous, n, rank, 1, PAIRS) for n in others]
-        groups = run_in_parallel(jobs)
-        self._groups = dict(zip(others, groups[: len(others)], strict=True))
+    def connect(
+        self, rendezvous: Rendezvous, expert_map: ExpertMap, peers: Mapping[int, Peer]
+    ) -> None:
+        """Note whom to ask; connections are made when they are needed."""
+        self._expert_map, self._peers = expert_map, peers
+        self._timeout_s = rendezvous.timeout_s
         # a GPU has one load channel, and so one answer at a time
-        answer_bytes = wire.HEADER_BYTES + self.store.expert_bytes
         self._buffers = [
-            torch.empty(answer_bytes, dtype=torch.uint8) for _ in range(self.num_gpus[rank])
+            torch.empty(self.store.expert_bytes, dtype=torch.uint8)
+            for _ in range(self.num_gpus[rendezvous.rank])
         ]
-        for n, group in zip(others, groups[len(others) :], strict=True):
-            for gpu in range(self.num_gpus[n]):
-                threading.Thread(
-                    target=answer_weight_requests, args=(self.store, group, gpu), daemon=True
-                ).start()
 
     def load(self, pair: int, gpu: int) -> Change:
         """Copy an expert from a holder into a free slot.
@@ -79,14 +66,13 @@ class PeerLoader:
             No server gives it and the checkpoint cannot be read or lacks it, or the GPU has no
             free slot.
         """
-        weights = self._buffers[gpu][wire.HEADER_BYTES :].view(self.store.dtype)
+        weights = self._buffers[gpu].view(self.store.dtype)
         if self.store.copy(pair, weights):  # another GPU of this server has it
             return self.store.put(pair, gpu, self.store.parts(weights))
-        holders = [n for n in list(self._groups) if self._expert_map.gpu_of[n, pair] >= 0]
+        holders = [n for n in self._peers if self._expert_map.gpu_of[n, pair] >= 0]
         first = pair % max(len(holders), 1)
         for n in holders[first:] + holders[:first]:
             if self._request(n, pair, gpu):
-                weights = self._buffers[gpu][wire.HEADER_BYTES :].view(self.store.dtype)
                 return self.store.put(pair, gpu, self.store.parts(weights))
         logging.getLogger(__name__).warning(
             "prism-runtime: no server gives %s; it is read from the checkpoint",
@@ -95,46 +81,72 @@ class PeerLoader:
         return self.checkpoint.load(pair, gpu)
 
     def _request(self, n: int, pair: int, gpu: int) -> bool:
-        """Ask a server for an expert; returns whether the GPU's buffer now has its weights."""
-        request = torch.empty(wire.HEADER_BYTES, dtype=torch.uint8)
-        wire.put_header(request.numpy(), wire.Header(wire.WEIGHTS, detail=pair))
-        buffer, group = self._buffers[gpu], self._groups.get(n)
-        if group is None:
-            return False
-        try:
-            receiving = receive(group, buffer, 1, gpu)
-            send(group, request, 1, gpu).wait(self._timeout)
-            receiving.wait(self._timeout)
-        except RuntimeError:  # the server is lost; its answer may still be written to this buffer
-            self._buffers[gpu] = torch.empty_like(buffer)
-            self._groups.pop(n, None)
-            return False
-        header = wire.get_header(buffer.numpy())
-        return header.kind == wire.ANSWER and header.detail == pair
+        """Ask a server for an expert; returns whether the GPU's buffer now has its weights.
+
+        A server that sends nothing for the time limit is asked no further.
+        """
+        kept = self._sockets.pop((n, gpu), None)
+        for connection in (kept, None) if kept is not None else (None,):
+            # one that was kept may have been closed since, which says nothing of the server
+            try:
+                if connection is None:
+                    connection, _ = self._peers[n].dial("weights", gpu, timeout_s=DIAL_S)
+                    connection.settimeout(self._timeout_s)
+            except (OSError, HandshakeFailed, ConnectionLost):
+                return False
+            try:
+                found = _ask(connection, pair, memoryview(self._buffers[gpu].numpy()))
+            except (OSError, wire.WireError):
+                connection.close()
+                continue
+            self._sockets[n, gpu] = connection
+            return found
+        return False
 
     def drop(self, pair: int, gpu: int) -> None:
         self.store.drop(pair, gpu)
 
+    def held(self) -> list[tuple[int, int, int]]:
+        return self.store.held()
 
-def answer_weight_requests(store: ExpertStore, group: Any, tag: int) -> None:
-    """Answer the requests of one GPU of one other server, until that server is gone."""
+
+def _ask(connection: socket.socket, pair: int, weights: memoryview) -> bool:
+    """Fill ``weights`` with an expert's; False if the other server does not have it."""
+    request = np.zeros(wire.HEADER_BYTES, np.uint8)
+    wire.put_header(request, wire.Header(wire.WEIGHTS, detail=pair))
+    connection.sendall(request)
+    answer = np.frombuffer(receive_exactly(connection, wire.HEADER_BYTES), np.uint8)
+    header = wire.get_header(answer)
+    if header.kind == wire.MISSING:
+        return False
+    if header.kind != wire.ANSWER or header.detail != pair:
+        raise wire.WireError(f"no answer to a request for weights: {header}")
+    receive_into(connection, weights)
+    return True
+
+
+def answer_weight_requests(store: ExpertStore, connection: socket.socket) -> None:
+    """Answer the requests of one GPU of another server, until that one closes the connection.
+
+    The socket's waits must have no limit.
+    """
     spec = store.shape.spec
-    request = torch.empty(wire.HEADER_BYTES, dtype=torch.uint8)
+    pairs = spec.num_layers * spec.num_experts
     answer = torch.empty(wire.HEADER_BYTES + store.expert_bytes, dtype=torch.uint8)
+    raw = answer.numpy()
     try:
-        while True:
-            receive(group, request, 0, tag).wait(FOREVER)
-            header = wire.get_header(request.numpy())
-            if header.kind != wire.WEIGHTS or header.detail >= spec.num_layers * spec.num_experts:
-                raise wire.WireError(
-                    f"a request for weights that does not fit {spec.name}: {header}"
-                )
-            weights = answer[wire.HEADER_BYTES :].view(store.dtype)
-            kind = wire.ANSWER if store.copy(header.detail, weights) else wire.MISSING
-            wire.put_header(answer.numpy(), wire.Header(kind, detail=header.detail))
-            reply = answer if kind == wire.ANSWER else answer[: wire.HEADER_BYTES]
-            send(group, reply, 0, tag).wait(FOREVER)
+        with contextlib.suppress(OSError):
+            while True:
+                request = receive_exactly(connection, wire.HEADER_BYTES)
+                header = wire.get_header(np.frombuffer(request, np.uint8))
+                if header.kind != wire.WEIGHTS or header.detail >= pairs:
+                    raise wire.WireError(
+                        f"a request for weights that does not fit {spec.name}: {header}"
+                    )
+                weights = answer[wire.HEADER_BYTES :].view(store.dtype)
+                kind = wire.ANSWER if store.copy(header.detail, weights) else wire.MISSING
+                wire.put_header(raw, wire.Header(kind, detail=header.detail))
+                size = len(raw) if kind == wire.ANSWER else wire.HEADER_BYTES
+                send_all(connection, memoryview(raw)[:size])
     except wire.WireError as error:
         logging.getLogger(__name__).error("prism-runtime: %s", error)
-    except (RuntimeError, RuntimeFailure):
-        return  # that server is gone
