@@ -312,6 +312,10 @@ class Cluster:
                 count += 1
         return count
 
+    def answered_between(self, begin_s: float, end_s: float) -> int:
+        """Requests that were answered in a period of time, well or not."""
+        return sum(begin_s <= answer.answered_s <= end_s for answer in self.answers)
+
     # ------------------------------------------------------------------ waiting
 
     def wait(self, condition: Callable[[], Any], what: str, limit_s: float = HANG_S) -> None:
@@ -346,6 +350,11 @@ class Cluster:
         self.wait(self.is_well, "every server is up and all replicas are there")
         self.wait_until_serving()
         self.wait(self.is_well, "every server is up and all replicas are there")
+
+    def members(self) -> list[dict[str, Any]]:
+        """The servers as the store knows them; none if it does not answer."""
+        status = self.places.status()
+        return [] if status is None else list(status["members"])
 
     def is_well(self) -> bool:
         """Whether the store says that all is well."""

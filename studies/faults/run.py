@@ -6,19 +6,23 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prism_plan.errors import PrismError
 from prism_plan.io.placement import placement_to_json
 from studies.faults.cluster import NOBODY_HAS, Answered, Cluster, ClusterConfig, Hang, last_lines
-from studies.faults.processes import Loopback, Places
+from studies.faults.processes import Loopback
 from studies.faults.trials import OF_SERVERS, SERVERS, Trial
 
 #: Exit codes of a process that has ended because a trial killed it.
 KILLED = -signal.SIGKILL
 #: Of a server whose requests have failed in part.
 SOME_FAILED = 5
+
+#: What happens in a run; gives more values of its record.
+Course = Callable[[Cluster], dict[str, Any]]
 
 
 def config_of(trial: Trial) -> ClusterConfig:
@@ -34,29 +38,40 @@ def config_of(trial: Trial) -> ClusterConfig:
     )
 
 
-def run_trial(trial: Trial, folder: Path, places: Places | None = None) -> dict[str, Any]:
-    """Run a trial in an empty folder; returns its record, whose ``well`` says how it went.
+def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
+    """Run a trial in an empty folder; returns its record, whose ``well`` says how it went."""
+    cluster = Cluster(config_of(trial), folder, Loopback())
+    record = run_and_judge(
+        cluster, lambda cluster: hit_by(trial, cluster), may_lack=may_lack_experts(trial)
+    )
+    return {"trial": trial.to_json(), "text": str(trial), **record}
 
-    A trial went well if nothing hung, all tokens are those of plain transformers, requests have
-    failed only where the experts that they needed were held by nobody, and all servers that were
-    hit serve again and hold experts in the end.
+
+def run_and_judge(cluster: Cluster, course: Course, *, may_lack: bool) -> dict[str, Any]:
+    """Run a cluster through a course of events, and to its end; returns the record.
+
+    All went well if nothing hung, all tokens are those of plain transformers, requests have failed
+    only where the experts that they needed were held by nobody (if they ``may_lack`` any), and all
+    servers serve in the end, and hold what a last move has asked for.
     """
     begin_s = time.monotonic()
     problems: list[str] = []
-    record: dict[str, Any] = {"trial": trial.to_json(), "text": str(trial)}
-    cluster = Cluster(config_of(trial), folder, places or Loopback())
+    record: dict[str, Any] = {}
     with cluster:
         try:
-            record |= _course(trial, cluster, problems)
+            cluster.wait_until_well()
+            record |= course(cluster)
+            record["exit_codes"] = end(cluster, problems)
         except Hang as error:
             problems.append(f"hang: {error}")
             record["hang"] = str(error)
             cluster.abort()
         except (OSError, PrismError, KeyError) as error:
             problems.append(f"{type(error).__name__}: {error}")
-    problems += judge(cluster, may_lack_experts(trial))
+    problems += judge(cluster, may_lack)
     record |= {
         **cluster.counts(),
+        "longest_s": round(_longest_s(cluster.answers), 2),
         "wrong": cluster.wrong,
         "moves": [code for code, _ in cluster.moves],
         "restarts": cluster.num_restarts,
@@ -72,9 +87,8 @@ def run_trial(trial: Trial, folder: Path, places: Places | None = None) -> dict[
     return record
 
 
-def _course(trial: Trial, cluster: Cluster, problems: list[str]) -> dict[str, Any]:
-    """Let all happen that is to happen; adds what went wrong on the way to ``problems``."""
-    cluster.wait_until_well()
+def hit_by(trial: Trial, cluster: Cluster) -> dict[str, Any]:
+    """Let the faults of a trial happen, and wait until all is well again."""
     hits: list[int] = []
     hit_s = time.monotonic()
     if trial.moment == "moving":
@@ -95,6 +109,15 @@ def _course(trial: Trial, cluster: Cluster, problems: list[str]) -> dict[str, An
     well_s = time.monotonic()
     if trial.moment == "moving":
         cluster.stop_moving()
+    return {
+        "hits": hits,
+        "answered_meanwhile": cluster.answered_between(hit_s, over_s),
+        "well_after_s": round(well_s - over_s, 1),
+    }
+
+
+def end(cluster: Cluster, problems: list[str]) -> dict[str, int]:
+    """Move once more, serve, and end all in good order; returns exit codes."""
     code, text = cluster.move_once(1)
     if code:
         problems.append(f"the last move ended with {code}: {text}")
@@ -112,22 +135,14 @@ def _course(trial: Trial, cluster: Cluster, problems: list[str]) -> dict[str, An
             problems.append(f"{name} does not hold what the last move says")
     if left := cluster.left_in_shared_memory():
         problems.append(f"left in shared memory: {left}")
-    return {
-        "hits": hits,
-        "answered_meanwhile": sum(
-            hit_s <= answer.answered_s <= over_s for answer in cluster.answers
-        ),
-        "longest_s": round(_longest_s(cluster.answers), 2),
-        "well_after_s": round(well_s - over_s, 1),
-        "exit_codes": codes,
-    }
+    return codes
 
 
-def judge(cluster: Cluster, may_lack_experts: bool) -> list[str]:
+def judge(cluster: Cluster, may_lack: bool) -> list[str]:
     """What is wrong with the answers, the processes and the lines of a cluster that has ended."""
     problems = [f"wrong tokens: {len(cluster.wrong)} answers"] if cluster.wrong else []
     for answer in cluster.failed():
-        if not (may_lack_experts and NOBODY_HAS in str(answer.error)):
+        if not (may_lack and NOBODY_HAS in str(answer.error)):
             problems.append(f"{answer.request.id} failed: {answer.error}"[:300])
             break
     if cluster.repeated and not cluster.config.journal:

@@ -123,6 +123,10 @@ class Testbed:
         """The address of a server, which only servers of this testbed can reach."""
         return self.addresses[index]
 
+    def namespace(self, index: int) -> str:
+        """The name of a server's network namespace, for as long as the testbed is open."""
+        return self._namespaces[index]
+
     def environment(self, index: int) -> dict[str, str]:
         """The environment variables that describe a server to its processes."""
         return {
