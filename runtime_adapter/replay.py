@@ -53,11 +53,13 @@ def replay_config(
     route: Route = "cover",
     rtt_s: float = 0.0,
     options: SimulationOptions | None = None,
-    placements_dir: str | None = None,
+    movable: bool = False,
+    **others: Any,
 ) -> ServerConfig:
     """The configuration of one server of a replay; work takes the time that the cluster file says.
 
-    With ``options`` experts may move: by their reviews, and by the command `move`.
+    Experts move by the reviews of ``options`` and, if ``movable``, by the command `move`.
+    ``others`` are fields of the configuration.
 
     Raises
     ------
@@ -73,22 +75,22 @@ def replay_config(
     )  # fmt: skip
     prompts, own_prompts = requests.prompts, requests.prompt[requests.home == rank]
     lanes = list(scenario.concurrency)
-    migration = None
-    if options is not None:
-        loader = TimedLoader(
-            compute,
-            scenario.timing.load_s[own_gpus].tolist(),
-            scenario.load_blocks_compute[own_gpus].tolist(),
-        )
-        migration = migration_config(
-            loader, rendezvous, placement, model, cluster, options, placements_dir
-        )
+    loader = TimedLoader(
+        compute,
+        scenario.timing.load_s[own_gpus].tolist(),
+        scenario.load_blocks_compute[own_gpus].tolist(),
+    )
+    migration = migration_config(
+        loader, placement, model, cluster, options or SimulationOptions(), rendezvous.timeout_s,
+        movable=movable,
+    )  # fmt: skip
     return ServerConfig(
         rendezvous=rendezvous,
         placement=placement,
         model=model.shape(),
         network=Network.of(cluster, model),
         compute=compute,
+        migration=migration,
         facts={**facts, "lanes": lanes},
         dtype=torch.uint8,
         width=model.hidden_size * model.dtype_bytes,
@@ -96,7 +98,7 @@ def replay_config(
         route=route,
         num_lanes=lanes[rank],
         rtt_s=rtt_s,
-        migration=migration,
+        **others,
     )
 
 
@@ -119,11 +121,13 @@ def replay(
 
     def serve_one(lane: RemoteDispatcher, result: ReplayResult) -> None:
         set_sharp_timers()
-        try:
-            _serve(lane, requests, result, begin_s, server.config.width)
-        except PrismError as error:
-            result.error = str(error)
-        on_result(result)
+        with server.requests.running_one():
+            try:
+                _serve(lane, requests, result, begin_s, server.config.width)
+            except PrismError as error:
+                result.error = str(error)
+            on_result(result)
+            server.requests.ended(result.error)
 
     run_in_lanes(server.lanes, arrivals(), serve_one)
     return results

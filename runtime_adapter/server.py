@@ -1,86 +1,106 @@
-"""A server of a run, in its driver process: its start, its barriers with the others, its end.
+"""A server of a run, in its driver process: its start, its place among the others, its end.
 
-The driver starts the server's worker and, on the first server of a run whose experts move, the
-scheduler; it connects to all other servers' workers.
+The driver starts the server's worker, again if it dies, and, on the first server of a run where
+nobody listens at the store's address, the store. It pings all other servers' workers, tells the
+store whom it suspects, and follows the log.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
 import multiprocessing
+import multiprocessing.connection
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Self
 
-import torch
-import torch.distributed as dist
-
 from prism_plan.cli.internal_errors import run_process
-from prism_plan.errors import PrismError
+from prism_plan.errors import InputError, PrismError
+from prism_plan.io.json import parse_json
 from prism_plan.io.placement import placement_to_json
 from runtime_adapter import PROGRAM
 from runtime_adapter.control.event_log import EventLog
 from runtime_adapter.control.log_follower import LogFollower
-from runtime_adapter.control.scheduler import run_scheduler
-from runtime_adapter.expert_worker import SharedStatus, WorkerConfig, run_worker
+from runtime_adapter.control.store.client import StoreClient
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.router import Router
+from runtime_adapter.own_store import OwnStore, somebody_listens
+from runtime_adapter.peer_table import PeerTable
+from runtime_adapter.request_counts import RequestCounts
 from runtime_adapter.server_config import ServerConfig
-from runtime_adapter.torch_private import limit_unsent_bytes
-from runtime_adapter.transport import tcp_store
+from runtime_adapter.shared_status import SharedStatus
 from runtime_adapter.transport import wire_format as wire
-from runtime_adapter.transport.call_threads import run_in_parallel, run_with_timeout
 from runtime_adapter.transport.connection import Connection, NcclConnection
-from runtime_adapter.transport.nccl_channel import (
-    DataChannel,
-    card_id,
-    connect_channels,
-    require_own_card,
-)
-from runtime_adapter.transport.pair_groups import connect_pair, send
+from runtime_adapter.transport.dialing import dial
+from runtime_adapter.transport.failure_detector import HEARTBEAT_MARGIN_S
+from runtime_adapter.transport.handshake import Claim, HandshakeFailed
+from runtime_adapter.transport.nccl_channel import card_id, require_own_card
 from runtime_adapter.transport.rendezvous import NameTaken, RuntimeFailure
 from runtime_adapter.transport.send_queue import SendQueue
-from runtime_adapter.watchdog import Watchdog
 from runtime_adapter.weights.expert_map import ExpertMap
+from runtime_adapter.worker_process import WorkerConfig, run_worker
 
-#: Upper bound of the tokens of a step that another server may announce.
-MAX_TOKENS = 1 << 24
+#: Between two questions to the store, while this server waits for others.
+POLL_INTERVAL_S = 0.1
+#: Between two heartbeats of the driver, at most.
+HEARTBEAT_INTERVAL_S = 0.5
+#: A process that dies more often is not started again.
+MAX_DEATHS, DEATHS_WITHIN_S = 5, 60.0
+#: A scheduler that is silent for so long beyond the timeout is not waited for at the end: it is
+#: started again within that time.
+SCHEDULER_MARGIN_S = 30.0
+#: A store that this server started gets so long to notice that all have left.
+STORE_END_S = 3.0
+#: What a server says to the others, by the store, when it cannot join.
+DOES_NOT_JOIN = "does not join: "
 
 
 class LocalServer:
-    """Starts this server's worker and connects to all other servers; ends them as a context.
+    """Takes part in a run as one of its servers, as a context.
 
-    ``lanes`` are the dispatchers of the requests that run at once. ``report`` gets lines for this
-    server's log.
+    ``lanes`` are the dispatchers of the requests that run at once; ``requests`` counts them.
+    ``report`` gets lines for this server's log. ``fill`` loads the experts that the placement gives
+    this server; it is called where the run begins. A server that joins a run that has begun has
+    none, and gets what it needs by a migration.
 
     Raises
     ------
     RuntimeFailure
-        A port is in use, a server is not there in time, the worker did not start.
+        A port is in use, there is no store, or the worker did not start.
+    NameTaken
+        The run has a server of that name, which is alive.
     InputError
         The servers do not agree on what they run.
     """
 
-    def __init__(self, config: ServerConfig, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: ServerConfig, report: Callable[[str], None],
+        fill: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.rank = config.rendezvous.rank
-        self.name = config.placement.servers[self.rank]
+        self.name = config.name
         self.report = report
         self.expert_map = ExpertMap(config.placement)
-        config.compute.use(self.expert_map)
         self.counters = Counters(config.model.num_layers, config.model.num_experts)
+        self.requests = RequestCounts()
         self.lanes: list[RemoteDispatcher] = []
-        self._store: dist.TCPStore | None = None
-        self._processes: list[Any] = []
+        self._fill = fill
+        self._client = StoreClient(config.store_address, f"driver {self.rank}")
+        self._log = EventLog(config.store_address, f"driver {self.rank}")
+        self._peers = PeerTable(config, self.expert_map, report)
+        self._status = SharedStatus.create()
+        self._own_store: OwnStore | None = None
+        self._worker: Any = None
         self._follower: LogFollower | None = None
-        self._groups: dict[int, Any] = {}
-        self._channels: dict[tuple[int, int, int], DataChannel] = {}
-        self._status = SharedStatus.create(config.rendezvous.world_size)
-        self._watchdog: Watchdog | None = None
+        self._is_member = False
+        self._finished = False
+        self._left = False
+        self._stopped = threading.Event()
+        self._hung: set[int] = set()
 
     def __enter__(self) -> Self:
         try:
@@ -91,18 +111,6 @@ class LocalServer:
             raise
         return self
 
-    def _abort(self, error: BaseException) -> None:
-        """Tell the servers that wait for this one why it does not join."""
-        if self._store is None or isinstance(error, NameTaken):
-            return
-        reason = error.message if isinstance(error, PrismError) else "it was stopped"
-        with contextlib.suppress(RuntimeFailure):
-            text = json.dumps(f"server {self.name!r} does not join: {reason}")
-            # the first server that aborts gives the reason
-            tcp_store.call_store(partial(self._store.compare_set, tcp_store.ABORTED, "", text))
-            if self.rank == 0:
-                time.sleep(0.2)  # the others read it from the store that this server hosts
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -110,203 +118,365 @@ class LocalServer:
 
     def _start(self) -> None:
         config, rendezvous = self.config, self.config.rendezvous
-        self._store = store = tcp_store.join_store(rendezvous, host_it=self.rank == 0)
-        tcp_store.require_same_run(store, rendezvous, config.facts, self.name)
-        if self.rank == 0:
-            tcp_store.put_json(store, "timeout", rendezvous.timeout_s)
-            tcp_store.put_json(store, "movable", config.migration is not None)
+        if self.rank == 0 and not somebody_listens(rendezvous.host, rendezvous.port):
+            self._own_store = OwnStore(config)
+            self._own_store.wait_until_listening()
+        begun = self._start_run()
+        self._claim_name()
+        if begun:
+            self.expert_map.set_up(self.rank, ())
+            self.report("the run has begun: this server joins without experts, and gets its own")
+        else:
+            self._fill()
+        config.compute.use(self.expert_map)
         if config.channels is not None and config.channels.backend == "nccl":
-            card = card_id(config.channels.device)
-            require_own_card(store, rendezvous, card, self.expert_map.servers)
-        worker, worker_ready = self._start_worker(self._agree_on_tokens(store))
-        scheduler = None
-        if config.migration is not None and self.rank == 0:
-            scheduler = self._start_process(run_scheduler, config.migration.scheduler)
-        others = rendezvous.other_ranks
-        groups = run_in_parallel(
-            [partial(connect_pair, rendezvous, self.rank, m, 0) for m in others]
-        )
-        self._connect_channels()
-        self._wait_for_worker(worker_ready)
-        self._groups = dict(zip(others, groups, strict=True))
-        limit_unsent_bytes()
-        self._watchdog = Watchdog(
-            rendezvous, self.expert_map, self._status, store, self._groups, worker, scheduler,
-            migrating_run=config.migration is not None, report=self.report,
+            self._require_own_card(begun)
+        self._start_worker()
+        self._create_lanes()
+        self._follower = LogFollower(
+            self.rank, config.placement, self.expert_map, config.compute, self.counters,
+            self.lanes, self._log, self.report, self._peers,
         )  # fmt: skip
-        self._create_lanes(store, self._watchdog)
-        if config.migration is not None:
-            self._follower = LogFollower(
-                self.rank, config.placement, self.expert_map, config.compute, self.counters,
-                self.lanes, EventLog(rendezvous, f"driver {self.rank}"), self.report,
-            )  # fmt: skip
-            self._follower.start()
-        self._watchdog.start()
+        self._follower.start()
+        self._peers.watch()
+        for job in (self._send_heartbeats, self._watch_processes):
+            threading.Thread(target=job, daemon=True, name=job.__name__).start()
 
-    def _start_process(self, function: Callable[..., None], *arguments: Any) -> Any:
-        process = multiprocessing.get_context("spawn").Process(
-            target=run_process, args=(PROGRAM, function, *arguments), daemon=True
+    def _start_run(self) -> bool:
+        """Agree with the other servers on what is run; returns whether the run has begun."""
+        config, placement = self.config, self.config.placement
+        scheduler = config.migration.scheduler
+        answer = self._client.start_run(
+            {
+                "facts": config.facts,
+                "servers": list(placement.servers),
+                "timeout_s": config.rendezvous.timeout_s,
+                "bounds": [placement.on_gpu.shape[0], placement.model.num_pairs],
+                "gpus": [len(gpus) for gpus in placement.gpu_capacity],
+                "movable": config.migration.movable,
+                "scheduler": None if scheduler is None else scheduler.to_json(),
+            },
+            config.rendezvous.rendezvous_timeout_s,
         )
-        process.start()
-        self._processes.append(process)
-        return process
+        self._require_same_facts(answer["run"])
+        self._is_member = True
+        return bool(answer["begun"])
 
-    def _start_worker(self, max_tokens: int) -> tuple[Any, Any]:
-        """Start the worker; returns its process, and the pipe that says when it is ready."""
-        config = self.config
-        ready, ready_of_worker = multiprocessing.get_context("spawn").Pipe()
-        num_lanes = max(config.facts.get("lanes", [config.num_lanes]))
-        worker_config = WorkerConfig(config, max_tokens, num_lanes, self._status)
-        process = self._start_process(run_worker, worker_config, ready_of_worker)
-        ready_of_worker.close()
-        return process, ready
+    def _require_same_facts(self, run: dict[str, Any]) -> None:
+        own = {
+            **parse_json(_as_json(self.config.facts), "facts"),
+            "servers": list(self.config.placement.servers),
+        }
+        expected = {**run["facts"], "servers": run["servers"]}
+        for key, value in own.items():
+            if expected.get(key) != value:
+                raise InputError(
+                    f"{value!r:.80}",
+                    source=f"server {self.name!r}",
+                    parameter=key,
+                    expected=f"{expected.get(key)!r:.80}, as the first server has it",
+                )
 
-    def _connect_channels(self) -> None:
-        """Connect the data channels to all other workers, where there are any, one by one."""
-        config, rendezvous = self.config, self.config.rendezvous
-        if config.channels is None:
-            return
-        pairs = [(self.rank, m) for m in rendezvous.other_ranks]
-        job = partial(connect_channels, config.channels, rendezvous, pairs, config.num_lanes, 0)
-        num_channels = max(len(pairs) * config.num_lanes, 1)
+    def _claim_name(self) -> None:
+        """Wait until an earlier process of this name is down.
+
+        Raises
+        ------
+        NameTaken
+            It is alive.
+        """
+        began_s = time.monotonic()
+        rendezvous = self.config.rendezvous
+        waiting = False
+        while True:
+            member = self._client.members()[self.rank]
+            if member["state"] not in ("up", "joining"):
+                return
+            silent = [member[key] for key in ("worker_silent_s", "driver_silent_s")]
+            silent_s = min([seconds for seconds in silent if seconds is not None], default=1e9)
+            waited_s = time.monotonic() - began_s
+            if silent_s < waited_s - 2 * POLL_INTERVAL_S:  # one came since we look
+                raise NameTaken(
+                    f"server {self.name!r} is there already", parameter="server",
+                    remedy="start each server once",
+                )  # fmt: skip
+            if silent_s > HEARTBEAT_MARGIN_S and self._is_refused(member["address"]):
+                return  # that process is gone, and its machine says so
+            if silent_s > rendezvous.timeout_s + HEARTBEAT_MARGIN_S:
+                return
+            if waited_s > rendezvous.rendezvous_timeout_s:
+                raise NameTaken(
+                    f"server {self.name!r} is still in the run after "
+                    f"{rendezvous.rendezvous_timeout_s:g} s", parameter="server",
+                    remedy="start each server once",
+                )  # fmt: skip
+            if not waiting and waited_s > 2 * HEARTBEAT_INTERVAL_S:
+                waiting = True
+                self.report("an earlier process of this server is silent: waiting for its end")
+            time.sleep(POLL_INTERVAL_S)
+
+    def _is_refused(self, address: Any) -> bool:
+        if address is None:
+            return True
+        claim = Claim("ping", server=self.name)
         try:
-            self._channels = run_with_timeout(
-                job, 2 * num_channels * rendezvous.rendezvous_timeout_s + tcp_store.STORE_TIMEOUT_S
-            )
-        except TimeoutError as error:
-            raise RuntimeFailure(
-                f"``transport`` {config.channels.backend}: the other servers' workers do not answer"
-            ) from error
+            connection, _ = dial(tuple(address), claim, self.config.rendezvous.secret, 0.5)
+        except ConnectionRefusedError:
+            return True
+        except (OSError, HandshakeFailed):
+            return False
+        connection.close()
+        return False
 
-    def _wait_for_worker(self, ready: Any) -> None:
-        timeout_s = self.config.rendezvous.rendezvous_timeout_s
+    def _require_own_card(self, begun: bool) -> None:
+        assert self.config.channels is not None
+        card = card_id(self.config.channels.device)
+        epoch = str(self._client.run()["epoch"])
+        self._client.put(f"card/{self.rank}", card.encode(), epoch)
+        cards, deadline = [], time.monotonic() + self.config.rendezvous.rendezvous_timeout_s
+        for n, name in enumerate(self.expert_map.servers):
+            while not self._client.has([f"card/{n}"]):
+                if begun or time.monotonic() > deadline:
+                    break
+                time.sleep(POLL_INTERVAL_S)
+            found = self._client.has([f"card/{n}"])
+            if not found and not begun:
+                raise RuntimeFailure(f"server {name!r} did not come in time")
+            cards.append(self._client.get(f"card/{n}").decode() if found else "")
+        cards[self.rank] = card
+        require_own_card(self.rank, cards, self.expert_map.servers)
+
+    def _start_worker(self) -> None:
+        """Start the worker and wait until it listens; raises RuntimeFailure where it does not."""
+        config = self.config
+        context = multiprocessing.get_context("spawn")
+        ready, ready_of_worker = context.Pipe()
+        max_lanes = max(config.facts.get("lanes", [config.num_lanes]))
+        worker_config = WorkerConfig(config, self._status, max_lanes)
+        self._worker = context.Process(
+            target=run_process,
+            args=(PROGRAM, run_worker, worker_config, ready_of_worker),
+            daemon=True,
+        )
+        self._worker.start()
+        ready_of_worker.close()
+        timeout_s = config.rendezvous.rendezvous_timeout_s
         try:
             if not ready.poll(timeout_s):
-                raise RuntimeFailure(
-                    "its expert worker was not connected to all other servers within "
-                    f"{timeout_s:g} s; see whether one of them hangs"
-                )
+                raise RuntimeFailure(f"its expert worker did not start within {timeout_s:g} s")
             failure = ready.recv()
         except EOFError:
             raise RuntimeFailure("the worker ended while it was starting") from None
+        finally:
+            ready.close()
         if failure:
             raise RuntimeFailure(failure)
 
-    def _agree_on_tokens(self, store: dist.TCPStore) -> int:
-        """The longest step of any server, for which this server's worker allocates its buffers."""
-        tcp_store.put_json(store, f"tokens/{self.rank}", self.config.max_tokens)
-        ranks = range(self.config.rendezvous.world_size)
-        max_tokens = max(self._wait_for_tokens(store, f"tokens/{n}", n) for n in ranks)
-        tcp_store.put_json(store, f"buffer_tokens/{self.rank}", max_tokens)
-        return max_tokens
-
-    def _wait_for_tokens(self, store: dist.TCPStore, key: str, n: int) -> int:
-        timeout_s = self.config.rendezvous.rendezvous_timeout_s
-        name = f"server {self.expert_map.servers[n]!r}"
-        return int(tcp_store.wait_for_number(store, key, timeout_s, MAX_TOKENS, name, whole=True))
-
-    def _create_lanes(self, store: dist.TCPStore, watchdog: Watchdog) -> None:
+    def _create_lanes(self) -> None:
         """Create a dispatcher for each lane, with connections to all other workers."""
         config = self.config
-        timeout = datetime.timedelta(seconds=config.rendezvous.timeout_s)
-        send_queue = SendQueue(timeout)
-        buffers = {
-            m: wire.MessageBuffer(
-                self._wait_for_tokens(store, f"buffer_tokens/{m}", m), config.model.top_k
-            )
-            for m in self._groups
-        }
+        send_queue = SendQueue()
+        buffer = wire.MessageBuffer(config.max_tokens, config.model.top_k)
+        limit_s = config.request_timeout_s
 
-        def connection(m: int, lane: int) -> Connection:
-            group, channel = self._groups[m], self._channels.get((self.rank, m, lane))
-            if channel is None:
-                return Connection(group, lane, timeout, send_queue, buffers[m])
-            return NcclConnection(group, lane, timeout, send_queue, buffers[m], channel)
+        def connection(n: int, lane: int) -> Connection:
+            peer = self._peers.peers[n]
+            if config.channels is None:
+                return Connection(peer, lane, send_queue, buffer, limit_s)
+            interface = config.rendezvous.interface
+            return NcclConnection(
+                peer, lane, send_queue, buffer, limit_s, config.channels, interface
+            )
 
         self.lanes = [
             RemoteDispatcher(
                 config.model,
                 Router(self.expert_map, self.rank, config.model, config.network, config.route),
-                {m: connection(m, lane) for m in self._groups},
+                {n: connection(n, lane) for n in self._peers.peers},
                 config.compute,
                 self.counters,
-                timeout_s=config.rendezvous.timeout_s,
+                request_timeout_s=limit_s,
                 rtt_s=config.rtt_s,
-                on_lost=watchdog.lose,
             )
             for lane in range(config.num_lanes)
         ]
 
-    # ----------------------------------------------------------------------------------- in the run
+    def _abort(self, error: BaseException) -> None:
+        """Tell the servers that wait for this one why it does not join."""
+        if not self._is_member or isinstance(error, NameTaken):
+            return
+        reason = error.message if isinstance(error, PrismError) else "it was stopped"
+        with contextlib.suppress(PrismError):
+            self._client.heartbeat(
+                self.rank, 0, "driver", timeout_s=2.0, error=(DOES_NOT_JOIN + reason)[:400]
+            )
+            if self._own_store is not None:
+                time.sleep(3 * POLL_INTERVAL_S)  # others read it from the store, which ends
 
-    def barrier(self, name: str) -> None:
-        """Wait, through the store, until every server has called this with the same name.
+    # -------------------------------------------------------------------------------- in the run
+
+    def agree_on_start(self) -> float:
+        """Wait until the run begins; returns when it does, by ``time.monotonic``.
+
+        That is in the past where the run has begun before.
 
         Raises
         ------
         RuntimeFailure
-            Not all do so within the time to join.
+            Not all servers are there in time, or one of them does not join.
         """
-        assert self._store is not None
-        tcp_store.put_json(self._store, f"{name}/{self.rank}", 1)
-        timeout_s = self.config.rendezvous.rendezvous_timeout_s
-        for n, server in enumerate(self.expert_map.servers):
-            tcp_store.wait_for_json(self._store, f"{name}/{n}", timeout_s, f"server {server!r}")
+        limit_s = self.config.rendezvous.rendezvous_timeout_s
+        deadline = time.monotonic() + limit_s
+        while True:
+            seconds = self._client.begin_when_all(self.rank)
+            if seconds is not None:
+                return time.monotonic() + seconds
+            members = self._client.members()
+            missing = [member["name"] for member in members if member["state"] != "up"]
+            for member in members:
+                error = member["info"].get("error") or ""
+                if member["state"] != "up" and error.startswith(DOES_NOT_JOIN):
+                    raise RuntimeFailure(f"server {member['name']!r} {error}")
+            if time.monotonic() > deadline:
+                names = ", ".join(map(repr, missing))
+                raise RuntimeFailure(f"server {names} did not come within {limit_s:g} s")
+            time.sleep(POLL_INTERVAL_S)
 
-    def agree_on_start(self, delay_s: float = 0.5) -> float:
-        """A time of ``time.monotonic`` at which all servers of this machine begin."""
-        assert self._store is not None
-        assert self._watchdog is not None
-        self.barrier("ready")
-        if self.rank == 0:
-            tcp_store.put_json(self._store, "start", time.time() + delay_s)
-        timeout_s, latest_s = (
-            self.config.rendezvous.rendezvous_timeout_s,
-            time.time() + tcp_store.MAX_START_S,
-        )
-        start_s = tcp_store.wait_for_number(self._store, "start", timeout_s, latest_s, whole=False)
-        self._watchdog.started = True
-        return time.monotonic() + (start_s - time.time())
+    def _send_heartbeats(self) -> None:
+        """Tell the store that this driver lives, whom it suspects and what it does."""
+        interval_s = min(self.config.rendezvous.timeout_s / 4, HEARTBEAT_INTERVAL_S)
+        limit_s = self.config.rendezvous.timeout_s + HEARTBEAT_MARGIN_S
+        answered_s, responds = time.monotonic(), True
+        while not self._stopped.wait(interval_s):
+            try:
+                self._client.heartbeat(
+                    self.rank,
+                    self._peers.incarnation,
+                    "driver",
+                    timeout_s=limit_s,
+                    suspects=self._peers.silent,
+                    requests=self.requests.to_json(),
+                    finished=self._finished,
+                    error=self.requests.last_error[:400],
+                )
+            except PrismError as error:
+                if responds and not self._left and time.monotonic() - answered_s > limit_s:
+                    responds = False
+                    self.report(
+                        f"no store: {error.message}; nothing moves until it answers, and who is "
+                        "lost is not agreed"
+                    )
+            else:
+                answered_s = time.monotonic()
+                if not responds:
+                    responds = True
+                    self.report("the store answers again")
+
+    def _watch_processes(self) -> None:
+        """Start the worker, and a store that is this server's, again if they die."""
+        deaths: dict[str, deque[float]] = {}
+
+        def may_start(name: str) -> bool:
+            times = deaths.setdefault(name, deque(maxlen=MAX_DEATHS))
+            now = time.monotonic()
+            often = len(times) == MAX_DEATHS and now - times[0] < DEATHS_WITHIN_S
+            times.append(now)
+            if often:
+                self.report(
+                    f"{name} has ended, as it did {MAX_DEATHS} times within {DEATHS_WITHIN_S:g} "
+                    "s: it is not started again"
+                )
+            else:
+                self.report(f"{name} has ended; it is started again")
+            return not often
+
+        watches_worker, watches_store = True, self._own_store is not None
+        while not self._stopped.is_set() and (watches_worker or watches_store):
+            multiprocessing.connection.wait([self._worker.sentinel], HEARTBEAT_INTERVAL_S)
+            if self._stopped.is_set():
+                return
+            if watches_worker and not self._worker.is_alive():
+                watches_worker = may_start("its worker")
+                if watches_worker:
+                    try:
+                        self._start_worker()
+                    except RuntimeFailure as error:
+                        self.report(f"its worker did not start: {error.message}")
+            elif not watches_worker:
+                self._stopped.wait(HEARTBEAT_INTERVAL_S)
+            if watches_store and self._own_store is not None and self._own_store.ended:
+                if self._left:
+                    return
+                watches_store = may_start("its store")
+                if watches_store:
+                    self._stopped.wait(1.0)  # until the port is free
+                    self._own_store = OwnStore(self.config)
+
+    # ---------------------------------------------------------------------------------------- end
 
     def finish(self) -> None:
         """Announce that this server has no more requests, and answer others until they have none.
 
-        It waits for another server as long as that one's driver sends heartbeats, and for a
-        migration as long as the scheduler does, which abandons one that makes no progress.
+        Waits for every other server that is not down, and for a migration in progress, as the store
+        has it. Without a store the other servers say by themselves whether they have finished; who
+        says nothing is not waited for beyond the timeout.
         """
-        assert self._store is not None
-        assert self._watchdog is not None
-        self._watchdog.finishing = True
-        with contextlib.suppress(RuntimeFailure):  # the watchdog reports a lost store
-            finished = partial(self._store.set, f"finished/{self.rank}", "1")
-            tcp_store.call_store(finished, self._watchdog.hang_timeout_s)
-        # workers are told over the links as well, which do not depend on the store
-        message = torch.zeros(wire.HEADER_BYTES, dtype=torch.uint8)
-        wire.put_header(message.numpy(), wire.Header(wire.FINISHED))
-        for n, group in self._groups.items():
-            if not self.expert_map.lost(n):
-                with contextlib.suppress(RuntimeError):
-                    send(group, message, 1, 0).wait(self.lanes[0].timeout)
-        for n in self._groups:
-            while self._watchdog.needed_by(n):
-                time.sleep(0.02)
-        while self.migrating:
-            time.sleep(0.05)
-        if self.rank == 0:
-            time.sleep(0.5)  # the others read the last log entries from the store that is here
-        self._watchdog.stop()
+        self._status.finished[0] = True
+        self._finished = True
+        limit_s = self.config.rendezvous.timeout_s + HEARTBEAT_MARGIN_S
+        answered_s = time.monotonic()
+        while True:
+            try:
+                status = self._client.status(min(limit_s, 5.0))
+            except PrismError:
+                silent_s = time.monotonic() - answered_s
+                if silent_s > self.config.request_timeout_s or (
+                    silent_s > limit_s and not self._peers_need_this_server()
+                ):
+                    break
+            else:
+                answered_s = time.monotonic()
+                if self._may_leave(status):
+                    break
+            self._stopped.wait(POLL_INTERVAL_S)
+        self._left = True
+        with contextlib.suppress(PrismError):
+            self._client.leave(self.rank, self._peers.incarnation, 2.0)
+
+    def _peers_need_this_server(self) -> bool:
+        return any(peer.usable and not peer.finished for peer in self._peers.peers.values())
+
+    def _may_leave(self, status: dict[str, Any]) -> bool:
+        limit_s = self.config.rendezvous.timeout_s + HEARTBEAT_MARGIN_S
+        for n, member in enumerate(status["members"]):
+            if n == self.rank or member["state"] in ("down", "left"):
+                continue
+            if member["info"].get("finished"):
+                continue
+            driver_silent_s = member["driver_silent_s"]
+            absent = member["state"] == "absent" and member["since_s"] > limit_s
+            if absent and not self._peers.peers[n].usable:
+                continue
+            if driver_silent_s is not None and driver_silent_s > limit_s:
+                if n not in self._hung and member["state"] == "up":
+                    self._hung.add(n)
+                    self.report(
+                        f"server {member['name']!r}: the process that serves its requests sent no "
+                        f"heartbeat for {limit_s:g} s; they are no longer waited for"
+                    )
+                continue
+            return False
+        scheduler_silent_s = status["scheduler"]["silent_s"]
+        return not (
+            self.migrating
+            and scheduler_silent_s is not None
+            and scheduler_silent_s < limit_s + SCHEDULER_MARGIN_S
+        )
 
     @property
     def migrating(self) -> bool:
-        """Whether a migration is in progress, as far as this server can learn its end."""
-        return (
-            self._follower is not None
-            and self._follower.migrating
-            and self._watchdog is not None
-            and self._watchdog.scheduler_responds
-            and self._watchdog.store_responds
-            and not self.expert_map.lost(0)
-        )
+        """Whether a migration is in progress, as far as this server knows."""
+        return self._follower is not None and self._follower.migrating
 
     def held_experts(self) -> list[dict[str, list[int]]]:
         """What this server's GPUs hold now, as a placement file has it."""
@@ -317,16 +487,14 @@ class LocalServer:
 
     def migrations(self) -> list[dict[str, Any]]:
         """The reviews' decisions, as in a simulation's report; of the first server."""
-        store, watchdog = self._store, self._watchdog
-        if store is None or watchdog is None or not watchdog.has_scheduler:
-            return []
-        if not store.check(["migrations"]):
+        if self.rank != 0 or self.config.migration.scheduler is None:
             return []
         try:
-            events = tcp_store.wait_for_json(
-                store, "migrations", self.config.rendezvous.rendezvous_timeout_s
-            )
-        except RuntimeFailure as error:
+            if not self._client.has(["migrations"], 5.0):
+                return []
+            text = self._client.get("migrations", 10.0).decode()
+            events = parse_json(text, "the run's store: migrations")
+        except (PrismError, UnicodeDecodeError) as error:
             self.report(f"what the reviews decided is not known: {error}")
             return []
         if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
@@ -335,14 +503,23 @@ class LocalServer:
         return events
 
     def close(self) -> None:
-        """End the worker and the scheduler."""
-        if self._watchdog is not None:
-            self._watchdog.stop()
-        for channel in self._channels.values():
-            channel.close()
-        for process in reversed(self._processes):
-            if process.is_alive():
-                process.terminate()
-                process.join(5)
-                if process.is_alive():
-                    process.kill()
+        """End the worker, and the store where this server has started it."""
+        self._stopped.set()
+        self._log.close()
+        self._peers.close()
+        worker = self._worker
+        if worker is not None and worker.is_alive():
+            worker.terminate()
+            worker.join(5)
+            if worker.is_alive():
+                worker.kill()
+        self._client.close()
+        if self._own_store is not None:
+            self._own_store.close(STORE_END_S if self._left else 0.0)
+
+
+def _as_json(values: Any) -> str:
+    """Facts as they come back from the store: tuples are lists there."""
+    import json
+
+    return json.dumps(values)

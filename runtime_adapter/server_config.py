@@ -18,7 +18,9 @@ from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
 from prism_plan.simulate.network import Network
 from prism_plan.simulate.routing_policies import Route
-from runtime_adapter.control.run_state import SchedulerConfig
+from runtime_adapter.control.scheduler_config import SchedulerConfig
+from runtime_adapter.control.store.client import StoreAddress
+from runtime_adapter.log_output import Format, Level
 from runtime_adapter.moe.compute import Compute
 from runtime_adapter.transport.nccl_channel import ChannelConfig
 from runtime_adapter.transport.rendezvous import Rendezvous
@@ -27,10 +29,24 @@ from runtime_adapter.weights.loader_interface import Loader
 
 @dataclass(frozen=True, eq=False)
 class MigrationConfig:
-    """The loader of this server, and the scheduler, which the first server of the run starts."""
+    """The loader of this server, and what the run's scheduler is given.
+
+    Without a ``scheduler`` nothing moves, and no loss is repaired; ``movable`` is whether the
+    command `move` is accepted.
+    """
 
     loader: Loader
-    scheduler: SchedulerConfig
+    scheduler: SchedulerConfig | None = None
+    movable: bool = False
+
+
+@dataclass(frozen=True)
+class OwnStoreConfig:
+    """Options of a store that a server starts."""
+
+    secret_file: str | None = None
+    insecure: bool = False
+    placements_dir: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +55,10 @@ class ServerConfig:
 
     ``facts`` must be equal on all servers (placement digest, route, ...). Hidden states on the wire
     have ``width`` numbers of ``dtype`` a token (``torch.uint8`` where nothing is computed);
-    ``max_tokens`` of this server's own steps; ``num_lanes`` requests at once; ``threads`` of the
-    CPU that the worker may use for a call; ``migration`` where experts may move, ``channels`` where
-    states do not travel by gloo.
+    ``max_tokens`` of this server's own steps, which wait for other servers for up to
+    ``request_timeout_s``; ``num_lanes`` requests at once; ``threads`` of the CPU that the worker
+    may use for a call; ``channels`` where states do not travel with the messages. ``store`` is how
+    this server starts the run's store, if it is the one to do so.
     """
 
     rendezvous: Rendezvous
@@ -49,6 +66,7 @@ class ServerConfig:
     model: ModelShape
     network: Network
     compute: Compute
+    migration: MigrationConfig
     facts: dict[str, Any]
     dtype: torch.dtype
     width: int
@@ -56,26 +74,40 @@ class ServerConfig:
     route: Route = "cover"
     num_lanes: int = 1
     rtt_s: float = 0.0
+    request_timeout_s: float = 600.0
     threads: int = 1
-    migration: MigrationConfig | None = None
     channels: ChannelConfig | None = None
+    store: OwnStoreConfig = OwnStoreConfig()
+    log_level: Level = "info"
+    log_format: Format = "text"
+
+    @property
+    def store_address(self) -> StoreAddress:
+        """Where the store of the run is."""
+        rendezvous = self.rendezvous
+        return StoreAddress(rendezvous.host, rendezvous.port, rendezvous.secret)
+
+    @property
+    def name(self) -> str:
+        """This server's name."""
+        return self.placement.servers[self.rendezvous.rank]
 
 
 def migration_config(
     loader: Loader,
-    rendezvous: Rendezvous,
     placement: Placement,
     model: ModelSpec,
     cluster: Cluster | None,
     options: SimulationOptions,
-    placements_dir: str | None,
+    timeout_s: float,
     *,
+    movable: bool = False,
     keep_slots: bool = False,
 ) -> MigrationConfig:
-    """Let experts move: by reviews if there is a cluster, or when requested.
+    """How experts move: when a loss is repaired, by reviews if there is a cluster, or on request.
 
     With ``keep_slots`` servers have the slots that they started with, however many the cluster's
-    GPUs have room for.
+    GPUs have room for. Without reviews and requests the placement's own slots are all that counts.
 
     Raises
     ------
@@ -86,6 +118,8 @@ def migration_config(
     UnsupportedFeature
         The migration policy does not support what the cluster asks.
     """
+    if not movable and options.migrate == "never":
+        cluster = None
     if cluster is None:
         shape = (placement.num_servers, model.num_layers, model.num_experts)
         instance = Instance(
@@ -101,10 +135,8 @@ def migration_config(
             instance = instance.replace(gpu_capacity=placement.gpu_capacity)
         if options.migrate != "never":
             require_supported_migration(instance, options)
-    return MigrationConfig(
-        loader,
-        SchedulerConfig(rendezvous, placement, instance, model, cluster, options, placements_dir),
-    )
+    scheduler = SchedulerConfig(placement, instance, model, cluster, options, timeout_s)
+    return MigrationConfig(loader, scheduler, movable)
 
 
 def _instance_of_run(placement: Placement, cluster: Cluster, model: ModelSpec) -> Instance:

@@ -32,10 +32,12 @@ ENVIRONMENT = {"TORCH_CPP_LOG_LEVEL": "FATAL", "RES_OPTIONS": "timeout:1 attempt
 def cli() -> None:
     """Run placements: one launch for each server of the placement file.
 
-    torch.distributed has no authentication and no encryption: run it on a private network only.
-    Exit codes: 0 done, 2 bad input, 3 infeasible, 4 out of memory, 5 another server, a port or the
-    store failed, 70 an internal error: please report its line (PRISM_PLAN_TRACEBACK=1 shows more),
-    130 interrupted.
+    All servers of a run share a secret (--secret-file), by which they prove who they are. Nothing
+    is encrypted: across networks of others use a tunnel such as WireGuard.
+
+    Exit codes: 0 done; 1 some server is not up (status); 2 bad input; 3 infeasible; 4 out of
+    memory; 5 another server, a port or the store failed, or requests did; 70 an internal error:
+    please report its line (PRISM_PLAN_TRACEBACK=1 shows more); 130 interrupted.
     """
 
 

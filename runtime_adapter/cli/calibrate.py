@@ -51,9 +51,9 @@ def command(args: CalibrateOptions) -> None:
     from prism_plan.simulate.timing import timing
     from runtime_adapter.calibrate import TOKENS, calibration, calibration_placement, measure
     from runtime_adapter.moe.emulated_gpu import GpuClock, set_sharp_timers
-    from runtime_adapter.moe.timed_work import TimedCompute
+    from runtime_adapter.moe.timed_work import TimedCompute, TimedLoader
     from runtime_adapter.server import LocalServer
-    from runtime_adapter.server_config import ServerConfig
+    from runtime_adapter.server_config import MigrationConfig, OwnStoreConfig, ServerConfig
 
     torch.set_num_threads(1)
     cluster, cluster_file = load_cluster(args.cluster)
@@ -91,11 +91,16 @@ def command(args: CalibrateOptions) -> None:
         model=model.shape(),
         network=network,
         compute=compute,
+        migration=MigrationConfig(TimedLoader(compute, [[]], [False])),  # nothing is loaded
         facts={"cluster": cluster_file.sha256, "rtt_ms": args.rtt_ms, "lanes": [1]},
         dtype=torch.uint8,
         width=width,
         max_tokens=max(TOKENS),
         rtt_s=args.rtt_ms * 1e-3,
+        request_timeout_s=args.request_timeout_s,
+        store=OwnStoreConfig(args.secret_file, args.insecure),
+        log_level=args.log_level,
+        log_format=args.log_format,
     )
     with LocalServer(config, log_info) as server:
         server.agree_on_start()

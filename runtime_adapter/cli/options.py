@@ -5,27 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from prism_plan.cli import inputs
-from prism_plan.cli.internal_errors import write_log_line
 from prism_plan.cli.migration_options import ReviewOptions, review_options
 from prism_plan.cli.options_dataclass import CommandOptions, add_options
 from prism_plan.errors import InputError, did_you_mean
-from runtime_adapter import PROGRAM
+from prism_plan.input_limits import require_integer
+from runtime_adapter import log_output
+from runtime_adapter.log_output import log_info, log_warning
 
 if TYPE_CHECKING:
     from prism_plan.cluster import Cluster
     from runtime_adapter.transport.rendezvous import Rendezvous
-
-
-def log_info(message: str) -> None:
-    """Write a line to standard error."""
-    write_log_line(PROGRAM, message)
+    from runtime_adapter.transport.secrets import RunSecret
 
 
 def log_assumed_figures(path: str, cluster: Cluster, **uses: bool) -> None:
@@ -41,8 +39,103 @@ store_option = click.option(
     default="127.0.0.1:29400",
     show_default=True,
     metavar="HOST:PORT",
-    help="Rendezvous address; the first server listens there.",
+    help="Of the run; where nobody listens, the first server starts it there.",
 )
+
+#: Who may take part in a run; of every command that connects to one.
+secret_options = add_options(
+    click.option(
+        "--secret-file",
+        metavar="FILE",
+        help="16 bytes or more that all servers share; readable by you alone.",
+    ),
+    click.option(
+        "--insecure",
+        is_flag=True,
+        help="Without a secret, also on addresses that other machines reach.",
+    ),
+)
+
+log_options = add_options(
+    click.option(
+        "--log-level",
+        type=click.Choice(log_output.LEVELS),
+        default="info",
+        show_default=True,
+        help="Least important lines that are written.",
+    ),
+    click.option(
+        "--log-format",
+        type=click.Choice(log_output.FORMATS),
+        default="text",
+        show_default=True,
+        help="json: an object a line.",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions(CommandOptions):
+    """The values of :data:`log_options`."""
+
+    log_level: log_output.Level
+    log_format: log_output.Format
+
+    def configure_log(self, server: str | None = None) -> None:
+        """Write this process's lines in this way from now on."""
+        log_output.configure(self.log_level, self.log_format, server)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecretOptions(LogOptions):
+    """The values of :data:`secret_options`, of a command that has log options as well."""
+
+    secret_file: str | None
+    insecure: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.secret_file is not None:
+            self.refuse("insecure", found="has no effect with ``secret_file``")
+
+    def secret(self) -> RunSecret:
+        """The secret of the run.
+
+        Raises
+        ------
+        InputError
+            The file cannot be used.
+        """
+        from runtime_adapter.transport.secrets import NO_SECRET, read_secret
+
+        return NO_SECRET if self.secret_file is None else read_secret(self.secret_file)
+
+    def require_secret_for(self, *hosts: str) -> None:
+        """Without a secret, refuse addresses that others reach, and say that all may take part.
+
+        Raises
+        ------
+        InputError
+            An address is not of this machine alone, and ``insecure`` is not given.
+        """
+        from runtime_adapter.transport.interfaces import is_loopback
+
+        if self.secret_file is not None:
+            return
+        for host in hosts:
+            if not self.insecure and not is_loopback(host):
+                raise InputError(
+                    f"missing, and other machines may reach {host:.100}",
+                    parameter="secret_file",
+                    expected="a secret that all servers of the run share",
+                    remedy="give ``insecure`` where nobody else reaches this network",
+                )
+        reached = " and ".join(dict.fromkeys(hosts))
+        log_warning(
+            f"NO SECRET: without --secret-file whoever reaches {reached} can take part in this "
+            "run, and change it"
+        )
+
 
 #: Options of every command that joins a run as a server.
 rendezvous_options = add_options(
@@ -50,12 +143,20 @@ rendezvous_options = add_options(
     store_option,
     click.option("--interface", default="lo", show_default=True, help="Interface of the links."),
     click.option(
+        "--listen-port",
+        default=0,
+        show_default=True,
+        metavar="PORT",
+        help="Of this server's worker; 0: any that is free.",
+    ),
+    secret_options,
+    click.option(
         "--timeout",
         "timeout_s",
         default=10.0,
         show_default=True,
         metavar="S",
-        help="Seconds without an answer after which a server is lost.",
+        help="Seconds without an answer after which a server is not called any more.",
     ),
     click.option(
         "--join",
@@ -66,8 +167,17 @@ rendezvous_options = add_options(
         help="Seconds within which all servers must join.",
     ),
     click.option(
+        "--request-timeout",
+        "request_timeout_s",
+        default=600.0,
+        show_default=True,
+        metavar="S",
+        help="Longest wait of a request for servers that do not answer and are not given up.",
+    ),
+    click.option(
         "--rtt-ms", default=0.0, show_default=True, help="Artificial delay of every call."
     ),
+    log_options,
 )
 
 
@@ -78,7 +188,7 @@ migration_options = add_options(
     click.option(
         "--placements-dir",
         metavar="DIR",
-        help="Of the first server: write placement-K.json after every move.",
+        help="Of the first server, where it starts the store: write placement-K.json after a move.",
     ),
 )
 
@@ -104,12 +214,10 @@ class MigrationOptions(ReviewOptions):
                 parameter="migrate_solver",
                 expected="a solver of experts alone: the runtime does not execute tables yet",
             )
-        if not self.migrates:
-            self.refuse("placements_dir", found="has no effect without ``migrate`` or ``movable``")
 
     @property
     def migrates(self) -> bool:
-        """Whether experts may move."""
+        """Whether experts move also where no server was lost."""
         return self.movable or self.migrate != "never"
 
 
@@ -128,25 +236,28 @@ def address(text: str) -> tuple[str, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RendezvousOptions(CommandOptions):
+class RendezvousOptions(SecretOptions):
     """The values of :data:`rendezvous_options`."""
 
     server: str
     store: str
     interface: str
+    listen_port: int
     timeout_s: float
     rendezvous_timeout_s: float
+    request_timeout_s: float
     rtt_ms: float
 
     def rendezvous(self, names: tuple[str, ...]) -> Rendezvous:
-        """The rendezvous of a run with servers of these names.
+        """The rendezvous of a run with servers of these names; from now on lines name this one.
 
         Raises
         ------
         InputError
-            The server is not one of them, or an option is out of range.
+            The server is not one of them, or an option is out of range; addresses that others
+            reach have no secret.
         """
-        from runtime_adapter.transport.interfaces import require_interface
+        from runtime_adapter.transport.interfaces import address_of, require_interface
         from runtime_adapter.transport.rendezvous import Rendezvous
 
         if self.server not in names:
@@ -156,11 +267,14 @@ class RendezvousOptions(CommandOptions):
                 expected=f"one of {', '.join(names)}",
             )
         host, port = address(self.store)
-        require_seconds(self.timeout_s, "timeout_s")
-        require_seconds(self.rendezvous_timeout_s, "rendezvous_timeout_s")
+        for name in ("timeout_s", "rendezvous_timeout_s", "request_timeout_s"):
+            require_seconds(getattr(self, name), name)
+        require_integer(self.listen_port, 0, 65535, "listen_port")
         if not 0 <= self.rtt_ms < 60_000:
             raise InputError(f"{self.rtt_ms}", parameter="rtt_ms", expected="0 to 60000")
-        require_interface(self.interface, ipv4=":" not in host)
+        require_interface(self.interface)
+        self.configure_log(self.server)
+        self.require_secret_for(host, address_of(self.interface))
         return Rendezvous(
             world_size=len(names),
             rank=names.index(self.server),
@@ -169,6 +283,8 @@ class RendezvousOptions(CommandOptions):
             interface=self.interface,
             timeout_s=self.timeout_s,
             rendezvous_timeout_s=self.rendezvous_timeout_s,
+            secret=self.secret(),
+            listen_port=self.listen_port,
         )
 
 
@@ -185,8 +301,11 @@ def require_seconds(value: float, parameter: str) -> None:
 
 
 @contextlib.contextmanager
-def open_jsonl(path: str | None) -> Iterator[Callable[[Any], None]]:
-    """Open a file, or standard output, for one JSON value a line, each written at once."""
+def open_jsonl(path: str | None, *, append: bool = False) -> Iterator[Callable[[Any], None]]:
+    """Open a file, or standard output, for one JSON value a line, each written at once.
+
+    With ``append`` what stands in the file is kept, but for a last line that was cut.
+    """
     from prism_plan.errors import OutputError
 
     if path is None or path == "-":
@@ -197,12 +316,24 @@ def open_jsonl(path: str | None) -> Iterator[Callable[[Any], None]]:
         yield write
         return
     try:
-        with open(path, "w", encoding="utf-8") as stream:
+        with open(path, "r+b" if append and os.path.exists(path) else "wb") as stream:
+            if append:
+                _seek_last_line(stream)
 
             def write(values: Any) -> None:
-                stream.write(json.dumps(values, allow_nan=False) + "\n")
+                stream.write(json.dumps(values, allow_nan=False).encode() + b"\n")
                 stream.flush()
 
             yield write
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _seek_last_line(stream: IO[bytes]) -> None:
+    """Go to the end of a file's last complete line, and cut what follows."""
+    end = 0
+    for line in stream:
+        if line.endswith(b"\n"):
+            end += len(line)
+    stream.seek(end)
+    stream.truncate()

@@ -79,6 +79,8 @@ def command(args: ReplayOptions) -> None:
     from prism_plan.simulate.sampling import sample_requests
     from runtime_adapter.replay import replay, replay_config
     from runtime_adapter.server import LocalServer
+    from runtime_adapter.server_config import OwnStoreConfig
+    from runtime_adapter.transport.rendezvous import RuntimeFailure
 
     torch.set_num_threads(1)
     for output in (args.output, args.stats):
@@ -113,8 +115,12 @@ def command(args: ReplayOptions) -> None:
             facts,
             route=args.route,
             rtt_s=args.rtt_ms * 1e-3,
-            options=simulation_options if args.migrates else None,
-            placements_dir=args.placements_dir,
+            options=simulation_options,
+            movable=args.migrates,
+            request_timeout_s=args.request_timeout_s,
+            store=OwnStoreConfig(args.secret_file, args.insecure, args.placements_dir),
+            log_level=args.log_level,
+            log_format=args.log_format,
         )
     planned_by_links = args.route == "nearest" or args.migrate != "never"
     log_assumed_figures(
@@ -142,4 +148,4 @@ def command(args: ReplayOptions) -> None:
         }
         write_bytes(args.stats, (json.dumps(values, indent=1) + "\n").encode())
     if failed:
-        raise click.ClickException(f"{failed} of {len(results)} requests failed")
+        raise RuntimeFailure(f"{failed} of {len(results)} requests failed; see their errors")

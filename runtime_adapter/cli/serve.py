@@ -46,13 +46,14 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
     max_new_tokens: int
     dtype: str
     device: str
-    transport: Literal["gloo", "nccl", "split"]
+    transport: Literal["tcp", "gloo", "nccl"]
     route: Route
     cluster: str | None
     concurrency: int
     threads: int
     weights: Literal["checkpoint", "peer"]
     seed: int
+    journal: str | None
     stats: str | None
     output: str | None
 
@@ -69,8 +70,12 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
                         parameter=name,
                         expected="``cluster``",
                     )
-        if not self.migrates:
-            self.refuse("weights", found="has no effect without ``migrate`` or ``movable``")
+        if self.journal is not None and self.output in (None, "-"):
+            raise InputError(
+                "needs a file of answers, which a restarted server goes on with",
+                parameter="journal",
+                expected="``output``",
+            )
         if not self.streamed:
             self.refuse(
                 "max_prompt_tokens",
@@ -113,10 +118,10 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
 )
 @click.option(
     "--transport",
-    type=click.Choice(["gloo", "nccl", "split"]),
-    default="gloo",
+    type=click.Choice(["tcp", "gloo", "nccl"]),
+    default="tcp",
     show_default=True,
-    help="nccl: states go from GPU to GPU; split: its protocol over gloo, for tests.",
+    help="nccl: states go from GPU to GPU; gloo: its protocol between CPUs, for tests.",
 )
 @click.option(
     "--route", type=click.Choice(["cover", "nearest", "spread"]), default="cover", show_default=True
@@ -130,11 +135,16 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
 @click.option(
     "--weights",
     type=click.Choice(["checkpoint", "peer"]),
-    default="checkpoint",
+    default="peer",
     show_default=True,
-    help="Where experts that move come from; peer: from a server that holds them, if it can.",
+    help="Where experts that move come from; peer: from a server that holds them, if one does.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the solvers of --migrate.")
+@click.option(
+    "--journal",
+    metavar="FILE",
+    help="Note requests and tokens; started again, the server goes on with what is in it.",
+)
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="A.jsonl", help="One line a request; default: stdout.")
 @options_as(ServeOptions)
@@ -147,8 +157,12 @@ def command(args: ServeOptions) -> None:
     requests of its own answers the others until all have done theirs. With --requests - each line
     of standard input arrives when it is read, and the end of the input ends this server's requests.
     """
+    import contextlib
+    import hashlib
+    import itertools
     import json
     import sys
+    from pathlib import Path
 
     import torch
 
@@ -159,13 +173,14 @@ def command(args: ServeOptions) -> None:
     from prism_plan.placement import require_home_execution
     from prism_plan.profiling.recording.fingerprint import fingerprint
     from prism_plan.simulate.network import Network
-    from runtime_adapter.driver import serve
+    from runtime_adapter.driver import Driver
     from runtime_adapter.moe.compute import ExpertCompute
     from runtime_adapter.moe.placed_model import load_placed_model
     from runtime_adapter.moe.router import uniform_network
     from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
+    from runtime_adapter.request_journal import RequestJournal
     from runtime_adapter.server import LocalServer
-    from runtime_adapter.server_config import ServerConfig, migration_config
+    from runtime_adapter.server_config import OwnStoreConfig, ServerConfig, migration_config
     from runtime_adapter.tokenized_requests import RequestTokenizer, context_tokens, load_tokenizer
     from runtime_adapter.transport.nccl_channel import ChannelConfig, prepare_nccl, require_device
     from runtime_adapter.transport.rendezvous import RuntimeFailure
@@ -173,14 +188,15 @@ def command(args: ServeOptions) -> None:
     from runtime_adapter.weights.checkpoint_loader import CheckpointLoader
     from runtime_adapter.weights.peer_loader import PeerLoader
     from runtime_adapter.weights.server_experts import (
-        load_server_experts,
+        create_server_store,
+        fill_server_store,
         require_covered,
         require_placed_model,
         server_devices,
     )
 
     files = [args.placement, args.cluster, None if args.streamed else args.requests]
-    for output in (args.output, args.stats):
+    for output in (args.output, args.stats, args.journal):
         require_writable_output(output, *files)
     torch.set_num_threads(args.threads)
     placement, placement_file = read_placement_and_identity(args.placement)
@@ -212,47 +228,61 @@ def command(args: ServeOptions) -> None:
         prepare_nccl(args.interface)  # before anything uses a card
     devices = server_devices(len(placement.gpu_capacity[rendezvous.rank]), args.device)
     channels = None
-    if args.transport != "gloo":
+    if args.transport != "tcp":
         channels = ChannelConfig(args.transport, devices[0])
         require_device(channels)
     tokenizer = load_tokenizer(checkpoint)
     tokenizing = RequestTokenizer(tokenizer, checkpoint, rendezvous.rank, args.max_new_tokens)
     tokenized = tokenizing.tokenize(requests, args.requests)
-    max_tokens = max([len(request.ids) for request in tokenized], default=1)
+    # one that is run again is prefilled with its tokens so far
+    max_tokens = max([len(one.ids) + one.new_tokens for one in tokenized], default=1)
     if args.streamed:
         context = context_tokens(checkpoint) or 1 << 20
         max_tokens = min(DEFAULT_MAX_PROMPT_TOKENS, context)
         if args.max_prompt_tokens is not None:
             max_tokens = args.max_prompt_tokens
             require_integer(max_tokens, 1, context, "max_prompt_tokens")
+        max_tokens = min(max_tokens + args.max_new_tokens, context)
+    checkpoint_digest = fingerprint(args.checkpoint)
+    journal = None
+    if args.journal is not None:
+        digest = None
+        if not args.streamed:
+            digest = hashlib.sha256(Path(args.requests).read_bytes()).hexdigest()
+        of = {"placement": placement_file.sha256, "checkpoint": checkpoint_digest}
+        of |= {"requests": digest, "server": args.server}
+        journal = RequestJournal(args.journal, of)
     backend = ThreadLocalDispatcher()
     with error_source(args.placement):
-        store = load_server_experts(checkpoint, placement, rendezvous.rank, devices, dtype)
-    model = load_placed_model(checkpoint, backend, dtype, devices[0])
-    migration = None
-    if args.migrates:
-        from_checkpoint = CheckpointLoader(checkpoint.folder, store)
-        from_peers = PeerLoader(from_checkpoint, placement)
+        store = create_server_store(checkpoint, placement, rendezvous.rank, devices, dtype)
+
+    def fill() -> None:
         with error_source(args.placement):
-            migration = migration_config(
-                from_peers if args.weights == "peer" else from_checkpoint,
-                rendezvous,
-                placement,
-                spec,
-                cluster,
-                args.simulation(route=args.route, seed=args.seed),
-                args.placements_dir,
-                keep_slots=True,
-            )
+            fill_server_store(store, checkpoint, placement, rendezvous.rank)
+
+    model = load_placed_model(checkpoint, backend, dtype, devices[0])
+    from_checkpoint = CheckpointLoader(checkpoint.folder, store)
+    with error_source(args.placement):
+        migration = migration_config(
+            PeerLoader(from_checkpoint, placement) if args.weights == "peer" else from_checkpoint,
+            placement,
+            spec,
+            cluster,
+            args.simulation(route=args.route, seed=args.seed),
+            args.timeout_s,
+            movable=args.migrates,
+            keep_slots=True,
+        )
     config = ServerConfig(
         rendezvous=rendezvous,
         placement=placement,
         model=placement.model,
         network=network,
         compute=ExpertCompute(store),
+        migration=migration,
         facts={
             "placement": placement_file.sha256,
-            "checkpoint": fingerprint(args.checkpoint),
+            "checkpoint": checkpoint_digest,
             "cluster": cluster_digest,
             "dtype": str(dtype).removeprefix("torch."),
             **{name: getattr(args, name) for name in SERVE_FACTS},
@@ -263,23 +293,37 @@ def command(args: ServeOptions) -> None:
         route=args.route,
         num_lanes=args.concurrency,
         rtt_s=args.rtt_ms * 1e-3,
+        request_timeout_s=args.request_timeout_s,
         threads=args.threads,
-        migration=migration,
         channels=channels,
+        store=OwnStoreConfig(args.secret_file, args.insecure, args.placements_dir),
+        log_level=args.log_level,
+        log_format=args.log_format,
     )
     if args.cluster is not None and cluster is not None:
         reviewed = args.migrate != "never"
         by_links = reviewed or args.route == "nearest"
         log_assumed_figures(args.cluster, cluster, loads=reviewed, links=by_links)
-    with open_jsonl(args.output) as write, LocalServer(config, log_info) as server:
+    with (
+        journal or contextlib.nullcontext(),
+        open_jsonl(args.output, append=journal is not None and journal.continues) as write,
+        LocalServer(config, log_info, fill) as server,
+    ):
         begin_s = server.agree_on_start()
         incoming: Iterable[TokenizedRequest] = tokenized
         if args.streamed:
-            incoming = tokenizing.tokenize_stream(sys.stdin.buffer, begin_s)
-        results = serve(
-            server, model, tokenizer, backend, incoming, begin_s,
-            lambda result: write(vars(result)),
+            first_key = 1
+            begun: Iterable[TokenizedRequest] = ()
+            if journal is not None:
+                begun = list(tokenizing.tokenize_journalled(journal, begin_s))
+                first_key = journal.next_key
+            stream = tokenizing.tokenize_stream(sys.stdin.buffer, begin_s, first_key)
+            incoming = itertools.chain(begun, stream)
+        driver = Driver(
+            server, model, tokenizer, backend, begin_s, lambda result: write(vars(result)),
+            journal=journal,
         )  # fmt: skip
+        results = driver.serve(incoming)
         server.finish()
         counted = server.counters.to_json()
         migrations = server.migrations()

@@ -88,6 +88,46 @@ def server_devices(num_gpus: int, device: str = "auto") -> list[torch.device]:
     return [torch.device("cuda", card) for card in cards]
 
 
+def create_server_store(
+    checkpoint: Checkpoint,
+    placement: Placement,
+    server: int,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype | None = None,
+) -> ExpertStore:
+    """Create the store of a server, without experts.
+
+    ``devices`` are those of the server's GPUs; ``dtype`` is the checkpoint's if not given.
+
+    Raises
+    ------
+    InputError
+        Too little memory.
+    """
+    sizes = placement.model.expert_bytes_by_layer
+    slots = list(placement.gpu_capacity[server])
+    if not placement.model.equal_expert_bytes:  # then capacities are bytes
+        slots = [capacity // max(sizes) for capacity in slots]
+    dtype = checkpoint.dtype if dtype is None else dtype
+    return ExpertStore.create(checkpoint.experts, slots, devices, dtype)
+
+
+def fill_server_store(
+    store: ExpertStore, checkpoint: Checkpoint, placement: Placement, server: int
+) -> None:
+    """Load the experts that a placement gives a server.
+
+    Raises
+    ------
+    InputError
+        More experts than slots, or a file that cannot be read.
+    """
+    experts = checkpoint.spec.num_experts
+    for gpu, index in enumerate(placement.gpus_of(server)):
+        for layer, expert in np.argwhere(placement.on_gpu[index]).tolist():
+            store.put(layer * experts + expert, gpu, checkpoint.expert(layer, expert))
+
+
 def load_server_experts(
     checkpoint: Checkpoint,
     placement: Placement,
@@ -97,21 +137,8 @@ def load_server_experts(
 ) -> ExpertStore:
     """Create the store of a server and load the experts that the placement gives it.
 
-    ``devices`` are those of the server's GPUs; ``dtype`` is the checkpoint's if not given.
-
-    Raises
-    ------
-    InputError
-        Too little memory, more experts than slots, or a file that cannot be read.
+    Arguments and errors are those of :func:`create_server_store` and :func:`fill_server_store`.
     """
-    sizes = placement.model.expert_bytes_by_layer
-    slots = list(placement.gpu_capacity[server])
-    if not placement.model.equal_expert_bytes:  # then capacities are bytes
-        slots = [capacity // max(sizes) for capacity in slots]
-    dtype = checkpoint.dtype if dtype is None else dtype
-    store = ExpertStore.create(checkpoint.experts, slots, devices, dtype)
-    experts = checkpoint.spec.num_experts
-    for gpu, index in enumerate(placement.gpus_of(server)):
-        for layer, expert in np.argwhere(placement.on_gpu[index]).tolist():
-            store.put(layer * experts + expert, gpu, checkpoint.expert(layer, expert))
+    store = create_server_store(checkpoint, placement, server, devices, dtype)
+    fill_server_store(store, checkpoint, placement, server)
     return store

@@ -1,0 +1,94 @@
+"""The other servers of a run, as one process of a server sees them, and what the log says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from runtime_adapter.server_config import ServerConfig
+from runtime_adapter.transport.peer import Peer
+from runtime_adapter.weights.expert_map import ExpertMap
+
+Address = tuple[str, int]
+
+
+class PeerTable:
+    """A :class:`Peer` for each other server, by rank; whoever follows the log keeps it up to date.
+
+    Where peers are to be watched (:meth:`watch`), those that do not answer are suspect in
+    ``expert_map``. ``report`` gets a line about each that goes or comes.
+    """
+
+    def __init__(
+        self, config: ServerConfig, expert_map: ExpertMap,
+        report: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        rendezvous = config.rendezvous
+        self._rank = rendezvous.rank
+        self._servers = config.placement.servers
+        self._expert_map = expert_map
+        self._report = report
+        self._seen: set[int] = set()  # servers that have been up
+        #: Of this server's worker, 0 before it has joined.
+        self.incarnation = 0
+        self.peers = {
+            n: Peer(
+                config.name,
+                self._servers[n],
+                rendezvous.secret,
+                rendezvous.timeout_s,
+                partial(self._suspect, n),
+                partial(self._unsuspect, n),
+            )
+            for n in rendezvous.other_ranks
+        }
+
+    def watch(self) -> None:
+        """Begin to ping all servers that have an address."""
+        for peer in self.peers.values():
+            peer.start()
+
+    def close(self) -> None:
+        """End the pings."""
+        for peer in self.peers.values():
+            peer.close()
+
+    @property
+    def silent(self) -> list[int]:
+        """The servers that do not answer this one, or are down as the log has it."""
+        return [
+            n for n, peer in self.peers.items() if peer.suspect or self._expert_map.lost(n)
+        ]
+
+    def _suspect(self, n: int, reason: str) -> None:
+        self._expert_map.suspect(n)
+        self._report(f"server {self._servers[n]!r} is suspect: {reason}")
+
+    def _unsuspect(self, n: int) -> None:
+        self._expert_map.unsuspect(n)
+        self._report(f"server {self._servers[n]!r} answers again")
+
+    # --------------------------------------------------------------------------- what the log says
+
+    def joined(self, server: int, incarnation: int, address: Address) -> None:
+        """A server is up, and its worker answers at an address."""
+        if server == self._rank:
+            self.incarnation = max(self.incarnation, incarnation)
+            return
+        if server in self._seen:
+            self._report(f"server {self._servers[server]!r} has joined again")
+        self._seen.add(server)
+        self.peers[server].set_address(address, incarnation)
+
+    def down(self, server: int, incarnation: int, reason: str) -> None:
+        """An incarnation of a server is not used any more."""
+        if server == self._rank:
+            return
+        self._seen.add(server)
+        self._report(f"server {self._servers[server]!r} is down: {reason}")
+        self.peers[server].set_address(None, incarnation)
+
+    def left(self, server: int) -> None:
+        """A server has left in good order."""
+        if server != self._rank:
+            self.peers[server].set_address(None, 0)
