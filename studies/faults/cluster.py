@@ -386,7 +386,7 @@ class Cluster:
 
     # ------------------------------------------------------------------ moves
 
-    def move_without_end(self) -> None:
+    def move_without_end(self, pause_s: float = POLL_INTERVAL_S) -> None:
         """Move from one placement to the other and back, until :meth:`stop_moving`."""
         self._is_moving.set()
 
@@ -395,8 +395,7 @@ class Cluster:
                 if not self._is_moving.is_set():
                     return
                 self._move(at)
-                with self.changed:
-                    self.changed.wait(POLL_INTERVAL_S)
+                self.pass_time(pause_s)
 
         self._mover = self._start_thread(work)
 
