@@ -43,6 +43,8 @@ FIRST_PATIENCE_S, MAX_PATIENCE_S = 1.0, 8.0
 #: Added for each byte that is sent: no link is slower.
 SLOWEST_LINK_BYTES_S = 50_000.0
 RETRY_INTERVAL_S = 0.1
+#: So many failed handshakes in a row are no accident, to a client that has never been accepted.
+MAX_REFUSALS = 5
 #: A name that is taken for so long is that of another living server. A server that was killed and
 #: is there again at once finds its own name taken, until the store misses its heartbeats.
 NAME_TAKEN_S = 5.0
@@ -136,6 +138,7 @@ class StoreClient:
         """Result and body of an answer that may be due only after ``wait_s``."""
         deadline = time.monotonic() + timeout_s
         reason = "no answer"
+        refusals = 0
         while True:
             left_s = deadline - time.monotonic()
             if self._closed.is_set() or left_s <= 0:
@@ -147,8 +150,9 @@ class StoreClient:
             try:
                 answer, answer_body = self._exchange(frame, left_s, wait_s)
             except HandshakeFailed as error:
-                if not self._has_connected:
-                    raise  # a wrong secret; later it may be a store that is just being started
+                refusals += 1
+                if not self._has_connected and refusals >= MAX_REFUSALS:
+                    raise  # a wrong secret, not a store that has just ended
                 reason = str(error)
                 self._closed.wait(min(RETRY_INTERVAL_S, left_s))
                 continue

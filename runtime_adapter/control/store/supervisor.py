@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 
+from prism_plan.errors import PrismError
 from runtime_adapter import log_output
 from runtime_adapter.control.store.client import StoreAddress
 from runtime_adapter.control.store.service import run_service
@@ -29,6 +30,9 @@ MAX_DEATHS, DEATHS_WITHIN_S = 5, 60.0
 PARENT_INTERVAL_S = 0.25
 END_TIMEOUT_S = 3.0
 BACKLOG = 256
+
+#: Runs a scheduler with the store's address and the folder for placements.
+Schedule = Callable[[StoreAddress, str | None], None]
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,11 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run_store(config: StoreConfig) -> None:
+def run_store(config: StoreConfig, schedule: Schedule | None = None) -> None:
     """Run a store until its run is over, or its parent has ended.
+
+    ``schedule`` stands in for the scheduler: a function of a module, called in a process of its own
+    with the store's address and ``placements_dir``.
 
     Raises
     ------
@@ -85,12 +92,15 @@ def run_store(config: StoreConfig) -> None:
     with listen(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
         log_output.log_info(f"the store listens on {host}:{port}")
-        _Supervisor(config, listener, port).run()
+        _Supervisor(config, listener, port, schedule or _schedule).run()
 
 
 class _Supervisor:
-    def __init__(self, config: StoreConfig, listener: socket.socket, port: int) -> None:
+    def __init__(
+        self, config: StoreConfig, listener: socket.socket, port: int, schedule: Schedule
+    ) -> None:
         self._config = config
+        self._schedule = schedule
         self._listener = listener
         any_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}
         host = any_address.get(config.host, config.host)
@@ -134,19 +144,16 @@ class _Supervisor:
         log_output.log_warning(f"{name} has ended ({how}); it is started again")
 
     def _start_service(self) -> BaseProcess:
-        config = self._config
-        return self._start(
-            _serve, self._listener, config.secret, config.keep, config.log_level, config.log_format
-        )
+        return self._start(_serve, self._listener, self._config.secret, self._config.keep)
 
     def _start_scheduler(self) -> BaseProcess:
-        config = self._config
-        return self._start(
-            _schedule, self._address, config.placements_dir, config.log_level, config.log_format
-        )
+        return self._start(self._schedule, self._address, self._config.placements_dir)
 
     def _start(self, target: Callable[..., None], *arguments: object) -> BaseProcess:
-        process = self._context.Process(target=target, args=arguments, daemon=True)
+        log_options = (self._config.log_level, self._config.log_format)
+        process = self._context.Process(
+            target=_run_child, args=(target, arguments, *log_options), daemon=True
+        )
         process.start()
         return process
 
@@ -162,38 +169,29 @@ def _end(children: list[BaseProcess]) -> None:
             child.join()
 
 
-def _serve(
-    listener: socket.socket,
-    secret: RunSecret,
-    keep: bool,
+def _run_child(
+    target: Callable[..., None],
+    arguments: tuple[object, ...],
     log_level: log_output.Level,
     log_format: log_output.Format,
 ) -> None:
-    """The service's process."""
-    _become_child(log_level, log_format)
-    try:
-        run_service(listener, secret, keep=keep, report=log_output.log_warning)
-    except RuntimeFailure as error:
-        log_output.log_error(str(error))
-        os._exit(error.exit_code)
-
-
-def _schedule(
-    address: StoreAddress,
-    placements_dir: str | None,
-    log_level: log_output.Level,
-    log_format: log_output.Format,
-) -> None:
-    """The scheduler's process, which loads solvers."""
-    _become_child(log_level, log_format)
-    from runtime_adapter.control.scheduler import run_scheduler
-
-    run_scheduler(address, placements_dir)
-
-
-def _become_child(log_level: log_output.Level, log_format: log_output.Format) -> None:
-    """Write lines as the supervisor does, and end with it, by its will alone."""
+    """A child's process: it writes lines as the supervisor does, and ends by its will alone."""
     log_output.configure(log_level, log_format)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     exit_with_parent()
+    try:
+        target(*arguments)
+    except PrismError as error:
+        log_output.log_error(str(error))
+        os._exit(error.exit_code)
+
+
+def _serve(listener: socket.socket, secret: RunSecret, keep: bool) -> None:
+    run_service(listener, secret, keep=keep, report=log_output.log_warning)
+
+
+def _schedule(address: StoreAddress, placements_dir: str | None) -> None:
+    from runtime_adapter.control.scheduler import run_scheduler  # which loads solvers
+
+    run_scheduler(address, placements_dir)
