@@ -34,6 +34,8 @@ from runtime_adapter.control.json_values import parse_value
 MAX_TEXT = 4000
 #: Plans, reviews, steps and slots are numbered from 0, and never up to this.
 MAX_COUNT = 1 << 40
+#: The step of an expert whose drop was announced and is cancelled: it is loaded, by no step.
+NO_STEP = MAX_COUNT - 1
 
 
 @dataclass(frozen=True)

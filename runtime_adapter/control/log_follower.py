@@ -1,61 +1,81 @@
-"""Applies the event log to a driver: updates routing, acknowledges drops, reports call counts.
+"""Applies the event log to a driver: who is up, who holds what, what to acknowledge and report.
 
 A drop is acknowledged when every pass through its layer that began before the drop was announced
 has ended: then no call of this driver, to its own or another server, depends on the expert. So its
 slot can be used again, and no call comes too late. A step of a long prompt delays the drops of the
 layer that it is in, and no others.
+
+Where a log begins anew, what servers hold is taken from what it begins with. Servers that are not
+there yet keep what they are known to hold, for the store was restarted, not they. This server's own
+experts are those that its worker says it has when it joins; one that is not among them is dropped
+when no layer depends on it any more.
 """
 
 from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from prism_plan.errors import InputError
+from prism_plan.errors import InputError, PrismError
 from prism_plan.placement import Placement
 from runtime_adapter.control import log_entries
-from runtime_adapter.control.event_log import EventLog, StoreLost
+from runtime_adapter.control.event_log import (
+    EventLog,
+    NewLog,
+    StoreRestartedError,
+    StoreUnavailable,
+)
+from runtime_adapter.control.membership import Members, MemberStates, NoMembers, pairs_of
 from runtime_adapter.moe.compute import Compute
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
+from runtime_adapter.transport.rendezvous import RuntimeFailure
 from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change
 
 #: How often layers in progress are checked while drops wait for them.
 POLL_INTERVAL_S = 0.005
 
+LanesInside = tuple[tuple[RemoteDispatcher, int], ...]
+
 
 class _AnnouncedDrop(NamedTuple):
     """A drop that this driver knows of, and the lanes that may still depend on its expert.
 
-    Each lane with its ``passes``, odd inside of a layer, when the drop became known.
+    Each lane with its ``passes``, odd inside of a layer, when the drop became known. No server
+    waits for the acknowledgement of one without a ``plan``.
     """
 
-    plan: int
+    plan: int | None
     step: int
     gpu: int
     pair: int
-    lanes_inside: tuple[tuple[RemoteDispatcher, int], ...]
+    lanes_inside: LanesInside
 
     def settled(self) -> bool:
         """Whether all these lanes have left the layer."""
-        return all(lane.passes != passes for lane, passes in self.lanes_inside)
+        return _settled(self.lanes_inside)
+
+
+def _settled(lanes_inside: LanesInside) -> bool:
+    return all(lane.passes != passes for lane, passes in lanes_inside)
 
 
 class LogFollower:
     """Follows the log for one driver, in a thread of its own.
 
-    ``lanes`` are this driver's; ``report`` gets lines for this server's log.
+    ``lanes`` are this driver's; ``report`` gets lines for this server's log; ``members`` is told
+    who comes and goes. ``incarnation`` is this server's, 0 while its worker has not joined.
     """
 
     def __init__(
         self, rank: int, placement: Placement, expert_map: ExpertMap, compute: Compute,
         counters: Counters, lanes: Sequence[RemoteDispatcher], log: EventLog,
-        report: Callable[[str], None],
+        report: Callable[[str], None], members: Members | None = None,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.name = placement.servers[rank]
@@ -68,11 +88,21 @@ class LogFollower:
         self.log = log
         self.report = report
         self.own_gpus: list[int] = placement.gpus_of(rank).tolist()
+        self._server_of_gpu: list[int] = placement.server_of_gpu.tolist()
         self.migrating = False
+        self._states = MemberStates(placement.num_servers, members or NoMembers())
         self._drops: list[_AnnouncedDrop] = []
+        self._unsynced: tuple[int, LanesInside] | None = None
         self._failed_plans: set[int] = set()
         self._open_plans: set[int] = set()
         self._reported_us = {"compute_us": 0, "waiting_us": 0}
+        self._ended = threading.Event()
+
+    @property
+    def incarnation(self) -> int:
+        """The incarnation of this server in the log, 0 if it is not up."""
+        up = self.rank in self._states.up
+        return self._states.incarnations[self.rank] if up else 0
 
     def start(self) -> None:
         """Begin to follow."""
@@ -80,38 +110,61 @@ class LogFollower:
         self.log.follow()
         threading.Thread(target=self._run, daemon=True).start()
 
+    def close(self) -> None:
+        """End following."""
+        self._ended.set()
+        self.log.close()
+        self.log.wake()
+
     def _run(self) -> None:
-        try:
-            while True:
-                entry = self.log.next(POLL_INTERVAL_S if self._drops else None)
+        while not self._ended.is_set():
+            waiting = bool(self._drops) or self._unsynced is not None
+            entry = self.log.next(POLL_INTERVAL_S if waiting else None)
+            try:
                 if entry is not None:
                     self._handle_or_skip(entry)
-                if self._drops and self.log.caught_up():
+                if self.log.caught_up():
                     self._acknowledge_drops()
-        except StoreLost:
-            self.migrating = False
+                    self._acknowledge_new_log()
+            except StoreRestartedError:
+                pass  # nobody waits for what was to be said; the next entry is a NewLog
+            except StoreUnavailable:
+                return
+            except PrismError as error:  # the store refuses it: it is full
+                self.log.skip(error)
 
-    def _handle_or_skip(self, entry: log_entries.LogEntry) -> None:
+    def _handle_or_skip(self, entry: log_entries.LogEntry | NewLog) -> None:
         """Handle an entry; one that fails (its slot does not exist) does not end the following."""
         try:
             self.handle(entry)
-        except StoreLost:
+        except RuntimeFailure:
             raise
         except Exception as error:
-            where = f"entry {entry.number} of the run's log: {entry.kind}"
-            self.log.skip(InputError(" ".join(str(error).split()), source=where))
+            what = f"entry {entry.number} of the run's log"
+            kind = "its beginning" if isinstance(entry, NewLog) else entry.kind
+            self.log.skip(InputError(" ".join(str(error).split()), source=f"{what}: {kind}"))
 
-    def handle(self, entry: log_entries.LogEntry) -> None:
+    def handle(self, entry: log_entries.LogEntry | NewLog) -> None:
         """Act on one entry."""
         match entry:
+            case NewLog():
+                self._begin_log(entry)
+            case log_entries.ServerJoined():
+                self._set_up(entry.server, entry.experts)
+                self._states.join(entry.server, entry.incarnation, (entry.host, entry.port))
+            case log_entries.ServerDown() | log_entries.ServerLeft():
+                reason = entry.reason if isinstance(entry, log_entries.ServerDown) else None
+                if self._states.end(entry.server, entry.incarnation, reason):
+                    self._set_down(entry.server)
             case log_entries.ExpertsLoaded():
                 for change in entry.experts:
+                    self._forget_drops_of(change.gpu, change.pair)
                     self._apply_own("load", change.gpu, change.pair, change.slot)
                     self.expert_map.change(change.gpu, change.pair, True)
             case log_entries.DropsAnnounced():
                 for change in entry.experts:
                     self.expert_map.change(change.gpu, change.pair, False)
-                self._note_drops(entry)
+                self._note_drops(entry.plan, entry.experts)
             case log_entries.ReviewStarted():
                 self._report_calls(entry.review)
             case log_entries.MigrationStarted():
@@ -128,20 +181,72 @@ class LogFollower:
             case log_entries.LogMessage() if self.rank == 0:
                 self.report(entry.text)
 
+    # ------------------------------------------------------------------------------------- members
+
+    def _begin_log(self, new: NewLog) -> None:
+        """Take over what a new log begins with."""
+        self._forget_drops(lambda drop: drop.plan is not None)
+        self._failed_plans.clear()
+        self._open_plans = set(new.open_plans)
+        self.migrating = bool(self._open_plans)
+        self._states.begin(new, self._set_up, self._set_down)
+        if self.rank not in self._states.up:  # its worker has still to join
+            self.expert_map.set_up(
+                self.rank, [(self.own_gpus[gpu], pair) for gpu, pair, _ in self.compute.held()]
+            )
+        self._unsynced = (new.number + 1, self._lanes_inside()) if new.number >= 0 else None
+
+    def _set_up(self, server: int, held: list[log_entries.HeldExpert]) -> None:
+        self._forget_drops(lambda drop: self._server_of_gpu[drop.gpu] == server)
+        if server == self.rank:
+            self._set_own(held)
+        self.expert_map.set_up(server, pairs_of(held))
+
+    def _set_down(self, server: int) -> None:
+        if server != self.rank:  # this driver can compute with its own experts all the same
+            self._forget_drops(lambda drop: self._server_of_gpu[drop.gpu] == server)
+            self.expert_map.set_down(server)
+
+    def _set_own(self, held: Iterable[log_entries.HeldExpert]) -> None:
+        """The worker of this server holds these, in these slots, and no others."""
+        known = {(self.own_gpus[gpu], pair): slot for gpu, pair, slot in self.compute.held()}
+        now = {(gpu, pair): slot for gpu, pair, slot in held if gpu in self.own_gpus}
+        for (gpu, pair), slot in now.items():
+            if known.get((gpu, pair)) != slot:
+                self._apply_own("load", gpu, pair, slot)
+        gone = [log_entries.ExpertChange(0, *place, 0) for place in known.keys() - now.keys()]
+        self._note_drops(None, gone)
+
+    # --------------------------------------------------------------------------------------- drops
+
     def _apply_own(self, kind: Literal["load", "drop"], gpu: int, pair: int, slot: int) -> None:
         if gpu in self.own_gpus:
             self.compute.apply(Change(kind, pair, self.own_gpus.index(gpu), slot))
 
-    def _note_drops(self, entry: log_entries.DropsAnnounced) -> None:
-        """Note which lanes are inside the layers of drops; routing no longer uses the experts."""
-        inside: dict[int, list[tuple[RemoteDispatcher, int]]] = {}
+    def _lanes_inside(self, layer: int | None = None) -> LanesInside:
+        """The lanes that are inside of a layer, or of this one."""
+        inside = []
         for lane in self.lanes:
             passes = lane.passes  # read before the layer: if it changes meanwhile, this pass ended
-            if passes % 2:
-                inside.setdefault(lane.layer, []).append((lane, passes))
-        for step, gpu, pair, _ in entry.experts:
-            lanes = inside.get(pair // self.num_experts, ())
-            self._drops.append(_AnnouncedDrop(entry.plan, step, gpu, pair, tuple(lanes)))
+            if passes % 2 and layer in (None, lane.layer):
+                inside.append((lane, passes))
+        return tuple(inside)
+
+    def _note_drops(self, plan: int | None, experts: Iterable[log_entries.ExpertChange]) -> None:
+        """Note which lanes are inside the layers of drops; routing no longer uses the experts."""
+        inside: dict[int, LanesInside] = {}
+        for step, gpu, pair, _ in experts:
+            layer = pair // self.num_experts
+            if layer not in inside:
+                inside[layer] = self._lanes_inside(layer)
+            self._drops.append(_AnnouncedDrop(plan, step, gpu, pair, inside[layer]))
+
+    def _forget_drops(self, which: Callable[[_AnnouncedDrop], bool]) -> None:
+        """Forget drops that will not be: the expert stays."""
+        self._drops = [drop for drop in self._drops if not which(drop)]
+
+    def _forget_drops_of(self, gpu: int, pair: int) -> None:
+        self._forget_drops(lambda drop: (drop.gpu, drop.pair) == (gpu, pair))
 
     def _acknowledge_drops(self) -> None:
         """Acknowledge the drops on which no lane depends any longer."""
@@ -152,10 +257,20 @@ class LogFollower:
                 unsettled.append(drop)
                 continue
             self._apply_own("drop", drop.gpu, drop.pair, 0)
-            settled.setdefault(drop.plan, []).append(drop.step)
+            if drop.plan is not None:
+                settled.setdefault(drop.plan, []).append(drop.step)
         self._drops = unsettled
         for plan, steps in settled.items():
             self.log.append(log_entries.DropsAcknowledged(plan, self.rank, steps))
+
+    def _acknowledge_new_log(self) -> None:
+        """Acknowledge all drops that were announced before the log began for this driver."""
+        if self._unsynced is None:
+            return
+        read, lanes_inside = self._unsynced
+        if _settled(lanes_inside) and all(drop.plan is not None for drop in self._drops):
+            self._unsynced = None
+            self.log.append(log_entries.DriverSynced(self.rank, read))
 
     def _report_calls(self, review: int) -> None:
         called = self.counters.take_called().astype(np.int64)

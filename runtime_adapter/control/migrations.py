@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prism_plan.errors import InputError, PrismError
+from prism_plan.errors import InputError, LimitReached, PrismError
 from prism_plan.instance import Instance
 from prism_plan.io.migration import migration_to_json
-from prism_plan.io.placement import placement_from_json, write_placement
+from prism_plan.io.placement import placement_from_json, placement_to_json, write_placement
 from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration.replica_dips import dips_text
@@ -19,8 +19,12 @@ from prism_plan.model_spec import require_same_model
 from prism_plan.placement import Placement, SolveReport, require_home_execution
 from prism_plan.placement_check import violations
 from runtime_adapter.control import log_entries
-from runtime_adapter.control.event_log import StoreLost
+from runtime_adapter.control.event_log import NewLog
 from runtime_adapter.control.run_state import RunState
+from runtime_adapter.transport.rendezvous import RuntimeFailure
+
+#: What a scheduler leaves in the store for one that is started after it has died.
+STATE = "scheduler/state"
 
 #: What errors call the placement that is held, and the target.
 NAMES = ("what the servers hold now", "the placement")
@@ -30,17 +34,21 @@ NAMES = ("what the servers hold now", "the placement")
 class _ActiveMigration:
     """A migration in progress; ``left`` are the steps that are not done.
 
-    It was requested by the move ``requested_by``, or decided by the review of ``event``.
+    It was requested by the move ``requested_by``, or decided by the review of ``event``, or is a
+    ``repair``. ``taking_part`` are the servers that do its steps. Of one that an earlier scheduler
+    began, which is only stopped, neither target nor steps are known.
     """
 
     number: int
-    target: Placement
+    target: Placement | None
     left: set[int]
     loads: int
     loaded_bytes: int
     begun_s: float
+    taking_part: set[int]
     requested_by: str | None = None
     event: dict[str, Any] | None = None
+    repair: bool = False
     stopped_s: float | None = None
     reason: str = ""
     stopped_servers: set[int] = field(default_factory=set)
@@ -49,24 +57,106 @@ class _ActiveMigration:
 class Migrations:
     """The migrations of a run, one at a time; ``active`` is the one in progress.
 
-    ``events`` are the reviews' decisions, as a simulation's report has them.
+    ``events`` are the reviews' decisions, as a simulation's report has them. ``repaired`` says how
+    the last repair ended: ``None`` while it goes on, and where none was begun since it was read.
     """
 
     def __init__(self, state: RunState) -> None:
         self._state = state
         self.active: _ActiveMigration | None = None
         self.events: list[dict[str, Any]] = []
+        self.repaired: bool | None = None
         self._num_migrations = 0
         self._num_files = 0
+        self._is_new = True
+        self._inherited: list[int] = []  # migrations of an earlier scheduler that are still open
 
-    def handle(self, entry: log_entries.LogEntry) -> None:
-        """Note the progress that an entry announces."""
+    # ----------------------------------------------------------------------------- the log begins
+
+    def begin_log(self, new: NewLog) -> None:
+        """Give up the active migration; close those that the log has open."""
+        active, self.active = self.active, None
+        if self._is_new:
+            self._is_new = False
+            self._read_state()
+        else:
+            self._write_state()
+            if self.events:
+                self.publish_events()
+        self._num_migrations = max([self._num_migrations, *new.open_plans])
+        self._inherited = sorted(new.open_plans)
+        if active is not None:
+            text = (
+                f"migration {active.number} is abandoned: the store of the run was restarted, or "
+                "the scheduler could not follow it; some experts may have moved"
+            )
+            self._forget_target()
+            self._state.report(text)
+            if active.repair:
+                self.repaired = False
+            if active.requested_by is not None:
+                self.answer(active.requested_by, 5, text)
+        self.stop_inherited()
+
+    def stop_inherited(self) -> None:
+        """Stop the next migration of an earlier scheduler, which nobody knows how to go on with."""
+        if self.active is not None or not self._inherited:
+            return
+        state, number = self._state, self._inherited.pop(0)
+        self.active = _ActiveMigration(number, None, {-1}, 0, 0, state.now(), set(state.alive))
+        self._forget_target()
+        self.stop("the scheduler of the run was started anew")
+
+    def _read_state(self) -> None:
+        """Continue where an earlier scheduler of this run ended."""
+        log = self._state.log
+        try:
+            if not log.has(STATE):
+                return
+            found = log.get(STATE)
+            placement = placement_from_json(found["placement"], f"the run's store: {STATE}")
+            if placement.on_gpu.shape == self._state.placement.on_gpu.shape:
+                self._state.placement = placement
+            self._num_migrations = int(found["migrations"])
+            self._num_files = int(found["files"])
+            if log.has("migrations"):
+                events = log.get("migrations")
+                self.events = [event for event in events if isinstance(event, dict)]
+        except (InputError, KeyError, TypeError, ValueError) as error:
+            self._state.placement_known = False
+            self._state.report(f"what an earlier scheduler has left cannot be read: {error}")
+
+    def _write_state(self) -> None:
+        values = {
+            "placement": placement_to_json(self._state.placement),
+            "migrations": self._num_migrations,
+            "files": self._num_files,
+        }
+        self._state.log.put(STATE, values)
+
+    # -------------------------------------------------------------------------- while one goes on
+
+    def handle(self, entry: log_entries.LogEntry, changed: list[int]) -> None:
+        """Note the progress that an entry announces; ``changed`` are servers that came or went."""
         active = self.active
-        if isinstance(entry, log_entries.MigrationStarted) and entry.plan > self._num_migrations:
-            # a stranger's: drivers would wait for its end
-            text = "a migration that the scheduler has not planned"
-            self._state.log.append(log_entries.MigrationFinished(entry.plan, False, text))
-        if active is None or getattr(entry, "plan", None) != active.number:
+        if isinstance(entry, log_entries.MigrationStarted):
+            if entry.plan > self._num_migrations:
+                # a stranger's: drivers would wait for its end
+                text = "a migration that the scheduler has not planned"
+                self._state.log.append(log_entries.MigrationFinished(entry.plan, False, text))
+            elif (
+                active is not None
+                and entry.plan == active.number
+                and (self._state.last_change >= entry.read)
+            ):
+                self.stop("what servers hold changed while it was planned")
+            return
+        if active is None:
+            return
+        for server in changed:
+            active.taking_part.discard(server)
+            self.stop(self._change_text(server))
+        if getattr(entry, "plan", None) != active.number:
             return
         match entry:
             case log_entries.ExpertsLoaded():
@@ -78,28 +168,46 @@ class Migrations:
             case log_entries.ServerStopped():
                 active.stopped_servers.add(entry.server)
 
+    def _change_text(self, server: int) -> str:
+        name = self._state.config.placement.servers[server]
+        came = server in self._state.alive
+        return f"server {name!r} has joined" if came else f"server {name!r} is lost"
+
     def begin(
         self, plan: MigrationPlan, target: Placement, *, requested_by: str | None = None,
-        event: dict[str, Any] | None = None,
+        event: dict[str, Any] | None = None, repair: bool = False,
     ) -> None:  # fmt: skip
-        """Start a migration that is planned among the servers that are alive."""
+        """Start a migration that is planned among the servers that are up."""
         state = self._state
         self._num_migrations += 1
         number = self._num_migrations
+        try:
+            state.log.delete("plan/")  # that of the one before
+            state.log.put(f"plan/{number}", migration_to_json(plan))
+            self._write_state()
+        except (InputError, LimitReached) as error:  # it is too long for the store
+            state.report(f"migration {number} was not begun: {error}")
+            if repair:
+                self.repaired = False
+            if requested_by is not None:
+                self.answer(requested_by, 5, f"not begun: {error}")
+            return
         self.active = _ActiveMigration(
             number, target, set(range(len(plan.steps))), plan.loads, plan.moved_bytes,
-            state.now(), requested_by, event,
+            state.now(), set(state.alive), requested_by, event, repair,
         )  # fmt: skip
+        if repair:
+            self.repaired = None
         if plan.dips:
             state.report(f"migration {number}: {dips_text(plan)}")
-        state.log.put(f"plan/{number}", migration_to_json(plan))
-        state.log.append(log_entries.MigrationStarted(number))
+        state.log.append(log_entries.MigrationStarted(number, state.read))
 
     def stop(self, reason: str) -> None:
         """Let servers begin no further step of the active migration."""
         active = self.active
         if active is None or active.stopped_s is not None:
             return
+        reason = reason[: log_entries.MAX_TEXT // 2]
         active.stopped_s, active.reason = self._state.now(), reason
         self._state.log.append(log_entries.StopRequested(active.number, reason))
 
@@ -110,27 +218,27 @@ class Migrations:
             return
         now = state.now()
         if active.left and active.stopped_s is not None:
-            limit_s = 2 * state.config.rendezvous.timeout_s
-            waiting_for = set(state.alive) - active.stopped_servers
+            limit_s = 2 * state.config.timeout_s
+            waiting_for = active.taking_part - active.stopped_servers
             if waiting_for and now - active.stopped_s < limit_s:
                 return
         self.active = None
         complete = not active.left
         if complete:
-            state.placement = active.target
+            self._reach(active)
             text = (
                 f"migration {active.number} is done: {active.loads} experts loaded, "
                 f"{active.loaded_bytes:,} bytes, in {now - active.begun_s:.2f} s"
             )
         else:
-            old = state.placement.plan
-            interrupted = SolveReport("interrupted", seed=old.seed, min_replicas=old.min_replicas)
-            state.placement = state.placement.replace(plan=interrupted)
-            text = (
-                f"migration {active.number} is abandoned, {len(active.left)} steps were left: "
-                f"{active.reason}"
-            )
+            self._forget_target()
+            left = f", {len(active.left)} steps were left" if active.target is not None else ""
+            text = f"migration {active.number} is abandoned{left}: {active.reason}"
+        if active.repair:
+            self.repaired = complete
+            text += " (a repair)"
         written = self._write_placement()
+        self._write_state()
         state.log.append(log_entries.MigrationFinished(active.number, complete, text))
         state.report(text + (f"; {written}" if written else ""))
         if active.event is not None:
@@ -138,7 +246,33 @@ class Migrations:
                 active.event["finished_at_s"] = round(now - state.start_s, 6)
             self.publish_events()
         if active.requested_by is not None:
-            self._answer(active.requested_by, 0 if complete else 5, text)
+            self.answer(active.requested_by, 0 if complete else 5, text)
+
+    def _reach(self, active: _ActiveMigration) -> None:
+        """Remember the target as what servers are to hold, also when they come back.
+
+        A repair among some of the servers is not: when all are there, all is as it was.
+        """
+        state, target = self._state, active.target
+        assert target is not None
+        if target.num_servers == state.config.placement.num_servers:
+            state.placement, state.placement_known = target, True
+        elif not active.repair:
+            on_gpu = state.placement.on_gpu.copy()
+            for n, name in enumerate(target.servers):
+                gpus = state.config.placement.gpus_of(state.placement.servers.index(name))
+                on_gpu[gpus] = target.on_gpu[target.gpus_of(n)]
+            plan = target.plan
+            if active.requested_by is None:  # replicas were limited by the servers that are there
+                plan = replace(plan, min_replicas=state.placement.plan.min_replicas)
+            state.placement = state.placement.replace(on_gpu=on_gpu, plan=plan)
+
+    def _forget_target(self) -> None:
+        """What is held is no solver's placement any more."""
+        state = self._state
+        old = state.placement.plan
+        interrupted = SolveReport("interrupted", seed=old.seed, min_replicas=old.min_replicas)
+        state.placement = state.placement.replace(plan=interrupted)
 
     def publish_events(self) -> None:
         """Write the reviews' decisions to the store."""
@@ -147,7 +281,7 @@ class Migrations:
     def _write_placement(self) -> str:
         """Write what is held to a new file; returns its name, or what went wrong."""
         state, folder = self._state, self._state.config.placements_dir
-        if folder is None:
+        if folder is None or not state.alive:
             return ""
         self._num_files += 1
         path = Path(folder) / f"placement-{self._num_files}.json"
@@ -174,20 +308,23 @@ class Migrations:
                 forbidden=instance.mask(instance.forbidden), priority=rates,
                 min_replicas=target.plan.min_replicas, names=NAMES,
             )  # fmt: skip
-        except StoreLost:
+        except RuntimeFailure:
             raise
         except PrismError as error:
-            self._answer(move, error.exit_code, f"refused: {error}")
+            self.answer(move, error.exit_code, f"refused: {error}")
             return
         if state.all_finished:
-            self._answer(move, 5, "refused: the run is ending")
+            self.answer(move, 5, "refused: the run is ending")
         elif state.hung:
-            self._answer(move, 5, f"refused: {state.hung_text(min(state.hung))}")
+            self.answer(move, 5, f"refused: {state.hung_text(min(state.hung))}")
         else:
             self.begin(plan, target, requested_by=move)
 
-    def _answer(self, move: str, code: int, text: str) -> None:
+    def answer(self, move: str, code: int, text: str) -> None:
+        """Tell who asked for a move how it ended."""
+        text = text[: log_entries.MAX_TEXT]
         self._state.log.append(log_entries.MoveFinished(move, code, text))
+        self._state.log.delete(f"move/{move}")
 
 
 def _target(state: RunState, requested: Placement, instance: Instance) -> Placement:

@@ -64,6 +64,10 @@ class Reviews:
         self.pending = PendingReview(self._num_reviews, now - state.start_s, now)
         state.log.append(log_entries.ReviewStarted(self._num_reviews))
 
+    def forget_pending(self) -> None:
+        """End the review in progress without a decision: its log is over."""
+        self.pending = None
+
     # --------------------------------------------------------------------------------- call counts
 
     def handle(self, entry: log_entries.CallsReported) -> None:
@@ -117,9 +121,11 @@ class Reviews:
         if pending is None:
             return
         missing = [n for n in state.alive if n not in pending.calls]
-        if missing and state.now() - pending.since_s < state.config.rendezvous.timeout_s:
+        if missing and state.now() - pending.since_s < state.config.timeout_s:
             return
         self.pending = None
+        state.log.delete("calls/")
+        state.log.delete("times/")
         calls = np.zeros(self._shape, np.int64)
         for n, counted in pending.calls.items():
             calls[n] = counted
@@ -164,9 +170,7 @@ class Reviews:
             return
         current = state.held_placement(instance)
         for violation in violations(current, instance=instance)[:1]:
-            lost = len(state.alive) < config.placement.num_servers
-            ending = "; reviews have ended" if lost else ""
-            state.report(f"no review: {violation.message}{ending}", once=True)
+            state.report(f"no review: {violation.message}", once=True)
             return
         cluster = surviving_cluster(config.cluster, state.alive)
         rates = self.rates[state.alive]

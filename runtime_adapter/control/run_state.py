@@ -1,55 +1,42 @@
-"""The scheduler's view of a run: its servers that are alive, and the experts that they hold."""
+"""The scheduler's view of a run: its servers that are up, and the experts that they hold."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import InputError
-from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
-from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
+from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import EventLog
-from runtime_adapter.control.log_entries import Bounds, LogMessage
-from runtime_adapter.transport.rendezvous import Rendezvous
-from runtime_adapter.transport.tcp_store import MAX_START_S
+from runtime_adapter.control.log_entries import Bounds, LogEntry, LogMessage, NewLog
+from runtime_adapter.control.scheduler_config import SchedulerConfig
 from runtime_adapter.weights.expert_map import ExpertMap
 
-
-@dataclass(frozen=True, eq=False)
-class SchedulerConfig:
-    """The run that a scheduler serves, and how it reviews.
-
-    ``instance`` has the capacities and rules that placements keep, its activations are not used;
-    without a ``cluster`` there are no reviews, only moves that are requested. Placements are
-    written to ``placements_dir``, where one is given.
-    """
-
-    rendezvous: Rendezvous
-    placement: Placement
-    instance: Instance
-    model: ModelSpec | None = None
-    cluster: Cluster | None = None
-    options: SimulationOptions = field(default_factory=SimulationOptions)
-    placements_dir: str | None = None
+__all__ = ["RunState", "SchedulerConfig", "surviving_cluster", "surviving_instance"]
 
 
 class RunState:
     """What the parts of a scheduler share.
 
     ``now`` is a clock in seconds. ``placement`` is the last one that was reached, with its plan's
-    provenance; what is held is in ``expert_map``. ``hung`` are servers whose workers answer, but
-    whose driver, which acknowledges drops, does not.
+    provenance; what is held is in ``expert_map``. ``alive`` are the servers that are up, in order,
+    ``changed_s`` is when that changed last. ``hung`` are servers whose workers answer, but whose
+    driver, which acknowledges drops, does not. ``joined`` are servers that came back, or came anew,
+    and were not looked at by a repair since. ``placement_known`` is false if moves may have been
+    made by a scheduler of which nothing is left.
+
+    ``read`` is the number of entries of the log that were read, ``last_change`` that of the last
+    one that changed who is up or what is held (-1: none).
     """
 
     def __init__(
-        self, config: SchedulerConfig, log: EventLog, now: Callable[[], float] = time.time
+        self, config: SchedulerConfig, log: EventLog, now: Callable[[], float] = time.monotonic
     ) -> None:
         self.config = config
         self.log = log
@@ -57,30 +44,94 @@ class RunState:
         self.now = now
         self.expert_map = ExpertMap(config.placement)
         self.placement = config.placement
-        self.alive = list(range(config.placement.num_servers))
+        self.placement_known = True
+        self.alive: list[int] = []
+        self.left: set[int] = set()
+        self.joined: set[int] = set()
         self.hung: set[int] = set()
+        self.changed_s = now()
+        self.begun = False
         self.start_s: float | None = None
         self.all_finished = False
+        self.read = 0
+        self.last_change = -1
+        self._num_logs = 0
+        self._incarnations = [0] * config.placement.num_servers
         self._reported: set[str] = set()
+
+    # ------------------------------------------------------------------------------------- the log
+
+    def begin_log(self, new: NewLog) -> None:
+        """Forget what is known of servers and experts for what a new log begins with."""
+        self.read = new.number + 1
+        self.last_change = -1
+        self._num_logs += 1
+        held: list[list[tuple[int, int]]] = [[] for _ in self._incarnations]
+        for server, gpu, pair, _ in new.held:
+            held[server].append((gpu, pair))
+        self.alive = []
+        for server, member in enumerate(new.members):
+            self._incarnations[server] = int(member["incarnation"])
+            if member["state"] == "up":
+                self._set_up(server, held[server])
+            else:
+                self._set_down(server, left=member["state"] == "left")
+        self.changed_s = self.now()
+
+    def apply(self, entry: LogEntry) -> list[int]:
+        """Apply an entry; returns the servers that came or went by it."""
+        if entry.number >= 0:
+            self.read = entry.number + 1
+        match entry:
+            case log_entries.ServerJoined():
+                if self._num_logs == 1 and entry.incarnation > self._incarnations[entry.server] + 1:
+                    self.placement_known = False  # it was up before this store and this scheduler
+                self._incarnations[entry.server] = entry.incarnation
+                self._set_up(entry.server, [(gpu, pair) for gpu, pair, _ in entry.experts])
+            case log_entries.ServerDown() | log_entries.ServerLeft():
+                if entry.incarnation < self._incarnations[entry.server]:
+                    return []
+                self._incarnations[entry.server] = entry.incarnation
+                self._set_down(entry.server, left=isinstance(entry, log_entries.ServerLeft))
+            case log_entries.ExpertsLoaded() | log_entries.DropsAnnounced():
+                loaded = isinstance(entry, log_entries.ExpertsLoaded)
+                for change in entry.experts:
+                    self.expert_map.change(change.gpu, change.pair, loaded)
+                self.last_change = entry.number
+                return []
+            case _:
+                return []
+        self.last_change = entry.number
+        self.changed_s = self.now()
+        return [entry.server]
+
+    def _set_up(self, server: int, held: list[tuple[int, int]]) -> None:
+        self.expert_map.set_up(server, held)
+        self.alive = sorted({*self.alive, server})
+        self.joined.add(server)
+        self.left.discard(server)
+        self.hung.discard(server)
+
+    def _set_down(self, server: int, *, left: bool) -> None:
+        (self.left.add if left else self.left.discard)(server)
+        self.expert_map.set_down(server)
+        self.alive = [n for n in self.alive if n != server]
+        self.joined.discard(server)
+        self.hung.discard(server)
+
+    # ------------------------------------------------------------------------------------- the run
 
     def report(self, text: str, *, once: bool = False) -> None:
         """Write a line to the first server's log, or only the first time that it comes up."""
         if once and text in self._reported:
             return
         self._reported.add(text)
-        self.log.append(LogMessage(text))
+        self.log.append(LogMessage(text[: log_entries.MAX_TEXT]))
 
-    def read_start(self) -> bool:
-        """Read when the run begins, by this machine's clock; returns whether that is known."""
-        if self.start_s is None and self.log.has("start"):
-            self.start_s = self.now()
-            try:
-                start_s = self.log.get("start")
-                if type(start_s) in (int, float) and abs(start_s - self.start_s) < MAX_START_S:
-                    self.start_s = float(start_s)
-            except InputError:
-                pass  # the servers say what is wrong, and end
-        return self.start_s is not None
+    @property
+    def all_up(self) -> bool:
+        """Whether every server of the run is up."""
+        return len(self.alive) == self.config.placement.num_servers
 
     def hung_text(self, server: int) -> str:
         """The line about a server whose driver hangs."""
@@ -89,14 +140,18 @@ class RunState:
 
     @property
     def instance(self) -> Instance:
-        """Capacities and rules of the servers that are alive."""
+        """Capacities and rules of the servers that are up, of which there is one at least."""
         min_replicas = self.placement.plan.min_replicas
         return surviving_instance(self.config.instance, self.alive, min_replicas)
 
     def held_placement(self, instance: Instance) -> Placement:
         """What the servers of :attr:`instance` hold now."""
+        return self.part_of(self.expert_map.on_gpu(), instance)
+
+    def part_of(self, on_gpu: npt.NDArray[np.bool_], instance: Instance) -> Placement:
+        """The placement on the servers of :attr:`instance`, of bool [G, J] of all servers."""
         own = np.concatenate([self.config.placement.gpus_of(n) for n in self.alive])
-        held = self.expert_map.on_gpu()[own].reshape(len(own), *instance.activations.shape[1:])
+        held = on_gpu[own].reshape(len(own), *instance.activations.shape[1:])
         return self.placement.replace(
             servers=instance.servers, gpu_capacity=instance.gpu_capacity, on_gpu=held
         )
