@@ -37,13 +37,14 @@ from runtime_adapter.transport.secrets import RunSecret
 #: Begins both sides' first message; the last byte is the version.
 MAGIC = b"PRISMRT\x02"
 NONCE_BYTES, PROOF_BYTES = 32, 32
-#: Bytes of a claim's JSON.
+#: Bytes of a claim's JSON; a name of any language fits.
 MAX_CLAIM_BYTES = 1024
 _LENGTH = struct.Struct("!H")
 _OK = b"\x01"
+_CLOSED = "the other side closed the connection during the handshake"
 
 PURPOSES = ("control", "calls", "ping", "weights", "channel")
-MAX_NAME = 256
+MAX_NAME = 200
 MAX_INCARNATION, MAX_LANE, MAX_TOKENS = 1 << 40, 1 << 12, 1 << 24
 
 
@@ -56,7 +57,8 @@ class Claim:
     """What a client says of itself; its proof covers this.
 
     ``purpose`` is one of :data:`PURPOSES`; ``server`` the name of its server, or "scheduler",
-    "move", "status"; ``max_tokens`` the longest step that it will send (purpose "calls").
+    "move", "status"; ``max_tokens`` the longest step that it will send (purpose "calls"). Only the
+    first 200 characters of a name are sent.
     """
 
     purpose: str
@@ -105,7 +107,8 @@ class _Client:
         other, proof = answer[len(MAGIC) :][:NONCE_BYTES], answer[len(MAGIC) + NONCE_BYTES :]
         if not _proves(proof, _digest(self._secret, b"server", self._nonce, other)):
             raise HandshakeFailed(_wrong_secret(self._secret))
-        claim = json.dumps(asdict(self._claim)).encode()
+        values = asdict(self._claim) | {"server": self._claim.server[:MAX_NAME]}
+        claim = json.dumps(values, ensure_ascii=False).encode(errors="replace")
         if len(claim) > MAX_CLAIM_BYTES:
             raise HandshakeFailed(f"a claim of {len(claim):,} bytes; at most {MAX_CLAIM_BYTES:,}")
         own = _digest(self._secret, b"client", self._nonce, other, claim)
@@ -194,7 +197,7 @@ class _Deadline:
             self._limit()
             part = self._connection.recv(left)
             if not part:
-                raise HandshakeFailed("the other side closed the connection during the handshake")
+                raise ConnectionResetError(_CLOSED)
             parts.append(part)
             left -= len(part)
         return b"".join(parts)
@@ -214,7 +217,8 @@ def open_session(
     HandshakeFailed
         The other side does not know the secret, refuses this one, or is something else.
     OSError
-        The connection is lost, or (TimeoutError) not all is done within ``timeout_s``.
+        The connection is lost or was closed by the other side, as by one that ends or has too many,
+        or (TimeoutError) not all is done within ``timeout_s``.
     """
     limited, client = _Deadline(connection, timeout_s), _Client(claim, secret)
     limited.write(client.hello())
@@ -252,9 +256,7 @@ async def accept_session_async(
             claim = await reader.readexactly(_claim_length(await reader.readexactly(_LENGTH.size)))
             session = server.accept(claim, await reader.readexactly(PROOF_BYTES))
         except asyncio.IncompleteReadError as error:
-            raise HandshakeFailed(
-                "the other side closed the connection during the handshake"
-            ) from error
+            raise ConnectionResetError(_CLOSED) from error
         writer.write(_OK)
         await writer.drain()
         return session

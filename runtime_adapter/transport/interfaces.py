@@ -75,6 +75,6 @@ def is_loopback(host: str) -> bool:
     """Whether a host, a name or an address, is only reached from this machine itself."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found)

@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 
+from prism_plan.errors import PrismError
 from runtime_adapter.transport.dialing import set_options
 from runtime_adapter.transport.handshake import HandshakeFailed, Session, accept_session
 from runtime_adapter.transport.rendezvous import RuntimeFailure
@@ -60,8 +61,8 @@ class Listener:
     """Listens on one address; each connection is authenticated in a thread of its own.
 
     ``handlers`` by purpose get the socket and the session, in that thread; the socket is closed
-    when they return. At most ``max_connections`` authenticated ones are open at a time. ``report``
-    gets a line about refused connections now and then.
+    when they return or raise. At most ``max_connections`` authenticated ones are open at a time.
+    ``report`` gets a line about refused connections now and then.
 
     Raises
     ------
@@ -83,6 +84,8 @@ class Listener:
         self._lock = threading.Lock()
         self._unauthenticated: OrderedDict[int, socket.socket] = OrderedDict()
         self._authenticated: set[socket.socket] = set()
+        # one that gave way may take a moment to end
+        self._threads = threading.Semaphore(2 * MAX_UNAUTHENTICATED)
         self._failed_s: deque[float] = deque(maxlen=MAX_FAILURES_PER_S)
         self._refused, self._reported_s = 0, -REPORT_INTERVAL_S
         self._closed = threading.Event()
@@ -114,6 +117,7 @@ class Listener:
                 if self._closed.wait(0.1):  # or there are no more descriptors for a while
                     return
                 continue
+            self._threads.acquire()
             number += 1
             with self._lock:
                 if len(self._unauthenticated) >= MAX_UNAUTHENTICATED:
@@ -141,27 +145,34 @@ class Listener:
                 session = accept_session(connection, self._secret, HANDSHAKE_TIMEOUT_S)
             except (HandshakeFailed, OSError) as error:
                 self._forget(number)
-                self._refuse(str(error))
+                self._refuse(str(error) or type(error).__name__)
                 return
             self._forget(number)
             handler = self._handlers.get(session.claim.purpose)
             with self._lock:
                 fits = len(self._authenticated) < self._max_connections
+                fits = fits and not self._closed.is_set()
                 if fits and handler is not None:
                     self._authenticated.add(connection)
             if handler is None or not fits:
                 self._refuse("too many connections" if handler else "nothing that is served here")
                 return
             try:
-                with contextlib.suppress(OSError):  # the other side is gone
-                    handler(connection, session)
+                handler(connection, session)
+            except (OSError, PrismError):
+                pass  # the other side is gone, or has sent nonsense: the connection ends
+            except Exception as error:  # of ours: it must not end silently, nor the process
+                name = session.claim.purpose
+                self._report(f"internal error in a connection for {name!r}: {error!r:.200}")
             finally:
                 with self._lock:
                     self._authenticated.discard(connection)
 
     def _forget(self, number: int) -> None:
+        """The handshake of a connection is over."""
         with self._lock:
             self._unauthenticated.pop(number, None)
+        self._threads.release()
 
     def _refuse(self, reason: str) -> None:
         """Count a refused connection; a line says how many there were, not one for each."""
@@ -173,7 +184,8 @@ class Listener:
                 return
             count, self._refused, self._reported_s = self._refused, 0, now
         host, port = self.address
-        self._report(f"refused {count:,} connections to {host}:{port}, the last one: {reason}")
+        connections = f"{count:,} connections" if count > 1 else "a connection"
+        self._report(f"refused {connections} to {host}:{port}; the last reason: {reason}")
 
 
 def _shut_down(connection: socket.socket) -> None:
