@@ -1,4 +1,4 @@
-"""The other servers of a run, as one process of a server sees them, and what the log says of them."""
+"""The other servers of a run, as one process of a server sees them and as the log has them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class PeerTable:
         self._servers = config.placement.servers
         self._expert_map = expert_map
         self._report = report
-        self._seen: set[int] = set()  # servers that have been up
+        self._up: dict[int, int] = {}  # incarnations of servers that are up
+        self._down: set[int] = set()
         #: Of this server's worker, 0 before it has joined.
         self.incarnation = 0
         self.peers = {
@@ -56,9 +57,7 @@ class PeerTable:
     @property
     def silent(self) -> list[int]:
         """The servers that do not answer this one, or are down as the log has it."""
-        return [
-            n for n, peer in self.peers.items() if peer.suspect or self._expert_map.lost(n)
-        ]
+        return [n for n, peer in self.peers.items() if peer.suspect or self._expert_map.lost(n)]
 
     def _suspect(self, n: int, reason: str) -> None:
         self._expert_map.suspect(n)
@@ -75,20 +74,24 @@ class PeerTable:
         if server == self._rank:
             self.incarnation = max(self.incarnation, incarnation)
             return
-        if server in self._seen:
+        # the worker alone was started again, or the whole server, or it was cut off
+        if self._up.get(server, incarnation) != incarnation or server in self._down:
             self._report(f"server {self._servers[server]!r} has joined again")
-        self._seen.add(server)
+        self._up[server] = incarnation
+        self._down.discard(server)
         self.peers[server].set_address(address, incarnation)
 
     def down(self, server: int, incarnation: int, reason: str) -> None:
         """An incarnation of a server is not used any more."""
         if server == self._rank:
             return
-        self._seen.add(server)
-        self._report(f"server {self._servers[server]!r} is down: {reason}")
+        if server not in self._down:  # a log that begins anew says it once more
+            self._report(f"server {self._servers[server]!r} is down: {reason}")
+        self._down.add(server)
         self.peers[server].set_address(None, incarnation)
 
     def left(self, server: int) -> None:
         """A server has left in good order."""
         if server != self._rank:
+            self._up.pop(server, None)
             self.peers[server].set_address(None, 0)

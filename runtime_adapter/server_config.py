@@ -89,7 +89,7 @@ class ServerConfig:
 
     @property
     def name(self) -> str:
-        """This server's name."""
+        """The name of the server."""
         return self.placement.servers[self.rendezvous.rank]
 
 

@@ -72,9 +72,7 @@ def _start(config: WorkerConfig) -> None:
     compile_unpacking()
     expert_map = ExpertMap(server.placement)
     first_gpu = int(server.placement.gpus_of(rendezvous.rank)[0])
-    expert_map.set_up(
-        rendezvous.rank, [(first_gpu + gpu, pair) for gpu, pair, _ in loader.held()]
-    )
+    expert_map.set_up(rendezvous.rank, [(first_gpu + gpu, pair) for gpu, pair, _ in loader.held()])
     server.compute.use(expert_map)
     peers = PeerTable(server, expert_map)
     loader.connect(rendezvous, expert_map, peers.peers)
@@ -97,4 +95,8 @@ def _start(config: WorkerConfig) -> None:
         lambda: listener.address,
         rendezvous.timeout_s,
         peers,
+        log_output.log_info,
+        lambda: log_output.log_error(
+            "another process has joined as this server: nobody calls this one any more"
+        ),
     ).start()
