@@ -18,7 +18,6 @@ from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
 from runtime_adapter.request_journal import RequestJournal
 from runtime_adapter.request_lanes import run_in_lanes
-from runtime_adapter.server import LocalServer
 from runtime_adapter.tokenized_requests import TokenizedRequest
 from runtime_adapter.transport.nccl_channel import DataChannelBroken
 from runtime_adapter.transport.peer import ConnectionLost
@@ -27,6 +26,8 @@ from runtime_adapter.transport.wire_format import StepTooLong, WireError, requir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from runtime_adapter.server import LocalServer
 
 #: A request is run again so often, and all requests of a home together so often within a minute.
 MAX_REPEATS, MAX_REPEATS_PER_MINUTE = 2, 20
