@@ -116,7 +116,7 @@ class Migrations:
             found = log.get(STATE)
             placement = placement_from_json(found["placement"], f"the run's store: {STATE}")
             if placement.on_gpu.shape == self._state.placement.on_gpu.shape:
-                self._state.placement = placement
+                self._state.placement, self._state.placement_known = placement, True
             self._num_migrations = int(found["migrations"])
             self._num_files = int(found["files"])
             if log.has("migrations"):

@@ -71,6 +71,8 @@ class Repairs:
         if not self.pending:
             if state.begun and not self._needed():
                 state.joined.clear()
+                if state.expert_map.on_gpu().any(axis=1).all():
+                    state.adopt_placement()
             return
         try:
             found = self._plan()

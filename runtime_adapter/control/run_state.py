@@ -72,6 +72,8 @@ class RunState:
         self.alive = []
         for server, member in enumerate(new.members):
             self._incarnations[server] = int(member["incarnation"])
+            if self._num_logs == 1 and self._incarnations[server] > 1:
+                self.placement_known = False  # unless an earlier scheduler has left it in the store
             if member["state"] == "up":
                 self._set_up(server, held[server])
             else:
@@ -127,6 +129,15 @@ class RunState:
             return
         self._reported.add(text)
         self.log.append(LogMessage(text[: log_entries.MAX_TEXT]))
+
+    def adopt_placement(self) -> None:
+        """Take what is held for what servers are to hold, where that is not known.
+
+        All servers are up, and none is about to get experts that it lacks.
+        """
+        if not self.placement_known and self.all_up:
+            self.placement = self.held_placement(self.instance)
+            self.placement_known = True
 
     @property
     def all_up(self) -> bool:
