@@ -252,7 +252,7 @@ class LocalServer:
         context = multiprocessing.get_context("spawn")
         ready, ready_of_worker = context.Pipe()
         max_lanes = max(config.facts.get("lanes", [config.num_lanes]))
-        worker_config = WorkerConfig(config, self._status, max_lanes)
+        worker_config = WorkerConfig(config, self._status, max_lanes, self._peers.incarnation)
         self._worker = context.Process(
             target=run_process,
             args=(PROGRAM, run_worker, worker_config, ready_of_worker),

@@ -37,12 +37,14 @@ CONNECTIONS_OF_SERVER = 32
 class WorkerConfig:
     """What a worker needs to know; pickled to it when it is started.
 
-    Together with the server's configuration go its experts, as its driver knows them then.
+    Together with the server's configuration go its experts, as its driver knows them then, and the
+    server's last ``incarnation``, 0 if it has not joined yet.
     """
 
     server: ServerConfig
     status: SharedStatus
     max_lanes: int
+    incarnation: int
 
 
 def run_worker(config: WorkerConfig, ready: Any) -> None:
@@ -99,4 +101,5 @@ def _start(config: WorkerConfig) -> None:
         lambda: log_output.log_error(
             "another process has joined as this server: nobody calls this one any more"
         ),
+        config.incarnation,
     ).start()

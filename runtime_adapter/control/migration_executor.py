@@ -109,14 +109,15 @@ class MigrationExecutor:
     when nobody calls it any more. ``joining`` gives the address at which the worker answers.
     ``timeout_s`` as in :class:`SlotReleaser`. ``members`` is told who comes and goes, ``report``
     gets lines for this server's log, and ``on_replaced`` is called if another process has joined
-    as this server. ``incarnation`` is this server's last one, 0 before it has joined.
+    as this server. ``incarnation`` is this server's last one, 0 before it has joined, ``after``
+    that of a worker in whose place this one was started.
     """
 
     def __init__(
         self, rank: int, placement: Placement, log: EventLog, loader: Loader,
         expert_map: ExpertMap, joining: Callable[[], tuple[str, int]], timeout_s: float,
         members: Members | None = None, report: Callable[[str], None] = lambda text: None,
-        on_replaced: Callable[[], None] = lambda: None,
+        on_replaced: Callable[[], None] = lambda: None, after: int = 0,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.placement = placement
@@ -129,6 +130,7 @@ class MigrationExecutor:
         self.report = report
         self.on_replaced = on_replaced
         self.incarnation = 0
+        self._after = after
         log.expect(
             log_entries.Bounds.of(placement)
         )  # the driver of this server reports skipped entries
@@ -229,7 +231,7 @@ class MigrationExecutor:
         host, port = self.joining()
         try:
             self.incarnation = self.log.client.join(
-                self.rank, host, port, held, self.incarnation, JOIN_S
+                self.rank, host, port, held, max(self.incarnation, self._after), JOIN_S
             )
         except StoreUnavailable:
             if self._ended.is_set():
@@ -253,7 +255,9 @@ class MigrationExecutor:
 
     def _begin_log(self, new: NewLog) -> None:
         states = self._states
-        states.begin(new, self._set_up, self._set_down)
+        up, down = states.begin(new)
+        others = {n: pairs_of(held) for n, held in up.items() if n != self.rank}
+        self.expert_map.set_all(others, [n for n in down if n != self.rank])
         self._has_log = True
         self._replaced = False
         self._last_change = -1
@@ -261,20 +265,13 @@ class MigrationExecutor:
         idle = self._progress is None and not self._releaser and not new.open_plans
         self._has_joined = self._is_member = self.incarnation > 0 and is_up and idle
 
-    def _set_up(self, server: int, held: list[log_entries.HeldExpert]) -> None:
-        if server != self.rank:  # what this server holds it knows best
-            self.expert_map.set_up(server, pairs_of(held))
-
-    def _set_down(self, server: int) -> None:
-        if server != self.rank:
-            self.expert_map.set_down(server)
-
     def _handle_member(self, entry: log_entries.LogEntry) -> None:
         """Somebody comes or goes: the migration in progress ends, and no drop is begun by it."""
         match entry:
             case log_entries.ServerJoined():
                 address = (entry.host, entry.port)
-                self._set_up(entry.server, entry.experts)
+                if entry.server != self.rank:  # what this server holds it knows best
+                    self.expert_map.set_up(entry.server, pairs_of(entry.experts))
                 self._states.join(entry.server, entry.incarnation, address)
                 self._releaser.driver_joined(entry.server, entry.number)
                 if entry.server == self.rank:
@@ -283,11 +280,13 @@ class MigrationExecutor:
                 reason = entry.reason if isinstance(entry, log_entries.ServerDown) else None
                 if not self._states.end(entry.server, entry.incarnation, reason):
                     return
-                self._set_down(entry.server)
                 if entry.server == self.rank:
                     if entry.incarnation >= self.incarnation:
                         self._has_joined = self._is_member = self._replaced = False
+                        if reason is None and self.incarnation:
+                            self._ended.set()  # its driver needs it no more
                 else:
+                    self.expert_map.set_down(entry.server)
                     self._releaser.driver_lost(entry.server)
                     self._cancel_drops()
         self._last_change = entry.number
