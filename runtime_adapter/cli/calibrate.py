@@ -10,9 +10,9 @@ from prism_plan.cli.options_dataclass import options_as
 from runtime_adapter.cli.options import (
     RendezvousOptions,
     log_assumed_figures,
-    log_info,
     rendezvous_options,
 )
+from runtime_adapter.log_output import log_info
 
 
 @dataclass(frozen=True, kw_only=True)

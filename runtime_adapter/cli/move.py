@@ -10,12 +10,12 @@ from prism_plan.cli.options_dataclass import options_as
 from runtime_adapter.cli.options import (
     SecretOptions,
     address,
-    log_info,
     log_options,
     require_seconds,
     secret_options,
     store_option,
 )
+from runtime_adapter.log_output import log_info
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from runtime_adapter.cli.options import (
     MigrationOptions,
     RendezvousOptions,
     log_assumed_figures,
-    log_info,
     migration_options,
     open_jsonl,
     rendezvous_options,
 )
+from runtime_adapter.log_output import log_info
 
 if TYPE_CHECKING:
     from prism_plan.simulate.routing_policies import Route

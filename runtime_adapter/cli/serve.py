@@ -15,11 +15,11 @@ from runtime_adapter.cli.options import (
     MigrationOptions,
     RendezvousOptions,
     log_assumed_figures,
-    log_info,
     migration_options,
     open_jsonl,
     rendezvous_options,
 )
+from runtime_adapter.log_output import log_info
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -249,7 +249,10 @@ def command(args: ServeOptions) -> None:
         digest = None
         if not args.streamed:
             digest = hashlib.sha256(Path(args.requests).read_bytes()).hexdigest()
-        of = {"placement": placement_file.sha256, "checkpoint": checkpoint_digest}
+        of: dict[str, str | None] = {
+            "placement": placement_file.sha256,
+            "checkpoint": checkpoint_digest,
+        }
         of |= {"requests": digest, "server": args.server}
         journal = RequestJournal(args.journal, of)
     backend = ThreadLocalDispatcher()

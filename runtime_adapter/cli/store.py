@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
 from prism_plan.cli.options_dataclass import options_as
 from prism_plan.errors import InputError
 from runtime_adapter.cli.options import SecretOptions, log_options, secret_options
+
+if TYPE_CHECKING:
+    from runtime_adapter.control.store.client import StoreAddress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,16 @@ def command(args: StoreOptions) -> None:
             parent_pid=args.with_parent,
             log_level=args.log_level,
             log_format=args.log_format,
-        )
+        ),
+        schedule,
     )
+
+
+def schedule(address: StoreAddress, placements_dir: str | None) -> None:
+    """The scheduler's process; the others do not load its solvers."""
+    from runtime_adapter.control.scheduler import run_scheduler
+
+    run_scheduler(address, placements_dir)
 
 
 def _listen_address(text: str) -> tuple[str, int]:

@@ -191,7 +191,7 @@ class StoreClient:
                 self._patience_s = min(2 * self._patience_s, MAX_PATIENCE_S)
             with self._lock:  # idle ones are as old, or older
                 stale, self._idle = self._idle, []
-                self._in_use.discard(connection)  # type: ignore[arg-type]
+                self._in_use.discard(connection)
             for other in (*stale, *([connection] if connection else [])):
                 other.close()
             raise

@@ -118,7 +118,7 @@ def count_in(fields: dict[str, Any], name: str, below: int) -> int:
 def seconds_in(fields: dict[str, Any], name: str, maximum: float) -> float:
     """A number of seconds from 0 to a maximum."""
     value = fields.get(name)
-    if type(value) not in (int, float) or not 0 <= value <= maximum:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= maximum:
         raise InputError(f"{value!r:.60}", place=name, expected=f"from 0 to {maximum:g} seconds")
     return float(value)
 

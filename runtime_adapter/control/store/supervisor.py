@@ -78,10 +78,10 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run_store(config: StoreConfig, schedule: Schedule | None = None) -> None:
+def run_store(config: StoreConfig, schedule: Schedule) -> None:
     """Run a store until its run is over, or its parent has ended.
 
-    ``schedule`` stands in for the scheduler: a function of a module, called in a process of its own
+    ``schedule`` is the scheduler: a function of a module, called in a process of its own
     with the store's address and ``placements_dir``.
 
     Raises
@@ -92,7 +92,7 @@ def run_store(config: StoreConfig, schedule: Schedule | None = None) -> None:
     with listen(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
         log_output.log_info(f"the store listens on {host}:{port}")
-        _Supervisor(config, listener, port, schedule or _schedule).run()
+        _Supervisor(config, listener, port, schedule).run()
 
 
 class _Supervisor:
@@ -189,9 +189,3 @@ def _run_child(
 
 def _serve(listener: socket.socket, secret: RunSecret, keep: bool) -> None:
     run_service(listener, secret, keep=keep, report=log_output.log_warning)
-
-
-def _schedule(address: StoreAddress, placements_dir: str | None) -> None:
-    from runtime_adapter.control.scheduler import run_scheduler  # which loads solvers
-
-    run_scheduler(address, placements_dir)
