@@ -2,25 +2,28 @@
 
     python -m studies.transport -o studies/transport.json       # a minute; prints a table
 
-Servers without experts' arithmetic on this machine's loopback, states of DeepSeek-V2-Lite
-(hidden size 2048, bfloat16, top-6 of 64). Calls and raw round trips alternate, so that both see the
-same machine. A raw round trip is a send and a receive on a group of its own, to a process that
-does nothing else. The last row is of a server that a third one calls with 128 tokens all the time.
+Servers without experts' arithmetic on this machine's loopback, states of DeepSeek-V2-Lite (hidden
+size 2048, bfloat16, top-6 of 64). Calls and raw round trips alternate, so that both see the same
+machine. Calls go over the runtime's own connections; a raw round trip is a send and a receive on a
+gloo group of torch.distributed, to a process that does nothing else. The last row is of a server
+that a third one calls with 128 tokens all the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from prism_plan.io.file_writing import write_bytes
 from prism_plan.model_spec import PRESETS
@@ -29,10 +32,11 @@ from runtime_adapter.moe.compute import Batch
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.router import uniform_network
 from runtime_adapter.server import LocalServer
-from runtime_adapter.server_config import ServerConfig
+from runtime_adapter.server_config import MigrationConfig, ServerConfig
+from runtime_adapter.torch_private import gloo_device, gloo_pair
 from runtime_adapter.transport.call_threads import run_in_parallel
-from runtime_adapter.transport.pair_groups import connect_pair, receive, send
-from runtime_adapter.transport.rendezvous import FOREVER, Rendezvous
+from runtime_adapter.transport.peer import Peer
+from runtime_adapter.transport.rendezvous import Rendezvous
 from runtime_adapter.transport.wire_format import HEADER_BYTES, call_bytes
 from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change
@@ -43,8 +47,9 @@ STATES = torch.bfloat16
 TOKEN_BYTES = MODEL.hidden_size * STATES.itemsize
 #: Tokens of the calls that keep a server busy.
 BUSY_TOKENS = 128
-#: Ranks of the raw pair, which no server has.
-RAW_DRIVER, RAW_ECHO = 100, 101
+#: For the raw pair: a process may be late, but never so late.
+PATIENCE_S = 600.0
+PATIENCE = datetime.timedelta(seconds=PATIENCE_S)
 
 
 class NoCompute:
@@ -63,16 +68,53 @@ class NoCompute:
     def apply(self, change: Change) -> None:
         """Nothing moves."""
 
+    def held(self) -> list[tuple[int, int, int]]:
+        """The placement says what is held."""
+        return self._held
 
-def echo(rendezvous: Rendezvous, sizes: list[tuple[int, int]], times: int) -> None:
+    def __init__(self, held: list[tuple[int, int, int]]) -> None:
+        self._held = held
+
+
+class NoLoader(NoCompute):
+    """Loads nothing; the run has no scheduler."""
+
+    def connect(
+        self, rendezvous: Rendezvous, expert_map: ExpertMap, peers: Mapping[int, Peer]
+    ) -> None:
+        """It needs no peers."""
+
+    def load(self, pair: int, gpu: int) -> Change:
+        """Nothing moves."""
+        raise NotImplementedError
+
+    def drop(self, pair: int, gpu: int) -> None:
+        """Nothing moves."""
+
+
+def raw_group(port: int, rank: int) -> dist.ProcessGroupGloo:
+    """One side of the raw pair; rank 0 hosts its store."""
+    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timeout=PATIENCE)
+    return gloo_pair(store, rank, gloo_device("lo"), PATIENCE_S)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def echo(port: int, sizes: list[tuple[int, int]], times: int) -> None:
     """Receive and send back so many bytes, in the order in which they are measured."""
     torch.set_num_threads(1)
-    group = connect_pair(rendezvous, RAW_DRIVER, RAW_ECHO, 1)
+    group = raw_group(port, 1)
     for out, back in sizes:
         buffer, answer = (torch.zeros(n, dtype=torch.uint8) for n in (out, back))
         for _ in range(times):
-            receive(group, buffer, 0, 0).wait(FOREVER)
-            send(group, answer, 0, 0).wait(FOREVER)
+            group.recv([buffer], 0, 0).wait(PATIENCE)
+            group.send([answer], 0, 0).wait(PATIENCE)
 
 
 def server(port: int, rank: int, max_tokens: int) -> LocalServer:
@@ -82,12 +124,14 @@ def server(port: int, rank: int, max_tokens: int) -> LocalServer:
     held[0, 1:], held[1, 0] = True, True
     capacity = ((MODEL.num_pairs,),) * 3
     placement = Placement(MODEL.shape(), ("a", "b", "c"), capacity, held, SolveReport("hand"))
+    own = [(0, pair, 0) for pair in np.flatnonzero(held[rank].reshape(-1)).tolist()]
     config = ServerConfig(
         rendezvous=Rendezvous(3, rank, port=port),
         placement=placement,
         model=MODEL.shape(),
         network=uniform_network(3, TOKEN_BYTES),
-        compute=NoCompute(),
+        compute=NoCompute(own),
+        migration=MigrationConfig(NoLoader(own)),
         facts={},
         dtype=STATES,
         width=MODEL.hidden_size,
@@ -100,6 +144,7 @@ def keep_busy(port: int, max_tokens: int, go: Any, stop: Any) -> None:
     """The third server calls the second one with long steps, one after the other."""
     torch.set_num_threads(1)
     with server(port, 2, max_tokens) as caller:
+        caller.agree_on_start()
         go.wait()
         step = random_step(BUSY_TOKENS)
         while not stop.is_set():
@@ -122,9 +167,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", help="Write the figures as JSON.")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, raw_port = free_port(), free_port()
     top_k, warm = MODEL.top_k, 20
     # the answer's header counts as well: these are the bytes on the wire
     sizes = [
@@ -133,12 +176,11 @@ def main() -> None:
     ]
     max_tokens = max(*given.tokens, BUSY_TOKENS)
     servers = [server(port, rank, max_tokens) for rank in (0, 1)]
-    rendezvous = servers[0].config.rendezvous
     context = multiprocessing.get_context("spawn")
     go, stop = context.Event(), context.Event()
     times = given.repeats + warm
     others = [
-        context.Process(target=echo, args=(rendezvous, sizes, times), daemon=True),
+        context.Process(target=echo, args=(raw_port, sizes, times), daemon=True),
         context.Process(target=keep_busy, args=(port, max_tokens, go, stop)),
     ]
     for process in others:
@@ -146,7 +188,8 @@ def main() -> None:
     rows = []
     try:
         run_in_parallel([one.__enter__ for one in servers])
-        group = connect_pair(rendezvous, RAW_DRIVER, RAW_ECHO, 0)
+        group = raw_group(raw_port, 0)
+        servers[0].agree_on_start()
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; quantiles 0.1 and 0.5")
         print(
             f"{'tokens':>6} {'bytes':>9} {'raw ms':>15} {'call ms':>15} {'ratio':>12} {'MB/s':>11}"
@@ -201,10 +244,10 @@ def measure_size(
     message, buffer = torch.zeros(out, dtype=torch.uint8), torch.zeros(back, dtype=torch.uint8)
 
     def raw() -> None:
-        sending = send(group, message, 1, 0)
-        receiving = receive(group, buffer, 1, 0)
-        sending.wait(FOREVER)
-        receiving.wait(FOREVER)
+        sending = group.send([message], 1, 0)
+        receiving = group.recv([buffer], 1, 0)
+        sending.wait(PATIENCE)
+        receiving.wait(PATIENCE)
 
     calls, raws = [], []
     for _ in range(warm + repeats):

@@ -364,7 +364,7 @@ def command(**given: Any) -> None:
     """Replay placements on shaped links, and compare with what the simulator predicts."""
     from prism_plan.cli.inputs import require_writable_output
     from prism_plan.io.file_writing import write_bytes
-    from runtime_adapter.cli.options import log_info
+    from runtime_adapter.log_output import log_info
 
     require_writable_output(given["output"], given["trace"], given["cluster"])
     setting = ExperimentConfig(

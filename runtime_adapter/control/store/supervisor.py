@@ -120,11 +120,13 @@ class _Supervisor:
             while self._parent_lives():
                 sentinels = [child.sentinel for child in children.values()]
                 multiprocessing.connection.wait(sentinels, PARENT_INTERVAL_S)
-                if children[service].exitcode == 0:
+                # read once: a child that ends between two looks would be taken for dead
+                codes = {name: child.exitcode for name, child in children.items()}
+                if codes[service] == 0:
                     return  # the run is over
-                for name, child in children.items():
-                    if child.exitcode is not None:
-                        self._note_death(name, child.exitcode)
+                for name, code in codes.items():
+                    if code is not None:
+                        self._note_death(name, code)
                         children[name] = starts[name]()
         finally:
             _end(list(children.values()))
