@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from runtime_adapter.control.store.client import StoreAddress, StoreClient, StoreUnavailable
+from runtime_adapter.transport.dialing import dial
+from runtime_adapter.transport.handshake import Claim, HandshakeFailed
 from runtime_adapter.transport.rendezvous import RuntimeFailure
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ POLL_INTERVAL_S = 0.05
 CONNECT_TIMEOUT_S = 2.0
 #: Starting Python takes seconds on a machine that does other work.
 START_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 1.0
 #: How long a store that is no longer needed may take to end.
 END_TIMEOUT_S = 5.0
 
@@ -28,6 +31,7 @@ class OwnStore:
     """A launch of ``prism-runtime store`` that ends with this process."""
 
     def __init__(self, config: ServerConfig) -> None:
+        self._address = config.store_address
         self._host, self._port = config.rendezvous.host, config.rendezvous.port
         host = f"[{self._host}]" if ":" in self._host else self._host
         words = [
@@ -54,7 +58,7 @@ class OwnStore:
             It has ended, or does not listen in time.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not somebody_listens(self._host, self._port):
+        while not self._answers():
             code = self._process.poll()
             if code is not None:
                 raise RuntimeFailure(
@@ -67,6 +71,17 @@ class OwnStore:
                     f"{START_TIMEOUT_S:g} s"
                 )
             time.sleep(POLL_INTERVAL_S)
+
+    def _answers(self) -> bool:
+        client = StoreClient(self._address, "status")
+        try:
+            client.run(ANSWER_TIMEOUT_S)
+        except StoreUnavailable:
+            return False
+        else:
+            return True
+        finally:
+            client.close()
 
     @property
     def ended(self) -> bool:
@@ -86,12 +101,17 @@ class OwnStore:
                 self._process.wait()
 
 
-def somebody_listens(host: str, port: int) -> bool:
+def somebody_listens(address: StoreAddress) -> bool:
     """Whether a process listens there, or may do so behind a link that is slow."""
+    claim = Claim("control", server="status")
     try:
-        socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
+        dial((address.host, address.port), claim, address.secret, CONNECT_TIMEOUT_S)[0].close()
+    except ConnectionRefusedError:
+        return False
     except TimeoutError:
         return True
-    except OSError:
-        return False
+    except HandshakeFailed:
+        return True  # whoever asks it will say so
+    except OSError as error:
+        return isinstance(error, ConnectionError)
     return True

@@ -28,7 +28,6 @@ class PeerTable:
         self._servers = config.placement.servers
         self._expert_map = expert_map
         self._report = report
-        self._up: dict[int, int] = {}  # incarnations of servers that are up
         self._down: set[int] = set()
         #: Of this server's worker, 0 before it has joined.
         self.incarnation = 0
@@ -61,7 +60,8 @@ class PeerTable:
 
     def _suspect(self, n: int, reason: str) -> None:
         self._expert_map.suspect(n)
-        self._report(f"server {self._servers[n]!r} is suspect: {reason}")
+        if not self.peers[n].finished:  # it may have left
+            self._report(f"server {self._servers[n]!r} is suspect: {reason}")
 
     def _unsuspect(self, n: int) -> None:
         self._expert_map.unsuspect(n)
@@ -74,11 +74,9 @@ class PeerTable:
         if server == self._rank:
             self.incarnation = max(self.incarnation, incarnation)
             return
-        # the worker alone was started again, or the whole server, or it was cut off
-        if self._up.get(server, incarnation) != incarnation or server in self._down:
+        if server in self._down:
+            self._down.discard(server)
             self._report(f"server {self._servers[server]!r} has joined again")
-        self._up[server] = incarnation
-        self._down.discard(server)
         self.peers[server].set_address(address, incarnation)
 
     def down(self, server: int, incarnation: int, reason: str) -> None:
@@ -93,5 +91,4 @@ class PeerTable:
     def left(self, server: int) -> None:
         """A server has left in good order."""
         if server != self._rank:
-            self._up.pop(server, None)
             self.peers[server].set_address(None, 0)

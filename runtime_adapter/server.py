@@ -99,6 +99,7 @@ class LocalServer:
         self._is_member = False
         self._finished = False
         self._left = False
+        self._has_store = True
         self._stopped = threading.Event()
         self._hung: set[int] = set()
 
@@ -117,8 +118,8 @@ class LocalServer:
     # --------------------------------------------------------------------------------------- start
 
     def _start(self) -> None:
-        config, rendezvous = self.config, self.config.rendezvous
-        if self.rank == 0 and not somebody_listens(rendezvous.host, rendezvous.port):
+        config = self.config
+        if self.rank == 0 and not somebody_listens(config.store_address):
             self._own_store = OwnStore(config)
             self._own_store.wait_until_listening()
         begun = self._start_run()
@@ -433,6 +434,7 @@ class LocalServer:
                 if silent_s > self.config.request_timeout_s or (
                     silent_s > limit_s and not self._peers_need_this_server()
                 ):
+                    self._has_store = False
                     break
             else:
                 answered_s = time.monotonic()
@@ -440,8 +442,9 @@ class LocalServer:
                     break
             self._stopped.wait(POLL_INTERVAL_S)
         self._left = True
-        with contextlib.suppress(PrismError):
-            self._client.leave(self.rank, self._peers.incarnation, 2.0)
+        if self._has_store:
+            with contextlib.suppress(PrismError):
+                self._client.leave(self.rank, self._peers.incarnation, 2.0)
 
     def _peers_need_this_server(self) -> bool:
         return any(peer.usable and not peer.finished for peer in self._peers.peers.values())
@@ -487,7 +490,7 @@ class LocalServer:
 
     def migrations(self) -> list[dict[str, Any]]:
         """The reviews' decisions, as in a simulation's report; of the first server."""
-        if self.rank != 0 or self.config.migration.scheduler is None:
+        if self.rank != 0 or self.config.migration.scheduler is None or not self._has_store:
             return []
         try:
             if not self._client.has(["migrations"], 5.0):

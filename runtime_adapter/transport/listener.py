@@ -145,7 +145,9 @@ class Listener:
                 session = accept_session(connection, self._secret, HANDSHAKE_TIMEOUT_S)
             except (HandshakeFailed, OSError) as error:
                 self._forget(number)
-                self._refuse(str(error) or type(error).__name__)
+                # a client that went away is nothing to tell
+                told = not isinstance(error, ConnectionError)
+                self._refuse(str(error) or type(error).__name__, told=told)
                 return
             self._forget(number)
             handler = self._handlers.get(session.claim.purpose)
@@ -174,13 +176,17 @@ class Listener:
             self._unauthenticated.pop(number, None)
         self._threads.release()
 
-    def _refuse(self, reason: str) -> None:
-        """Count a refused connection; a line says how many there were, not one for each."""
+    def _refuse(self, reason: str, *, told: bool = True) -> None:
+        """Count a refused connection; a line says how many there were, not one for each.
+
+        One that is not ``told`` is counted alone.
+        """
         now = time.monotonic()
         with self._lock:
             self._failed_s.append(now)
             self._refused += 1
-            if now - self._reported_s < REPORT_INTERVAL_S or self._closed.is_set():
+            recently = now - self._reported_s < REPORT_INTERVAL_S
+            if not told or recently or self._closed.is_set():
                 return
             count, self._refused, self._reported_s = self._refused, 0, now
         host, port = self.address

@@ -72,12 +72,14 @@ class Refusals:
         self._reported_s: float | None = None
         self._count = 0
 
-    def note(self, address: str, reason: str) -> None:
-        """A connection from an address was refused."""
+    def note(self, address: str, reason: str, *, told: bool = True) -> None:
+        """A connection from an address was refused; no line about one that is not ``told``."""
         now = self._now()
         began_s, count = self._second
         self._second = (now, 1) if now - began_s >= 1.0 else (began_s, count + 1)
         self._count += 1
+        if not told:
+            return
         if self._reported_s is None or now - self._reported_s >= REPORT_INTERVAL_S:
             others = f"; {self._count:,} since the last such line" if self._count > 1 else ""
             self._report(f"the store refused a connection from {address}: {reason:.160}{others}")
@@ -106,6 +108,7 @@ class StoreService:
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
         self._refusals = Refusals(report)
+        self._began_s = time.monotonic()
         self._internal_errors = 0
 
     async def serve(self) -> None:
@@ -169,10 +172,14 @@ class StoreService:
             await self._serve_client(session, reader, writer)
         except asyncio.CancelledError:
             if number not in self._handshakes:
-                self._refusals.note(host, "too many connections that say nothing")
+                # at first there are those that came, and went, while there was no service
+                told = time.monotonic() - self._began_s > HANDSHAKE_TIMEOUT_S
+                self._refusals.note(host, "too many connections that say nothing", told=told)
         except (PrismError, OSError, EOFError) as error:  # and TimeoutError
             if number in self._handshakes:
-                self._refusals.note(host, str(error) or type(error).__name__)
+                # a client that went away, or looked whether somebody is here, is nothing to tell
+                told = not isinstance(error, (ConnectionError, EOFError))
+                self._refusals.note(host, str(error) or type(error).__name__, told=told)
         except Exception as error:
             self._note_internal(error)
         finally:
