@@ -153,7 +153,7 @@ class WorkerLanes:
         reply = np.zeros(wire.HEADER_BYTES, np.uint8)
         wire.put_header(reply, wire.Header(wire.FAILED))
         with contextlib.suppress(OSError):
-            connection.sendall(reply)
+            connection.sendall(reply.data)
             connection.shutdown(socket.SHUT_WR)
             # what has not been read would reset the connection, and so the answer
             while connection.recv(1 << 16):

@@ -29,7 +29,13 @@ from runtime_adapter.transport.peer import ConnectionLost, Peer
 from runtime_adapter.transport.rendezvous import RequestTimeout
 from runtime_adapter.transport.send_queue import LONG_BYTES, Sending, SendQueue
 from runtime_adapter.transport.signed_frames import FrameError
-from runtime_adapter.transport.socket_io import SLICE_S, receive_some, send_some, wait_in_slices
+from runtime_adapter.transport.socket_io import (
+    SLICE_S,
+    keep_alive,
+    receive_some,
+    send_some,
+    wait_in_slices,
+)
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
@@ -38,6 +44,8 @@ Words = npt.NDArray[np.uint32]
 FIRST_DIAL_S = 0.5
 #: Between two attempts of one call; grows up to the second value.
 RETRY_S, MAX_RETRY_S = 0.05, 1.0
+#: A connection breaks that acknowledges nothing for a peer's timeout, but no sooner than this.
+MIN_LOST_S = 5.0
 #: What ends a connection, but not the call.
 _BROKEN = (OSError, HandshakeFailed, FrameError, DataChannelBroken)
 
@@ -222,6 +230,7 @@ class Connection:
         connection, _ = self.peer.dial(
             "calls", self._lane, max_tokens=self.buffer.tokens, timeout_s=timeout_s
         )
+        keep_alive(connection, max(self.peer.timeout_s, MIN_LOST_S))
         wait_in_slices(connection)
         self._socket, self._generation = connection, generation
         self.open_channel()

@@ -22,15 +22,16 @@ def wait_in_slices(connection: socket.socket, *, receiving: bool = True) -> None
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
 
 
-def keep_alive(connection: socket.socket) -> None:
+def keep_alive(connection: socket.socket, lost_s: float = 120.0) -> None:
     """Let waits without a limit end where the other side's machine is gone.
 
-    An idle connection is probed after half a minute; what is sent must arrive within two.
+    An idle connection is probed after half a minute; it breaks when nothing is acknowledged for
+    ``lost_s``.
     """
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 6),
-        ("TCP_USER_TIMEOUT", 120_000),
+        ("TCP_USER_TIMEOUT", int(1e3 * lost_s)),
     ):  # fmt: skip
         option = getattr(socket, name, None)
         if option is not None:

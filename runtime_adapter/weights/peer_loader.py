@@ -114,7 +114,7 @@ def _ask(connection: socket.socket, pair: int, weights: memoryview) -> bool:
     """Fill ``weights`` with an expert's; False if the other server does not have it."""
     request = np.zeros(wire.HEADER_BYTES, np.uint8)
     wire.put_header(request, wire.Header(wire.WEIGHTS, detail=pair))
-    connection.sendall(request)
+    connection.sendall(request.data)
     answer = np.frombuffer(receive_exactly(connection, wire.HEADER_BYTES), np.uint8)
     header = wire.get_header(answer)
     if header.kind == wire.MISSING:
