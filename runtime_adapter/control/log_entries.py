@@ -36,6 +36,8 @@ MAX_TEXT = 4000
 MAX_COUNT = 1 << 40
 #: The step of an expert whose drop was announced and is cancelled: it is loaded, by no step.
 NO_STEP = MAX_COUNT - 1
+#: Why an incarnation is down where the next entry is the next incarnation's.
+JOINS_ANEW = "it joins anew"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from runtime_adapter.control.event_log import (
     StoreUnavailable,
 )
 from runtime_adapter.control.membership import Members, MemberStates, NoMembers, pairs_of
+from runtime_adapter.control.store.client import StoreClient
 from runtime_adapter.moe.compute import Compute
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
@@ -70,12 +71,15 @@ class LogFollower:
 
     ``lanes`` are this driver's; ``report`` gets lines for this server's log; ``members`` is told
     who comes and goes. ``incarnation`` is this server's, 0 while its worker has not joined.
+    ``older`` is what :func:`older_incarnation` gave before this process started a worker: what that
+    incarnation held was in the memory of another process.
     """
 
     def __init__(
         self, rank: int, placement: Placement, expert_map: ExpertMap, compute: Compute,
         counters: Counters, lanes: Sequence[RemoteDispatcher], log: EventLog,
         report: Callable[[str], None], members: Members | None = None,
+        older: tuple[str, int] = ("", 0),
     ) -> None:  # fmt: skip
         self.rank = rank
         self.name = placement.servers[rank]
@@ -91,6 +95,8 @@ class LogFollower:
         self._server_of_gpu: list[int] = placement.server_of_gpu.tolist()
         self.migrating = False
         self._states = MemberStates(placement.num_servers, members or NoMembers())
+        self._older_epoch, self._older_incarnation = older
+        self._epoch = ""
         self._drops: list[_AnnouncedDrop] = []
         self._unsynced: tuple[int, LanesInside] | None = None
         self._failed_plans: set[int] = set()
@@ -149,9 +155,13 @@ class LogFollower:
         match entry:
             case NewLog():
                 self._begin_log(entry)
+            case log_entries.ServerJoined() if self._is_older(entry.server, entry.incarnation):
+                pass
             case log_entries.ServerJoined():
                 self._set_up(entry.server, entry.experts)
                 self._states.join(entry.server, entry.incarnation, (entry.host, entry.port))
+            case log_entries.ServerDown() if entry.reason == log_entries.JOINS_ANEW:
+                pass  # what it holds is not gone: the next entry says so
             case log_entries.ServerDown() | log_entries.ServerLeft():
                 reason = entry.reason if isinstance(entry, log_entries.ServerDown) else None
                 if self._states.end(entry.server, entry.incarnation, reason):
@@ -189,12 +199,26 @@ class LogFollower:
         self._failed_plans.clear()
         self._open_plans = set(new.open_plans)
         self.migrating = bool(self._open_plans)
-        self._states.begin(new, self._set_up, self._set_down)
-        if self.rank not in self._states.up:  # its worker has still to join
-            self.expert_map.set_up(
-                self.rank, [(self.own_gpus[gpu], pair) for gpu, pair, _ in self.compute.held()]
-            )
+        self._epoch = new.epoch
+        up, down = self._states.begin(new)
+        if self._is_older(self.rank, self._states.incarnations[self.rank]):
+            up.pop(self.rank, None)
+            self._states.up.discard(self.rank)
+        down = [server for server in down if server != self.rank]
+        self._forget_drops(lambda drop: self._server_of_gpu[drop.gpu] in {*up, *down})
+        held = {server: pairs_of(experts) for server, experts in up.items()}
+        if self.rank in up:
+            self._set_own(up[self.rank])
+        else:  # its worker has still to join
+            own = self.compute.held()
+            held[self.rank] = [(self.own_gpus[gpu], pair) for gpu, pair, _ in own]
+        self.expert_map.set_all(held, down)  # at once, for experts have moved from one to another
         self._unsynced = (new.number + 1, self._lanes_inside()) if new.number >= 0 else None
+
+    def _is_older(self, server: int, incarnation: int) -> bool:
+        """Whether this is an incarnation of this server that an earlier process was."""
+        is_old = incarnation <= self._older_incarnation and self._epoch == self._older_epoch
+        return server == self.rank and is_old
 
     def _set_up(self, server: int, held: list[log_entries.HeldExpert]) -> None:
         self._forget_drops(lambda drop: self._server_of_gpu[drop.gpu] == server)
@@ -280,3 +304,16 @@ class LogFollower:
         self._reported_us = {name: counted[name] for name in times}
         self.log.put(f"times/{self.rank}/{review}", times)
         self.log.append(log_entries.CallsReported(review, self.rank))
+
+
+def older_incarnation(client: StoreClient, rank: int) -> tuple[str, int]:
+    """The store's epoch, and a server's last incarnation in it, before its process starts a worker.
+
+    Raises
+    ------
+    RuntimeFailure
+        The store does not answer.
+    """
+    status = client.status()
+    members = status["members"]
+    return str(status["epoch"]), int(members[rank]["incarnation"]) if members else 0

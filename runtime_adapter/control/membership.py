@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Protocol
 
 from runtime_adapter.control.log_entries import HeldExpert, NewLog
 
@@ -46,32 +46,35 @@ class MemberStates:
         self.up: set[int] = set()
         self._members = members
 
-    def begin(
-        self, new: NewLog, set_up: Callable[[int, list[HeldExpert]], Any],
-        set_down: Callable[[int], Any],
-    ) -> None:  # fmt: skip
+    def begin(self, new: NewLog) -> tuple[dict[int, list[HeldExpert]], list[int]]:
         """Take over what a new log begins with.
 
-        ``set_up`` is called with each server that is up and what it holds, ``set_down`` with each
-        that is down or has left.
+        Returns
+        -------
+        tuple
+            What each server that is up holds, and the servers that are down or have left; those in
+            neither have not joined yet.
         """
-        held: dict[int, list[HeldExpert]] = {}
-        for server, gpu, pair, slot in new.held:
-            held.setdefault(server, []).append(HeldExpert(gpu, pair, slot))
+        up: dict[int, list[HeldExpert]] = {}
+        down: list[int] = []
         self.up = set()
         for server, member in enumerate(new.members[: len(self.incarnations)]):
             self.incarnations[server] = int(member["incarnation"])
             match member["state"]:
                 case "up":
                     host, port = member["address"]
-                    set_up(server, held.get(server, []))
+                    up[server] = []
                     self.join(server, self.incarnations[server], (str(host), int(port)))
                 case "down":
-                    set_down(server)
+                    down.append(server)
                     self._members.down(server, self.incarnations[server], "it was lost before")
                 case "left":
-                    set_down(server)
+                    down.append(server)
                     self._members.left(server)
+        for server, gpu, pair, slot in new.held:
+            if server in up:
+                up[server].append(HeldExpert(gpu, pair, slot))
+        return up, down
 
     def join(self, server: int, incarnation: int, address: tuple[str, int]) -> None:
         """A server has joined."""

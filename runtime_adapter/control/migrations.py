@@ -75,28 +75,35 @@ class Migrations:
 
     def begin_log(self, new: NewLog) -> None:
         """Give up the active migration; close those that the log has open."""
-        active, self.active = self.active, None
         if self._is_new:
-            self._is_new = False
             self._read_state()
-        else:
-            self._write_state()
-            if self.events:
-                self.publish_events()
+            self._is_new = False
+        if self.active is not None:
+            self._end_with_its_log(self.active)
+            self.active = None
         self._num_migrations = max([self._num_migrations, *new.open_plans])
+        self._write_state()
+        if self.events:
+            self.publish_events()
         self._inherited = sorted(new.open_plans)
-        if active is not None:
+        self.stop_inherited()
+
+    def _end_with_its_log(self, active: _ActiveMigration) -> None:
+        """Say how the migration ended whose log is over."""
+        if active.left:
+            self._forget_target()
             text = (
                 f"migration {active.number} is abandoned: the store of the run was restarted, or "
                 "the scheduler could not follow it; some experts may have moved"
             )
-            self._forget_target()
-            self._state.report(text)
-            if active.repair:
-                self.repaired = False
-            if active.requested_by is not None:
-                self.answer(active.requested_by, 5, text)
-        self.stop_inherited()
+        else:
+            self._reach(active)
+            text = f"migration {active.number} is done"
+        if active.repair:
+            self.repaired = not active.left
+        if active.requested_by is not None:
+            self.answer(active.requested_by, 5 if active.left else 0, text)
+        self._state.report(text)
 
     def stop_inherited(self) -> None:
         """Stop the next migration of an earlier scheduler, which nobody knows how to go on with."""
@@ -115,7 +122,7 @@ class Migrations:
                 return
             found = log.get(STATE)
             placement = placement_from_json(found["placement"], f"the run's store: {STATE}")
-            if placement.on_gpu.shape == self._state.placement.on_gpu.shape:
+            if found["known"] and placement.on_gpu.shape == self._state.placement.on_gpu.shape:
                 self._state.placement, self._state.placement_known = placement, True
             self._num_migrations = int(found["migrations"])
             self._num_files = int(found["files"])
@@ -129,6 +136,7 @@ class Migrations:
     def _write_state(self) -> None:
         values = {
             "placement": placement_to_json(self._state.placement),
+            "known": self._state.placement_known,
             "migrations": self._num_migrations,
             "files": self._num_files,
         }
@@ -222,7 +230,6 @@ class Migrations:
             waiting_for = active.taking_part - active.stopped_servers
             if waiting_for and now - active.stopped_s < limit_s:
                 return
-        self.active = None
         complete = not active.left
         if complete:
             self._reach(active)
@@ -247,6 +254,7 @@ class Migrations:
             self.publish_events()
         if active.requested_by is not None:
             self.answer(active.requested_by, 0 if complete else 5, text)
+        self.active = None  # not before: if the store is restarted meanwhile, all this is due again
 
     def _reach(self, active: _ActiveMigration) -> None:
         """Remember the target as what servers are to hold, also when they come back.

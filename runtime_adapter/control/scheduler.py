@@ -165,7 +165,8 @@ class Scheduler:
             return
         if self.migrations.active is None and self._requested_moves:
             rates = self.reviews.rates[self.state.alive]
-            self.migrations.begin_requested(self._requested_moves.pop(0), rates)
+            self.migrations.begin_requested(self._requested_moves[0], rates)
+            self._requested_moves.pop(0)
         self.reviews.begin_when_due()
 
     def _handle(self, entry: log_entries.LogEntry | NewLog) -> None:
@@ -189,10 +190,11 @@ class Scheduler:
         self._has_log = False  # if any of this fails, for the store was restarted again
         self.state.begin_log(new)
         self.reviews.forget_pending()
-        waiting, self._requested_moves = self._requested_moves, []
         self.migrations.begin_log(new)
-        for move in waiting:
-            self.migrations.answer(move, 5, "given up: the store of the run was restarted")
+        while self._requested_moves:
+            text = "given up: the store of the run was restarted"
+            self.migrations.answer(self._requested_moves[0], 5, text)
+            self._requested_moves.pop(0)
         self.log.append(log_entries.SchedulerStarted())
         self._has_log = True
 

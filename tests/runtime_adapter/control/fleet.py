@@ -17,6 +17,7 @@ from prism_plan.model_spec import ModelShape
 from prism_plan.placement import Placement, SolveReport
 from runtime_adapter.control.event_log import EventLog, NewLog
 from runtime_adapter.control.log_entries import (
+    Bounds,
     DropsAnnounced,
     ExpertsLoaded,
     LogEntry,
@@ -25,7 +26,7 @@ from runtime_adapter.control.log_entries import (
     ServerDown,
     ServerJoined,
 )
-from runtime_adapter.control.log_follower import LogFollower
+from runtime_adapter.control.log_follower import LogFollower, older_incarnation
 from runtime_adapter.control.migration_executor import MigrationExecutor
 from runtime_adapter.control.scheduler import Scheduler
 from runtime_adapter.control.scheduler_config import SchedulerConfig
@@ -231,6 +232,7 @@ class FakeServer:
         self.follower = LogFollower(
             n, start, self.driver_map, self.compute, Counters(2, 6), [self.lane],
             fleet.log(f"driver {n}"), self.said.append,
+            older=older_incarnation(fleet.log(f"driver {n}").client, n),
         )  # fmt: skip
         self.executor.start()
         if not silent:
@@ -282,6 +284,7 @@ class Fleet:
         self.scheduler = self._new_scheduler()
         self.asking = self.log("move")
         self.reading = self.log("reader")
+        self.reading.expect(Bounds.of(start))
         self.reading.follow()
         self.entries: list[LogEntry] = []
         self.least_copies = int(ExpertMap(start).num_replicas.min())
@@ -325,6 +328,7 @@ class Fleet:
 
     def ask(self, target: Placement, name: str = "1") -> None:
         """Ask for a placement, as the command does."""
+        self.asking = self.log("move")  # for the store may have been restarted
         self.asking.put(f"move/{name}", placement_to_json(target))
         self.asking.append(MoveRequested(name))
 
@@ -408,13 +412,22 @@ class Fleet:
                 return False
         return bool((self.scheduler.state.expert_map.on_gpu() == held).all())
 
+    def knows_all(self) -> bool:
+        """Whether the scheduler follows the log of now, and has those up who live."""
+        live = [n for n, server in enumerate(self.servers) if server.sends_heartbeats]
+        is_new = self.scheduler.log._epoch == self.store.methods.epoch
+        return is_new and self.scheduler.state.alive == live
+
     def settle(self) -> None:
         """Let everything come to rest: no migration, no repair, and all agree."""
         self.until(
-            lambda: self.scheduler.migrations.active is None
-            and not self.scheduler.repairs.pending
-            and self.scheduler.reviews.pending is None
-            and self.agrees()
+            lambda: (
+                self.knows_all()
+                and self.scheduler.migrations.active is None
+                and not self.scheduler.repairs.pending
+                and self.scheduler.reviews.pending is None
+                and self.agrees()
+            )
         )
 
     def close(self) -> None:
