@@ -12,6 +12,7 @@ import logging
 import sys
 from typing import Literal, get_args
 
+from prism_plan.cli.internal_errors import write_lines_with
 from prism_plan.printable_text import printable
 from runtime_adapter import PROGRAM
 
@@ -65,6 +66,8 @@ def configure(
     _LOGGER.handlers[:] = [handler]
     _LOGGER.setLevel(level.upper())
     _LOGGER.propagate = False
+    # lines of the boundary of errors, and warnings, are lines of this log
+    write_lines_with(log_error if log_format == "json" else None)
 
 
 def log_debug(message: str) -> None:

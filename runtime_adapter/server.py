@@ -96,7 +96,7 @@ class LocalServer:
         self._own_store: OwnStore | None = None
         self._worker: Any = None
         self._follower: LogFollower | None = None
-        self._is_member = False
+        self._may_abort = False
         self._finished = False
         self._left = False
         self._has_store = True
@@ -123,7 +123,7 @@ class LocalServer:
             self._own_store = OwnStore(config)
             self._own_store.wait_until_listening()
         begun = self._start_run()
-        self._claim_name()
+        threading.Thread(target=self._send_heartbeats, daemon=True, name="heartbeats").start()
         if begun:
             self.expert_map.set_up(self.rank, ())
             self.report("the run has begun: this server joins without experts, and gets its own")
@@ -140,12 +140,22 @@ class LocalServer:
         )  # fmt: skip
         self._follower.start()
         self._peers.watch()
-        for job in (self._send_heartbeats, self._watch_processes):
-            threading.Thread(target=job, daemon=True, name=job.__name__).start()
+        threading.Thread(target=self._watch_processes, daemon=True, name="processes").start()
 
     def _start_run(self) -> bool:
-        """Agree with the other servers on what is run; returns whether the run has begun."""
+        """Agree with the other servers on what is run; returns whether the run has begun.
+
+        The first server says what it is; the others wait for it.
+        """
         config, placement = self.config, self.config.placement
+        limit_s = config.rendezvous.rendezvous_timeout_s
+        deadline = time.monotonic() + limit_s
+        while self.rank != 0 and self._client.run(limit_s)["run"] is None:
+            if time.monotonic() > deadline:
+                raise RuntimeFailure(
+                    f"server {placement.servers[0]!r} did not come within {limit_s:g} s"
+                )
+            time.sleep(POLL_INTERVAL_S)
         scheduler = config.migration.scheduler
         answer = self._client.start_run(
             {
@@ -157,10 +167,12 @@ class LocalServer:
                 "movable": config.migration.movable,
                 "scheduler": None if scheduler is None else scheduler.to_json(),
             },
-            config.rendezvous.rendezvous_timeout_s,
+            limit_s,
         )
+        if answer["run"]["servers"] == list(placement.servers):
+            self._claim_name()
+            self._may_abort = not answer["begun"]
         self._require_same_facts(answer["run"])
-        self._is_member = True
         return bool(answer["begun"])
 
     def _require_same_facts(self, run: dict[str, Any]) -> None:
@@ -304,9 +316,10 @@ class LocalServer:
 
     def _abort(self, error: BaseException) -> None:
         """Tell the servers that wait for this one why it does not join."""
-        if not self._is_member or isinstance(error, NameTaken):
+        if not self._may_abort or isinstance(error, NameTaken):
             return
         reason = error.message if isinstance(error, PrismError) else "it was stopped"
+        self._stopped.set()  # the last heartbeat is to be this one
         with contextlib.suppress(PrismError):
             self._client.heartbeat(
                 self.rank, 0, "driver", timeout_s=2.0, error=(DOES_NOT_JOIN + reason)[:400]

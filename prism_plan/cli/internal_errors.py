@@ -34,8 +34,21 @@ _BOUNDARY = "prism_plan.cli.error_boundary"
 _MAX_MESSAGE = 300
 
 
+#: Writes lines in the place of :func:`write_log_line`, where a program has a log of its own.
+_line_writer: Callable[[str], None] | None = None
+
+
+def write_lines_with(writer: Callable[[str], None] | None) -> None:
+    """Give all lines to a program's own log from now on, or (``None``) no longer."""
+    global _line_writer
+    _line_writer = writer
+
+
 def write_log_line(program: str, message: str) -> None:
     """Write one line to standard error; where that is closed, it is lost."""
+    if _line_writer is not None:
+        _line_writer(message)
+        return
     line = printable(" ".join(message.split()))
     # ValueError: the stream was closed; AttributeError: there is none
     with contextlib.suppress(OSError, ValueError, AttributeError):

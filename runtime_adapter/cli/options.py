@@ -260,6 +260,7 @@ class RendezvousOptions(SecretOptions):
         from runtime_adapter.transport.interfaces import address_of, require_interface
         from runtime_adapter.transport.rendezvous import Rendezvous
 
+        self.configure_log(self.server)
         if self.server not in names:
             raise InputError(
                 f"unknown server {self.server!r:.60}{did_you_mean(self.server, names)}",
@@ -273,7 +274,6 @@ class RendezvousOptions(SecretOptions):
         if not 0 <= self.rtt_ms < 60_000:
             raise InputError(f"{self.rtt_ms}", parameter="rtt_ms", expected="0 to 60000")
         require_interface(self.interface)
-        self.configure_log(self.server)
         self.require_secret_for(host, address_of(self.interface))
         return Rendezvous(
             world_size=len(names),

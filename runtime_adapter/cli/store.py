@@ -51,12 +51,19 @@ def command(args: StoreOptions) -> None:
     itself, the servers join again, and the run goes on. Ends with exit code 0 when all servers have
     left.
     """
+    import signal
+    import sys
+
     from runtime_adapter.control.store.supervisor import StoreConfig, run_store
 
     args.configure_log()
     host, port = _listen_address(args.listen)
     secret = args.secret()
-    args.require_secret_for(host)
+    if args.with_parent is None:  # which has said so, and ends this process when it likes
+        args.require_secret_for(host)
+    else:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     run_store(
         StoreConfig(
             host=host,

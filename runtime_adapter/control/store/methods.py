@@ -39,6 +39,8 @@ MAX_NAME = 1_000
 #: A member that was heard within so long keeps its name against another process. Workers send a
 #: heartbeat every half second at the latest.
 NAME_KEPT_S = 2.0
+#: A run that has not begun, and of which nobody is heard for so long, gives way to another one.
+NOT_BEGUN_KEPT_S = 3.0
 #: The run begins so long after its last server has joined, so that all hear of it before.
 START_DELAY_S = 0.5
 #: Incarnations whose addresses are known, to tell a process that was replaced from one that joined
@@ -200,11 +202,12 @@ class StoreMethods:
     def start_run(self, fields: Fields, client: str) -> Any:
         begun, values = _read_run(fields.get("run"))
         run = self._current
-        if run is not None and (
-            run.over_since_s is not None or self._now() - run.heard_s > 2 * run.timeout_s
-        ):
-            self._forget()  # of a run that has ended, or whose servers were all killed
-            run = None
+        if run is not None:
+            silent_s = self._now() - run.heard_s
+            failed = run.start_s is None and values != run.values and silent_s > NOT_BEGUN_KEPT_S
+            if failed or run.over_since_s is not None or silent_s > 2 * run.timeout_s:
+                self._forget()  # of a run that has ended, or whose servers have all ended
+                run = None
         if run is None:
             run = self._current = _Run(values, self._now)
             self._on_append()
