@@ -130,8 +130,7 @@ class LogFollower:
                 if entry is not None:
                     self._handle_or_skip(entry)
                 if self.log.caught_up():
-                    self._acknowledge_drops()
-                    self._acknowledge_new_log()
+                    self.acknowledge()
             except StoreRestartedError:
                 pass  # nobody waits for what was to be said; the next entry is a NewLog
             except StoreUnavailable:
@@ -271,6 +270,11 @@ class LogFollower:
 
     def _forget_drops_of(self, gpu: int, pair: int) -> None:
         self._forget_drops(lambda drop: (drop.gpu, drop.pair) == (gpu, pair))
+
+    def acknowledge(self) -> None:
+        """Acknowledge what no lane depends on any longer; only when the log was read to its end."""
+        self._acknowledge_drops()
+        self._acknowledge_new_log()
 
     def _acknowledge_drops(self) -> None:
         """Acknowledge the drops on which no lane depends any longer."""

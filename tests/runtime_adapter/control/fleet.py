@@ -218,7 +218,7 @@ class FakeServer:
         self.compute = FakeCompute(self.memory, table)
         self.memory.compute = None if silent else self.compute
         self.worker_map, self.driver_map = ExpertMap(start), ExpertMap(start)
-        self.lane = FakeLane()
+        self.lane: Any = FakeLane()
         self.said: list[str] = []
         self.sends_heartbeats = True
         self.finished = False

@@ -15,11 +15,14 @@ pytest.importorskip("torch")
 from prism_plan.io.placement import read_placement
 from runtime_adapter.control.event_log import EventLog, NewLog
 from runtime_adapter.control.log_entries import (
+    DriverSynced,
     DropsAcknowledged,
     DropsAnnounced,
     ExpertsLoaded,
+    HeldExpert,
     LogMessage,
     MigrationStarted,
+    ServerJoined,
     SlotsFreed,
     StepFailed,
 )
@@ -30,6 +33,7 @@ from tests.runtime_adapter.control.fleet import (
     MODEL,
     PATIENCE_S,
     FakeCompute,
+    FakeLane,
     Fleet,
     drawn,
     placement,
@@ -257,3 +261,84 @@ def test_the_worker_map_is_never_seen_half_changed() -> None:
     over.set()
     reader.join()
     assert not wrong
+
+
+class Appended:
+    """A log that only notes what is appended."""
+
+    def __init__(self) -> None:
+        self.entries: list[Any] = []
+
+    def append(self, entry: Any) -> int:
+        """Note it."""
+        self.entries.append(entry)
+        return len(self.entries)
+
+    def caught_up(self) -> bool:
+        """There is nothing to read."""
+        return True
+
+
+def member(state: str, incarnation: int) -> dict[str, Any]:
+    """A member of a new log."""
+    return {"state": state, "incarnation": incarnation, "address": ["127.0.0.1", 1]}
+
+
+def test_a_driver_that_fell_behind_acknowledges_all_at_once() -> None:
+    """What was dropped meanwhile it forgets when its lanes are out of their layers, and says so."""
+    log: Any = Appended()
+    table = {(0, pair): pair for pair in range(8)}
+    compute = FakeCompute(table=table)
+    expert_map = ExpertMap(START)
+    lane: Any = FakeLane()
+    follower = LogFollower(
+        0, START, expert_map, compute, Counters(2, 6), [lane], log, lambda text: None
+    )
+    lane.layer, lane.passes = 1, 1
+    held = [[0, 0, pair, pair] for pair in range(7)] + [[1, 1, 7, 0], [1, 1, 8, 1]]
+    follower.handle(NewLog("e", 41, [member("up", 3), member("up", 1)], held, []))
+    assert follower.incarnation == 3
+    assert (expert_map.gpu_of[:, 7] == [-1, 1]).all()
+    follower.acknowledge()
+    assert not log.entries
+    assert (0, 7) in compute.table  # the lane may be about to compute with it
+    lane.passes = 2
+    follower.acknowledge()
+    assert log.entries == [DriverSynced(0, 42)]
+    assert (0, 7) not in compute.table
+
+
+def test_servers_that_have_not_joined_yet_keep_what_they_hold() -> None:
+    """After a restart of the store a driver calls them as before, and computes with its own."""
+    log: Any = Appended()
+    compute = FakeCompute(table={(0, pair): pair for pair in range(8)})
+    expert_map = ExpertMap(START)
+    follower = LogFollower(0, START, expert_map, compute, Counters(2, 6), [], log, print)
+    before = expert_map.on_gpu()
+    follower.handle(NewLog("e", -1, [member("absent", 0), member("joining", 0)], [], []))
+    assert (expert_map.on_gpu() == before).all()
+    assert not expert_map.down_names()
+    assert follower.incarnation == 0
+    follower.handle(NewLog("f", 7, [member("absent", 0), member("down", 4)], [], []))
+    assert expert_map.down_names() == ["s1"]
+    assert (expert_map.on_gpu()[0] == before[0]).all()
+
+
+def test_what_an_earlier_process_held_is_not_computed_with() -> None:
+    """A server that is started again may find itself up in the log: that was another memory."""
+    log: Any = Appended()
+    compute = FakeCompute()
+    expert_map = ExpertMap(START)
+    follower = LogFollower(
+        0, START, expert_map, compute, Counters(2, 6), [], log, print, older=("e", 2)
+    )
+    held = [[0, 0, pair, pair] for pair in range(8)]
+    follower.handle(NewLog("e", 7, [member("up", 2), member("up", 1)], held, []))
+    assert not compute.table
+    assert not expert_map.on_gpu()[0].any()
+    assert follower.incarnation == 0
+    follower.handle(ServerJoined(0, 3, "127.0.0.1", 1, [HeldExpert(0, 5, 6)], number=8))
+    assert compute.table == {(0, 5): 6}
+    assert expert_map.gpu_of[0, 5] == 0
+    follower.handle(NewLog("f", 7, [member("up", 1), member("up", 1)], held, []))
+    assert len(compute.table) == 8  # in another epoch incarnations count anew

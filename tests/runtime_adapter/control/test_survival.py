@@ -289,7 +289,7 @@ def test_a_plan_that_did_not_know_of_a_loss_is_begun_by_nobody() -> None:
         if not fleet.entries_of(MigrationStarted):
             fleet.servers[1].kill()
             fleet.start_again(1, empty=False)
-            member = {}
+            member: dict[str, Any] = {}
             while member.get("incarnation") != 2:  # the scheduler does not read meanwhile
                 member = fleet.store.call("members")[1]
         begin(*arguments, **options)
@@ -311,10 +311,8 @@ def test_another_process_of_the_same_name_is_told() -> None:
     """A server that was replaced does not fight for its name, and says so."""
     fleet = Fleet(drawn(9, CAPACITY, copies=2))
     old = fleet.servers[0]
-    token = {"token": "another"}
-    fleet.store.call(
-        "join", "worker 0", server=0, host="127.0.0.2", port=1, after=7, held=[], **token
-    )
+    another = {"server": 0, "host": "127.0.0.2", "port": 1, "after": 7, "held": []}
+    fleet.store.call("join", "worker 0", **another)  # type: ignore[arg-type]
     fleet.until(lambda: old.replaced)
     assert [e.incarnation for e in fleet.entries_of(ServerJoined) if e.server == 0][-1] == 8
     fleet.close()
