@@ -58,6 +58,15 @@ class PeerTable:
         """The servers that do not answer this one, or are down as the log has it."""
         return [n for n, peer in self.peers.items() if peer.suspect or self._expert_map.lost(n)]
 
+    @property
+    def lost_names(self) -> list[str]:
+        """Names of the servers that are down, or do not answer although they have not finished."""
+        return [
+            self._servers[n]
+            for n, peer in self.peers.items()
+            if n in self._down or (peer.suspect and not peer.finished)
+        ]
+
     def _suspect(self, n: int, reason: str) -> None:
         self._expert_map.suspect(n)
         if not self.peers[n].finished:  # it may have left

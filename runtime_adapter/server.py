@@ -494,6 +494,10 @@ class LocalServer:
         """Whether a migration is in progress, as far as this server knows."""
         return self._follower is not None and self._follower.migrating
 
+    def lost_servers(self) -> list[str]:
+        """Names of the servers that are lost now; not those that have left in good order."""
+        return self._peers.lost_names
+
     def held_experts(self) -> list[dict[str, list[int]]]:
         """What this server's GPUs hold now, as a placement file has it."""
         shape = self.config.placement.on_gpu.shape

@@ -140,7 +140,7 @@ def command(args: ReplayOptions) -> None:
             "requests": len(results),
             "failed": failed,
             "began_s": began_s,
-            "lost": server.expert_map.lost_names(),
+            "lost": server.lost_servers(),
             "gpu_busy_s": config.compute.clock.busy_s(),  # type: ignore[attr-defined]
             **counted,
             "gpus": server.held_experts(),

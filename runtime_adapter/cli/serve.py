@@ -337,7 +337,7 @@ def command(args: ServeOptions) -> None:
             "requests": len(results),
             "failed": failed,
             "new_tokens": sum(len(result.tokens) for result in results),
-            "lost": server.expert_map.lost_names(),
+            "lost": server.lost_servers(),
             **counted,
             "gpus": server.held_experts(),
             "migrations": migrations,
