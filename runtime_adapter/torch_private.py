@@ -6,7 +6,6 @@ public does:
 
 * ``ProcessGroupGloo._Options``: ``init_process_group`` makes one group for all processes, and a
   group of two that is made from it cannot outlive the others' failures;
-* sockets of the process by number: gloo has no option for ``TCP_NOTSENT_LOWAT``;
 * ``Module._parameters``, ``_buffers``, ``_non_persistent_buffers_set``: a tensor on the meta device
   is replaced by one of another device, which ``setattr`` refuses for buffers;
 * ``PreTrainedModel._init_weights``, ``_keys_to_ignore_on_load_unexpected``, the mark
@@ -16,12 +15,9 @@ public does:
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import re
-import socket
-import stat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +25,6 @@ import torch.distributed as dist
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: What the kernel may keep of a connection without having sent it.
-UNSENT_BYTES = 32 * 1024
-_TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
-
 
 # --------------------------------------------------------------------------------- process groups
 
@@ -64,21 +55,6 @@ def nccl_pair(store: dist.Store, rank: int, device: torch.device, timeout_s: flo
     options._timeout = datetime.timedelta(seconds=timeout_s)
     with torch.cuda.device(device):
         return dist.ProcessGroupNCCL(store, rank, 2, options)
-
-
-def limit_unsent_bytes() -> None:
-    """Let the kernel accept at most UNSENT_BYTES that it has not sent, of every open connection.
-
-    Then a send that has completed means that the message has left. gloo does not expose its
-    sockets, so this covers all TCP connections that the process has by now. Where the system lacks
-    the option, long messages share the link.
-    """
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                    with socket.socket(fileno=os.dup(int(name))) as connection:
-                        connection.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
 # ----------------------------------------------------------------------------------------- models

@@ -141,14 +141,14 @@ class WorkerLanes:
         except DataChannelBroken:
             raise
         except Exception as error:
-            logging.getLogger(__name__).error("prism-runtime: %s", error)
+            logging.getLogger(__name__).error("%s", error)
             return handler.header_only(wire.Header(wire.FAILED))
 
     @staticmethod
     def _refuse(connection: socket.socket, session: Session, error: wire.WireError) -> None:
         """Tell a driver that its calls cannot be answered, and the log why."""
         logging.getLogger(__name__).error(
-            "prism-runtime: %s (from server %r)", error, session.claim.server
+            "%s (from server %r)", error, session.claim.server
         )
         reply = np.zeros(wire.HEADER_BYTES, np.uint8)
         wire.put_header(reply, wire.Header(wire.FAILED))

@@ -35,10 +35,8 @@ _HEADER = struct.Struct("=8i")
 MAGIC = 0x5052_4D31
 
 #: Kinds of message: a call and its answer; an expert that is not (or no longer) here; the worker
-#: failed; the driver makes no more calls; a worker asks for an expert's weights; a heartbeat.
-CALL, ANSWER, MISSING, FAILED, FINISHED, WEIGHTS, HEARTBEAT = 1, 2, 3, 4, 5, 6, 7
-#: The tag of a driver's heartbeats; the lanes of requests use lower ones.
-HEARTBEAT_TAG = 1 << 12
+#: failed; a worker asks for an expert's weights.
+CALL, ANSWER, MISSING, FAILED, WEIGHTS = 1, 2, 3, 4, 5
 
 
 class WireError(PrismError):
@@ -87,8 +85,8 @@ def call_bytes(tokens: int, calls: int, token_bytes: int) -> int:
 class MessageBuffer:
     """The receive buffer of a worker: calls of up to ``tokens`` tokens, ``top_k`` experts each.
 
-    gloo ends the process that receives more than its buffer holds, so senders check this first;
-    receivers check as well, for the sender may be of another version.
+    A driver asks for it when it connects. Senders check it first; receivers check as well, for the
+    sender may be of another version.
     """
 
     tokens: int
@@ -155,7 +153,7 @@ def get_header(message: Bytes) -> Header:
         No server of this version writes such a header.
     """
     magic, *fields = _HEADER.unpack_from(message.data)[:6]
-    if magic != MAGIC or not CALL <= fields[0] <= HEARTBEAT:
+    if magic != MAGIC or not CALL <= fields[0] <= WEIGHTS:
         raise WireError("a message that is no call and no answer; is every server of one version?")
     if min(fields) < 0:
         raise WireError("a header with a negative count")

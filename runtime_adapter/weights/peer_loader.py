@@ -75,7 +75,7 @@ class PeerLoader:
             if self._request(n, pair, gpu):
                 return self.store.put(pair, gpu, self.store.parts(weights))
         logging.getLogger(__name__).warning(
-            "prism-runtime: no server gives %s; it is read from the checkpoint",
+            "no server gives %s; it is read from the checkpoint",
             self.store.shape.spec.pair_text(pair),
         )
         return self.checkpoint.load(pair, gpu)
@@ -149,4 +149,4 @@ def answer_weight_requests(store: ExpertStore, connection: socket.socket) -> Non
                 size = len(raw) if kind == wire.ANSWER else wire.HEADER_BYTES
                 send_all(connection, memoryview(raw)[:size])
     except wire.WireError as error:
-        logging.getLogger(__name__).error("prism-runtime: %s", error)
+        logging.getLogger(__name__).error("%s", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ from runtime_adapter.moe.counters import Counters  # noqa: E402
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher  # noqa: E402
 from runtime_adapter.moe.router import Router, uniform_network  # noqa: E402
 from runtime_adapter.transport.connection import Connection  # noqa: E402
+from runtime_adapter.transport.peer import ConnectionLost, Peer  # noqa: E402
+from runtime_adapter.transport.secrets import NO_SECRET  # noqa: E402
 from runtime_adapter.transport.send_queue import SendQueue  # noqa: E402
 from runtime_adapter.transport.wire_format import (  # noqa: E402
     ANSWER,
@@ -31,7 +32,6 @@ from runtime_adapter.transport.wire_kernels import unpack_calls  # noqa: E402
 from runtime_adapter.weights.expert_map import ExpertMap  # noqa: E402
 
 MODEL = ModelShape("tiny", (1,), 8, 4, 1)
-SECOND = datetime.timedelta(seconds=1)
 TOKENS, WIDTH = 6, 4
 
 
@@ -44,7 +44,7 @@ class Other(Connection):
     def __init__(
         self, buffer: MessageBuffer, *, dead: bool = False, missing: tuple[int, ...] = ()
     ) -> None:
-        super().__init__(None, 0, SECOND, SendQueue(SECOND), buffer)
+        super().__init__(Peer("home", "other", NO_SECRET, 1.0), 0, SendQueue(), buffer)
         self.dead = dead
         self.missing = set(missing)
         self.calls: list[Header] = []
@@ -53,7 +53,7 @@ class Other(Connection):
         """Compute at once."""
         self.calls.append(header)
         if self.dead:
-            raise RuntimeError("Connection reset by peer")
+            raise ConnectionLost("it does not answer")
         raw = self._message.array[HEADER_BYTES : self._states_begin]
         ids, token = np.zeros(header.calls, np.int64), np.zeros(header.calls, np.int64)
         weights = np.zeros(header.calls, np.float32)
@@ -101,9 +101,13 @@ def dispatcher(*others: Other) -> RemoteDispatcher:
     held = np.ones((3, 1, 8), bool)
     held[0] = False
     placement = Placement(MODEL, ("s0", "s1", "s2"), ((8,), (8,), (8,)), held, SolveReport("hand"))
-    router = Router(ExpertMap(placement), 0, MODEL, uniform_network(3, 4 * WIDTH), "spread")
+    expert_map = ExpertMap(placement)
+    router = Router(expert_map, 0, MODEL, uniform_network(3, 4 * WIDTH), "spread")
     connections = dict(enumerate(others, start=1))
-    return RemoteDispatcher(MODEL, router, connections, Nothing(), Counters(1, 8))
+    return RemoteDispatcher(
+        MODEL, router, connections, Nothing(), Counters(1, 8),
+        on_lost=lambda lost: expert_map.suspect(lost.server),
+    )  # fmt: skip
 
 
 def step(tokens: int = TOKENS) -> tuple[Any, Any, Any, Any]:
@@ -171,8 +175,9 @@ def test_a_prompt_that_is_too_long_fails_alone() -> None:
     """`serve` refuses it at home; the requests before and after are answered."""
     pytest.importorskip("transformers")
     from prism_plan.io.serve_requests import Request
-    from runtime_adapter.driver import serve
+    from runtime_adapter.driver import Driver
     from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
+    from runtime_adapter.request_counts import RequestCounts
     from runtime_adapter.tokenized_requests import TokenizedRequest, load_tokenizer
     from tests.runtime_adapter.checkpoints import committed, reference
 
@@ -182,6 +187,7 @@ def test_a_prompt_that_is_too_long_fails_alone() -> None:
         name = "s0"
 
         def __init__(self) -> None:
+            self.requests = RequestCounts()
             self.lanes = [
                 dispatcher(Other(MessageBuffer(TOKENS, 4)), Other(MessageBuffer(TOKENS, 4)))
             ]
@@ -190,7 +196,8 @@ def test_a_prompt_that_is_too_long_fails_alone() -> None:
     model = reference("deepseek-v2", torch.float32)
     tokenizer = load_tokenizer(committed("deepseek-v2"))
     one: Any = One()
-    answers = serve(one, model, tokenizer, ThreadLocalDispatcher(), jobs, 0.0)
+    driver = Driver(one, model, tokenizer, ThreadLocalDispatcher(), 0.0, lambda result: None)
+    answers = driver.serve(jobs)
     assert [answer.error is None for answer in answers] == [True, False, True]
     assert "request 7: a step of 7 tokens; expected at most 6" in str(answers[1].error)
     assert answers[1].tokens == []

@@ -1,34 +1,39 @@
-"""States beside the messages: the order of all waits, what breaks, and what NCCL is refused for."""
+"""States beside the messages: how two sides meet, what breaks, and what NCCL is refused for."""
 
 from __future__ import annotations
 
-import itertools
+import datetime
 import os
+import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
 import torch.distributed as dist  # noqa: E402
 
 from prism_plan.errors import InputError  # noqa: E402
-from runtime_adapter.transport import nccl_channel as channels  # noqa: E402
+from runtime_adapter.transport.c10d_store import (  # noqa: E402
+    MAX_KEYS,
+    PairKeys,
+    PairStore,
+    RemoteKeys,
+)
 from runtime_adapter.transport.call_threads import run_in_parallel  # noqa: E402
+from runtime_adapter.transport.handshake import Claim, Session  # noqa: E402
 from runtime_adapter.transport.nccl_channel import (  # noqa: E402
     ChannelConfig,
     DataChannelBroken,
     NcclDataChannel,
-    connect_channels,
+    open_channel,
     prepare_nccl,
     require_device,
     require_own_card,
 )
-from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
+from tests.limits import HANG_S  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -105,22 +110,16 @@ def test_what_does_not_come_is_given_up(looks: float, error: str, message: str, 
 
 
 def test_states_go_both_ways_by_gloo() -> None:
-    """Over `split`, made by both sides at once: what one queues is what the other gets."""
-    from tests.runtime_adapter.replays import free_port
-
-    port = free_port()
-    host = dist.TCPStore(
-        "127.0.0.1", port, None, True, wait_for_workers=False
-    )  # kept until the end
+    """Made by both sides at once: what one queues is what the other gets."""
+    keys = PairKeys()
     states = torch.arange(12.0).reshape(3, 4)
     found = [torch.empty(3, 4), torch.empty(2, 4)]
 
     def side(rank: int) -> Callable[[], None]:
         def run() -> None:
-            rendezvous = Rendezvous(2, rank, port=port, timeout_s=5.0)
-            made = connect_channels(ChannelConfig("split", CPU), rendezvous, [(0, 1)], 2, rank)
-            assert sorted(made) == [(0, 1, 0), (0, 1, 1)]
-            channel = made[0, 1, 1]
+            channel = open_channel(
+                ChannelConfig("gloo", CPU), PairStore(keys, HANG_S), rank, "lo", HANG_S
+            )
             if rank == 0:
                 sending = channel.send(states)
                 channel.receive(found[1])
@@ -132,85 +131,75 @@ def test_states_go_both_ways_by_gloo() -> None:
         return run
 
     run_in_parallel([side(0), side(1)])
-    assert host.num_keys() > 0
     assert (found[0] == states).all()
     assert (found[1] == 2 * states[:2]).all()
 
 
-@settings(max_examples=50, deadline=None)
-@given(servers=st.integers(2, 6), lanes=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
-def test_all_connect_whatever_the_order_of_their_lists(servers: int, lanes: int, seed: int) -> None:
-    """Drivers and workers that connect two at a time, each by its own list, never wait in a circle.
+def test_a_side_that_is_alone() -> None:
+    """It waits for the limit and no longer, and says which transport it was."""
+    with pytest.raises(DataChannelBroken, match="``transport`` gloo: "):
+        open_channel(ChannelConfig("gloo", CPU), PairStore(PairKeys(), 0.2), 0, "lo", 0.2)
 
-    There is always a pair that both sides have next, until all have met.
-    """
-    rng = np.random.default_rng(seed)
-    lists: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
-    kept = channels._connect
-    try:
-        channels._connect = lambda how, rendezvous, driver, worker, lane, rank: None  # type: ignore
-        for server in range(servers):
-            others = rng.permutation([n for n in range(servers) if n != server]).tolist()
-            for rank, side, pairs in (
-                (0, "driver", [(server, n) for n in others]),
-                (1, "worker", [(n, server) for n in others]),
-            ):
-                made = connect_channels(
-                    ChannelConfig("split", CPU), Rendezvous(servers, server), pairs, lanes, rank
-                )
-                lists[side, server] = list(made)
-    finally:
-        channels._connect = kept
-    met = 0
-    while any(lists.values()):
-        ready = {
-            todo[0] for (side, _), todo in lists.items()
-            if todo and side == "driver" and lists["worker", todo[0][1]][:1] == todo[:1]
-        }  # fmt: skip
-        assert ready
-        for driver, worker, lane in ready:
-            assert lists["driver", driver].pop(0) == (driver, worker, lane)
-            assert lists["worker", worker].pop(0) == (driver, worker, lane)
-            met += 1
-    assert met == servers * (servers - 1) * lanes
+
+def test_keys_over_a_connection() -> None:
+    """The driver reads and writes the worker's keys; what is no request ends the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        other = server.accept()[0]
+    claim = Claim("channel")
+    keys = PairKeys()
+
+    def answer() -> None:
+        with other:  # as a listener does
+            keys.answer(other, Session(claim, b"k" * 32, is_client=False))
+
+    with one:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        remote = RemoteKeys(one, Session(claim, b"k" * 32, is_client=True), HANG_S)
+        store = PairStore(remote, HANG_S)
+        assert not store.check(["a"])
+        store.set("a", "text")
+        store.set("b", b"\x00\xff")
+        store.wait(["a", "b"], datetime.timedelta(seconds=1))
+        assert (store.get("a"), store.get("b")) == (b"text", b"\x00\xff")
+        assert keys.find("b") == b"\x00\xff"
+        keys.put("c", b"of the worker")
+        assert PairStore(remote, 1.0).get("c") == b"of the worker"
+        with pytest.raises(RuntimeError, match=r"no d within 0\.01 s"):
+            PairStore(remote, 0.01).get("d")
+        for n in range(MAX_KEYS - 3):
+            store.set(f"key {n}", "")
+        with pytest.raises(RuntimeError, match="the keys of a data channel"):
+            store.set("one too many", "")
+        thread.join(HANG_S)
 
 
 @pytest.mark.parametrize("cards", ["abc", "aba", "aaa"])
 def test_a_card_is_of_one_server(cards: str) -> None:
     """Servers that share a card are told so, each of the other; those that do not are not."""
-    store, names = dist.HashStore(), ("x", "y", "z")
-
-    def check(rank: int) -> Callable[[], str]:
-        def run() -> str:
-            try:
-                require_own_card(store, Rendezvous(3, rank), f"card {cards[rank]}", names)
-            except InputError as error:
-                return str(error)
-            return ""
-
-        return run
-
-    said = run_in_parallel([check(rank) for rank in range(3)])
-    for rank, other in itertools.permutations(range(3), 2):
-        if cards[rank] == cards[other]:
-            assert f"server {names[rank]!r} has the GPU of server" in said[rank]
-            assert "use transport gloo" in said[rank]
-    assert [bool(text) for text in said] == [cards.count(card) > 1 for card in cards]
+    names = ("x", "y", "z")
+    for rank, card in enumerate(cards):
+        if cards.count(card) == 1:
+            require_own_card(rank, list(cards), names)
+            continue
+        with pytest.raises(InputError, match=f"server '{names[rank]}' has the GPU of server"):
+            require_own_card(rank, list(cards), names)
 
 
 def test_what_a_transport_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL a card and a torch that has it, split the CPU; each in one line, with what to do."""
+    """NCCL a card and a torch that has it, gloo the CPU; each in one line, with what to do."""
     card = torch.device("cuda", 0)
-    with pytest.raises(InputError, match=r"between CUDA GPUs.*\(device is cpu\).*gloo"):
+    with pytest.raises(InputError, match=r"between CUDA GPUs.*\(device is cpu\).*tcp"):
         require_device(ChannelConfig("nccl", CPU))
     with pytest.raises(InputError, match=r"between CPUs \(device is cuda\); use device cpu"):
-        require_device(ChannelConfig("split", card))
+        require_device(ChannelConfig("gloo", card))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with pytest.raises(InputError, match=r"without NCCL; install a CUDA build of torch"):
         require_device(ChannelConfig("nccl", card))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     require_device(ChannelConfig("nccl", card))
-    require_device(ChannelConfig("split", CPU))
+    require_device(ChannelConfig("gloo", CPU))
 
 
 def test_what_nccl_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

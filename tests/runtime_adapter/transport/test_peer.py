@@ -111,7 +111,7 @@ def test_a_short_outage_is_none() -> None:
 
 
 def test_a_port_that_refuses() -> None:
-    """A worker that has ended is suspect after a second, however long the limit; until it is back."""
+    """A worker that has ended is suspect after a second, whatever the limit, until it is back."""
     there = Answering()
     with Watched(there.address, HANG_S) as here:
         until(lambda: there.pings)
@@ -150,9 +150,11 @@ def test_addresses() -> None:
 def test_a_peer_that_is_closed_leaves_no_threads() -> None:
     """Also while connections to it are being tried."""
     before = threading.active_count()
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        with Watched(mute.getsockname()[:2], 1.0) as here:
-            until(lambda: here.said)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as mute,
+        Watched(mute.getsockname()[:2], 1.0) as here,
+    ):
+        until(lambda: here.said)
     until(lambda: threading.active_count() <= before)
 
 

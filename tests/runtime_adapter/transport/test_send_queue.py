@@ -2,89 +2,112 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import socket
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+from runtime_adapter.transport.dialing import UNSENT_BYTES, set_options
+from runtime_adapter.transport.send_queue import LONG_BYTES, SendQueue
+from runtime_adapter.transport.socket_io import receive_exactly, wait_in_slices
+from tests.limits import HANG_S
 
-from runtime_adapter.torch_private import UNSENT_BYTES, limit_unsent_bytes  # noqa: E402
-from runtime_adapter.transport import send_queue  # noqa: E402
-from runtime_adapter.transport.send_queue import SendQueue  # noqa: E402
-
-SECOND = datetime.timedelta(seconds=1)
-
-
-class FakeGroup:
-    """Stands for a pair's group: sends are noted, and end when a test says so."""
-
-    def __init__(self, *, broken: bool = False) -> None:
-        self.broken = broken
-        self.begun = threading.Event()
-        self.may_end = threading.Event()
-
-    def wait(self, timeout: datetime.timedelta) -> None:
-        """Wait for the end of the send; raises as gloo does."""
-        self.begun.set()
-        ended = self.may_end.wait(timeout.total_seconds())
-        if self.broken or not ended:
-            raise RuntimeError("Timed out")
+#: More than the kernel keeps for a side that does not read.
+SIZE = 16 << 20
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was handed to the transport, in order."""
-    found: list[Any] = []
-
-    def send(group: FakeGroup, message: Any, to: int, lane: int) -> FakeGroup:
-        found.append((group, message, to, lane))
-        return group
-
-    monkeypatch.setattr(send_queue, "send", send)
-    return found
-
-
-def test_one_after_the_other(sent: list[Any]) -> None:
-    """The second message is not begun before the first has left; then it is, as it was handed."""
-    groups = [FakeGroup(), FakeGroup()]
-    queue = SendQueue(10 * SECOND)
-    done = [queue.put(group, f"message {n}", n, 7 + n) for n, group in enumerate(groups)]
-    assert groups[0].begun.wait(5)
-    assert not groups[1].begun.wait(0.05)
-    assert [one.is_set() for one in done] == [False, False]
-    groups[0].may_end.set()
-    assert done[0].wait(5)
-    assert groups[1].begun.wait(5)
-    groups[1].may_end.set()
-    assert done[1].wait(5)
-    assert sent == [(groups[0], "message 0", 0, 7), (groups[1], "message 1", 1, 8)]
+def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
+    """Three connections, of a sending and a receiving end each."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        made = []
+        for _ in range(3):
+            one = stack.enter_context(socket.create_connection(server.getsockname()))
+            other = stack.enter_context(server.accept()[0])
+            other.settimeout(HANG_S)
+            set_options(one)
+            wait_in_slices(one)
+            made.append((one, other))
+        yield made
 
 
-@pytest.mark.parametrize("broken", [True, False])
-def test_a_server_that_hangs_holds_others_up_for_the_timeout(sent: list[Any], broken: bool) -> None:
-    """A send that fails, or never ends, counts as left; what waits behind it goes."""
-    bad, good = FakeGroup(broken=broken), FakeGroup()
-    good.may_end.set()
-    if broken:
-        bad.may_end.set()
-    queue = SendQueue(0.2 * SECOND)
-    done = [queue.put(bad, "a", 1, 0), queue.put(good, "b", 1, 0)]
-    assert all(one.wait(5) for one in done)
-    assert [message for _, message, _, _ in sent] == ["a", "b"]
+def message(n: int, size: int = SIZE) -> memoryview:
+    """Of one byte, repeated."""
+    return memoryview(bytes([n]) * size)
 
 
-def test_the_kernel_keeps_little_back() -> None:
-    """Connections of the process get the limit; other sockets and files are done alone."""
-    with (
-        socket.create_server(("127.0.0.1", 0)) as server,
-        socket.create_connection(server.getsockname()) as one,
-        server.accept()[0] as other,
-    ):
-        limit_unsent_bytes()
-        option = socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", 25)
-        assert [end.getsockopt(*option) for end in (one, other)] == [UNSENT_BYTES] * 2
-        one.sendall(b"still open")
-        assert other.recv(100) == b"still open"
+class Wire:
+    """Stands for a socket: takes a part of a message whenever a test lets it."""
+
+    def __init__(self, taken: list[tuple[int, int]]) -> None:
+        self.taken = taken
+        self.may_take = threading.Semaphore(0)
+
+    def send(self, part: memoryview) -> int:
+        """Take half of what is left, and note the message's byte and how much."""
+        self.may_take.acquire()
+        size = (len(part) + 1) // 2
+        self.taken.append((part[0], size))
+        return size
+
+
+def test_one_after_the_other() -> None:
+    """A message is not begun before the one before has left, in however many parts."""
+    taken: list[tuple[int, int]] = []
+    wires: list[Any] = [Wire(taken), Wire(taken)]
+    queue = SendQueue()
+    sending = [queue.put(wire, message(n, 100)) for n, wire in enumerate(wires, start=1)]
+    for _ in range(50):
+        wires[1].may_take.release()
+    assert not sending[1].ended.is_set()
+    for _ in range(50):
+        wires[0].may_take.release()
+    assert all(one.ended.wait(HANG_S) and one.error is None for one in sending)
+    parts = [50, 25, 13, 6, 3, 2, 1]
+    assert taken == [(n, size) for n in (1, 2) for size in parts]
+
+
+def test_a_server_that_hangs_holds_nobody_up(
+    pairs: list[tuple[socket.socket, socket.socket]],
+) -> None:
+    """A message whose other side takes nothing lets others pass, and is finished when it does."""
+    queue = SendQueue()
+    (hung, late), (other, second), (third, last) = pairs
+    stuck = queue.put(hung, message(1))
+    others = [queue.put(other, message(2, LONG_BYTES)), queue.put(third, message(3, LONG_BYTES))]
+    for n, end in ((2, second), (3, last)):
+        assert set(receive_exactly(end, LONG_BYTES)) == {n}
+    assert all(one.ended.wait(HANG_S) for one in others)
+    assert not stuck.ended.is_set()
+    assert set(receive_exactly(late, SIZE)) == {1}
+    assert stuck.ended.wait(HANG_S)
+    assert stuck.error is None
+
+
+def test_messages_that_are_given_up(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
+    """One that waits or is being sent ends at once; one whose connection breaks says so."""
+    queue = SendQueue()
+    (hung, _), (other, gone), (third, last) = pairs
+    sending = [queue.put(hung, message(1)) for _ in range(2)]
+    for one in sending:
+        hung.shutdown(socket.SHUT_RDWR)
+        queue.cancel(one)
+        assert one.ended.is_set()
+    gone.close()
+    broken = queue.put(other, message(2))
+    assert broken.ended.wait(HANG_S)
+    assert isinstance(broken.error, OSError)
+    queue.put(third, message(3, LONG_BYTES))
+    assert set(receive_exactly(last, LONG_BYTES)) == {3}
+
+
+def test_the_kernel_keeps_little_back(
+    pairs: list[tuple[socket.socket, socket.socket]],
+) -> None:
+    """A message that has left the process has nearly left the machine."""
+    option = socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+    assert pairs[0][0].getsockopt(*option) == UNSENT_BYTES
