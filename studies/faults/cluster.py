@@ -38,6 +38,10 @@ class Hang(Exception):
     """Something did not happen in time."""
 
 
+class Crash(Exception):
+    """A process has ended that was neither killed nor told to end."""
+
+
 @dataclass(frozen=True)
 class ClusterConfig:
     """What a cluster runs; as in :class:`studies.faults.trials.Trial`.
@@ -116,6 +120,8 @@ class Cluster:
         #: Codes and texts of the moves that were asked for.
         self.moves: list[tuple[int, str]] = []
         self.num_restarts = 0
+        #: Processes that have ended by themselves.
+        self.crashed: list[str] = []
         self.targets = list(workload.placements(config.model, config.replicas, config.roomy))
         self._seen: dict[int, psutil.Process] = {}
         self._launches = itertools.count()
@@ -203,16 +209,22 @@ class Cluster:
             "stats": f"{name}.stats.json",
             "weights": "peer" if config.peers else "checkpoint",
         }
+        answers = self.folder / f"{name}.jsonl"
         if config.journal:
             options["journal"] = f"{name}.journal"
+        else:
+            answers = self.folder / f"{name}.{next(self._launches)}.jsonl"
+        options["output"] = answers
         words = [*processes.runtime_command(), "serve", "--movable", "--insecure"]
         words += [str(word) for key, value in options.items() for word in (f"--{key}", value)]
         with open(self.folder / f"{name}.err", "ab") as errors:
             process = self.places.popen(
-                name, [*words, *self.places.options], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=errors, cwd=self.folder,
+                name, [*words, *self.places.options], stdin=subprocess.PIPE, stdout=errors,
+                stderr=errors, cwd=self.folder,
             )  # fmt: skip
-        server = ServerProcess(name, process, self._take_answer, self._take_end)
+        before = self.servers.get(name)
+        offset = before.offset if before is not None and config.journal else 0
+        server = ServerProcess(name, process, answers, offset, self._take_answer, self._take_end)
         with self.changed:
             self.servers[name] = server
         server.start()
@@ -229,6 +241,9 @@ class Cluster:
                 if self.store is not None and self.store.poll() is not None:
                     ended.append("store")
             for name in ended:
+                self._note_crash(name)
+                if self.crashed:
+                    continue
                 now = time.monotonic()
                 if now < due.setdefault(name, now + self.config.restart_after_s):
                     continue
@@ -240,6 +255,17 @@ class Cluster:
                     self._start_store()
                 else:
                     self._start_server(name)
+
+    def _note_crash(self, name: str) -> None:
+        code = (
+            self.store.returncode if name == "store" and self.store is not None
+            else self.servers[name].process.returncode
+        )  # fmt: skip
+        if code != -signal.SIGKILL:
+            text = f"{name} ended by itself with {code}"
+            with self.changed:
+                if text not in self.crashed:
+                    self.crashed.append(text)
 
     # ------------------------------------------------------------------ requests
 
@@ -325,11 +351,15 @@ class Cluster:
         ------
         Hang
             It did not.
+        Crash
+            A process has ended by itself instead.
         """
         deadline = time.monotonic() + limit_s
         while True:
             if condition():
                 return
+            if self.crashed:
+                raise Crash("; ".join(self.crashed))
             if time.monotonic() > deadline:
                 raise Hang(what)
             with self.changed:

@@ -20,9 +20,8 @@ from runtime_adapter.control.move_command import request_move
 from runtime_adapter.control.store.client import StoreAddress, StoreClient
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Seconds in which a command that only asks has to answer.
-COMMAND_TIMEOUT_S = 30.0
-MOVE_TIMEOUT_S = 300.0
+#: How often files of answers are looked at.
+ANSWERS_INTERVAL_S = 0.02
 
 
 def runtime_command() -> list[str]:
@@ -93,32 +92,28 @@ class Loopback:
             return error.exit_code, str(error)
 
 
-def parse_status(text: str) -> dict[str, Any] | None:
-    """The output of ``prism-runtime status --json``; None if there is none."""
-    try:
-        values: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return values
-
-
 class ServerProcess:
     """One launch of ``serve``: takes requests and gives answers, until it has ended.
 
-    ``on_answer`` and ``on_end`` are called in a thread of its own: for each answer, and when there
-    are no more and the process has ended.
+    Answers are read from the file that it writes, from ``offset`` on. ``on_answer`` and ``on_end``
+    are called in a thread of its own: for each answer, and when there are no more and the process
+    has ended.
     """
 
     def __init__(
         self,
         name: str,
         process: subprocess.Popen[bytes],
+        answers: Path,
+        offset: int,
         on_answer: Callable[[ServerProcess, dict[str, Any]], None],
         on_end: Callable[[ServerProcess], None],
     ) -> None:
         self.name = name
         self.process = process
+        self.offset = offset
         self.ended = False
+        self._answers = answers
         self._on_answer = on_answer
         self._on_end = on_end
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -146,13 +141,25 @@ class ServerProcess:
             self.process.stdin.close()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as lines:
-            for line in lines:
-                with contextlib.suppress(json.JSONDecodeError):  # of one that was killed meanwhile
-                    self._on_answer(self, json.loads(line))
-        self.process.wait()
+        has_ended = False
+        while not has_ended:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(ANSWERS_INTERVAL_S)
+                has_ended = True
+            for line in self._new_lines():
+                self._on_answer(self, json.loads(line))
         self._on_end(self)
+
+    def _new_lines(self) -> list[bytes]:
+        """Complete lines of the file that were not read yet."""
+        if not self._answers.exists():
+            return []
+        with open(self._answers, "rb") as stream:
+            stream.seek(self.offset)
+            lines = stream.read().splitlines(keepends=True)
+        complete = [line for line in lines if line.endswith(b"\n")]
+        self.offset += sum(map(len, complete))
+        return complete
 
 
 # ------------------------------------------------------------------------------- finding processes

@@ -12,7 +12,15 @@ from typing import Any
 
 from prism_plan.errors import PrismError
 from prism_plan.io.placement import placement_to_json
-from studies.faults.cluster import NOBODY_HAS, Answered, Cluster, ClusterConfig, Hang, last_lines
+from studies.faults.cluster import (
+    NOBODY_HAS,
+    Answered,
+    Cluster,
+    ClusterConfig,
+    Crash,
+    Hang,
+    last_lines,
+)
 from studies.faults.processes import Loopback
 from studies.faults.trials import OF_SERVERS, SERVERS, Trial
 
@@ -66,7 +74,7 @@ def run_and_judge(cluster: Cluster, course: Course, *, may_lack: bool) -> dict[s
             problems.append(f"hang: {error}")
             record["hang"] = str(error)
             cluster.abort()
-        except (OSError, PrismError, KeyError) as error:
+        except (Crash, OSError, PrismError, KeyError) as error:
             problems.append(f"{type(error).__name__}: {error}")
     problems += judge(cluster, may_lack)
     record |= {

@@ -15,8 +15,10 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from prism_plan.cluster import Cluster
+from prism_plan.errors import PrismError
 from prism_plan.io.cluster import read_cluster
 from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_reader import read_trace
@@ -24,6 +26,9 @@ from prism_plan.io.trace_writer import write_trace
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.trace import Trace
+from runtime_adapter.cli.options import address
+from runtime_adapter.control.store.client import StoreAddress, StoreClient
+from studies.faults.processes import own_store, store_children
 from tests.limits import HANG_S
 from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 
@@ -189,6 +194,20 @@ class Replays:
         path = self.folder / f"{name}.jsonl"
         self.until(lambda: path.exists() and len(self.results(name)) >= requests, f"{name} serves")
 
+    def status(self) -> dict[str, Any]:
+        """What the store knows of the run; empty where it does not answer."""
+        return status_of(self.store)
+
+    def migrates(self) -> bool:
+        """Whether experts are being moved."""
+        return bool(self.status().get("open_plans"))
+
+    def store_processes(self) -> dict[str, list[psutil.Process]]:
+        """The service and the scheduler of the store that the first server has started."""
+        supervisor = own_store(self.processes[self.names[0]].pid)
+        assert supervisor is not None
+        return store_children(supervisor)
+
     def wait(self) -> dict[str, int]:
         """Exit codes of all servers."""
         return {name: process.wait(timeout=PATIENCE_S) for name, process in self.processes.items()}
@@ -211,6 +230,17 @@ class Replays:
         )
         self._asking.append(asking)
         return asking
+
+
+def status_of(store: str) -> dict[str, Any]:
+    """What a store at HOST:PORT knows of its run; empty where it does not answer."""
+    client = StoreClient(StoreAddress(*address(store)), "status")
+    try:
+        return client.status(5.0)
+    except PrismError:
+        return {}
+    finally:
+        client.close()
 
 
 def environment() -> dict[str, str]:

@@ -10,14 +10,12 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from prism_plan.io.placement import placement_to_json, read_placement
+from prism_plan.io.placement import read_placement
 from prism_plan.solvers import solve
-from runtime_adapter.control.move_command import request_move
-from runtime_adapter.transport.rendezvous import Rendezvous
 from tests.runtime_adapter.checkpoints import TRACES
 from tests.runtime_adapter.cli.test_serve import alone, lines
 from tests.runtime_adapter.moe.test_placed_experts import SLOTS, TASKS, instance
-from tests.runtime_adapter.replays import PATIENCE_S, experts_of
+from tests.runtime_adapter.replays import experts_of
 from tests.runtime_adapter.servers import Servers
 
 MODEL = "tiny-deepseek-v2"
@@ -45,10 +43,7 @@ def test_weights_come_from_peers(tmp_path: Path) -> None:
         run.until(lambda: all(run.answers(name) for name in start.servers))
         for path in copy.glob("*.safetensors"):
             path.unlink()
-        code, text = request_move(
-            Rendezvous(1, -1, port=run.port, rendezvous_timeout_s=PATIENCE_S),
-            placement_to_json(target),
-        )
+        code, text = run.move(target)
         assert code == 0, text
         for name in start.servers:
             run.ask(name, asked_for[1])
@@ -65,7 +60,7 @@ def test_weights_come_from_peers(tmp_path: Path) -> None:
 def test_reviews_of_a_checkpoint_that_serves(tmp_path: Path) -> None:
     """`serve --migrate partial --cluster`: a review moves experts, and the tokens stay right.
 
-    Here with states beside the messages, as NCCL has them.
+    Here with states on channels beside the messages, as NCCL has them.
     """
     start = solve(instance("deepseek-v2", 2), "uniform")
     text = ['name = "two"']
@@ -77,7 +72,7 @@ def test_reviews_of_a_checkpoint_that_serves(tmp_path: Path) -> None:
     run = Servers(
         tmp_path, start, MODEL, "--dtype", "float32", "--max-new-tokens", "10",
         "--cluster", "cluster.toml", "--migrate", "partial", "--migrate-every", "1.5",
-        "--horizon", "600", "--placements-dir", "out", "--transport", "split",
+        "--horizon", "600", "--placements-dir", "out", "--transport", "gloo",
     )  # fmt: skip
     asked_for = {
         name: [

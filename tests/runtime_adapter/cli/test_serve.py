@@ -18,24 +18,23 @@ pytest.importorskip("transformers")
 import runtime_adapter  # noqa: E402
 from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.io.cluster import parse_cluster  # noqa: E402
-from prism_plan.io.placement import placement_to_json  # noqa: E402
 from prism_plan.io.serve_requests import read_requests  # noqa: E402
 from prism_plan.solvers import SOLVER_NAMES, Options, solve  # noqa: E402
 from runtime_adapter.cli.serve import missing_kv_text  # noqa: E402
-from runtime_adapter.control.move_command import request_move  # noqa: E402
 from runtime_adapter.moe.compute import ExpertCompute  # noqa: E402
 from runtime_adapter.moe.placed_model import load_placed_model  # noqa: E402
 from runtime_adapter.moe.router import uniform_network  # noqa: E402
 from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher  # noqa: E402
 from runtime_adapter.server import LocalServer  # noqa: E402
-from runtime_adapter.server_config import ServerConfig  # noqa: E402
+from runtime_adapter.server_config import MigrationConfig, ServerConfig  # noqa: E402
 from runtime_adapter.transport.call_threads import run_in_parallel  # noqa: E402
 from runtime_adapter.transport.nccl_channel import ChannelConfig  # noqa: E402
 from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
+from runtime_adapter.weights.checkpoint_loader import CheckpointLoader  # noqa: E402
 from runtime_adapter.weights.server_experts import load_server_experts  # noqa: E402
 from tests.runtime_adapter.checkpoints import CPU, TRACES, committed, reference  # noqa: E402
 from tests.runtime_adapter.moe.test_placed_experts import instance, prompts  # noqa: E402
-from tests.runtime_adapter.replays import PATIENCE_S, experts_of, free_port  # noqa: E402
+from tests.runtime_adapter.replays import experts_of, free_port  # noqa: E402
 from tests.runtime_adapter.servers import Servers  # noqa: E402
 
 NEW_TOKENS = 10
@@ -80,12 +79,12 @@ def alone(model: str, prompt: str, new_tokens: int = NEW_TOKENS) -> list[int]:
 @pytest.mark.parametrize(
     ("model", "servers", "options"),
     [
-        ("mixtral", 2, ["--route", "spread", "--transport", "split"]),
+        ("mixtral", 2, ["--route", "spread", "--transport", "gloo"]),
         ("mixtral", 3, []),
         ("mixtral", 4, ["--rtt-ms", "1"]),
         ("deepseek-v2", 2, ["--weights", "peer"]),
         ("deepseek-v2", 3, ["--route", "spread"]),
-        ("deepseek-v2", 4, ["--transport", "split"]),
+        ("deepseek-v2", 4, ["--transport", "gloo"]),
     ],
 )
 def test_tokens_are_those_of_one_process(
@@ -120,7 +119,6 @@ def test_tokens_are_those_of_one_process(
     own = ["--concurrency", "2", "--dtype", "float32", "--max-new-tokens", str(NEW_TOKENS)]
     own += ["--movable", "--placements-dir", "out"]
     with Servers(tmp_path, placements[0], f"tiny-{model}", *own, *options) as run:
-        rendezvous = Rendezvous(1, -1, port=run.port, rendezvous_timeout_s=PATIENCE_S)
         for name in names:
             torchrun = (*TORCHRUN, str(free_port())) if servers == 2 else ()
             run.start(name, None if name in asked else [], launcher=torchrun)
@@ -130,7 +128,7 @@ def test_tokens_are_those_of_one_process(
             run.until(lambda: all(len(run.answers(name)) > 2 for name in asked))
             before = {name: len(run.answers(name)) for name in asked}
             for placement in placements[1:]:
-                code, text = request_move(rendezvous, placement_to_json(placement))
+                code, text = run.move(placement)
                 assert code == 0, text
             run.until(lambda: all(len(run.answers(name)) > before[name] for name in asked))
         finally:
@@ -175,7 +173,7 @@ def test_tokens_are_those_of_one_process(
         assert run.stats(names[-1])["requests"] == 0
 
 
-@pytest.mark.parametrize("channels", [None, ChannelConfig("split", CPU)], ids=["gloo", "split"])
+@pytest.mark.parametrize("channels", [None, ChannelConfig("gloo", CPU)], ids=["tcp", "gloo"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_over_the_links(dtype: Any, channels: ChannelConfig | None) -> None:
     """Two servers with their workers: logits of each are the whole model's, within tolerance.
@@ -198,6 +196,7 @@ def test_logits_over_the_links(dtype: Any, channels: ChannelConfig | None) -> No
             model=placement.model,
             network=uniform_network(2, spec.hidden_size * dtype.itemsize),
             compute=ExpertCompute(store),
+            migration=MigrationConfig(CheckpointLoader(checkpoint.folder, store)),
             facts={},
             dtype=dtype,
             width=spec.hidden_size,
