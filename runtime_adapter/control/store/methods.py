@@ -268,8 +268,9 @@ class StoreMethods:
         if member.incarnation == 0 and after > 0:
             self._begin(run, 0.0)  # it was up before this store was
         if member.state == "up":
-            reason = "it joins anew"
-            self._append(run, log_entries.ServerDown(server, member.incarnation, reason))
+            self._append(
+                run, log_entries.ServerDown(server, member.incarnation, log_entries.JOINS_ANEW)
+            )
         run.members.hear_worker(server)
         run.heard_s = self._now()
         self._append(run, entry)

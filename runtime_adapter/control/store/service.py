@@ -162,21 +162,24 @@ class StoreService:
     async def _serve_connection(self, number: int, connection: socket.socket, host: str) -> None:
         """Authenticate a connection and answer its requests."""
         writer = None
+        accepted = False
         try:
             _set_options(connection)
             reader, writer = await asyncio.open_connection(sock=connection)
             session = await accept_session_async(reader, writer, self._secret, HANDSHAKE_TIMEOUT_S)
             if session.claim.purpose != "control":
                 raise RuntimeFailure(f"it asks the store for {session.claim.purpose!r:.40}")
-            del self._handshakes[number]
+            accepted = True
+            self._handshakes.pop(number, None)
             await self._serve_client(session, reader, writer)
         except asyncio.CancelledError:
-            if number not in self._handshakes:
+            # as _accept has it, not at the end of the service, nor for one that was authenticated
+            if not accepted and number not in self._handshakes:
                 # at first there are those that came, and went, while there was no service
                 told = time.monotonic() - self._began_s > HANDSHAKE_TIMEOUT_S
                 self._refusals.note(host, "too many connections that say nothing", told=told)
         except (PrismError, OSError, EOFError) as error:  # and TimeoutError
-            if number in self._handshakes:
+            if not accepted:
                 # a client that went away, or looked whether somebody is here, is nothing to tell
                 told = not isinstance(error, (ConnectionError, EOFError))
                 self._refusals.note(host, str(error) or type(error).__name__, told=told)
@@ -257,7 +260,8 @@ class StoreService:
         deadline = time.monotonic() + wait_seconds(head, MAX_WAIT_S)
         while (left_s := deadline - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._appended.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await self._appended.wait()
             result, _ = self._store.call("read", head, client, b"")
             if result is not None:
                 return result

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runtime_adapter.transport.secrets import read_secret
 
 from runtime_adapter.control.store.client import StoreAddress, StoreClient
+from runtime_adapter.transport.secrets import read_secret
 from tests.limits import HANG_S
 from tests.runtime_adapter.control.store.stores import listening, run_of, serving
 
