@@ -74,7 +74,8 @@ class PeerTable:
 
     def _unsuspect(self, n: int) -> None:
         self._expert_map.unsuspect(n)
-        self._report(f"server {self._servers[n]!r} answers again")
+        if self.peers[n].usable:  # not where it is down, or has left
+            self._report(f"server {self._servers[n]!r} answers again")
 
     # --------------------------------------------------------------------------- what the log says
 
