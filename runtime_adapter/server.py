@@ -47,6 +47,8 @@ from runtime_adapter.worker_process import WorkerConfig, run_worker
 POLL_INTERVAL_S = 0.1
 #: Between two heartbeats of the driver, at most.
 HEARTBEAT_INTERVAL_S = 0.5
+#: A worker may take so long to start, whatever the time to join: a busy machine loads PyTorch slowly.
+WORKER_START_S = 60.0
 #: A process that dies more often is not started again.
 MAX_DEATHS, DEATHS_WITHIN_S = 5, 60.0
 #: A scheduler that is silent for so long beyond the timeout is not waited for at the end: it is
@@ -209,24 +211,23 @@ class LocalServer:
             silent_s = min([seconds for seconds in silent if seconds is not None], default=1e9)
             waited_s = time.monotonic() - began_s
             if silent_s < waited_s - 2 * POLL_INTERVAL_S:  # one came since we look
-                raise NameTaken(
-                    f"server {self.name!r} is there already", parameter="server",
-                    remedy="start each server once",
-                )  # fmt: skip
+                raise self._name_taken("is there already")
             if silent_s > HEARTBEAT_MARGIN_S and self._is_refused(member["address"]):
                 return  # that process is gone, and its machine says so
             if silent_s > rendezvous.timeout_s + HEARTBEAT_MARGIN_S:
                 return
             if waited_s > rendezvous.rendezvous_timeout_s:
-                raise NameTaken(
-                    f"server {self.name!r} is still in the run after "
-                    f"{rendezvous.rendezvous_timeout_s:g} s", parameter="server",
-                    remedy="start each server once",
-                )  # fmt: skip
+                limit_s = rendezvous.rendezvous_timeout_s
+                raise self._name_taken(f"is still in the run after {limit_s:g} s")
             if not waiting and waited_s > 2 * HEARTBEAT_INTERVAL_S:
                 waiting = True
                 self.report("an earlier process of this server is silent: waiting for its end")
             time.sleep(POLL_INTERVAL_S)
+
+    def _name_taken(self, how: str) -> NameTaken:
+        return NameTaken(
+            f"server {self.name!r} {how}", parameter="server", remedy="start each server once"
+        )
 
     def _is_refused(self, address: Any) -> bool:
         if address is None:
@@ -273,7 +274,7 @@ class LocalServer:
         )
         self._worker.start()
         ready_of_worker.close()
-        timeout_s = config.rendezvous.rendezvous_timeout_s
+        timeout_s = max(config.rendezvous.rendezvous_timeout_s, WORKER_START_S)
         try:
             if not ready.poll(timeout_s):
                 raise RuntimeFailure(f"its expert worker did not start within {timeout_s:g} s")
@@ -338,13 +339,18 @@ class LocalServer:
         ------
         RuntimeFailure
             Not all servers are there in time, or one of them does not join.
+        NameTaken
+            Another process of this name has joined first.
         """
         limit_s = self.config.rendezvous.rendezvous_timeout_s
         deadline = time.monotonic() + limit_s
         while True:
-            seconds = self._client.begin_when_all(self.rank)
-            if seconds is not None:
-                return time.monotonic() + seconds
+            if self._status.name_taken[0]:  # by one that was started at the same time
+                raise self._name_taken("is there already")
+            if self._status.joined[0]:
+                seconds = self._client.begin_when_all(self.rank)
+                if seconds is not None:
+                    return time.monotonic() + seconds
             members = self._client.members()
             missing = [member["name"] for member in members if member["state"] != "up"]
             for member in members:

@@ -102,4 +102,5 @@ def _start(config: WorkerConfig) -> None:
             "another process has joined as this server: nobody calls this one any more"
         ),
         config.incarnation,
+        config.status.note_join,
     ).start()

@@ -33,7 +33,7 @@ from runtime_adapter.control.event_log import (
 from runtime_adapter.control.membership import Members, MemberStates, NoMembers, pairs_of
 from runtime_adapter.control.slot_release import SlotReleaser
 from runtime_adapter.control.worker_heartbeat import send_heartbeats
-from runtime_adapter.transport.rendezvous import RuntimeFailure
+from runtime_adapter.transport.rendezvous import NameTaken, RuntimeFailure
 from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.loader_interface import Loader
 
@@ -110,7 +110,8 @@ class MigrationExecutor:
     ``timeout_s`` as in :class:`SlotReleaser`. ``members`` is told who comes and goes, ``report``
     gets lines for this server's log, and ``on_replaced`` is called if another process has joined
     as this server. ``incarnation`` is this server's last one, 0 before it has joined, ``after``
-    that of a worker in whose place this one was started.
+    that of a worker in whose place this one was started. ``on_join`` is called with whether this
+    server has joined, when it has or another process that is alive has its name.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class MigrationExecutor:
         expert_map: ExpertMap, joining: Callable[[], tuple[str, int]], timeout_s: float,
         members: Members | None = None, report: Callable[[str], None] = lambda text: None,
         on_replaced: Callable[[], None] = lambda: None, after: int = 0,
+        on_join: Callable[[bool], None] = lambda joined: None,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.placement = placement
@@ -129,6 +131,7 @@ class MigrationExecutor:
         self.timeout_s = timeout_s
         self.report = report
         self.on_replaced = on_replaced
+        self.on_join = on_join
         self.incarnation = 0
         self._after = after
         log.expect(
@@ -237,12 +240,15 @@ class MigrationExecutor:
             if self._ended.is_set():
                 raise
         except (InputError, RuntimeFailure) as error:
-            if str(error) != self._refused_as:
+            if isinstance(error, NameTaken):
+                self.on_join(False)
+            elif str(error) != self._refused_as:
                 self._refused_as = str(error)
                 self.report(f"the store does not let this server join: {error}")
         else:
             self._refused_as = ""
             self._has_joined = True
+            self.on_join(True)
 
     def _joined_as(self) -> int:
         return self.incarnation if self._has_joined else 0

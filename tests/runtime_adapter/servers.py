@@ -15,10 +15,16 @@ from typing import Any, Self
 
 import psutil
 
-from prism_plan.io.placement import write_placement
+from prism_plan.io.placement import placement_to_json, write_placement
 from prism_plan.placement import Placement
+from runtime_adapter.control.move_command import request_move
+from runtime_adapter.control.store.client import StoreAddress
+from runtime_adapter.transport.secrets import NO_SECRET, read_secret
 from tests.runtime_adapter.checkpoints import TRACES
-from tests.runtime_adapter.replays import PATIENCE_S, environment, free_port
+from tests.runtime_adapter.replays import PATIENCE_S, environment, free_port, status_of
+
+#: Parts of lines that every run of the tests says.
+USUAL = ("kv_tokens", "NO SECRET", "the store listens")
 
 
 class Servers:
@@ -26,19 +32,35 @@ class Servers:
 
     ``requests`` are the lines of each server's file, ``launcher`` words before ``-m``. Without
     requests a server takes what :meth:`ask` sends until :meth:`finish`, so that a test decides by
-    what has happened, and not by a clock, when a request comes.
+    what has happened, and not by a clock, when a request comes. The run's secret is in the file
+    ``secret``, if it has one.
     """
 
-    def __init__(self, folder: Path, placement: Placement, checkpoint: str, *options: str) -> None:
+    def __init__(
+        self, folder: Path, placement: Placement, checkpoint: str, *options: str, secret: str = ""
+    ) -> None:
         self.folder = folder
         self.port = free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        key = read_secret(secret) if secret else NO_SECRET
+        self._store = StoreAddress("127.0.0.1", self.port, key)
         self._placement = folder / "placement.json"
         write_placement(self._placement, placement)
         self._options = [
             *("--placement", str(self._placement), "--checkpoint", str(TRACES / checkpoint)),
             *("--store", f"127.0.0.1:{self.port}", "--join", str(PATIENCE_S), *options),
         ]
+
+    def start_store(self, *options: str) -> None:
+        """Start the store as a process of its own; servers would start it themselves otherwise."""
+        words = ["store", "--listen", f"127.0.0.1:{self.port}", *options]
+        with open(self.folder / "store.err", "wb") as errors:
+            self.processes["store"] = subprocess.Popen(
+                [sys.executable, "-m", "runtime_adapter", *words], cwd=self.folder,
+                env=environment(), stdin=subprocess.DEVNULL, stderr=errors, stdout=errors,
+                start_new_session=True,
+            )  # fmt: skip
+        self.until(lambda: any("the store listens" in line for line in self.said("store")))
 
     def start(
         self, name: str, requests: Sequence[Mapping[str, Any]] | None = (), *options: str,
@@ -87,8 +109,11 @@ class Servers:
                     process.stdin.close()
 
     def errors(self, name: str) -> list[str]:
-        """The lines that a server has said so far, but for the first one's warning of KV caches."""
-        return [line for line in self.said(name) if "kv_tokens" not in line]
+        """The lines that a server has said so far, but for those of every run.
+
+        These are warnings of KV caches and of the missing secret, and where the store listens.
+        """
+        return [line for line in self.said(name) if not any(part in line for part in USUAL)]
 
     def said(self, name: str) -> list[str]:
         """All lines that a server has said so far."""
@@ -104,6 +129,20 @@ class Servers:
         """What a server that has ended has counted."""
         values: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
         return values
+
+    def status(self) -> dict[str, Any]:
+        """What the store knows of the run; empty where it does not answer."""
+        return status_of(self._store)
+
+    def move(self, placement: Placement) -> tuple[int, str]:
+        """Ask the run for another placement, as the command does; returns code and text."""
+        return request_move(self._store, placement_to_json(placement), PATIENCE_S)
+
+    def state(self, name: str) -> str:
+        """The state of a server, as the store has it; "" if it does not answer."""
+        members = self.status().get("members", [])
+        found = [member["state"] for member in members if member["name"] == name]
+        return found[0] if found else ""
 
     def until(self, condition: Callable[[], Any]) -> None:
         """Wait for something to happen."""
