@@ -44,8 +44,9 @@ Words = npt.NDArray[np.uint32]
 FIRST_DIAL_S = 0.5
 #: Between two attempts of one call; grows up to the second value.
 RETRY_S, MAX_RETRY_S = 0.05, 1.0
-#: A connection breaks that acknowledges nothing for a peer's timeout, but no sooner than this.
-MIN_LOST_S = 5.0
+MIN_PAUSE_S = 0.02
+#: A connection breaks that acknowledges nothing for so long: of a peer that answers pings.
+LOST_S = 60.0
 #: What ends a connection, but not the call.
 _BROKEN = (OSError, HandshakeFailed, FrameError, DataChannelBroken)
 
@@ -230,7 +231,7 @@ class Connection:
         connection, _ = self.peer.dial(
             "calls", self._lane, max_tokens=self.buffer.tokens, timeout_s=timeout_s
         )
-        keep_alive(connection, max(self.peer.timeout_s, MIN_LOST_S))
+        keep_alive(connection, LOST_S)
         wait_in_slices(connection)
         self._socket, self._generation = connection, generation
         self.open_channel()
@@ -291,13 +292,23 @@ class Connection:
     def _retry(self) -> None:
         """Send the call again, over a new connection."""
         if self._attempts:
-            time.sleep(min(RETRY_S * 2 ** min(self._attempts - 1, 10), MAX_RETRY_S))
+            self._pause(min(RETRY_S * 2 ** min(self._attempts - 1, 10), MAX_RETRY_S))
             if not self.peer.usable:
                 self._lose()
         timeout_s = min(2.0**self._attempts, max(2.0, self.peer.timeout_s))
         self._attempts += 1
         self._connect(timeout_s)
         self._begin()
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, but no longer than until the peer is back after an outage, or suspect."""
+        generation, deadline = self.peer.generation, time.monotonic() + seconds
+        while (
+            self.peer.usable
+            and self.peer.generation == generation
+            and (left_s := deadline - time.monotonic()) > 0
+        ):
+            time.sleep(min(left_s, MIN_PAUSE_S))
 
     def _look(self) -> None:
         """Decide whether a call that has no answer yet is waited for."""

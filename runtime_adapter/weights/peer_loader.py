@@ -109,6 +109,11 @@ class PeerLoader:
     def held(self) -> list[tuple[int, int, int]]:
         return self.store.held()
 
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        while self._sockets:
+            self._sockets.popitem()[1].close()
+
 
 def _ask(connection: socket.socket, pair: int, weights: memoryview) -> bool:
     """Fill ``weights`` with an expert's; False if the other server does not have it."""
