@@ -47,7 +47,7 @@ from runtime_adapter.worker_process import WorkerConfig, run_worker
 POLL_INTERVAL_S = 0.1
 #: Between two heartbeats of the driver, at most.
 HEARTBEAT_INTERVAL_S = 0.5
-#: A worker may take so long to start, whatever the time to join: a busy machine loads PyTorch slowly.
+#: A worker may take so long to start, whatever the time to join: PyTorch loads slowly at times.
 WORKER_START_S = 60.0
 #: A process that dies more often is not started again.
 MAX_DEATHS, DEATHS_WITHIN_S = 5, 60.0

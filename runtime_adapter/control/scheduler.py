@@ -30,6 +30,7 @@ from runtime_adapter.control.run_state import RunState
 from runtime_adapter.control.scheduler_config import SchedulerConfig
 from runtime_adapter.control.server_monitor import ServerMonitor
 from runtime_adapter.control.store.client import StoreAddress, StoreClient
+from runtime_adapter.log_output import log_error
 from runtime_adapter.transport.rendezvous import RuntimeFailure
 
 #: How long the scheduler waits for the next entry before it runs its periodic tasks.
@@ -58,7 +59,7 @@ def run_scheduler(address: StoreAddress, placements_dir: str | None = None) -> N
             try:
                 config = SchedulerConfig.from_json(run[1], placements_dir)
             except InputError as error:
-                print(f"prism-runtime: the scheduler cannot serve the run: {error}", flush=True)
+                log_error(f"the scheduler cannot serve the run: {error}")
             else:
                 _serve(address, config, run[1])
             done = run

@@ -387,7 +387,7 @@ def test_too_few_slots_and_too_little_memory(tmp_path: Path) -> None:
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:
-    """The message names the port, where something listens that is no store, and where nobody does."""
+    """The message names the port, where what listens is no store, and where nobody listens."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
