@@ -196,7 +196,7 @@ class Replays:
 
     def status(self) -> dict[str, Any]:
         """What the store knows of the run; empty where it does not answer."""
-        return status_of(self.store)
+        return status_of(StoreAddress(*address(self.store)))
 
     def migrates(self) -> bool:
         """Whether experts are being moved."""
@@ -232,9 +232,9 @@ class Replays:
         return asking
 
 
-def status_of(store: str) -> dict[str, Any]:
-    """What a store at HOST:PORT knows of its run; empty where it does not answer."""
-    client = StoreClient(StoreAddress(*address(store)), "status")
+def status_of(store: StoreAddress) -> dict[str, Any]:
+    """What a store knows of its run; empty where it does not answer."""
+    client = StoreClient(store, "status")
     try:
         return client.status(5.0)
     except PrismError:
