@@ -34,18 +34,20 @@ class OwnStore:
         self._address = config.store_address
         self._host, self._port = config.rendezvous.host, config.rendezvous.port
         host = f"[{self._host}]" if ":" in self._host else self._host
-        words = [
-            *(sys.executable, "-m", "runtime_adapter", "store", "--listen", f"{host}:{self._port}"),
-            *("--with-parent", str(os.getpid())),
-            *("--log-level", config.log_level, "--log-format", config.log_format),
-        ]
-        store = config.store
-        if store.secret_file is not None:
-            words += ["--secret-file", store.secret_file]
-        if store.insecure:
-            words.append("--insecure")
-        if store.placements_dir is not None:
-            words += ["--placements-dir", store.placements_dir]
+        options = {
+            "listen": f"{host}:{self._port}",
+            "with_parent": str(os.getpid()),
+            "log_level": config.log_level,
+            "log_format": config.log_format,
+            "secret_file": config.store.secret_file,
+            "placements_dir": config.store.placements_dir,
+        }
+        words = [sys.executable, "-m", "runtime_adapter", "store"]
+        for name, value in options.items():
+            if value is not None:
+                words += [_option(name), value]
+        if config.store.insecure:
+            words.append(_option("insecure"))
         # it says by its own lines what goes wrong; its standard output is not this command's
         self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
@@ -99,6 +101,11 @@ class OwnStore:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
+
+def _option(parameter: str) -> str:
+    """The command line's name of a parameter."""
+    return "--" + parameter.replace("_", "-")
 
 
 def somebody_listens(address: StoreAddress) -> bool:

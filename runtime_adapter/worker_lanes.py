@@ -147,9 +147,7 @@ class WorkerLanes:
     @staticmethod
     def _refuse(connection: socket.socket, session: Session, error: wire.WireError) -> None:
         """Tell a driver that its calls cannot be answered, and the log why."""
-        logging.getLogger(__name__).error(
-            "%s (from server %r)", error, session.claim.server
-        )
+        logging.getLogger(__name__).error("%s (from server %r)", error, session.claim.server)
         reply = np.zeros(wire.HEADER_BYTES, np.uint8)
         wire.put_header(reply, wire.Header(wire.FAILED))
         with contextlib.suppress(OSError):

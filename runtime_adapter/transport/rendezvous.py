@@ -34,7 +34,9 @@ class RequestTimeout(RuntimeFailure):
     """A step of a request has waited for other servers as long as it may."""
 
     def __init__(self, limit_s: float, waits_for: str) -> None:
-        super().__init__(f"a step has waited for {limit_s:g} s (``request_timeout``): {waits_for}")
+        super().__init__(
+            f"a step has waited for {limit_s:g} s (``request_timeout_s``): {waits_for}"
+        )
 
 
 @dataclass(frozen=True)

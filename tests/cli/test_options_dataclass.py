@@ -273,7 +273,8 @@ def test_options_without_effect_are_refused(
     ("words", "line"),
     [
         (("--max-prompt-tokens", "0"), "--max-prompt-tokens: given with a file of requests"),
-        (("--weights", "peer"), "--weights: has no effect without --migrate or --movable"),
+        (("--journal", "j"), "--journal: "),
+        (("--secret-file", "s", "--insecure"), "--insecure: has no effect with --secret-file"),
         (("--migrate", "prism"), "--migrate: prism needs to know the links; expected --cluster"),
         (("--horizon", "5"), "--horizon: has no effect without --migrate"),
         (

@@ -42,7 +42,7 @@ def test_a_long_prompt_after_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     prompt = long_prompt()
     short = lines()["ascii-word"][0]["prompt"]
     with Servers(tmp_path, replicated(), f"tiny-{MODEL}", *OWN, "--timeout", "4") as run:
-        processes = start(run, short, ("edge-0", "edge-1"))
+        processes = start(run, short)
         run.send("edge-2", signal.SIGKILL)
         for name in ("edge-0", "edge-1"):
             for which in (1, 2):
@@ -60,3 +60,4 @@ def test_a_long_prompt_after_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         said = run.errors(name)
         assert all(line.startswith("prism-runtime: ") for line in said), said
         assert any("'edge-2' is suspect: its port refuses connections" in line for line in said)
+        assert any("'edge-2' is down" in line for line in said), said

@@ -280,7 +280,7 @@ def test_a_step_waits_no_longer_than_it_may() -> None:
         hidden, experts, weights, _ = step(3)
         with pytest.raises(RequestTimeout, match="servers alone that do not answer: s1") as error:
             home.lane.run(0, hidden, experts, weights)
-        names = {"request_timeout": "--request-timeout"}
+        names = {"request_timeout_s": "--request-timeout"}
         assert "a step has waited for 0.5 s (--request-timeout)" in error.value.line(names)
         assert home.lane.passes % 2 == 0
         home.expert_map.unsuspect(1)

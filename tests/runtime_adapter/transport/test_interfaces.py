@@ -100,7 +100,8 @@ def test_every_command_that_meets_others_asks() -> None:
     """They read their options in one place, before the store is joined."""
     options = RendezvousOptions(
         explicit_names=frozenset(), server="s0", store="127.0.0.1:29400", interface="eth99x",
-        timeout_s=10.0, rendezvous_timeout_s=60.0, rtt_ms=0.0,
+        timeout_s=10.0, rendezvous_timeout_s=60.0, request_timeout_s=600.0, rtt_ms=0.0,
+        listen_port=0, secret_file=None, insecure=False, log_level="info", log_format="text",
     )  # fmt: skip
     with pytest.raises(InputError, match="interface: no interface 'eth99x'"):
         options.rendezvous(("s0", "s1"))
