@@ -377,8 +377,9 @@ class Fleet:
         return entry.code, entry.text
 
     def answers(self, name: str) -> list[MoveFinished]:
-        """How the move ended, if it has."""
-        return [e for e in self.entries_of(MoveFinished) if e.move == name]
+        """How the move ended, if it has; also where that was before a new log began for us."""
+        entries = [*self.entries, *self.store.entries()]
+        return [e for e in entries if isinstance(e, MoveFinished) and e.move == name]
 
     def entries_of(self, kind: type[Kind]) -> list[Kind]:
         """Entries of a kind so far, in order."""

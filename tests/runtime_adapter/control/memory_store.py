@@ -7,8 +7,9 @@ import threading
 import time
 from typing import Any
 
-from prism_plan.errors import PrismError
+from prism_plan.errors import InputError, PrismError
 from runtime_adapter.control.event_log import EventLog
+from runtime_adapter.control.log_entries import LogEntry, read_entry
 from runtime_adapter.control.store.client import StoreAddress, StoreClient
 from runtime_adapter.control.store.messages import error_fields, pack, unpack
 from runtime_adapter.control.store.methods import StoreMethods
@@ -25,11 +26,13 @@ class MemoryStore:
         self.away = False
         self.methods = StoreMethods()
         self._changed = threading.Condition()
+        self._past: list[LogEntry] = []
         self.restart()
 
     def restart(self) -> None:
         """Begin a new epoch, of which a driver starts the run at once."""
         with self._changed:
+            self._past = self.entries()
             self.methods = StoreMethods(on_append=self._changed.notify_all)
             self.methods.start_run({"run": {**self.run, "begun": self.begun}}, "driver 0")
             self._changed.notify_all()
@@ -44,6 +47,18 @@ class MemoryStore:
         """The result of a request."""
         with self._changed:
             return self.methods.call(method, fields, client, body)[0]
+
+    def entries(self) -> list[LogEntry]:
+        """The valid entries of this epoch, and of those before."""
+        found = list(self._past)
+        after = -1
+        while answer := self.call("read", epoch=self.methods.epoch, after=after, wait_s=0):
+            if not answer["entries"]:
+                break
+            for after, text in answer["entries"]:
+                with contextlib.suppress(InputError):
+                    found.append(read_entry(after, text.encode()))
+        return found
 
     def inject(self, text: str) -> None:
         """Put an entry into the log that the store would refuse."""
