@@ -249,7 +249,7 @@ class FakeServer:
 
     def send_heartbeat(self) -> None:
         """The driver's; the worker sends its own."""
-        if self.sends_heartbeats and not self.fleet.store.away:
+        if self.sends_heartbeats:
             self.fleet.store.call(
                 "heartbeat", f"driver {self.n}", server=self.n, incarnation=0, kind="driver",
                 info={"suspects": sorted(self.suspects), "finished": self.finished},
@@ -341,10 +341,12 @@ class Fleet:
 
     def step(self) -> None:
         """One round of the scheduler, of the store and of the drivers' heartbeats."""
+        if self.store.away:  # the scheduler would wait for it, in this thread
+            time.sleep(0.01)
+            return
         for server in self.servers:
             server.send_heartbeat()
-        if not self.store.away:
-            self.store.tick()
+        self.store.tick()
         self.scheduler.run_once(0.005)
         while not self.reading.caught_up():
             entry = self.reading.next(0)
