@@ -304,6 +304,7 @@ class Cluster:
             self.changed.notify_all()
 
     def _take_end(self, server: ServerProcess) -> None:
+        server.finish()  # nobody reads what it is sent
         known = self._journalled(server.name) if self.config.journal else set()
         with self.changed:
             requests = self._open[server.name]

@@ -410,7 +410,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         (
             {"device": "cpu", "transport": "nccl"},
             "transport: nccl carries states between CUDA GPUs, and this server has none "
-            "(device is cpu); give every server a GPU, or use transport gloo",
+            "(device is cpu); give every server a GPU, or use transport tcp",
         ),
         ({"device": "tpu"}, "device: 'tpu'; expected auto, cpu, cuda"),
         ({"store": "nowhere"}, "store: 'nowhere'; expected HOST:PORT"),
