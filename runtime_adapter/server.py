@@ -22,7 +22,7 @@ from prism_plan.io.json import parse_json
 from prism_plan.io.placement import placement_to_json
 from runtime_adapter import PROGRAM
 from runtime_adapter.control.event_log import EventLog
-from runtime_adapter.control.log_follower import LogFollower
+from runtime_adapter.control.log_follower import LogFollower, older_incarnation
 from runtime_adapter.control.store.client import StoreClient
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
@@ -134,11 +134,12 @@ class LocalServer:
         config.compute.use(self.expert_map)
         if config.channels is not None and config.channels.backend == "nccl":
             self._require_own_card(begun)
+        older = older_incarnation(self._client, self.rank)
         self._start_worker()
         self._create_lanes()
         self._follower = LogFollower(
             self.rank, config.placement, self.expert_map, config.compute, self.counters,
-            self.lanes, self._log, self.report, self._peers,
+            self.lanes, self._log, self.report, self._peers, older,
         )  # fmt: skip
         self._follower.start()
         self._peers.watch()
