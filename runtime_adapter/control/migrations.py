@@ -308,6 +308,9 @@ class Migrations:
         ``rates`` [N, L, E] are the calls of the servers that are alive: the most called load first.
         """
         state = self._state
+        if state.left:
+            self.answer(move, 5, "refused: the run is ending")
+            return
         try:
             instance = state.instance
             target = _target(state, placement_from_json(state.log.get(f"move/{move}")), instance)

@@ -27,9 +27,10 @@ class RunState:
     ``now`` is a clock in seconds. ``placement`` is the last one that was reached, with its plan's
     provenance; what is held is in ``expert_map``. ``alive`` are the servers that are up, in order,
     ``changed_s`` is when that changed last. ``hung`` are servers whose workers answer, but whose
-    driver, which acknowledges drops, does not. ``joined`` are servers that came back, or came anew,
-    and were not looked at by a repair since. ``placement_known`` is false if moves may have been
-    made by a scheduler of which nothing is left.
+    driver, which acknowledges drops, does not; the ``absent`` have not joined yet since the store
+    was started. ``joined`` are servers that came back, or came anew, and were not looked at by a
+    repair since. ``placement_known`` is false if moves may have been made by a scheduler of which
+    nothing is left.
 
     ``read`` is the number of entries of the log that were read, ``last_change`` that of the last
     one that changed who is up or what is held (-1: none).
@@ -47,6 +48,7 @@ class RunState:
         self.placement_known = True
         self.alive: list[int] = []
         self.left: set[int] = set()
+        self.absent: set[int] = set()
         self.joined: set[int] = set()
         self.hung: set[int] = set()
         self.changed_s = now()
@@ -70,6 +72,7 @@ class RunState:
         for server, gpu, pair, _ in new.held:
             held[server].append((gpu, pair))
         self.alive = []
+        self.absent.clear()
         for server, member in enumerate(new.members):
             self._incarnations[server] = int(member["incarnation"])
             if self._num_logs == 1 and self._incarnations[server] > 1:
@@ -78,6 +81,8 @@ class RunState:
                 self._set_up(server, held[server])
             else:
                 self._set_down(server, left=member["state"] == "left")
+                if member["state"] in ("absent", "joining"):
+                    self.absent.add(server)
         self.changed_s = self.now()
 
     def apply(self, entry: LogEntry) -> list[int]:
@@ -112,6 +117,7 @@ class RunState:
         self.alive = sorted({*self.alive, server})
         self.joined.add(server)
         self.left.discard(server)
+        self.absent.discard(server)
         self.hung.discard(server)
 
     def _set_down(self, server: int, *, left: bool) -> None:
@@ -119,6 +125,7 @@ class RunState:
         self.expert_map.set_down(server)
         self.alive = [n for n in self.alive if n != server]
         self.joined.discard(server)
+        self.absent.discard(server)
         self.hung.discard(server)
 
     # ------------------------------------------------------------------------------------- the run

@@ -164,7 +164,8 @@ class Scheduler:
             self.repairs.begin_when_due()
         if self.repairs.pending and self.migrations.active is None:
             return
-        if self.migrations.active is None and self._requested_moves:
+        # whoever has yet to join is no server less: the request waits
+        if self.migrations.active is None and self._requested_moves and not self.state.absent:
             rates = self.reviews.rates[self.state.alive]
             self.migrations.begin_requested(self._requested_moves[0], rates)
             self._requested_moves.pop(0)
