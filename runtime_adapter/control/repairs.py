@@ -51,6 +51,7 @@ class Repairs:
             and bool(state.alive)
             and not state.all_finished
             and not state.hung
+            and not state.absent  # after a restart of the store: they are on their way
             and state.now() >= self._not_before_s
             and self._of_no_use != self._state_now
             and self._needed()
