@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import PrismError
@@ -28,7 +27,6 @@ from prism_plan.placement import Placement, SolveReport
 from prism_plan.trace import Trace
 from runtime_adapter.cli.options import address
 from runtime_adapter.control.store.client import StoreAddress, StoreClient
-from studies.faults.processes import own_store, store_children
 from tests.limits import HANG_S
 from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
 
@@ -201,12 +199,6 @@ class Replays:
     def migrates(self) -> bool:
         """Whether experts are being moved."""
         return bool(self.status().get("open_plans"))
-
-    def store_processes(self) -> dict[str, list[psutil.Process]]:
-        """The service and the scheduler of the store that the first server has started."""
-        supervisor = own_store(self.processes[self.names[0]].pid)
-        assert supervisor is not None
-        return store_children(supervisor)
 
     def wait(self) -> dict[str, int]:
         """Exit codes of all servers."""

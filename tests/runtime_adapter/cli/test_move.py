@@ -195,41 +195,6 @@ def test_servers_that_are_killed_while_experts_move(
     assert sum(len(ids) for gpu in counted["gpus"] for ids in gpu.values()) == SPEC.num_pairs
 
 
-@pytest.mark.parametrize(
-    ("which", "said"), [("scheduler", "the scheduler"), ("service", "the store's service")]
-)
-def test_a_part_of_the_store_is_killed(which: str, said: str, tmp_path: Path) -> None:
-    """It is started again at once, which is said once; requests and later moves succeed."""
-    material = Material(tmp_path, cluster_text(slots=16))
-    material.placement("a.json", striped(4, 0))
-    target = material.placement("b.json", striped(4, 1))
-    with Replays(material, "a.json", "--movable", "--requests", "150") as run:
-        run.until_served("s0", 3)
-        before = run.status()
-        (hit,) = run.store_processes()[which]
-        hit.kill()
-        told = f"prism-runtime: {said} has ended (signal 9); it is started again"
-        run.until(lambda: told in run.errors("s0"), "the supervisor notices")
-
-        def well_again() -> bool:
-            status = run.status()
-            states = [member["state"] for member in status.get("members", [])]
-            return states == ["up"] * 3 and (status["epoch"] != before["epoch"]) == (
-                which == "service"
-            )
-
-        run.until(well_again, "all servers are up in the store")
-        code, text = asked(run, target)
-        assert code == 0, text
-        assert run.wait() == {"s0": 0, "s1": 0, "s2": 0}
-        assert run.errors("s0").count(told) == 1
-        for name in run.names:
-            assert len(run.results(name)) == 150
-            assert all(result["error"] is None for result in run.results(name))
-            assert run.stats(name)["gpus"] == experts_of(target, name)
-            assert "is down" not in run.errors(name)
-
-
 def test_a_move_of_a_run_that_is_not_there(tmp_path: Path) -> None:
     """The command says in one line that nobody answers, and leaves with exit code 5."""
     material = Material(tmp_path, cluster_text())

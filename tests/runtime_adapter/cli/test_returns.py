@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError  # noqa: E402
 from runtime_adapter.cli.store import command as store_command  # noqa: E402
+from studies.faults.processes import own_store, store_children  # noqa: E402
 from tests.limits import HANG_S  # noqa: E402
 from tests.runtime_adapter.cli.test_faults import (  # noqa: E402
     MODEL,
@@ -178,6 +179,54 @@ def test_the_first_server_comes_back_with_its_store(tmp_path: Path) -> None:
     texts = {"first": prompts()[0], "without": prompts()[1], "with": prompts()[2]}
     for name in served:
         assert run.stats(name)["failed"] == 0
+        for answer in run.answers(name):
+            assert answer["error"] is None
+            assert answer["tokens"] == alone(MODEL, texts[answer["id"]], 8)
+
+
+@pytest.mark.parametrize(
+    ("which", "said"), [("scheduler", "the scheduler"), ("service", "the store's service")]
+)
+def test_a_part_of_the_store_is_killed(which: str, said: str, tmp_path: Path) -> None:
+    """It is started again at once, which is said once; requests and later moves succeed.
+
+    After the service was killed the store has forgotten the run: all servers join again, and none
+    is taken for lost meanwhile.
+    """
+    target = replicated().replace(on_gpu=replicated().on_gpu[[1, 2, 0]])
+    with Servers(tmp_path, replicated(), f"tiny-{MODEL}", *OWN, "--movable") as run:
+        start(run, prompts()[0])
+        before = run.status()
+        supervisor = own_store(run.processes["edge-0"].pid)
+        assert supervisor is not None
+        (hit,) = store_children(supervisor)[which]
+        hit.kill()
+        told = f"prism-runtime: {said} has ended (signal 9); it is started again"
+        run.until(lambda: told in run.errors("edge-0"))
+
+        def well_again() -> bool:
+            now = run.status()
+            states = [member["state"] for member in now.get("members", [])]
+            return states == ["up"] * 3 and (
+                (now["epoch"] != before["epoch"]) == (which == "service")
+            )
+
+        for name in NAMES:
+            run.ask(name, {"prompt": prompts()[1], "id": "meanwhile"})
+        run.until(well_again)
+        run.until(lambda: all(len(run.answers(name)) == 2 for name in NAMES))
+        code, text = run.move(target)
+        assert code == 0, text
+        for name in NAMES:
+            run.ask(name, {"prompt": prompts()[2], "id": "after"})
+            run.finish(name)
+        assert run.codes() == dict.fromkeys(NAMES, 0)
+    assert run.errors("edge-0").count(told) == 1
+    texts = dict(zip(("first", "meanwhile", "after"), prompts(), strict=False))
+    for name in NAMES:
+        assert run.stats(name)["gpus"] == experts_of(target, name)
+        assert not any("is down" in line for line in run.errors(name))
+        assert [answer["id"] for answer in run.answers(name)] == list(texts)
         for answer in run.answers(name):
             assert answer["error"] is None
             assert answer["tokens"] == alone(MODEL, texts[answer["id"]], 8)
