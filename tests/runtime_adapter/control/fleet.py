@@ -287,6 +287,7 @@ class Fleet:
         self.reading.expect(Bounds.of(start))
         self.reading.follow()
         self.entries: list[LogEntry] = []
+        self._skipped = -1  # up to this entry the reader has a snapshot
         self.least_copies = int(ExpertMap(start).num_replicas.min())
         self.map = ExpertMap(start)
         for n in range(servers):
@@ -351,6 +352,7 @@ class Fleet:
         while not self.reading.caught_up():
             entry = self.reading.next(0)
             if isinstance(entry, NewLog):
+                self._skipped = entry.number
                 for n in range(len(self.servers)):
                     self.map.set_down(n)
             elif entry is not None:  # one that is none is skipped
@@ -380,7 +382,9 @@ class Fleet:
 
     def answers(self, name: str) -> list[MoveFinished]:
         """How the move ended, if it has; also where that was before a new log began for us."""
-        entries = [*self.entries, *self.store.entries()]
+        entries = [*self.entries, *self.store.past]
+        if self.reading._epoch == self.store.methods.epoch:
+            entries += [e for e in self.store.entries() if e.number <= self._skipped]
         return [e for e in entries if isinstance(e, MoveFinished) and e.move == name]
 
     def entries_of(self, kind: type[Kind]) -> list[Kind]:

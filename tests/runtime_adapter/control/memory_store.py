@@ -26,13 +26,13 @@ class MemoryStore:
         self.away = False
         self.methods = StoreMethods()
         self._changed = threading.Condition()
-        self._past: list[LogEntry] = []
+        self.past: list[LogEntry] = []  # of the epochs before
         self.restart()
 
     def restart(self) -> None:
         """Begin a new epoch, of which a driver starts the run at once."""
         with self._changed:
-            self._past = self.entries()
+            self.past += self.entries()
             self.methods = StoreMethods(on_append=self._changed.notify_all)
             self.methods.start_run({"run": {**self.run, "begun": self.begun}}, "driver 0")
             self._changed.notify_all()
@@ -49,8 +49,8 @@ class MemoryStore:
             return self.methods.call(method, fields, client, body)[0]
 
     def entries(self) -> list[LogEntry]:
-        """The valid entries of this epoch, and of those before."""
-        found = list(self._past)
+        """The valid entries of this epoch."""
+        found: list[LogEntry] = []
         after = -1
         while answer := self.call("read", epoch=self.methods.epoch, after=after, wait_s=0):
             if not answer["entries"]:
