@@ -62,12 +62,13 @@ def run_and_judge(cluster: Cluster, course: Course, *, may_lack: bool) -> dict[s
     only where the experts that they needed were held by nobody (if they ``may_lack`` any), and all
     servers serve in the end, and hold what a last move has asked for.
     """
-    begin_s = time.monotonic()
+    begin_s = well_s = time.monotonic()
     problems: list[str] = []
     record: dict[str, Any] = {}
     with cluster:
         try:
             cluster.wait_until_well()
+            well_s = time.monotonic()
             record |= course(cluster)
             record["exit_codes"] = end(cluster, problems)
         except Hang as error:
@@ -79,7 +80,7 @@ def run_and_judge(cluster: Cluster, course: Course, *, may_lack: bool) -> dict[s
     problems += judge(cluster, may_lack)
     record |= {
         **cluster.counts(),
-        "longest_s": round(_longest_s(cluster.answers), 2),
+        "longest_s": round(_longest_s(cluster.answers, well_s), 2),
         "wrong": cluster.wrong,
         "moves": [code for code, _ in cluster.moves],
         "restarts": cluster.num_restarts,
@@ -181,8 +182,12 @@ def may_lack_experts(trial: Trial) -> bool:
     return False
 
 
-def _longest_s(answers: list[Answered]) -> float:
-    return max((one.answered_s - one.request.asked_s for one in answers), default=0.0)
+def _longest_s(answers: list[Answered], begin_s: float) -> float:
+    """The longest that a request took which was asked since then."""
+    return max(
+        (one.answered_s - one.request.asked_s for one in answers if one.request.asked_s > begin_s),
+        default=0.0,
+    )
 
 
 def keep_logs(folder: Path, to: Path) -> None:
