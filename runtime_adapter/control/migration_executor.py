@@ -146,7 +146,7 @@ class MigrationExecutor:
         self._refused_as = ""
         self._progress: _PlanProgress | None = None
         self._lock = threading.Lock()  # of the steps in progress and of loads to announce
-        self._load_queues: dict[int, queue.SimpleQueue[tuple[_PlanProgress, int]]] = {}
+        self._load_queues: dict[int, queue.SimpleQueue[tuple[_PlanProgress, int] | None]] = {}
         self._unannounced: list[tuple[_PlanProgress, log_entries.ExpertChange]] = []
         self._releaser = SlotReleaser(rank, self.own_gpus[0], loader, expert_map, timeout_s)
         self._ended = threading.Event()
@@ -171,6 +171,8 @@ class MigrationExecutor:
         self._ended.set()
         self.log.close()
         self.log.wake()
+        for loads in self._load_queues.values():
+            loads.put(None)
 
     def leave(self) -> None:
         """Leave the run in good order, if this server is in it.
@@ -456,8 +458,8 @@ class MigrationExecutor:
 
     def _load_all(self, gpu: int) -> None:
         """Do the loads of one GPU, one at a time, for it has one load channel."""
-        while True:
-            progress, i = self._load_queues[gpu].get()
+        while (load := self._load_queues[gpu].get()) is not None:
+            progress, i = load
             try:
                 if progress.stopped or not self._load(progress, i, gpu):
                     with self._lock:
