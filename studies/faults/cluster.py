@@ -171,6 +171,7 @@ class Cluster:
         if self.store is not None:
             self.store.kill()
             self.store.wait()
+        self.places.close()
 
     def abort(self) -> None:
         """Let all processes write where each of their threads is, and end."""

@@ -77,6 +77,10 @@ class InTestbed:
         self._client = StoreClient(StoreAddress(*self.store), "status")
         self._inside = ThreadPoolExecutor(1, initializer=self._enter)
 
+    def close(self) -> None:
+        """Close the connections to the store."""
+        self._client.close()
+
     def popen(self, place: str, words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a command in the namespace of a server or of the store."""
         environment = processes.environment()

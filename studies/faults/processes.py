@@ -55,6 +55,9 @@ class Places(Protocol):
     def move(self, placement: Any, path: Path) -> tuple[int, str]:
         """Move the run to a placement, as JSON values and as a file; returns code and text."""
 
+    def close(self) -> None:
+        """Nothing more is asked."""
+
 
 class Loopback:
     """All processes on this machine's loopback interface."""
@@ -90,6 +93,10 @@ class Loopback:
             return request_move(StoreAddress(*self.store), placement, 10.0)
         except PrismError as error:
             return error.exit_code, str(error)
+
+    def close(self) -> None:
+        """Close the connections to the store."""
+        self._client.close()
 
 
 class ServerProcess:

@@ -256,6 +256,10 @@ class FakeServer:
             )  # fmt: skip
 
 
+#: The fleets of a test, whose threads end with it (conftest.py).
+OPEN: list[Fleet] = []
+
+
 class Fleet:
     """All servers of a placement; ``silent`` ones have no driver that follows the log."""
 
@@ -263,6 +267,7 @@ class Fleet:
         self, start: Placement, *, silent: Sequence[int] = (), timeout_s: float = 5.0,
         folder: str | None = None, min_replicas: int = 1, movable: bool = True,
     ) -> None:  # fmt: skip
+        OPEN.append(self)
         self.start = start
         self.timeout_s = timeout_s
         servers = len(start.servers)
