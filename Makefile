@@ -64,7 +64,7 @@ same: $(VENV)/made
 	$(BIN)/python -m tests.golden same "$(BASE)" --extras "$(SAME_EXTRAS)"
 
 lint: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo

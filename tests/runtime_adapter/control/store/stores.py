@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from runtime_adapter.transport.secrets import NO_SECRET, RunSecret
-
 from runtime_adapter.control.log_entries import LogEntry, write_entry
 from runtime_adapter.control.store.client import StoreAddress
 from runtime_adapter.control.store.methods import StoreMethods
 from runtime_adapter.control.store.service import StoreService
 from runtime_adapter.control.store.supervisor import listen
+from runtime_adapter.transport.secrets import NO_SECRET, RunSecret
 from tests.limits import HANG_S
 
 NAMES = ("a", "b", "c")

@@ -12,10 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runtime_adapter.transport.dialing import dial
-from runtime_adapter.transport.handshake import Claim, HandshakeFailed
-from runtime_adapter.transport.secrets import RunSecret
-from runtime_adapter.transport.signed_frames import FrameError, SignedFrames
 
 from prism_plan.errors import InputError, LimitReached, PrismError
 from runtime_adapter.control.log_entries import LogMessage, MoveRequested, StopRequested
@@ -23,6 +19,10 @@ from runtime_adapter.control.store import messages, service
 from runtime_adapter.control.store.client import StoreAddress, StoreClient
 from runtime_adapter.control.store.key_values import KeyValues
 from runtime_adapter.control.store.service import Refusals
+from runtime_adapter.transport.dialing import dial
+from runtime_adapter.transport.handshake import Claim, HandshakeFailed
+from runtime_adapter.transport.secrets import RunSecret
+from runtime_adapter.transport.signed_frames import FrameError, SignedFrames
 from tests.limits import HANG_S
 from tests.runtime_adapter.control.store.stores import (
     ManualStore,
