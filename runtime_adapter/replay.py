@@ -107,14 +107,21 @@ def replay(
     requests: Requests,
     begin_s: float,
     on_result: Callable[[ReplayResult], None] = lambda result: None,
+    from_s: float = 0.0,
 ) -> list[ReplayResult]:
-    """Serve this server's requests at their times; ``begin_s`` is when time zero is."""
+    """Serve this server's requests at their times; ``begin_s`` is when time zero is.
+
+    Those that arrive before ``from_s`` are left out: a server that comes back to a run serves, as
+    in the simulator, what arrives from then on.
+    """
     prompts = requests.prompts
     results: list[ReplayResult] = []
 
     def arrivals() -> Iterator[tuple[float, ReplayResult]]:
         for number in np.flatnonzero(requests.home == server.rank).tolist():
             arrival_s = float(requests.arrival_s[number])
+            if arrival_s < from_s:
+                continue
             task = prompts.tasks[int(prompts.task[requests.prompt[number]])]
             results.append(ReplayResult(number, server.name, task, arrival_s))
             yield begin_s + arrival_s, results[-1]

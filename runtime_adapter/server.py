@@ -65,8 +65,8 @@ class LocalServer:
 
     ``lanes`` are the dispatchers of the requests that run at once; ``requests`` counts them.
     ``report`` gets lines for this server's log. ``fill`` loads the experts that the placement gives
-    this server; it is called where the run begins. A server that joins a run that has begun has
-    none, and gets what it needs by a migration.
+    this server; it is called where the run begins. A server that joins a run that has begun
+    (``joined_later``) has none, and gets what it needs by a migration.
 
     Raises
     ------
@@ -90,6 +90,7 @@ class LocalServer:
         self.counters = Counters(config.model.num_layers, config.model.num_experts)
         self.requests = RequestCounts()
         self.lanes: list[RemoteDispatcher] = []
+        self.joined_later = False
         self._fill = fill
         self._client = StoreClient(config.store_address, f"driver {self.rank}")
         self._log = EventLog(config.store_address, f"driver {self.rank}")
@@ -124,7 +125,7 @@ class LocalServer:
         if self.rank == 0 and not somebody_listens(config.store_address):
             self._own_store = OwnStore(config)
             self._own_store.wait_until_listening()
-        begun = self._start_run()
+        self.joined_later = begun = self._start_run()
         threading.Thread(target=self._send_heartbeats, daemon=True, name="heartbeats").start()
         if begun:
             self.expert_map.set_up(self.rank, ())

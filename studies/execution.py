@@ -11,7 +11,6 @@ of each task's requests and simulated with the other half; a regime changes the 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from prism_plan.evaluate.sweep_grid import vary_cluster
 from prism_plan.simulate.sampling import sample_requests
 from prism_plan.trace import PHASES, TokenBatch, trace_from_batches
 from studies.paper import cluster, trace
-from studies.parts import run_parts, six_digits
+from studies.parts import compact, run_parts
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "execution.json"
@@ -283,17 +282,6 @@ def _cell(regime: Mapping[str, Any], solver: str) -> str:
     plans = regime["plans"].get(solver, [])
     home = any(plan["home"] for plan in plans) and "+paths" in solver
     return f"{value:.3g}" + " +" * home
-
-
-def compact(values: Any, depth: int = 0) -> str:
-    """JSON with one line a solver of a regime; numbers of six digits."""
-    if depth < 5 and isinstance(values, dict):
-        inner = ",\n".join(
-            " " * (depth + 1) + json.dumps(key) + ": " + compact(value, depth + 1)
-            for key, value in values.items()
-        )
-        return "{\n" + inner + "\n" + " " * depth + "}"
-    return json.dumps(six_digits(values))
 
 
 if __name__ == "__main__":

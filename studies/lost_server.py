@@ -24,9 +24,9 @@ import prism_plan as pp
 from prism_plan.simulate.loss_report import WHEN
 from prism_plan.simulate.losses import Loss
 from prism_plan.simulate.report import SimulationRun, summary
-from studies.execution import changed, compact
+from studies.execution import changed
 from studies.paper import trace
-from studies.parts import run_parts
+from studies.parts import compact, run_parts
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "lost_server.json"

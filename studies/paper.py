@@ -20,6 +20,7 @@ from typing import Any
 import prism_plan as pp
 from prism_plan.evaluate.sweep import sweep
 from prism_plan.io.phases import read_schedule
+from prism_plan.migration.policy import PolicyName
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
 from studies.machine import commit
@@ -51,7 +52,7 @@ def mean_and_range(values: list[float]) -> dict[str, float]:
 def order_of_solvers() -> dict[str, Any]:
     """Every solver and `offload` on the testbed: 200 requests a server, five seeds."""
     found: dict[str, dict[str, list[float]]] = {}
-    layers: dict[str, list[dict[str, Any]]] = {}
+    layers: dict[str, list[list[dict[str, Any]]]] = {}
     for seed in SEEDS:
         planned, scored = trace().split(0.5, seed)
         instance = pp.Instance.build(planned, cluster())
@@ -160,13 +161,14 @@ def shift() -> list[dict[str, Any]]:
         requests = pp.sample_requests(
             scored, cluster(), requests_per_server=400, schedule=schedule, seed=seed
         )
-        for policy, half_life_s in (
+        policies: tuple[tuple[PolicyName, float | None], ...] = (
             ("never", None),
             ("prism", None),
             ("prism", float("inf")),
             ("partial", None),
             ("partial", float("inf")),
-        ):
+        )
+        for policy, half_life_s in policies:
             options = pp.SimulationOptions(migrate=policy, half_life_s=half_life_s, seed=seed)
             report = pp.simulate_placements(
                 [("prism", placement)], requests, scored, cluster(), options

@@ -17,6 +17,17 @@ def six_digits(values: Any) -> Any:
     return json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
 
 
+def compact(values: Any, depth: int = 0) -> str:
+    """JSON text with a line for each value at depth five; numbers of six digits."""
+    if depth < 5 and isinstance(values, dict):
+        inner = ",\n".join(
+            " " * (depth + 1) + json.dumps(key) + ": " + compact(value, depth + 1)
+            for key, value in values.items()
+        )
+        return "{\n" + inner + "\n" + " " * depth + "}"
+    return json.dumps(six_digits(values))
+
+
 def run_parts(
     file: Path,
     parts: Mapping[str, Callable[[], dict[str, Any]]],

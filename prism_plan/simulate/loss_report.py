@@ -7,6 +7,7 @@ It belongs to *before* if it was answered before the first loss, else to *after*
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,25 @@ class LossRecord:
         return {name: value for name, value in vars(self).items() if name != "over_s"}
 
 
+def when(records: Sequence[LossRecord], arrival_s: Floats, done_s: Floats) -> dict[str, Bools]:
+    """Which of the answered requests belong to which of :data:`WHEN`, bool [R] each.
+
+    ``arrival_s`` and ``done_s`` [R] are seconds from the start; NaN in the second is no answer.
+    """
+    answered = np.isfinite(done_s)
+    during = np.zeros(len(arrival_s), bool)
+    first_s = min((record.at_s for record in records), default=np.inf)
+    for record in records:
+        over_s = np.inf if record.over_s is None else record.over_s
+        during |= (done_s >= record.at_s) & (arrival_s <= over_s)
+    before = answered & ~during & (done_s < first_s)
+    return {
+        "before": before,
+        "during": answered & during,
+        "after": answered & ~during & ~before,
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class Losses:
     """The losses of a run, and what they did to its requests.
@@ -60,19 +80,8 @@ class Losses:
     not_served: int
 
     def when(self, arrival_s: Floats, done_s: Floats) -> dict[str, Bools]:
-        """Which of the answered requests belong to which of :data:`WHEN`, bool [R] each."""
-        answered = np.isfinite(done_s)
-        during = np.zeros(len(arrival_s), bool)
-        first_s = min((record.at_s for record in self.records), default=np.inf)
-        for record in self.records:
-            over_s = np.inf if record.over_s is None else record.over_s
-            during |= (done_s >= record.at_s) & (arrival_s <= over_s)
-        before = answered & ~during & (done_s < first_s)
-        return {
-            "before": before,
-            "during": answered & during,
-            "after": answered & ~during & ~before,
-        }
+        """:func:`when` of the requests of this run."""
+        return when(self.records, arrival_s, done_s)
 
     def counts(self) -> dict[str, Any]:
         """How many requests were lost, failed or started again, and why they failed."""

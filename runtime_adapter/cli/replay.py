@@ -64,7 +64,8 @@ def command(args: ReplayOptions) -> None:
     """Drive this server's part of the machinery with recorded routing.
 
     All servers get the same files and options but for --server and -o. Messages are real; dense
-    work and experts take the time that the cluster file says, without computing.
+    work and experts take the time that the cluster file says, without computing. A server that
+    comes back to a run serves the requests that arrive from then on.
     """
     import json
     import time
@@ -129,7 +130,8 @@ def command(args: ReplayOptions) -> None:
     with open_jsonl(args.output) as write, LocalServer(config, log_info) as server:
         begin_s = server.agree_on_start()
         began_s = time.time() + begin_s - time.monotonic()
-        results = replay(server, requests, begin_s, lambda result: write(vars(result)))
+        joined_s = time.monotonic() - begin_s if server.joined_later else 0.0
+        results = replay(server, requests, begin_s, lambda result: write(vars(result)), joined_s)
         server.finish()
         counted = server.counters.to_json()
         migrations = server.migrations()
@@ -140,6 +142,7 @@ def command(args: ReplayOptions) -> None:
             "requests": len(results),
             "failed": failed,
             "began_s": began_s,
+            "joined_s": joined_s,
             "lost": server.lost_servers(),
             "gpu_busy_s": config.compute.clock.busy_s(),  # type: ignore[attr-defined]
             **counted,
