@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -291,14 +292,21 @@ class Migrations:
         state, folder = self._state, self._state.config.placements_dir
         if folder is None or not state.alive:
             return ""
-        self._num_files += 1
-        path = Path(folder) / f"placement-{self._num_files}.json"
+        path = self._next_file(Path(folder))
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             write_placement(path, state.held_placement(state.instance))
         except (OSError, PrismError) as error:
             return f"{path}: {error}"
         return str(path)
+
+    def _next_file(self, folder: Path) -> Path:
+        """The next number that no file has: an earlier run, or store, may have written some."""
+        while True:
+            self._num_files += 1
+            path = folder / f"placement-{self._num_files}.json"
+            if not os.path.lexists(path):
+                return path
 
     # ----------------------------------------------------------------------------- requested moves
 

@@ -30,17 +30,20 @@ def read_secret(path: str | os.PathLike[str]) -> RunSecret:
     Raises
     ------
     InputError
-        The file cannot be read, is too short or too long, or other users may read it.
+        The file cannot be read, is no regular file, is too short or too long, or other users may
+        read it.
     """
     remedy = f"make one: (umask 077; head -c 32 /dev/urandom | base64 > {Path(path).name:.60})"
     try:
-        with open(path, "rb") as stream:
+        with open(path, "rb", opener=_open_without_waiting) as stream:
             mode = os.fstat(stream.fileno()).st_mode
-            raw = stream.read(MAX_BYTES + 65)
+            raw = stream.read(MAX_BYTES + 65) if stat.S_ISREG(mode) else b""
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(reason, source=path, expected="a secret file", remedy=remedy) from error
-    if stat.S_ISREG(mode) and mode & 0o077:
+    if not stat.S_ISREG(mode):  # processes that are started again read it again
+        raise InputError("no regular file", source=path, expected="a secret file", remedy=remedy)
+    if mode & 0o077:
         raise InputError(
             f"mode {stat.S_IMODE(mode):03o}: other users may read it",
             source=path,
@@ -54,3 +57,8 @@ def read_secret(path: str | os.PathLike[str]) -> RunSecret:
             found, source=path, expected=f"{MIN_BYTES} to {MAX_BYTES:,} bytes", remedy=remedy
         )
     return RunSecret(key, given=True)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that nobody writes to would else never be open."""
+    return os.open(path, flags | os.O_NONBLOCK)

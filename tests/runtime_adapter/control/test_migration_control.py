@@ -149,6 +149,19 @@ def test_a_driver_that_hangs_is_not_waited_for() -> None:
     assert not fleet.servers[0].loader.rows[0, 7]
 
 
+def test_a_placement_file_of_before_is_kept(tmp_path: Path) -> None:
+    """A scheduler that knows of no earlier ones writes beside what they have written."""
+    for number in (1, 2):
+        (tmp_path / f"placement-{number}.json").write_text("of another run")
+    fleet = Fleet(drawn(1, CAPACITY), folder=str(tmp_path))
+    fleet.ask(drawn(101, CAPACITY))
+    assert fleet.moved()[0] == 0
+    assert (tmp_path / "placement-1.json").read_text() == "of another run"
+    assert (tmp_path / "placement-2.json").read_text() == "of another run"
+    stands = read_placement(tmp_path / "placement-3.json")
+    assert (fleet.held() == stands.on_gpu.reshape(3, -1)).all()
+
+
 @pytest.mark.parametrize("failing", range(0, 8, 2))
 def test_a_load_that_fails_abandons_the_move(failing: int, tmp_path: Path) -> None:
     """Whichever load fails: everything stays covered, all agree on what stands, a move works."""

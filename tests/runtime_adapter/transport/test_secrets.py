@@ -58,6 +58,9 @@ def test_files_that_are_not_there_or_no_files(tmp_path: Path) -> None:
         read_secret(tmp_path / "none")
     with pytest.raises(InputError, match="is a directory"):
         read_secret(tmp_path)
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    with pytest.raises(InputError, match="no regular file"):  # and does not wait for a writer
+        read_secret(tmp_path / "pipe")
 
 
 def test_nobody_sees_the_key_in_messages() -> None:
