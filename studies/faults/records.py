@@ -12,8 +12,8 @@ from studies.faults.run import keep_logs
 from studies.machine import commit, processor
 
 FILE = Path(__file__).resolve().parents[1] / "faults.json"
-#: Scripted trials, random ones, those of the network.
-ORDER = "srn"
+#: Scripted trials, power cuts, random ones, those of the network.
+ORDER = "sprn"
 
 
 def read_records(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The trials: 48 that are scripted, and 52 that are drawn at random, each from a seed of its own.
+"""The trials: 48 that are scripted, four power cuts, and 52 drawn at random, each from a seed.
 
 Scripted ones cross both checkpoints, serving and moving, the kind of process and what happens to
 it. Of the 60 combinations those of the two harder faults are all there (40), and of pauses of two
@@ -161,6 +161,31 @@ def drawn(seed: int) -> Trial:
     )
 
 
+def power_cuts() -> list[Trial]:
+    """All servers are killed at once, without the store's processes and with them."""
+    found: list[Trial] = []
+    for model, with_store in itertools.product(MODELS, (False, True)):
+        hit = [Fault("both", SERVERS[0])]
+        hit += [Fault("both", server, wait=False) for server in SERVERS[1:]]
+        if with_store:
+            hit.append(Fault("store", wait=False))
+        number = len(found)
+        found.append(
+            Trial(
+                name=f"p{number:02}",
+                model=model,
+                moment="serving",
+                faults=tuple(hit),
+                seed=number,
+                journal=True,
+                peers=number % 2 == 0,
+                restart_after_s=RESTART_AFTER_S[number // 2],
+            )
+        )
+    return found
+
+
 def all_trials(first_seed: int = 0) -> list[Trial]:
-    """The scripted trials, and the random ones of consecutive seeds."""
-    return scripted() + [drawn(first_seed + number) for number in range(NUM_RANDOM)]
+    """The scripted trials, the power cuts, and the random ones of consecutive seeds."""
+    drawn_ones = [drawn(first_seed + number) for number in range(NUM_RANDOM)]
+    return [*scripted(), *power_cuts(), *drawn_ones]
