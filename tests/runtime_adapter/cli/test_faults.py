@@ -140,9 +140,7 @@ def told(run: Servers, name: str, text: str) -> bool:
     return any(text in line for line in run.errors(name))
 
 
-@pytest.mark.parametrize(
-    ("how", "transport"), [("killed", "tcp"), ("killed", "gloo"), ("hung", "tcp")]
-)
+@pytest.mark.parametrize(("how", "transport"), [("killed", "gloo"), ("hung", "tcp")])
 def test_experts_of_a_lost_server(how: str, transport: str, tmp_path: Path) -> None:
     """Front and worker of a server are killed, or hang: both others name it, without being asked.
 

@@ -80,10 +80,8 @@ def alone(model: str, prompt: str, new_tokens: int = NEW_TOKENS) -> list[int]:
     ("model", "servers", "options"),
     [
         ("mixtral", 2, ["--route", "spread", "--transport", "gloo"]),
-        ("mixtral", 3, []),
         ("mixtral", 4, ["--rtt-ms", "1"]),
-        ("deepseek-v2", 2, ["--weights", "peer"]),
-        ("deepseek-v2", 3, ["--route", "spread"]),
+        ("deepseek-v2", 3, ["--route", "spread", "--weights", "peer"]),
         ("deepseek-v2", 4, ["--transport", "gloo"]),
     ],
 )
