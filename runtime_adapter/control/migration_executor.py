@@ -310,7 +310,8 @@ class MigrationExecutor:
                 self._has_joined = self._is_member = False
             else:
                 self._replaced, self._has_joined, self._is_member = True, False, False
-                self.on_replaced()
+                if self.incarnation:  # whose place was taken before it joined is told so then
+                    self.on_replaced()
 
     def _cancel_drops(self) -> None:
         """Keep what is not dropped yet, for a holder of it may be gone, and say so."""
