@@ -46,7 +46,8 @@ class Crash(Exception):
 class ClusterConfig:
     """What a cluster runs; as in :class:`studies.faults.trials.Trial`.
 
-    Each server has ``outstanding`` requests at any time, ``concurrency`` of them at once.
+    Each server has ``outstanding`` requests at any time, ``concurrency`` of them at once. Its
+    processes have the secret in ``secret_file``, where one is given.
     """
 
     model: str
@@ -59,6 +60,7 @@ class ClusterConfig:
     timeout_s: float = TIMEOUT_S
     concurrency: int = 2
     outstanding: int = 3
+    secret_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -186,12 +188,18 @@ class Cluster:
 
     def _start_store(self) -> None:
         host, port = self.places.store
-        words = [*processes.runtime_command(), "store", "--listen", f"{host}:{port}", "--insecure"]
+        words = [*processes.runtime_command(), "store", "--listen", f"{host}:{port}"]
+        words += self._trust()
         with open(self.folder / "store.err", "ab") as errors:
             self.store = self.places.popen(
                 "store", words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
                 cwd=self.folder,
             )  # fmt: skip
+
+    def _trust(self) -> list[str]:
+        """Options that say whom the processes believe."""
+        path = self.config.secret_file
+        return ["--insecure"] if path is None else ["--secret-file", str(path)]
 
     def _start_server(self, name: str) -> None:
         config = self.config
@@ -216,7 +224,7 @@ class Cluster:
         else:
             answers = self.folder / f"{name}.{next(self._launches)}.jsonl"
         options["output"] = answers
-        words = [*processes.runtime_command(), "serve", "--movable", "--insecure"]
+        words = [*processes.runtime_command(), "serve", "--movable", *self._trust()]
         words += [str(word) for key, value in options.items() for word in (f"--{key}", value)]
         with open(self.folder / f"{name}.err", "ab") as errors:
             process = self.places.popen(

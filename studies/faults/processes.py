@@ -18,6 +18,7 @@ import psutil
 
 from runtime_adapter.control.move_command import request_move
 from runtime_adapter.control.store.client import StoreAddress, StoreClient
+from runtime_adapter.transport.secrets import NO_SECRET, RunSecret
 
 ROOT = Path(__file__).resolve().parents[2]
 #: How often files of answers are looked at.
@@ -60,14 +61,15 @@ class Places(Protocol):
 
 
 class Loopback:
-    """All processes on this machine's loopback interface."""
+    """All processes on this machine's loopback interface; they may have a secret."""
 
-    def __init__(self) -> None:
+    def __init__(self, secret: RunSecret = NO_SECRET) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.store: tuple[str, int] = probe.getsockname()
         self.options: list[str] = []
-        self._client = StoreClient(StoreAddress(*self.store), "status")
+        self._address = StoreAddress(self.store[0], self.store[1], secret)
+        self._client = StoreClient(self._address, "status")
 
     def popen(self, place: str, words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a command as the leader of a process group."""
@@ -90,7 +92,7 @@ class Loopback:
         from prism_plan.errors import PrismError
 
         try:
-            return request_move(StoreAddress(*self.store), placement, 10.0)
+            return request_move(self._address, placement, 10.0)
         except PrismError as error:
             return error.exit_code, str(error)
 
