@@ -19,16 +19,15 @@ from runtime_adapter.transport.dialing import set_options
 from runtime_adapter.transport.handshake import HandshakeFailed, Session, accept_session
 from runtime_adapter.transport.rendezvous import RuntimeFailure
 from runtime_adapter.transport.secrets import RunSecret
+from runtime_adapter.transport.stranger_limits import (
+    HANDSHAKE_TIMEOUT_S,
+    MAX_FAILURES_PER_S,
+    MAX_UNAUTHENTICATED,
+    REPORT_INTERVAL_S,
+)
 
-#: A handshake must be done within so long.
-HANDSHAKE_TIMEOUT_S = 5.0
-#: Connections without a handshake at a time.
-MAX_UNAUTHENTICATED = 32
-#: Failed handshakes a second, after which accepting pauses.
-MAX_FAILURES_PER_S = 100
-#: Refused connections are reported at most so often.
-REPORT_INTERVAL_S = 60.0
-_BACKLOG = 128
+#: Connections that wait to be accepted: of all servers, when a store is started again.
+_BACKLOG = 256
 
 Handler = Callable[[socket.socket, Session], None]
 

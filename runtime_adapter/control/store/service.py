@@ -29,15 +29,15 @@ from runtime_adapter.transport.handshake import Session, accept_session_async
 from runtime_adapter.transport.rendezvous import RuntimeFailure
 from runtime_adapter.transport.secrets import RunSecret
 from runtime_adapter.transport.signed_frames import AsyncSignedFrames, FrameError
+from runtime_adapter.transport.stranger_limits import (
+    HANDSHAKE_TIMEOUT_S,
+    MAX_FAILURES_PER_S,
+    MAX_UNAUTHENTICATED,
+    REPORT_INTERVAL_S,
+)
 
 #: Connections for each server of the run, and for all others.
 SERVER_CONNECTIONS, OTHER_CONNECTIONS = 8, 32
-#: Connections that have not shown yet that they know the secret, and how long each may take.
-MAX_HANDSHAKES, HANDSHAKE_TIMEOUT_S = 32, 5.0
-#: Failed handshakes a second before no further connection is accepted in that second.
-MAX_FAILURES_A_SECOND = 100
-#: How often a line says that connections were refused.
-REPORT_INTERVAL_S = 60.0
 #: A connection without a request for so long is closed; its client makes a new one if need be.
 IDLE_S = 120.0
 #: How long a client may take to receive an answer.
@@ -88,7 +88,7 @@ class Refusals:
     def pause_s(self) -> float:
         """For how long to accept nobody."""
         began_s, count = self._second
-        return max(began_s + 1.0 - self._now(), 0.0) if count >= MAX_FAILURES_A_SECOND else 0.0
+        return max(began_s + 1.0 - self._now(), 0.0) if count >= MAX_FAILURES_PER_S else 0.0
 
 
 class StoreService:
@@ -150,7 +150,7 @@ class StoreService:
                 self._refusals.note("the network", error.strerror or str(error))
                 await asyncio.sleep(TICK_S)
                 continue
-            if len(self._handshakes) >= MAX_HANDSHAKES:
+            if len(self._handshakes) >= MAX_UNAUTHENTICATED:
                 oldest = next(iter(self._handshakes))
                 self._handshakes.pop(oldest).cancel()
             number = next(self._numbers)

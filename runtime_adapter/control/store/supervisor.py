@@ -22,6 +22,7 @@ from runtime_adapter import log_output
 from runtime_adapter.control.store.client import StoreAddress
 from runtime_adapter.control.store.service import run_service
 from runtime_adapter.transport.call_threads import exit_with_parent
+from runtime_adapter.transport.listener import listen
 from runtime_adapter.transport.rendezvous import RuntimeFailure
 from runtime_adapter.transport.secrets import NO_SECRET, RunSecret
 
@@ -29,7 +30,6 @@ from runtime_adapter.transport.secrets import NO_SECRET, RunSecret
 MAX_DEATHS, DEATHS_WITHIN_S = 5, 60.0
 PARENT_INTERVAL_S = 0.25
 END_TIMEOUT_S = 3.0
-BACKLOG = 256
 
 #: Runs a scheduler with the store's address and the folder for placements.
 Schedule = Callable[[StoreAddress, str | None], None]
@@ -54,30 +54,6 @@ class StoreConfig:
     log_format: log_output.Format = "text"
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address alone.
-
-    Raises
-    ------
-    RuntimeFailure
-        The port is in use, or the address is not one of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        reason = (error.strerror or str(error)).lower()
-        raise RuntimeFailure(
-            f"the store cannot listen on {host}:{port}: {reason}; choose another port, or the "
-            "address of the interface that the servers share"
-        ) from error
-    return listener
-
-
 def run_store(config: StoreConfig, schedule: Schedule) -> None:
     """Run a store until its run is over, or its parent has ended.
 
@@ -89,7 +65,7 @@ def run_store(config: StoreConfig, schedule: Schedule) -> None:
     RuntimeFailure
         It cannot listen there, or its processes die again and again.
     """
-    with listen(config.host, config.port) as listener:
+    with listen(config.host, config.port, parameter="listen") as listener:
         host, port = listener.getsockname()[:2]
         log_output.log_info(f"the store listens on {host}:{port}")
         _Supervisor(config, listener, port, schedule).run()

@@ -16,7 +16,7 @@ from runtime_adapter.control.log_entries import LogEntry, write_entry
 from runtime_adapter.control.store.client import StoreAddress
 from runtime_adapter.control.store.methods import StoreMethods
 from runtime_adapter.control.store.service import StoreService
-from runtime_adapter.control.store.supervisor import listen
+from runtime_adapter.transport.listener import listen
 from runtime_adapter.transport.secrets import NO_SECRET, RunSecret
 from tests.limits import HANG_S
 

@@ -183,7 +183,7 @@ def test_refusals_are_told_once_a_minute_and_slow_down_who_causes_them() -> None
     lines: list[str] = []
     now = [0.0]
     refusals = Refusals(lines.append, lambda: now[0])
-    for _ in range(service.MAX_FAILURES_A_SECOND - 1):
+    for _ in range(service.MAX_FAILURES_PER_S - 1):
         refusals.note("10.0.0.9", "foreign bytes")
     assert refusals.pause_s() == 0
     refusals.note("10.0.0.9", "foreign bytes")
@@ -256,7 +256,7 @@ def test_connections_that_say_nothing_do_not_keep_others_out() -> None:
     ):
         silent = [
             stack.enter_context(socket.create_connection((address.host, address.port), HANG_S))
-            for _ in range(2 * service.MAX_HANDSHAKES)
+            for _ in range(2 * service.MAX_UNAUTHENTICATED)
         ]
         client = StoreClient(address, "status")
         assert client.run(HANG_S)["run"] is None
