@@ -155,18 +155,27 @@ def attacked(pairs: int, seed: int, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def tell(record: dict[str, Any]) -> None:
+    """Print what a record says."""
+    for name in ("throughput_ratio", "more_resident_mb", "unchanged"):
+        print(name, record.get(name))
+    print(f"{'well' if record['well'] else 'NOT WELL'}: {'; '.join(record['problems'])[:1000]}")
+
+
 @click.command("attack", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--pairs", default=24, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=FILE)
-def command(pairs: int, seed: int, output: Path) -> None:
+@click.option("--table", "tells", is_flag=True, help="Print what the file has.")
+def command(pairs: int, seed: int, output: Path, tells: bool) -> None:
     """Attack a run that serves and moves, and record what that costs it."""
+    if tells:
+        tell(json.loads(output.read_text()))
+        return
     with tempfile.TemporaryDirectory(prefix="prism-attack-") as folder:
         record = attacked(pairs, seed, Path(folder))
     output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for name in ("throughput_ratio", "more_resident_mb", "unchanged"):
-        print(name, record.get(name))
-    print(f"{'well' if record['well'] else 'NOT WELL'}: {'; '.join(record['problems'])[:1000]}")
+    tell(record)
     sys.exit(not record["well"])
 
 

@@ -184,18 +184,28 @@ def write(path: Path, record: dict[str, Any]) -> None:
     path.write_text(f'{text[:-2]},\n "samples": [\n{samples}\n ]\n}}\n', encoding="utf-8")
 
 
+def tell(record: dict[str, Any]) -> None:
+    """Print what a record says of growth, and whether all went well."""
+    for role, figures in record.get("growth", {}).items():
+        print(role, *(f"{name} {figures[f'{name}_ratio']:.3f}" for name in FIGURES))
+    print(f"{len(record.get('hits', []))} kills, {record['answered']} answered")
+    print(f"{'well' if record['well'] else 'NOT WELL'}: {'; '.join(record['problems'])[:1000]}")
+
+
 @click.command("soak", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--minutes", default=60.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=FILE)
-def command(minutes: float, seed: int, output: Path) -> None:
+@click.option("--table", "tells", is_flag=True, help="Print what the file has.")
+def command(minutes: float, seed: int, output: Path, tells: bool) -> None:
     """Serve for an hour while processes are killed, and record what it took."""
+    if tells:
+        tell(json.loads(output.read_text()))
+        return
     with tempfile.TemporaryDirectory(prefix="prism-soak-") as folder:
         record = soak(minutes, seed, Path(folder))
     write(output, record)
-    for role, figures in record.get("growth", {}).items():
-        print(role, *(f"{name} {figures[f'{name}_ratio']:.3f}" for name in FIGURES))
-    print(f"{'well' if record['well'] else 'NOT WELL'}: {'; '.join(record['problems'])[:1000]}")
+    tell(record)
     sys.exit(not record["well"])
 
 
