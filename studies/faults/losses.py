@@ -1,13 +1,13 @@
 """Losses of a server, simulated and measured: latency before, during and after, side by side.
 
-    python -m studies.faults.losses              # as root, forty quiet minutes: studies/losses.json
+    python -m studies.faults.losses              # as root, half a quiet hour: studies/losses.json
     python -m studies.faults.losses machine      # one of the parts; the others stay in the file
     python -m studies.faults.losses --tables     # prints the file's tables
 
-DeepSeek-V2-Lite with two copies of each expert on three servers of the testbed, planned by `exact`
-on one half of the requests; the other half is replayed with real messages and timed work, and
-simulated with the same arrivals, the calibration of the same testbed and the same loss. Needs the
-real routing data in ../shared/traces or $PRISM_TRACES.
+DeepSeek-V2-Lite on three servers of the testbed, with two copies of each expert or (`single`) one,
+planned by `exact` on one half of the requests; the other half is replayed with real messages and
+timed work, and simulated with the same arrivals, the calibration of the same testbed and the same
+loss. Needs the real routing data in ../shared/traces or $PRISM_TRACES.
 
 A server that is switched off is taken for lost after the timeout, in both. Where only its processes
 die, its machine refuses connections, and the runtime suspects it at once: the simulator is told of
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -26,11 +27,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import prism_plan as pp
 from prism_plan.io.trace_writer import write_trace
@@ -48,10 +50,15 @@ from studies.testbed.testbed import Testbed
 HERE = Path(__file__).resolve().parent
 FILE = HERE.parent / "losses.json"
 CLUSTER = HERE.parent / "shaped-v2lite.toml"
-SEEDS = (0, 1, 2, 3)
-SLOTS_PER_GPU = 832
-REQUESTS = 20
-INTERVAL_S = 6.0
+SEEDS = (0, 1, 2)
+#: Slots of each GPU by the number of copies; the last server has two GPUs.
+SLOTS_PER_GPU = {1: (541, 541, 617, 617), 2: (832, 832, 832, 832)}
+REQUESTS = 40
+INTERVAL_S = 2.0
+#: Requests that a server serves at once.
+PLACES = 2
+#: Part of the time of arrivals after which the server is lost.
+LOST_AFTER = (0.3, 0.4)
 RTT_MS = 1.0
 TIMEOUT_S = 6.0
 #: Seconds from the loss to the start of the server's process, where it comes back.
@@ -79,15 +86,20 @@ class Setting:
         return str(self.folder / name)
 
 
-def prepared(folder: Path) -> Setting:
-    """Plan two copies of each expert; writes what the servers read to a folder."""
+def prepared(folder: Path, copies: int) -> Setting:
+    """Plan so many copies of each expert; writes what the servers read to a folder."""
+    slots = iter(SLOTS_PER_GPU[copies])
     text = re.sub(
-        r"memory_gb = .*\nmemory_fraction = .*", f"slots = {SLOTS_PER_GPU}", CLUSTER.read_text()
+        r"memory_gb = .*\nmemory_fraction = .*",
+        lambda found: f"slots = {next(slots)}",
+        CLUSTER.read_text(),
     )
+    arrivals = f"arrival_interval_s = {INTERVAL_S}\nconcurrency = {PLACES}"
+    text = re.sub(r"arrival_interval_s = .*", arrivals, text)
     (folder / "cluster.toml").write_text(text)
     cluster = pp.read_cluster(str(folder / "cluster.toml"))
     planned, scored = trace().split(0.5, 0)
-    placement = pp.solve(pp.Instance.build(planned, cluster, min_replicas=2), "exact")
+    placement = pp.solve(pp.Instance.build(planned, cluster, min_replicas=copies), "exact")
     pp.write_placement(folder / "placement.json", placement)
     write_trace(folder / "scored.parquet", dataclasses.replace(scored, name="scored.parquet"))
     scored = pp.read_trace(str(folder / "scored.parquet"))
@@ -131,7 +143,7 @@ def replayed(
     started = [run_server(setting, testbed, n, seed) for n in range(len(setting.names))]
     with ProcessorMonitor() as processors:
         wait_for_first_answer(setting)
-        time.sleep(float(generator.uniform(0.35, 0.5)) * INTERVAL_S * REQUESTS)
+        time.sleep(float(generator.uniform(*LOST_AFTER)) * INTERVAL_S * REQUESTS)
         lost_s = time.time()
         if switched_off:
             testbed.cut(LOST)
@@ -162,21 +174,22 @@ def replayed(
     return {
         "at_s": lost_s - began_s,
         "return_s": joined_s,
-        "over_s": repaired_s(setting) - began_s,
+        "over_s": over_s(setting) - began_s,
         "rows": rows,
         "void": processors.saturated > experiment.MAX_SATURATED,
         "processors_busy": processors.busy,
     }
 
 
-def repaired_s(setting: Setting) -> float:
-    """When the last repair was complete, in seconds since 1970."""
+def over_s(setting: Setting) -> float:
+    """When the loss was known and what can be repaired was, in seconds since 1970."""
     lines = Path(setting.path(f"{setting.names[0]}-0.log")).read_text().splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     return max(
         float(one["time"])
         for one in found
-        if "(a repair)" in one["message"] and "is done" in one["message"]
+        if f"server {setting.names[LOST]!r} is down" in one["message"]
+        or ("is done" in one["message"] and "(a repair)" in one["message"])
     )
 
 
@@ -196,45 +209,46 @@ def simulated(
     (run,) = simulation.runs
     assert run.losses is not None
     (record,) = run.losses.records
-    arrival_s, done_s = run.scenario.requests.arrival_s, run.outcome.done_s
     return {
-        "latency_s": {
-            moment: run.latency_s[chosen].tolist()
-            for moment, chosen in run.losses.when(arrival_s, done_s).items()
-        },
+        "arrival_s": run.scenario.requests.arrival_s,
+        "done_s": run.outcome.done_s,
         "over_s": record.over_s,
         "counts": run.losses.counts(),
     }
 
 
-def measured_latency(found: Mapping[str, Any], name: str) -> dict[str, list[float]]:
-    """Latencies of answered requests before, during and after, by the simulator's rule."""
-    rows = found["rows"]
-    arrival_s = np.array([row["arrival_s"] for row in rows])
-    done_s = np.array([np.nan if row["done_s"] is None else row["done_s"] for row in rows])
-    record = LossRecord(name, found["at_s"], found["return_s"], over_s=found["over_s"])
+def sorted_latency(
+    record: LossRecord, arrival_s: npt.NDArray[np.float64], done_s: npt.NDArray[np.float64]
+) -> dict[str, list[float]]:
+    """Latencies of answered requests before, during and after a loss, by the simulator's rule."""
     chosen = when((record,), arrival_s, done_s)
-    return {key: (done_s - arrival_s)[of_key].tolist() for key, of_key in chosen.items()}
+    return {moment: (done_s - arrival_s)[of].tolist() for moment, of in chosen.items()}
+
+
+def times(rows: Sequence[Mapping[str, Any]]) -> tuple[npt.NDArray[np.float64], ...]:
+    """Arrivals and ends of measured requests in seconds, NaN where there was no answer."""
+    done_s = [np.nan if row["done_s"] is None else row["done_s"] for row in rows]
+    return np.array([row["arrival_s"] for row in rows]), np.array(done_s)
 
 
 @contextlib.contextmanager
-def on_testbed() -> Iterator[tuple[Setting, Testbed]]:
+def on_testbed(copies: int) -> Iterator[tuple[Setting, Testbed]]:
     """The testbed, and what is replayed on it."""
     with tempfile.TemporaryDirectory(prefix="prism-losses-") as name:
-        setting = prepared(Path(name))
+        setting = prepared(Path(name), copies)
         names = setting.names
         with Testbed(servers=len(names), mbps=500.0, names=names, burst_kb=64.0) as testbed:
             yield setting, testbed
 
 
-def part(*, switched_off: bool, returns: bool) -> dict[str, Any]:
+def part(*, copies: int = 2, switched_off: bool = True, returns: bool = False) -> dict[str, Any]:
     """All seeds of a part: latencies of all requests together, and of each seed."""
     timeout_s = TIMEOUT_S if switched_off else REFUSED_S
     together: dict[str, dict[str, list[float]]] = {
         kind: {moment: [] for moment in WHEN} for kind in ("measured", "simulated")
     }
     seeds = []
-    with on_testbed() as (setting, testbed):
+    with on_testbed(copies) as (setting, testbed):
         config = experiment.ExperimentConfig(
             trace="", cluster=setting.path("cluster.toml"), requests=REQUESTS
         )
@@ -246,8 +260,11 @@ def part(*, switched_off: bool, returns: bool) -> dict[str, Any]:
             found = replayed(setting, testbed, seed, switched_off=switched_off, returns=returns)
             loss = Loss(setting.names[LOST], found["at_s"], found["return_s"])
             expected = simulated(setting, seed, calibration, loss, timeout_s)
-            measured = measured_latency(found, setting.names[LOST])
-            for kind, latencies in (("measured", measured), ("simulated", expected["latency_s"])):
+            # the same moments of both: how long it takes until a loss is over is told beside
+            record = LossRecord(loss.server, loss.at_s, loss.return_s, over_s=found["over_s"])
+            measured = sorted_latency(record, *times(found["rows"]))
+            predicted = sorted_latency(record, expected["arrival_s"], expected["done_s"])
+            for kind, latencies in (("measured", measured), ("simulated", predicted)):
                 for moment in WHEN:
                     together[kind][moment] += latencies[moment]
             seeds.append(
@@ -260,7 +277,7 @@ def part(*, switched_off: bool, returns: bool) -> dict[str, Any]:
                     "mean_s": {
                         moment: [
                             float(np.mean(latencies[moment])) if latencies[moment] else None
-                            for latencies in (measured, expected["latency_s"])
+                            for latencies in (measured, predicted)
                         ]
                         for moment in WHEN
                     },
@@ -279,10 +296,11 @@ def part(*, switched_off: bool, returns: bool) -> dict[str, Any]:
     }
 
 
-PARTS = {
-    "machine": lambda: part(switched_off=True, returns=False),
-    "returning": lambda: part(switched_off=True, returns=True),
-    "process": lambda: part(switched_off=False, returns=False),
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "machine": part,
+    "returning": functools.partial(part, returns=True),
+    "process": functools.partial(part, switched_off=False),
+    "single": functools.partial(part, copies=1),
 }
 
 
