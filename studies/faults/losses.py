@@ -53,8 +53,8 @@ CLUSTER = HERE.parent / "shaped-v2lite.toml"
 SEEDS = (0, 1, 2)
 #: Slots of each GPU by the number of copies; the last server has two GPUs.
 SLOTS_PER_GPU = {1: (541, 541, 617, 617), 2: (832, 832, 832, 832)}
-REQUESTS = 40
-INTERVAL_S = 2.0
+REQUESTS = 32
+INTERVAL_S = 2.5
 #: Requests that a server serves at once.
 PLACES = 2
 #: Part of the time of arrivals after which the server is lost.
