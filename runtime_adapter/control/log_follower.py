@@ -93,7 +93,6 @@ class LogFollower:
         self.report = report
         self.own_gpus: list[int] = placement.gpus_of(rank).tolist()
         self._server_of_gpu: list[int] = placement.server_of_gpu.tolist()
-        self.migrating = False
         self._states = MemberStates(placement.num_servers, members or NoMembers())
         self._older_epoch, self._older_incarnation = older
         self._epoch = ""
@@ -103,6 +102,11 @@ class LogFollower:
         self._open_plans: set[int] = set()
         self._reported_us = {"compute_us": 0, "waiting_us": 0}
         self._ended = threading.Event()
+
+    @property
+    def migrating(self) -> bool:
+        """Whether a migration is in progress, as far as this driver knows."""
+        return bool(self._open_plans)
 
     @property
     def incarnation(self) -> int:
@@ -178,10 +182,10 @@ class LogFollower:
                 self._report_calls(entry.review)
             case log_entries.MigrationStarted():
                 self._open_plans.add(entry.plan)
-                self.migrating = True
+                self.expert_map.set_migrating(True)
             case log_entries.MigrationFinished():
                 self._open_plans.discard(entry.plan)
-                self.migrating = bool(self._open_plans)
+                self.expert_map.set_migrating(self.migrating)
             case log_entries.StepFailed():
                 # loads that had begun by then fail as well, for the same reason
                 if entry.server == self.name and entry.plan not in self._failed_plans:
@@ -197,7 +201,7 @@ class LogFollower:
         self._forget_drops(lambda drop: drop.plan is not None)
         self._failed_plans.clear()
         self._open_plans = set(new.open_plans)
-        self.migrating = bool(self._open_plans)
+        self.expert_map.set_migrating(self.migrating)
         self._epoch = new.epoch
         up, down = self._states.begin(new)
         if self._is_older(self.rank, self._states.incarnations[self.rank]):

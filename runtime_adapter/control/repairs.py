@@ -124,14 +124,24 @@ class Repairs:
     def _look(self) -> bool:
         state = self._state
         held = state.expert_map.on_gpu()
-        wanted = state.placement.on_gpu.reshape(held.shape)
-        if state.placement_known:
-            for n in state.joined:
-                gpus = state.config.placement.gpus_of(n)
-                if (wanted[gpus] & ~held[gpus]).any():
-                    return True
+        if any(self._lacks(n, held) is not None for n in state.joined):
+            return True
         replicas = min(state.placement.plan.min_replicas, len(state.alive))
         return bool((self._copies(held) < replicas).any())
+
+    def _lacks(self, n: int, held: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
+        """What a server that has come is to hold, bool [G of it, J]; None if it has all of that.
+
+        Where the last placement is not known, which is so if nothing is left of the scheduler that
+        has made it, a server without any experts gets those of the run's placement file.
+        """
+        state = self._state
+        gpus = state.config.placement.gpus_of(n)
+        if not state.placement_known and held[gpus].any():
+            return None
+        known = state.placement if state.placement_known else state.config.placement
+        wanted: npt.NDArray[np.bool_] = known.on_gpu.reshape(held.shape)[gpus]
+        return wanted if (wanted & ~held[gpus]).any() else None
 
     def _copies(self, held: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         """On how many servers that are up each pair is, int [J]."""
@@ -170,12 +180,10 @@ class Repairs:
         """What the servers hold, those that have come back what they are to hold."""
         state = self._state
         on_gpu = state.expert_map.on_gpu()
-        if state.placement_known:
-            wanted = state.placement.on_gpu.reshape(on_gpu.shape)
-            for n in state.joined:
-                gpus = state.config.placement.gpus_of(n)
-                if (wanted[gpus] & ~on_gpu[gpus]).any():
-                    on_gpu[gpus] = wanted[gpus]
+        for n in state.joined:
+            wanted = self._lacks(n, on_gpu)
+            if wanted is not None:
+                on_gpu[state.config.placement.gpus_of(n)] = wanted
         return state.part_of(on_gpu, instance)
 
     def _order(self, current: Placement, target: Placement, instance: Instance) -> MigrationPlan:

@@ -17,7 +17,13 @@ from runtime_adapter.moe.compute import Batch, Compute
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.emulated_gpu import wait_until
 from runtime_adapter.moe.placed_experts import sum_dtype
-from runtime_adapter.moe.router import HoldersSilent, Router, count_destinations, select_calls
+from runtime_adapter.moe.router import (
+    ExpertsLost,
+    HoldersSilent,
+    Router,
+    count_destinations,
+    select_calls,
+)
 from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.connection import Connection
 from runtime_adapter.transport.rendezvous import RequestTimeout, RuntimeFailure, ServerLost
@@ -92,7 +98,8 @@ class RemoteDispatcher:
     added to every call, half each way, where the network does not delay it.
 
     Calls of a server that is suspect go to other holders of the experts; where there are none, the
-    step waits until one answers again, up to ``request_timeout_s``. ``on_lost`` is called with the
+    step waits until one answers again, or a repair has loaded the expert elsewhere, up to
+    ``request_timeout_s``. ``on_lost`` is called with the
     server of every call that was lost on its way.
     """
 
@@ -138,7 +145,7 @@ class RemoteDispatcher:
         Raises
         ------
         ExpertsLost
-            All servers that held an expert are down.
+            All servers that held an expert are down, and no migration is about to load it.
         RequestTimeout
             The step has waited for ``request_timeout_s``.
         RuntimeFailure
@@ -198,7 +205,11 @@ class RemoteDispatcher:
         waits.pauses += 1
 
     def _choose(self, layer: int, experts: Ints, waits: _Waits) -> npt.NDArray[np.int32]:
-        """The server of each call [T, K]; waits where all holders of an expert are suspect."""
+        """The server of each call [T, K].
+
+        Waits where all holders of an expert are suspect, and where it was lost with its holders,
+        but may be loaded elsewhere.
+        """
         expert_map = self.router.expert_map
         while True:
             version = expert_map.version
@@ -213,6 +224,10 @@ class RemoteDispatcher:
                     f"answer: {', '.join(silent.holders)}",
                 )
                 left_s = waits.left_s(now)
+            except ExpertsLost:
+                left_s = waits.left_s(time.monotonic())
+                if not left_s or not expert_map.may_be_repaired():
+                    raise
             self.passes += 1
             try:
                 expert_map.wait_for_change(min(left_s, WAIT_SLICE_S), version)

@@ -18,6 +18,9 @@ from prism_plan.placement import Placement
 
 Ints = npt.NDArray[np.int32]
 
+#: A repair of what was lost with a server begins within so long, if there is one.
+REPAIR_BEGINS_S = 4.0
+
 
 class ExpertMap:
     """Holders of each (layer, expert) pair; changed by loads, drops and losses, read by the router.
@@ -42,6 +45,8 @@ class ExpertMap:
         self.num_replicas = np.zeros(pairs, np.int32)
         #: Counts changes, for :meth:`wait_for_change`.
         self.version = 0
+        self._migrating = False
+        self._members_changed_s = time.monotonic()
         self._refresh_all()
 
     # ------------------------------------------------------------------------------------- changes
@@ -86,8 +91,16 @@ class ExpertMap:
                     self._held[gpu, pair] = True
             for server in down:
                 self._down[server], self._suspect[server] = True, False
+            self._members_changed_s = time.monotonic()
             self._refresh_all()
             self._notify()
+
+    def set_migrating(self, migrating: bool) -> None:
+        """The log says that a migration is in progress, or that there is none any more."""
+        with self._changed:
+            if self._migrating != migrating:
+                self._migrating = migrating
+                self._notify()
 
     def _set_suspect(self, server: int, suspect: bool) -> None:
         with self._changed:
@@ -133,6 +146,14 @@ class ExpertMap:
     def down(self, server: int) -> bool:
         """Whether the server is down, as the log has it."""
         return bool(self._down[server])
+
+    def may_be_repaired(self) -> bool:
+        """Whether what nobody holds may be loaded soon.
+
+        A migration is in progress, or servers have come or gone so recently that one may begin.
+        """
+        changed_s = time.monotonic() - self._members_changed_s
+        return self._migrating or changed_s < REPAIR_BEGINS_S
 
     def lost_names(self) -> list[str]:
         """The servers that are suspect or down."""

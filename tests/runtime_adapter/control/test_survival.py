@@ -232,6 +232,30 @@ def test_a_server_that_is_back_at_once_is_repaired_once() -> None:
     fleet.close()
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_server_that_is_lost_with_the_store_gets_the_experts_of_its_file(lost: int) -> None:
+    """Nothing is left of what was planned, and the others hold all experts: it is used again."""
+    start = drawn(4, CAPACITY)
+    fleet = Fleet(start, timeout_s=1.0)
+    fleet.until(lambda: fleet.scheduler.state.begun)
+    fleet.scheduler.log.close()
+    fleet.kill(lost)
+    fleet.store.restart()
+    fleet.restart_scheduler()
+    left = [n for n in range(3) if n != lost]
+    fleet.until(lambda: (copies(fleet, left) >= 1).all())
+    fleet.settle()
+    fleet.start_again(lost)
+    fleet.until(lambda: fleet.scheduler.state.all_up)
+    fleet.until(lambda: not fleet.scheduler.state.joined)
+    fleet.settle()
+    gpus = start.gpus_of(lost)
+    on_server, wanted_there = (rows[gpus].any(axis=0) for rows in (fleet.held(), wanted(start)))
+    assert (on_server >= wanted_there).all()  # not twice on GPUs of the same server
+    nothing_is_lost(fleet)
+    fleet.close()
+
+
 def test_a_driver_that_joins_in_mid_migration() -> None:
     """The migration ends; a drop that was announced before waits for no driver that is gone."""
     start, target = (drawn(s, CAPACITY, copies=2) for s in (6, 106))

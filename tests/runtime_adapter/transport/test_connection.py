@@ -22,6 +22,7 @@ from runtime_adapter.transport.peer import ConnectionLost, Peer  # noqa: E402
 from runtime_adapter.transport.rendezvous import RequestTimeout, RuntimeFailure  # noqa: E402
 from runtime_adapter.transport.send_queue import LONG_BYTES, SendQueue  # noqa: E402
 from runtime_adapter.transport.wire_format import MessageBuffer, WireError  # noqa: E402
+from runtime_adapter.weights import expert_map as expert_map_module  # noqa: E402
 from runtime_adapter.weights.expert_map import ExpertMap  # noqa: E402
 from tests.limits import HANG_S  # noqa: E402
 from tests.runtime_adapter.transport.cut_wires import Relay  # noqa: E402
@@ -267,6 +268,33 @@ def test_a_step_fails_when_the_only_holder_is_down() -> None:
         home.peers[1].set_address(one.address, 2)
         home.expert_map.set_up(1, [(1, pair) for pair in range(8)])
         home.run(seed=1)
+
+
+def test_a_step_waits_for_a_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was lost with its holder may be loaded elsewhere: the step waits for that migration.
+
+    It goes on when the expert is there, and fails when the migration has ended without it.
+    """
+    with Worker(1) as one, Worker(2) as other, Home({1: one.address, 2: other.address}) as home:
+        home.run()
+        monkeypatch.setattr(expert_map_module, "REPAIR_BEGINS_S", HANG_S)
+        home.expert_map.set_all({}, [1, 2])
+        thread, ended = home.begin()
+        until(lambda: home.lane.passes == 4)  # in and out: it waits
+        assert not ended
+        home.expert_map.set_migrating(True)
+        monkeypatch.setattr(expert_map_module, "REPAIR_BEGINS_S", 0.0)
+        home.expert_map.set_up(2, [(2, pair) for pair in range(8)])
+        thread.join(HANG_S)
+        assert ended == [None]
+        before = home.lane.passes
+        home.expert_map.set_down(2)
+        thread, ended = home.begin()
+        until(lambda: home.lane.passes == before + 2)
+        assert not ended
+        home.expert_map.set_migrating(False)
+        thread.join(HANG_S)
+        assert isinstance(ended[0], ExpertsLost)
 
 
 def test_a_step_waits_no_longer_than_it_may() -> None:
