@@ -132,21 +132,18 @@ class Driver:
         self._result_lock = threading.Lock()
         self._budget = RepeatBudget()
 
-    def serve(self, requests: Iterable[TokenizedRequest]) -> list[RequestResult]:
-        """Serve requests at their times; gives the results of all.
+    def serve(self, requests: Iterable[TokenizedRequest]) -> None:
+        """Serve requests at their times, until all have ended.
 
         Requests may come one by one; their end ends the run. A request that fails has an error and
-        the tokens until then; the others continue.
+        the tokens until then; the others continue. Nothing is kept of a request that has ended.
         """
-        results: list[RequestResult] = []
 
         def arrivals() -> Iterator[tuple[float, _Job]]:
             for job in self._jobs(requests):
-                results.append(job.result)
                 yield self._begin_s + job.request.request.at_s, job
 
         run_in_lanes(self._server.lanes, arrivals(), self._serve_one)
-        return results
 
     def _jobs(self, requests: Iterable[TokenizedRequest]) -> Iterator[_Job]:
         """Requests to serve; what the journal has of them is not done again."""
@@ -185,7 +182,7 @@ class Driver:
             result.text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
             with self._result_lock:
                 self._on_result(result)
-            self._server.requests.ended(result.error)
+            self._server.requests.ended(result.error, len(result.tokens))
         if self._journal is not None:
             self._journal.end(job.key)
 

@@ -15,6 +15,7 @@ class RequestCounts:
         self.running = 0
         self.done = 0
         self.failed = 0
+        self.new_tokens = 0
         #: Why the last request that failed did, or "".
         self.last_error = ""
 
@@ -29,9 +30,15 @@ class RequestCounts:
             with self._lock:
                 self.running -= 1
 
-    def ended(self, error: str | None) -> None:
-        """A request is done, or has failed for a reason."""
+    @property
+    def all_ended(self) -> int:
+        """Requests that are done or have failed."""
+        return self.done + self.failed
+
+    def ended(self, error: str | None, new_tokens: int = 0) -> None:
+        """A request is done, or has failed for a reason, with so many tokens."""
         with self._lock:
+            self.new_tokens += new_tokens
             if error is None:
                 self.done += 1
             else:

@@ -326,25 +326,27 @@ def command(args: ServeOptions) -> None:
             server, model, tokenizer, backend, begin_s, lambda result: write(vars(result)),
             journal=journal,
         )  # fmt: skip
-        results = driver.serve(incoming)
+        driver.serve(incoming)
         server.finish()
         counted = server.counters.to_json()
         migrations = server.migrations()
-    failed = sum(result.error is not None for result in results)
+    ended = server.requests
     if args.stats is not None:
         values = {
             "server": args.server,
-            "requests": len(results),
-            "failed": failed,
-            "new_tokens": sum(len(result.tokens) for result in results),
+            "requests": ended.all_ended,
+            "failed": ended.failed,
+            "new_tokens": ended.new_tokens,
             "lost": server.lost_servers(),
             **counted,
             "gpus": server.held_experts(),
             "migrations": migrations,
         }
         write_bytes(args.stats, (json.dumps(values, indent=1) + "\n").encode())
-    if failed:
-        raise RuntimeFailure(f"{failed} of {len(results)} requests failed; see their errors")
+    if ended.failed:
+        raise RuntimeFailure(
+            f"{ended.failed} of {ended.all_ended} requests failed; see their errors"
+        )
 
 
 def missing_kv_text(

@@ -68,8 +68,12 @@ def drive(
     """Serve requests by the tiny Mixtral."""
     checkpoint, backend = committed("mixtral"), ThreadLocalDispatcher()
     model = load_placed_model(checkpoint, backend, torch.float32)
-    driver = Driver(server, model, load_tokenizer(checkpoint), backend, 0.0, journal=journal)
-    return driver.serve(tokenized)
+    results: list[RequestResult] = []
+    driver = Driver(
+        server, model, load_tokenizer(checkpoint), backend, 0.0, results.append, journal=journal
+    )
+    driver.serve(tokenized)
+    return results
 
 
 def requests() -> list[Any]:

@@ -7,7 +7,7 @@ from collections import deque
 from runtime_adapter.control.store.messages import MIB
 
 #: Entries, and bytes of their texts, that are kept for readers who have not read them yet.
-MAX_ENTRIES = 20_000
+MAX_ENTRIES = 4_000
 MAX_ENTRY_BYTES = 64 * MIB
 #: Bytes of an entry; entries and bytes of one answer, whose reader asks again for the rest.
 MAX_TEXT_BYTES = 3 * MIB

@@ -47,7 +47,7 @@ START_DELAY_S = 0.5
 #: again.
 MAX_ADDRESSES = 8
 #: Answers that are kept for requests that are repeated, since their answer was lost.
-MAX_ANSWERS = 4_096
+MAX_ANSWERS = 1_024
 #: Values of a driver's text in an entry: half of what an answer can carry.
 MAX_ENTRY_VALUES = MAX_HEAD_VALUES // 2
 #: Entries that the store writes itself.

@@ -196,8 +196,9 @@ def test_a_prompt_that_is_too_long_fails_alone() -> None:
     model = reference("deepseek-v2", torch.float32)
     tokenizer = load_tokenizer(committed("deepseek-v2"))
     one: Any = One()
-    driver = Driver(one, model, tokenizer, ThreadLocalDispatcher(), 0.0, lambda result: None)
-    answers = driver.serve(jobs)
+    answers: list[Any] = []
+    driver = Driver(one, model, tokenizer, ThreadLocalDispatcher(), 0.0, answers.append)
+    driver.serve(jobs)
     assert [answer.error is None for answer in answers] == [True, False, True]
     assert "request 7: a step of 7 tokens; expected at most 6" in str(answers[1].error)
     assert answers[1].tokens == []
