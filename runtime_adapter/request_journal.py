@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import stat
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,12 +64,14 @@ class RequestJournal:
         # identities are compared as JSON has them
         self._identity = json.loads(json.dumps(identity))
         try:
-            self._stream: io.FileIO = io.FileIO(
-                os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+"
-            )
+            # without waiting for the other end of a pipe
+            flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
+            self._stream: io.FileIO = io.FileIO(os.open(self.path, flags, 0o600), "r+")
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode):
+                raise InputError("no regular file", source=self.path, expected="a journal")
             self._read()
         except BaseException:
             self._stream.close()
@@ -84,6 +87,23 @@ class RequestJournal:
     def continues(self) -> bool:
         """Whether the journal has requests of an earlier process."""
         return bool(self.finished or self.unfinished)
+
+    def require_answers(self, path: str | None) -> None:
+        """Refuse a journal that has answered requests without the file that has their answers.
+
+        Raises
+        ------
+        InputError
+            There is no such file.
+        """
+        if self.finished and path is not None and path != "-" and not os.path.exists(path):
+            raise InputError(
+                f"says that {len(self.finished)} requests are answered, and their file {path} is "
+                "not there",
+                source=self.path,
+                expected="the file of answers that was written with it",
+                remedy="bring that file back, or give another journal to answer all again",
+            )
 
     @property
     def next_key(self) -> int:

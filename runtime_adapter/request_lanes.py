@@ -21,21 +21,30 @@ def run_in_lanes(
     """Serve each request from its arrival on, in the next lane that is free; waits for all.
 
     ``arrivals`` are times of ``time.monotonic`` and what ``serve`` is called with; they may come
-    one by one.
+    one by one. What ``serve`` raises, as where an answer cannot be written, ends all lanes after
+    the requests that they are at, and is raised here.
     """
     waiting: queue.SimpleQueue[tuple[T] | None] = queue.SimpleQueue()
+    failures: list[BaseException] = []
 
     def run(lane: RemoteDispatcher) -> None:
-        while (item := waiting.get()) is not None:
-            serve(lane, *item)
+        try:
+            while (item := waiting.get()) is not None and not failures:
+                serve(lane, *item)
+        except BaseException as error:
+            failures.append(error)
 
     threads = [threading.Thread(target=run, args=(lane,), daemon=True) for lane in lanes]
     for thread in threads:
         thread.start()
     for at_s, request in arrivals:
         wait_until(at_s)
+        if failures:
+            break
         waiting.put((request,))
     for _ in threads:
         waiting.put(None)
     for thread in threads:
         thread.join()
+    if failures:
+        raise failures[0]

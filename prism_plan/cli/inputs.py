@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,20 @@ def require_writable_output(output: str | None, *inputs: str | None) -> None:
     if output is not None and output != "-":
         require_writable(output)
         require_not_an_input(output, [path for path in inputs if path is not None])
+
+
+def require_distinct_outputs(*outputs: str | None) -> None:
+    """Refuse the same file, by whatever name, as two outputs of a command."""
+    found: dict[str, str] = {}
+    for output in outputs:
+        if output is None or output == "-":
+            continue
+        if (before := found.setdefault(os.path.realpath(output), output)) is not output:
+            raise InputError(
+                f"{output!r:.200} is given for two outputs",
+                source=before,
+                expected="a file for each",
+            )
 
 
 def log_assumed_figures(

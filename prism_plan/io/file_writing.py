@@ -37,6 +37,23 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     temporary.unlink()
 
 
+def require_writable_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder where there is none; fail early where no file can be written to it.
+
+    Raises
+    ------
+    OutputError
+        It is something else, or cannot be made or written.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        _make_temporary_file(Path(path) / "placement").unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot write to this folder: {_reason(error)}; choose another one"
+        ) from error
+
+
 def _is_special_file(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` exists and is not a regular file, but a pipe or a device."""
     return os.path.exists(path) and not os.path.isfile(path)

@@ -21,7 +21,8 @@ from prism_plan.io.text_files import iterate_lines, read_text
 
 #: Requests are numbered over all servers, as the route ``spread`` needs it.
 MAX_REQUESTS = 1 << 20
-
+#: Seconds from the start to the last arrival: three years.
+MAX_AT_S = 1e8
 
 Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 
@@ -32,7 +33,9 @@ class RequestLine(FormatModel):
     prompt: NotBlank
     task: str = ""
     id: Annotated[str | Whole | None, Expected("a text or a whole number")] = None
-    at_s: Amount = Field(default=0.0, description="Its arrival, in seconds from the start.")
+    at_s: Annotated[Amount, Field(le=MAX_AT_S)] = Field(
+        default=0.0, description="Its arrival, in seconds from the start."
+    )
     max_new_tokens: Positive | None = None
 
 

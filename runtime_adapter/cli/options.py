@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -33,6 +32,9 @@ def log_assumed_figures(path: str, cluster: Cluster, **uses: bool) -> None:
     """
     inputs.log_assumed_figures(path, cluster, log=log_info, **uses)
 
+
+#: The longest time that may be given: twelve days.
+MAX_SECONDS = 1e6
 
 store_option = click.option(
     "--store",
@@ -231,7 +233,9 @@ def address(text: str) -> tuple[str, int]:
     """
     host, colon, port = text.rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise InputError(f"{text!r:.60}", parameter="store", expected="HOST:PORT")
+        raise InputError(
+            f"{text!r:.60}", parameter="store", expected="HOST:PORT, a port from 1 to 65535"
+        )
     return host.strip("[]"), int(port)
 
 
@@ -289,15 +293,19 @@ class RendezvousOptions(SecretOptions):
 
 
 def require_seconds(value: float, parameter: str) -> None:
-    """Refuse a time that is not above 0 and finite.
+    """Refuse a time that is not above 0, or longer than anybody waits.
 
     Raises
     ------
     InputError
         Names the parameter.
     """
-    if not 0 < value < math.inf:
-        raise InputError(f"{value}", parameter=parameter, expected="seconds above 0")
+    if not 0 < value <= MAX_SECONDS:
+        raise InputError(
+            f"{value}",
+            parameter=parameter,
+            expected=f"seconds above 0, at most {MAX_SECONDS:,.0f}",
+        )
 
 
 @contextlib.contextmanager
@@ -315,25 +323,35 @@ def open_jsonl(path: str | None, *, append: bool = False) -> Iterator[Callable[[
 
         yield write
         return
+
+    def fail(error: OSError) -> NoReturn:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
     try:
-        with open(path, "r+b" if append and os.path.exists(path) else "wb") as stream:
-            if append:
-                _seek_last_line(stream)
-
-            def write(values: Any) -> None:
-                stream.write(json.dumps(values, allow_nan=False).encode() + b"\n")
-                stream.flush()
-
-            yield write
+        stream = open(path, "r+b" if append and os.path.exists(path) else "wb", buffering=0)  # noqa: SIM115
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        fail(error)
+    with stream:
+        if append:
+            _seek_last_line(stream)
+
+        def write(values: Any) -> None:
+            line = json.dumps(values, allow_nan=False).encode() + b"\n"
+            try:
+                while line:
+                    line = line[stream.write(line) :]
+            except OSError as error:
+                fail(error)
+
+        yield write
 
 
 def _seek_last_line(stream: IO[bytes]) -> None:
     """Go to the end of a file's last complete line, and cut what follows."""
     end = 0
-    for line in stream:
-        if line.endswith(b"\n"):
-            end += len(line)
+    if stream.readable():
+        for line in stream:
+            if line.endswith(b"\n"):
+                end += len(line)
     stream.seek(end)
     stream.truncate()

@@ -72,7 +72,12 @@ def command(args: ReplayOptions) -> None:
 
     import torch
 
-    from prism_plan.cli.inputs import error_source, load_cluster, require_writable_output
+    from prism_plan.cli.inputs import (
+        error_source,
+        load_cluster,
+        require_distinct_outputs,
+        require_writable_output,
+    )
     from prism_plan.io.file_writing import write_bytes
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.io.trace_reader import read_trace
@@ -86,6 +91,7 @@ def command(args: ReplayOptions) -> None:
     torch.set_num_threads(1)
     for output in (args.output, args.stats):
         require_writable_output(output, args.placement, args.trace, args.cluster)
+    require_distinct_outputs(args.output, args.stats)
     placement, placement_file = read_placement_and_identity(args.placement)
     require_home_execution(placement, source=args.placement)
     rendezvous = args.rendezvous(placement.servers)

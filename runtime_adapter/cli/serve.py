@@ -143,7 +143,7 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
 @click.option(
     "--journal",
     metavar="FILE",
-    help="Note requests and tokens; started again, the server goes on with what is in it.",
+    help="Note requests and tokens, to go on with them when started again; needs -o.",
 )
 @click.option("--stats", metavar="S.json", help="Write what was counted.")
 @click.option("-o", "--output", metavar="A.jsonl", help="One line a request; default: stdout.")
@@ -166,7 +166,12 @@ def command(args: ServeOptions) -> None:
 
     import torch
 
-    from prism_plan.cli.inputs import error_source, load_cluster, require_writable_output
+    from prism_plan.cli.inputs import (
+        error_source,
+        load_cluster,
+        require_distinct_outputs,
+        require_writable_output,
+    )
     from prism_plan.io.file_writing import write_bytes
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.io.serve_requests import read_requests
@@ -198,6 +203,9 @@ def command(args: ServeOptions) -> None:
     files = [args.placement, args.cluster, None if args.streamed else args.requests]
     for output in (args.output, args.stats, args.journal):
         require_writable_output(output, *files)
+    require_distinct_outputs(args.output, args.stats, args.journal)
+    if args.streamed and sys.stdin is None:
+        raise InputError("closed", source="standard input", expected="requests, for ``requests`` -")
     torch.set_num_threads(args.threads)
     placement, placement_file = read_placement_and_identity(args.placement)
     require_home_execution(placement, source=args.placement)
@@ -255,6 +263,7 @@ def command(args: ServeOptions) -> None:
         }
         of |= {"requests": digest, "server": args.server}
         journal = RequestJournal(args.journal, of)
+        journal.require_answers(args.output)
     backend = ThreadLocalDispatcher()
     with error_source(args.placement):
         store = create_server_store(checkpoint, placement, rendezvous.rank, devices, dtype)

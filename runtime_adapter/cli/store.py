@@ -40,7 +40,9 @@ class StoreOptions(SecretOptions):
     show_default=True,
     help="When all servers have left, wait for the next run, or end.",
 )
-@click.option("--with-parent", type=int, metavar="PID", help="End with this parent process.")
+@click.option(
+    "--with-parent", type=int, metavar="PID", help="End with this process, which has started it."
+)
 @log_options
 @options_as(StoreOptions)
 def command(args: StoreOptions) -> None:
@@ -51,19 +53,29 @@ def command(args: StoreOptions) -> None:
     itself, the servers join again, and the run goes on. Ends with exit code 0 when all servers have
     left.
     """
+    import os
     import signal
     import sys
 
+    from prism_plan.io.file_writing import require_writable_folder
     from runtime_adapter.control.store.supervisor import StoreConfig, run_store
 
     args.configure_log()
     host, port = _listen_address(args.listen)
     secret = args.secret()
+    if args.with_parent is not None and args.with_parent != os.getppid():
+        raise InputError(
+            f"{args.with_parent}",
+            parameter="with_parent",
+            expected=f"the process that started this one, {os.getppid()}",
+        )
     if args.with_parent is None:  # which has said so, and ends this process when it likes
         args.require_secret_for(host)
     else:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if args.placements_dir is not None:
+        require_writable_folder(args.placements_dir)
     run_store(
         StoreConfig(
             host=host,
@@ -89,5 +101,7 @@ def schedule(address: StoreAddress, placements_dir: str | None) -> None:
 def _listen_address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise InputError(f"{text!r:.60}", parameter="listen", expected="HOST:PORT")
+        raise InputError(
+            f"{text!r:.60}", parameter="listen", expected="HOST:PORT, a port from 0 to 65535"
+        )
     return host.strip("[]"), int(port)

@@ -22,6 +22,7 @@ from prism_plan.placement_check import violations
 from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import NewLog
 from runtime_adapter.control.run_state import RunState
+from runtime_adapter.log_output import log_warning
 from runtime_adapter.transport.rendezvous import RuntimeFailure
 
 #: What a scheduler leaves in the store for one that is started after it has died.
@@ -297,7 +298,9 @@ class Migrations:
             Path(folder).mkdir(parents=True, exist_ok=True)
             write_placement(path, state.held_placement(state.instance))
         except (OSError, PrismError) as error:
-            return f"{path}: {error}"
+            text = f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}"
+            log_warning(text)  # it is on the store's machine
+            return text
         return str(path)
 
     def _next_file(self, folder: Path) -> Path:

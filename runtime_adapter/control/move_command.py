@@ -87,13 +87,15 @@ def _require_movable_run(log: EventLog, address: StoreAddress, join_s: float) ->
             run = log.client.run(max(deadline - time.monotonic(), 0.1))["run"]
         except StoreUnavailable as error:
             raise RuntimeFailure(
-                f"``store`` {address}: no store within {join_s:g} s ({error}); start the first "
-                "server, or check the address"
+                f"``store`` {address}: {error.message}; start the store, or the first server, or "
+                "check the address"
             ) from error
         if run is not None:
             break
         if time.monotonic() > deadline:
-            raise RuntimeFailure(f"``store`` {address}: no run within {join_s:g} s")
+            raise RuntimeFailure(
+                f"``store`` {address}: no run within {join_s:g} s; start its servers"
+            )
         time.sleep(0.1)
     if run.get("movable") is not True:
         raise RuntimeFailure(

@@ -140,8 +140,8 @@ class _Server:
 
 def _wrong_secret(secret: RunSecret) -> str:
     if secret.given:
-        return "the other side does not know this run's secret: see its ``secret_file``"
-    return "the other side has a secret, and this one none: give its ``secret_file``"
+        return "the other side does not know this run's secret; give both the same ``secret_file``"
+    return "the other side has a secret, and this one none; give the run's ``secret_file``"
 
 
 def _claim_length(raw: bytes) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from prism_plan.errors import InputError
 
@@ -33,7 +33,9 @@ def read_secret(path: str | os.PathLike[str]) -> RunSecret:
         The file cannot be read, is no regular file, is too short or too long, or other users may
         read it.
     """
-    remedy = f"make one: (umask 077; head -c 32 /dev/urandom | base64 > {Path(path).name:.60})"
+    remedy = (
+        f"make one: (umask 077; head -c 32 /dev/urandom | base64 > {shlex.quote(str(path)):.200})"
+    )
     try:
         with open(path, "rb", opener=_open_without_waiting) as stream:
             mode = os.fstat(stream.fileno()).st_mode

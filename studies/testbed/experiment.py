@@ -399,6 +399,6 @@ def command(**given: Any) -> None:
 
 
 if __name__ == "__main__":
-    from runtime_adapter.cli import run_and_exit
+    from runtime_adapter.cli.main import run_and_exit
 
     run_and_exit(command, "python -m studies.testbed.experiment")

@@ -19,7 +19,7 @@ from prism_plan.cli.main import cli
 from prism_plan.cli.options_dataclass import option_names
 from prism_plan.errors import InputError, LimitReached, UnsupportedFeature
 from prism_plan.evaluate.simulation_options import SimulationOptions
-from runtime_adapter.cli import cli as runtime_cli
+from runtime_adapter.cli.main import cli as runtime_cli
 from studies.testbed import command as testbed_command
 
 ROOT = Path(prism_plan.__file__).parent.parent

@@ -95,3 +95,17 @@ def test_lines_that_no_journal_has_are_refused(tmp_path: Path, line: str) -> Non
         stream.write(line + '\n{"end": "1"}\n')
     with pytest.raises(InputError, match="line 2"):
         RequestJournal(tmp_path / "j", IDENTITY)
+
+
+def test_answers_that_are_gone_are_missed(tmp_path: Path) -> None:
+    """A journal says that a request is answered: then the file with the answer has to be there."""
+    with RequestJournal(tmp_path / "journal", IDENTITY) as journal:
+        journal.require_answers(str(tmp_path / "answers"))
+        journal.accept("1", {"prompt": "a"})
+        journal.end("1")
+    with RequestJournal(tmp_path / "journal", IDENTITY) as journal:
+        with pytest.raises(InputError, match="1 requests are answered") as error:
+            journal.require_answers(str(tmp_path / "answers"))
+        assert "bring that file back" in str(error.value)
+        (tmp_path / "answers").touch()
+        journal.require_answers(str(tmp_path / "answers"))

@@ -49,11 +49,20 @@ def test_lines_become_requests_in_their_order(checkpoint: Checkpoint) -> None:
         (b"{", "standard input: line 1"),
         (b"\xff\xfe", "standard input: line 1"),
         (b'{"prompt": "a", "at_s": 1e999}', "line 1"),
+        (b'{"prompt": "a", "at_s": 1e9}', "at_s: 1000000000.0; expected"),
         (b'{"task": "t"}', "key 'prompt' is missing"),
         (b'{"prompt": "' + b"a " * 2000 + b'"}', "the model's context"),
         (b'{"prompt": "' + b"a" * (MAX_LINE_BYTES + 10) + b'"}', "more than 16,777,216 bytes"),
     ],
-    ids=["no JSON", "no UTF-8", "infinite time", "no prompt", "long prompt", "long line"],
+    ids=[
+        "no JSON",
+        "no UTF-8",
+        "infinite time",
+        "far time",
+        "no prompt",
+        "long prompt",
+        "long line",
+    ],
 )
 def test_a_bad_line_fails_alone(checkpoint: Checkpoint, line: bytes, words: str) -> None:
     """It becomes one request with a message of one line that names it; the next line is served."""

@@ -152,12 +152,14 @@ class StoreClient:
             except HandshakeFailed as error:
                 refusals += 1
                 if not self._has_connected and refusals >= MAX_REFUSALS:
-                    raise  # a wrong secret, not a store that has just ended
+                    # a wrong secret, not a store that has just ended
+                    raise HandshakeFailed(f"``store`` {self.address}: {error.message}") from error
                 reason = str(error)
                 self._closed.wait(min(RETRY_INTERVAL_S, left_s))
                 continue
             except (OSError, EOFError, FrameError, InputError) as error:
-                reason = str(error) or type(error).__name__
+                strerror = getattr(error, "strerror", None)
+                reason = str(strerror or error).lower() or type(error).__name__
                 self._closed.wait(min(RETRY_INTERVAL_S, left_s))
                 continue
             restarts_run = answer.get("has_run") is False and method != "start_run"

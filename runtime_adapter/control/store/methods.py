@@ -82,7 +82,8 @@ class StoreMethods:
     """The store of one run after the other.
 
     ``now`` is a monotonic clock in seconds; ``on_append`` is called after entries were appended,
-    and after a run was started.
+    and after a run was started. ``tell`` gets a line about each server that comes or goes, and what
+    the scheduler says.
     """
 
     def __init__(
@@ -91,7 +92,9 @@ class StoreMethods:
         on_append: Callable[[], None] = lambda: None,
         *,
         new_epoch: Callable[[], str] = lambda: secrets.token_hex(8),
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self._tell = tell
         self._now = ObservedClock(now)
         self._on_append = on_append
         self._new_epoch = new_epoch
@@ -413,6 +416,8 @@ class StoreMethods:
         run.state.apply(entry)
         run.members.note_states(run.state)
         self._on_append()
+        if text := _line_about(entry, run.servers):
+            self._tell(text)
         return number
 
     def _require_room(self, held: int) -> None:
@@ -488,3 +493,21 @@ def _read_run(values: Any) -> tuple[bool, Fields]:
     if type(begun) is not bool:
         raise InputError(f"{begun!r:.60}", place="begun", expected="a boolean")
     return begun, run
+
+
+def _line_about(entry: LogEntry, servers: list[str]) -> str:
+    """What a store's own log says of an entry; "" of most."""
+    match entry:
+        case log_entries.ServerJoined():
+            return (
+                f"server {servers[entry.server]!r} has joined at {entry.host}:{entry.port} with "
+                f"{len(entry.experts)} experts"
+            )
+        case log_entries.ServerDown() if entry.reason != log_entries.JOINS_ANEW:
+            return f"server {servers[entry.server]!r} is down: {entry.reason}"
+        case log_entries.ServerLeft():
+            return f"server {servers[entry.server]!r} has left"
+        case log_entries.LogMessage():
+            return entry.text
+        case _:
+            return ""

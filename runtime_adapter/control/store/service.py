@@ -92,17 +92,21 @@ class Refusals:
 
 
 class StoreService:
-    """Serves a store at a socket that listens; ``keep`` after its run is over as well."""
+    """Serves a store at a socket that listens; ``keep`` after its run is over as well.
+
+    ``report`` gets lines about what is wrong, ``tell`` about what happens in the run.
+    """
 
     def __init__(
-        self, listener: socket.socket, secret: RunSecret, *, keep: bool, report: Report
-    ) -> None:
+        self, listener: socket.socket, secret: RunSecret, *, keep: bool, report: Report,
+        tell: Report = lambda text: None,
+    ) -> None:  # fmt: skip
         self._listener = listener
         self._secret = secret
         self._keep = keep
         self._report = report
         self._appended = asyncio.Event()
-        self._store = StoreMethods(on_append=self._wake_readers)
+        self._store = StoreMethods(on_append=self._wake_readers, tell=tell)
         self._clients: set[_Client] = set()
         self._handshakes: dict[int, asyncio.Task[None]] = {}  # the oldest first
         self._tasks: set[asyncio.Task[None]] = set()
@@ -298,10 +302,13 @@ def _set_options(connection: socket.socket) -> None:
                 connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def run_service(listener: socket.socket, secret: RunSecret, *, keep: bool, report: Report) -> None:
-    """Serve a store at a socket that listens, until its run is over."""
+def run_service(
+    listener: socket.socket, secret: RunSecret, *, keep: bool, report: Report,
+    tell: Report = lambda text: None,
+) -> None:  # fmt: skip
+    """Serve a store at a socket that listens, until its run is over; see :class:`StoreService`."""
 
     async def serve() -> None:
-        await StoreService(listener, secret, keep=keep, report=report).serve()
+        await StoreService(listener, secret, keep=keep, report=report, tell=tell).serve()
 
     asyncio.run(serve())

@@ -122,7 +122,9 @@ class _Supervisor:
         log_output.log_warning(f"{name} has ended ({how}); it is started again")
 
     def _start_service(self) -> BaseProcess:
-        return self._start(_serve, self._listener, self._config.secret, self._config.keep)
+        # a server that has started the store follows the log, and says the same
+        tells = self._config.parent_pid is None
+        return self._start(_serve, self._listener, self._config.secret, self._config.keep, tells)
 
     def _start_scheduler(self) -> BaseProcess:
         return self._start(self._schedule, self._address, self._config.placements_dir)
@@ -165,5 +167,6 @@ def _run_child(
         os._exit(error.exit_code)
 
 
-def _serve(listener: socket.socket, secret: RunSecret, keep: bool) -> None:
-    run_service(listener, secret, keep=keep, report=log_output.log_warning)
+def _serve(listener: socket.socket, secret: RunSecret, keep: bool, tells: bool) -> None:
+    tell = log_output.log_info if tells else log_output.log_debug
+    run_service(listener, secret, keep=keep, report=log_output.log_warning, tell=tell)

@@ -207,5 +207,5 @@ def test_a_move_of_a_run_that_is_not_there(tmp_path: Path) -> None:
         process = run.move("a.json", "--join", "1")
         _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 5
-    assert f"--store {store}: no store within 1 s" in said, said
+    assert f"--store {store}: the run's store at {store} does not answer within " in said, said
     assert said.count("\n") == 1
