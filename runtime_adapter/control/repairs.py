@@ -23,7 +23,7 @@ from runtime_adapter.control.run_state import RunState
 from runtime_adapter.transport.rendezvous import RuntimeFailure
 
 #: A repair begins so long after a server came or went: one that is started again at once is not
-#: repaired twice.
+#: repaired twice. Where experts were lost requests wait for them, and so it begins at once.
 SETTLING_S = 2.0
 #: After a repair that did not succeed the next one waits, twice as long each time.
 FIRST_DELAY_S, LONGEST_DELAY_S = 5.0, 300.0
@@ -63,11 +63,17 @@ class Repairs:
         state = self._state
         return state.changed_s, state.expert_map.version, id(state.placement)
 
+    @property
+    def _urgent(self) -> bool:
+        """Whether a loss has left experts that nobody holds."""
+        state = self._state
+        return state.last_was_loss and not state.expert_map.on_gpu().any(axis=0).all()
+
     def begin_when_due(self) -> None:
         """Begin a repair where one is needed and servers have settled; no migration is active."""
         state = self._state
         self._note_the_last()
-        if state.now() - state.changed_s < SETTLING_S:
+        if state.now() - state.changed_s < SETTLING_S and not self._urgent:
             return
         if not self.pending:
             if state.begun and not self._needed():

@@ -26,11 +26,11 @@ class RunState:
 
     ``now`` is a clock in seconds. ``placement`` is the last one that was reached, with its plan's
     provenance; what is held is in ``expert_map``. ``alive`` are the servers that are up, in order,
-    ``changed_s`` is when that changed last. ``hung`` are servers whose workers answer, but whose
-    driver, which acknowledges drops, does not; the ``absent`` have not joined yet since the store
-    was started. ``joined`` are servers that came back, or came anew, and were not looked at by a
-    repair since. ``placement_known`` is false if moves may have been made by a scheduler of which
-    nothing is left.
+    ``changed_s`` is when that changed last, and ``last_was_loss`` whether by a loss. ``hung`` are
+    servers whose workers answer, but whose driver, which acknowledges drops, does not; the
+    ``absent`` have not joined yet since the store was started. ``joined`` are servers that came
+    back, or came anew, and were not looked at by a repair since. ``placement_known`` is false if
+    moves may have been made by a scheduler of which nothing is left.
 
     ``read`` is the number of entries of the log that were read, ``last_change`` that of the last
     one that changed who is up or what is held (-1: none).
@@ -52,6 +52,7 @@ class RunState:
         self.joined: set[int] = set()
         self.hung: set[int] = set()
         self.changed_s = now()
+        self.last_was_loss = False
         self.begun = False
         self.start_s: float | None = None
         self.all_finished = False
@@ -83,7 +84,7 @@ class RunState:
                 self._set_down(server, left=member["state"] == "left")
                 if member["state"] in ("absent", "joining"):
                     self.absent.add(server)
-        self.changed_s = self.now()
+        self.changed_s, self.last_was_loss = self.now(), False
 
     def apply(self, entry: LogEntry) -> list[int]:
         """Apply an entry; returns the servers that came or went by it."""
@@ -110,6 +111,7 @@ class RunState:
                 return []
         self.last_change = entry.number
         self.changed_s = self.now()
+        self.last_was_loss = isinstance(entry, log_entries.ServerDown)
         return [entry.server]
 
     def _set_up(self, server: int, held: list[tuple[int, int]]) -> None:

@@ -1,6 +1,6 @@
 """Losses of a server, simulated and measured: latency before, during and after, side by side.
 
-    python -m studies.faults.losses              # as root, twenty quiet minutes: studies/losses.json
+    python -m studies.faults.losses              # as root, 20 quiet minutes: studies/losses.json
     python -m studies.faults.losses machine      # one of the parts; the others stay in the file
     python -m studies.faults.losses --tables     # prints the file's tables
 

@@ -24,6 +24,7 @@ from runtime_adapter.control.log_entries import (
     SlotsFreed,
     StopRequested,
 )
+from tests.limits import HANG_S
 from tests.runtime_adapter.control.fleet import Fleet, drawn
 
 #: Three servers of which any two have room for two copies of each of the twelve experts.
@@ -230,6 +231,24 @@ def test_a_server_that_is_back_at_once_is_repaired_once() -> None:
     assert len(fleet.entries_of(MigrationStarted)) == 1
     assert not fleet.wrong()
     fleet.close()
+
+
+def test_lost_experts_are_loaded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests wait for them; for copies of what others hold the servers may settle first."""
+    monkeypatch.setattr(repairs, "SETTLING_S", HANG_S)
+    for number, urgent in ((1, True), (2, False)):
+        start = drawn(4, CAPACITY, copies=number)
+        fleet = Fleet(start, timeout_s=1.0)
+        fleet.kill(0)
+        fleet.until(lambda fleet=fleet: fleet.entries_of(ServerDown))  # type: ignore[misc]
+        if urgent:
+            fleet.until(lambda fleet=fleet: (copies(fleet, [1, 2]) >= 1).all())  # type: ignore[misc]
+        else:
+            fleet.until(lambda fleet=fleet: fleet.knows_all())  # type: ignore[misc]
+            assert fleet.scheduler.repairs.pending
+            fleet.step()
+            assert not fleet.entries_of(MigrationStarted)
+        fleet.close()
 
 
 @pytest.mark.parametrize("lost", [0, 1])
