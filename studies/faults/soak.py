@@ -114,26 +114,30 @@ class Sampler:
 
 
 def growth(samples: Sequence[dict[str, Any]], minutes: float) -> dict[str, dict[str, float]]:
-    """Of each lasting process, medians of minute ten and of the last minute, and their ratio.
+    """Of each lasting process, what it used from minute ten on and at the end, and the ratio.
 
-    Of a shorter run the first of the two is the middle one.
+    Of memory these are medians of a minute; of descriptors and threads, which come and go with
+    connections, the largest numbers of ten minutes. Of a short run the first is the middle.
     """
     settled_s = MINUTE_S * min(SETTLED_MINUTES, minutes / 2)
     found: dict[str, dict[str, float]] = {}
     for role in LASTING:
         for figure in FIGURES:
+            is_memory = figure == "resident_bytes"
+            span_s = MINUTE_S if is_memory else settled_s
             early, late = (
                 [
                     one["processes"][role][figure]
                     for one in samples
-                    if begin_s <= one["at_s"] < begin_s + MINUTE_S and role in one["processes"]
+                    if begin_s <= one["at_s"] < begin_s + span_s and role in one["processes"]
                 ]
-                for begin_s in (settled_s, MINUTE_S * (minutes - 1))
+                for begin_s in (settled_s, MINUTE_S * minutes - span_s)
             )
             if early and late:
-                found.setdefault(role, {})[figure] = median(early)
-                found[role][f"{figure}_end"] = median(late)
-                found[role][f"{figure}_ratio"] = round(median(late) / median(early), 4)
+                of = median if is_memory else max
+                found.setdefault(role, {})[figure] = of(early)
+                found[role][f"{figure}_end"] = of(late)
+                found[role][f"{figure}_ratio"] = round(of(late) / of(early), 4)
     return found
 
 
@@ -186,7 +190,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 def tell(record: dict[str, Any]) -> None:
     """Print what a record says of growth, and whether all went well."""
-    for role, figures in record.get("growth", {}).items():
+    for role, figures in growth(record.get("samples", []), record["minutes"]).items():
         print(role, *(f"{name} {figures[f'{name}_ratio']:.3f}" for name in FIGURES))
     print(f"{len(record.get('hits', []))} kills, {record['answered']} answered")
     print(f"{'well' if record['well'] else 'NOT WELL'}: {'; '.join(record['problems'])[:1000]}")
