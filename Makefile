@@ -20,8 +20,8 @@ SAME_EXTRAS ?=
 # of make bench: the commit to compare with, and the cases, all by default
 BASE ?=
 CASES ?=
-# processes that share the tests
-TEST_PROCESSES ?= 2
+# processes that share the tests; those of servers wait for each other much of the time
+TEST_PROCESSES ?= 3
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 

@@ -247,6 +247,6 @@ def test_the_exit_codes_are_documented() -> None:
 
     root = Path(__file__).parents[2]
     readme = (root / "README.md").read_text(encoding="utf-8")
-    runtime = (root / "runtime_adapter" / "cli" / "__init__.py").read_text(encoding="utf-8")
+    runtime = (root / "runtime_adapter" / "cli" / "main.py").read_text(encoding="utf-8")
     for text in (cli.help or "", readme, runtime):
         assert re.search(r"\b70\b,? (?:is )?an\s+internal\s+error", text)
