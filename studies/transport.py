@@ -85,8 +85,8 @@ class NoLoader(NoCompute):
         """It needs no peers."""
 
     def load(self, pair: int, gpu: int) -> Change:
-        """Nothing moves."""
-        raise NotImplementedError
+        """Nothing moves: whoever asks for it has found a scheduler where there is none."""
+        raise AssertionError(f"pair {pair} is to be loaded in a run without a scheduler")
 
     def drop(self, pair: int, gpu: int) -> None:
         """Nothing moves."""

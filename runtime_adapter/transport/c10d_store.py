@@ -151,10 +151,6 @@ class PairStore(dist.Store):  # type: ignore[misc]
                 time.sleep(POLL_INTERVAL_S)
         return value
 
-    def num_keys(self) -> int:
-        """Is not asked for."""
-        raise NotImplementedError
-
 
 @contextlib.contextmanager
 def _as_runtime_error() -> Iterator[None]:

@@ -79,7 +79,9 @@ def test_losses_that_do_not_fit_the_run(losses: tuple[Loss, ...], message: str) 
 
 def test_another_server_may_be_lost_after_a_return() -> None:
     """One server at a time may be away, also where the cluster has two."""
-    LossPlan((Loss("s0", 1.0, 2.0), Loss("s1", 3.0), Loss("s2", 2.5))).check(asked((0, 9.0)))
+    plan = LossPlan((Loss("s0", 1.0, 2.0), Loss("s1", 3.0), Loss("s2", 2.5)))
+    plan.check(asked((0, 9.0)))
+    assert [loss.server for loss in plan.losses] == ["s0", "s2", "s1"]
 
 
 def test_order_of_events() -> None:

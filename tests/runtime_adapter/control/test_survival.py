@@ -134,7 +134,10 @@ def test_the_store_is_restarted_at_every_step(seed: int, capacity: Any) -> None:
         def restart(fleet: Fleet) -> None:
             fleet.store.restart()
 
-        survive(seed, capacity, copies_, restart, at).close()
+        fleet = survive(seed, capacity, copies_, restart, at)
+        assert fleet.agrees()
+        assert fleet.min_replicas() >= 1
+        fleet.close()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -119,6 +119,7 @@ def test_a_port_that_refuses() -> None:
         until(lambda: here.said == ["its port refuses connections"])
         with Answering(port=there.address[1]):
             until(lambda: here.said[1:] == ["back"])
+            assert not here.peer.suspect
 
 
 def test_another_server_on_the_port() -> None:
@@ -155,6 +156,7 @@ def test_a_peer_that_is_closed_leaves_no_threads() -> None:
         Watched(mute.getsockname()[:2], 1.0) as here,
     ):
         until(lambda: here.said)
+        assert threading.active_count() > before
     until(lambda: threading.active_count() <= before)
 
 

@@ -90,6 +90,10 @@ class Asking:
                 self.store.compute(layer, expert, x), store.compute(layer, expert, x)
             )
 
+    def held(self) -> set[int]:
+        """The experts that are there, and called from now on."""
+        return {pair for _, pair, _ in self.loader.held()}
+
     def close(self) -> None:
         """End the connections."""
         self.loader.close()
@@ -103,6 +107,7 @@ def test_experts_come_from_their_holders() -> None:
         with holder(store, 0) as moved:  # the first holder has come back elsewhere
             us.peers[1].set_address(moved, 2)
             us.loads(store, 3, 4)
+        assert us.held() == {0, 1, 2, 3, 4, 7}
 
 
 def test_a_holder_that_was_started_again() -> None:
@@ -113,6 +118,7 @@ def test_a_holder_that_was_started_again() -> None:
         us.loads(store, 0)
     with contextlib.closing(us), holder(store, one[1]):
         us.loads(store, 2)
+        assert us.held() == {0, 2}
 
 
 @pytest.mark.parametrize("lacks", ["nobody there", "dropped"])
@@ -125,6 +131,7 @@ def test_the_next_holder_is_asked(lacks: str) -> None:
         bad = stack.enter_context(holder(bare)) if lacks == "dropped" else ("127.0.0.1", 1)
         us = stack.enter_context(contextlib.closing(Asking(bad, good)))
         us.loads(store, 0, 1, 2)
+        assert us.held() == {0, 1, 2}
 
 
 def test_the_checkpoint_comes_last(caplog: pytest.LogCaptureFixture) -> None:

@@ -141,6 +141,8 @@ def test_the_parts_end_with_their_supervisor(number: signal.Signals) -> None:
         process.send_signal(number)
         process.wait(HANG_S)
         wait_until(lambda: all(is_zombie(part) for part in (service, *parts)))
+        assert len(parts) >= 2  # service and scheduler: there was something to end
+        assert process.returncode is not None
 
 
 def test_the_store_ends_with_its_parent() -> None:
