@@ -24,6 +24,7 @@ from typing import Any
 import click
 import numpy as np
 import psutil
+from scipy.stats import bootstrap
 
 from runtime_adapter.transport.secrets import read_secret
 from studies.faults import processes
@@ -89,10 +90,8 @@ def window(
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """The mean, and the bounds of its 95 % interval by a bootstrap."""
-    generator = np.random.default_rng(seed)
-    drawn = generator.choice(np.array(values), (10_000, len(values))).mean(axis=1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(np.mean(values)), float(low), float(high)
+    drawn = bootstrap((values,), np.mean, method="percentile", rng=seed).confidence_interval
+    return float(np.mean(values)), float(drawn.low), float(drawn.high)
 
 
 def attacked(pairs: int, seed: int, folder: Path) -> dict[str, Any]:
