@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,24 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prism_plan.errors import InputError, PrismError
+from prism_plan.execution_table import Span
 from runtime_adapter.log_output import log_warning
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
 from runtime_adapter.request_journal import RequestJournal
 from runtime_adapter.request_lanes import run_in_lanes
+from runtime_adapter.request_repeats import MAX_REPEATS, RepeatBudget, may_pass
+from runtime_adapter.spans.messages import RequestSetup
+from runtime_adapter.spans.path_requests import PathRequests
 from runtime_adapter.tokenized_requests import TokenizedRequest
-from runtime_adapter.transport.nccl_channel import DataChannelBroken
-from runtime_adapter.transport.peer import ConnectionLost
-from runtime_adapter.transport.rendezvous import RequestTimeout, RuntimeFailure
-from runtime_adapter.transport.wire_format import StepTooLong, WireError, require_tokens
+from runtime_adapter.transport.wire_format import require_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from runtime_adapter.server import LocalServer
-
-#: A request is run again so often, and all requests of a home together so often within a minute.
-MAX_REPEATS, MAX_REPEATS_PER_MINUTE = 2, 20
 
 
 @dataclass
@@ -77,49 +75,22 @@ class _Job:
     key: str
 
 
-class RepeatBudget:
-    """How often requests may be run again: a fault that stays must not double the load.
-
-    ``now`` is a clock in seconds.
-    """
-
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
-        self._lock = threading.Lock()
-        self._taken_s: deque[float] = deque(maxlen=MAX_REPEATS_PER_MINUTE)
-
-    def take(self) -> bool:
-        """Whether one more request may be run again now."""
-        with self._lock:
-            now = self._now()
-            if len(self._taken_s) == self._taken_s.maxlen and now - self._taken_s[0] < 60.0:
-                return False
-            self._taken_s.append(now)
-            return True
-
-
-def may_pass(error: Exception) -> bool:
-    """Whether a step that failed for this reason may go well when it is run again."""
-    if isinstance(error, (RequestTimeout, StepTooLong)):
-        return False
-    return isinstance(error, (RuntimeFailure, WireError, ConnectionLost, DataChannelBroken))
-
-
 class Driver:
     """Serves requests of one home by greedy decoding, one a lane of its server at once.
 
     ``backend`` is the model's; ``begin_s`` is when time zero is; ``on_result`` gets each result
-    once it is complete. A step that fails for a reason that may pass is run again from the prompt
-    and the tokens so far: :data:`MAX_REPEATS` times a request, while the :class:`RepeatBudget`
-    lasts. With a ``journal`` the requests that it has finished are left out, and those that it has
-    begun go on with the tokens that they had.
+    once it is complete. Requests whose layers execute elsewhere run by ``paths``; without it all
+    execute here. A step that fails for a reason that may pass is run again from the prompt and the
+    tokens so far: :data:`~.request_repeats.MAX_REPEATS` times a request, while the
+    :class:`~.request_repeats.RepeatBudget` lasts. With a ``journal`` the requests that it has
+    finished are left out, and those that it has begun go on with the tokens that they had.
     """
 
     def __init__(
         self, server: LocalServer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         backend: ThreadLocalDispatcher, begin_s: float,
         on_result: Callable[[RequestResult], None] = lambda result: None, *,
-        journal: RequestJournal | None = None,
+        journal: RequestJournal | None = None, paths: PathRequests | None = None,
     ) -> None:  # fmt: skip
         self._server = server
         self._model = model
@@ -128,6 +99,7 @@ class Driver:
         self._begin_s = begin_s
         self._on_result = on_result
         self._journal = journal
+        self._paths = paths
         self._config = greedy_config(model)
         self._result_lock = threading.Lock()
         self._budget = RepeatBudget()
@@ -172,7 +144,7 @@ class Driver:
             try:
                 if job.request.error is not None:
                     raise InputError(job.request.error)
-                with self._backend.using(lane, job.request.number):
+                with self._room(lane, job):
                     self._generate_all(lane, job)
             except PrismError as error:
                 result.error = str(error)
@@ -186,14 +158,23 @@ class Driver:
         if self._journal is not None:
             self._journal.end(job.key)
 
+    def _room(self, lane: RemoteDispatcher, job: _Job) -> contextlib.AbstractContextManager[None]:
+        """Room in the home's KV caches, wherever they are."""
+        if self._paths is None:
+            return contextlib.nullcontext()
+        tokens = len(job.request.ids) + job.request.new_tokens
+        return self._paths.room(self._server.lanes.index(lane), tokens)
+
     def _generate_all(self, lane: RemoteDispatcher, job: _Job) -> None:
         """Generate all tokens that a request does not have yet."""
         repeats = 0
         while not self._complete(job):
-            tokens = len(job.request.ids) + len(job.result.tokens)
-            require_tokens(repr(job.result.id), tokens, lane.max_tokens)
+            path = () if self._paths is None else self._paths.path()
             try:
-                self._generate(job)
+                if self._paths is None or self._paths.is_home(path):
+                    self._generate(lane, job)
+                else:
+                    self._run_path(lane, job, path)
                 return
             except Exception as error:
                 repeats += 1
@@ -210,23 +191,38 @@ class Driver:
         ends = end if isinstance(end, list) else [end]
         return len(tokens) >= job.request.new_tokens or (bool(tokens) and tokens[-1] in ends)
 
-    def _generate(self, job: _Job) -> None:
-        def add(ids: list[int]) -> None:
-            if job.result.first_token_s is None:
-                job.result.first_token_s = time.monotonic() - self._begin_s
-            job.result.tokens += ids
-            if self._journal is not None:
-                self._journal.tokens(job.key, ids)
+    def _add(self, job: _Job, ids: list[int]) -> None:
+        """Add tokens to a request's answer."""
+        if job.result.first_token_s is None:
+            job.result.first_token_s = time.monotonic() - self._begin_s
+        job.result.tokens += ids
+        if self._journal is not None:
+            self._journal.tokens(job.key, ids)
 
-        ids = torch.tensor([job.request.ids + job.result.tokens], device=self._model.device)
+    def _generate(self, lane: RemoteDispatcher, job: _Job) -> None:
+        """Generate the tokens that are left, with all layers here."""
+        so_far = job.request.ids + job.result.tokens
+        require_tokens(repr(job.result.id), len(so_far), lane.max_tokens)
+        ids = torch.tensor([so_far], device=self._model.device)
         config = copy.copy(self._config)
         config.max_new_tokens = job.request.new_tokens - len(job.result.tokens)
-        self._model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=config,
-            streamer=_TokenStreamer(add),
-        )
+        config.prefill_chunk_size = self._server.config.chunk_tokens or None
+        with self._backend.using(lane, job.request.number):
+            self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                streamer=_TokenStreamer(lambda new: self._add(job, new)),
+            )
+
+    def _run_path(self, lane: RemoteDispatcher, job: _Job, path: tuple[Span, ...]) -> None:
+        """Have the tokens that are left made along a path of several servers."""
+        assert self._paths is not None
+        so_far = job.request.ids + job.result.tokens
+        left = job.request.new_tokens - len(job.result.tokens)
+        setup = RequestSetup(job.request.number, path, left, len(so_far) + left)
+        number = self._server.lanes.index(lane)
+        self._paths.run(number, setup, so_far, lambda token: self._add(job, [token]))
 
 
 def greedy_config(model: PreTrainedModel) -> Any:

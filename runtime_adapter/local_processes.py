@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import socket
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from runtime_adapter import PROGRAM
 from runtime_adapter.own_store import OwnStore, somebody_listens
 from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.shared_status import SharedStatus
+from runtime_adapter.transport.handed_sockets import receive_handed, socket_pair
 from runtime_adapter.transport.rendezvous import RuntimeFailure
 from runtime_adapter.worker_process import WorkerConfig, run_worker
 
@@ -36,19 +38,23 @@ STORE_END_S = 3.0
 class LocalProcesses:
     """Worker and store of one server; ``report`` gets a line about each that dies.
 
+    ``accept`` gets connections of the worker's port that are for this process, with the name of the
+    server that dialled each, and its lane.
+
     ``incarnation`` gives the server's last one, 0 if it has not joined yet. With ``leaving`` the
     run is over for this server, and a store that ends is not started again.
     """
 
     def __init__(
         self, config: ServerConfig, status: SharedStatus, incarnation: Callable[[], int],
-        report: Callable[[str], None],
+        report: Callable[[str], None], accept: Callable[[socket.socket, str, int], None],
     ) -> None:  # fmt: skip
         self.leaving = False
         self._config = config
         self._status = status
         self._incarnation = incarnation
         self._report = report
+        self._accept = accept
         self._own_store: OwnStore | None = None
         self._worker: Any = None
         self._stopped = threading.Event()
@@ -69,15 +75,20 @@ class LocalProcesses:
         config = self._config
         context = multiprocessing.get_context("spawn")
         ready, ready_of_worker = context.Pipe()
+        from_worker, to_driver = socket_pair()
         max_lanes = max(config.facts.get("lanes", [config.num_lanes]))
         worker_config = WorkerConfig(config, self._status, max_lanes, self._incarnation())
         self._worker = context.Process(
             target=run_process,
-            args=(PROGRAM, run_worker, worker_config, ready_of_worker),
+            args=(PROGRAM, run_worker, worker_config, ready_of_worker, to_driver),
             daemon=True,
         )
         self._worker.start()
         ready_of_worker.close()
+        to_driver.close()
+        threading.Thread(
+            target=receive_handed, args=(from_worker, self._accept), daemon=True, name="connections"
+        ).start()
         timeout_s = max(config.rendezvous.rendezvous_timeout_s, WORKER_START_S)
         try:
             if not ready.poll(timeout_s):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 
 from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.transport.peer import Peer
 from runtime_adapter.weights.expert_map import ExpertMap
+
+#: Between two looks whether a server's address is known.
+ADDRESS_POLL_S = 0.01
 
 Address = tuple[str, int]
 
@@ -25,6 +29,7 @@ class PeerTable:
     ) -> None:  # fmt: skip
         rendezvous = config.rendezvous
         self._rank = rendezvous.rank
+        self._timeout_s = rendezvous.timeout_s
         self._servers = config.placement.servers
         self._expert_map = expert_map
         self._report = report
@@ -57,6 +62,21 @@ class PeerTable:
     def silent(self) -> list[int]:
         """The servers that do not answer this one, or are down as the log has it."""
         return [n for n, peer in self.peers.items() if peer.suspect or self._expert_map.lost(n)]
+
+    def wait_for_address(self, n: int) -> None:
+        """Wait until the log has said where a server is, which it may be about to at the start.
+
+        No longer than the timeout, and not for one that is suspect or down.
+        """
+        peer, deadline = self.peers[n], time.monotonic() + self._timeout_s
+        while not (peer.usable or peer.suspect or n in self._down):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(ADDRESS_POLL_S)
+
+    def is_down(self, n: int) -> bool:
+        """Whether the log says that a server is down, or it has left."""
+        return n in self._down
 
     @property
     def lost_names(self) -> list[str]:

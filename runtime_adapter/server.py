@@ -6,6 +6,7 @@ pings all other servers' workers, tells the store whom it suspects, and follows 
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,9 @@ from runtime_adapter.peer_table import PeerTable
 from runtime_adapter.request_counts import RequestCounts
 from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.shared_status import SharedStatus
+from runtime_adapter.spans.path_requests import PathRequests
+from runtime_adapter.spans.span_server import SpanServer
+from runtime_adapter.spans.span_work import SpanWork
 from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.connection import Connection, NcclConnection
 from runtime_adapter.transport.failure_detector import HEARTBEAT_MARGIN_S
@@ -45,7 +49,8 @@ class LocalServer:
     ``lanes`` are the dispatchers of the requests that run at once; ``requests`` counts them.
     ``report`` gets lines for this server's log. ``fill`` loads the experts that the placement gives
     this server; it is called where the run begins. A server that joins a run that has begun
-    (``joined_later``) has none, and gets what it needs by a migration.
+    (``joined_later``) has none, and gets what it needs by a migration. ``work`` computes layers
+    that execute here for requests of other homes; without it none do.
 
     Raises
     ------
@@ -59,7 +64,7 @@ class LocalServer:
 
     def __init__(
         self, config: ServerConfig, report: Callable[[str], None],
-        fill: Callable[[], None] = lambda: None,
+        fill: Callable[[], None] = lambda: None, work: SpanWork | None = None,
     ) -> None:  # fmt: skip
         self.config = config
         self.rank = config.rendezvous.rank
@@ -77,8 +82,16 @@ class LocalServer:
         self._status = SharedStatus.create()
         self._joining = Joining(config, self._client, report)
         self._processes = LocalProcesses(
-            config, self._status, lambda: self._peers.incarnation, report
+            config, self._status, lambda: self._peers.incarnation, report, self._accept
         )
+        self._send_queue = SendQueue()
+        self.path_requests = PathRequests(config, self._peers, self.expert_map, self.counters)
+        self.spans: SpanServer | None = None
+        if work is not None:
+            self.spans = self.path_requests.spans = SpanServer(
+                config, self._peers, work, self._lanes_of_homes(), self._create_dispatcher,
+                self.path_requests.deliver, report, self._send_queue,
+            )  # fmt: skip
         self._follower: LogFollower | None = None
         self._finished = False
         self._has_store = True
@@ -116,43 +129,60 @@ class LocalServer:
             self._joining.require_own_card(begun)
         older = older_incarnation(self._client, self.rank)
         self._processes.start_worker()
-        self._create_lanes()
+        self.lanes = [
+            self._create_dispatcher(lane, config.max_tokens, self.counters)
+            for lane in range(config.num_lanes)
+        ]
         self._follower = LogFollower(
             self.rank, config.placement, self.expert_map, config.compute, self.counters,
-            self.lanes, self._log, self.report, self._peers, older,
+            self._all_dispatchers, self._log, self.report, self._peers, older,
         )  # fmt: skip
         self._follower.start()
         self._peers.watch()
         self._processes.watch()
+        if self.spans is not None:
+            self.spans.start()
 
-    def _create_lanes(self) -> None:
-        """Create a dispatcher for each lane, with connections to all other workers."""
+    def _lanes_of_homes(self) -> list[int]:
+        """The number of lanes of each server."""
+        lanes = self.config.facts.get("lanes")
+        return lanes or [self.config.num_lanes] * self.config.rendezvous.world_size
+
+    def _accept(self, connection: socket.socket, server: str, lane: int) -> None:
+        if self.spans is None:
+            connection.close()
+        else:
+            self.spans.accept(connection, server, lane)
+
+    def _all_dispatchers(self) -> list[RemoteDispatcher]:
+        return [*self.lanes, *(self.spans.dispatchers if self.spans is not None else ())]
+
+    def _create_dispatcher(
+        self, lane: int, max_tokens: int, counters: Counters
+    ) -> RemoteDispatcher:
+        """Create the dispatcher of a lane, with connections to all other workers."""
         config = self.config
-        send_queue = SendQueue()
-        buffer = wire.MessageBuffer(config.max_tokens, config.model.top_k)
+        buffer = wire.MessageBuffer(max_tokens, config.model.top_k)
         limit_s = config.request_timeout_s
 
-        def connection(n: int, lane: int) -> Connection:
+        def connection(n: int) -> Connection:
             peer = self._peers.peers[n]
             if config.channels is None:
-                return Connection(peer, lane, send_queue, buffer, limit_s)
+                return Connection(peer, lane, self._send_queue, buffer, limit_s)
             interface = config.rendezvous.interface
             return NcclConnection(
-                peer, lane, send_queue, buffer, limit_s, config.channels, interface
+                peer, lane, self._send_queue, buffer, limit_s, config.channels, interface
             )
 
-        self.lanes = [
-            RemoteDispatcher(
-                config.model,
-                Router(self.expert_map, self.rank, config.model, config.network, config.route),
-                {n: connection(n, lane) for n in self._peers.peers},
-                config.compute,
-                self.counters,
-                request_timeout_s=limit_s,
-                rtt_s=config.rtt_s,
-            )
-            for lane in range(config.num_lanes)
-        ]
+        return RemoteDispatcher(
+            config.model,
+            Router(self.expert_map, self.rank, config.model, config.network, config.route),
+            {n: connection(n) for n in self._peers.peers},
+            config.compute,
+            counters,
+            request_timeout_s=limit_s,
+            rtt_s=config.rtt_s,
+        )
 
     # -------------------------------------------------------------------------------- in the run
 
@@ -193,8 +223,6 @@ class LocalServer:
                 if not responds:
                     responds = True
                     self.report("the store answers again")
-
-    # ---------------------------------------------------------------------------------------- end
 
     # ---------------------------------------------------------------------------------------- end
 
@@ -248,6 +276,8 @@ class LocalServer:
         """End the worker, and the store where this server has started it."""
         self._stopped.set()
         self._processes.stop_watching()
+        if self.spans is not None:
+            self.spans.close()
         self._log.close()
         self._peers.close()
         self._client.close()

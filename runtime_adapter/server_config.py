@@ -56,7 +56,8 @@ class ServerConfig:
     ``facts`` must be equal on all servers (placement digest, route, ...). Hidden states on the wire
     have ``width`` numbers of ``dtype`` a token (``torch.uint8`` where nothing is computed);
     ``max_tokens`` of this server's own steps, which wait for other servers for up to
-    ``request_timeout_s``; ``num_lanes`` requests at once; ``threads`` of the CPU that the worker
+    ``request_timeout_s``; prompts of more than ``chunk_tokens`` go through the model in chunks (0:
+    whole); ``num_lanes`` requests at once; ``threads`` of the CPU that the worker
     may use for a call; ``channels`` where states do not travel with the messages. ``store`` is how
     this server starts the run's store, if it is the one to do so.
     """
@@ -71,6 +72,7 @@ class ServerConfig:
     dtype: torch.dtype
     width: int
     max_tokens: int
+    chunk_tokens: int = 0
     route: Route = "cover"
     num_lanes: int = 1
     rtt_s: float = 0.0

@@ -8,6 +8,8 @@ public does:
   group of two that is made from it cannot outlive the others' failures;
 * ``Module._parameters``, ``_buffers``, ``_non_persistent_buffers_set``: a tensor on the meta device
   is replaced by one of another device, which ``setattr`` refuses for buffers;
+* ``Module._modules`` of a copy: ``copy.copy`` shares it with the original, whose parts must stay;
+* ``PreTrainedModel._is_stateful``: whether a model keeps states that are no keys and values;
 * ``PreTrainedModel._init_weights``, ``_keys_to_ignore_on_load_unexpected``, the mark
   ``_is_hf_initialized`` and ``from_pretrained(_from_model_config=...)``: what ``from_pretrained``
   does itself, for a model whose weights are not all loaded.
@@ -15,6 +17,7 @@ public does:
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
 import re
@@ -88,6 +91,18 @@ def init_buffers(model: PreTrainedModel, device: torch.device) -> None:
 def ignorable_tensors(model: PreTrainedModel) -> list[re.Pattern[str]]:
     """Names of stored tensors that transformers ignores for this model, as patterns."""
     return [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+
+
+def shallow_copy(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy with the same tensors, whose submodules can be replaced without the original's."""
+    copied = copy.copy(module)
+    copied.__dict__["_modules"] = dict(module._modules)
+    return copied
+
+
+def keeps_states(model: PreTrainedModel) -> bool:
+    """Whether a model keeps states beside keys and values."""
+    return bool(getattr(model, "_is_stateful", False))
 
 
 def generation_config_of_model(folder: os.PathLike[str]) -> Any:

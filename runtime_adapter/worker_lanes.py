@@ -22,6 +22,7 @@ from runtime_adapter.moe.emulated_gpu import set_sharp_timers, wait_until
 from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.c10d_store import PairKeys, PairStore
+from runtime_adapter.transport.handed_sockets import hand_over
 from runtime_adapter.transport.handshake import Session
 from runtime_adapter.transport.nccl_channel import DataChannelBroken, open_channel
 from runtime_adapter.transport.peer import PING, pong
@@ -36,16 +37,19 @@ Handler = Callable[[socket.socket, Session], None]
 class WorkerLanes:
     """The handlers of a worker's :class:`~runtime_adapter.transport.listener.Listener`.
 
-    ``finished`` says whether this server's driver makes no more calls. Compile the unpacking of
+    Connections for spans go to the driver by ``to_driver``. ``finished`` says whether this server's
+    driver makes no more calls. Compile the unpacking of
     calls before (:func:`~runtime_adapter.transport.wire_kernels.compile_unpacking`).
     """
 
     def __init__(
-        self, config: ServerConfig, expert_map: ExpertMap, *, finished: Callable[[], bool]
-    ) -> None:
+        self, config: ServerConfig, expert_map: ExpertMap, to_driver: socket.socket, *,
+        finished: Callable[[], bool],
+    ) -> None:  # fmt: skip
         self._config = config
         self._expert_map = expert_map
         self._finished = finished
+        self._to_driver = to_driver
         self._name = config.placement.servers[config.rendezvous.rank]
         self._send_queue = SendQueue()
         self._lock = threading.Lock()
@@ -59,6 +63,7 @@ class WorkerLanes:
             "ping": self.answer_pings,
             "weights": self.answer_weights,
             "channel": self.answer_keys,
+            "spans": self.hand_over,
         }
 
     @contextlib.contextmanager
@@ -175,6 +180,10 @@ class WorkerLanes:
         if isinstance(compute, ExpertCompute):  # timed work has no weights
             with self._in_place_of_earlier(connection, session):
                 answer_weight_requests(compute.store, connection)
+
+    def hand_over(self, connection: socket.socket, session: Session) -> None:
+        """Give the connection to this server's driver, which executes layers."""
+        hand_over(self._to_driver, connection, session)
 
     def answer_keys(self, connection: socket.socket, session: Session) -> None:
         """Keep the keys of a data channel that a driver's lane is about to make."""

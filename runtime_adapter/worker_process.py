@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -47,15 +48,18 @@ class WorkerConfig:
     incarnation: int
 
 
-def run_worker(config: WorkerConfig, ready: Any) -> None:
-    """Serve until the process is ended; sends "", or what went wrong, to the pipe ``ready``."""
+def run_worker(config: WorkerConfig, ready: Any, to_driver: socket.socket) -> None:
+    """Serve until the process is ended; sends "", or what went wrong, to the pipe ``ready``.
+
+    Connections that are for the driver go to it by ``to_driver``.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends it
     exit_with_parent()
     server = config.server
     log_output.configure(server.log_level, server.log_format, server.name)
     torch.set_num_threads(server.threads)
     try:
-        _start(config)
+        _start(config, to_driver)
     except PrismError as error:
         ready.send(error.message)
         os._exit(1)  # not by returning, which waits for threads
@@ -67,7 +71,7 @@ def run_worker(config: WorkerConfig, ready: Any) -> None:
     threading.Event().wait()
 
 
-def _start(config: WorkerConfig) -> None:
+def _start(config: WorkerConfig, to_driver: socket.socket) -> None:
     """Listen, and then join the run; threads do the rest."""
     server, rendezvous = config.server, config.server.rendezvous
     loader = server.migration.loader
@@ -78,13 +82,15 @@ def _start(config: WorkerConfig) -> None:
     server.compute.use(expert_map)
     peers = PeerTable(server, expert_map)
     loader.connect(rendezvous, expert_map, peers.peers)
-    lanes = WorkerLanes(server, expert_map, finished=lambda: bool(config.status.finished[0]))
+    lanes = WorkerLanes(
+        server, expert_map, to_driver, finished=lambda: bool(config.status.finished[0])
+    )
     listener = Listener(
         address_of(rendezvous.interface),
         rendezvous.listen_port,
         rendezvous.secret,
         lanes.handlers(),
-        max_connections=rendezvous.world_size * (2 * config.max_lanes + CONNECTIONS_OF_SERVER),
+        max_connections=max_connections(rendezvous.world_size, config.max_lanes),
         report=log_output.log_warning,
     )
     listener.start()
@@ -104,3 +110,9 @@ def _start(config: WorkerConfig) -> None:
         config.incarnation,
         config.status.note_join,
     ).start()
+
+
+def max_connections(world_size: int, max_lanes: int) -> int:
+    """How many connections a worker may have: of each server's lanes, its own and other homes'."""
+    lanes = max_lanes * (1 + world_size)
+    return world_size * (2 * lanes + CONNECTIONS_OF_SERVER)

@@ -32,7 +32,15 @@ if TYPE_CHECKING:
 #: Tokens of the longest prompt on standard input, where nothing else is said.
 DEFAULT_MAX_PROMPT_TOKENS = 512
 #: Options that must be equal on all servers of a run.
-SERVE_FACTS = ("route", "concurrency", "rtt_ms", "weights", "transport", *MIGRATION_FACTS)
+SERVE_FACTS = (
+    "route",
+    "concurrency",
+    "prefill_chunk",
+    "rtt_ms",
+    "weights",
+    "transport",
+    *MIGRATION_FACTS,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,7 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
     requests: str
     max_prompt_tokens: int | None
     max_new_tokens: int
+    prefill_chunk: int
     dtype: str
     device: str
     transport: Literal["tcp", "gloo", "nccl"]
@@ -60,6 +69,7 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_integer(self.max_new_tokens, 1, 1 << 20, "max_new_tokens")
+        require_integer(self.prefill_chunk, 0, 1 << 20, "prefill_chunk")
         require_integer(self.concurrency, 1, 256, "concurrency")
         require_integer(self.threads, 1, 1024, "threads")
         if self.cluster is None:
@@ -106,6 +116,13 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
     help="Longest prompt on standard input; default: 512, or the model's context.",
 )
 @click.option("--max-new-tokens", default=32, show_default=True, metavar="N")
+@click.option(
+    "--prefill-chunk",
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Tokens of a prompt that go through the layers at once; 0: all.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -175,10 +192,9 @@ def command(args: ServeOptions) -> None:
     from prism_plan.io.file_writing import write_bytes
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.io.serve_requests import read_requests
-    from prism_plan.placement import require_home_execution
     from prism_plan.profiling.recording.fingerprint import fingerprint
     from prism_plan.simulate.network import Network
-    from runtime_adapter.driver import Driver
+    from runtime_adapter.driver import Driver, greedy_config
     from runtime_adapter.moe.compute import ExpertCompute
     from runtime_adapter.moe.placed_model import load_placed_model
     from runtime_adapter.moe.router import uniform_network
@@ -186,6 +202,7 @@ def command(args: ServeOptions) -> None:
     from runtime_adapter.request_journal import RequestJournal
     from runtime_adapter.server import LocalServer
     from runtime_adapter.server_config import OwnStoreConfig, ServerConfig, migration_config
+    from runtime_adapter.spans.model_work import ModelWork
     from runtime_adapter.tokenized_requests import RequestTokenizer, context_tokens, load_tokenizer
     from runtime_adapter.transport.nccl_channel import ChannelConfig, prepare_nccl, require_device
     from runtime_adapter.transport.rendezvous import RuntimeFailure
@@ -208,7 +225,6 @@ def command(args: ServeOptions) -> None:
         raise InputError("closed", source="standard input", expected="requests, for ``requests`` -")
     torch.set_num_threads(args.threads)
     placement, placement_file = read_placement_and_identity(args.placement)
-    require_home_execution(placement, source=args.placement)
     rendezvous = args.rendezvous(placement.servers)
     requests = [] if args.streamed else read_requests(args.requests)
     checkpoint = Checkpoint(args.checkpoint)
@@ -273,6 +289,10 @@ def command(args: ServeOptions) -> None:
             fill_server_store(store, checkpoint, placement, rendezvous.rank)
 
     model = load_placed_model(checkpoint, backend, dtype, devices[0])
+    work = None
+    if placement.execution is not None:
+        with error_source(args.checkpoint):
+            work = ModelWork(model, spec, backend, greedy_config(model))
     from_checkpoint = CheckpointLoader(checkpoint.folder, store)
     with error_source(args.placement):
         migration = migration_config(
@@ -302,6 +322,7 @@ def command(args: ServeOptions) -> None:
         dtype=dtype,
         width=spec.hidden_size,
         max_tokens=max_tokens,
+        chunk_tokens=args.prefill_chunk,
         route=args.route,
         num_lanes=args.concurrency,
         rtt_s=args.rtt_ms * 1e-3,
@@ -319,7 +340,7 @@ def command(args: ServeOptions) -> None:
     with (
         journal or contextlib.nullcontext(),
         open_jsonl(args.output, append=journal is not None and journal.continues) as write,
-        LocalServer(config, log_info, fill) as server,
+        LocalServer(config, log_info, fill, work) as server,
     ):
         begin_s = server.agree_on_start()
         incoming: Iterable[TokenizedRequest] = tokenized
@@ -333,7 +354,7 @@ def command(args: ServeOptions) -> None:
             incoming = itertools.chain(begun, stream)
         driver = Driver(
             server, model, tokenizer, backend, begin_s, lambda result: write(vars(result)),
-            journal=journal,
+            journal=journal, paths=None if work is None else server.path_requests,
         )  # fmt: skip
         driver.serve(incoming)
         server.finish()

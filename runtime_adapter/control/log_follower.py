@@ -69,7 +69,7 @@ def _settled(lanes_inside: LanesInside) -> bool:
 class LogFollower:
     """Follows the log for one driver, in a thread of its own.
 
-    ``lanes`` are this driver's; ``report`` gets lines for this server's log; ``members`` is told
+    ``lanes`` gives this driver's; ``report`` gets lines for this server's log; ``members`` is told
     who comes and goes. ``incarnation`` is this server's, 0 while its worker has not joined.
     ``older`` is what :func:`older_incarnation` gave before this process started a worker: what that
     incarnation held was in the memory of another process.
@@ -77,7 +77,7 @@ class LogFollower:
 
     def __init__(
         self, rank: int, placement: Placement, expert_map: ExpertMap, compute: Compute,
-        counters: Counters, lanes: Sequence[RemoteDispatcher], log: EventLog,
+        counters: Counters, lanes: Callable[[], Sequence[RemoteDispatcher]], log: EventLog,
         report: Callable[[str], None], members: Members | None = None,
         older: tuple[str, int] = ("", 0),
     ) -> None:  # fmt: skip
@@ -253,7 +253,7 @@ class LogFollower:
     def _lanes_inside(self, layer: int | None = None) -> LanesInside:
         """The lanes that are inside of a layer, or of this one."""
         inside = []
-        for lane in self.lanes:
+        for lane in self.lanes():
             passes = lane.passes  # read before the layer: if it changes meanwhile, this pass ended
             if passes % 2 and layer in (None, lane.layer):
                 inside.append((lane, passes))

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 
 class Counters:
@@ -14,13 +15,14 @@ class Counters:
     ``calls`` of experts, ``remote_calls`` of them to other servers; ``steps`` (token, layer),
     ``waiting`` of them with a remote expert; ``destinations`` (token, server that it was sent to);
     ``messages`` to other servers, ``out_bytes`` and ``back_bytes`` their payload, ``retries`` of
-    calls whose expert had moved. Microseconds ``compute_us`` of this server's own experts, and
-    ``waiting_us`` for the other servers' answers after that.
+    calls whose expert had moved. ``hops``, messages between spans and home, and ``hop_bytes``,
+    their payload. Microseconds ``compute_us`` of this server's own experts, and ``waiting_us`` for
+    the other servers' answers after that.
     """
 
     NAMES = (
         "calls", "remote_calls", "steps", "waiting", "destinations", "messages", "out_bytes",
-        "back_bytes", "retries", "compute_us", "waiting_us",
+        "back_bytes", "retries", "hops", "hop_bytes", "compute_us", "waiting_us",
     )  # fmt: skip
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
@@ -45,6 +47,17 @@ class Counters:
             taken = self._called.copy()
             self._called[:] = 0
             return taken
+
+    def take(self) -> npt.NDArray[np.int64]:
+        """All counts in the order of ``NAMES``, which begin again at 0; int64 [names]."""
+        with self._lock:
+            values = np.array(list(self._values.values()), np.int64)
+            self._values = dict.fromkeys(self.NAMES, 0)
+        return values
+
+    def add(self, values: npt.NDArray[np.int64]) -> None:
+        """Add what :meth:`take` gave elsewhere."""
+        self.count(**dict(zip(self.NAMES, values.tolist(), strict=True)))
 
     def to_json(self) -> dict[str, int]:
         """All counts by name."""

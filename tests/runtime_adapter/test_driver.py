@@ -13,19 +13,18 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.io.serve_requests import Request  # noqa: E402
-from runtime_adapter.driver import (  # noqa: E402
-    MAX_REPEATS,
-    MAX_REPEATS_PER_MINUTE,
-    Driver,
-    RepeatBudget,
-    RequestResult,
-    may_pass,
-)
+from runtime_adapter.driver import Driver, RequestResult  # noqa: E402
 from runtime_adapter.moe.placed_model import load_placed_model  # noqa: E402
 from runtime_adapter.moe.router import ExpertsLost  # noqa: E402
 from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher  # noqa: E402
 from runtime_adapter.request_counts import RequestCounts  # noqa: E402
 from runtime_adapter.request_journal import RequestJournal  # noqa: E402
+from runtime_adapter.request_repeats import (  # noqa: E402
+    MAX_REPEATS,
+    MAX_REPEATS_PER_MINUTE,
+    RepeatBudget,
+    may_pass,
+)
 from runtime_adapter.tokenized_requests import RequestTokenizer, load_tokenizer  # noqa: E402
 from runtime_adapter.transport.rendezvous import RequestTimeout, RuntimeFailure  # noqa: E402
 from runtime_adapter.transport.wire_format import WireError  # noqa: E402

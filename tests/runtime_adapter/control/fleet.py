@@ -230,7 +230,7 @@ class FakeServer:
             report=self.said.append, on_replaced=self._note_replaced,
         )  # fmt: skip
         self.follower = LogFollower(
-            n, start, self.driver_map, self.compute, Counters(2, 6), [self.lane],
+            n, start, self.driver_map, self.compute, Counters(2, 6), lambda: [self.lane],
             fleet.log(f"driver {n}"), self.said.append,
             older=older_incarnation(fleet.log(f"driver {n}").client, n),
         )  # fmt: skip

@@ -196,7 +196,7 @@ def test_a_server_that_can_load_nothing_says_so_once_a_move() -> None:
     nobody: Any = None  # it is not followed here
     expert_map = ExpertMap(START)
     follower = LogFollower(
-        0, START, expert_map, FakeCompute(), Counters(2, 6), [], nobody, said.append
+        0, START, expert_map, FakeCompute(), Counters(2, 6), lambda: [], nobody, said.append
     )
     for number, (server, plan) in enumerate([("s0", 1), ("s0", 1), ("s1", 1), ("s0", 2)]):
         reason = f"{server}: no folder"
@@ -305,7 +305,7 @@ def test_a_driver_that_fell_behind_acknowledges_all_at_once() -> None:
     expert_map = ExpertMap(START)
     lane: Any = FakeLane()
     follower = LogFollower(
-        0, START, expert_map, compute, Counters(2, 6), [lane], log, lambda text: None
+        0, START, expert_map, compute, Counters(2, 6), lambda: [lane], log, lambda text: None
     )
     lane.layer, lane.passes = 1, 1
     held = [[0, 0, pair, pair] for pair in range(7)] + [[1, 1, 7, 0], [1, 1, 8, 1]]
@@ -326,7 +326,7 @@ def test_servers_that_have_not_joined_yet_keep_what_they_hold() -> None:
     log: Any = Appended()
     compute = FakeCompute(table={(0, pair): pair for pair in range(8)})
     expert_map = ExpertMap(START)
-    follower = LogFollower(0, START, expert_map, compute, Counters(2, 6), [], log, print)
+    follower = LogFollower(0, START, expert_map, compute, Counters(2, 6), lambda: [], log, print)
     before = expert_map.on_gpu()
     follower.handle(NewLog("e", -1, [member("absent", 0), member("joining", 0)], [], []))
     assert (expert_map.on_gpu() == before).all()
@@ -343,7 +343,7 @@ def test_what_an_earlier_process_held_is_not_computed_with() -> None:
     compute = FakeCompute()
     expert_map = ExpertMap(START)
     follower = LogFollower(
-        0, START, expert_map, compute, Counters(2, 6), [], log, print, older=("e", 2)
+        0, START, expert_map, compute, Counters(2, 6), lambda: [], log, print, older=("e", 2)
     )
     held = [[0, 0, pair, pair] for pair in range(8)]
     follower.handle(NewLog("e", 7, [member("up", 2), member("up", 1)], held, []))

@@ -97,7 +97,7 @@ class Worker:
             migration=nothing,
             channels=channels,
         )
-        self.lanes = WorkerLanes(config, self.expert_map, finished=lambda: self.finished)
+        self.lanes = WorkerLanes(config, self.expert_map, nothing, finished=lambda: self.finished)
         self.listener = Listener(
             "127.0.0.1", port, SECRET, self.lanes.handlers(), max_connections=64,
             report=self.lines.append,

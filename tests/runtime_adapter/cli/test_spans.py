@@ -1,0 +1,96 @@
+"""Serving plans whose layers execute on several servers: tokens, counts and refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from prism_plan.execution_table import spans  # noqa: E402
+from prism_plan.placement import Placement  # noqa: E402
+from prism_plan.solvers import Options, solve  # noqa: E402
+from tests.runtime_adapter.checkpoints import committed  # noqa: E402
+from tests.runtime_adapter.cli.test_serve import alone, lines  # noqa: E402
+from tests.runtime_adapter.moe.test_placed_experts import instance  # noqa: E402
+from tests.runtime_adapter.servers import Servers  # noqa: E402
+
+NEW_TOKENS = 8
+
+
+def with_table(placement: Placement, table: Any, **others: Any) -> Placement:
+    """The placement with an execution table int [N, L]."""
+    return placement.replace(execution=np.array(table, np.int32), **others)
+
+
+def hops_of(
+    row: Any, home: int, prompt: int, passes: int, token_bytes: int, chunk: int = 0
+) -> tuple[int, int]:
+    """Messages between spans and home of one request, and their payload, by section 10's rules.
+
+    Each chunk of a prompt is a message from span to span.
+    """
+    path = [span.server for span in spans(np.array(row))]
+    tokens = prompt + passes - 1
+    count, payload = 0, 0
+    if path[0] != home:
+        count, payload = 1, 4 * prompt
+    chunks = math.ceil(prompt / (chunk or prompt))
+    count += (chunks + passes - 1) * (len(path) - 1)
+    payload += (len(path) - 1) * tokens * token_bytes
+    for made in range(1, passes + 1):
+        goes_on = made < passes and path[-1] != path[0]
+        targets = {path[0], home} if goes_on else {home}
+        count += len(targets - {path[-1]})
+        payload += 4 * len(targets - {path[-1]})
+    return count, payload
+
+
+@pytest.mark.parametrize(("model", "servers", "chunk"), [("mixtral", 3, 0), ("deepseek-v2", 2, 5)])
+def test_tokens_are_those_of_one_process(
+    model: str, servers: int, chunk: int, tmp_path: Path
+) -> None:
+    """Greedy tokens of every home equal the single process's, and hops the rules' to the byte.
+
+    Homes have different paths: with the first span elsewhere, with a server twice, all elsewhere.
+    """
+    spec = committed(model).spec
+    layers = spec.num_layers
+    placement = solve(instance(model, servers), "prism", Options(seed=1))
+    generator = np.random.default_rng(3)
+    table = generator.integers(0, servers, (servers, layers))
+    table[0] = [servers - 1] * layers
+    table[1, :2] = [1, 0]
+    names = placement.servers
+    prompts = [line for task in lines().values() for line in task[:2]]
+    asked = {
+        name: [{**line, "id": f"{name}/{i}"} for i, line in enumerate(prompts[n : n + 4])]
+        for n, name in enumerate(names)
+    }
+    own = ["--concurrency", "2", "--dtype", "float32", "--max-new-tokens", str(NEW_TOKENS)]
+    own += ["--prefill-chunk", str(chunk)]
+    with Servers(tmp_path, with_table(placement, table), f"tiny-{model}", *own) as run:
+        for name in names:
+            run.start(name, asked[name])
+        assert set(run.codes().values()) == {0}, [run.errors(name) for name in names]
+        for n, name in enumerate(names):
+            hops, hop_bytes = 0, 0
+            assert len(run.answers(name)) == len(asked[name])
+            for answer in run.answers(name):
+                line = next(one for one in asked[name] if one["id"] == answer["id"])
+                assert answer["tokens"] == alone(model, line["prompt"], NEW_TOKENS)
+                found = hops_of(
+                    table[n], n, answer["prompt_tokens"], len(answer["tokens"]),
+                    4 * spec.hidden_size, chunk,
+                )  # fmt: skip
+                hops, hop_bytes = hops + found[0], hop_bytes + found[1]
+            stats = run.stats(name)
+            assert (stats["hops"], stats["hop_bytes"]) == (hops, hop_bytes)
+            tokens = sum(a["prompt_tokens"] + len(a["tokens"]) - 1 for a in run.answers(name))
+            assert stats["steps"] == tokens * layers
+            assert stats["calls"] == tokens * layers * spec.top_k
