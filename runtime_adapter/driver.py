@@ -80,8 +80,9 @@ class Driver:
 
     ``backend`` is the model's; ``begin_s`` is when time zero is; ``on_result`` gets each result
     once it is complete. Requests whose layers execute elsewhere run by ``paths``; without it all
-    execute here. A step that fails for a reason that may pass is run again from the prompt and the
-    tokens so far: :data:`~.request_repeats.MAX_REPEATS` times a request, while the
+    execute here, prompts of more than ``chunk_tokens`` in chunks (0: whole). A step that fails for
+    a reason that may pass is run again from the prompt and the tokens so far:
+    :data:`~.request_repeats.MAX_REPEATS` times a request, while the
     :class:`~.request_repeats.RepeatBudget` lasts. With a ``journal`` the requests that it has
     finished are left out, and those that it has begun go on with the tokens that they had.
     """
@@ -91,6 +92,7 @@ class Driver:
         backend: ThreadLocalDispatcher, begin_s: float,
         on_result: Callable[[RequestResult], None] = lambda result: None, *,
         journal: RequestJournal | None = None, paths: PathRequests | None = None,
+        chunk_tokens: int = 0,
     ) -> None:  # fmt: skip
         self._server = server
         self._model = model
@@ -100,6 +102,7 @@ class Driver:
         self._on_result = on_result
         self._journal = journal
         self._paths = paths
+        self._chunk_tokens = chunk_tokens
         self._config = greedy_config(model)
         self._result_lock = threading.Lock()
         self._budget = RepeatBudget()
@@ -206,7 +209,7 @@ class Driver:
         ids = torch.tensor([so_far], device=self._model.device)
         config = copy.copy(self._config)
         config.max_new_tokens = job.request.new_tokens - len(job.result.tokens)
-        config.prefill_chunk_size = self._server.config.chunk_tokens or None
+        config.prefill_chunk_size = self._chunk_tokens or None
         with self._backend.using(lane, job.request.number):
             self._model.generate(
                 ids,

@@ -13,6 +13,7 @@ import torch
 from prism_plan.cluster import Cluster
 from prism_plan.errors import PrismError
 from prism_plan.evaluate.simulation_options import SimulationOptions
+from prism_plan.execution_table import Span
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.simulate.network import Network
@@ -23,8 +24,11 @@ from runtime_adapter.moe.emulated_gpu import GpuClock, set_sharp_timers
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.timed_work import TimedCompute, TimedLoader
 from runtime_adapter.request_lanes import run_in_lanes
+from runtime_adapter.request_repeats import MAX_REPEATS, may_pass
 from runtime_adapter.server import LocalServer
 from runtime_adapter.server_config import ServerConfig, migration_config
+from runtime_adapter.spans.messages import RequestSetup
+from runtime_adapter.spans.timed_spans import RecordedRequest, run_layers
 from runtime_adapter.transport.rendezvous import Rendezvous
 
 
@@ -128,9 +132,10 @@ def replay(
 
     def serve_one(lane: RemoteDispatcher, result: ReplayResult) -> None:
         set_sharp_timers()
+        recorded = RecordedRequest.of(requests, result.request)
         with server.requests.running_one():
             try:
-                _serve(lane, requests, result, begin_s, server.config.width)
+                _serve(server, lane, recorded, result, begin_s)
             except PrismError as error:
                 result.error = str(error)
             on_result(result)
@@ -141,33 +146,46 @@ def replay(
 
 
 def _serve(
-    lane: RemoteDispatcher, requests: Requests, result: ReplayResult, begin_s: float, width: int
-) -> None:
-    prompts, prompt = requests.prompts, int(requests.prompt[result.request])
-    prefill, decode = int(prompts.prefill_tokens[prompt]), int(prompts.decode_tokens[prompt])
-    row = int(prompts.first_row[prompt])
+    server: LocalServer, lane: RemoteDispatcher, recorded: RecordedRequest, result: ReplayResult,
+    begin_s: float,
+) -> None:  # fmt: skip
     lane.request = result.request
     result.start_s = time.monotonic() - begin_s
-    context = 0
-    for tokens in [prefill] * (prefill > 0) + [1] * decode:
-        experts = prompts.experts[row : row + tokens].astype(np.int64)
-        is_prefill = context == 0 and prefill > 0
-        _run_step(lane, experts, width, None if is_prefill else context)
-        row += tokens
-        context += tokens
+    paths = server.path_requests
+    path = paths.path()
+    made = 0
+
+    def add(token: int) -> None:
+        nonlocal made
+        made += 1
+        result.done_s = time.monotonic() - begin_s
         if result.first_token_s is None:
-            result.first_token_s = time.monotonic() - begin_s
-    result.done_s = time.monotonic() - begin_s
+            result.first_token_s = result.done_s
+
+    for repeat in range(MAX_REPEATS + 1):
+        if paths.is_home(path):
+            past = 0
+            for tokens in recorded.passes_after(made):
+                last = server.config.model.num_layers - 1
+                run_layers(lane, recorded, past, tokens, server.config.width, 0, last)
+                past += tokens
+                add(0)
+            return
+        try:
+            _run_path(server, lane, result.request, path, recorded, made, add)
+            return
+        except Exception as error:
+            if not may_pass(error) or repeat == MAX_REPEATS:
+                raise
+            path = paths.path()
 
 
-def _run_step(lane: RemoteDispatcher, experts: Any, width: int, context: int | None) -> None:
-    """Run all layers of one step; ``experts`` [T, L, K] are the recorded selections.
-
-    ``context`` counts the tokens before a decode step; a prompt has none.
-    """
-    tokens, layers, top_k = experts.shape
-    hidden = torch.zeros((tokens, width), dtype=torch.uint8)
-    weights = np.full((tokens, top_k), 1.0 / top_k, np.float32)
-    for layer in range(layers):
-        lane.compute.dense(layer, tokens, context)
-        lane.run(layer, hidden, experts[:, layer], weights)
+def _run_path(
+    server: LocalServer, lane: RemoteDispatcher, number: int, path: tuple[Span, ...],
+    recorded: RecordedRequest, made: int, add: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Run the passes that are left along a path; what there is of tokens is prefilled again."""
+    passes = recorded.passes_after(made)
+    setup = RequestSetup(number, path, len(passes), sum(passes))
+    ids = [0] * passes[0]
+    server.path_requests.run(server.lanes.index(lane), setup, ids, add)

@@ -81,11 +81,11 @@ def command(args: ReplayOptions) -> None:
     from prism_plan.io.file_writing import write_bytes
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.io.trace_reader import read_trace
-    from prism_plan.placement import require_home_execution
     from prism_plan.simulate.sampling import sample_requests
     from runtime_adapter.replay import replay, replay_config
     from runtime_adapter.server import LocalServer
     from runtime_adapter.server_config import OwnStoreConfig
+    from runtime_adapter.spans.timed_spans import TimedSpans
     from runtime_adapter.transport.rendezvous import RuntimeFailure
 
     torch.set_num_threads(1)
@@ -93,7 +93,6 @@ def command(args: ReplayOptions) -> None:
         require_writable_output(output, args.placement, args.trace, args.cluster)
     require_distinct_outputs(args.output, args.stats)
     placement, placement_file = read_placement_and_identity(args.placement)
-    require_home_execution(placement, source=args.placement)
     rendezvous = args.rendezvous(placement.servers)
     trace = read_trace(args.trace)
     cluster, cluster_file = load_cluster(args.cluster)
@@ -129,11 +128,12 @@ def command(args: ReplayOptions) -> None:
             log_level=args.log_level,
             log_format=args.log_format,
         )
+    work = None if placement.execution is None else TimedSpans(requests, config.width)
     planned_by_links = args.route == "nearest" or args.migrate != "never"
     log_assumed_figures(
         args.cluster, cluster, compute=True, loads=args.migrates, links=planned_by_links
     )  # messages are real
-    with open_jsonl(args.output) as write, LocalServer(config, log_info) as server:
+    with open_jsonl(args.output) as write, LocalServer(config, log_info, work=work) as server:
         begin_s = server.agree_on_start()
         began_s = time.time() + begin_s - time.monotonic()
         joined_s = time.monotonic() - begin_s if server.joined_later else 0.0

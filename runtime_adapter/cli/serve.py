@@ -355,6 +355,7 @@ def command(args: ServeOptions) -> None:
         driver = Driver(
             server, model, tokenizer, backend, begin_s, lambda result: write(vars(result)),
             journal=journal, paths=None if work is None else server.path_requests,
+            chunk_tokens=args.prefill_chunk,
         )  # fmt: skip
         driver.serve(incoming)
         server.finish()

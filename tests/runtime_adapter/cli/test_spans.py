@@ -18,9 +18,19 @@ from prism_plan.solvers import Options, solve  # noqa: E402
 from tests.runtime_adapter.checkpoints import committed  # noqa: E402
 from tests.runtime_adapter.cli.test_serve import alone, lines  # noqa: E402
 from tests.runtime_adapter.moe.test_placed_experts import instance  # noqa: E402
+from tests.runtime_adapter.replays import (  # noqa: E402
+    Material,
+    Replays,
+    cluster_text,
+    striped,
+)
 from tests.runtime_adapter.servers import Servers  # noqa: E402
 
 NEW_TOKENS = 8
+#: What replay and simulator both count.
+COUNTED = (
+    "calls", "remote_calls", "messages", "out_bytes", "back_bytes", "hops", "hop_bytes", "retries",
+)  # fmt: skip
 
 
 def with_table(placement: Placement, table: Any, **others: Any) -> Placement:
@@ -94,3 +104,42 @@ def test_tokens_are_those_of_one_process(
             tokens = sum(a["prompt_tokens"] + len(a["tokens"]) - 1 for a in run.answers(name))
             assert stats["steps"] == tokens * layers
             assert stats["calls"] == tokens * layers * spec.top_k
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+def test_a_replay_counts_what_the_simulator_counts(prompts: bool, tmp_path: Path) -> None:
+    """Calls, messages, hops and payload of random tables equal the simulated ones to the byte.
+
+    Also for recordings without prompts, whose first pass begins with one id.
+    """
+    import prism_plan as pp
+
+    changes = {} if prompts else {"prompt_tokens": 0}
+    material = Material(tmp_path, cluster_text(slots=16), **changes)
+    table = np.random.default_rng(7).integers(0, 3, (3, material.spec.num_layers))
+    table[0] = [1, 1, 0]
+    placement = material.placement("p.json", striped(4, 0), execution=table.astype(np.int32))
+    with Replays(material, "p.json", "--requests", "20") as run:
+        assert set(run.wait().values()) == {0}, [run.errors(name) for name in run.names]
+        stats = [run.stats(name) for name in run.names]
+        for name in run.names:
+            for result in run.results(name):
+                assert result["error"] is None
+                assert result["start_s"] < result["first_token_s"] <= result["done_s"]
+    requests = pp.sample_requests(material.trace, material.cluster, requests_per_server=20)
+    report = pp.simulate_placements(
+        [("p", placement)], requests, material.trace, material.cluster
+    ).to_json()
+    (simulated,) = report["runs"]
+    counted = {name: sum(one[name] for one in stats) for name in stats[0] if name in COUNTED}
+    payload = counted.pop("out_bytes") + counted.pop("back_bytes") + counted.pop("hop_bytes")
+    assert counted == {
+        "calls": simulated["expert_calls"],
+        "remote_calls": simulated["remote_calls"],
+        "messages": simulated["messages"],
+        "hops": simulated["hops"],
+        "retries": 0,
+    }
+    assert payload == simulated["bytes_sent"]
+    assert counted["hops"] > 0
+    assert counted["messages"] > 0
