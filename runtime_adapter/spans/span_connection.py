@@ -102,7 +102,7 @@ class SpanConnection:
     # --------------------------------------------------------------------------------------- parts
 
     def _require_usable(self) -> None:
-        if not self.peer.usable:
+        if self._closed or not self.peer.usable:
             self._disconnect()
             self._kept.clear()
             raise ConnectionLost(f"server {self.peer.name!r} does not answer")

@@ -362,6 +362,8 @@ class SpanServer:
             lane.connections[target] = SpanConnection(
                 self._peers.peers[target], number, self._send_queue
             )
+        if self._closed.is_set():
+            lane.connections[target].close()
         self._peers.wait_for_address(target)
         lane.connections[target].send(message.pack(), step)
 

@@ -1,0 +1,213 @@
+"""Requests over paths of several servers: right tokens on every table, whatever breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import socket
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from prism_plan.errors import InputError  # noqa: E402
+from runtime_adapter.driver import greedy_config  # noqa: E402
+from runtime_adapter.request_repeats import StepFailed  # noqa: E402
+from runtime_adapter.transport.rendezvous import ServerLost  # noqa: E402
+from runtime_adapter.weights.checkpoint_families import FAMILIES  # noqa: E402
+from tests.limits import HANG_S  # noqa: E402
+from tests.profiling.recording.families import VOCABULARY, family_model, tiny_model  # noqa: E402
+from tests.runtime_adapter.checkpoints import TINY, reference  # noqa: E402
+from tests.runtime_adapter.spans.span_cluster import SpanCluster, run_at_once  # noqa: E402
+
+torch.set_num_threads(1)
+#: Families beside those of the committed checkpoints.
+OTHERS = (*(f for f in FAMILIES if f not in ("mixtral", "deepseek_v2")), "glm4_moe", "granitemoe")
+NEW_TOKENS = 6
+
+
+@functools.cache
+def model_of(name: str) -> Any:
+    """A committed checkpoint, or a tiny random model of a family."""
+    if name in TINY:
+        return reference(name, torch.float32)
+    return tiny_model(name) if name in FAMILIES else family_model(name)
+
+
+def moe_layers(model: Any) -> list[int]:
+    """Which decoder layers have experts."""
+    layers = model.get_decoder().layers
+    return [i for i, layer in enumerate(layers) if any(
+        name.endswith("experts") for name, _ in layer.named_modules()
+    )]  # fmt: skip
+
+
+def generated(model: Any, ids: list[int], new_tokens: int) -> list[int]:
+    """What the whole model adds to a prompt."""
+    given = torch.tensor([ids])
+    config = greedy_config(model)
+    config.max_new_tokens = new_tokens
+    found = model.generate(given, attention_mask=torch.ones_like(given), generation_config=config)
+    tokens: list[int] = found[0, len(ids) :].tolist()
+    return tokens
+
+
+def until(condition: Any) -> None:
+    """Wait for something to happen."""
+    deadline = time.monotonic() + HANG_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "tables"), [*((name, 25) for name in TINY), *((name, 8) for name in OTHERS)]
+)
+def test_random_tables(name: str, tables: int) -> None:
+    """On random tables of 2 to 4 servers every home's tokens are the whole model's.
+
+    Tables are switched while requests of the one before run; two requests of each home run at
+    once; prompts go in one piece or in chunks. In the end no cache is left.
+    """
+    model = model_of(name)
+    layers = moe_layers(model)
+    generator = np.random.default_rng(5)
+    for num_servers, chunk in ((2, 0), (3, 5), (4, 3)):
+        with SpanCluster(model, layers, num_servers, chunk_tokens=chunk) as cluster:
+            jobs, expected = [], []
+            for lane in range(2):
+                for home in range(num_servers):
+                    work = []
+                    for _ in range(tables // 5 + 1):
+                        row = generator.integers(0, num_servers, len(layers))
+                        length = int(generator.integers(1, 14))
+                        ids = generator.integers(3, VOCABULARY, length).tolist()
+                        work.append((ids, row))
+                        expected.append(generated(model, ids, NEW_TOKENS))
+                    jobs.append(
+                        lambda home=home, lane=lane, work=work: [
+                            cluster.run(home, ids, NEW_TOKENS, lane, row) for ids, row in work
+                        ]
+                    )
+            found = run_at_once(jobs)
+            assert [tokens for one in found for tokens in one] == expected
+            until(lambda cluster=cluster: not cluster.cached())
+            assert not cluster.said
+
+
+def test_connections_that_break() -> None:
+    """Connections are cut again and again: no token is wrong, missing or twice, and none fails."""
+    model = model_of("mixtral")
+    layers = moe_layers(model)
+    generator = np.random.default_rng(2)
+    ids = generator.integers(3, 90, 9).tolist()
+    expected = generated(model, ids, 24)
+    with SpanCluster(model, layers, 3, chunk_tokens=4) as cluster:
+        cluster.table = generator.integers(0, 3, cluster.table.shape)
+        cluster.table[:, 0], cluster.table[:, 1] = [1, 2, 0], [2, 0, 1]
+        ended, cuts = threading.Event(), 0
+
+        def cut() -> None:
+            nonlocal cuts
+            while not ended.wait(0.02):
+                for server in cluster.servers:
+                    for connection in list(server._incoming)[:1]:
+                        with contextlib.suppress(OSError):
+                            connection.shutdown(socket.SHUT_RDWR)
+                            cuts += 1
+
+        cutting = threading.Thread(target=cut)
+        cutting.start()
+        found = run_at_once(
+            [
+                lambda home=home, lane=lane: [cluster.run(home, ids, 24, lane) for _ in range(4)]
+                for home in range(3)
+                for lane in range(2)
+            ]
+        )
+        ended.set()
+        cutting.join()
+        assert found == [[expected] * 4] * 6
+        assert cuts > 10
+
+
+def test_a_server_of_the_path_is_lost() -> None:
+    """Its requests fail for a reason that may pass, and run on another path; caches are freed.
+
+    When the server is back, empty, requests execute there again; what another attempt has left is
+    not taken for theirs.
+    """
+    model = model_of("deepseek-v2")
+    layers = moe_layers(model)
+    ids = list(range(5, 14))
+    expected = generated(model, ids, 12)
+    with SpanCluster(model, layers, 3) as cluster:
+        through = [1, *[2] * (len(layers) - 1)]
+        assert cluster.run(0, ids, 12, row=through) == expected
+        cluster.set_address(2, None)
+        for peers in cluster.peers:
+            peers.down.add(2)
+        with pytest.raises((StepFailed, ServerLost)):
+            cluster.run(0, ids, 12, row=through)
+        assert cluster.run(0, ids, 12, row=[1] * len(layers)) == expected
+        cluster.listeners[2].close()
+        cluster.forget(2)
+        cluster.listeners[2] = cluster.listen(2)
+        cluster.set_address(2, cluster.listeners[2].address, 2)
+        assert cluster.run(0, ids, 12, row=through) == expected
+        until(lambda: not cluster.cached())
+
+
+def test_caches_of_a_home_that_is_down_are_freed() -> None:
+    """A server frees what it has for requests of a home that the log says is down."""
+    model = model_of("mixtral")
+    layers = moe_layers(model)
+    with SpanCluster(model, layers, 2) as cluster:
+        held = threading.Event()
+        real = cluster.homes[0].deliver
+        cluster.servers[0]._deliver = lambda message: (held.wait(HANG_S), real(message))
+        found: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: found.extend(
+                run_at_once([lambda: cluster.run(0, [5, 6, 7], 10_000, row=[1] * len(layers))])
+            ),
+            daemon=True,
+        )
+        thread.start()
+        until(cluster.servers[1].cached_tokens)
+        cluster.peers[1].down.add(0)
+        until(lambda: not cluster.servers[1].cached_tokens())
+        cluster.set_address(1, None)
+        held.set()
+        thread.join(HANG_S)
+        assert isinstance(found[0], (StepFailed, ServerLost))
+
+
+def test_kv_tokens_bound_what_is_in_flight() -> None:
+    """A request that can never fit is refused with the number; others wait for each other."""
+    model = model_of("mixtral")
+    layers = moe_layers(model)
+    with SpanCluster(model, layers, 2, kv_tokens=20) as cluster:
+        home = cluster.homes[0]
+        with pytest.raises(InputError, match=r"21 tokens.* at most 20"), home.room(0, 21):
+            pass
+        inside: list[int] = []
+
+        def take(lane: int) -> int:
+            with home.room(lane, 15):
+                inside.append(lane)
+                assert len(inside) == 1
+                time.sleep(0.05)
+                inside.remove(lane)
+            return lane
+
+        assert run_at_once([lambda: take(0), lambda: take(1)]) == [0, 1]
+        # a home that asks for more all the same is refused by the server
+        with pytest.raises(StepFailed, match="may have 20 in flight"):
+            cluster.run(0, [5] * 10, 11, row=[1] * len(layers))
+        assert cluster.run(0, [5] * 10, 10, row=[1] * len(layers)) == generated(model, [5] * 10, 10)
