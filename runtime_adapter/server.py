@@ -136,6 +136,7 @@ class LocalServer:
         self._follower = LogFollower(
             self.rank, config.placement, self.expert_map, config.compute, self.counters,
             self._all_dispatchers, self._log, self.report, self._peers, older,
+            self.path_requests.begin_table,
         )  # fmt: skip
         self._follower.start()
         self._peers.watch()

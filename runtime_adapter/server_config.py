@@ -120,6 +120,13 @@ def migration_config(
     UnsupportedFeature
         The migration policy does not support what the cluster asks.
     """
+    if placement.execution is not None and options.migrate != "never":
+        raise InputError(
+            f"{options.migrate} with layers that execute on other servers than the request's home",
+            parameter="migrate",
+            expected="never, or a placement with every layer at home",
+            remedy="plan again, and have the run moved there (``movable``)",
+        )
     if not movable and options.migrate == "never":
         cluster = None
     if cluster is None:

@@ -128,7 +128,7 @@ def command(args: ReplayOptions) -> None:
             log_level=args.log_level,
             log_format=args.log_format,
         )
-    work = None if placement.execution is None else TimedSpans(requests, config.width)
+    work = TimedSpans(requests, config.width)
     planned_by_links = args.route == "nearest" or args.migrate != "never"
     log_assumed_figures(
         args.cluster, cluster, compute=True, loads=args.migrates, links=planned_by_links

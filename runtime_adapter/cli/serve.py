@@ -290,9 +290,13 @@ def command(args: ServeOptions) -> None:
 
     model = load_placed_model(checkpoint, backend, dtype, devices[0])
     work = None
-    if placement.execution is not None:
-        with error_source(args.checkpoint):
+    if placement.execution is not None or args.migrates:
+        try:
             work = ModelWork(model, spec, backend, greedy_config(model))
+        except InputError as error:
+            if placement.execution is not None:
+                raise
+            log_info(f"{error}; this server's requests stay at home, whatever is moved to")
     from_checkpoint = CheckpointLoader(checkpoint.folder, store)
     with error_source(args.placement):
         migration = migration_config(

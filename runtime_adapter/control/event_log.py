@@ -101,6 +101,7 @@ class EventLog:
                         members=list(snapshot["members"]),
                         held=[list(expert) for expert in snapshot["held"]],
                         open_plans=list(snapshot["open_plans"]),
+                        execution=snapshot["execution"],
                     )
                     epoch, after = new_log.epoch, new_log.number
                     self._queue.put(new_log)

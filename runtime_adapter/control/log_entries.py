@@ -5,7 +5,7 @@ written by          entries
 ==================  ==========================================================================
 the store           ServerJoined, ServerDown, ServerLeft
 the scheduler       SchedulerStarted, MigrationStarted, StopRequested, MigrationFinished,
-                    ReviewStarted, MoveFinished, LogMessage
+                    TableBegan, ReviewStarted, MoveFinished, LogMessage
 a GPU's server      ExpertsLoaded, DropsAnnounced, SlotsFreed, StepFailed, ServerStopped
 a driver            DropsAcknowledged, DriverSynced, CallsReported
 the command `move`  MoveRequested
@@ -42,16 +42,20 @@ JOINS_ANEW = "it joins anew"
 
 @dataclass(frozen=True)
 class Bounds:
-    """Numbers of servers, GPUs of all servers and (layer, expert) pairs of a run."""
+    """Numbers of servers, GPUs of all servers, (layer, expert) pairs and MoE layers of a run."""
 
     servers: int = MAX_COUNT
     gpus: int = MAX_COUNT
     pairs: int = MAX_COUNT
+    layers: int = MAX_COUNT
 
     @classmethod
     def of(cls, placement: Placement) -> Self:
         """The bounds of the run that begins with a placement."""
-        return cls(placement.num_servers, placement.on_gpu.shape[0], placement.model.num_pairs)
+        model = placement.model
+        return cls(
+            placement.num_servers, placement.on_gpu.shape[0], model.num_pairs, model.num_layers
+        )
 
 
 class ExpertChange(NamedTuple):
@@ -100,6 +104,18 @@ def _are_held(value: Any, bounds: Bounds) -> bool:
     )
 
 
+def _is_table(value: Any, bounds: Bounds) -> bool:
+    if type(value) is not list or (bounds.servers < MAX_COUNT and len(value) != bounds.servers):
+        return False
+    layers = bounds.layers if bounds.layers < MAX_COUNT else None
+    return all(
+        type(row) is list
+        and len(row) == (layers or len(row))
+        and all(_below(server, bounds.servers) for server in row)
+        for row in value
+    )
+
+
 # types of fields, each with its check
 Count = Annotated[int, lambda value, bounds: _below(value, MAX_COUNT)]
 Server = Annotated[int, lambda value, bounds: _below(value, bounds.servers)]
@@ -110,6 +126,7 @@ Steps = Annotated[list[int], _are_steps]
 Changes = Annotated[list[ExpertChange], _are_changes]
 Port = Annotated[int, lambda value, bounds: _below(value, 1 << 16)]
 Held = Annotated[list[HeldExpert], _are_held]
+Table = Annotated[list[list[int]], _is_table]
 
 #: The classes of entries by kind.
 KINDS: dict[str, type[LogEntry]] = {}
@@ -260,6 +277,17 @@ class MigrationFinished(LogEntry):
 
 
 @dataclass(frozen=True)
+class TableBegan(LogEntry):
+    """Requests that start from now on execute by this table; those that run keep theirs.
+
+    ``execution`` [N][L] is the server of each MoE layer for each home.
+    """
+
+    plan: Count
+    execution: Table
+
+
+@dataclass(frozen=True)
 class ReviewStarted(LogEntry):
     """Drivers report their calls."""
 
@@ -305,7 +333,8 @@ class NewLog:
     ``epoch``. ``members`` has an object for each server (``state``, ``incarnation``, ``address``
     and others, as ``StoreClient.members`` gives them), ``held`` a list [server, GPU, pair, slot]
     for each expert on a GPU of a server that is up (GPUs are counted over all servers),
-    ``open_plans`` the migrations that were started and have not finished.
+    ``open_plans`` the migrations that were started and have not finished, ``execution`` the table
+    that began last, None where it is that of the placement with which the run began.
     """
 
     epoch: str
@@ -313,6 +342,7 @@ class NewLog:
     members: list[dict[str, Any]]
     held: list[list[int]]
     open_plans: list[int]
+    execution: list[list[int]] | None = None
 
 
 _CHECKS: dict[str, dict[str, Check]] = {

@@ -72,14 +72,15 @@ class LogFollower:
     ``lanes`` gives this driver's; ``report`` gets lines for this server's log; ``members`` is told
     who comes and goes. ``incarnation`` is this server's, 0 while its worker has not joined.
     ``older`` is what :func:`older_incarnation` gave before this process started a worker: what that
-    incarnation held was in the memory of another process.
+    incarnation held was in the memory of another process. ``on_table`` gets each execution table
+    that begins.
     """
 
     def __init__(
         self, rank: int, placement: Placement, expert_map: ExpertMap, compute: Compute,
         counters: Counters, lanes: Callable[[], Sequence[RemoteDispatcher]], log: EventLog,
         report: Callable[[str], None], members: Members | None = None,
-        older: tuple[str, int] = ("", 0),
+        older: tuple[str, int] = ("", 0), on_table: Callable[[list[list[int]]], None] | None = None,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.name = placement.servers[rank]
@@ -94,6 +95,7 @@ class LogFollower:
         self.own_gpus: list[int] = placement.gpus_of(rank).tolist()
         self._server_of_gpu: list[int] = placement.server_of_gpu.tolist()
         self._states = MemberStates(placement.num_servers, members or NoMembers())
+        self._on_table = on_table or (lambda table: None)
         self._older_epoch, self._older_incarnation = older
         self._epoch = ""
         self._drops: list[_AnnouncedDrop] = []
@@ -186,6 +188,8 @@ class LogFollower:
             case log_entries.MigrationFinished():
                 self._open_plans.discard(entry.plan)
                 self.expert_map.set_migrating(self.migrating)
+            case log_entries.TableBegan():
+                self._on_table(entry.execution)
             case log_entries.StepFailed():
                 # loads that had begun by then fail as well, for the same reason
                 if entry.server == self.name and entry.plan not in self._failed_plans:
@@ -203,6 +207,8 @@ class LogFollower:
         self._open_plans = set(new.open_plans)
         self.expert_map.set_migrating(self.migrating)
         self._epoch = new.epoch
+        if new.execution is not None:
+            self._on_table(new.execution)
         up, down = self._states.begin(new)
         if self._is_older(self.rank, self._states.incarnations[self.rank]):
             up.pop(self.rank, None)

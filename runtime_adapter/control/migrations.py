@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from prism_plan.errors import InputError, LimitReached, PrismError
+from prism_plan.execution_table import home_execution
 from prism_plan.instance import Instance
 from prism_plan.io.migration import migration_to_json
 from prism_plan.io.placement import placement_from_json, placement_to_json, write_placement
@@ -17,7 +18,7 @@ from prism_plan.migration.order.find_order import migration_plan
 from prism_plan.migration.plan import MigrationPlan
 from prism_plan.migration.replica_dips import dips_text
 from prism_plan.model_spec import require_same_model
-from prism_plan.placement import Placement, SolveReport, require_home_execution
+from prism_plan.placement import Placement, SolveReport
 from prism_plan.placement_check import violations
 from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import NewLog
@@ -246,6 +247,8 @@ class Migrations:
         if active.repair:
             self.repaired = complete
             text += " (a repair)"
+        if complete and active.requested_by is not None:
+            self._begin_table(active)
         written = self._write_placement()
         self._write_state()
         state.log.append(log_entries.MigrationFinished(active.number, complete, text))
@@ -257,6 +260,17 @@ class Migrations:
         if active.requested_by is not None:
             self.answer(active.requested_by, 0 if complete else 5, text)
         self.active = None  # not before: if the store is restarted meanwhile, all this is due again
+
+    def _begin_table(self, active: _ActiveMigration) -> None:
+        """Let requests that start from now on execute as the target says."""
+        state, target = self._state, active.target
+        assert target is not None
+        table = home_execution(*state.table.shape)
+        places = [state.config.placement.servers.index(name) for name in target.servers]
+        table[places] = np.array(places)[target.execution_table]
+        if not np.array_equal(table, state.table):
+            state.table = table
+            state.log.append(log_entries.TableBegan(active.number, table.tolist()))
 
     def _reach(self, active: _ActiveMigration) -> None:
         """Remember the target as what servers are to hold, also when they come back.
@@ -358,7 +372,6 @@ def _target(state: RunState, requested: Placement, instance: Instance) -> Placem
         It is for other servers or another model, or breaks a rule.
     """
     require_same_model(requested.model, instance.model, source=NAMES[1], other=NAMES[0])
-    require_home_execution(requested, source=NAMES[1])
     lost = [name for name in state.config.placement.servers if name not in instance.servers]
     if set(requested.servers) != set(instance.servers):
         raise InputError(
@@ -369,11 +382,13 @@ def _target(state: RunState, requested: Placement, instance: Instance) -> Placem
             + (f", for {', '.join(lost)} is lost" if lost else ""),
         )
     order = [requested.servers.index(name) for name in instance.servers]
+    place = np.argsort(order)  # of the requested placement's servers among the run's
     gpus = np.concatenate([requested.gpus_of(n) for n in order])
     target = requested.replace(
         servers=instance.servers,
         gpu_capacity=tuple(requested.gpu_capacity[n] for n in order),
         on_gpu=requested.on_gpu[gpus],
+        execution=place[requested.execution_table[order]],
     )
     replicas = instance.replace(min_replicas=requested.plan.min_replicas)
     for violation in violations(target, instance=replicas)[:1]:

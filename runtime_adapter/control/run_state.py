@@ -46,6 +46,8 @@ class RunState:
         self.expert_map = ExpertMap(config.placement)
         self.placement = config.placement
         self.placement_known = True
+        #: The execution table that new requests use, int32 [N, L].
+        self.table = config.placement.execution_table
         self.alive: list[int] = []
         self.left: set[int] = set()
         self.absent: set[int] = set()
@@ -69,6 +71,8 @@ class RunState:
         self.read = new.number + 1
         self.last_change = -1
         self._num_logs += 1
+        if new.execution is not None:
+            self.table = np.array(new.execution, np.int32)
         held: list[list[tuple[int, int]]] = [[] for _ in self._incarnations]
         for server, gpu, pair, _ in new.held:
             held[server].append((gpu, pair))
@@ -173,7 +177,11 @@ class RunState:
         own = np.concatenate([self.config.placement.gpus_of(n) for n in self.alive])
         held = on_gpu[own].reshape(len(own), *instance.activations.shape[1:])
         return self.placement.replace(
-            servers=instance.servers, gpu_capacity=instance.gpu_capacity, on_gpu=held
+            servers=instance.servers,
+            gpu_capacity=instance.gpu_capacity,
+            on_gpu=held,
+            # of some of the servers there is no table: their requests go around the others
+            execution=self.table if self.all_up else None,
         )
 
 

@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from prism_plan.errors import InputError
-from prism_plan.execution_table import Span
+from prism_plan.execution_table import Span, spans
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.peer_table import PeerTable
 from runtime_adapter.request_repeats import StepFailed
@@ -47,12 +49,20 @@ class PathRequests:
         self._lock = threading.Lock()
         self._events: dict[Attempt, queue.SimpleQueue[SpanMessage]] = {}
         self._room = KvRoom(config.placement.kv_tokens.get(config.name, 0))
+        self._table = config.placement.execution_table
         self.spans: SpanServer | None = None
 
     def path(self) -> tuple[Span, ...]:
         """Where a request that begins now executes."""
         lost = [n for n in self._peers.peers if self._expert_map.lost(n)]
-        return path_of_home(self._config.placement, self._expert_map, self._rank, lost)
+        if self.spans is None:
+            return tuple(spans(np.full(self._config.model.num_layers, self._rank)))
+        row = self._table[self._rank]
+        return path_of_home(row, self._config.placement, self._expert_map, self._rank, lost)
+
+    def begin_table(self, table: list[list[int]]) -> None:
+        """Requests that start from now on execute by this table [N][L]."""
+        self._table = np.array(table, np.int32)
 
     def is_home(self, path: tuple[Span, ...]) -> bool:
         """Whether all layers of a path execute here."""

@@ -13,13 +13,13 @@ from runtime_adapter.weights.expert_map import ExpertMap
 
 
 def path_of_home(
-    placement: Placement, expert_map: ExpertMap, home: int, avoided: Collection[int]
-) -> tuple[Span, ...]:
-    """The spans of a request of ``home`` that begins now.
+    row: npt.NDArray[np.integer], placement: Placement, expert_map: ExpertMap, home: int,
+    avoided: Collection[int],
+) -> tuple[Span, ...]:  # fmt: skip
+    """The spans of a request of ``home`` that begins now; ``row`` [L] is what the table says.
 
-    Those of the plan where none of its servers is in ``avoided``, else :func:`shortest_path`.
+    They are the table's where none of its servers is in ``avoided``, else :func:`shortest_path`.
     """
-    row = placement.execution_table[home]
     if (row != home).any() and set(row.tolist()).intersection(avoided):
         row = shortest_path(missing_experts(expert_map, placement), home, avoided)
     return tuple(spans(row))

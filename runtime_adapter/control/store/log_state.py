@@ -42,6 +42,8 @@ class LogState:
         self.members = [LoggedMember() for _ in servers]
         self.held: list[dict[tuple[int, int], int]] = [{} for _ in servers]
         self.open_plans: dict[int, None] = {}  # in the order in which they were started
+        #: The execution table that began last, None where it is the first placement's.
+        self.execution: list[list[int]] | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LogState) and vars(self) == vars(other)
@@ -82,6 +84,8 @@ class LogState:
                     del self.open_plans[next(iter(self.open_plans))]
             case log_entries.MigrationFinished():
                 self.open_plans.pop(entry.plan, None)
+            case log_entries.TableBegan():
+                self.execution = entry.execution
 
     def _end(self, server: int, incarnation: int, state: str) -> None:
         member = self.members[server]
@@ -90,7 +94,10 @@ class LogState:
             self.held[server] = {}
 
     def snapshot(self) -> dict[str, Any]:
-        """The state as JSON values: ``number``, ``members``, ``held``, ``open_plans``."""
+        """The state as JSON values.
+
+        They are ``number``, ``members``, ``held``, ``open_plans`` and ``execution``.
+        """
         return {
             "number": self.number,
             "members": [
@@ -109,6 +116,7 @@ class LogState:
                 for (gpu, pair), slot in held.items()
             ],
             "open_plans": list(self.open_plans),
+            "execution": self.execution,
         }
 
     @classmethod
@@ -127,4 +135,5 @@ class LogState:
         for server, gpu, pair, slot in snapshot["held"]:
             state.held[server][gpu, pair] = slot
         state.open_plans = dict.fromkeys(snapshot["open_plans"])
+        state.execution = snapshot["execution"]
         return state

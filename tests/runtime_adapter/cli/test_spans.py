@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.execution_table import spans  # noqa: E402
+from prism_plan.io.placement import read_placement  # noqa: E402
 from prism_plan.placement import Placement  # noqa: E402
 from prism_plan.solvers import Options, solve  # noqa: E402
 from tests.runtime_adapter.checkpoints import committed  # noqa: E402
+from tests.runtime_adapter.cli.test_faults import (  # noqa: E402
+    MODEL,
+    NAMES,
+    incarnation,
+    replicated,
+)
 from tests.runtime_adapter.cli.test_serve import alone, lines  # noqa: E402
 from tests.runtime_adapter.moe.test_placed_experts import instance  # noqa: E402
 from tests.runtime_adapter.replays import (  # noqa: E402
@@ -104,6 +112,70 @@ def test_tokens_are_those_of_one_process(
             tokens = sum(a["prompt_tokens"] + len(a["tokens"]) - 1 for a in run.answers(name))
             assert stats["steps"] == tokens * layers
             assert stats["calls"] == tokens * layers * spec.top_k
+
+
+def test_a_server_of_the_path_is_killed_and_comes_back(tmp_path: Path) -> None:
+    """Tokens are right before, while and after a server that executes layers is away.
+
+    Its own requests are lost with it, those of other homes go on over the servers that are left.
+    When it is back, the run is moved to another placement and table: requests execute there, as
+    their hops tell. Every expert has two copies; prompts go in chunks.
+    """
+    placement = replicated()
+    layers = placement.model.num_layers
+    table = [[0] * layers, [1, *[2] * (layers - 2), 0], [1, *[0] * (layers - 1)]]
+    later = [[0, *[2] * (layers - 2), 1], [1] * layers, [2] * layers]
+    turned = placement.replace(on_gpu=np.roll(placement.on_gpu, 1, axis=0))
+    new_tokens, chunk = 60, 16
+    own = ["--dtype", "float32", "--max-new-tokens", str(new_tokens), "--timeout", "3"]
+    own += ["--prefill-chunk", str(chunk), "--movable"]
+    prompts = [line["prompt"] for line in lines()["narrative"][:4]]
+    with Servers(tmp_path, with_table(placement, table), f"tiny-{MODEL}", *own) as run:
+        run.start_store("--placements-dir", "out")
+        for name in NAMES:
+            run.start(name, None)
+
+        def ask(name: str, number: int) -> None:
+            run.ask(name, {"prompt": prompts[number % 4], "id": number})
+
+        def answered(name: str, number: int) -> bool:
+            return number in [answer["id"] for answer in run.answers(name)]
+
+        for name in NAMES:
+            ask(name, 0)
+        run.until(lambda: all(answered(name, 0) for name in NAMES))
+        before = incarnation(run, "edge-2")
+        for number in range(1, 9):
+            ask("edge-0", number)
+            ask("edge-1", number)
+        run.until(lambda: answered("edge-1", 1))
+        run.send("edge-2", signal.SIGKILL)
+        run.until(lambda: all(answered(name, 8) for name in ("edge-0", "edge-1")))
+        run.start("edge-2", None, called="again")
+        run.until(lambda: incarnation(run, "edge-2") > before)
+        ask("edge-1", 9)
+        ask("again", 0)
+        run.until(lambda: answered("edge-1", 9) and answered("again", 0))
+        run.until(lambda: run.move(with_table(turned, later))[0] == 0)  # after the repair
+        for name in ("edge-0", "edge-1", "again"):
+            ask(name, 10)
+        run.until(lambda: all(answered(name, 10) for name in ("edge-0", "edge-1", "again")))
+        for name in ("edge-0", "edge-1", "again"):
+            run.finish(name)
+        assert set(run.codes(["edge-0", "edge-1", "again"]).values()) == {0}
+        for name in (*NAMES, "again"):
+            for answer in run.answers(name):
+                assert answer["error"] is None
+                prompt = prompts[answer["id"] % 4]
+                assert answer["tokens"] == alone(MODEL, prompt, new_tokens)
+        (last,) = (answer for answer in run.answers("edge-0") if answer["id"] == 10)
+        token_bytes = 4 * committed(MODEL).spec.hidden_size
+        stats = run.stats("edge-0")
+        assert (stats["hops"], stats["hop_bytes"]) == hops_of(
+            later[0], 0, last["prompt_tokens"], len(last["tokens"]), token_bytes, chunk
+        )
+    written = sorted((tmp_path / "out").iterdir())[-1]
+    assert read_placement(written).execution.tolist() == later
 
 
 @pytest.mark.parametrize("prompts", [True, False])
