@@ -45,7 +45,7 @@ _CLOSED = "the other side closed the connection during the handshake"
 
 PURPOSES = ("control", "calls", "ping", "weights", "channel", "spans")
 MAX_NAME = 200
-MAX_INCARNATION, MAX_LANE, MAX_TOKENS = 1 << 40, 1 << 20, 1 << 24
+MAX_INCARNATION, MAX_LANE, MAX_TOKENS = 1 << 40, 1 << 18, 1 << 24
 
 
 class HandshakeFailed(RuntimeFailure):
