@@ -6,7 +6,8 @@ takes beyond that grows with the payload: the slope between the two largest ones
 Then tokens call experts at random, here and on all other servers, layer after layer, as requests
 do: the overhead of a call is the one with which the rules of docs/design.md, section 4, give the
 mean time of these steps. If long messages take longer than rate and overhead explain, the burst
-that passes unshaped is smaller.
+that passes unshaped is smaller. A request whose layers compute nothing, on two servers in turns,
+tells what a hop costs.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ import torch
 from scipy.optimize import brentq
 
 from prism_plan.cluster import Cluster
+from prism_plan.execution_table import Span
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.seeds import random_generator
 from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.timing import Timing, timing
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
+from runtime_adapter.spans.messages import HEADER_BYTES as SPAN_HEADER_BYTES
+from runtime_adapter.spans.messages import RequestSetup
+from runtime_adapter.spans.path_requests import PathRequests
 from runtime_adapter.transport.send_queue import LONG_BYTES
 from runtime_adapter.transport.wire_format import HEADER_BYTES
 
@@ -39,6 +44,8 @@ TOKENS = (1, 2, 8, 32, 128, 512)
 ROUNDS = 9
 #: Steps of each kind in a round; of those of more than 32 tokens; of those at random.
 REPEATS, LONG_REPEATS, RANDOM_REPEATS = 20, 3, 150
+#: Passes between two servers in a round.
+HOP_REPEATS = 200
 
 
 def calibration_placement(cluster: Cluster, model: ModelSpec) -> Placement:
@@ -63,18 +70,67 @@ def _holders(num_servers: int, model: ModelSpec) -> npt.NDArray[np.int64]:
     return np.arange(model.num_experts) // model.top_k % num_servers
 
 
+class EmptySpans:
+    """A :class:`~runtime_adapter.spans.span_work.SpanWork` that computes nothing.
+
+    ``width`` are the bytes of a token's hidden states.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+
+    def begin(self, setup: RequestSetup, span: Span) -> bool:
+        """No state, but there."""
+        return True
+
+    def run(
+        self, state: bool, lane: RemoteDispatcher, inputs: torch.Tensor, past: int, tokens: int
+    ) -> torch.Tensor:
+        """States of no value."""
+        return torch.zeros(tokens * self._width, dtype=torch.uint8)
+
+    def token(self, setup: RequestSetup, outputs: torch.Tensor) -> int:
+        """Any."""
+        return 0
+
+    def is_end(self, token: int) -> bool:
+        """A request ends with its last pass."""
+        return False
+
+
+def measure_hops(paths: PathRequests, num_layers: int) -> float:
+    """Seconds of a pass that has its hidden states and then its id sent, between two servers.
+
+    It is the median, over :data:`ROUNDS` rounds, of a round's mean.
+    """
+    means = []
+    for number in range(ROUNDS):
+        path = (Span(0, 0, 0), Span(1, num_layers - 1, 1))
+        setup = RequestSetup(number, path, HOP_REPEATS + 2, HOP_REPEATS + 3)
+        times: list[float] = []
+
+        def note(token: int, times: list[float] = times) -> None:
+            times.append(time.perf_counter())
+
+        paths.run(0, setup, [0], note)
+        means.append((times[-1] - times[1]) / (len(times) - 2))
+    return median(means)
+
+
 @dataclass(frozen=True, eq=False)
 class Measured:
     """Seconds of a step of one layer by tokens: all local, and all on the second server.
 
     ``random_s`` is the mean of steps of one token whose experts are anywhere, ``random_calls`` int
-    [steps, N] the number of experts of each such step on each server.
+    [steps, N] the number of experts of each such step on each server; ``pass_s`` is that of
+    :func:`measure_hops`, where there are layers enough.
     """
 
     local_s: dict[int, float]
     remote_s: dict[int, float]
     random_s: float
     random_calls: npt.NDArray[np.int64]
+    pass_s: float | None = None
 
 
 def measure(lane: RemoteDispatcher, model: ModelSpec, width: int, seed: int = 0) -> Measured:
@@ -179,6 +235,10 @@ def calibration(
         float(remote_extra_s[-1]) - overhead_s - rtt_s - slope * (float(sent_bytes[-1]) - 2 * burst)
     )
     measured_burst = min(max(burst - late_s / (2 * slope), 0.0), burst)
+    hop_s = None
+    if measured.pass_s is not None:
+        line_s = slope * max(token_bytes + SPAN_HEADER_BYTES - burst, 0.0)
+        hop_s = max((measured.pass_s - rtt_s - line_s) / 2, 0.0)  # states there, an id back
     gpus = []
     for n, server in enumerate(cluster.servers):
         curves = []
@@ -192,6 +252,7 @@ def calibration(
         "format": "prism-plan/calibration",
         "version": 1,
         "call_overhead_ms": 1e3 * overhead_s,
+        **({} if hop_s is None else {"hop_overhead_ms": 1e3 * hop_s}),
         "rtt_ms": 1e3 * rtt_s,
         "burst_kb": measured_burst / 1e3,
         "short_kb": LONG_BYTES / 1e3,  # shorter messages are not queued
@@ -201,6 +262,7 @@ def calibration(
             "local_ms": {str(t): 1e3 * s for t, s in measured.local_s.items()},
             "remote_ms": {str(t): 1e3 * s for t, s in measured.remote_s.items()},
             "spread_ms": 1e3 * measured.random_s,
+            **({} if measured.pass_s is None else {"pass_ms": 1e3 * measured.pass_s}),
         },
     }
 

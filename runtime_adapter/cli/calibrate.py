@@ -35,6 +35,7 @@ def command(args: CalibrateOptions) -> None:
 
     Start it on every server of the cluster file; the first one measures and writes the file.
     """
+    import dataclasses
     import json
 
     import torch
@@ -49,7 +50,14 @@ def command(args: CalibrateOptions) -> None:
     from prism_plan.io.file_writing import write_bytes
     from prism_plan.simulate.network import Network
     from prism_plan.simulate.timing import timing
-    from runtime_adapter.calibrate import TOKENS, calibration, calibration_placement, measure
+    from runtime_adapter.calibrate import (
+        TOKENS,
+        EmptySpans,
+        calibration,
+        calibration_placement,
+        measure,
+        measure_hops,
+    )
     from runtime_adapter.moe.emulated_gpu import GpuClock, set_sharp_timers
     from runtime_adapter.moe.timed_work import TimedCompute, TimedLoader
     from runtime_adapter.server import LocalServer
@@ -102,15 +110,19 @@ def command(args: CalibrateOptions) -> None:
         log_level=args.log_level,
         log_format=args.log_format,
     )
-    with LocalServer(config, log_info) as server:
+    with LocalServer(config, log_info, work=EmptySpans(width)) as server:
         server.agree_on_start()
         if rendezvous.rank == 0:
             set_sharp_timers()
             measured = measure(server.lanes[0], model, width)
+            if model.num_layers > 1:
+                pass_s = measure_hops(server.path_requests, model.num_layers)
+                measured = dataclasses.replace(measured, pass_s=pass_s)
             values = calibration(measured, cluster, model, config.rtt_s)
             write_bytes(str(args.output), (json.dumps(values, indent=1) + "\n").encode())
             log_info(
-                f"{args.output}: call overhead {values['call_overhead_ms']:.3f} ms, "
+                f"{args.output}: call overhead {values['call_overhead_ms']:.3f} ms, hop "
+                f"{values.get('hop_overhead_ms', values['call_overhead_ms']):.3f} ms, "
                 f"{values['bandwidth_mbps']:.0f} Mbit/s"
             )
         server.finish()

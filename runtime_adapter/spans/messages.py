@@ -41,6 +41,8 @@ MAGIC = 0x5052_5331
 #: with this token. The receiver begins the next pass with it.
 LAST, ENDED, BEGINS = 1, 2, 4
 COUNTED = len(Counters.NAMES)
+#: Of every message, before setup and payload.
+HEADER_BYTES = _HEADER.size + 8 * COUNTED
 MAX_SETUP_BYTES = 1 << 16
 
 Counts = npt.NDArray[np.int64]
@@ -154,7 +156,7 @@ class MessageReader:
         self._num_lanes = num_lanes
         self._num_layers = num_layers
         self._token_bytes = token_bytes
-        self._fixed = memoryview(bytearray(_HEADER.size + 8 * COUNTED))
+        self._fixed = memoryview(bytearray(HEADER_BYTES))
 
     def read(self) -> SpanMessage:
         """The next message.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 
 from prism_plan.errors import PrismError
 from runtime_adapter.moe.counters import Counters
-from runtime_adapter.moe.emulated_gpu import set_sharp_timers
+from runtime_adapter.moe.emulated_gpu import set_sharp_timers, wait_until
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.peer_table import PeerTable
 from runtime_adapter.request_repeats import StepFailed, may_pass
@@ -142,7 +143,10 @@ class SpanServer:
                     connection, self._num_lanes, config.model.num_layers, token_bytes
                 )
                 while not self._closed.is_set():
-                    self.handle(reader.read())
+                    message = reader.read()
+                    if config.rtt_s:
+                        wait_until(time.monotonic() + config.rtt_s / 2)
+                    self.handle(message)
             except OSError:
                 pass  # the other side is gone, or dials anew
             except PrismError as error:

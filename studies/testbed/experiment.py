@@ -333,7 +333,8 @@ def read_measured(
         "expert_calls": counted["calls"],
         "remote_calls": counted["remote_calls"],
         "messages": counted["messages"],
-        "payload_bytes": counted["out_bytes"] + counted["back_bytes"],
+        "hops": counted["hops"],
+        "payload_bytes": counted["out_bytes"] + counted["back_bytes"] + counted["hop_bytes"],
         "failed": counted["failed"],
         "retries": counted["retries"],
     }

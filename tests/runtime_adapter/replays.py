@@ -29,6 +29,7 @@ from runtime_adapter.cli.options import address
 from runtime_adapter.control.store.client import StoreAddress, StoreClient
 from tests.limits import HANG_S
 from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
+from tests.runtime_adapter.warm_processes import WarmProcess, start_warm
 
 #: Starting Python with PyTorch many times takes minutes on a machine that does other work.
 PATIENCE_S = HANG_S
@@ -132,7 +133,7 @@ class Replays:
         self.folder = material.folder
         self.store = f"127.0.0.1:{free_port()}"
         self.names = [server.name for server in material.cluster.servers]
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, WarmProcess] = {}
         self._asking: list[subprocess.Popen[str]] = []
         self._arguments = [
             *("--placement", placement, "--trace", "trace.parquet", "--cluster", "cluster.toml"),
@@ -144,12 +145,9 @@ class Replays:
         for name in self.names:
             own = ["--server", name, "-o", f"{name}.jsonl", "--stats", f"{name}.json"]
             with open(self.folder / f"{name}.err", "wb") as errors:
-                self.processes[name] = subprocess.Popen(
-                    [sys.executable, "-m", "runtime_adapter", "replay", *self._arguments, *own],
-                    cwd=self.folder,
-                    env=environment(),
-                    stderr=errors,
-                    start_new_session=True,
+                words = ["replay", *self._arguments, *own]
+                self.processes[name] = start_warm(
+                    words, cwd=self.folder, env=environment(), stdin=False, output=errors
                 )
         return self
 

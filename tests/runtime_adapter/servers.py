@@ -22,6 +22,7 @@ from runtime_adapter.control.store.client import StoreAddress
 from runtime_adapter.transport.secrets import NO_SECRET, read_secret
 from tests.runtime_adapter.checkpoints import TRACES
 from tests.runtime_adapter.replays import PATIENCE_S, environment, free_port, status_of
+from tests.runtime_adapter.warm_processes import WarmProcess, start_warm
 
 #: Parts of lines that every run of the tests says.
 USUAL = ("kv_tokens", "NO SECRET", "the store listens")
@@ -30,6 +31,7 @@ USUAL = ("kv_tokens", "NO SECRET", "the store listens")
 class Servers:
     """Launches of ``serve`` by name; whatever is left of them ends with the block.
 
+    They are forks of a process that has loaded what they need, unless they are not to be ``warm``.
     ``requests`` are the lines of each server's file, ``launcher`` words before ``-m``. Without
     requests a server takes what :meth:`ask` sends until :meth:`finish`, so that a test decides by
     what has happened, and not by a clock, when a request comes. The run's secret is in the file
@@ -37,11 +39,13 @@ class Servers:
     """
 
     def __init__(
-        self, folder: Path, placement: Placement, checkpoint: str, *options: str, secret: str = ""
-    ) -> None:
+        self, folder: Path, placement: Placement, checkpoint: str, *options: str, secret: str = "",
+        warm: bool = True,
+    ) -> None:  # fmt: skip
         self.folder = folder
+        self._warm = warm
         self.port = free_port()
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, subprocess.Popen[bytes] | WarmProcess] = {}
         key = read_secret(secret) if secret else NO_SECRET
         self._store = StoreAddress("127.0.0.1", self.port, key)
         self._placement = folder / "placement.json"
@@ -65,7 +69,7 @@ class Servers:
     def start(
         self, name: str, requests: Sequence[Mapping[str, Any]] | None = (), *options: str,
         launcher: Sequence[str] = (), called: str = "",
-    ) -> subprocess.Popen[bytes]:  # fmt: skip
+    ) -> subprocess.Popen[bytes] | WarmProcess:  # fmt: skip
         """Start a server; its files and its place in ``processes`` are ``called`` after it."""
         called = called or name
         lines = "".join(json.dumps(request) + "\n" for request in requests or ())
@@ -73,10 +77,17 @@ class Servers:
         source = "-" if requests is None else f"{called}.requests"
         own = ["--requests", source, "-o", f"{called}.jsonl"]
         own += ["--server", name, "--stats", f"{called}.json"]
-        words = [*launcher, "-m", "runtime_adapter", "serve", *self._options, *own, *options]
+        words = ["serve", *self._options, *own, *options]
         with open(self.folder / f"{called}.err", "wb") as errors:
+            if self._warm and not launcher:
+                self.processes[called] = start_warm(
+                    words, cwd=self.folder, env=environment(), stdin=requests is None,
+                    output=errors,
+                )  # fmt: skip
+                return self.processes[called]
             self.processes[called] = subprocess.Popen(
-                [sys.executable, *words], cwd=self.folder, env=environment(),
+                [sys.executable, *launcher, "-m", "runtime_adapter", *words],
+                cwd=self.folder, env=environment(),
                 stdin=subprocess.PIPE if requests is None else subprocess.DEVNULL,
                 stderr=errors, stdout=errors, start_new_session=True,
             )  # fmt: skip

@@ -84,7 +84,7 @@ class SpanCluster:
                 rendezvous=SimpleNamespace(rank=n), name=name, model=self.spec,
                 placement=SimpleNamespace(servers=self.names, kv_tokens=kv),
                 width=model.config.hidden_size, dtype=torch.float32, chunk_tokens=chunk_tokens,
-                request_timeout_s=60.0,
+                request_timeout_s=60.0, rtt_s=0.0,
             )  # fmt: skip
             peers: Any = Peers(name, others)
             nothing: Any = None
