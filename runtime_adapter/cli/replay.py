@@ -85,6 +85,7 @@ def command(args: ReplayOptions) -> None:
     from runtime_adapter.replay import replay, replay_config
     from runtime_adapter.server import LocalServer
     from runtime_adapter.server_config import OwnStoreConfig
+    from runtime_adapter.spans.request_path import PathCosts
     from runtime_adapter.spans.timed_spans import TimedSpans
     from runtime_adapter.transport.rendezvous import RuntimeFailure
 
@@ -134,6 +135,7 @@ def command(args: ReplayOptions) -> None:
         args.cluster, cluster, compute=True, loads=args.migrates, links=planned_by_links
     )  # messages are real
     with open_jsonl(args.output) as write, LocalServer(config, log_info, work=work) as server:
+        server.path_requests.costs = PathCosts.of(cluster, trace.model)
         begin_s = server.agree_on_start()
         began_s = time.time() + begin_s - time.monotonic()
         joined_s = time.monotonic() - begin_s if server.joined_later else 0.0

@@ -143,7 +143,11 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
 @click.option(
     "--route", type=click.Choice(["cover", "nearest", "spread"]), default="cover", show_default=True
 )
-@click.option("--cluster", metavar="C.toml", help="Links, for --route nearest and --migrate.")
+@click.option(
+    "--cluster",
+    metavar="C.toml",
+    help="Figures, for --route nearest, --migrate, paths around lost servers.",
+)
 @click.option(
     "--concurrency", default=1, show_default=True, metavar="C", help="Requests of a server at once."
 )
@@ -203,6 +207,7 @@ def command(args: ServeOptions) -> None:
     from runtime_adapter.server import LocalServer
     from runtime_adapter.server_config import OwnStoreConfig, ServerConfig, migration_config
     from runtime_adapter.spans.model_work import ModelWork
+    from runtime_adapter.spans.request_path import PathCosts
     from runtime_adapter.tokenized_requests import RequestTokenizer, context_tokens, load_tokenizer
     from runtime_adapter.transport.nccl_channel import ChannelConfig, prepare_nccl, require_device
     from runtime_adapter.transport.rendezvous import RuntimeFailure
@@ -346,6 +351,8 @@ def command(args: ServeOptions) -> None:
         open_jsonl(args.output, append=journal is not None and journal.continues) as write,
         LocalServer(config, log_info, fill, work) as server,
     ):
+        if cluster is not None:
+            server.path_requests.costs = PathCosts.of(cluster, spec)
         begin_s = server.agree_on_start()
         incoming: Iterable[TokenizedRequest] = tokenized
         if args.streamed:

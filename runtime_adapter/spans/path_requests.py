@@ -20,7 +20,7 @@ from runtime_adapter.server_config import ServerConfig
 from runtime_adapter.spans import messages as wire
 from runtime_adapter.spans.kv_room import KvRoom
 from runtime_adapter.spans.messages import Attempt, RequestSetup, SpanMessage
-from runtime_adapter.spans.request_path import path_of_home
+from runtime_adapter.spans.request_path import PathCosts, path_of_home
 from runtime_adapter.spans.span_server import SpanServer
 from runtime_adapter.transport.peer import ConnectionLost
 from runtime_adapter.transport.rendezvous import RequestTimeout, ServerLost
@@ -51,6 +51,8 @@ class PathRequests:
         self._room = KvRoom(config.placement.kv_tokens.get(config.name, 0))
         self._table = config.placement.execution_table
         self.spans: SpanServer | None = None
+        #: By which paths around lost servers are chosen, where a cluster's figures are known.
+        self.costs: PathCosts | None = None
 
     def path(self) -> tuple[Span, ...]:
         """Where a request that begins now executes."""
@@ -58,7 +60,9 @@ class PathRequests:
         if self.spans is None:
             return tuple(spans(np.full(self._config.model.num_layers, self._rank)))
         row = self._table[self._rank]
-        return path_of_home(row, self._config.placement, self._expert_map, self._rank, lost)
+        return path_of_home(
+            row, self._config.placement, self._expert_map, self._rank, lost, self.costs
+        )
 
     def begin_table(self, table: list[list[int]]) -> None:
         """Requests that start from now on execute by this table [N][L]."""

@@ -73,9 +73,9 @@ class SpanConnection:
                 self._open()
 
     def forget(self) -> None:
-        """What was sent has arrived, or is needed by nobody any more."""
+        """No message of a pass is needed by anybody any more."""
         with self._lock:
-            self._kept.clear()
+            self._kept = deque((one for one in self._kept if one[0] is None), maxlen=MAX_KEPT)
 
     def renew(self) -> None:
         """Send what is kept again, where the connection is broken or from before an outage.

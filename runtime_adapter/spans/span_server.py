@@ -403,6 +403,8 @@ class SpanServer:
     def _drop(self, attempt: Attempt, lane: _Lane) -> None:
         """Free the caches of a lane."""
         lane.states, lane.past, lane.setup = [], [], None
+        for connection in list(lane.connections.values()):
+            connection.forget()
         self._rooms[attempt.home].give_back(attempt[:2])
 
     def cached_tokens(self) -> int:

@@ -4,6 +4,7 @@
     python -m studies.faults --only s03 --only r17 --logs /tmp/logs
     python -m studies.faults --list               # what they are
     python -m studies.faults --table              # what became of them
+    python -m studies.faults --spans              # all of them with plans that have spans
 
 Each record has its trial with its seed; studies/faults.json is written after each of them, so that
 a run that is interrupted goes on where it was. Trials that did not go well are run again.
@@ -12,12 +13,13 @@ a run that is interrupted goes on where it was. Trials that did not go well are 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import click
 
-from studies.faults.records import FILE, read_records, run_and_record, table
+from studies.faults.records import FILE, SPANS_FILE, read_records, run_and_record, table
 from studies.faults.run import run_trial
 from studies.faults.trials import all_trials
 
@@ -26,16 +28,17 @@ from studies.faults.trials import all_trials
 @click.option("--only", multiple=True, metavar="NAME", help="These trials, also if recorded.")
 @click.option("--seed", default=0, show_default=True, help="Of the first random trial.")
 @click.option("--logs", type=click.Path(path_type=Path), help="Keep what failed trials wrote here.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=FILE, help="The file of records."
-)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The file of records.")
+@click.option("--spans", is_flag=True, help="Layers execute on several servers.")
 @click.option("--list", "lists", is_flag=True, help="Print the trials.")
 @click.option("--table", "tells", is_flag=True, help="Print a table of the records.")
 def command(
-    only: tuple[str, ...], seed: int, logs: Path | None, output: Path, lists: bool, tells: bool
-) -> None:
+    only: tuple[str, ...], seed: int, logs: Path | None, output: Path | None, spans: bool,
+    lists: bool, tells: bool,
+) -> None:  # fmt: skip
     """Run the trials that are not recorded as well yet."""
-    trials = all_trials(seed)
+    trials = [replace(trial, spans=spans) for trial in all_trials(seed)]
+    output = output or (SPANS_FILE if spans else FILE)
     records = read_records(output)
     if lists:
         print("\n".join(map(str, trials)))

@@ -47,7 +47,8 @@ class ClusterConfig:
     """What a cluster runs; as in :class:`studies.faults.trials.Trial`.
 
     Each server has ``outstanding`` requests at any time, ``concurrency`` of them at once. Its
-    processes have the secret in ``secret_file``, where one is given.
+    processes have the secret in ``secret_file``, where one is given. With a ``tables_seed`` layers
+    execute on servers that are drawn from it.
     """
 
     model: str
@@ -61,6 +62,7 @@ class ClusterConfig:
     concurrency: int = 2
     outstanding: int = 3
     secret_file: Path | None = None
+    tables_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Cluster:
         #: Processes that have ended by themselves.
         self.crashed: list[str] = []
         self.targets = list(workload.placements(config.model, config.replicas, config.roomy))
+        if config.tables_seed is not None:
+            self.targets = workload.with_tables(self.targets, config.tables_seed)
         self._seen: dict[int, psutil.Process] = {}
         self._launches = itertools.count()
         self._numbers = itertools.count()

@@ -12,6 +12,7 @@ from studies.faults.run import keep_logs
 from studies.machine import commit, processor
 
 FILE = Path(__file__).resolve().parents[1] / "faults.json"
+SPANS_FILE = FILE.with_name("faults-spans.json")
 #: Scripted trials, power cuts, random ones, those of the network.
 ORDER = "sprn"
 

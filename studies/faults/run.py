@@ -43,6 +43,7 @@ def config_of(trial: Trial) -> ClusterConfig:
         journal=trial.journal,
         peers=trial.peers,
         restart_after_s=trial.restart_after_s,
+        tables_seed=trial.seed if trial.spans else None,
     )
 
 

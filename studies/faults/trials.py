@@ -71,7 +71,8 @@ class Trial:
     as many replicas as three; ``own_store`` whether the first server starts the store; ``journal``
     whether servers write one, so that a restarted one goes on with its requests; ``peers`` whether
     weights come from servers rather than from the checkpoint. What was killed is started again
-    ``restart_after_s`` later.
+    ``restart_after_s`` later. With ``spans`` layers execute on servers that are drawn by the seed,
+    and each move brings another table.
     """
 
     name: str
@@ -85,10 +86,13 @@ class Trial:
     journal: bool = False
     peers: bool = True
     restart_after_s: float = RESTART_AFTER_S[0]
+    spans: bool = False
 
     def __str__(self) -> str:
         parts = [self.model, self.moment, f"{self.replicas} replicas"]
-        parts += [word for word in ("roomy", "own_store", "journal") if getattr(self, word)]
+        parts += [
+            word for word in ("roomy", "own_store", "journal", "spans") if getattr(self, word)
+        ]
         if not self.peers:
             parts.append("weights from the checkpoint")
         parts.append(f"restart after {self.restart_after_s:g} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def placements(model: str, replicas: int, roomy: bool) -> tuple[pp.Placement, pp
         room = min(math.ceil(replicas * pairs / (len(SERVERS) - 1)) + spare, pairs)
         first = first.replace(gpu_capacity=((room,),) * len(SERVERS))
     return first, first.replace(on_gpu=np.roll(first.on_gpu, 1, axis=0))
+
+
+def with_tables(targets: Sequence[pp.Placement], seed: int) -> list[pp.Placement]:
+    """The placements with execution tables drawn from a seed, another one each."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for target in targets:
+        shape = (target.num_servers, target.model.num_layers)
+        found.append(target.replace(execution=generator.integers(0, target.num_servers, shape)))
+    return found
 
 
 class GreedyReference:

@@ -91,7 +91,7 @@ def test_tokens_are_those_of_one_process(
         for n, name in enumerate(names)
     }
     own = ["--concurrency", "2", "--dtype", "float32", "--max-new-tokens", str(NEW_TOKENS)]
-    own += ["--prefill-chunk", str(chunk)]
+    own += ["--prefill-chunk", str(chunk), "--transport", "gloo" if chunk else "tcp"]
     with Servers(tmp_path, with_table(placement, table), f"tiny-{model}", *own) as run:
         for name in names:
             run.start(name, asked[name])
