@@ -19,6 +19,7 @@ from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
 from prism_plan.trace import Trace
 from tests.limits import HANG_S
+from tests.warm_processes import run_warm
 
 # a shell ignores these for what it starts in the background, nohup too, and all commands that tests
 # interrupt would inherit that
@@ -80,8 +81,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def prism_plan() -> Run:
-    """Run the installed command in a process of its own."""
+def installed_prism_plan() -> Run:
+    """Run the installed command, as a user does."""
     script = Path(sys.executable).parent / "prism-plan"
 
     def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -93,5 +94,15 @@ def prism_plan() -> Run:
             timeout=HANG_S,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def prism_plan() -> Run:
+    """Run the command in a process of its own."""
+
+    def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return run_warm(list(map(str, arguments)), cwd=cwd, timeout_s=HANG_S)
 
     return run

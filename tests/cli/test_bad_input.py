@@ -44,6 +44,7 @@ from prism_plan.sizes.load import load_model_spec
 from prism_plan.solvers import Options, solve
 from prism_plan.trace import TokenBatch, Trace, trace_from_batches
 from tests.limits import HANG_S
+from tests.warm_processes import run_warm
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and modes of POSIX")
 
@@ -142,6 +143,8 @@ def run(
     folder: Path, *args: str | bytes, prefix: Sequence[str] = (), **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in ``folder``."""
+    if not prefix and not options and all(isinstance(arg, str) for arg in args):
+        return run_warm([str(arg) for arg in args], cwd=folder, timeout_s=HANG_S)
     return subprocess.run(
         [*prefix, *COMMAND, *args],
         cwd=folder,

@@ -94,8 +94,9 @@ def test_same_seed_same_bytes(prism_plan: Run, here: Path, solver: str) -> None:
     assert texts[0] == texts[1]
 
 
-def test_the_main_job(prism_plan: Run, here: Path) -> None:
+def test_the_main_job(installed_prism_plan: Run, here: Path) -> None:
     """Solve, check, compare, diff and plot lead from a trace to proven placements and pictures."""
+    prism_plan = installed_prism_plan
     common = ("t.parquet", "--cluster", "c.toml")
     for solver in ("prism", "exact"):
         result = prism_plan("solve", *common, "--solver", solver, "-o", f"{solver}.json", cwd=here)

@@ -29,7 +29,7 @@ from runtime_adapter.cli.options import address
 from runtime_adapter.control.store.client import StoreAddress, StoreClient
 from tests.limits import HANG_S
 from tests.profiling.synthetic import SyntheticSpread, synthetic_trace
-from tests.runtime_adapter.warm_processes import WarmProcess, start_warm
+from tests.warm_processes import WarmProcess, start_warm
 
 #: Starting Python with PyTorch many times takes minutes on a machine that does other work.
 PATIENCE_S = HANG_S

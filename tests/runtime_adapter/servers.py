@@ -22,7 +22,7 @@ from runtime_adapter.control.store.client import StoreAddress
 from runtime_adapter.transport.secrets import NO_SECRET, read_secret
 from tests.runtime_adapter.checkpoints import TRACES
 from tests.runtime_adapter.replays import PATIENCE_S, environment, free_port, status_of
-from tests.runtime_adapter.warm_processes import WarmProcess, start_warm
+from tests.warm_processes import WarmProcess, start_warm
 
 #: Parts of lines that every run of the tests says.
 USUAL = ("kv_tokens", "NO SECRET", "the store listens")

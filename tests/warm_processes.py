@@ -1,8 +1,9 @@
-"""Starts the runtime's commands as forks of a process that has loaded PyTorch and transformers.
+"""Starts commands as forks of a process that has loaded their libraries.
 
-Loading them takes seconds of CPU for each server of each test. A fork runs the same command line as
-``python -m runtime_adapter``, in a process (and a session) of its own, and starts its own children
-as always. Tests that are about the command itself, or about its start, use the real one.
+Loading PyTorch and transformers takes seconds of CPU for each server of each test of the runtime,
+and loading numpy, numba and pandas half a second for each of a thousand short commands. A fork runs
+the same command line in a process (and a session) of its own, and starts its own children as
+always. Tests that are about the start of a command, or its environment, use the real one.
 
 Run as a module this is that process: it takes requests on the socket of its descriptor 0.
 """
@@ -18,21 +19,30 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
-ROOT = Path(__file__).resolve().parents[2]
+Program = Literal["prism-plan", "prism-runtime"]
+ROOT = Path(__file__).resolve().parents[1]
 #: What each fork has loaded.
-PRELOADED = (
-    "torch", "transformers", "transformers.models.mixtral.modeling_mixtral",
-    "transformers.models.deepseek_v2.modeling_deepseek_v2", "runtime_adapter.server",
-    "runtime_adapter.driver", "runtime_adapter.moe.placed_model", "runtime_adapter.cli.serve",
-    "runtime_adapter.spans.model_work", "runtime_adapter.cli.main",
-)  # fmt: skip
+PRELOADED: dict[Program, tuple[str, ...]] = {
+    "prism-plan": (
+        "numpy", "numba", "pandas", "pyarrow.parquet", "pydantic", "rich.table", "scipy.optimize",
+        "prism_plan.cli.main", "prism_plan.evaluate.comparison", "prism_plan.solvers.run",
+        "prism_plan.simulate.sampling", "prism_plan.io.trace_reader", "prism_plan.io.placement",
+    ),
+    "prism-runtime": (
+        "torch", "transformers", "transformers.models.mixtral.modeling_mixtral",
+        "transformers.models.deepseek_v2.modeling_deepseek_v2", "runtime_adapter.server",
+        "runtime_adapter.driver", "runtime_adapter.moe.placed_model", "runtime_adapter.cli.serve",
+        "runtime_adapter.spans.model_work", "runtime_adapter.cli.main",
+    ),
+}  # fmt: skip
 POLL_S = 0.02
 _MAX_BYTES = 1 << 16
 
@@ -70,11 +80,11 @@ class WarmProcess:
 class _Source:
     """The process that forks, as tests talk to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Program) -> None:
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.runtime_adapter.warm_processes"],
+            [sys.executable, "-m", "tests.warm_processes", program],
             cwd=ROOT, env=environment, stdin=there,
         )  # fmt: skip
         there.close()
@@ -90,49 +100,77 @@ class _Source:
 
 
 @functools.cache
-def _source() -> _Source:
-    return _Source()
+def _source(program: Program) -> _Source:
+    return _Source(program)
 
 
 def start_warm(
-    words: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdin: bool, output: IO[bytes]
-) -> WarmProcess:
-    """Run ``python -m runtime_adapter`` with these words in a fork.
+    words: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdin: bool, output: IO[bytes],
+    errors: IO[bytes] | None = None, program: Program = "prism-runtime",
+) -> WarmProcess:  # fmt: skip
+    """Run a program with these words in a fork.
 
-    Its output, and errors, go to ``output``; with ``stdin`` it reads what is written there.
+    Its output goes to ``output``, and so do errors if they are not to go to ``errors``; with
+    ``stdin`` it reads what is written there.
     """
-    source = _source()
+    source = _source(program)
     read, write = os.pipe() if stdin else (os.open(os.devnull, os.O_RDONLY), -1)
     try:
         request = {"words": list(words), "cwd": str(cwd), "env": dict(env)}
-        pid = source.ask(request, [read, output.fileno()])["pid"]
+        descriptors = [read, output.fileno(), (errors or output).fileno()]
+        pid = source.ask(request, descriptors)["pid"]
     finally:
         os.close(read)
     return WarmProcess(source, pid, os.fdopen(write, "wb") if stdin else None)
 
 
+def run_warm(
+    words: Sequence[str], *, cwd: Path | None = None, timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Run ``prism-plan`` in a fork; returns its exit code, output and errors."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = start_warm(
+            words, cwd=cwd or Path.cwd(), env=os.environ, stdin=False, output=output,
+            errors=errors, program="prism-plan",
+        )  # fmt: skip
+        code = process.wait(timeout_s)
+        said = []
+        for stream in (output, errors):
+            stream.seek(0)
+            said.append(stream.read().decode("utf-8", "backslashreplace"))
+    return subprocess.CompletedProcess(list(words), code, *said)
+
+
 # ------------------------------------------------------------------------ the process that forks
 
 
-def _run(words: Sequence[str], cwd: str, env: Mapping[str, str], descriptors: list[int]) -> None:
+def _run(
+    program: str, words: Sequence[str], cwd: str, env: Mapping[str, str], descriptors: list[int]
+) -> None:
     """Become the command, in a process that has just been forked."""
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    read, output = descriptors
-    for descriptor, place in ((read, 0), (output, 1), (output, 2)):
+    for place, descriptor in enumerate(descriptors):
         os.dup2(descriptor, place)
     for descriptor in descriptors:
         os.close(descriptor)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
-    sys.argv = ["runtime_adapter", *words]
+    sys.argv = [program, *words]
     main = sys.modules["__main__"]
     main.__spec__ = None  # children of multiprocessing load it again otherwise
     with contextlib.suppress(AttributeError):
         del main.__file__
+    if program == "prism-plan":
+        from prism_plan.cli.main import run
+
+        code = run()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     from runtime_adapter import PROGRAM
     from runtime_adapter.cli.main import cli, run_and_exit
 
@@ -143,10 +181,11 @@ def main() -> None:
     """Fork for each request until the tests have ended."""
     import importlib
 
+    program = sys.argv[1]
     connection = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
-    for name in PRELOADED:
+    for name in PRELOADED[program]:  # type: ignore[index]
         importlib.import_module(name)
     codes: dict[int, int] = {}
     while True:
@@ -168,7 +207,7 @@ def main() -> None:
             if not pid:
                 connection.close()
                 try:
-                    _run(request["words"], request["cwd"], request["env"], descriptors)
+                    _run(program, request["words"], request["cwd"], request["env"], descriptors)
                 except BaseException:
                     traceback.print_exc()
                 finally:
