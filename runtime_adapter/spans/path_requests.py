@@ -26,6 +26,8 @@ from runtime_adapter.transport.peer import ConnectionLost
 from runtime_adapter.transport.rendezvous import RequestTimeout, ServerLost
 from runtime_adapter.weights.expert_map import ExpertMap
 
+#: Attempts are numbered below this.
+MAX_NUMBER = 1 << 62
 #: Between two looks at the servers that a request waits for.
 LOOK_INTERVAL_S = 0.25
 
@@ -45,7 +47,8 @@ class PathRequests:
         self._peers = peers
         self._expert_map = expert_map
         self._counters = counters
-        self._numbers = itertools.count(1)
+        # ascends also where this home was restarted, unless its clock was set back meanwhile
+        self._numbers = itertools.count(time.time_ns() // 1000)
         self._lock = threading.Lock()
         self._events: dict[Attempt, queue.SimpleQueue[SpanMessage]] = {}
         self._room = KvRoom(config.placement.kv_tokens.get(config.name, 0))
@@ -115,7 +118,7 @@ class PathRequests:
         RequestTimeout
             No token has come for the run's ``request_timeout_s``.
         """
-        attempt = Attempt(self._rank, lane, self._next_number())
+        attempt = Attempt(self._rank, lane, next(self._numbers))
         events: queue.SimpleQueue[SpanMessage] = queue.SimpleQueue()
         with self._lock:
             self._events[attempt] = events
@@ -128,10 +131,6 @@ class PathRequests:
             with self._lock:
                 del self._events[attempt]
             self._free(attempt, setup)
-
-    def _next_number(self) -> int:
-        """Ascends, also where this home was restarted: its incarnation comes first."""
-        return (self._peers.incarnation << 32) + next(self._numbers)
 
     def _start(self, attempt: Attempt, setup: RequestSetup, ids: list[int]) -> None:
         assert self.spans is not None
@@ -179,9 +178,11 @@ class PathRequests:
         if time.monotonic() - since_s > limit_s:
             raise RequestTimeout(limit_s, "the servers of its path answer pings, but send no token")
 
-    @staticmethod
-    def _raise_failed(event: SpanMessage) -> None:
+    def _raise_failed(self, event: SpanMessage) -> None:
         said = event.setup if isinstance(event.setup, dict) else {}
+        newer = said.get("newer")
+        if isinstance(newer, int) and 0 <= newer < MAX_NUMBER:
+            self._numbers = itertools.count(newer + 1)
         raise StepFailed(
             str(said.get("text", "a server cannot do a step"))[:1000],
             may_pass=said.get("may_pass") is True,

@@ -199,7 +199,12 @@ class SpanServer:
         """Make room for an attempt that is new; False for one that is over."""
         attempt = message.attempt
         with lane.lock:
-            if attempt.number <= lane.freed or attempt.number < lane.number:
+            newer = max(lane.freed, lane.number)
+            if attempt.number < lane.number or attempt.number <= lane.freed:
+                if message.kind == wire.START:  # of a home whose clock was set back, or sent twice
+                    self._fail(
+                        lane, attempt, "it knows a later attempt", may_pass=True, newer=newer
+                    )
                 return False
             if attempt.number == lane.number:
                 return True
@@ -371,11 +376,15 @@ class SpanServer:
         self._peers.wait_for_address(target)
         lane.connections[target].send(message.pack(), step)
 
-    def _fail(self, lane: _Lane, attempt: Attempt, text: str, *, may_pass: bool) -> None:
-        """Tell home that a step cannot be done here."""
+    def _fail(
+        self, lane: _Lane, attempt: Attempt, text: str, *, may_pass: bool, newer: int | None = None
+    ) -> None:
+        """Tell home that a step cannot be done here, where there were attempts up to ``newer``."""
         name = self._config.name
         failed = SpanMessage(wire.FAILED, attempt)
         failed.setup = {"text": f"server {name!r}: {text}"[:1000], "may_pass": may_pass}
+        if newer is not None:
+            failed.setup["newer"] = newer
         if attempt.home == self._rank:
             self._deliver(failed)
             return

@@ -82,7 +82,9 @@ class SpanCluster:
             others = {m: other for m, other in enumerate(self.names) if m != n}
             config: Any = SimpleNamespace(
                 rendezvous=SimpleNamespace(rank=n), name=name, model=self.spec,
-                placement=SimpleNamespace(servers=self.names, kv_tokens=kv),
+                placement=SimpleNamespace(
+                    servers=self.names, kv_tokens=kv, execution_table=self.table
+                ),
                 width=model.config.hidden_size, dtype=torch.float32, chunk_tokens=chunk_tokens,
                 request_timeout_s=60.0, rtt_s=0.0,
             )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import socket
 import threading
 import time
@@ -161,6 +162,20 @@ def test_a_server_of_the_path_is_lost() -> None:
         cluster.set_address(2, cluster.listeners[2].address, 2)
         assert cluster.run(0, ids, 12, row=through) == expected
         until(lambda: not cluster.cached())
+
+
+def test_a_home_whose_clock_was_set_back() -> None:
+    """It is told that its attempts are old, and its next one is not."""
+    model = model_of("mixtral")
+    ids, row = [5, 6, 7], [1] * len(moe_layers(model))
+    expected = generated(model, ids, 4)
+    with SpanCluster(model, moe_layers(model), 2) as cluster:
+        assert cluster.run(0, ids, 4, row=row) == expected
+        cluster.homes[0]._numbers = itertools.count(1)
+        with pytest.raises(StepFailed, match="later attempt") as failed:
+            cluster.run(0, ids, 4, row=row)
+        assert failed.value.may_pass
+        assert cluster.run(0, ids, 4, row=row) == expected
 
 
 def test_caches_of_a_home_that_is_down_are_freed() -> None:
