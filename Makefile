@@ -54,7 +54,7 @@ demo-model: $(VENV)/installed-hf
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh traces/demo.sh demo-out --profile
 
 test: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-long: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m pytest -m long

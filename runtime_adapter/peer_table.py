@@ -63,12 +63,13 @@ class PeerTable:
         """The servers that do not answer this one, or are down as the log has it."""
         return [n for n, peer in self.peers.items() if peer.suspect or self._expert_map.lost(n)]
 
-    def wait_for_address(self, n: int) -> None:
+    def wait_for_address(self, n: int, limit_s: float | None = None) -> None:
         """Wait until the log has said where a server is, which it may be about to at the start.
 
-        No longer than the timeout, and not for one that is suspect or down.
+        No longer than ``limit_s``, or the timeout, and not for one that is suspect or down.
         """
-        peer, deadline = self.peers[n], time.monotonic() + self._timeout_s
+        limit_s = self._timeout_s if limit_s is None else limit_s
+        peer, deadline = self.peers[n], time.monotonic() + limit_s
         while not (peer.usable or peer.suspect or n in self._down):
             if time.monotonic() > deadline:
                 return

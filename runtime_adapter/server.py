@@ -39,6 +39,8 @@ from runtime_adapter.weights.expert_map import ExpertMap
 
 #: Between two heartbeats of the driver, at most.
 HEARTBEAT_INTERVAL_S = 0.5
+#: The log may take so long to tell where the others are, once all have joined.
+FIRST_ADDRESSES_S = 1.0
 #: Others get so long to read from a store that ends with this server why it does not join.
 READ_S = 0.3
 
@@ -188,8 +190,15 @@ class LocalServer:
     # -------------------------------------------------------------------------------- in the run
 
     def agree_on_start(self) -> float:
-        """:meth:`runtime_adapter.joining.Joining.agree_on_start` of this server."""
-        return self._joining.agree_on_start(self._status)
+        """:meth:`runtime_adapter.joining.Joining.agree_on_start` of this server.
+
+        On return the other servers' addresses are known here, unless they are not there.
+        """
+        begin_s = self._joining.agree_on_start(self._status)
+        deadline = time.monotonic() + FIRST_ADDRESSES_S
+        for n in self._peers.peers:
+            self._peers.wait_for_address(n, max(deadline - time.monotonic(), 0.0))
+        return begin_s
 
     def _send_heartbeats(self) -> None:
         """Tell the store that this driver lives, whom it suspects and what it does."""

@@ -34,9 +34,49 @@ ROOT = Path(__file__).resolve().parent.parent
 ESFT_TASKS = ("intent", "law", "summary", "translation")
 
 
+#: Files whose tests take longest, each with about how long, in seconds.
+LONG_FILES = {
+    "runtime_adapter/cli/test_serve.py": 186, "runtime_adapter/cli/test_spans.py": 126,
+    "runtime_adapter/cli/test_faults.py": 116, "solvers/latency/test_solver.py": 110,
+    "runtime_adapter/control/test_survival.py": 107, "test_jit.py": 106,
+    "golden/test_golden.py": 105, "evaluate/test_sweep_backends.py": 104,
+    "plotting/test_plotting.py": 84, "migration/test_replicas.py": 78,
+    "runtime_adapter/cli/test_kills.py": 77, "cli/test_bad_input.py": 76,
+    "evaluate/test_table_reviews.py": 74, "cli/test_solve_latency.py": 68,
+    "cli/test_commands.py": 60, "test_hostile_files.py": 60,
+    "solvers/latency/test_reference.py": 56,
+    "runtime_adapter/cli/test_move.py": 53, "cli/test_execution.py": 52,
+    "profiling/recording/test_checkpoint_run.py": 51, "runtime_adapter/cli/test_returns.py": 50,
+    "solvers/test_pipeline.py": 45, "studies/testbed/test_testbed.py": 40,
+    "plotting/test_simulations.py": 39, "cli/test_migrate.py": 36,
+    "runtime_adapter/cli/test_user_errors.py": 40,
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that compile for long: one that is last keeps all processes waiting."""
-    items.sort(key=lambda item: "test_jit.py" not in item.nodeid)
+    """Give each process of pytest-xdist its share of the longest tests, and let it begin with them.
+
+    Each gets a run of the list at first, and takes from the others' ends when it is done
+    (``--dist worksteal``). Long tests that are last, or all in one run, keep the others waiting.
+    """
+    shares: list[list[pytest.Item]] = [
+        [] for _ in range(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    ]
+    taken = [0] * len(shares)
+    by_file: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        by_file.setdefault(item.nodeid.partition("::")[0].removeprefix("tests/"), []).append(item)
+    for name, seconds in sorted(LONG_FILES.items(), key=lambda one: -one[1]):
+        least = taken.index(min(taken))
+        taken[least] += seconds
+        shares[least] += by_file.pop(name, [])
+    others = [item for found in by_file.values() for item in found]
+    number = -(-len(items) // len(shares))
+    for share in shares:
+        room = max(number - len(share), 0)
+        share += others[:room]
+        others = others[room:]
+    items[:] = [item for share in shares for item in share] + others
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from prism_plan.evaluate.sweep_grid import Grid
 from prism_plan.io.sweep import read_sweep
 from prism_plan.io.trace_writer import write_trace
 from tests.evaluate.simulation_material import GIVEN, small_cluster, small_trace
+from tests.limits import HANG_S
 
 Run = Callable[..., CompletedProcess[str]]
 TIMES = ("solve_s", "runtime_s")
@@ -286,7 +287,7 @@ def test_a_second_interruption_leaves_no_worker(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(KeyboardInterrupt):
         backend.close()
     for child in before:
-        child.join(10)
+        child.join(HANG_S)
         assert not child.is_alive()
     monkeypatch.undo()
     whole(wait=True, kill_workers=True)

@@ -42,7 +42,7 @@ ANSWER_S = 1.0
 #: What is counted of all attacks together.
 TOTALS = ("connections", "refused", "reset", "accepted")
 
-PURPOSES = ("control", "calls", "ping", "weights", "channel")
+PURPOSES = ("control", "calls", "ping", "weights", "channel", "spans")
 NAMES = ("worker 0", "worker 1", "driver 0", "scheduler", "move 1", "status", "s0", "s1", "front")
 HTTP = b"GET /status HTTP/1.1\r\nHost: localhost\r\nUser-Agent: curl/8.5.0\r\nAccept: */*\r\n\r\n"
 

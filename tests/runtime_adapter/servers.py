@@ -170,11 +170,13 @@ class Servers:
 
     def send(self, name: str, number: signal.Signals, *, worker: bool = True) -> None:
         """Send a signal to a server's driver, and to its worker as well."""
-        pids = [self.processes[name].pid]
-        if worker:
-            pids += [one.pid for one in family(pids[0])]
+        process = self.processes[name]
+        pids = [one.pid for one in family(process.pid)] if worker else []
+        if process.poll() is None:
+            pids.insert(0, process.pid)
         for pid in pids:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, number)
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -47,7 +47,7 @@ class Peers:
         self.peers = {n: Peer(own, name, SECRET, TIMEOUT_S) for n, name in others.items()}
         self.down: set[int] = set()
 
-    def wait_for_address(self, n: int) -> None:
+    def wait_for_address(self, n: int, limit_s: float | None = None) -> None:
         """They are all known from the start."""
 
     def is_down(self, n: int) -> bool:
