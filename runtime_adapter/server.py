@@ -34,6 +34,7 @@ from runtime_adapter.spans.span_work import SpanWork
 from runtime_adapter.transport import wire_format as wire
 from runtime_adapter.transport.connection import Connection, NcclConnection
 from runtime_adapter.transport.failure_detector import HEARTBEAT_MARGIN_S
+from runtime_adapter.transport.rendezvous import RuntimeFailure
 from runtime_adapter.transport.send_queue import SendQueue
 from runtime_adapter.weights.expert_map import ExpertMap
 
@@ -42,7 +43,7 @@ HEARTBEAT_INTERVAL_S = 0.5
 #: The log may take so long to tell where the others are, once all have joined.
 FIRST_ADDRESSES_S = 1.0
 #: Others get so long to read from a store that ends with this server why it does not join.
-READ_S = 0.3
+READ_S = 1.5
 
 
 class LocalServer:
@@ -194,7 +195,12 @@ class LocalServer:
 
         On return the other servers' addresses are known here, unless they are not there.
         """
-        begin_s = self._joining.agree_on_start(self._status)
+        try:
+            begin_s = self._joining.agree_on_start(self._status)
+        except RuntimeFailure:
+            if self._processes.has_store:
+                time.sleep(READ_S)
+            raise
         deadline = time.monotonic() + FIRST_ADDRESSES_S
         for n in self._peers.peers:
             self._peers.wait_for_address(n, max(deadline - time.monotonic(), 0.0))
