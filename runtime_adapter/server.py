@@ -199,6 +199,7 @@ class LocalServer:
             begin_s = self._joining.agree_on_start(self._status)
         except RuntimeFailure:
             if self._processes.has_store:
+                self._peers.close()  # those that end meanwhile are nothing to tell
                 time.sleep(READ_S)
             raise
         deadline = time.monotonic() + FIRST_ADDRESSES_S
