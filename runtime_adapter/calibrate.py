@@ -34,6 +34,7 @@ from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.spans.messages import HEADER_BYTES as SPAN_HEADER_BYTES
 from runtime_adapter.spans.messages import RequestSetup
 from runtime_adapter.spans.path_requests import PathRequests
+from runtime_adapter.spans.timed_spans import EmptyStates
 from runtime_adapter.transport.send_queue import LONG_BYTES
 from runtime_adapter.transport.wire_format import HEADER_BYTES
 
@@ -77,7 +78,7 @@ class EmptySpans:
     """
 
     def __init__(self, width: int) -> None:
-        self._width = width
+        self._states = EmptyStates(width)
 
     def begin(self, setup: RequestSetup, span: Span) -> bool:
         """No state, but there."""
@@ -87,7 +88,7 @@ class EmptySpans:
         self, state: bool, lane: RemoteDispatcher, inputs: torch.Tensor, past: int, tokens: int
     ) -> torch.Tensor:
         """States of no value."""
-        return torch.zeros(tokens * self._width, dtype=torch.uint8)
+        return self._states.of(tokens)
 
     def token(self, setup: RequestSetup, outputs: torch.Tensor) -> int:
         """Any."""

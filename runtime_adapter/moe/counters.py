@@ -28,11 +28,13 @@ class Counters:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._lock = threading.Lock()
         self._values = dict.fromkeys(self.NAMES, 0)
+        self._counted = False
         self._called = np.zeros((num_layers, num_experts), np.int64)
 
     def count(self, **more: int) -> None:
         """Add to the named counts."""
         with self._lock:
+            self._counted = True
             for name, value in more.items():
                 self._values[name] += int(value)
 
@@ -51,6 +53,9 @@ class Counters:
     def take(self) -> npt.NDArray[np.int64]:
         """All counts in the order of ``NAMES``, which begin again at 0; int64 [names]."""
         with self._lock:
+            if not self._counted:
+                return np.zeros(len(self.NAMES), np.int64)
+            self._counted = False
             values = np.array(list(self._values.values()), np.int64)
             self._values = dict.fromkeys(self.NAMES, 0)
         return values

@@ -67,9 +67,10 @@ class SpanConnection:
                 for _ in range(max(earlier, default=-1) + 1):
                     self._kept.popleft()
             self._kept.append((step, buffers))
-            if self._is_open():
-                self._transmit(buffers)
+            if self._socket is not None and self._generation == self.peer.generation:
+                self._transmit(buffers)  # if the other side has closed it, renew() sends again
             else:
+                self._disconnect()
                 self._open()
 
     def forget(self) -> None:

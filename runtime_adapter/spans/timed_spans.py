@@ -57,6 +57,21 @@ def run_layers(
         lane.run(layer, hidden, experts[:, layer], weights)
 
 
+class EmptyStates:
+    """Bytes that stand for hidden states, ``width`` a token: always the same ones, all zero."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._zeros = torch.zeros(width, dtype=torch.uint8)
+
+    def of(self, tokens: int) -> torch.Tensor:
+        """Those of so many tokens, [bytes]; nobody may write to them."""
+        size = tokens * self._width
+        if size > len(self._zeros):
+            self._zeros = torch.zeros(size, dtype=torch.uint8)
+        return self._zeros[:size]
+
+
 class TimedSpans:
     """A :class:`~runtime_adapter.spans.span_work.SpanWork` of the requests that all servers draw.
 
@@ -66,6 +81,7 @@ class TimedSpans:
     def __init__(self, requests: Requests, width: int) -> None:
         self._requests = requests
         self._width = width
+        self._states = EmptyStates(width)
 
     def begin(self, setup: RequestSetup, span: Span) -> tuple[RecordedRequest, Span]:
         return RecordedRequest.of(self._requests, setup.request), span
@@ -76,7 +92,7 @@ class TimedSpans:
     ) -> torch.Tensor:  # fmt: skip
         recorded, span = state
         run_layers(lane, recorded, past, tokens, self._width, span.first, span.last)
-        return torch.zeros(tokens * self._width, dtype=torch.uint8)
+        return self._states.of(tokens)
 
     def token(self, setup: RequestSetup, outputs: torch.Tensor) -> int:
         """Any, for nobody reads it."""

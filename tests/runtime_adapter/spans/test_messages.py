@@ -179,6 +179,7 @@ def test_what_is_kept_is_sent_again_in_order() -> None:
         server.connections[1].close()
         sender.forget()
         sender.send([b"pass 3"], 3)
+        sender.renew()  # notices that the other side has closed the connection
         assert receive_exactly(server.connection(2), 13) == b"token 1pass 3"
         server.peer.set_address(None, 2)
         with pytest.raises(ConnectionLost):
