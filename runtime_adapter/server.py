@@ -149,8 +149,9 @@ class LocalServer:
 
     def _lanes_of_homes(self) -> list[int]:
         """The number of lanes of each server."""
-        lanes = self.config.facts.get("lanes")
-        return lanes or [self.config.num_lanes] * self.config.rendezvous.world_size
+        servers = self.config.rendezvous.world_size
+        lanes: list[int] = self.config.facts.get("lanes", [self.config.num_lanes] * servers)
+        return lanes
 
     def _accept(self, connection: socket.socket, server: str, lane: int) -> None:
         if self.spans is None:

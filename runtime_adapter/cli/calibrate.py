@@ -100,7 +100,11 @@ def command(args: CalibrateOptions) -> None:
         network=network,
         compute=compute,
         migration=MigrationConfig(TimedLoader(compute, [[]], [False])),  # nothing is loaded
-        facts={"cluster": cluster_file.sha256, "rtt_ms": args.rtt_ms, "lanes": [1]},
+        facts={
+            "cluster": cluster_file.sha256,
+            "rtt_ms": args.rtt_ms,
+            "lanes": [1] * rendezvous.world_size,
+        },
         dtype=torch.uint8,
         width=width,
         max_tokens=max(TOKENS),
