@@ -80,6 +80,8 @@ OTHER_READERS = {
     "studies/soak.json": "studies.faults.soak --table",
     "studies/attack.json": "studies.faults.attack --table",
     "studies/losses.json": "studies.faults.losses --tables",
+    "studies/shaped-spans.json": "studies.shaped",
+    "studies/hops.json": "studies.hops",
     "tests/golden/exceptions.toml": "the golden comparison",
     "tests/golden/values/*": "the golden comparison",
     "tests/golden/inputs/configs/*": "profile --model",

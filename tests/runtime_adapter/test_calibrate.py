@@ -21,6 +21,7 @@ from runtime_adapter.calibrate import (
     calibration,
     calibration_placement,
 )
+from runtime_adapter.spans.messages import HEADER_BYTES as SPAN_HEADER_BYTES
 from runtime_adapter.transport.send_queue import LONG_BYTES
 from runtime_adapter.transport.wire_format import HEADER_BYTES
 
@@ -65,11 +66,18 @@ def made_up(
 @pytest.mark.parametrize("burst_kb", [0.0, 64.0])
 @pytest.mark.parametrize("rtt_ms", [0.0, 2.0])
 def test_made_up_times_are_found_again(burst_kb: float, rtt_ms: float) -> None:
-    """Steps that take 0.3 ms a call at 400 Mbit/s beyond the tables give back these figures."""
+    """Steps that take 0.3 ms a call at 400 Mbit/s beyond the tables give back these figures.
+
+    So do passes of two hops that take 0.1 ms each.
+    """
     two, own_s = cluster(burst_kb), 0.0002
     measured = made_up(two, overhead_s=0.0003, rtt_s=rtt_ms * 1e-3, own_s=own_s)
+    line_s = max(MODEL.hidden_size * 2 + SPAN_HEADER_BYTES - 1e3 * burst_kb, 0.0) * 8e-6 / 400
+    pass_s = 2 * 0.0001 + rtt_ms * 1e-3 + line_s  # hidden states there, an id back
+    measured = dataclasses.replace(measured, pass_s=pass_s)
     values = calibration(measured, two, MODEL, rtt_ms * 1e-3)
     assert values["call_overhead_ms"] == pytest.approx(0.3, rel=1e-6)
+    assert values["hop_overhead_ms"] == pytest.approx(0.1, rel=1e-6)
     assert values["bandwidth_mbps"] == pytest.approx(400, rel=1e-6)
     assert values["burst_kb"] == pytest.approx(burst_kb, rel=1e-6)
     found = calibration_from_json(values)

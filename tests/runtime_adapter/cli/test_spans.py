@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.execution_table import spans  # noqa: E402
+from prism_plan.io.calibration import read_calibration  # noqa: E402
 from prism_plan.io.placement import read_placement  # noqa: E402
 from prism_plan.placement import Placement  # noqa: E402
 from prism_plan.solvers import Options, solve  # noqa: E402
@@ -27,12 +29,16 @@ from tests.runtime_adapter.cli.test_faults import (  # noqa: E402
 from tests.runtime_adapter.cli.test_serve import alone, lines  # noqa: E402
 from tests.runtime_adapter.moe.test_placed_experts import instance  # noqa: E402
 from tests.runtime_adapter.replays import (  # noqa: E402
+    PATIENCE_S,
     Material,
     Replays,
     cluster_text,
+    environment,
+    free_port,
     striped,
 )
 from tests.runtime_adapter.servers import Servers  # noqa: E402
+from tests.warm_processes import start_warm  # noqa: E402
 
 NEW_TOKENS = 8
 #: What replay and simulator both count.
@@ -215,3 +221,25 @@ def test_a_replay_counts_what_the_simulator_counts(prompts: bool, tmp_path: Path
     assert payload == simulated["bytes_sent"]
     assert counted["hops"] > 0
     assert counted["messages"] > 0
+
+
+def test_calibrate_measures_a_hop(tmp_path: Path) -> None:
+    """The command writes a calibration that the simulator reads, with what a hop costs."""
+    material = Material(tmp_path, cluster_text(2, slots=24))
+    (tmp_path / "model.json").write_text(json.dumps(material.spec.to_json()))
+    port = free_port()
+    words = ["calibrate", "--cluster", "cluster.toml", "--model", "model.json"]
+    words += ["--store", f"127.0.0.1:{port}", "--join", str(PATIENCE_S)]
+    processes = []
+    for name in ("s0", "s1"):
+        own = ["--server", name, *(["-o", "cal.json"] if name == "s0" else [])]
+        with open(tmp_path / f"{name}.err", "wb") as errors:
+            processes.append(
+                start_warm(
+                    [*words, *own], cwd=tmp_path, env=environment(), stdin=False, output=errors
+                )
+            )
+    assert [one.wait(PATIENCE_S) for one in processes] == [0, 0], (tmp_path / "s0.err").read_text()
+    calibration = read_calibration(tmp_path / "cal.json")
+    assert 0 < calibration.hop_overhead_ms < 1e3
+    assert 0 < calibration.call_overhead_ms < 1e3
