@@ -52,6 +52,8 @@ class PathRequests:
         self._lock = threading.Lock()
         self._events: dict[Attempt, queue.SimpleQueue[SpanMessage]] = {}
         self._room = KvRoom(config.placement.kv_tokens.get(config.name, 0))
+        #: Servers that do not answer another one of a path, and until when to do without them.
+        self._avoided_until_s: dict[int, float] = {}
         self._table = config.placement.execution_table
         self.spans: SpanServer | None = None
         #: By which paths around lost servers are chosen, where a cluster's figures are known.
@@ -59,7 +61,12 @@ class PathRequests:
 
     def path(self) -> tuple[Span, ...]:
         """Where a request that begins now executes."""
-        lost = [n for n in self._peers.peers if self._expert_map.lost(n)]
+        now = time.monotonic()
+        lost = [
+            n
+            for n in self._peers.peers
+            if self._expert_map.lost(n) or self._avoided_until_s.get(n, now) > now
+        ]
         if self.spans is None:
             return tuple(spans(np.full(self._config.model.num_layers, self._rank)))
         row = self._table[self._rank]
@@ -183,6 +190,10 @@ class PathRequests:
         newer = said.get("newer")
         if isinstance(newer, int) and 0 <= newer < MAX_NUMBER:
             self._numbers = itertools.count(newer + 1)
+        lost = said.get("lost")
+        if isinstance(lost, int) and lost in self._peers.peers:
+            limit_s = self._config.rendezvous.timeout_s
+            self._avoided_until_s[lost] = time.monotonic() + limit_s
         raise StepFailed(
             str(said.get("text", "a server cannot do a step"))[:1000],
             may_pass=said.get("may_pass") is True,

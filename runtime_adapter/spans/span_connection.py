@@ -42,7 +42,7 @@ class SpanConnection:
         self._send_queue = send_queue
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._kept: deque[tuple[Any, list[Any]]] = deque(maxlen=MAX_KEPT)
+        self._kept: deque[tuple[tuple[int, int] | None, list[Any]]] = deque(maxlen=MAX_KEPT)
         self._unsent: deque[list[Any]] = deque()
         self._sending: Sending | None = None
         self._pump: threading.Thread | None = None
@@ -52,8 +52,8 @@ class SpanConnection:
         self._next_s = 0.0
         self._closed = False
 
-    def send(self, buffers: list[Any], step: Any = None) -> None:
-        """Send a message; all with one ``step`` belong to one pass, None to no pass.
+    def send(self, buffers: list[Any], step: tuple[int, int] | None = None) -> None:
+        """Send a message of a pass, its ``step`` (attempt, turn), or of none.
 
         Raises
         ------
@@ -73,10 +73,11 @@ class SpanConnection:
                 self._disconnect()
                 self._open()
 
-    def forget(self) -> None:
-        """No message of a pass is needed by anybody any more."""
+    def forget(self, attempt: int) -> None:
+        """No pass of this attempt, or of one before it, is needed by anybody any more."""
         with self._lock:
-            self._kept = deque((one for one in self._kept if one[0] is None), maxlen=MAX_KEPT)
+            kept = (one for one in self._kept if one[0] is None or one[0][0] > attempt)
+            self._kept = deque(kept, maxlen=MAX_KEPT)
 
     def renew(self) -> None:
         """Send what is kept again, where the connection is broken or from before an outage.

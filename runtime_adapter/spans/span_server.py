@@ -47,6 +47,14 @@ _HOPS, _HOP_BYTES = Counters.NAMES.index("hops"), Counters.NAMES.index("hop_byte
 NewDispatcher = Callable[[int, int, Counters], RemoteDispatcher]
 
 
+class SpanLost(ConnectionLost):
+    """Another server, by its index, does not answer this one."""
+
+    def __init__(self, server: int, reason: str) -> None:
+        self.server = server
+        super().__init__(reason)
+
+
 class _Step(NamedTuple):
     """Some tokens for one span, after ``past`` ones; ``turn`` is the pass."""
 
@@ -73,6 +81,8 @@ class _Lane:
         self.past: list[int] = []
         self.carried = np.zeros(wire.COUNTED, np.int64)
         self.connections: dict[int, SpanConnection] = {}
+        #: What home could not be told yet, for it does not answer.
+        self.unsaid: SpanMessage | None = None
 
 
 class SpanServer:
@@ -185,8 +195,8 @@ class SpanServer:
         try:
             if self._begin(lane, message):
                 self._run_all(lane, message)
-        except ConnectionLost as error:
-            self._fail(lane, attempt, str(error), may_pass=True)
+        except SpanLost as error:
+            self._fail(lane, attempt, str(error), may_pass=True, lost=error.server)
         except PrismError as error:
             self._fail(lane, attempt, error.message, may_pass=may_pass(error))
         except Exception as error:
@@ -360,11 +370,13 @@ class SpanServer:
         message.counts[_HOP_BYTES] += len(message.payload)
         self._send(lane, target, message, (message.attempt.number, message.turn))
 
-    def send(self, target: int, message: SpanMessage, step: Any) -> None:
+    def send(self, target: int, message: SpanMessage, step: tuple[int, int] | None) -> None:
         """Send a message of a lane of this home; raises ConnectionLost."""
         self._send(self._lane(message.attempt), target, message, step)
 
-    def _send(self, lane: _Lane, target: int, message: SpanMessage, step: Any) -> None:
+    def _send(
+        self, lane: _Lane, target: int, message: SpanMessage, step: tuple[int, int] | None
+    ) -> None:
         if target not in lane.connections:
             home, of_home, _ = message.attempt
             number = of_home + max(self._num_lanes) * (1 + home)
@@ -374,22 +386,35 @@ class SpanServer:
         if self._closed.is_set():
             lane.connections[target].close()
         self._peers.wait_for_address(target)
-        lane.connections[target].send(message.pack(), step)
+        try:
+            lane.connections[target].send(message.pack(), step)
+        except ConnectionLost as error:
+            raise SpanLost(target, str(error)) from None
 
     def _fail(
-        self, lane: _Lane, attempt: Attempt, text: str, *, may_pass: bool, newer: int | None = None
+        self, lane: _Lane, attempt: Attempt, text: str, *, may_pass: bool, **more: int
     ) -> None:
-        """Tell home that a step cannot be done here, where there were attempts up to ``newer``."""
+        """Tell home that a step cannot be done here.
+
+        ``more`` may have the index of a server that is ``lost``, or that there were attempts up to
+        ``newer``.
+        """
         name = self._config.name
         failed = SpanMessage(wire.FAILED, attempt)
-        failed.setup = {"text": f"server {name!r}: {text}"[:1000], "may_pass": may_pass}
-        if newer is not None:
-            failed.setup["newer"] = newer
+        failed.setup = {"text": f"server {name!r}: {text}"[:1000], "may_pass": may_pass, **more}
         if attempt.home == self._rank:
             self._deliver(failed)
             return
-        with contextlib.suppress(ConnectionLost):
-            self._send(lane, attempt.home, failed, None)
+        lane.unsaid = failed
+        self._say_unsaid(lane)
+
+    def _say_unsaid(self, lane: _Lane) -> None:
+        """Tell home what it has not been told, or keep it: it may wait for a token that long."""
+        failed = lane.unsaid
+        if failed is not None and self._peers.peers[failed.attempt.home].usable:
+            with contextlib.suppress(ConnectionLost):
+                self._send(lane, failed.attempt.home, failed, None)
+                lane.unsaid = None
 
     # --------------------------------------------------------------------------------------- caches
 
@@ -413,7 +438,7 @@ class SpanServer:
         """Free the caches of a lane."""
         lane.states, lane.past, lane.setup = [], [], None
         for connection in list(lane.connections.values()):
-            connection.forget()
+            connection.forget(lane.number)
         self._rooms[attempt.home].give_back(attempt[:2])
 
     def cached_tokens(self) -> int:
@@ -430,13 +455,16 @@ class SpanServer:
                 lanes = list(self._lanes.items())
             for (home, number), lane in lanes:
                 attempt = Attempt(home, number, lane.number)
-                for connection in list(lane.connections.values()):
+                for server, connection in list(lane.connections.items()):
                     try:
                         connection.renew()
                     except ConnectionLost as error:
                         if lane.freed < lane.number:
-                            self._fail(lane, attempt, str(error), may_pass=True)
-                if home != self._rank and self._peers.is_down(home):
-                    lane.freed = max(lane.freed, lane.number)
+                            self._fail(lane, attempt, str(error), may_pass=True, lost=server)
+                self._say_unsaid(lane)
+                if home != self._rank and self._peers.is_down(home) and lane.freed < lane.number:
+                    lane.freed = lane.number
+                    # its worker may have been lost alone, and its requests go on
+                    self._fail(lane, attempt, "its home was taken for lost", may_pass=True)
                 if lane.states and lane.freed >= lane.number:
                     self._drop_if_idle(attempt, lane)

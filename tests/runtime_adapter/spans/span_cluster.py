@@ -81,7 +81,7 @@ class SpanCluster:
         for n, name in enumerate(self.names):
             others = {m: other for m, other in enumerate(self.names) if m != n}
             config: Any = SimpleNamespace(
-                rendezvous=SimpleNamespace(rank=n), name=name, model=self.spec,
+                rendezvous=SimpleNamespace(rank=n, timeout_s=TIMEOUT_S), name=name, model=self.spec,
                 placement=SimpleNamespace(
                     servers=self.names, kv_tokens=kv, execution_table=self.table
                 ),

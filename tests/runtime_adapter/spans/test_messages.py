@@ -164,10 +164,10 @@ def test_what_is_kept_is_sent_again_in_order() -> None:
     sender = SpanConnection(server.peer, 0, SendQueue())
     try:
         long = [b"L" * (LONG_BYTES + 5)]
-        sender.send([b"pass 1"], 1)
+        sender.send([b"pass 1"], (1, 1))
         sender.send([b"token 1"])
-        sender.send(long, 2)
-        sender.send([b"pass 2"], 2)
+        sender.send(long, (1, 2))
+        sender.send([b"pass 2"], (1, 2))
         size = len(b"pass 1token 1") + len(long[0]) + len(b"pass 2")
         assert receive_exactly(server.connection(0), size) == (
             b"pass 1token 1" + long[0] + b"pass 2"
@@ -177,13 +177,15 @@ def test_what_is_kept_is_sent_again_in_order() -> None:
         again = b"token 1" + long[0] + b"pass 2"
         assert receive_exactly(server.connection(1), len(again)) == again
         server.connections[1].close()
-        sender.forget()
-        sender.send([b"pass 3"], 3)
+        sender.forget(0)  # of an attempt before: nothing changes
+        assert len(sender._kept) == 3
+        sender.forget(1)
+        sender.send([b"pass 3"], (2, 0))
         sender.renew()  # notices that the other side has closed the connection
         assert receive_exactly(server.connection(2), 13) == b"token 1pass 3"
         server.peer.set_address(None, 2)
         with pytest.raises(ConnectionLost):
-            sender.send([b"pass 4"], 4)
+            sender.send([b"pass 4"], (2, 1))
     finally:
         sender.close()
         server.close()
@@ -197,8 +199,8 @@ def test_sending_does_not_wait_for_a_reader() -> None:
     try:
         message = [bytes(30 << 20)]
         for step in range(3):
-            first.send(message, step)
-        second.send([b"short"], 0)
+            first.send(message, (1, step))
+        second.send([b"short"], (1, 0))
         for number in range(2):
             server.connection(number)
         found = {one.recv(5) for one in server.connections}
