@@ -83,15 +83,17 @@ class SpanCluster:
             config: Any = SimpleNamespace(
                 rendezvous=SimpleNamespace(rank=n, timeout_s=TIMEOUT_S), name=name, model=self.spec,
                 placement=SimpleNamespace(
-                    servers=self.names, kv_tokens=kv, execution_table=self.table
+                    servers=self.names, kv_tokens=kv, execution_table=self.table, model=self.spec
                 ),
                 width=model.config.hidden_size, dtype=torch.float32, chunk_tokens=chunk_tokens,
                 request_timeout_s=60.0, rtt_s=0.0,
             )  # fmt: skip
             peers: Any = Peers(name, others)
-            nothing: Any = None
+            # every server holds every expert
+            gpu_of = np.zeros((num_servers, self.spec.num_layers * 4), np.int32)
+            experts: Any = SimpleNamespace(gpu_of=gpu_of, lost=lambda n: False)
             counters = Counters(self.spec.num_layers, 4)
-            home = PathRequests(config, peers, nothing, counters)
+            home = PathRequests(config, peers, experts, counters)
             home.spans = SpanServer(
                 config, peers, work, [lanes] * num_servers, lambda *_: Lane(),  # type: ignore[arg-type,return-value]
                 home.deliver, self.said.append, SendQueue(),

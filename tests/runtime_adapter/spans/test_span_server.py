@@ -17,8 +17,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prism_plan.errors import InputError  # noqa: E402
+from prism_plan.execution_table import spans  # noqa: E402
 from runtime_adapter.driver import greedy_config  # noqa: E402
 from runtime_adapter.request_repeats import StepFailed  # noqa: E402
+from runtime_adapter.spans.messages import RequestSetup  # noqa: E402
 from runtime_adapter.transport.rendezvous import ServerLost  # noqa: E402
 from runtime_adapter.weights.checkpoint_families import FAMILIES  # noqa: E402
 from tests.limits import HANG_S  # noqa: E402
@@ -201,6 +203,54 @@ def test_caches_of_a_home_that_is_down_are_freed() -> None:
         held.set()
         thread.join(HANG_S)
         assert isinstance(found[0], (StepFailed, ServerLost))
+
+
+def test_a_home_that_does_not_answer_for_a_while() -> None:
+    """A home that a server of the path could not reach is told so later, and does not wait on."""
+    model = model_of("mixtral")
+    ids, row = [5, 6, 7], [1] * len(moe_layers(model))
+    with SpanCluster(model, moe_layers(model), 2) as cluster:
+        address = cluster.listeners[0].address
+        tokens: list[int] = []
+
+        def cut_off(token: int) -> None:
+            tokens.append(token)
+            if len(tokens) == 3:
+                cluster.peers[1].peers[0].set_address(None, 1)
+
+        setup = RequestSetup(0, tuple(spans(np.array(row))), 10_000, 10_003)
+        found: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: found.extend(
+                run_at_once([lambda: cluster.homes[0].run(0, setup, ids, cut_off)])
+            ),
+            daemon=True,
+        )
+        thread.start()
+        until(lambda: any(lane.unsaid is not None for lane in cluster.servers[1]._lanes.values()))
+        assert thread.is_alive()
+        cluster.peers[1].peers[0].set_address(address, 2)
+        thread.join(HANG_S)
+        assert isinstance(found[0], StepFailed)
+        assert found[0].may_pass
+        assert tokens == generated(model, ids, len(tokens))
+
+
+def test_a_server_that_another_one_does_not_reach() -> None:
+    """Home, which reaches it, asks for a path without it as long as the timeout."""
+    model = model_of("mixtral")
+    layers = len(moe_layers(model))
+    with SpanCluster(model, moe_layers(model), 3) as cluster:
+        cluster.peers[1].peers[2].set_address(None, 1)
+        cluster.peers[1].peers[2].suspect = True
+        cluster.table[0] = [1] * (layers - 1) + [2]
+        home = cluster.homes[0]
+        home._table = cluster.table
+        assert {span.server for span in home.path()} == {1, 2}
+        with pytest.raises(StepFailed, match="'s2' does not answer") as failed:
+            cluster.run(0, [5, 6, 7], 4)
+        assert failed.value.may_pass
+        assert 2 not in {span.server for span in home.path()}
 
 
 def test_kv_tokens_bound_what_is_in_flight() -> None:
