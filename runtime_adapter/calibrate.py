@@ -90,7 +90,7 @@ class EmptySpans:
         """States of no value."""
         return self._states.of(tokens)
 
-    def token(self, setup: RequestSetup, outputs: torch.Tensor) -> int:
+    def token(self, outputs: torch.Tensor) -> int:
         """Any."""
         return 0
 

@@ -39,7 +39,7 @@ class LocalProcesses:
     """Worker and store of one server; ``report`` gets a line about each that dies.
 
     ``accept`` gets connections of the worker's port that are for this process, with the name of the
-    server that dialled each, and its lane.
+    server that dialled each.
 
     ``incarnation`` gives the server's last one, 0 if it has not joined yet. With ``leaving`` the
     run is over for this server, and a store that ends is not started again.
@@ -47,7 +47,7 @@ class LocalProcesses:
 
     def __init__(
         self, config: ServerConfig, status: SharedStatus, incarnation: Callable[[], int],
-        report: Callable[[str], None], accept: Callable[[socket.socket, str, int], None],
+        report: Callable[[str], None], accept: Callable[[socket.socket, str], None],
     ) -> None:  # fmt: skip
         self.leaving = False
         self._config = config

@@ -153,11 +153,11 @@ class LocalServer:
         lanes: list[int] = self.config.facts.get("lanes", [self.config.num_lanes] * servers)
         return lanes
 
-    def _accept(self, connection: socket.socket, server: str, lane: int) -> None:
+    def _accept(self, connection: socket.socket, server: str) -> None:
         if self.spans is None:
             connection.close()
         else:
-            self.spans.accept(connection, server, lane)
+            self.spans.accept(connection, server)
 
     def _all_dispatchers(self) -> list[RemoteDispatcher]:
         return [*self.lanes, *(self.spans.dispatchers if self.spans is not None else ())]

@@ -25,20 +25,14 @@ import torch
 
 from prism_plan.execution_table import Span
 from prism_plan.io.file_writing import write_bytes
-from prism_plan.model_spec import PRESETS
-from prism_plan.placement import Placement, SolveReport
 from prism_plan.simulate.network import BYTES_PER_TOKEN_ID
 from runtime_adapter.calibrate import EmptySpans
-from runtime_adapter.moe.router import uniform_network
 from runtime_adapter.server import LocalServer
-from runtime_adapter.server_config import MigrationConfig, ServerConfig
 from runtime_adapter.spans.messages import HEADER_BYTES, RequestSetup
-from runtime_adapter.transport.rendezvous import Rendezvous
 from runtime_adapter.transport.socket_io import receive_into
 from studies.testbed.experiment import provenance
-from studies.transport import TOKEN_BYTES, NoCompute, NoLoader, free_port
+from studies.transport import MODEL, TOKEN_BYTES, free_port, idle_config
 
-MODEL = PRESETS["deepseek-v2-lite"]
 OUT, BACK = HEADER_BYTES + TOKEN_BYTES, HEADER_BYTES + BYTES_PER_TOKEN_ID
 #: Passes of a round, after some that are not counted.
 PASSES, WARM = 300, 20
@@ -47,26 +41,10 @@ PATIENCE_S = 120.0
 
 def server(port: int, rank: int) -> LocalServer:
     """One of two servers; each holds what its layers need."""
-    shape = (MODEL.num_layers, MODEL.num_experts)
-    held = np.zeros((2, *shape), bool)
+    held = np.zeros((2, MODEL.num_layers, MODEL.num_experts), bool)
     held[0, 0], held[1, 1:] = True, True
-    placement = Placement(
-        MODEL.shape(), ("a", "b"), ((MODEL.num_pairs,),) * 2, held, SolveReport("hand")
-    )
-    own = [(0, pair, 0) for pair in np.flatnonzero(held[rank].reshape(-1)).tolist()]
-    config = ServerConfig(
-        rendezvous=Rendezvous(2, rank, port=port),
-        placement=placement,
-        model=MODEL.shape(),
-        network=uniform_network(2, TOKEN_BYTES),
-        compute=NoCompute(own),
-        migration=MigrationConfig(NoLoader(own)),
-        facts={},
-        dtype=torch.uint8,
-        width=TOKEN_BYTES,
-        max_tokens=1,
-    )
-    return LocalServer(config, lambda text: None, work=EmptySpans(TOKEN_BYTES))
+    work = EmptySpans(TOKEN_BYTES)
+    return LocalServer(idle_config(held, port, rank, 1), lambda text: None, work=work)
 
 
 def serve(port: int) -> None:

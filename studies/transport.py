@@ -117,19 +117,17 @@ def echo(port: int, sizes: list[tuple[int, int]], times: int) -> None:
             group.send([answer], 0, 0).wait(PATIENCE)
 
 
-def server(port: int, rank: int, max_tokens: int) -> LocalServer:
-    """One of three servers; the second one holds all experts of the first layer."""
-    shape = (MODEL.num_layers, MODEL.num_experts)
-    held = np.zeros((3, *shape), bool)
-    held[0, 1:], held[1, 0] = True, True
-    capacity = ((MODEL.num_pairs,),) * 3
-    placement = Placement(MODEL.shape(), ("a", "b", "c"), capacity, held, SolveReport("hand"))
+def idle_config(held: Any, port: int, rank: int, max_tokens: int) -> ServerConfig:
+    """One of several servers that compute nothing; ``held`` is bool [N, L, E]."""
+    capacity = ((MODEL.num_pairs,),) * len(held)
     own = [(0, pair, 0) for pair in np.flatnonzero(held[rank].reshape(-1)).tolist()]
-    config = ServerConfig(
-        rendezvous=Rendezvous(3, rank, port=port),
-        placement=placement,
+    return ServerConfig(
+        rendezvous=Rendezvous(len(held), rank, port=port),
+        placement=Placement(
+            MODEL.shape(), tuple("abc"[: len(held)]), capacity, held, SolveReport("hand")
+        ),
         model=MODEL.shape(),
-        network=uniform_network(3, TOKEN_BYTES),
+        network=uniform_network(len(held), TOKEN_BYTES),
         compute=NoCompute(own),
         migration=MigrationConfig(NoLoader(own)),
         facts={},
@@ -137,7 +135,13 @@ def server(port: int, rank: int, max_tokens: int) -> LocalServer:
         width=MODEL.hidden_size,
         max_tokens=max_tokens,
     )
-    return LocalServer(config, lambda text: None)
+
+
+def server(port: int, rank: int, max_tokens: int) -> LocalServer:
+    """One of three servers; the second one holds all experts of the first layer."""
+    held = np.zeros((3, MODEL.num_layers, MODEL.num_experts), bool)
+    held[0, 1:], held[1, 0] = True, True
+    return LocalServer(idle_config(held, port, rank, max_tokens), lambda text: None)
 
 
 def keep_busy(port: int, max_tokens: int, go: Any, stop: Any) -> None:

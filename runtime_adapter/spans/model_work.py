@@ -99,7 +99,7 @@ class ModelWork:
             return given
         return given.contiguous().cpu().view(torch.uint8).view(-1)
 
-    def token(self, setup: RequestSetup, outputs: torch.Tensor) -> int:
+    def token(self, outputs: torch.Tensor) -> int:
         return int(outputs.argmax())
 
     def is_end(self, token: int) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from prism_plan.errors import PrismError
+from prism_plan.model_spec import ModelShape
 from runtime_adapter.moe.counters import Counters
 from runtime_adapter.moe.emulated_gpu import set_sharp_timers, wait_until
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
@@ -68,7 +69,7 @@ class _Step(NamedTuple):
 class _Lane:
     """What this server has of the request that one lane of one home runs now."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: ModelShape) -> None:
         # held while a step is executed, not while its result is sent: the other side may wait too
         self.lock = threading.Lock()
         self.number = -1
@@ -133,7 +134,7 @@ class SpanServer:
 
     # ---------------------------------------------------------------------------------- connections
 
-    def accept(self, connection: socket.socket, server: str, lane: int) -> None:
+    def accept(self, connection: socket.socket, server: str) -> None:
         """Take over an authenticated connection, in a thread of its own."""
         threading.Thread(
             target=self._serve, args=(connection, server), daemon=True, name=f"spans {server}"
@@ -299,7 +300,7 @@ class SpanServer:
             lane.carried += counts
             if not step.flags & wire.LAST:
                 return
-            token = self._work.token(setup, outputs)
+            token = self._work.token(outputs)
             ended = step.turn + 1 >= setup.new_tokens or self._work.is_end(token)
             inputs = wire.ids_payload([token])
             first = setup.path[0].server

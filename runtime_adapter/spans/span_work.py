@@ -27,7 +27,7 @@ class SpanWork(Protocol):
         the payload for the next span, or of the last one what :meth:`token` takes.
         """
 
-    def token(self, setup: RequestSetup, outputs: torch.Tensor) -> int:
+    def token(self, outputs: torch.Tensor) -> int:
         """The token that a pass has made, from the last span's outputs."""
 
     def is_end(self, token: int) -> bool:

@@ -94,7 +94,7 @@ class TimedSpans:
         run_layers(lane, recorded, past, tokens, self._width, span.first, span.last)
         return self._states.of(tokens)
 
-    def token(self, setup: RequestSetup, outputs: torch.Tensor) -> int:
+    def token(self, outputs: torch.Tensor) -> int:
         """Any, for nobody reads it."""
         return 0
 

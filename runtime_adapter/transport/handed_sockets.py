@@ -6,8 +6,6 @@ the connection itself after the handshake; the worker keeps nothing of it.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import socket
 from collections.abc import Callable
 
@@ -24,12 +22,12 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
 
 def hand_over(channel: socket.socket, connection: socket.socket, session: Session) -> None:
     """Give the driver a connection; raises OSError where it is gone."""
-    said = json.dumps([session.claim.server, session.claim.lane]).encode()
-    socket.send_fds(channel, [said], [connection.fileno()])
+    # an empty message would be the end of the channel
+    socket.send_fds(channel, [b":", session.claim.server.encode()], [connection.fileno()])
 
 
-def receive_handed(channel: socket.socket, use: Callable[[socket.socket, str, int], None]) -> None:
-    """Call ``use`` with each connection, the name of the server that dialled it, and its lane.
+def receive_handed(channel: socket.socket, use: Callable[[socket.socket, str], None]) -> None:
+    """Call ``use`` with each connection and the name of the server that dialled it.
 
     Returns when the worker has ended.
     """
@@ -42,9 +40,4 @@ def receive_handed(channel: socket.socket, use: Callable[[socket.socket, str, in
             if not said:
                 return
             for descriptor in descriptors:
-                connection = socket.socket(fileno=descriptor)
-                with contextlib.suppress(ValueError):
-                    server, lane = json.loads(said)
-                    use(connection, server, lane)
-                    continue
-                connection.close()
+                use(socket.socket(fileno=descriptor), said[1:].decode())

@@ -108,7 +108,7 @@ class SpanCluster:
         """Let a server accept connections, at a new port."""
 
         def serve(connection: Any, session: Any) -> None:
-            self.servers[n].accept(connection.dup(), session.claim.server, session.claim.lane)
+            self.servers[n].accept(connection.dup(), session.claim.server)
 
         listener = Listener(
             "127.0.0.1", port, SECRET, {"spans": serve}, max_connections=1000,
