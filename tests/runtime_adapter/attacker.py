@@ -367,6 +367,9 @@ def attack(
 def sink(number: int = 1) -> Iterator[list[Address]]:
     """Ports of a listener that answers a handshake's beginning and discards all else."""
 
+    writers: set[asyncio.StreamWriter] = set()
+    tasks: set[asyncio.Task[None]] = set()
+
     async def discard(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             first = await reader.read(HELLO_BYTES)
@@ -375,23 +378,34 @@ def sink(number: int = 1) -> Iterator[list[Address]]:
             while await reader.read(65_536):
                 pass
         writer.transport.abort()
+        writers.discard(writer)
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # noted before a task of it runs: one that is cancelled before that closes nothing
+        writers.add(writer)
+        task = asyncio.create_task(discard(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     found: list[Address] = []
     started = threading.Event()
     loop = asyncio.new_event_loop()
 
     async def serve() -> list[asyncio.Server]:
-        servers = [await asyncio.start_server(discard, "127.0.0.1", 0) for _ in range(number)]
+        servers = [await asyncio.start_server(accept, "127.0.0.1", 0) for _ in range(number)]
         found.extend(server.sockets[0].getsockname()[:2] for server in servers)
         return servers
 
     async def close(servers: list[asyncio.Server]) -> None:
         for server in servers:
             server.close()
-        tasks = [one for one in asyncio.all_tasks() if one is not asyncio.current_task()]
-        for task in tasks:
+        others = [one for one in asyncio.all_tasks() if one is not asyncio.current_task()]
+        for task in others:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*others, return_exceptions=True)
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)  # the loop closes the sockets of aborted connections in its next turn
 
     def run() -> None:
         asyncio.set_event_loop(loop)
@@ -408,6 +422,7 @@ def sink(number: int = 1) -> Iterator[list[Address]]:
         yield found
     finally:
         loop.call_soon_threadsafe(loop.stop)
+        thread.join()
         thread.join()
 
 
