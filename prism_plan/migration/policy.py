@@ -24,6 +24,7 @@ from prism_plan.placement_check import violations
 from prism_plan.solvers.certificate import value_bound
 from prism_plan.solvers.contract import Feature, Options
 from prism_plan.solvers.exact import TOLERANCE, solve_flow
+from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.packing import pack_on_gpus
 from prism_plan.solvers.registry import PATHS, SOLVER_NAMES, TABLE_SOLVERS, solvers_supporting
 from prism_plan.solvers.run import solve
@@ -33,6 +34,8 @@ Floats = npt.NDArray[np.float64]
 PolicyName = Literal["never", "prism", "partial"]
 #: In the order of the documentation.
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
+#: The solver whose reviews count seconds of requests, and not those of remote calls alone.
+LATENCY = "latency"
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,13 @@ class Policy:
         C(P') + T_mig < C(P). ``"partial"`` moves just those experts whose savings exceed the cost
         of loading them, and keeps the execution table.
     horizon_s
-        Seconds over which remote calls are counted: until the next review.
+        Seconds over which remote calls, or requests, are counted: until the next review.
     cost
         Whether T_mig is the sum over all loads, as in the paper, or the maximum over GPUs.
     solver, seed
         The solver of the candidate of ``"prism"``; with ``+paths`` after its name the candidate has
-        an execution table. Where T_mig is not a sum over the experts of a server, ``"partial"``
+        an execution table. With ``latency`` C is the expected latency of the requests, and the
+        candidate is planned near the current placement, by what its loads cost. Where T_mig is not a sum over the experts of a server, ``"partial"``
         compares what the solver, without ``+paths``, places for the execution table that it keeps.
 
     Raises
@@ -79,16 +83,17 @@ class Policy:
                     expected=f"one of {', '.join(known)}",
                 )
         experts = str(self.solver).removesuffix(PATHS)
-        if experts not in SOLVER_NAMES:
-            reason = did_you_mean(experts, SOLVER_NAMES)
-            if experts == "latency":
-                reason = " plans for seconds, and a review counts what calls send"
+        if experts not in SOLVER_NAMES and self.solver != LATENCY:
+            reason = did_you_mean(experts, (*SOLVER_NAMES, LATENCY))
+            if experts == LATENCY:
+                reason = " plans by itself where layers execute"
             elif experts in TABLE_SOLVERS:
                 reason = " plans whole layers, whichever of their experts are called"
             raise InputError(
                 f"{self.solver!r}{reason}",
                 parameter="solver",
-                expected=f"one of {', '.join(SOLVER_NAMES)}, or one of them with {PATHS}",
+                expected=f"one of {', '.join(SOLVER_NAMES)}, one of them with {PATHS}, or "
+                f"{LATENCY}",
             )
         if not 0 < self.horizon_s < math.inf:
             raise InputError(f"{self.horizon_s}", parameter="horizon_s", expected="seconds above 0")
@@ -103,7 +108,8 @@ class Review:
     newly load: ``None`` and zero for ``"stay"``. The seconds are those of the best candidate,
     adopted or not: ``before_s`` is C(P) of the current placement, ``after_s`` that of the
     candidate, ``saving_s`` their difference, ``cost_s`` the candidate's T_mig. Of policies that
-    keep the execution table C leaves out its messages.
+    keep the execution table C leaves out its messages; of solver ``latency`` it is the requests
+    expected in the horizon times their mean latency.
     """
 
     decision: Literal["move", "stay"]
@@ -196,9 +202,27 @@ class _CostModel:
             self.policy.seed,
         )  # fmt: skip
 
-    @property
+    @functools.cached_property
+    def counts_latency(self) -> bool:
+        """Whether C is the expected latency of requests."""
+        return self.policy.kind == "prism" and self.policy.solver == LATENCY
+
+    @functools.cached_property
+    def latency_problem(self) -> LatencyProblem:
+        """By which the latency of a recent request is expected."""
+        instance, recent = self.instance, self.requests.cluster
+        assert instance.trace is not None  # that of `requests`
+        return LatencyProblem(instance, recent, instance.trace, self.policy.seed)
+
+    @functools.cached_property
+    def requests_in_horizon(self) -> float:
+        """How many requests of all homes are expected within the horizon."""
+        return float(self.requests.arrivals.sum()) * self.policy.horizon_s
+
+    @functools.cached_property
     def before_s(self) -> float:
-        return self._communication_s(self.current)
+        """C(P) of the current placement."""
+        return self._running_s(self.current)
 
     @functools.cached_property
     def for_running_table(self) -> Instance:
@@ -225,13 +249,13 @@ class _CostModel:
 
     def total_s(self, target: Placement) -> float:
         """C(P') + T_mig(P -> P')."""
-        return self._communication_s(target) + self._migration_s(target)
+        return self._running_s(target) + self._migration_s(target)
 
     def review(self, decision: Literal["move", "stay"], candidate: Placement) -> Review:
         """What is reported of a decision on a candidate."""
         move = decision == "move"
         loads = (candidate.on_gpu & ~self.current.on_gpu & move).sum(axis=(0, 2)).tolist()
-        before_s, after_s = self.before_s, self._communication_s(candidate)
+        before_s, after_s = self.before_s, self._running_s(candidate)
         return Review(
             decision=decision,
             target=candidate if move else None,
@@ -243,7 +267,12 @@ class _CostModel:
             after_s=after_s,
         )
 
-    def _communication_s(self, placement: Placement) -> float:
+    def _running_s(self, placement: Placement) -> float:
+        """C(P): seconds within the horizon that a placement costs while it runs."""
+        if self.counts_latency:
+            if not self.requests_in_horizon:
+                return 0.0
+            return self.requests_in_horizon * self.latency_problem.expected(placement).mean_s
         rates, execution = self.instance.activations, placement.execution
         horizon_s, local = self.policy.horizon_s, placement.local_to_execution
         calls_s = communication_s(rates, local, self.call_s, horizon_s, execution)
@@ -260,17 +289,40 @@ class _CostModel:
 
 
 def _prism(costs: _CostModel) -> Review:
-    if costs.policy.solver.endswith(PATHS):  # a table for what is asked for now
+    if costs.policy.solver == LATENCY:
+        candidate = _fast_candidate(costs)
+    elif costs.policy.solver.endswith(PATHS):  # a table for what is asked for now
         if not costs.requests.arrivals.any():
             return costs.review("stay", costs.current)  # no task of the trace makes these calls
         instance = costs.instance.replace(cluster=costs.requests.cluster)
+        candidate = _solver_candidate(costs, instance, costs.policy.solver)
     else:
         shape = (costs.instance.num_servers, costs.instance.model.num_layers)
         instance = costs.beside(home_execution(*shape))
-    candidate = _solver_candidate(costs, instance, costs.policy.solver)
+        candidate = _solver_candidate(costs, instance, costs.policy.solver)
     if costs.total_s(candidate) < costs.before_s:
         return costs.review("move", candidate)
     return costs.review("stay", candidate)
+
+
+def _fast_candidate(costs: _CostModel) -> Placement:
+    """The plan of least latency for recent requests, whose loads cost what T_mig counts for them.
+
+    A GiB that loads in t seconds is worth it where the requests of the horizon gain more than t
+    together. Where GPUs differ the mean of them is the price, and where they load in parallel it is
+    shared by all.
+    """
+    gpus = len(costs.load_gbs)
+    seconds_a_gib = float((2**30 / (costs.load_gbs * 1e9)).mean())
+    if costs.policy.cost == "max":
+        seconds_a_gib /= gpus
+    options = Options(
+        seed=costs.policy.seed,
+        reference=costs.current,
+        load_price=seconds_a_gib / costs.requests_in_horizon,
+    )
+    instance = costs.instance.replace(cluster=costs.requests.cluster)
+    return solve(instance, LATENCY, options, inputs=costs.current.inputs)
 
 
 def _solver_candidate(costs: _CostModel, instance: Instance, solver: str) -> Placement:

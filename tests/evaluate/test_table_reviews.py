@@ -95,19 +95,39 @@ def test_both_engines_give_the_same_report(
     assert moves or (policy, solver) == ("prism", "prism+paths")
 
 
+def test_both_engines_agree_on_reviews_that_count_latency() -> None:
+    """Reviews of solver `latency` begin a table, and both engines carry it out alike."""
+    options: dict[str, Any] = {"migrate": "prism", "migrate_solver": "latency"}
+    options |= {"migrate_every_s": 110.0, "half_life_s": 110.0}
+    trace, cluster = small_trace(), small_cluster(("0.04", "1"))
+    compiled, reference = (
+        run_shift(trace, cluster, "exact", number=200, engine=engine, **options).to_json()
+        for engine in ("compiled", "reference")
+    )
+    assert without_times(compiled) == without_times(reference)
+    (run,) = compiled["runs"]
+    assert run["hops"] > 0
+    assert run["migrations"][0]["decision"] == "move"
+
+
 def test_a_new_table_is_faster_after_a_shift() -> None:
     """Reviews that plan tables beat the table that stays, and reviews that plan none."""
     trace, cluster = small_trace(), small_cluster(("0.04", "0.02"))
 
-    def mean_s(plan: str, **options: Any) -> float:
+    def mean_s(plan: str, from_s: float = 5.0, **options: Any) -> float:
         (run,) = run_shift(trace, cluster, plan, number=600, **options).runs
-        return float(run.latency_s[run.scenario.requests.arrival_s > 5.0].mean())
+        return float(run.latency_s[run.scenario.requests.arrival_s > from_s].mean())
 
     paths = {"migrate": "prism", "migrate_solver": "layer-partition+paths"}
     stays = mean_s("layer-partition+paths", migrate="never")
     assert mean_s("layer-partition+paths", **paths) < 0.98 * stays
     without = mean_s("exact", migrate="prism", migrate_solver="exact")
     assert mean_s("exact", **paths) < 0.98 * without
+    # reviewed two seconds after the shift, by what was called since
+    latency: dict[str, Any] = {"migrate": "prism", "migrate_solver": "latency"}
+    latency |= {"migrate_every_s": 4.0, "half_life_s": 2.0}
+    others = mean_s("layer-partition+paths", 9.0, **paths)
+    assert mean_s("layer-partition+paths", 9.0, **latency) < 0.9 * others
 
 
 class _MemoryWatch(ReferenceEngine):

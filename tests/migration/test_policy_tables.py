@@ -17,6 +17,7 @@ from prism_plan.migration.recent_requests import requests_behind
 from prism_plan.placement import Placement
 from prism_plan.placement_check import violations
 from prism_plan.solvers import solve
+from prism_plan.solvers.latency.problem import LatencyProblem
 from tests.evaluate.simulation_material import SPEC, small_cluster, small_trace
 from tests.migration.test_policy import HORIZON_S, adopted_s, costs, medium, placed, tiny
 
@@ -177,6 +178,38 @@ def test_tables_come_and_go() -> None:
     assert again.decision == "stay"
 
 
+def test_reviews_that_count_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C is the requests of the horizon times their expected latency, table included.
+
+    Against the measure of a problem that is made here; a move pays for its loads, and the price of
+    loads decides how much is loaded.
+    """
+    monkeypatch.setattr("prism_plan.solvers.execution.queues_matter", lambda *_: False)
+    policy = Policy("prism", 100.0, solver="latency")
+    found, current, instance, rates = reviewed(policy, "layer-partition+paths")
+    assert current.execution is not None
+    assert found.target is not None
+    assert found.target.plan.solver == "latency"
+    assert instance.cluster is not None
+    assert instance.trace is not None
+    recent = requests_behind(rates, instance.cluster, instance.trace, current.on_gpu)
+    problem = LatencyProblem(instance, recent.cluster, instance.trace, 0)
+    by_home = recent.arrivals * 100.0
+    for plan, counted_s in ((current, found.before_s), (found.target, found.after_s)):
+        assert counted_s == pytest.approx(float(by_home @ problem.expected(plan).of_home))
+    assert found.saving_s > found.cost_s > 0
+    # hardly a request comes before the next review: no load pays
+    short, *_ = reviewed(dataclasses.replace(policy, horizon_s=1e-3), "layer-partition+paths")
+    assert (short.target or current).on_gpu.tolist() == current.on_gpu.tolist()
+    costs = (call_seconds(instance.cluster, SPEC), gpu_load_gbs(instance.cluster))
+    moved = [
+        review(policy, current, rates, instance, costs[0], costs[1] * speed).moved_experts
+        for speed in (1e-6, 1e-4, 1.0)
+    ]
+    assert moved[0] == 0 < moved[2]
+    assert moved == sorted(moved)
+
+
 def test_calls_that_no_task_makes() -> None:
     """There is nothing to plan a table for: the review stays."""
     trace, cluster = small_trace(), small_cluster()
@@ -229,6 +262,8 @@ def test_capacities_are_those_of_each_table(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_is_refused() -> None:
     """A solver of whole layers, with the reason; an instance without links for a table."""
+    with pytest.raises(InputError, match="'latency\\+paths' plans by itself"):
+        Policy("prism", 10.0, solver="latency+paths")
     for name in ("pipeline", "pipeline+paths"):
         with pytest.raises(InputError, match="whichever of their experts are called"):
             Policy("prism", 10.0, solver=name)
