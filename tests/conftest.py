@@ -79,6 +79,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for share in shares for item in share] + others
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile the kernels while the processes of pytest-xdist collect: else each compiles them."""
+    if "PYTEST_XDIST_WORKER" in os.environ or not session.config.getoption("numprocesses", None):
+        return
+    compiling = subprocess.Popen(
+        [sys.executable, "-c", "from tests import warm_processes as w; w.compile_kernels_once()"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    session.config.add_cleanup(compiling.kill)
+
+
 @pytest.fixture(scope="session")
 def traces_dir() -> Path:
     """The folder of real routing data; tests that need it skip where it is missing."""

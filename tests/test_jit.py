@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-#: Runs a command and prints the functions of ours that it compiles.
-LISTEN = """
+#: Prints the modules of the functions that are compiled from here on.
+COMPILED = """
 import sys
 from numba.core import event
 
@@ -21,10 +21,29 @@ class Names(event.Listener):
         pass
 
 event.register("numba:compile", Names())
+"""
+#: Runs a command.
+LISTEN = (
+    COMPILED
+    + """
 from prism_plan.cli.main import run
 sys.argv = ["prism-plan", *sys.argv[1:]]
 run()
 """
+)
+
+#: Packs eight experts on two GPUs.
+PACK = (
+    COMPILED
+    + """
+import numpy as np
+from prism_plan.solvers.latency.gpu_packing import GpuPacking
+
+together = np.arange(16, dtype=np.uint16).reshape(8, 1, 2) % 8
+packing = GpuPacking(together, np.ones(1, np.int64))
+packing.pack((4, 4), np.ones((1, 8), bool), np.ones((1, 8)))
+"""
+)
 
 
 def test_warm_leaves_nothing_to_compile(tmp_path: Path) -> None:
@@ -111,7 +130,7 @@ def test_without_any_cache_folder_commands_work(tmp_path: Path) -> None:
 def test_a_changed_helper_is_compiled_anew(tmp_path: Path) -> None:
     """Machine code of a kernel is not kept across a change of a helper in another file.
 
-    The engine's event loop takes its routing from another module, which is changed in a copy.
+    The packing of GPUs takes a helper from another module, which is changed in a copy.
     """
     root = Path(__file__).resolve().parent.parent
     package = tmp_path / "prism_plan"
@@ -119,20 +138,18 @@ def test_a_changed_helper_is_compiled_anew(tmp_path: Path) -> None:
     environment = os.environ | {
         "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)
     }  # fmt: skip
-    traces = root / "traces"
-    inputs = ("--trace", str(traces / "tiny-mixtral.parquet"), "--cluster")
-    inputs += (str(traces / "tiny-cluster.toml"),)
-    command = ("simulate", *inputs, "--solvers", "exact", "--requests", "1")
+    helper = package / "compiled_loops.py"
+    kernels = package / "solvers" / "latency" / "gpu_packing.py"
+    assert "from prism_plan.compiled_loops import" in kernels.read_text()
     counts = []
     for change in ("", "", "\n# another version\n"):
-        helper = package / "simulate" / "routing_policies.py"
         helper.write_text(helper.read_text() + change)
         result = subprocess.run(
-            [sys.executable, "-c", "import prism_plan; print(prism_plan.__file__)\n" + LISTEN,
-             *command],
+            [sys.executable, "-c", "import prism_plan; print(prism_plan.__file__)\n" + PACK],
             env=environment, capture_output=True, text=True, cwd=tmp_path,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         assert str(tmp_path) in result.stdout
-        counts.append(result.stdout.count("prism_plan.simulate.compiled.event_loop"))
-    assert counts == [1, 0, 1]
+        counts.append(result.stdout.count("compiled prism_plan.solvers.latency.gpu_packing"))
+    assert counts[0] > 0
+    assert counts == [counts[0], 0, counts[0]]

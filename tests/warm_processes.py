@@ -11,7 +11,9 @@ Run as a module this is that process: it takes requests on the socket of its des
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
+import gc
 import json
 import os
 import select
@@ -35,6 +37,7 @@ PRELOADED: dict[Program, tuple[str, ...]] = {
         "numpy", "numba", "pandas", "pyarrow.parquet", "pydantic", "rich.table", "scipy.optimize",
         "prism_plan.cli.main", "prism_plan.evaluate.comparison", "prism_plan.solvers.run",
         "prism_plan.simulate.sampling", "prism_plan.io.trace_reader", "prism_plan.io.placement",
+        "prism_plan.evaluate.kernel_compilation",
     ),
     "prism-runtime": (
         "torch", "transformers", "transformers.models.mixtral.modeling_mixtral",
@@ -177,6 +180,18 @@ def _run(
     run_and_exit(cli, PROGRAM)
 
 
+def compile_kernels_once() -> None:
+    """Compile what commands compile; of several processes that do so at once the first one does.
+
+    The others wait, and load its code.
+    """
+    from prism_plan.evaluate.kernel_compilation import compile_kernels
+
+    with open(Path(tempfile.gettempdir()) / f"prism-plan-kernels-{os.getuid()}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compile_kernels()
+
+
 def main() -> None:
     """Fork for each request until the tests have ended."""
     import importlib
@@ -187,6 +202,9 @@ def main() -> None:
     os.dup2(null, 0)
     for name in PRELOADED[program]:  # type: ignore[index]
         importlib.import_module(name)
+    if program == "prism-plan":
+        compile_kernels_once()
+    gc.freeze()  # forks share what there is as long as nobody writes to it
     codes: dict[int, int] = {}
     while True:
         select.select([connection], [], [], 0.1)

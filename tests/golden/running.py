@@ -25,9 +25,13 @@ ENVIRONMENT = {
 
 
 def start(
-    cases: Sequence[Case], python: Path, script: Path, work: Path, *, processes: int
-) -> subprocess.Popen[bytes]:
-    """Start the worker that runs the cases below the folder ``work``."""
+    cases: Sequence[Case], python: Path, script: Path, work: Path, *, processes: int,
+    loaded: Sequence[str] = (),
+) -> subprocess.Popen[bytes]:  # fmt: skip
+    """Start the worker that runs the cases below the folder ``work``.
+
+    It has ``loaded`` a package and called a function, where they are given: see worker.py.
+    """
     inputs = work / "inputs"
     (inputs / "taken").mkdir(parents=True)
     for name, values in taken().items():
@@ -43,7 +47,7 @@ def start(
     plan = work / "calls.json"
     plan.write_text(json.dumps(calls))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PRISM"))}
-    command = [str(python), "-I", str(WORKER), str(script), str(plan), str(processes)]
+    command = [str(python), "-I", str(WORKER), str(script), str(plan), str(processes), *loaded]
     return subprocess.Popen(command, env=environment | ENVIRONMENT)
 
 
@@ -65,9 +69,12 @@ def outcome(case: Case, work: Path) -> dict[str, Any]:
 
 
 def run(
-    cases: Sequence[Case], work: Path, *, python: Path | None = None, processes: int = 2
-) -> dict[str, dict[str, Any]]:
+    cases: Sequence[Case], work: Path, *, python: Path | None = None, processes: int = 2,
+    loaded: Sequence[str] = (),
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Run the cases with the command installed beside ``python`` (default: this one).
+
+    The process that forks has ``loaded`` what is given: see worker.py.
 
     Raises
     ------
@@ -76,7 +83,8 @@ def run(
 
     """
     python = Path(sys.executable) if python is None else python
-    code = start(cases, python, python.parent / "prism-plan", work, processes=processes).wait()
+    script = python.parent / "prism-plan"
+    code = start(cases, python, script, work, processes=processes, loaded=loaded).wait()
     if code:
         raise RuntimeError(f"the worker of {python} ended with {code}")
     return {case.name: outcome(case, work) for case in cases}

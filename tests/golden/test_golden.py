@@ -32,6 +32,7 @@ if shutil.which("git") is None or not (ROOT / ".git").exists():
     pytest.skip("not a git checkout, which tells what is committed", allow_module_level=True)
 
 CASES = catalogue()
+LOADED = ("prism_plan", "prism_plan.evaluate.kernel_compilation:compile_kernels")
 HF = importlib.util.find_spec("torch") is not None
 
 
@@ -50,7 +51,7 @@ def long_cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def outcomes(cases: Sequence[Case], work: Path) -> dict[str, Any]:
     """The recorded form of what the installed command gives now."""
     able = [case for case in cases if HF or not case.needs_hf]
-    found = run(able, work, processes=os.cpu_count() or 1)
+    found = run(able, work, processes=os.cpu_count() or 1, loaded=LOADED)
     return {case.name: recorded(without(found[case.name], case.same_machine)) for case in able}
 
 

@@ -366,7 +366,6 @@ def attack(
 @contextlib.contextmanager
 def sink(number: int = 1) -> Iterator[list[Address]]:
     """Ports of a listener that answers a handshake's beginning and discards all else."""
-
     writers: set[asyncio.StreamWriter] = set()
     tasks: set[asyncio.Task[None]] = set()
 
@@ -405,7 +404,7 @@ def sink(number: int = 1) -> Iterator[list[Address]]:
         await asyncio.gather(*others, return_exceptions=True)
         for writer in writers:
             writer.transport.abort()
-        await asyncio.sleep(0)  # the loop closes the sockets of aborted connections in its next turn
+        await asyncio.sleep(0)  # sockets of aborted connections are closed in the next turn
 
     def run() -> None:
         asyncio.set_event_loop(loop)
