@@ -41,6 +41,7 @@ class OwnStore:
             "log_format": config.log_format,
             "secret_file": config.store.secret_file,
             "placements_dir": config.store.placements_dir,
+            "trace": config.store.trace,
         }
         words = [sys.executable, "-m", "runtime_adapter", "store"]
         for name, value in options.items():

@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from prism_plan.errors import PrismError
 from prism_plan.io.json import parse_json
 from prism_plan.io.placement import placement_to_json
@@ -139,7 +142,7 @@ class LocalServer:
         self._follower = LogFollower(
             self.rank, config.placement, self.expert_map, config.compute, self.counters,
             self._all_dispatchers, self._log, self.report, self._peers, older,
-            self.path_requests.begin_table,
+            self.path_requests.begin_table, self._take_called,
         )  # fmt: skip
         self._follower.start()
         self._peers.watch()
@@ -161,6 +164,17 @@ class LocalServer:
 
     def _all_dispatchers(self) -> list[RemoteDispatcher]:
         return [*self.lanes, *(self.spans.dispatchers if self.spans is not None else ())]
+
+    def _take_called(self) -> npt.NDArray[np.int64]:
+        """Calls of experts since the last time, by home, of whose requests spans execute here."""
+        model = self.config.model
+        called = np.zeros(
+            (self.config.rendezvous.world_size, model.num_layers, model.num_experts), np.int64
+        )
+        called[self.rank] = self.counters.take_called()
+        if self.spans is not None:
+            called += self.spans.take_called()
+        return called
 
     def _create_dispatcher(
         self, lane: int, max_tokens: int, counters: Counters

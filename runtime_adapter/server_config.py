@@ -42,11 +42,12 @@ class MigrationConfig:
 
 @dataclass(frozen=True)
 class OwnStoreConfig:
-    """Options of a store that a server starts."""
+    """Options of a store that a server starts; ``trace`` is a file, for reviews of tables."""
 
     secret_file: str | None = None
     insecure: bool = False
     placements_dir: str | None = None
+    trace: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +121,6 @@ def migration_config(
     UnsupportedFeature
         The migration policy does not support what the cluster asks.
     """
-    if placement.execution is not None and options.migrate != "never":
-        raise InputError(
-            f"{options.migrate} with layers that execute on other servers than the request's home",
-            parameter="migrate",
-            expected="never, or a placement with every layer at home",
-            remedy="plan again, and have the run moved there (``movable``)",
-        )
     if not movable and options.migrate == "never":
         cluster = None
     if cluster is None:
@@ -149,7 +143,10 @@ def migration_config(
 
 
 def _instance_of_run(placement: Placement, cluster: Cluster, model: ModelSpec) -> Instance:
-    instance = Instance.of_cluster(cluster, model, min_replicas=placement.plan.min_replicas)
+    instance = Instance.of_cluster(
+        cluster, model, min_replicas=placement.plan.min_replicas,
+        execution=placement.execution_table,
+    )  # fmt: skip
     for violation in violations(placement, instance=instance)[:1]:
         raise InputError(
             violation.message,

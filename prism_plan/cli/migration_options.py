@@ -66,7 +66,7 @@ review_options = add_options(
         default="prism",
         show_default=True,
         metavar="NAME",
-        help="Solver of the candidates of policy prism; in simulate also NAME+paths.",
+        help="Solver of the candidates of policy prism; also NAME+paths, and latency.",
     ),
 )
 

@@ -55,8 +55,9 @@ class Policy:
     solver, seed
         The solver of the candidate of ``"prism"``; with ``+paths`` after its name the candidate has
         an execution table. With ``latency`` C is the expected latency of the requests, and the
-        candidate is planned near the current placement, by what its loads cost. Where T_mig is not a sum over the experts of a server, ``"partial"``
-        compares what the solver, without ``+paths``, places for the execution table that it keeps.
+        candidate is planned near the current placement, by what its loads cost. Where T_mig is not
+        a sum over the experts of a server, ``"partial"`` compares what the solver, without
+        ``+paths``, places for the execution table that it keeps.
 
     Raises
     ------

@@ -208,15 +208,6 @@ class MigrationOptions(ReviewOptions):
     movable: bool
     placements_dir: str | None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.migrate_solver.endswith("+paths"):
-            raise InputError(
-                f"{self.migrate_solver!r:.60} plans where layers execute",
-                parameter="migrate_solver",
-                expected="a solver of experts alone: the runtime does not execute tables yet",
-            )
-
     @property
     def migrates(self) -> bool:
         """Whether experts move also where no server was lost."""

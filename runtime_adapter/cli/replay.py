@@ -125,7 +125,12 @@ def command(args: ReplayOptions) -> None:
             options=simulation_options,
             movable=args.migrates,
             request_timeout_s=args.request_timeout_s,
-            store=OwnStoreConfig(args.secret_file, args.insecure, args.placements_dir),
+            store=OwnStoreConfig(
+                args.secret_file,
+                args.insecure,
+                args.placements_dir,
+                None if args.migrate == "never" else args.trace,
+            ),
             log_level=args.log_level,
             log_format=args.log_format,
         )

@@ -58,6 +58,7 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
     transport: Literal["tcp", "gloo", "nccl"]
     route: Route
     cluster: str | None
+    trace: str | None
     concurrency: int
     threads: int
     weights: Literal["checkpoint", "peer"]
@@ -80,6 +81,8 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
                         parameter=name,
                         expected="``cluster``",
                     )
+        if self.migrate == "never":
+            self.refuse("trace", found="has no effect without reviews, ``migrate``")
         if self.journal is not None and self.output in (None, "-"):
             raise InputError(
                 "needs a file of answers, which a restarted server goes on with",
@@ -147,6 +150,11 @@ class ServeOptions(RendezvousOptions, MigrationOptions):
     "--cluster",
     metavar="C.toml",
     help="Figures, for --route nearest, --migrate, paths around lost servers.",
+)
+@click.option(
+    "--trace",
+    metavar="T.parquet",
+    help="Of the first server, where it starts the store: see prism-runtime store.",
 )
 @click.option(
     "--concurrency", default=1, show_default=True, metavar="C", help="Requests of a server at once."
@@ -222,7 +230,7 @@ def command(args: ServeOptions) -> None:
         server_devices,
     )
 
-    files = [args.placement, args.cluster, None if args.streamed else args.requests]
+    files = [args.placement, args.cluster, args.trace, None if args.streamed else args.requests]
     for output in (args.output, args.stats, args.journal):
         require_writable_output(output, *files)
     require_distinct_outputs(args.output, args.stats, args.journal)
@@ -338,7 +346,7 @@ def command(args: ServeOptions) -> None:
         request_timeout_s=args.request_timeout_s,
         threads=args.threads,
         channels=channels,
-        store=OwnStoreConfig(args.secret_file, args.insecure, args.placements_dir),
+        store=OwnStoreConfig(args.secret_file, args.insecure, args.placements_dir, args.trace),
         log_level=args.log_level,
         log_format=args.log_format,
     )

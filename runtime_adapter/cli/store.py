@@ -21,6 +21,7 @@ class StoreOptions(SecretOptions):
 
     listen: str
     placements_dir: str | None
+    trace: str | None
     keep: bool
     with_parent: int | None
 
@@ -34,6 +35,11 @@ class StoreOptions(SecretOptions):
 )
 @secret_options
 @click.option("--placements-dir", metavar="DIR", help="Write placement-K.json after every move.")
+@click.option(
+    "--trace",
+    metavar="T.parquet",
+    help="Recorded requests, by which reviews plan where layers execute.",
+)
 @click.option(
     "--keep/--once",
     default=False,
@@ -58,6 +64,7 @@ def command(args: StoreOptions) -> None:
     import sys
 
     from prism_plan.io.file_writing import require_writable_folder
+    from prism_plan.io.trace_reader import read_trace
     from runtime_adapter.control.store.supervisor import StoreConfig, run_store
 
     args.configure_log()
@@ -76,12 +83,15 @@ def command(args: StoreOptions) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if args.placements_dir is not None:
         require_writable_folder(args.placements_dir)
+    if args.trace is not None:
+        read_trace(args.trace)  # the scheduler's process does so too; here it is told at once
     run_store(
         StoreConfig(
             host=host,
             port=port,
             secret=secret,
             placements_dir=args.placements_dir,
+            trace=args.trace,
             keep=args.keep,
             parent_pid=args.with_parent,
             log_level=args.log_level,
@@ -91,11 +101,11 @@ def command(args: StoreOptions) -> None:
     )
 
 
-def schedule(address: StoreAddress, placements_dir: str | None) -> None:
+def schedule(address: StoreAddress, placements_dir: str | None, trace: str | None) -> None:
     """The scheduler's process; the others do not load its solvers."""
     from runtime_adapter.control.scheduler import run_scheduler
 
-    run_scheduler(address, placements_dir)
+    run_scheduler(address, placements_dir, trace)
 
 
 def _listen_address(text: str) -> tuple[str, int]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from prism_plan.errors import InputError, PrismError
 from prism_plan.placement import Placement
@@ -73,7 +74,8 @@ class LogFollower:
     who comes and goes. ``incarnation`` is this server's, 0 while its worker has not joined.
     ``older`` is what :func:`older_incarnation` gave before this process started a worker: what that
     incarnation held was in the memory of another process. ``on_table`` gets each execution table
-    that begins.
+    that begins. ``take_called`` gives the calls of experts since the last time, by home server,
+    int64 [N, L, E].
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class LogFollower:
         counters: Counters, lanes: Callable[[], Sequence[RemoteDispatcher]], log: EventLog,
         report: Callable[[str], None], members: Members | None = None,
         older: tuple[str, int] = ("", 0), on_table: Callable[[list[list[int]]], None] | None = None,
+        take_called: Callable[[], npt.NDArray[np.int64]] | None = None,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.name = placement.servers[rank]
@@ -96,6 +99,8 @@ class LogFollower:
         self._server_of_gpu: list[int] = placement.server_of_gpu.tolist()
         self._states = MemberStates(placement.num_servers, members or NoMembers())
         self._on_table = on_table or (lambda table: None)
+        shape = (placement.num_servers, placement.model.num_layers, placement.model.num_experts)
+        self._take_called = take_called or (lambda: np.zeros(shape, np.int64))
         self._older_epoch, self._older_incarnation = older
         self._epoch = ""
         self._drops: list[_AnnouncedDrop] = []
@@ -311,7 +316,7 @@ class LogFollower:
             self.log.append(log_entries.DriverSynced(self.rank, read))
 
     def _report_calls(self, review: int) -> None:
-        called = self.counters.take_called().astype(np.int64)
+        called = self._take_called()
         self.log.put_bytes(f"calls/{self.rank}/{review}", zlib.compress(called.tobytes(), 1))
         counted = self.counters.to_json()
         times = {name: counted[name] - before for name, before in self._reported_us.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from prism_plan.errors import InputError, LimitReached, PrismError
 from prism_plan.execution_table import home_execution
@@ -23,6 +24,7 @@ from prism_plan.placement_check import violations
 from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import NewLog
 from runtime_adapter.control.run_state import RunState
+from runtime_adapter.control.table_reviews import require_cache_memory
 from runtime_adapter.log_output import log_warning
 from runtime_adapter.transport.rendezvous import RuntimeFailure
 
@@ -247,7 +249,7 @@ class Migrations:
         if active.repair:
             self.repaired = complete
             text += " (a repair)"
-        if complete and active.requested_by is not None:
+        if complete and not active.repair:
             self._begin_table(active)
         written = self._write_placement()
         self._write_state()
@@ -265,9 +267,7 @@ class Migrations:
         """Let requests that start from now on execute as the target says."""
         state, target = self._state, active.target
         assert target is not None
-        table = home_execution(*state.table.shape)
-        places = [state.config.placement.servers.index(name) for name in target.servers]
-        table[places] = np.array(places)[target.execution_table]
+        table = _table_of_run(state, target)
         if not np.array_equal(table, state.table):
             state.table = table
             state.log.append(log_entries.TableBegan(active.number, table.tolist()))
@@ -339,6 +339,9 @@ class Migrations:
         try:
             instance = state.instance
             target = _target(state, placement_from_json(state.log.get(f"move/{move}")), instance)
+            table = _table_of_run(state, target)
+            if not np.array_equal(table, state.table):
+                require_cache_memory(state.config, [state.table, table])
             plan = migration_plan(
                 state.held_placement(instance), target, gpu_capacity=instance.gpu_capacity,
                 forbidden=instance.mask(instance.forbidden), priority=rates,
@@ -361,6 +364,17 @@ class Migrations:
         text = text[: log_entries.MAX_TEXT]
         self._state.log.append(log_entries.MoveFinished(move, code, text))
         self._state.log.delete(f"move/{move}")
+
+
+def _table_of_run(state: RunState, target: Placement) -> npt.NDArray[np.int32]:
+    """The execution table of a target for all servers of the run, int32 [N, L].
+
+    Requests of those that it does not have would execute at home.
+    """
+    table = home_execution(*state.table.shape)
+    places = [state.config.placement.servers.index(name) for name in target.servers]
+    table[places] = np.array(places)[target.execution_table]
+    return table
 
 
 def _target(state: RunState, requested: Placement, instance: Instance) -> Placement:

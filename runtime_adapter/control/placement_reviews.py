@@ -17,6 +17,7 @@ from prism_plan.placement_check import violations
 from runtime_adapter.control import log_entries
 from runtime_adapter.control.migrations import Migrations
 from runtime_adapter.control.run_state import RunState, surviving_cluster
+from runtime_adapter.control.table_reviews import require_cache_memory, reviewed_instance
 
 #: Upper bound of calls and of microseconds between two reviews.
 MAX_CALLS = 1 << 53
@@ -26,12 +27,16 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(eq=False)
 class PendingReview:
-    """A review that waits for the servers' call counts; ``at_s`` from the run's start."""
+    """A review that waits for the servers' call counts; ``at_s`` from the run's start.
+
+    ``calls`` [N, L, E] are those of each home that servers have ``reported`` so far.
+    """
 
     number: int
     at_s: float
     since_s: float
-    calls: dict[int, Any] = field(default_factory=dict)
+    calls: npt.NDArray[np.int64]
+    reported: set[int] = field(default_factory=set)
     times: dict[int, Any] = field(default_factory=dict)
 
 
@@ -61,7 +66,9 @@ class Reviews:
             return
         # after a long solve the reviews that were missed are left out
         self._num_reviews = int((now - state.start_s) / options.migrate_every_s)
-        self.pending = PendingReview(self._num_reviews, now - state.start_s, now)
+        self.pending = PendingReview(
+            self._num_reviews, now - state.start_s, now, np.zeros(self._shape, np.int64)
+        )
         state.log.append(log_entries.ReviewStarted(self._num_reviews))
 
     def forget_pending(self) -> None:
@@ -80,14 +87,16 @@ class Reviews:
             times = self._read_times(f"times/{entry.server}/{pending.number}")
         except InputError as error:
             self._state.report(f"calls of a server are not counted: {error}", once=True)
-            calls, times = np.zeros(self._shape[1:], np.int64), None
-        pending.calls[entry.server] = calls
+            calls, times = 0, None
+        if entry.server not in pending.reported:
+            pending.reported.add(entry.server)
+            pending.calls += calls
         if times is not None:
             pending.times[entry.server] = times
 
     def _read_calls(self, key: str) -> Any:
-        """Calls of a server since the last review, int64 [L, E]."""
-        size = 8 * int(np.prod(self._shape[1:]))
+        """Calls that a server has made since the last review, by home, int64 [N, L, E]."""
+        size = 8 * int(np.prod(self._shape))
         source = f"the run's store: {key}"
         try:
             decompressor = zlib.decompressobj()
@@ -96,7 +105,7 @@ class Reviews:
             raise InputError(str(error), source=source) from error
         if len(raw) != size:
             raise InputError(f"{len(raw):,} bytes", source=source, expected=f"{size:,}")
-        calls = np.frombuffer(raw, np.int64).reshape(self._shape[1:])
+        calls = np.frombuffer(raw, np.int64).reshape(self._shape)
         if (calls < 0).any() or (calls > MAX_CALLS).any():
             raise InputError("numbers of calls", source=source, expected=f"0 to {MAX_CALLS:,}")
         return calls
@@ -120,15 +129,13 @@ class Reviews:
         state, pending = self._state, self.pending
         if pending is None:
             return
-        missing = [n for n in state.alive if n not in pending.calls]
+        missing = [n for n in state.alive if n not in pending.reported]
         if missing and state.now() - pending.since_s < state.config.timeout_s:
             return
         self.pending = None
         state.log.delete("calls/")
         state.log.delete("times/")
-        calls = np.zeros(self._shape, np.int64)
-        for n, counted in pending.calls.items():
-            calls[n] = counted
+        calls = pending.calls
         previous_s = self._reviewed_s
         if previous_s is None:
             previous_s = state.start_s or 0.0
@@ -161,12 +168,16 @@ class Reviews:
     def decide(self, event: dict[str, Any]) -> None:
         """Review the placement that is held, and begin a migration where that pays."""
         state, config = self._state, self._state.config
-        instance = state.instance
         assert config.model is not None
         assert config.cluster is not None
         event["decision"] = "stay"
         if state.hung:
             state.report(f"no review: {state.hung_text(min(state.hung))}", once=True)
+            return
+        try:
+            instance = reviewed_instance(state)
+        except InputError as error:
+            state.report(f"no review: {error}", once=True)
             return
         current = state.held_placement(instance)
         for violation in violations(current, instance=instance)[:1]:
@@ -182,6 +193,9 @@ class Reviews:
             event |= {"saving_s": decision.saving_s, "cost_s": decision.cost_s}
             if decision.target is None:
                 return
+            table = decision.target.execution_table
+            if state.all_up and not np.array_equal(table, state.table):
+                require_cache_memory(config, [state.table, table])
             plan = migration_plan(
                 current, decision.target, gpu_capacity=instance.gpu_capacity,
                 forbidden=instance.mask(instance.forbidden), priority=rates,

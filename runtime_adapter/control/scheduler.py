@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prism_plan.errors import InputError
+from prism_plan.io.trace_reader import read_trace
 from runtime_adapter.control import log_entries
 from runtime_adapter.control.event_log import (
     EventLog,
@@ -44,11 +45,14 @@ MAX_STALL_S = 900.0
 MAX_REQUESTED_MOVES = 100
 
 
-def run_scheduler(address: StoreAddress, placements_dir: str | None = None) -> None:
+def run_scheduler(
+    address: StoreAddress, placements_dir: str | None = None, trace_path: str | None = None
+) -> None:
     """Schedule the runs of a store, one after the other, until the process is ended.
 
     Placements that are reached are written to ``placements_dir``. A run that has no scheduler, for
-    its experts do not move, is left alone.
+    its experts do not move, is left alone. The trace is for reviews that change where layers
+    execute.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its supervisor ends it
     client = StoreClient(address, "scheduler")
@@ -57,7 +61,8 @@ def run_scheduler(address: StoreAddress, placements_dir: str | None = None) -> N
         run = _current_run(client)
         if run is not None and run != done:
             try:
-                config = SchedulerConfig.from_json(run[1], placements_dir)
+                trace = None if trace_path is None else read_trace(trace_path)
+                config = SchedulerConfig.from_json(run[1], placements_dir, trace)
             except InputError as error:
                 log_error(f"the scheduler cannot serve the run: {error}")
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -15,8 +16,9 @@ from prism_plan.evaluate.simulation_options import SimulationOptions
 from prism_plan.instance import Instance
 from prism_plan.io.model_spec import spec_from_json
 from prism_plan.io.placement import placement_from_json, placement_to_json
-from prism_plan.model_spec import ModelShape, ModelSpec
+from prism_plan.model_spec import ModelShape, ModelSpec, require_same_model
 from prism_plan.placement import Placement
+from prism_plan.trace import Trace
 
 #: The options by which experts move; a scheduler uses no others.
 OPTIONS = (
@@ -33,7 +35,8 @@ class SchedulerConfig:
     ``instance`` has the capacities and rules that placements keep, its activations are not used;
     without a ``cluster`` there are no reviews, only repairs and moves that are requested. A server
     that is silent for ``timeout_s`` is lost. Placements are written to ``placements_dir``, where
-    one is given; it is that of the scheduler's own process, and no part of the JSON.
+    one is given, and reviews that change where layers execute read the requests of a ``trace``;
+    both are the scheduler's own process's, and no part of the JSON.
     """
 
     placement: Placement
@@ -43,6 +46,7 @@ class SchedulerConfig:
     options: SimulationOptions = field(default_factory=SimulationOptions)
     timeout_s: float = 10.0
     placements_dir: str | None = None
+    trace: Trace | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as JSON values, for :meth:`from_json`."""
@@ -64,13 +68,17 @@ class SchedulerConfig:
         }
 
     @classmethod
-    def from_json(cls, values: Any, placements_dir: str | None = None) -> Self:
+    def from_json(
+        cls, values: Any, placements_dir: str | None = None, trace: Trace | None = None
+    ) -> Self:
         """The reverse of :meth:`to_json`.
 
         Raises
         ------
         InputError
             These are no such values.
+        WrongModel
+            The trace is of another model.
         """
         try:
             placement = placement_from_json(values["placement"], _SOURCE)
@@ -80,6 +88,10 @@ class SchedulerConfig:
             shape: ModelShape = placement.model
             if model is not None and cluster is not None:
                 shape = model.shape()
+            if trace is not None:  # which may call the model otherwise than a checkpoint's folder
+                of_trace = dataclasses.replace(trace.model, name=shape.name)
+                trace = dataclasses.replace(trace, model=of_trace)
+                require_same_model(trace.model, shape, source="the store's trace", other="the run")
             options = dict(values["options"])
             if options["half_life_s"] == "inf":
                 options["half_life_s"] = math.inf
@@ -102,6 +114,7 @@ class SchedulerConfig:
                 options=SimulationOptions(**options),
                 timeout_s=float(values["timeout_s"]),
                 placements_dir=placements_dir,
+                trace=trace,
             )
         except (KeyError, TypeError, ValueError, ValidationError) as error:
             if isinstance(error, InputError):

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from prism_plan.errors import PrismError
@@ -446,6 +447,16 @@ class SpanServer:
         """Tokens that requests have in caches of this server now, each span counted."""
         with self._lock:
             return sum(sum(lane.past) for lane in self._lanes.values())
+
+    def take_called(self) -> npt.NDArray[np.int64]:
+        """Calls of each expert in spans of this server since the last time, by home, [N, L, E]."""
+        model = self._config.model
+        called = np.zeros((len(self._num_lanes), model.num_layers, model.num_experts), np.int64)
+        with self._lock:
+            lanes = list(self._lanes.items())
+        for (home, _), lane in lanes:
+            called[home] += lane.counters.take_called()
+        return called
 
     # ------------------------------------------------------------------------------------- watching
 

@@ -31,8 +31,8 @@ MAX_DEATHS, DEATHS_WITHIN_S = 5, 60.0
 PARENT_INTERVAL_S = 0.25
 END_TIMEOUT_S = 3.0
 
-#: Runs a scheduler with the store's address and the folder for placements.
-Schedule = Callable[[StoreAddress, str | None], None]
+#: Runs a scheduler with the store's address, the folder for placements and the file of a trace.
+Schedule = Callable[[StoreAddress, str | None, str | None], None]
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,15 @@ class StoreConfig:
 
     ``host`` and ``port`` (0: any that is free) are what it listens on. With ``keep`` it waits for
     the next run when one is over. It ends with the process ``parent_pid``, where one is given.
-    Placements that are reached are written to ``placements_dir``.
+    Placements that are reached are written to ``placements_dir``; ``trace`` is a file for reviews
+    that change where layers execute.
     """
 
     host: str
     port: int
     secret: RunSecret = NO_SECRET
     placements_dir: str | None = None
+    trace: str | None = None
     keep: bool = False
     parent_pid: int | None = None
     log_level: log_output.Level = "info"
@@ -58,7 +60,7 @@ def run_store(config: StoreConfig, schedule: Schedule) -> None:
     """Run a store until its run is over, or its parent has ended.
 
     ``schedule`` is the scheduler: a function of a module, called in a process of its own
-    with the store's address and ``placements_dir``.
+    with the store's address, ``placements_dir`` and ``trace``.
 
     Raises
     ------
@@ -127,7 +129,9 @@ class _Supervisor:
         return self._start(_serve, self._listener, self._config.secret, self._config.keep, tells)
 
     def _start_scheduler(self) -> BaseProcess:
-        return self._start(self._schedule, self._address, self._config.placements_dir)
+        return self._start(
+            self._schedule, self._address, self._config.placements_dir, self._config.trace
+        )
 
     def _start(self, target: Callable[..., None], *arguments: object) -> BaseProcess:
         log_options = (self._config.log_level, self._config.log_format)

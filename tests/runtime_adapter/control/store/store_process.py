@@ -9,7 +9,7 @@ from runtime_adapter.control.store.client import StoreAddress, StoreClient
 from runtime_adapter.control.store.supervisor import StoreConfig, run_store
 
 
-def idle(address: StoreAddress, placements_dir: str | None) -> None:
+def idle(address: StoreAddress, placements_dir: str | None, trace: str | None) -> None:
     """Send heartbeats."""
     client = StoreClient(address, "scheduler")
     while True:

@@ -1,0 +1,92 @@
+"""Reviews that change where layers execute, in runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from prism_plan.execution_table import executes_at_home
+from prism_plan.instance import Instance
+from prism_plan.io.placement import read_placement, write_placement
+from prism_plan.solvers import solve
+from tests.runtime_adapter.checkpoints import TRACES
+from tests.runtime_adapter.cli.test_move import called
+from tests.runtime_adapter.cli.test_serve import alone, lines
+from tests.runtime_adapter.moe.test_placed_experts import SLOTS, TASKS, instance
+from tests.runtime_adapter.replays import Material, Replays, cluster_text
+from tests.runtime_adapter.servers import Servers
+
+
+def test_a_review_begins_a_table(tmp_path: Path) -> None:
+    """Replay with solver `latency`: a move pays, its table begins, and later reviews know it.
+
+    Servers tell the calls of each home, also those that they make for the layers of others.
+    """
+    material = Material(tmp_path, cluster_text(3, slots=9, interval_s=0.1))
+    write_placement(
+        tmp_path / "a.json", solve(Instance.build(material.trace, material.cluster), "exact")
+    )
+    options = [
+        *("--migrate", "prism", "--migrate-solver", "latency", "--migrate-every", "1.5"),
+        *("--horizon", "600", "--requests", "60", "--placements-dir", "out"),
+    ]
+    with Replays(material, "a.json", *options) as run:
+        assert set(run.wait().values()) == {0}, [run.errors(name) for name in run.names]
+        stats = [run.stats(name) for name in run.names]
+    assert sum(counted["failed"] for counted in stats) == 0
+    assert sum(counted["calls"] for counted in stats) == called(material, 60)
+    reviews = stats[0]["migrations"]
+    moves = [review for review in reviews if review["finished_at_s"] is not None]
+    assert moves[0]["saving_s"] > moves[0]["cost_s"] > 0
+    first = read_placement(tmp_path / "out" / "placement-1.json")
+    assert first.plan.solver == "latency"
+    assert not executes_at_home(first.execution_table)
+    assert sum(counted["hops"] for counted in stats) > 0
+    told = sum(server["calls"] for review in reviews for server in review["servers"])
+    assert 0 < told <= called(material, 60)
+    after = [review for review in reviews if review["at_s"] > moves[0]["finished_at_s"]]
+    assert all(server["calls"] > 0 for server in after[0]["servers"])
+
+
+def test_tokens_while_reviews_change_tables(tmp_path: Path) -> None:
+    """`serve --migrate prism --migrate-solver latency --trace`: every token stays right."""
+    start = solve(instance("deepseek-v2", 2), "uniform")
+    text = ['name = "two"']
+    for n, gpus in enumerate(SLOTS["deepseek-v2"][2]):
+        text += ["[[server]]", f'name = "edge-{n}"', f"tasks = {{ {TASKS[n]} = 1.0 }}"]
+        text += ["arrival_interval_s = 0.1"]
+        text += [line for slots in gpus for line in ("[[server.gpu]]", f"slots = {slots}")]
+    (tmp_path / "cluster.toml").write_text("\n".join(text) + "\n")
+    run = Servers(
+        tmp_path, start, "tiny-deepseek-v2", "--dtype", "float32", "--max-new-tokens", "10",
+        "--cluster", "cluster.toml", "--migrate", "prism", "--migrate-solver", "latency",
+        "--trace", str(TRACES / "tiny-deepseek-v2.parquet"), "--migrate-every", "1.5",
+        "--horizon", "600", "--placements-dir", "out",
+    )  # fmt: skip
+    asked_for = {
+        name: [
+            {**prompt, "id": i, "at_s": 0.1 * i}
+            for i, prompt in enumerate(3 * lines()[TASKS[n]][:15])
+        ]
+        for n, name in enumerate(start.servers)
+    }
+    with run:
+        for name, requests in asked_for.items():
+            run.start(name, requests)
+        assert set(run.codes().values()) == {0}, [run.errors(name) for name in start.servers]
+    for name, requests in asked_for.items():
+        answers = {answer["id"]: answer for answer in run.answers(name)}
+        for request in requests:
+            assert answers[request["id"]]["error"] is None
+            assert answers[request["id"]]["tokens"] == alone("deepseek-v2", request["prompt"])
+    reviews = run.stats(start.servers[0])["migrations"]
+    assert any(review["finished_at_s"] is not None for review in reviews)
+    first = read_placement(tmp_path / "out" / "placement-1.json")
+    assert not executes_at_home(first.execution_table)
+    assert sum(run.stats(name)["hops"] for name in start.servers) > 0
+    assert np.array_equal(first.servers, start.servers)
