@@ -341,8 +341,8 @@ def test_caches_that_fit_nowhere(planned: Path) -> None:
         ),
         (
             ("simulate", "home.json", "--trace", TRACE, "--cluster", CLUSTER, "--requests", 2,
-             "--migrate", "prism", "--migrate-solver", "latency"),
-            "--migrate-solver: 'latency' plans for seconds, and a review counts what calls send",
+             "--migrate", "prism", "--migrate-solver", "latency+paths"),
+            "--migrate-solver: 'latency+paths' plans by itself where layers execute; expected one",
         ),
         (
             ("migrate", "home.json", "paths.json", "--cluster", "memory.toml", "-o", "x"),

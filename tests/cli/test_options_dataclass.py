@@ -277,10 +277,7 @@ def test_options_without_effect_are_refused(
         (("--secret-file", "s", "--insecure"), "--insecure: has no effect with --secret-file"),
         (("--migrate", "prism"), "--migrate: prism needs to know the links; expected --cluster"),
         (("--horizon", "5"), "--horizon: has no effect without --migrate"),
-        (
-            ("--cluster", "c", "--migrate", "prism", "--migrate-solver", "exact+paths"),
-            "--migrate-solver: 'exact+paths' plans where layers execute; expected a solver of",
-        ),
+        (("--trace", "t"), "--trace: has no effect without reviews, --migrate"),
         (("--threads", "0"), "--threads: 0; expected a whole number from 1 to 1,024"),
     ],
     ids=str,
