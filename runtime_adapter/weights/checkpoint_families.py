@@ -60,6 +60,8 @@ FAMILIES: dict[str, CheckpointFamily] = {
     "qwen2_moe": CheckpointFamily(),
     "qwen3_moe": CheckpointFamily(),
     "olmoe": CheckpointFamily("intermediate_size"),
+    "glm4_moe": CheckpointFamily(),
+    "dots1": CheckpointFamily(),
 }
 
 

@@ -294,10 +294,12 @@ def family_model(family: str, seed: int = 0) -> Any:
 
 
 def tiny_model(family: str, seed: int = 0) -> Any:
-    """A random model of one of :data:`FAMILIES` in float32, ready to run."""
+    """A random model of a family in float32, ready to run: by its own sizes if it has some."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if family not in SPECIFIC:
+        return family_model(family, seed)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **(SMALL | SPECIFIC[family]))
     return _randomised(AutoModelForCausalLM.from_config(config, dtype=torch.float32))

@@ -30,7 +30,7 @@ from tests.runtime_adapter.spans.span_cluster import SpanCluster, run_at_once  #
 
 torch.set_num_threads(1)
 #: Families beside those of the committed checkpoints.
-OTHERS = (*(f for f in FAMILIES if f not in ("mixtral", "deepseek_v2")), "glm4_moe", "granitemoe")
+OTHERS = (*(f for f in FAMILIES if f not in ("mixtral", "deepseek_v2")), "granitemoe")
 NEW_TOKENS = 6
 
 
