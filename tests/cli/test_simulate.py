@@ -9,10 +9,10 @@ import json
 import os
 import pty
 import re
-import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -294,24 +294,31 @@ def under_way(here: Path, args: Sequence[str]) -> Iterator[subprocess.Popen[str]
         env=os.environ | {"TERM": "xterm", "COLUMNS": "150"},
     )
     os.close(theirs)
-    shown = b""
+    shown = bytearray()
+
+    def read() -> None:
+        # to the end: a terminal that nobody reads holds up whoever writes to it
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(ours, 4096):
+                shown.extend(part)
+
+    reading = threading.Thread(target=read)
+    reading.start()
     try:
         end = time.monotonic() + HANG_S
-        while not re.search(rb"[^0-9][1-9][0-9]*/[0-9]", re.sub(rb"\x1b\[[0-9;]*m", b"", shown)):
-            assert time.monotonic() < end, shown
-            if select.select([ours], [], [], 0.1)[0]:
-                shown += os.read(ours, 4096)
-        process.shown = shown  # type: ignore[attr-defined]
+        begun = re.compile(rb"[^0-9][1-9][0-9]*/[0-9]")
+        while not begun.search(re.sub(rb"\x1b\[[0-9;]*m", b"", bytes(shown))):
+            assert time.monotonic() < end, bytes(shown)
+            assert process.poll() is None, bytes(shown)
+            time.sleep(0.02)
         yield process
-        with contextlib.suppress(OSError):  # the other end is closed
-            while True:
-                shown += os.read(ours, 4096)
     finally:
         process.kill()
         process.wait()
         process.stdout.close()  # type: ignore[union-attr]
+        reading.join()
         os.close(ours)
-    process.shown = shown  # type: ignore[attr-defined]
+        process.shown = bytes(shown)  # type: ignore[attr-defined]
 
 
 def interrupted(here: Path, signum: int, *args: str) -> str:
