@@ -178,13 +178,20 @@ class LatencyProblem:
     def is_allowed(self, plan: Placement, *, whole_layers: bool = False) -> bool:
         """Whether a plan keeps to replicas, rules and homes, and to ``whole_layers`` where asked.
 
+        Then servers hold layers whole, and each layer of a home executes where it is held, but for
+        homes that execute all their layers themselves.
         An existing placement need not, nor need searches that do not know every rule.
         """
         instance = self.instance.replace(gpu_capacity=plan.gpu_capacity)
         if violations(plan, instance=instance):
             return False
+        if not whole_layers:
+            return True
         partial = plan.local.any(axis=2) & ~plan.local.all(axis=2)
-        return not (whole_layers and partial.any())
+        homes = self.pipelines.idle.has_users & ~self.at_home
+        table = plan.execution_table[homes]
+        held = plan.local.all(axis=2)[table, np.arange(table.shape[1])]
+        return bool(held.all()) and not partial.any()
 
     def if_it_fits(self, local: Bools, table: Table) -> Placement | None:
         """A plan of experts ``local`` [N, L, E] with a table, or ``None``."""

@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prism_plan.cluster import Cluster, Gpu, Link, Server
@@ -113,6 +113,7 @@ DRAWN: dict[str, Any] = {
 
 
 @settings(max_examples=10, deadline=None)
+@example(seed=60841347, kind="counts", whole_layers=True, min_replicas=1, near="pipeline")
 @given(**DRAWN)
 def test_plans_keep_to_everything(**drawn: Any) -> None:
     """Of a few drawn cases; see :func:`assert_keeps_to_everything`."""
@@ -161,7 +162,11 @@ def assert_keeps_to_everything(
     )
     assert violations(plan, instance=counted) == []
     if whole_layers:
-        assert (plan.local.any(axis=2) == plan.local.all(axis=2)).all()
+        whole = plan.local.all(axis=2)
+        assert (plan.local.any(axis=2) == whole).all()
+        for n, server in enumerate(cluster.servers):
+            if server.has_users and not server.execute_at_home:
+                assert all(whole[m, at] for at, m in enumerate(plan.execution_table[n]))
     extra = dict(plan.plan.extra)
     assert is_clean(extra)
     expected_s = extra["expected_latency_s"]
