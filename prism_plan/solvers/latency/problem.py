@@ -190,7 +190,8 @@ class LatencyProblem:
         partial = plan.local.any(axis=2) & ~plan.local.all(axis=2)
         homes = self.pipelines.idle.has_users & ~self.at_home
         table = plan.execution_table[homes]
-        held = plan.local.all(axis=2)[table, np.arange(table.shape[1])]
+        whole: Bools = plan.local.all(axis=2)
+        held = whole[table, np.arange(table.shape[1])]
         return bool(held.all()) and not partial.any()
 
     def if_it_fits(self, local: Bools, table: Table) -> Placement | None:
