@@ -190,7 +190,7 @@ class LatencyProblem:
         partial = plan.local.any(axis=2) & ~plan.local.all(axis=2)
         homes = self.pipelines.idle.has_users & ~self.at_home
         table = plan.execution_table[homes]
-        whole: Bools = plan.local.all(axis=2)
+        whole = np.asarray(plan.local.all(axis=2))
         held = whole[table, np.arange(table.shape[1])]
         return bool(held.all()) and not partial.any()
 
