@@ -17,6 +17,8 @@ from prism_plan.io.arrivals import ArrivalLine
 from prism_plan.io.calibration import CalibrationFile
 from prism_plan.io.cluster import ClusterFile
 from prism_plan.io.comparison import ComparisonFile
+from prism_plan.io.endpoints import EndpointsFile
+from prism_plan.io.export import ExportFile
 from prism_plan.io.migration import MigrationFile
 from prism_plan.io.model_spec import SpecPart
 from prism_plan.io.phases import PhasesFile
@@ -33,6 +35,8 @@ MODELS: dict[str, type[FormatModel]] = {
     "calibration-1": CalibrationFile,
     "cluster-1": ClusterFile,
     "comparison-1": ComparisonFile,
+    "endpoints-1": EndpointsFile,
+    "export-1": ExportFile,
     "migration-1": MigrationFile,
     "model-spec-1": SpecPart,
     "phases-1": PhasesFile,

@@ -26,6 +26,7 @@ from prism_plan.instance import Instance
 from prism_plan.io.calibration import calibration_from_json
 from prism_plan.io.cluster import cluster_from_values
 from prism_plan.io.comparison import comparison_from_json
+from prism_plan.io.export import ExportFile, export_from_json
 from prism_plan.io.json import parse_json
 from prism_plan.io.migration import migration_from_json
 from prism_plan.io.open_file import OpenFile
@@ -52,7 +53,7 @@ from prism_plan.trace import Trace
 #: Values of the key ``format`` of our JSON files.
 FORMATS = tuple(
     f"prism-plan/{kind}"
-    for kind in ("placement", "comparison", "simulation", "migration", "calibration")
+    for kind in ("placement", "comparison", "simulation", "migration", "calibration", "export")
 )
 _LOOKS_LIKE_JSON = re.compile(r"\s*[{\[]")
 #: A stated remote share may differ from the recomputed one by so much.
@@ -99,7 +100,8 @@ def check_file(
 ) -> CheckReport:
     """Check any file that the commands read or write; the content decides which kind it is.
 
-    Kinds: trace, cluster, placement, comparison, simulation, migration, sweep, calibration, phases.
+    Kinds: trace, cluster, placement, comparison, simulation, migration, sweep, calibration, phases,
+    export.
 
     A placement is checked for coverage, for the replicas that it promises and for the capacities
     that it states; with ``cluster`` (file name, content, identity) for its servers and slots;
@@ -156,6 +158,8 @@ def check_file(
         return _check_simulation(path, simulation_from_json(values, source=path))
     if form == "prism-plan/migration":
         return _check_migration(path, migration_from_json(values, source=path))
+    if form == "prism-plan/export":
+        return _check_export(path, export_from_json(values, path))
     if form == "prism-plan/calibration":
         return _check_calibration(path, calibration_from_json(values, source=path))
     if form != "prism-plan/placement":
@@ -288,6 +292,15 @@ def _check_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> Check
     if plan.dips:
         summary += f"; {dips_text(plan)}"
     return CheckReport(str(path), "migration", summary)
+
+
+def _check_export(path: str | os.PathLike[str], found: ExportFile) -> CheckReport:
+    problems = []
+    executed = [n for stage in found.stages for n in range(stage.first, stage.last + 1)][:10**6]
+    if found.stages and executed != list(range(found.num_hidden_layers)):
+        problems.append(f"stages are not the layers 0 to {found.num_hidden_layers - 1} in order")
+    summary = f"{found.engine}, {found.home}, {quantity(len(found.stages), 'stage')}"
+    return CheckReport(str(path), "export", summary, tuple(problems))
 
 
 def _check_calibration(path: str | os.PathLike[str], found: Calibration) -> CheckReport:

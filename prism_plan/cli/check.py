@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prism_plan.cli.options_dataclass import TableOptions, error_line, options_as
 from prism_plan.cli.tables import format_option
 from prism_plan.errors import InputError, PrismError
+
+if TYPE_CHECKING:
+    from prism_plan.check.report import CheckReport
+    from prism_plan.io.export import Engine
+    from prism_plan.model_spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +27,14 @@ class CheckOptions(TableOptions):
     trace: str | None
     model: str | None
     placement: str | None
+    engine: Engine | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.engine is not None:
+            found = "has no effect on files of an engine"
+            self.refuse("cluster", "trace", "placement", found=found)
+            return
         if self.cluster is None and not any(file.endswith(".toml") for file in self.files):
             for option, value in (("--trace", self.trace), ("--model", self.model)):
                 if value is not None:
@@ -77,6 +87,11 @@ class CheckOptions(TableOptions):
     help="With --model or --trace: check clusters for this placement, its experts and its KV "
     "caches where layers execute.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["llamacpp", "vllm-pp", "sglang-pp", "trtllm-pp"]),
+    help="Take files as this engine's, as export writes them; with --model for its layers.",
+)
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @options_as(CheckOptions)
@@ -108,9 +123,12 @@ def command(args: CheckOptions) -> int:
     warnings: dict[str, None] = {}  # in order, and each once for all files
     for path in args.files:
         try:
-            report = check_file(
-                path, cluster=cluster, trace=trace, model=model, placement=placement
-            )
+            if args.engine is not None:
+                report = _check_engine_file(path, args.engine, model)
+            else:
+                report = check_file(
+                    path, cluster=cluster, trace=trace, model=model, placement=placement
+                )
         except PrismError as error:
             code = 2 if 2 in (code, error.exit_code) else error.exit_code
             log_info(error_line(error))
@@ -137,6 +155,17 @@ def command(args: CheckOptions) -> int:
     if args.as_json:
         print_json(found)
     return code
+
+
+def _check_engine_file(
+    path: str, engine: Engine, model: tuple[str, ModelSpec] | None
+) -> CheckReport:
+    from prism_plan.check.report import CheckReport
+    from prism_plan.export.engine_checks import check_engine_file
+
+    layers = None if model is None else model[1].num_decoder_layers
+    summary, problems = check_engine_file(path, engine, layers)
+    return CheckReport(path, f"export to {engine}", summary, tuple(problems))
 
 
 def _print_memory(path: str, rows: Sequence[Mapping[str, Any]], form: str) -> None:

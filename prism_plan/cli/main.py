@@ -24,6 +24,11 @@ COMMANDS = {
         "prism_plan.cli.migrate",
         "Plan the order of loads and drops between two placements.",
     ),
+    "export": ("prism_plan.cli.export", "Write a plan for llama.cpp, vLLM, SGLang, TensorRT-LLM."),
+    "export-verify": (
+        "prism_plan.cli.export_verify",
+        "Compare a log of llama.cpp with an export.",
+    ),
     "plot": ("prism_plan.cli.plot", "Draw traces, placements and simulations."),
 }
 

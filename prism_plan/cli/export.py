@@ -1,0 +1,142 @@
+"""``prism-plan export``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from prism_plan.cli.options_dataclass import CommandOptions, options_as
+from prism_plan.errors import InputError
+from prism_plan.input_limits import require_integer
+
+if TYPE_CHECKING:
+    from prism_plan.io.export import Engine, ExportFile
+
+SIDECAR = ".export.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(CommandOptions):
+    """The options and arguments of ``prism-plan export``."""
+
+    placement: str
+    engine: Engine
+    trace: str | None
+    cluster: str | None
+    model: str | None
+    home: str | None
+    endpoints: str | None
+    context: int
+    output: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_integer(self.context, 1, 1 << 24, "context")
+        if self.output == "-":
+            raise InputError(
+                "-", parameter="output", expected="a file, for a second one is written beside it"
+            )
+        if self.trace is None and self.model is None:
+            raise InputError(
+                "how many decoder layers the model has is not known",
+                parameter="model",
+                expected="``model`` or ``trace``",
+            )
+
+
+@click.command("export")
+@click.argument("placement", metavar="P.json")
+@click.option(
+    "--engine",
+    required=True,
+    type=click.Choice(["llamacpp", "vllm-pp", "sglang-pp", "trtllm-pp"]),
+    help="llama.cpp over its RPC back end, or a pipeline partition of vLLM, SGLang, TensorRT-LLM.",
+)
+@click.option("--home", metavar="NAME", help="The head: whose requests the engine serves.")
+@click.option("--trace", metavar="T.parquet", help="To plan again in whole layers, and for times.")
+@click.option("--cluster", metavar="C.toml", help="Likewise.")
+@click.option("--model", metavar="MODEL", help="Instead of --trace: a model's sizes.")
+@click.option("--endpoints", metavar="F.toml", help="Hosts and ports; default: servers' names.")
+@click.option(
+    "--ctx", "context", default=4096, show_default=True, metavar="N", help="Tokens of KV caches."
+)
+@click.option("-o", "--output", required=True, metavar="OUT", help="File of the engine.")
+@options_as(ExportOptions)
+def command(args: ExportOptions) -> None:
+    """Write a plan for an engine that serves one head, and OUT.export.json beside it.
+
+    A plan whose layers are not whole, or not where the engine can have them, is planned again for
+    the head, with --trace and --cluster. OUT is a script for all machines (of TensorRT-LLM a file
+    of options); the second file says what was lost, and what the engine would have done by itself.
+    """
+    from prism_plan.cli.console import load_trace, log_info, write_output
+    from prism_plan.cli.inputs import (
+        error_source,
+        load_cluster,
+        read_model_spec,
+        require_writable_output,
+    )
+    from prism_plan.export.whole_layers import ExportRequest, export_whole_layers
+    from prism_plan.io.endpoints import read_endpoints
+    from prism_plan.io.export import dump_export
+    from prism_plan.io.placement import read_placement_and_identity
+    from prism_plan.model_spec import require_same_model
+
+    inputs = (args.placement, args.trace, args.cluster, args.endpoints)
+    for output in (args.output, args.output + SIDECAR):
+        require_writable_output(output, *inputs)
+    plan, identity = read_placement_and_identity(args.placement)
+    trace = None if args.trace is None else load_trace(args.trace)
+    cluster = None if args.cluster is None else load_cluster(args.cluster)[0]
+    model = read_model_spec(args.model) if trace is None and args.model else None
+    if trace is not None:
+        model = trace.model
+    assert model is not None
+    require_same_model(
+        plan.model, model.shape(), source=args.placement, other=args.trace or args.model
+    )
+    if cluster is not None and tuple(s.name for s in cluster.servers) != plan.servers:
+        raise InputError(
+            f"servers {', '.join(s.name for s in cluster.servers)}",
+            source=args.cluster,
+            expected=f"{', '.join(plan.servers)}, as in {args.placement}",
+        )
+    endpoints = None if args.endpoints is None else read_endpoints(args.endpoints)
+    with error_source(args.placement):
+        text, sidecar, _ = export_whole_layers(
+            ExportRequest(
+                args.engine, plan, args.placement, identity.sha256, model, args.output, args.home,
+                trace, cluster, endpoints, args.context,
+            )
+        )  # fmt: skip
+    write_output(args.output, text.encode())
+    write_output(args.output + SIDECAR, dump_export(sidecar))
+    for line in _lines(sidecar):
+        log_info(line)
+
+
+def _lines(sidecar: ExportFile) -> list[str]:
+    """What is told of an export."""
+    lines = []
+    if sidecar.replanned is not None:
+        lines.append(f"planned again in whole layers: {sidecar.replanned}")
+    for stage in sidecar.stages:
+        layers = f"layer {stage.first}"
+        if stage.last > stage.first:
+            layers = f"layers {stage.first} to {stage.last}"
+        lines.append(f"{layers}: {stage.server} gpu[{stage.gpu}]")
+    by_server: dict[str, list[str]] = {}
+    for held in sidecar.held:
+        by_server.setdefault(held.server, []).append(str(held.layer))
+    lines += [f"experts of layers {', '.join(n)}: {server}" for server, n in by_server.items()]
+    seconds = sidecar.expected_latency_s
+    if seconds is not None:
+        text = f"expected {seconds.export:.3g} s a request"
+        if sidecar.replanned is not None and seconds.plan is not None:
+            text += f" (the plan {seconds.plan:.3g} s)"
+        if seconds.engine_default is not None:
+            text += f"; by itself {sidecar.engine} would take {seconds.engine_default:.3g} s"
+        lines.append(text)
+    return [*lines, *sidecar.warnings, *sidecar.launch]

@@ -1,0 +1,1 @@
+"""Plans for the engines that people run already, each in the form that it takes."""

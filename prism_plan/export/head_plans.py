@@ -1,0 +1,95 @@
+"""Plans for one head's requests, in whole layers, and what a mean request of the head takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import Infeasible
+from prism_plan.export.stages import Stage, moe_position_of
+from prism_plan.instance import Instance
+from prism_plan.latency.expected_latency import latency_of
+from prism_plan.placement import Placement
+from prism_plan.solvers.contract import Options
+from prism_plan.solvers.latency.problem import LatencyProblem
+from prism_plan.solvers.run import solve
+from prism_plan.trace import Trace
+
+
+class HeadPlans:
+    """Plans for a head on a cluster, and the measure of their requests.
+
+    Memory is counted for the head alone, with caches of ``context`` tokens if they are given: an
+    engine of layers serves one head.
+    """
+
+    def __init__(
+        self, trace: Trace, cluster: Cluster, head: str, context: int | None = None, seed: int = 0
+    ) -> None:
+        served = cluster.with_users_of([head])
+        servers = []
+        for server in served.servers:
+            tokens = server.kv_tokens if context is None else context
+            own = server.name == head
+            servers.append(dataclasses.replace(server, kv_tokens=tokens if own else 0))
+        self._cluster = dataclasses.replace(served, servers=tuple(servers))
+        self._head = [server.name for server in cluster.servers].index(head)
+        self._trace, self._seed = trace, seed
+        self._instance = Instance.build(trace, self._cluster, reserve_kv=False)
+        self._problem = LatencyProblem(self._instance, self._cluster, trace, seed)
+
+    def whole_layers(self, refusal: Callable[[Placement], str]) -> Placement:
+        """The fastest plan of whole layers for which ``refusal`` gives nothing.
+
+        Raises
+        ------
+        Infeasible
+            None fits, or the engine takes none that does; names the last reason.
+        """
+        reasons = []
+        plans = []
+        for solver, options in (
+            ("latency", Options(seed=self._seed, whole_layers=True)),
+            ("pipeline", Options(seed=self._seed)),
+        ):
+            try:
+                plan = solve(self._instance, solver, options)
+            except Infeasible as error:
+                reasons.append(str(error))
+                continue
+            if reason := refusal(plan):
+                reasons.append(reason)
+            else:
+                plans.append(plan)
+        if not plans:
+            raise Infeasible(
+                f"no plan of whole layers for {self._cluster.servers[self._head].name!r} suits the "
+                f"engine: {reasons[-1]}",
+                shortfall=1,
+                unit="plan",
+                remedy="add memory, or take another engine",
+            )
+        return min(plans, key=self.seconds)
+
+    def seconds(self, plan: Placement) -> float:
+        """Expected seconds of a mean request of the head under a plan."""
+        return float(self._problem.expected(plan).of_home[self._head])
+
+    def seconds_of_counts(self, counts: Sequence[int], stages: Sequence[Stage]) -> float:
+        """The same where the stages' GPUs execute ``counts`` layers, whether they fit or not."""
+        problem, model = self._problem, self._trace.model
+        start = problem.site.gpu_start
+        on_gpu = np.zeros((int(start[-1]), model.num_layers, model.num_experts), bool)
+        servers = np.repeat([stage.server for stage in stages], counts)
+        gpus = np.repeat([start[stage.server] + stage.gpu for stage in stages], counts)
+        position = moe_position_of(model)
+        table = np.repeat(np.arange(len(start) - 1, dtype=np.int32)[:, None], model.num_layers, 1)
+        for layer, (server, gpu) in enumerate(zip(servers.tolist(), gpus.tolist(), strict=True)):
+            if layer in model.moe_layers:
+                on_gpu[gpu, position[layer]] = True
+                table[self._head, position[layer]] = server
+        found = latency_of(on_gpu, table, problem.workload, problem.site)
+        return float(found.of_home[self._head])

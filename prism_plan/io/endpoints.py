@@ -1,0 +1,55 @@
+"""Endpoint files: where the machines of a cluster are reached, for exports to other engines."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from pydantic import Field
+
+from prism_plan.errors import InputError
+from prism_plan.io.pydantic_base import ListOf, Name, NonEmpty, TomlTable, validate
+from prism_plan.io.text_files import read_text
+from prism_plan.io.toml import parse_toml
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+#: What llama.cpp's server for other machines listens on by default.
+RPC_PORT = 50052
+
+
+class EndpointTable(TomlTable):
+    """How one server is reached."""
+
+    name: Name
+    host: Annotated[NonEmpty, Field(pattern=r"^[A-Za-z0-9._:-]+$", max_length=253)]
+    port: Port = Field(default=RPC_PORT, description="Of its first GPU; the next ones follow.")
+    devices: ListOf[NonEmpty] | None = Field(
+        default=None,
+        description="Of llama.cpp, by GPU, such as CUDA0: for the head, whose own GPUs need no "
+        "network.",
+    )
+
+
+class EndpointsFile(TomlTable):
+    """Hosts and ports of servers, by name."""
+
+    server: Annotated[ListOf[EndpointTable], Field(min_length=1)]
+
+
+def read_endpoints(path: str | os.PathLike[str]) -> dict[str, EndpointTable]:
+    """The endpoints of a TOML file by server.
+
+    Raises
+    ------
+    InputError
+        The file is none, or names a server twice.
+    """
+    found = validate(EndpointsFile, parse_toml(read_text(path), path), source=path)
+    by_name = {table.name: table for table in found.server}
+    for n, table in enumerate(found.server):
+        if by_name[table.name] is not table:
+            raise InputError(
+                f"{table.name!r} again", source=path, place=f"server[{n}].name",
+                expected="each server once",
+            )  # fmt: skip
+    return by_name

@@ -1,0 +1,98 @@
+"""Export sidecars: the JSON beside what ``prism-plan export`` writes for an engine, version 1."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from prism_plan.io.json import parse_json
+from prism_plan.io.pydantic_base import (
+    Amount,
+    Count,
+    FormatModel,
+    ListOf,
+    NonEmpty,
+    Positive,
+    Version1,
+    validate,
+)
+from prism_plan.io.text_files import read_text
+from prism_plan.printable_text import printable_json
+
+Engine = Literal["llamacpp", "vllm-pp", "sglang-pp", "trtllm-pp"]
+
+
+class StagePart(FormatModel):
+    """Decoder layers that one GPU executes, in the order of execution."""
+
+    server: NonEmpty
+    gpu: Count
+    first: Annotated[Count, Field(description="Decoder layer index.")]
+    last: Count
+
+
+class HeldPart(FormatModel):
+    """A layer whose experts are not at the head."""
+
+    layer: Annotated[Count, Field(description="Decoder layer index.")]
+    server: NonEmpty
+
+
+class SecondsPart(FormatModel):
+    """Expected seconds of a mean request of the head, by the formula of solver latency."""
+
+    plan: Annotated[Amount | None, Field(description="Of the plan that was given.")]
+    export: Amount
+    engine_default: Annotated[
+        Amount | None, Field(description="Of what the engine would have done by itself.")
+    ]
+
+
+class ExportFile(FormatModel):
+    """What an export holds, what was lost on the way, and what the engine would do by itself."""
+
+    format: Literal["prism-plan/export"]
+    version: Version1
+    engine: Engine
+    checked_with: Annotated[NonEmpty, Field(description="Version of the engine.")]
+    file: NonEmpty
+    plan: NonEmpty
+    plan_sha256: str
+    home: Annotated[NonEmpty, Field(description="The head: whose requests are served.")]
+    num_hidden_layers: Positive
+    stages: Annotated[ListOf[StagePart], Field(description="Empty: layers execute at the head.")]
+    held: Annotated[ListOf[HeldPart], Field(description="Layers whose experts are elsewhere.")]
+    replanned: Annotated[
+        str | None, Field(description="Why the layers were planned again; null: they were not.")
+    ]
+    engine_default: Annotated[
+        ListOf[Count] | None, Field(description="Layers of each rank or device by itself.")
+    ]
+    expected_latency_s: SecondsPart | None = Field(description="null: without trace and cluster.")
+    launch: ListOf[NonEmpty]
+    warnings: ListOf[NonEmpty]
+
+
+def read_export(path: str | os.PathLike[str]) -> ExportFile:
+    """Read and check a sidecar.
+
+    Raises
+    ------
+    InputError
+        Names the file, the place in it, the value and what was expected.
+    """
+    return export_from_json(parse_json(read_text(path), path), path)
+
+
+def export_from_json(values: Any, source: object = "") -> ExportFile:
+    """A sidecar from its JSON values; see :func:`read_export`."""
+    return validate(ExportFile, values, source=source)
+
+
+def dump_export(values: ExportFile) -> bytes:
+    """The text of a sidecar."""
+    text = json.dumps(values.model_dump(), indent=1, ensure_ascii=False, allow_nan=False)
+    return (printable_json(text) + "\n").encode()
