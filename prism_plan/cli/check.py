@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prism_plan.cli.inputs import ENGINES
 from prism_plan.cli.options_dataclass import TableOptions, error_line, options_as
 from prism_plan.cli.tables import format_option
 from prism_plan.errors import InputError, PrismError
@@ -89,7 +90,7 @@ class CheckOptions(TableOptions):
 )
 @click.option(
     "--engine",
-    type=click.Choice(["llamacpp", "vllm-pp", "sglang-pp", "trtllm-pp"]),
+    type=click.Choice(ENGINES),
     help="Take files as this engine's, as export writes them; with --model for its layers.",
 )
 @format_option
@@ -163,8 +164,7 @@ def _check_engine_file(
     from prism_plan.check.report import CheckReport
     from prism_plan.export.engine_checks import check_engine_file
 
-    layers = None if model is None else model[1].num_decoder_layers
-    summary, problems = check_engine_file(path, engine, layers)
+    summary, problems = check_engine_file(path, engine, None if model is None else model[1])
     return CheckReport(path, f"export to {engine}", summary, tuple(problems))
 
 

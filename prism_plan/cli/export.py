@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
+from prism_plan.cli.inputs import ENGINES
 from prism_plan.cli.options_dataclass import CommandOptions, options_as
 from prism_plan.errors import InputError
 from prism_plan.input_limits import require_integer
 
 if TYPE_CHECKING:
-    from prism_plan.io.export import Engine, ExportFile
+    from prism_plan.cluster import Cluster
+    from prism_plan.io.export import Engine, ExportFile, LayerEngine, MapEngine
+    from prism_plan.model_spec import ModelSpec
+    from prism_plan.placement import Placement
+    from prism_plan.trace import Trace
 
 SIDECAR = ".export.json"
+MAP_ENGINES = ENGINES[4:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,7 @@ class ExportOptions(CommandOptions):
     home: str | None
     endpoints: str | None
     context: int
+    slots: int | None
     output: str
 
     def __post_init__(self) -> None:
@@ -38,6 +45,18 @@ class ExportOptions(CommandOptions):
             raise InputError(
                 "-", parameter="output", expected="a file, for a second one is written beside it"
             )
+        if self.engine in MAP_ENGINES:
+            found = f"has no effect on {self.engine}, whose map is for all servers"
+            self.refuse("home", "endpoints", "context", "model", found=found)
+            for name in ("trace", "cluster"):
+                if getattr(self, name) is None:
+                    raise InputError(
+                        f"not given, and a map of {self.engine} is planned for calls",
+                        parameter=name,
+                        expected="``trace`` and ``cluster``",
+                    )
+            return
+        self.refuse("slots", found=f"has no effect on {self.engine}, only on expert maps")
         if self.trace is None and self.model is None:
             raise InputError(
                 "how many decoder layers the model has is not known",
@@ -51,8 +70,9 @@ class ExportOptions(CommandOptions):
 @click.option(
     "--engine",
     required=True,
-    type=click.Choice(["llamacpp", "vllm-pp", "sglang-pp", "trtllm-pp"]),
-    help="llama.cpp over its RPC back end, or a pipeline partition of vLLM, SGLang, TensorRT-LLM.",
+    type=click.Choice(ENGINES),
+    help="llama.cpp over RPC; pipeline partitions (-pp); expert maps (sglang, vllm-ascend, "
+    "trtllm), which need --trace and --cluster.",
 )
 @click.option("--home", metavar="NAME", help="The head: whose requests the engine serves.")
 @click.option("--trace", metavar="T.parquet", help="To plan again in whole layers, and for times.")
@@ -62,14 +82,19 @@ class ExportOptions(CommandOptions):
 @click.option(
     "--ctx", "context", default=4096, show_default=True, metavar="N", help="Tokens of KV caches."
 )
+@click.option(
+    "--slots", type=int, metavar="S", help="Of expert maps: slots of a rank in each layer."
+)
 @click.option("-o", "--output", required=True, metavar="OUT", help="File of the engine.")
 @options_as(ExportOptions)
 def command(args: ExportOptions) -> None:
-    """Write a plan for an engine that serves one head, and OUT.export.json beside it.
+    """Write a plan for an engine, and OUT.export.json beside it.
 
-    A plan whose layers are not whole, or not where the engine can have them, is planned again for
-    the head, with --trace and --cluster. OUT is a script for all machines (of TensorRT-LLM a file
-    of options); the second file says what was lost, and what the engine would have done by itself.
+    llama.cpp and pipelines serve one head. A plan whose layers are not whole, or not where the
+    engine can have them, is planned again for the head, with --trace and --cluster. OUT is a script
+    for all machines (of trtllm-pp a file of options). An expert map is the best one of equal slots
+    under the engine's own choice of replicas. The second file says what was lost, and what the
+    engine would have done by itself.
     """
     from prism_plan.cli.console import load_trace, log_info, write_output
     from prism_plan.cli.inputs import (
@@ -78,8 +103,7 @@ def command(args: ExportOptions) -> None:
         read_model_spec,
         require_writable_output,
     )
-    from prism_plan.export.whole_layers import ExportRequest, export_whole_layers
-    from prism_plan.io.endpoints import read_endpoints
+    from prism_plan.export.expert_maps.export_map import MapRequest, export_map
     from prism_plan.io.export import dump_export
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.model_spec import require_same_model
@@ -103,18 +127,38 @@ def command(args: ExportOptions) -> None:
             source=args.cluster,
             expected=f"{', '.join(plan.servers)}, as in {args.placement}",
         )
-    endpoints = None if args.endpoints is None else read_endpoints(args.endpoints)
-    with error_source(args.placement):
-        text, sidecar, _ = export_whole_layers(
-            ExportRequest(
-                args.engine, plan, args.placement, identity.sha256, model, args.output, args.home,
-                trace, cluster, endpoints, args.context,
-            )
-        )  # fmt: skip
+    with error_source(args.cluster or args.placement):
+        if trace is not None and cluster is not None and args.engine in MAP_ENGINES:
+            text, sidecar = export_map(
+                MapRequest(
+                    cast("MapEngine", args.engine), plan, args.placement, identity.sha256, trace,
+                    cluster, args.output, args.slots,
+                )
+            )  # fmt: skip
+        else:
+            text, sidecar = _of_layers(args, plan, identity.sha256, model, trace, cluster)
     write_output(args.output, text.encode())
     write_output(args.output + SIDECAR, dump_export(sidecar))
     for line in _lines(sidecar):
         log_info(line)
+
+
+def _of_layers(
+    args: ExportOptions, plan: Placement, sha256: str, model: ModelSpec, trace: Trace | None,
+    cluster: Cluster | None,
+) -> tuple[str, ExportFile]:  # fmt: skip
+    """An export to an engine of whole layers: its file and the sidecar."""
+    from prism_plan.export.whole_layers import ExportRequest, export_whole_layers
+    from prism_plan.io.endpoints import read_endpoints
+
+    endpoints = None if args.endpoints is None else read_endpoints(args.endpoints)
+    text, sidecar, _ = export_whole_layers(
+        ExportRequest(
+            cast("LayerEngine", args.engine), plan, args.placement, sha256, model, args.output,
+            args.home, trace, cluster, endpoints, args.context,
+        )
+    )  # fmt: skip
+    return text, sidecar
 
 
 def _lines(sidecar: ExportFile) -> list[str]:
@@ -139,4 +183,13 @@ def _lines(sidecar: ExportFile) -> list[str]:
         if seconds.engine_default is not None:
             text += f"; by itself {sidecar.engine} would take {seconds.engine_default:.3g} s"
         lines.append(text)
+    shares = sidecar.remote_share
+    if shares is not None:
+        lines.append(
+            f"{len(sidecar.ranks)} ranks of {sidecar.slots} slots a layer: {shares.export:.2%} of "
+            f"calls are remote (no such map has fewer than {shares.bound:.2%}); the plan "
+            f"{shares.plan:.2%}, with equal memory {shares.equal_memory:.2%}, with equal slots "
+            f"{shares.equal_slots:.2%}; by itself {sidecar.engine} would have "
+            f"{shares.engine_default:.2%}"
+        )
     return [*lines, *sidecar.warnings, *sidecar.launch]

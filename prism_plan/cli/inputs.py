@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from prism_plan.trace import Trace
 
 
+#: Of exports, in the order of the documentation.
+ENGINES = (
+    "llamacpp", "vllm-pp", "sglang-pp", "trtllm-pp", "sglang", "vllm-ascend", "trtllm"
+)  # fmt: skip
+
+
 def load_cluster(path: str) -> tuple[Cluster, InputFile]:
     """Read a cluster file once; gives the cluster and the identity of the bytes that were read."""
     from prism_plan.io.cluster import parse_cluster

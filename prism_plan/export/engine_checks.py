@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from prism_plan.errors import InputError
 from prism_plan.export import llamacpp, pipeline_partitions
-from prism_plan.io.export import Engine
+from prism_plan.export.expert_maps.map_files import check_map, read_map
+from prism_plan.io.export import Engine, read_export
 from prism_plan.io.text_files import read_text
+from prism_plan.model_spec import ModelSpec
 from prism_plan.printable_text import quantity
 
+SIDECAR = ".export.json"
 
-def check_engine_file(path: str, engine: Engine, num_layers: int | None) -> tuple[str, list[str]]:
+
+def check_engine_file(
+    path: str, engine: Engine, model: ModelSpec | None = None
+) -> tuple[str, list[str]]:
     """A summary of an engine's file, and everything wrong with it.
 
-    ``num_layers`` are the decoder layers of the model, where it is known. What engines accept
-    in silence counts as wrong.
+    ``model`` is the one that it is for, where it is known. What engines accept in silence counts as
+    wrong. How many ranks an expert map has is read from the sidecar beside it, where it does not
+    say so itself.
 
     Raises
     ------
@@ -20,6 +28,11 @@ def check_engine_file(path: str, engine: Engine, num_layers: int | None) -> tupl
         The file cannot be read, or is none of the engine's.
     """
     text = read_text(path)
+    num_layers = None if model is None else model.num_decoder_layers
+    if engine == "sglang" or engine == "vllm-ascend" or engine == "trtllm":
+        rows, ranks = read_map(engine, text, path)
+        problems = check_map(engine, text, path, model, ranks or _ranks_beside(path))
+        return f"expert map of {quantity(len(rows), 'layer')}", problems
     if engine == "llamacpp":
         placing = llamacpp.read_placing(text, path)
         problems = llamacpp.check_script(text, path, num_layers)
@@ -29,3 +42,11 @@ def check_engine_file(path: str, engine: Engine, num_layers: int | None) -> tupl
     problems = pipeline_partitions.check_partition(engine, text, path, num_layers)
     counts = pipeline_partitions.read_partition(engine, text, path)
     return f"{quantity(len(counts), 'rank')}, layers {','.join(map(str, counts))}", problems
+
+
+def _ranks_beside(path: str) -> int | None:
+    """How many ranks the sidecar of an expert map has, ``None`` without one."""
+    try:
+        return len(read_export(path + SIDECAR).ranks) or None
+    except InputError:
+        return None

@@ -19,13 +19,13 @@ from prism_plan.export.stages import (
     stages,
 )
 from prism_plan.io.endpoints import RPC_PORT, EndpointTable
-from prism_plan.io.export import Engine, ExportFile, HeldPart, SecondsPart, StagePart
+from prism_plan.io.export import ExportFile, HeldPart, LayerEngine, SecondsPart, StagePart
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.trace import Trace
 
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")
-ENGINES: tuple[Engine, ...] = ("llamacpp", "vllm-pp", "sglang-pp", "trtllm-pp")
+ENGINES: tuple[LayerEngine, ...] = ("llamacpp", "vllm-pp", "sglang-pp", "trtllm-pp")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ExportRequest:
     ``context`` are tokens of KV caches. ``output`` is the name of the engine's file.
     """
 
-    engine: Engine
+    engine: LayerEngine
     plan: Placement
     plan_path: str
     plan_sha256: str
@@ -117,7 +117,7 @@ def export_whole_layers(request: ExportRequest) -> tuple[str, ExportFile, Placem
     return text, sidecar, plan
 
 
-def _checked_with(engine: Engine) -> str:
+def _checked_with(engine: LayerEngine) -> str:
     if engine == "llamacpp":
         return llamacpp.CHECKED_WITH
     return pipeline_partitions.CHECKED_WITH[engine]

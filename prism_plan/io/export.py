@@ -16,13 +16,16 @@ from prism_plan.io.pydantic_base import (
     ListOf,
     NonEmpty,
     Positive,
+    Share,
     Version1,
     validate,
 )
 from prism_plan.io.text_files import read_text
 from prism_plan.printable_text import printable_json
 
-Engine = Literal["llamacpp", "vllm-pp", "sglang-pp", "trtllm-pp"]
+LayerEngine = Literal["llamacpp", "vllm-pp", "sglang-pp", "trtllm-pp"]
+MapEngine = Literal["sglang", "vllm-ascend", "trtllm"]
+Engine = LayerEngine | MapEngine
 
 
 class StagePart(FormatModel):
@@ -51,6 +54,17 @@ class SecondsPart(FormatModel):
     ]
 
 
+class SharesPart(FormatModel):
+    """Remote share of expert calls, each number with one more restriction than the one before."""
+
+    plan: Annotated[Share, Field(description="Of the plan that was given.")]
+    equal_memory: Annotated[Share, Field(description="Every GPU with the memory of the smallest.")]
+    equal_slots: Annotated[Share, Field(description="And as many slots in every layer.")]
+    export: Annotated[Share, Field(description="And the engine's choice of replicas.")]
+    bound: Annotated[Share, Field(description="No map of this shape is below it.")]
+    engine_default: Annotated[Share, Field(description="The map that the engine makes by itself.")]
+
+
 class ExportFile(FormatModel):
     """What an export holds, what was lost on the way, and what the engine would do by itself."""
 
@@ -61,7 +75,10 @@ class ExportFile(FormatModel):
     file: NonEmpty
     plan: NonEmpty
     plan_sha256: str
-    home: Annotated[NonEmpty, Field(description="The head: whose requests are served.")]
+    home: Annotated[
+        NonEmpty | None,
+        Field(description="The head: whose requests are served. null: those of all servers."),
+    ]
     num_hidden_layers: Positive
     stages: Annotated[ListOf[StagePart], Field(description="Empty: layers execute at the head.")]
     held: Annotated[ListOf[HeldPart], Field(description="Layers whose experts are elsewhere.")]
@@ -72,6 +89,11 @@ class ExportFile(FormatModel):
         ListOf[Count] | None, Field(description="Layers of each rank or device by itself.")
     ]
     expected_latency_s: SecondsPart | None = Field(description="null: without trace and cluster.")
+    ranks: ListOf[NonEmpty] = Field(
+        default=[], description="The server of each rank, of engines with expert maps."
+    )
+    slots: Positive | None = Field(default=None, description="Of each rank in each MoE layer.")
+    remote_share: SharesPart | None = None
     launch: ListOf[NonEmpty]
     warnings: ListOf[NonEmpty]
 

@@ -81,7 +81,7 @@ RUNTIME_COMMANDS = dict(leaves(runtime_cli, "")) | {"testbed": testbed_command.c
 #: These write and read the command lines of other programs.
 ENGINES = {
     ROOT / "prism_plan" / "export" / f"{name}.py"
-    for name in ("llamacpp", "pipeline_partitions", "whole_layers")
+    for name in ("llamacpp", "pipeline_partitions", "whole_layers", "expert_maps/export_map")
 }
 
 

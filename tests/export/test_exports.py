@@ -25,7 +25,8 @@ from prism_plan.export.whole_layers import ExportRequest, export_whole_layers
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.endpoints import EndpointTable, read_endpoints
-from prism_plan.io.export import Engine, dump_export, export_from_json
+from prism_plan.io.export import LayerEngine as Engine
+from prism_plan.io.export import dump_export, export_from_json
 from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model_spec import ModelSpec
@@ -108,7 +109,7 @@ def test_two_hundred_drawn_plans(tmp_path: Path) -> None:
             assert servers_by_layer(engine, text, plan, sidecar) == row
             path = tmp_path / "out"
             path.write_text(text)
-            assert check_engine_file(str(path), engine, model.num_decoder_layers)[1] == []
+            assert check_engine_file(str(path), engine, model)[1] == []
             assert export_from_json(json.loads(dump_export(sidecar))) == sidecar
             exports += 1
     assert exports > 500
@@ -180,12 +181,12 @@ def test_spoiled_files_are_refused(engine: Engine, tmp_path: Path) -> None:
     text = export_whole_layers(request_of(engine, by_layers((1, 1, 2, 0)), MODEL4))[0]
     path = tmp_path / "out"
     path.write_text(text)
-    assert check_engine_file(str(path), engine, 4)[1] == []
+    assert check_engine_file(str(path), engine, MODEL4)[1] == []
     for old, new in SPOILED[engine]:
         assert old in text, (engine, old, text)
         path.write_text(text.replace(old, new))
         try:
-            problems = check_engine_file(str(path), engine, 4)[1]
+            problems = check_engine_file(str(path), engine, MODEL4)[1]
         except InputError as error:
             problems = [str(error)]
         assert problems, (old, new)
@@ -206,12 +207,12 @@ def test_experts_elsewhere(tmp_path: Path) -> None:
     assert [(held.layer, held.server) for held in sidecar.held] == [(1, "s1"), (2, "s2"), (3, "s1")]
     path = tmp_path / "out"
     path.write_text(text)
-    assert check_engine_file(str(path), "llamacpp", 4)[1] == []
+    assert check_engine_file(str(path), "llamacpp", MODEL4)[1] == []
     for old, new in (("s1:50052]", "s9:50052]"), (r"\.(1|3)\.", r"\.(1|7)\."), ("(1|3)", "1,3"),
                      (r")\.ffn", ").ffn"), ("RPC0[s2", "RPC1[s2")):  # fmt: skip
         path.write_text(text.replace(old, new))
         try:
-            problems = check_engine_file(str(path), "llamacpp", 4)[1]
+            problems = check_engine_file(str(path), "llamacpp", MODEL4)[1]
         except InputError as error:
             problems = [str(error)]
         assert any("-ot" in problem for problem in problems)
@@ -219,7 +220,7 @@ def test_experts_elsewhere(tmp_path: Path) -> None:
     text = export_whole_layers(request_of("llamacpp", plan, MODEL4, endpoints=own))[0]
     assert "--device CUDA0,RPC0,RPC1 -ngl 5 -fit off -ts 1,0,0" in text
     path.write_text(text)
-    assert check_engine_file(str(path), "llamacpp", 4)[1] == []
+    assert check_engine_file(str(path), "llamacpp", MODEL4)[1] == []
     with pytest.raises(InputError, match="all layers execute at 's0', and experts lie on other"):
         export_whole_layers(request_of("vllm-pp", plan, MODEL4))
 

@@ -1,0 +1,154 @@
+"""Exports a plan as an expert map: the engine's file and the sidecar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prism_plan.cluster import Cluster
+from prism_plan.errors import UnsupportedFeature
+from prism_plan.export.expert_maps.equal_slots import EqualSlots, equal_slots
+from prism_plan.export.expert_maps.map_files import CHECKED_WITH, map_text
+from prism_plan.export.expert_maps.projection import engines_own, project
+from prism_plan.export.expert_maps.replica_rules import nodes_of
+from prism_plan.instance import Instance
+from prism_plan.io.export import ExportFile, MapEngine, SharesPart
+from prism_plan.objective import remote_score
+from prism_plan.placement import Placement
+from prism_plan.solvers.run import solve
+from prism_plan.trace import Trace
+
+ENGINES: tuple[MapEngine, ...] = ("sglang", "vllm-ascend", "trtllm")
+NO_ALL_TO_ALL = (
+    "without an all-to-all back end (DeepEP and its kind) this map saves no traffic, and over "
+    "Ethernet a pipeline partition is the better export (vllm-pp, sglang-pp, trtllm-pp)"
+)
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """What is exported: ``plan`` of the file ``plan_path``, for the calls of trace and cluster.
+
+    ``slots`` of a rank in each layer; by default what the smallest GPU has.
+    """
+
+    engine: MapEngine
+    plan: Placement
+    plan_path: str
+    plan_sha256: str
+    trace: Trace
+    cluster: Cluster
+    output: str
+    slots: int | None = None
+
+
+def export_map(request: MapRequest) -> tuple[str, ExportFile]:
+    """The text of the engine's file, and the sidecar.
+
+    The map is the best one of the engine's shape under its own choice of replicas, not the plan cut
+    to fit: the plan is what its remote share is compared with.
+
+    Raises
+    ------
+    InputError
+        More slots are asked for than there are.
+    Infeasible
+        Equal slots do not hold all experts of a layer.
+    UnsupportedFeature
+        Experts of unequal size, or too many ranks.
+    """
+    model = request.trace.model
+    if not model.equal_expert_bytes:
+        raise UnsupportedFeature("an expert map has slots of one size, and the experts have not")
+    instance = Instance.build(request.trace, request.cluster)
+    shape = equal_slots(instance.gpu_capacity, model.num_layers, model.num_experts, request.slots)
+    calls = instance.activations
+    found = project(request.engine, shape, calls)
+    own = engines_own(shape, calls, request.engine)
+    plan = remote_score(calls, request.plan.local_to_execution).share
+    memory, layers = _restricted(instance, shape)
+    names = [request.plan.servers[server] for server in shape.ranks]
+    sidecar = ExportFile(
+        format="prism-plan/export",
+        version=1,
+        engine=request.engine,
+        checked_with=CHECKED_WITH[request.engine],
+        file=request.output,
+        plan=request.plan_path,
+        plan_sha256=request.plan_sha256,
+        home=None,
+        num_hidden_layers=model.num_decoder_layers,
+        stages=[],
+        held=[],
+        replanned=None,
+        engine_default=None,
+        expected_latency_s=None,
+        ranks=names,
+        slots=shape.slots,
+        remote_share=SharesPart(
+            plan=plan, equal_memory=memory, equal_slots=layers, export=found.share,
+            bound=min(found.bound, found.share), engine_default=own.share,
+        ),
+        launch=_launch(request, shape, names),
+        warnings=[NO_ALL_TO_ALL, *_of_nodes(request.engine, shape)],
+    )  # fmt: skip
+    return map_text(request.engine, found.physical, model), sidecar
+
+
+def _restricted(instance: Instance, shape: EqualSlots) -> tuple[float, float]:
+    """Remote share with equal memory for every GPU, and with equal slots in every layer too.
+
+    Both of an engine that finds a copy on the caller's server, wherever it is there.
+    """
+    layers = instance.model.num_layers
+    smallest = min(capacity for gpus in instance.gpu_capacity for capacity in gpus)
+    memory = instance.replace(
+        gpu_capacity=tuple(tuple(smallest for _ in gpus) for gpus in instance.gpu_capacity)
+    )
+    caps = tuple(
+        min(shape.slots * len(gpus), instance.model.num_experts) for gpus in instance.gpu_capacity
+    )
+    slots = instance.replace(
+        gpu_capacity=tuple(
+            tuple(shape.slots * layers for _ in gpus) for gpus in instance.gpu_capacity
+        ),
+        layer_caps=caps,
+    )
+    found = [solve(one, "exact").plan.remote_share for one in (memory, slots)]
+    return float(found[0] or 0.0), float(found[1] or 0.0)
+
+
+def _of_nodes(engine: MapEngine, shape: EqualSlots) -> list[str]:
+    if engine != "sglang" or (nodes_of(shape.ranks) == np.array(shape.ranks)).all():
+        return []
+    return [
+        "SGLang's nodes have equally many GPUs: start each GPU as a node of its own; the share "
+        "counts calls between GPUs of a server as SGLang then makes them"
+    ]
+
+
+def _launch(request: MapRequest, shape: EqualSlots, names: Sequence[str]) -> list[str]:
+    ranks = len(shape.ranks)
+    redundant = shape.physical - request.trace.model.num_experts
+    order = f"ranks in this order of servers: {' '.join(names)}"
+    if request.engine == "sglang":
+        return [
+            f"python3 -m sglang.launch_server --model-path MODEL --tp-size {ranks} --ep-size "
+            f"{ranks} --dp-size {ranks} --enable-dp-attention --moe-a2a-backend deepep "
+            f"--init-expert-location {request.output} --ep-num-redundant-experts {redundant} "
+            "--ep-dispatch-algorithm static",
+            order,
+        ]
+    if request.engine == "vllm-ascend":
+        return [
+            "vllm serve MODEL --enable-expert-parallel --additional-config "
+            f"""'{{"eplb_config":{{"expert_map_path":"{request.output}"}}}}'""",
+            order,
+        ]
+    return [
+        f"trtllm-serve MODEL --ep_size {ranks} --extra_llm_api_options options.yaml, with "
+        f"moe_config: {{load_balancer: {request.output}}} and enable_attention_dp: true in it",
+        order,
+    ]

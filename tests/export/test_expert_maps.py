@@ -1,0 +1,277 @@
+"""Expert maps of equal slots: the best one by brute force, and files that engines load."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
+from prism_plan.export.engine_checks import check_engine_file
+from prism_plan.export.expert_maps.equal_slots import EqualSlots, equal_slots
+from prism_plan.export.expert_maps.export_map import MapRequest, export_map
+from prism_plan.export.expert_maps.map_files import map_text, read_map
+from prism_plan.export.expert_maps.projection import engines_own, project
+from prism_plan.export.expert_maps.replica_rules import local_share, nodes_of, remote_share
+from prism_plan.instance import Instance
+from prism_plan.io.cluster import parse_cluster
+from prism_plan.io.export import MapEngine, dump_export, export_from_json
+from prism_plan.io.placement import write_placement
+from prism_plan.io.trace_writer import write_trace
+from prism_plan.model_spec import ModelSpec
+from prism_plan.solvers import solve
+from tests.evaluate.simulation_material import SPEC, small_trace
+from tests.limits import HANG_S
+from tests.warm_processes import run_warm
+
+ENGINES: tuple[MapEngine, ...] = get_args(MapEngine)
+
+
+def called_rank(engine: MapEngine, rank: int, holders: list[int], ranks: list[int]) -> list[int]:
+    """Ranks that an engine may call for one expert, each as often: its rule, written out."""
+    nodes = nodes_of(ranks).tolist()
+    if engine == "sglang":
+        if rank in holders:
+            return [rank]
+        near = [other for other in holders if nodes[other] == nodes[rank]]
+        return near or holders
+    if engine == "vllm-ascend":
+        return [holders[rank % len(holders)]]
+    return holders
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_replica_rules(engine: MapEngine) -> None:
+    """What stays on the server, rank by rank, for every holder set of some clusters."""
+    for ranks in ([0, 0, 1, 1], [0, 1, 2], [0, 1, 1, 2], [0, 0]):
+        for size in range(1, len(ranks) + 1):
+            for holders in itertools.combinations(range(len(ranks)), size):
+                for rank, share in enumerate(local_share(engine, holders, ranks)):
+                    chosen = called_rank(engine, rank, list(holders), ranks)
+                    here = [ranks[other] == ranks[rank] for other in chosen]
+                    assert share == pytest.approx(sum(here) / len(here))
+
+
+def every_map(experts: int, ranks: int, slots: int) -> Any:
+    """All maps of one layer with every expert somewhere and none twice on a rank."""
+    held = list(itertools.combinations(range(experts), slots))
+    for chosen in itertools.product(held, repeat=ranks):
+        if len(set().union(*chosen)) == experts:
+            yield np.array(chosen)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_map_is_better(engine: MapEngine, seed: int) -> None:
+    """Against all maps of small layers; the bound is the optimum, every slot is used once."""
+    rng = np.random.default_rng(seed)
+    ranks = ((0, 0, 1), (0, 1, 2), (0, 0, 1, 1), (0, 1))[seed]
+    experts, slots = 4, 2 if len(ranks) > 2 else 3
+    calls = rng.exponential(size=(max(ranks) + 1, 2, experts))
+    found = project(engine, EqualSlots(ranks, slots), calls)
+    best = 0.0
+    for layer in range(2):
+        one = calls[:, layer : layer + 1]
+        shares = [
+            remote_share(engine, physical[None], ranks, one)
+            for physical in every_map(experts, len(ranks), slots)
+        ]
+        best += min(shares) * one.sum() / calls.sum()
+    assert found.share == pytest.approx(best)
+    assert found.bound == pytest.approx(best, abs=1e-5)
+    for layer in found.physical:
+        assert set(layer.ravel()) == set(range(experts))
+        assert all(len(set(rank)) == slots for rank in layer)
+
+
+def test_slots() -> None:
+    """A rank has what the smallest GPU has room for; less than a layer is refused with numbers."""
+    shape = equal_slots([[541], [541], [617, 617]], 26, 64)
+    assert (shape.ranks, shape.slots, shape.physical) == ((0, 1, 2, 2), 20, 80)
+    assert equal_slots([[99], [99]], 2, 8).slots == 8
+    assert equal_slots([[99], [99]], 2, 8, 5).slots == 5
+    with pytest.raises(InputError, match="slots: 9; expected at most 8"):
+        equal_slots([[99], [99]], 2, 8, 9)
+    with pytest.raises(Infeasible) as caught:
+        equal_slots([[541], [541], [617]], 26, 64)
+    assert "3 ranks of 20 slots a layer hold 60 of 64 experts; the smallest GPU needs 572" in str(
+        caught.value
+    )
+    assert caught.value.shortfall == 4
+    with pytest.raises(UnsupportedFeature, match="8 ranks at most"):
+        project("sglang", EqualSlots(tuple(range(9)), 2), np.ones((9, 1, 4)))
+
+
+def drawn_model(rng: np.random.Generator) -> ModelSpec:
+    decoder = int(rng.integers(1, 6))
+    moe = sorted(rng.choice(decoder, int(rng.integers(1, decoder + 1)), replace=False).tolist())
+    return ModelSpec(
+        name="drawn", moe_layers=tuple(moe), num_experts=int(rng.integers(2, 7)), top_k=1,
+        hidden_size=8, dtype_bytes=2, expert_bytes=10, dense_bytes=10, kv_bytes_per_token=0,
+        num_decoder_layers=decoder,
+    )  # fmt: skip
+
+
+def test_files_of_drawn_maps(tmp_path: Path) -> None:
+    """Every map of every engine passes its check, and reads back as it was."""
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        model = drawn_model(rng)
+        ranks = tuple(sorted(rng.integers(0, 3, int(rng.integers(1, 5))).tolist()))
+        least = -(-model.num_experts // len(ranks))
+        shape = EqualSlots(ranks, int(rng.integers(least, model.num_experts + 1)))
+        calls = rng.exponential(size=(3, model.num_layers, model.num_experts))
+        for engine in ENGINES:
+            physical = project(engine, shape, calls).physical
+            path = tmp_path / "map"
+            path.write_text(map_text(engine, physical, model))
+            sidecar_of(path, len(ranks))
+            assert check_engine_file(str(path), engine, model)[1] == []
+            rows, _ = read_map(engine, path.read_text(), "map")
+            kept = list(rows.values())
+            if engine == "sglang":
+                assert len(kept) == model.num_decoder_layers
+                kept = [rows[layer] for layer in model.moe_layers]
+            assert np.array_equal(np.array(kept).reshape(physical.shape), physical)
+
+
+def sidecar_of(path: Path, ranks: int) -> None:
+    """A sidecar that says how many ranks there are, and little else."""
+    values = {
+        "format": "prism-plan/export", "version": 1, "engine": "sglang", "checked_with": "x",
+        "file": "map", "plan": "p", "plan_sha256": "", "home": None, "num_hidden_layers": 1,
+        "stages": [], "held": [], "replanned": None, "engine_default": None,
+        "expected_latency_s": None, "ranks": ["s"] * ranks, "slots": 1, "launch": [],
+        "warnings": [],
+    }  # fmt: skip
+    Path(f"{path}.export.json").write_bytes(dump_export(export_from_json(values)))
+
+
+MODEL = ModelSpec(
+    name="m", moe_layers=(1, 2), num_experts=3, top_k=1, hidden_size=8, dtype_bytes=2,
+    expert_bytes=10, dense_bytes=10, kv_bytes_per_token=0, num_decoder_layers=3,
+)  # fmt: skip
+PHYSICAL = np.array([[[0, 1], [1, 2]], [[0, 2], [0, 1]]])
+SPOILED: dict[MapEngine, list[tuple[str, str]]] = {
+    "sglang": [
+        ('"physical_to_logical_map"', '"map"'), ("{", '{"x": 1, '),
+        ("[0, 1, 1, 2]", "[0, 1, 1, 1]"),
+        ("[0, 1, 1, 2]", "[0, 1, 2]"), ("[0, 1, 1, 2]", "[0, 1, -1, 2]"),
+        ("[0, 1, 1, 2]", "[0, 1, 3, 2]"), ("[0, 1, 1, 2]", "[0, 0, 1, 2]"),
+        ("[0, 1, 1, 2], ", ""), ("[0, 1, 1, 2]", "[0, 1, 1, 2], [0, 1, 1, 2]"),
+        ("[0, 1, 1, 2]", "[0, 1, 1.0, 2]"), ("[0, 1, 1, 2]", "7"), ("[[", "[["[:1]),
+    ],
+    "vllm-ascend": [
+        ('"moe_layer_count": 2', '"moe_layer_count": 3'), ('"layer_id": 1', '"layer_id": 0'),
+        ('"device_count": 2', '"device_count": 3'), ('"device_id": 1', '"device_id": 0'),
+        ("[0, 1]", "[0, 0]"), ("[0, 1]", "[0]"), ("[0, 1]", "[0, 9]"), ("[0, 1]", "[0, -1]"),
+        ('"device_list"', '"devices"'), ("[1, 2]", "[1, 0]"),
+    ],
+    "trtllm": [
+        ("num_slots: 4", "num_slots: 5"), ("num_slots", "slots"), ("  1:", "  2:"),
+        ("  1:", "  0:"),
+        ("[0, 1, 1, 2]", "[0, 1, 1, 1]"), ("[0, 1, 1, 2]", "[0, 1, 1]"), ("iter: 0", "iter: 2"),
+        ("[0, 1, 1, 2]", "[0, 1, 1, 3]"), ("  1: [0, 1, 1, 2]\n", ""), ("[0, 1", "[0, x"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_spoiled_maps_are_refused(engine: MapEngine, tmp_path: Path) -> None:
+    """What engines accept in silence: a missing expert, a wrong number of layers or slots ..."""
+    path = tmp_path / "map"
+    text = map_text(engine, PHYSICAL, MODEL)
+    sidecar_of(path, 2)
+    path.write_text(text)
+    assert check_engine_file(str(path), engine, MODEL)[1] == []
+    for old, new in SPOILED[engine]:
+        assert old in text, (old, text)
+        path.write_text(text.replace(old, new, 1))
+        try:
+            problems = check_engine_file(str(path), engine, MODEL)[1]
+        except InputError as error:
+            problems = [str(error)]
+        assert problems, (old, new)
+        assert not any("\n" in problem for problem in problems)
+
+
+def three(slots: tuple[int, ...] = (15, 12, 9)) -> Any:
+    text = ['name = "three"']
+    for n, size in enumerate(slots):
+        text += ["[[server]]", f'name = "s{n}"', f"tasks = {{ {'xyx'[n]} = 1.0 }}"]
+        text += ["arrival_interval_s = 5.0", "[[server.gpu]]", f"slots = {size}"]
+    return parse_cluster("\n".join(text) + "\n")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_shares_of_an_export(engine: MapEngine) -> None:
+    """Each restriction costs something or nothing; the export beats what the engine does alone."""
+    trace, cluster = small_trace(), three()
+    plan = solve(Instance.build(trace, cluster), "exact")
+    text, sidecar = export_map(
+        MapRequest(engine, plan, "p.json", "0" * 64, trace, cluster, "map")
+    )  # fmt: skip
+    shares = sidecar.remote_share
+    assert shares is not None
+    assert plan.plan.remote_share == pytest.approx(shares.plan)
+    assert shares.plan <= shares.equal_memory + 1e-12 <= shares.equal_slots + 2e-12
+    assert shares.equal_slots <= shares.export + 1e-9
+    assert shares.bound == pytest.approx(shares.export, abs=1e-6)
+    assert shares.export <= shares.engine_default
+    assert (sidecar.ranks, sidecar.slots) == (["s0", "s1", "s2"], 3)
+    if engine == "sglang":  # each server finds its own copies
+        assert shares.export == pytest.approx(shares.equal_slots)
+    assert export_from_json(json.loads(dump_export(sidecar))) == sidecar
+    assert "all-to-all" in sidecar.warnings[0]
+    assert text
+
+
+def test_the_engines_own_map_is_eplb() -> None:
+    """On equal ranks it is the published algorithm: loads as equal as packing makes them."""
+    calls = np.random.default_rng(1).exponential(size=(2, 3, 8))
+    found = engines_own(EqualSlots((0, 0, 1, 1), 3), calls, "sglang")
+    for layer in found.physical:
+        assert set(layer.ravel()) == set(range(8))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Export and check as a user calls them; a map that cannot be says by how many slots."""
+    trace, cluster = small_trace(), three()
+    write_trace(tmp_path / "t.parquet", trace)
+    write_placement(tmp_path / "p.json", solve(Instance.build(trace, cluster), "exact"))
+    text = ['name = "three"']
+    for n, size in enumerate((15, 12, 9)):
+        text += ["[[server]]", f'name = "s{n}"', f"tasks = {{ {'xyx'[n]} = 1.0 }}"]
+        text += ["arrival_interval_s = 5.0", "[[server.gpu]]", f"slots = {size}"]
+    (tmp_path / "c.toml").write_text("\n".join(text) + "\n")
+    (tmp_path / "small.toml").write_text("\n".join(text).replace("= 9", "= 6") + "\n")
+    (tmp_path / "m.json").write_text(json.dumps(SPEC.to_json()))
+
+    def run(*words: str) -> Any:
+        return run_warm(words, cwd=tmp_path, timeout_s=HANG_S)
+
+    for engine in ENGINES:
+        given = ("export", "p.json", "--engine", engine, "--trace", "t.parquet", "-o", "map")
+        done = run(*given, "--cluster", "c.toml")
+        assert done.returncode == 0, done.stderr
+        assert "3 ranks of 3 slots a layer" in done.stderr
+        checked = run("check", "--engine", engine, "map", "--model", "m.json")
+        assert checked.returncode == 0, checked.stderr
+        assert run("check", "map.export.json").returncode == 0
+        done = run(*given, "--cluster", "small.toml")
+        assert done.returncode == 3
+        assert "3 ranks of 2 slots a layer hold 6 of 8 experts; the smallest GPU needs 9" in (
+            done.stderr
+        )
+        for words, line in (
+            (("--cluster", "c.toml", "--home", "s0"), "--home: has no effect on"),
+            (("--cluster", "c.toml", "--slots", "4"), "slots: 4; expected at most 3"),
+            ((), "--cluster: not given"),
+        ):
+            found = run(*given, *words)
+            assert found.returncode == 2
+            assert line in found.stderr
