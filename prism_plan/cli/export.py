@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from prism_plan.placement import Placement
     from prism_plan.trace import Trace
 
-SIDECAR = ".export.json"
 MAP_ENGINES = ENGINES[4:]
 
 
@@ -104,7 +103,7 @@ def command(args: ExportOptions) -> None:
         require_writable_output,
     )
     from prism_plan.export.expert_maps.export_map import MapRequest, export_map
-    from prism_plan.io.export import dump_export
+    from prism_plan.io.export import SIDECAR, dump_export
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.model_spec import require_same_model
 

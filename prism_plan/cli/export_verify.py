@@ -28,11 +28,10 @@ def command(args: VerifyOptions) -> int:
     llama-server -v has written. Exit code 3 where something is elsewhere.
     """
     from prism_plan.cli.console import log_info, print_line
-    from prism_plan.cli.export import SIDECAR
     from prism_plan.errors import InputError
     from prism_plan.export.llamacpp import read_placing
     from prism_plan.export.llamacpp_log import verify_log
-    from prism_plan.io.export import read_export
+    from prism_plan.io.export import SIDECAR, read_export
     from prism_plan.io.text_files import read_text
 
     sidecar = read_export(args.output + SIDECAR)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from prism_plan.errors import InputError
 from prism_plan.export import llamacpp, pipeline_partitions
 from prism_plan.export.expert_maps.map_files import check_map, read_map
-from prism_plan.io.export import Engine, read_export
+from prism_plan.io.export import SIDECAR, Engine, read_export
 from prism_plan.io.text_files import read_text
 from prism_plan.model_spec import ModelSpec
 from prism_plan.printable_text import quantity
-
-SIDECAR = ".export.json"
 
 
 def check_engine_file(

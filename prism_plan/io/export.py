@@ -26,6 +26,8 @@ from prism_plan.printable_text import printable_json
 LayerEngine = Literal["llamacpp", "vllm-pp", "sglang-pp", "trtllm-pp"]
 MapEngine = Literal["sglang", "vllm-ascend", "trtllm"]
 Engine = LayerEngine | MapEngine
+#: After the name of an engine's file, that of the sidecar.
+SIDECAR = ".export.json"
 
 
 class StagePart(FormatModel):
