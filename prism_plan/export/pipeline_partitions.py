@@ -43,14 +43,16 @@ def not_contiguous(stages: Sequence[Stage], servers: Sequence[str]) -> str:
     )
 
 
-def default_partition(layers: int, ranks: int) -> list[int]:
-    """The partition that an engine takes by itself: equal, what is left goes to the last but one.
+def default_partition(engine: PipelineEngine, layers: int, ranks: int) -> list[int]:
+    """The partition that an engine takes by itself: equal, and one more for some ranks.
 
-    As vLLM's and SGLang's ``get_pp_indices`` have it; of TensorRT-LLM reconstructed.
+    As SGLang's ``get_pp_indices`` has it, for the last ones; as vLLM's, for those before the last
+    one, from the end; of TensorRT-LLM reconstructed, for the first ones.
     """
     found = [layers // ranks] * ranks
     for number in range(layers % ranks):
-        found[-2 - number if ranks > 1 else 0] += 1
+        at = {"sglang-pp": -1 - number, "vllm-pp": -2 - number, "trtllm-pp": number}[engine]
+        found[at] += 1
     return found
 
 

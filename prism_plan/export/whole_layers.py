@@ -219,7 +219,7 @@ def _default(request: ExportRequest, found: Sequence[Stage]) -> list[int] | None
         return None
     layers = request.model.num_decoder_layers
     if request.engine != "llamacpp":
-        return pipeline_partitions.default_partition(layers, len(found))
+        return pipeline_partitions.default_partition(request.engine, layers, len(found))
     if request.cluster is None or len({(s.server, s.gpu) for s in found}) < len(found):
         return None
     gpus = [request.cluster.servers[stage.server].gpus[stage.gpu] for stage in found]

@@ -276,16 +276,19 @@ def test_partial_layers_are_planned_again(engine: Engine) -> None:
 
 
 def test_default_partitions() -> None:
-    """By hand: vLLM's remainder goes to the last ranks but one; llama.cpp's goes by memory."""
-    assert pipeline_partitions.default_partition(8, 2) == [4, 4]
-    assert pipeline_partitions.default_partition(9, 2) == [5, 4]
-    assert pipeline_partitions.default_partition(11, 3) == [4, 4, 3]
-    assert pipeline_partitions.default_partition(5, 1) == [5]
-    for layers in range(1, 30):
-        for ranks in range(1, layers + 1):
-            found = pipeline_partitions.default_partition(layers, ranks)
-            assert sum(found) == layers
-            assert max(found) - min(found) <= 1
+    """By hand: vLLM's remainder goes to ranks before the last; llama.cpp's goes by memory."""
+    default = pipeline_partitions.default_partition
+    assert default("vllm-pp", 8, 2) == [4, 4]
+    assert default("vllm-pp", 9, 2) == [5, 4]
+    assert default("vllm-pp", 11, 3) == [4, 4, 3]
+    assert default("sglang-pp", 11, 3) == [3, 4, 4]
+    for engine in ("vllm-pp", "sglang-pp", "trtllm-pp"):
+        assert default(engine, 5, 1) == [5]
+        for layers in range(1, 20):
+            for ranks in range(1, layers + 1):
+                found = default(engine, layers, ranks)
+                assert (sum(found), len(found)) == (layers, ranks)
+                assert max(found) - min(found) <= 1
     assert llamacpp.default_split([1, 1], 7) == [4, 3]
     assert llamacpp.default_split([3, 1], 7) == [6, 1]
     assert sum(llamacpp.default_split([5, 2, 1], 27)) == 27
