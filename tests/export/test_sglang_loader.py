@@ -89,7 +89,7 @@ def locations(sources: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def remote_by_sglang(
     module: Any, path: Path, model: ModelSpec, ranks: list[int], calls: Any
 ) -> float:
-    """Remote share by SGLang's dispatch tables, one a rank, of the map that it loads from a file."""
+    """Remote share by SGLang's dispatch tables, one a rank, of the map that it loads."""
     module.settings.parallel.ep_size = len(ranks)
     module.settings.parallel.nnodes = len(set(ranks))
     module.settings.moe.init_expert_location = str(path)
@@ -137,7 +137,7 @@ def test_sglang_calls_what_is_predicted(ranks: list[int], locations: Any, tmp_pa
 
 @pytest.mark.long
 def test_sglang_reads_partitions(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its reader gives the layers of each rank, and its default is the one that is compared with."""
+    """Its reader gives the layers of each rank; its default is the one that is compared with."""
     text = (sources / FILES[1]).read_text()
     begin = text.index("def get_pp_indices(")
     scope: dict[str, Any] = {"os": os, "Tuple": tuple}
