@@ -296,8 +296,10 @@ def _check_migration(path: str | os.PathLike[str], plan: MigrationPlan) -> Check
 
 def _check_export(path: str | os.PathLike[str], found: ExportFile) -> CheckReport:
     problems = []
-    executed = [n for stage in found.stages for n in range(stage.first, stage.last + 1)][: 10**6]
-    if found.stages and executed != list(range(found.num_hidden_layers)):
+    firsts = [stage.first for stage in found.stages]
+    ends = [stage.last + 1 for stage in found.stages]
+    ordered = all(stage.first <= stage.last for stage in found.stages)
+    if found.stages and ([0, *ends] != [*firsts, found.num_hidden_layers] or not ordered):
         problems.append(f"stages are not the layers 0 to {found.num_hidden_layers - 1} in order")
     summary = f"{found.engine}, {found.home}, {quantity(len(found.stages), 'stage')}"
     return CheckReport(str(path), "export", summary, tuple(problems))

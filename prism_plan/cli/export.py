@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -9,7 +10,7 @@ import click
 
 from prism_plan.cli.inputs import ENGINES
 from prism_plan.cli.options_dataclass import CommandOptions, options_as
-from prism_plan.errors import InputError
+from prism_plan.errors import InputError, did_you_mean
 from prism_plan.input_limits import require_integer
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class ExportOptions(CommandOptions):
                         expected="``trace`` and ``cluster``",
                     )
             return
+        if self.trace is not None:
+            self.refuse("model", found="has no effect with ``trace``, which says the model")
+        else:
+            self.refuse("cluster", found="has no effect without ``trace``")
+        if self.engine == "trtllm-pp":
+            self.refuse("endpoints", found=f"has no effect on {self.engine}, which names no host")
         self.refuse("slots", found=f"has no effect on {self.engine}, only on expert maps")
         if self.trace is None and self.model is None:
             raise InputError(
@@ -95,11 +102,13 @@ def command(args: ExportOptions) -> None:
     under the engine's own choice of replicas. The second file says what was lost, and what the
     engine would have done by itself.
     """
+    from prism_plan.check.report import cluster_mismatches
     from prism_plan.cli.console import load_trace, log_info, write_output
     from prism_plan.cli.inputs import (
         error_source,
         load_cluster,
         read_model_spec,
+        require_distinct_outputs,
         require_writable_output,
     )
     from prism_plan.export.expert_maps.export_map import MapRequest, export_map
@@ -107,9 +116,15 @@ def command(args: ExportOptions) -> None:
     from prism_plan.io.placement import read_placement_and_identity
     from prism_plan.model_spec import require_same_model
 
-    inputs = (args.placement, args.trace, args.cluster, args.endpoints)
-    for output in (args.output, args.output + SIDECAR):
-        require_writable_output(output, *inputs)
+    inputs = [args.placement, args.trace, args.cluster, args.endpoints]
+    if args.model is not None:
+        inputs += [args.model, os.path.join(args.model, "config.json")]
+    files = (args.output, args.output + SIDECAR)
+    for output in files:
+        require_writable_output(output, *(path for path in inputs if _is_file(path)))
+        if os.path.lexists(output) and not os.path.isfile(output):
+            raise InputError("no regular file", source=output, expected="one, or a new name")
+    require_distinct_outputs(*files)
     plan, identity = read_placement_and_identity(args.placement)
     trace = None if args.trace is None else load_trace(args.trace)
     cluster = None if args.cluster is None else load_cluster(args.cluster)[0]
@@ -120,12 +135,18 @@ def command(args: ExportOptions) -> None:
     require_same_model(
         plan.model, model.shape(), source=args.placement, other=args.trace or args.model
     )
-    if cluster is not None and tuple(s.name for s in cluster.servers) != plan.servers:
-        raise InputError(
-            f"servers {', '.join(s.name for s in cluster.servers)}",
-            source=args.cluster,
-            expected=f"{', '.join(plan.servers)}, as in {args.placement}",
-        )
+    if cluster is not None:
+        if tuple(s.name for s in cluster.servers) != plan.servers:
+            raise InputError(
+                f"servers {', '.join(s.name for s in cluster.servers)}",
+                source=args.cluster,
+                expected=f"{', '.join(plan.servers)}, as in {args.placement}",
+            )
+        of_layers = (
+            args.engine not in MAP_ENGINES
+        )  # of maps a plan is what shares are compared with
+        for problem in cluster_mismatches(plan, cluster)[: int(of_layers)]:
+            raise InputError(problem, source=args.placement, remedy=f"plan it for {args.cluster}")
     with error_source(args.cluster or args.placement):
         if trace is not None and cluster is not None and args.engine in MAP_ENGINES:
             text, sidecar = export_map(
@@ -136,10 +157,14 @@ def command(args: ExportOptions) -> None:
             )  # fmt: skip
         else:
             text, sidecar = _of_layers(args, plan, identity.sha256, model, trace, cluster)
+    write_output(args.output + SIDECAR, dump_export(sidecar))  # whose name is longer
     write_output(args.output, text.encode())
-    write_output(args.output + SIDECAR, dump_export(sidecar))
     for line in _lines(sidecar):
         log_info(line)
+
+
+def _is_file(path: str | None) -> bool:
+    return path is not None and os.path.isfile(path)
 
 
 def _of_layers(
@@ -151,6 +176,13 @@ def _of_layers(
     from prism_plan.io.endpoints import read_endpoints
 
     endpoints = None if args.endpoints is None else read_endpoints(args.endpoints)
+    for name in endpoints or ():
+        if name not in plan.servers:
+            raise InputError(
+                f"unknown server {name!r:.60}{did_you_mean(name, plan.servers)}",
+                source=args.endpoints,
+                expected=f"some of {', '.join(plan.servers)}",
+            )
     text, sidecar, _ = export_whole_layers(
         ExportRequest(
             cast("LayerEngine", args.engine), plan, args.placement, sha256, model, args.output,
@@ -172,12 +204,12 @@ def _lines(sidecar: ExportFile) -> list[str]:
         lines.append(f"{layers}: {stage.server} gpu[{stage.gpu}]")
     by_server: dict[str, list[str]] = {}
     for held in sidecar.held:
-        by_server.setdefault(held.server, []).append(str(held.layer))
+        by_server.setdefault(f"{held.server} gpu[{held.gpu}]", []).append(str(held.layer))
     lines += [f"experts of layers {', '.join(n)}: {server}" for server, n in by_server.items()]
     seconds = sidecar.expected_latency_s
     if seconds is not None:
         text = f"expected {seconds.export:.3g} s a request"
-        if sidecar.replanned is not None and seconds.plan is not None:
+        if seconds.plan is not None and abs(seconds.plan - seconds.export) > 1e-3 * seconds.plan:
             text += f" (the plan {seconds.plan:.3g} s)"
         if seconds.engine_default is not None:
             text += f"; by itself {sidecar.engine} would take {seconds.engine_default:.3g} s"

@@ -30,7 +30,7 @@ def command(args: VerifyOptions) -> int:
     from prism_plan.cli.console import log_info, print_line
     from prism_plan.errors import InputError
     from prism_plan.export.llamacpp import read_placing
-    from prism_plan.export.llamacpp_log import verify_log
+    from prism_plan.export.llamacpp_log import differs_from_export, verify_log
     from prism_plan.io.export import SIDECAR, read_export
     from prism_plan.io.text_files import read_text
 
@@ -41,7 +41,8 @@ def command(args: VerifyOptions) -> int:
         )
     placing = read_placing(read_text(args.output), args.output)
     layers = sidecar.num_hidden_layers
-    problems = verify_log(read_text(args.log).splitlines(), placing, layers, args.log)
+    problems = differs_from_export(placing, sidecar)
+    problems += verify_log(read_text(args.log).splitlines(), placing, layers, args.log)
     for problem in problems[:20]:
         log_info(f"{args.log}: {problem}")
     if len(problems) > 20:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible
+from prism_plan.expert_capacity import gpu_capacity
 from prism_plan.export.stages import Stage, moe_position_of
 from prism_plan.instance import Instance
 from prism_plan.latency.expected_latency import latency_of
@@ -74,6 +75,23 @@ class HeadPlans:
             )
         return min(plans, key=self.seconds)
 
+    def capacity(self, plan: Placement) -> tuple[tuple[int, ...], ...]:
+        """What caches of the head's tokens leave of the cluster's GPUs under a plan's table.
+
+        Raises
+        ------
+        Infeasible
+            A GPU is too small for what must reside on it.
+        """
+        return gpu_capacity(self._cluster, self._trace.model, plan.execution_table)
+
+    def broken_promise(self, plan: Placement) -> str:
+        """Why the head's own server does not allow the plan, or empty."""
+        server = self._cluster.servers[self._head]
+        if server.execute_at_home and not (plan.execution_table[self._head] == self._head).all():
+            return f"{server.name!r} executes its layers at home (execute_at_home)"
+        return ""
+
     def seconds(self, plan: Placement) -> float:
         """Expected seconds of a mean request of the head under a plan."""
         return float(self._problem.expected(plan).of_home[self._head])
@@ -91,5 +109,20 @@ class HeadPlans:
             if layer in model.moe_layers:
                 on_gpu[gpu, position[layer]] = True
                 table[self._head, position[layer]] = server
+        found = latency_of(on_gpu, table, problem.workload, problem.site)
+        return float(found.of_home[self._head])
+
+    def seconds_of_held(self, held: Mapping[int, tuple[int, int]]) -> float:
+        """The same where the head executes all layers, and experts of some are on other GPUs.
+
+        ``held``: decoder layer -> server and GPU; the others are on the head's first GPU.
+        """
+        problem, model = self._problem, self._trace.model
+        start = problem.site.gpu_start
+        on_gpu = np.zeros((int(start[-1]), model.num_layers, model.num_experts), bool)
+        for at, layer in enumerate(model.moe_layers):
+            server, gpu = held.get(layer, (self._head, 0))
+            on_gpu[start[server] + gpu, at] = True
+        table = np.repeat(np.arange(len(start) - 1, dtype=np.int32)[:, None], model.num_layers, 1)
         found = latency_of(on_gpu, table, problem.workload, problem.site)
         return float(found.of_home[self._head])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prism_plan.errors import InputError, UnsupportedFeature
-from prism_plan.export.shell_script import ShellScript, parse_script
+from prism_plan.export.shell_script import ShellScript, options_of, parse_script
 from prism_plan.export.stages import Stage
 
 CHECKED_WITH = "llama.cpp build 11669 (RPC protocol 8)"
@@ -22,26 +22,35 @@ CHECKED_WITH = "llama.cpp build 11669 (RPC protocol 8)"
 MAX_DEVICES = 16
 _EXPERTS = r"ffn_(up|down|gate|gate_up)_(ch|)exps"
 _OVERRIDE = re.compile(
-    r"^blk\\\.\((?P<layers>[0-9|]+)\)\\\."
-    + re.escape(r"ffn_(up|down|gate|gate_up)_(ch|)exps")
-    + r"=(?P<buffer>RPC0\[[^\[\]=]+\])$"
+    r"blk\\\.\((?P<layers>[0-9]{1,5}(?:\|[0-9]{1,5})*)\)\\\."
+    + re.escape(_EXPERTS)
+    + r"=(?P<buffer>RPC0\[[^\[\]=]+\])"
 )
-_DEVICE = re.compile(r"^RPC(?P<number>[0-9]{1,3})$")
+_REMOTE = re.compile(r"RPC(?P<number>[0-9]{1,3})")
+_ENDPOINT = re.compile(r"[A-Za-z0-9._-]+:(?P<port>[0-9]{1,5})")
+_ADDRESS = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
+#: Which GPU a process sees, of the back ends that llama.cpp is built for.
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
+_OPTIONS = ("-m", "-c", "--rpc", "--device", "-ngl", "-fit", "-ts", "-ot")
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU as llama.cpp names it: over an ``endpoint``, or one of the head's own (empty)."""
+    """A GPU as llama.cpp names it: over an ``endpoint``, or one of the head's own (empty).
+
+    ``one_of_several`` GPUs of its server: its rpc-server may see no other.
+    """
 
     server: str
     gpu: int
     endpoint: str
     name: str
+    one_of_several: bool = False
 
 
 def devices_of(
     gpus: Sequence[tuple[str, int]], head: str, hosts: Mapping[str, str],
-    ports: Mapping[str, int], own: Sequence[str] | None,
+    ports: Mapping[str, int], own: Sequence[str] | None, num_gpus: Mapping[str, int],
 ) -> list[Device]:  # fmt: skip
     """The devices of these GPUs, in order; ``own`` are names of the head's by GPU.
 
@@ -50,7 +59,7 @@ def devices_of(
     Raises
     ------
     InputError
-        ``own`` has no name of one of the head's GPUs.
+        ``own`` has no name of one of the head's GPUs; two GPUs are at one endpoint.
     """
     found: list[Device] = []
     remote = 0
@@ -65,7 +74,15 @@ def devices_of(
             found.append(Device(server, gpu, "", own[gpu]))
             continue
         host = "127.0.0.1" if server == head else hosts[server]
-        found.append(Device(server, gpu, f"{host}:{ports[server] + gpu}", f"RPC{remote}"))
+        port = ports[server] + gpu
+        endpoint = f"{host}:{port}"
+        if port > 65535 or endpoint in [device.endpoint for device in found]:
+            raise InputError(
+                endpoint, parameter="endpoints", place=f"{server} gpu[{gpu}]",
+                expected="a port up to 65535, and another one for each GPU of a host",
+            )  # fmt: skip
+        several = num_gpus[server] > 1
+        found.append(Device(server, gpu, endpoint, f"RPC{remote}", several))
         remote += 1
     return found
 
@@ -99,23 +116,23 @@ def layers_script(
 
 
 def experts_script(
-    held: Mapping[int, int], devices: Mapping[tuple[int, int], Device], servers: Sequence[str],
-    head: str, num_layers: int, context: int, comments: Sequence[str],
+    held: Mapping[int, tuple[int, int]], devices: Mapping[tuple[int, int], Device],
+    servers: Sequence[str], head: str, num_layers: int, context: int, comments: Sequence[str],
 ) -> str:  # fmt: skip
-    """The script of a plan whose attention is at home; ``held``: decoder layer -> server.
+    """The script of a plan whose attention is at home; ``held``: layer -> (server, GPU).
 
-    Experts of a layer lie on the server's first GPU. The head computes on its first own device, or
-    on its CPU where it has none.
+    The head computes on its first own device, or on its CPU where it has none.
     """
     own = [device for device in devices.values() if not device.endpoint]
     words = ["-ngl", "0", "-fit", "off"]
     if own:  # llama.cpp ends where a device is left out, so all are named, and one gets layers
         others = [device.name for device in devices.values() if device.endpoint]
-        words = ["--device", ",".join([own[0].name, *others]), "-ngl", str(num_layers + 1)]
+        words = ["--device", ",".join([own[0].name, *others])]
+        words += ["-ngl", str(num_layers + 1)]
         words += ["-fit", "off", "-ts", ",".join(["1", *("0" for _ in others)])]
-    for server in sorted(set(held.values())):
-        layers = "|".join(str(layer) for layer in sorted(held) if held[layer] == server)
-        buffer = f"RPC0[{devices[server, 0].endpoint}]"
+    for gpu in sorted(set(held.values())):
+        layers = "|".join(str(layer) for layer in sorted(held) if held[layer] == gpu)
+        buffer = f"RPC0[{devices[gpu].endpoint}]"
         words += ["-ot", rf"blk\.({layers})\.{_EXPERTS}={buffer}"]
     return _script(list(devices.values()), words, servers, head, context, comments)
 
@@ -135,7 +152,12 @@ def _script(
             commands[name] = [_rpc_server(device, name == head) for device in own]
     at_head = [_rpc_server(device, True) for device in remote if device.server == head]
     if at_head:
-        commands[f"{head} rpc"] = at_head
+        if at_head_name(head) in servers:
+            raise InputError(
+                f"servers {head!r} and {at_head_name(head)!r}", place="servers",
+                expected="other names: the second one is that of the head's rpc-servers",
+            )  # fmt: skip
+        commands[at_head_name(head)] = at_head
     ordered = {head: [[*serve, *placing]], **commands}
     variables = {
         "MODEL": "model.gguf", "LLAMA_SERVER": "llama-server", "RPC_SERVER": "rpc-server"
@@ -143,10 +165,19 @@ def _script(
     return ShellScript(comments, variables, {}, ordered).text()
 
 
+def at_head_name(head: str) -> str:
+    """What the script calls the head's own rpc-servers."""
+    return f"{head} rpc"
+
+
 def _rpc_server(device: Device, at_head: bool) -> list[str]:
+    """llama.cpp listens at numeric addresses alone; where a name is given, at all of them."""
     host, _, port = device.endpoint.rpartition(":")
-    words = ["$RPC_SERVER", "--host", "127.0.0.1" if at_head else host, "--port", port]
-    return words if device.gpu == 0 else ["env", f"CUDA_VISIBLE_DEVICES={device.gpu}", *words]
+    listen = "127.0.0.1" if at_head else host if _ADDRESS.fullmatch(host) else "0.0.0.0"
+    words = ["$RPC_SERVER", "--host", listen, "--port", port]
+    if not device.one_of_several:
+        return words
+    return ["env", *(f"{name}={device.gpu}" for name in _VISIBLE), *words]
 
 
 def default_split(free: Sequence[int], num_layers: int) -> list[int]:
@@ -166,13 +197,17 @@ def default_split(free: Sequence[int], num_layers: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Placing:
-    """Where a script has layers, by decoder layer: devices, or the endpoints of their experts."""
+    """Where a script has layers, by decoder layer: devices, or the endpoints of their experts.
+
+    ``fits`` is whether llama.cpp is kept from fitting layers to the memory that it finds.
+    """
 
     endpoints: list[str]
     devices: list[str]
     counts: list[int]
     overrides: dict[int, str]
     gpu_layers: int
+    fits: bool
 
 
 def read_placing(text: str, source: str) -> Placing:
@@ -185,37 +220,42 @@ def read_placing(text: str, source: str) -> Placing:
     """
     script = parse_script(text, source)
     name, commands = next(iter(script.commands.items()))
-    words = commands[0] if commands else []
-    flags = [word for word in words if word in ("--rpc", "--device", "-ot", "-ngl", "-ts", "-fit")]
-    if "-ngl" not in flags or "-m" not in words:
-        raise InputError("no llama-server", source=source, place=name, expected="-m, -ngl ...")
-    if "--rpc" in flags and any(
-        flag in flags[: flags.index("--rpc")] for flag in ("--device", "-ot")
+    words = list(commands[0])
+    if len(commands) != 1 or words[:1] != ["$LLAMA_SERVER"]:
+        raise InputError("no llama-server", source=source, place=name, expected="$LLAMA_SERVER ...")
+    given = options_of(words[1:], _OPTIONS, source, name, repeated=("-ot",))
+    if "--rpc" in given and any(
+        list(given).index("--rpc") > list(given).index(flag)
+        for flag in ("--device", "-ot")
+        if flag in given
     ):
         raise InputError(
             "--rpc after --device or -ot", source=source, place=name,
             expected="--rpc first: it makes the devices",
         )  # fmt: skip
+    if "-ngl" not in given:
+        raise InputError("no -ngl", source=source, place=name, expected="how many layers")
     overrides: dict[int, str] = {}
-    for at, word in enumerate(words[:-1]):
-        if word != "-ot":
-            continue
-        found = _OVERRIDE.match(words[at + 1])
+    for pattern in given.get("-ot", []):
+        found = _OVERRIDE.fullmatch(pattern)
         if found is None:
             raise InputError(
-                f"{words[at + 1]!r:.80}", source=source, place=f"{name}: -ot",
+                f"{pattern!r:.80}", source=source, place=f"{name}: -ot",
                 expected=rf"blk\.(1|2)\.{_EXPERTS}=RPC0[HOST:PORT]; others match more or nothing",
             )  # fmt: skip
-        for layer in found["layers"].split("|"):
-            if not layer:
-                continue
-            overrides.setdefault(int(layer), found["buffer"])
+        for layer in map(int, found["layers"].split("|")):
+            if layer in overrides:
+                raise InputError(
+                    f"layer {layer} twice", source=source, place=f"{name}: -ot", expected="it once"
+                )
+            overrides[layer] = found["buffer"]
     return Placing(
-        endpoints=_list(words, "--rpc"),
-        devices=_list(words, "--device"),
-        counts=[_number(part, source, "-ts") for part in _list(words, "-ts")],
+        endpoints=_list(given, "--rpc"),
+        devices=_list(given, "--device"),
+        counts=[_number(part, source, "-ts") for part in _list(given, "-ts")],
         overrides=overrides,
-        gpu_layers=_number(words[words.index("-ngl") + 1], source, "-ngl"),
+        gpu_layers=_number(given["-ngl"][0], source, "-ngl"),
+        fits=_list(given, "-fit") == ["off"],
     )
 
 
@@ -228,51 +268,92 @@ def check_script(text: str, source: str, num_layers: int | None) -> list[str]:
         As :func:`read_placing`.
     """
     placing = read_placing(text, source)
-    script = parse_script(text, source)
     found = []
-    words = next(iter(script.commands.values()))[0]
-    if _list(words, "-fit") != ["off"]:
+    if not placing.fits:
         found.append("-fit is not off: llama.cpp may move layers to fit what it finds")
     if len(set(placing.endpoints)) < len(placing.endpoints):
         found.append("--rpc names an endpoint twice: an rpc-server serves one client at a time")
+    found += _rpc_problems(text, source, placing)
     for device in placing.devices:
-        number = _DEVICE.match(device)
+        number = _REMOTE.fullmatch(device)
         if number is not None and int(number["number"]) >= len(placing.endpoints):
             found.append(f"--device {device}: --rpc has {len(placing.endpoints)} endpoints")
     if len(placing.devices) != len(placing.counts):
         found.append(f"{len(placing.devices)} devices, and -ts is of {len(placing.counts)}")
     if len(placing.devices) > MAX_DEVICES:
         found.append(f"{len(placing.devices)} devices; llama.cpp takes {MAX_DEVICES}")
-    if any(count < 1 for count in placing.counts) and not placing.overrides:
+    if placing.overrides:
+        found += _override_problems(placing, num_layers)
+    else:
+        found += _count_problems(placing, num_layers)
+    return found
+
+
+def _count_problems(placing: Placing, num_layers: int | None) -> list[str]:
+    """What is wrong where layers execute where they are."""
+    found = []
+    if not placing.devices:
+        found.append("neither --device nor -ot: llama.cpp would place all layers by itself")
+    if any(count < 1 for count in placing.counts):
         found.append("-ts gives a device no layer")
-    if placing.devices and not placing.overrides and sum(placing.counts) != placing.gpu_layers:
+    if sum(placing.counts) != placing.gpu_layers:
         found.append(
             f"-ts adds up to {sum(placing.counts)}, and -ngl is {placing.gpu_layers}: counts are "
             "taken as shares then"
         )
-    if num_layers is not None:
-        if placing.devices and placing.gpu_layers != num_layers + 1:
-            found.append(f"-ngl is {placing.gpu_layers}; {num_layers} layers and the output need "
-                         f"{num_layers + 1}")  # fmt: skip
-        found += [
-            f"-ot: the model has no layer {layer}"
-            for layer in placing.overrides
-            if layer >= num_layers
-        ]
-    known = {f"RPC0[{endpoint}]" for endpoint in placing.endpoints}
-    found += [
-        f"-ot: layer {layer} goes to {buffer}, which --rpc does not name"
-        for layer, buffer in placing.overrides.items()
-        if buffer not in known
-    ]
+    if num_layers is not None and placing.gpu_layers != num_layers + 1:
+        found.append(
+            f"-ngl is {placing.gpu_layers}; {num_layers} layers and the output need "
+            f"{num_layers + 1}"
+        )
     return found
 
 
-def _list(words: Sequence[str], flag: str) -> list[str]:
-    return words[words.index(flag) + 1].split(",") if flag in words[:-1] else []
+def _override_problems(placing: Placing, num_layers: int | None) -> list[str]:
+    """What is wrong where experts are away and the head executes all layers."""
+    found = []
+    known = {f"RPC0[{endpoint}]" for endpoint in placing.endpoints}
+    for layer, buffer in placing.overrides.items():
+        if buffer not in known:
+            found.append(f"-ot: layer {layer} goes to {buffer}, which --rpc does not name")
+        if num_layers is not None and layer >= num_layers:
+            found.append(f"-ot: the model has no layer {layer}")
+    if not placing.devices and placing.gpu_layers:
+        found.append(f"-ngl is {placing.gpu_layers}: layers would leave the head; it needs 0")
+    if placing.devices and placing.counts != [1, *([0] * (len(placing.devices) - 1))]:
+        found.append("-ts has to give the first device, the head's, all layers: 1,0,0")
+    if placing.devices and _REMOTE.fullmatch(placing.devices[0]) is not None:
+        found.append(f"--device {placing.devices[0]} is not the head's")
+    if placing.devices and num_layers is not None and placing.gpu_layers != num_layers + 1:
+        found.append(f"-ngl is {placing.gpu_layers}; it needs {num_layers + 1}")
+    return found
+
+
+def _rpc_problems(text: str, source: str, placing: Placing) -> list[str]:
+    """Endpoints that no rpc-server of the script listens at."""
+    ports = set()
+    for name, commands in list(parse_script(text, source).commands.items())[1:]:
+        for words in commands:
+            program = next((at for at, word in enumerate(words) if word == "$RPC_SERVER"), None)
+            if program is None:
+                raise InputError("no rpc-server", source=source, place=name, expected="$RPC_SERVER")
+            given = options_of(words[program + 1 :], ("--host", "--port"), source, name)
+            ports.add(given.get("--port", [""])[0])
+    found = []
+    for endpoint in placing.endpoints:
+        match = _ENDPOINT.fullmatch(endpoint)
+        if match is None:
+            found.append(f"--rpc {endpoint}: not HOST:PORT")
+        elif match["port"] not in ports:
+            found.append(f"--rpc {endpoint}: no rpc-server of this script has that port")
+    return found
+
+
+def _list(given: Mapping[str, Sequence[str]], flag: str) -> list[str]:
+    return given[flag][0].split(",") if flag in given else []
 
 
 def _number(text: str, source: str, place: str) -> int:
-    if not text.isdigit() or len(text) > 6:
+    if not text.isascii() or not text.isdigit() or len(text) > 6:
         raise InputError(f"{text!r:.40}", source=source, place=place, expected="a whole number")
     return int(text)

@@ -6,6 +6,7 @@ as read and run at vLLM 0.33.0, SGLang 0.5.23 and stored files of TensorRT-LLM o
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,15 +33,25 @@ MEETING_PORT = 29500
 
 
 def not_contiguous(stages: Sequence[Stage], servers: Sequence[str]) -> str:
-    """Why stages are no pipeline of ranks, or empty: a GPU would be two ranks."""
-    ranks = Counter((stage.server, stage.gpu) for stage in stages)
-    (server, gpu), times = ranks.most_common(1)[0]
-    if times == 1:
-        return ""
-    return (
-        f"gpu[{gpu}] of {servers[server]!r} executes {times} runs of layers with others between "
-        "them, and a pipeline rank executes one"
-    )
+    """Why stages are no pipeline, or empty.
+
+    Each GPU is one rank, and ranks of a machine follow each other.
+    """
+    runs = [(stage.server, stage.gpu) for stage in stages]
+    (server, gpu), times = Counter(runs).most_common(1)[0]
+    if times > 1:
+        return (
+            f"gpu[{gpu}] of {servers[server]!r} executes {times} runs of layers with others "
+            "between them, and a pipeline rank executes one"
+        )
+    machines = [one for one, _ in itertools.groupby(stage.server for stage in stages)]
+    machine, times = Counter(machines).most_common(1)[0]
+    if times > 1:
+        return (
+            f"GPUs of {servers[machine]!r} execute {times} runs of layers with others between "
+            "them, and ranks of a machine follow each other"
+        )
+    return ""
 
 
 def default_partition(engine: PipelineEngine, layers: int, ranks: int) -> list[int]:
@@ -58,7 +69,7 @@ def default_partition(engine: PipelineEngine, layers: int, ranks: int) -> list[i
 
 def partition_text(
     engine: PipelineEngine, stages: Sequence[Stage], servers: Sequence[str],
-    hosts: Mapping[str, str], comments: Sequence[str],
+    hosts: Mapping[str, str], num_gpus: Mapping[str, int], comments: Sequence[str],
 ) -> str:  # fmt: skip
     """The file of an engine: a script for all machines, or TensorRT-LLM's options.
 
@@ -79,24 +90,13 @@ def partition_text(
             f"{engine} starts as many ranks on every machine, and the plan has {listed}; plan with "
             "equally many GPUs a server"
         )
-    first = hosts[names[0]]
-    commands = {}
-    for number, name in enumerate(names):
-        common = ["--nnodes", str(len(names)), "--node-rank", str(number)]
-        if engine == "vllm-pp":
-            words = [
-                "vllm", "serve", "$MODEL", "--pipeline-parallel-size", str(len(counts)),
-                "--tensor-parallel-size", "1", "--distributed-executor-backend", "mp", *common,
-                "--master-addr", first, "--master-port", str(MEETING_PORT),
-            ]  # fmt: skip
-            words += ["--headless"] if number else []
-        else:
-            words = [
-                "python3", "-m", "sglang.launch_server", "--model-path", "$MODEL", "--pp-size",
-                str(len(counts)), "--tp-size", "1", *common, "--dist-init-addr",
-                f"{first}:{MEETING_PORT}",
-            ]  # fmt: skip
-        commands[name] = [words]
+    commands = {
+        name: [
+            _visible([s.gpu for s in stages if servers[s.server] == name], num_gpus[name])
+            + _command(engine, number, len(names), len(counts), hosts[names[0]])
+        ]
+        for number, name in enumerate(names)
+    }
     exported = {VARIABLES[engine]: ",".join(map(str, counts))}
     return ShellScript(comments, {"MODEL": "model"}, exported, commands).text()
 
@@ -146,23 +146,49 @@ def check_partition(
         size = _options(text, source).get("pipeline_parallel_size")
         return _problems(counts, size, num_layers, "pp_partition")
     script = parse_script(text, source)
-    flag = "--pipeline-parallel-size" if engine == "vllm-pp" else "--pp-size"
-    found: list[str] = []
-    ranks: list[str] = []
-    sizes: set[str] = set()
-    for name, commands in script.commands.items():
-        for words in commands:
-            sizes.add(_value(words, flag))
-            ranks.append(_value(words, "--node-rank"))
-            if _value(words, "--nnodes") != str(len(script.commands)):
-                found.append(f"{name}: --nnodes is not {len(script.commands)}")
-    if sorted(ranks) != sorted(map(str, range(len(ranks)))):
-        found.append(f"--node-rank: {', '.join(ranks)}, not each of 0 to {len(ranks) - 1}")
-    if len(sizes) > 1:
-        found.append(f"{flag} differs between servers: {', '.join(sorted(sizes))}")
-    size = min(sizes)
-    number = int(size) if size.isascii() and size.isdigit() else None
-    return found + _problems(counts, number, num_layers, VARIABLES[engine])
+    found = []
+    if list(script.exported) != [VARIABLES[engine]]:
+        found.append(f"exports {', '.join(script.exported)}; expected {VARIABLES[engine]} alone")
+    number, first = len(script.commands), ""
+    for rank, (name, commands) in enumerate(script.commands.items()):
+        if len(commands) != 1:
+            found.append(f"{name}: {len(commands)} commands; expected one")
+            continue
+        words = list(commands[0])
+        if words[0] == "env":
+            words = words[2:]
+        address = "--master-addr" if engine == "vllm-pp" else "--dist-init-addr"
+        if rank == 0 and address in words[:-1]:
+            first = words[words.index(address) + 1].partition(":")[0]
+        expected = _command(engine, rank, number, len(counts), first)
+        if words != expected:
+            wrong = (
+                next((a for a, b in itertools.zip_longest(words, expected) if a != b), None)
+                or "the end"
+            )
+            found.append(f"{name}: {wrong!r:.60} is not what a rank {rank} of {number} is given")
+    return found + _problems(counts, len(counts), num_layers, VARIABLES[engine])
+
+
+def _visible(gpus: Sequence[int], of: int) -> list[str]:
+    """What a machine of several GPUs is told of those that it uses, in the order of ranks."""
+    return ["env", f"CUDA_VISIBLE_DEVICES={','.join(map(str, gpus))}"] if of > 1 else []
+
+
+def _command(engine: PipelineEngine, rank: int, nodes: int, size: int, first: str) -> list[str]:
+    """What node ``rank`` of ``nodes`` runs; ``first`` is the host of the first one."""
+    common = ["--nnodes", str(nodes), "--node-rank", str(rank)]
+    if engine == "vllm-pp":
+        words = [
+            "vllm", "serve", "$MODEL", "--pipeline-parallel-size", str(size),
+            "--tensor-parallel-size", "1", "--distributed-executor-backend", "mp", *common,
+            "--master-addr", first, "--master-port", str(MEETING_PORT),
+        ]  # fmt: skip
+        return [*words, "--headless"] if rank else words
+    return [
+        "python3", "-m", "sglang.launch_server", "--model-path", "$MODEL", "--pp-size", str(size),
+        "--tp-size", "1", *common, "--dist-init-addr", f"{first}:{MEETING_PORT}",
+    ]  # fmt: skip
 
 
 def _options(text: str, source: str) -> dict[str, Any]:
@@ -176,7 +202,8 @@ def _options(text: str, source: str) -> dict[str, Any]:
 
 
 def _problems(counts: Sequence[int], size: object, num_layers: int | None, name: str) -> list[str]:
-    found = [
+    found = [f"{name} is empty"] if not counts else []
+    found += [
         f"{name}: rank {rank} has {count} layers; engines accept that in silence, and fail later"
         for rank, count in enumerate(counts)
         if count < 1
@@ -186,8 +213,3 @@ def _problems(counts: Sequence[int], size: object, num_layers: int | None, name:
     if num_layers is not None and sum(counts) != num_layers:
         found.append(f"{name} has {sum(counts)} layers, and the model has {num_layers}")
     return found
-
-
-def _value(words: Sequence[str], flag: str) -> str:
-    """What follows a flag, "none" where it is not given."""
-    return words[words.index(flag) + 1] if flag in words[:-1] else "none"

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from prism_plan.errors import InputError
 from prism_plan.printable_text import printable
 
 #: Words that the shell replaces; all others are quoted.
-_VARIABLE = re.compile(r"\$\{?[A-Z_]+\}?")
-_CASE = re.compile(r"^(?P<name>.*)\)$")
+_VARIABLE = re.compile(r"\$[A-Z_]+")
+_DEFAULT = re.compile(r': "\$\{(?P<name>[A-Z_]+):=(?P<value>[^{}"$`\\]*)\}"')
+_EXPORT = re.compile(r"export (?P<name>[A-Z_]+)=(?P<value>.*)")
+_SIDE_BY_SIDE = ' & pids="${pids:-} $!"'
+_HEAD = "if [ $# -gt 0 ]; then shift; fi"
+_TAIL = ["*)", '  echo "unknown server: $server" >&2', "  exit 2", "  ;;", "esac"]
+_TRAP = ["  trap 'kill $pids' INT TERM EXIT", "  wait"]
+EXPECTED = "a script as prism-plan export writes it; options go after the server's name"
 
 
 @dataclass(frozen=True)
@@ -35,68 +41,133 @@ class ShellScript:
         lines += [f': "${{{name}:={value}}}"' for name, value in self.variables.items()]
         lines += [f"export {name}={shlex.quote(v)}" for name, v in self.exported.items()]
         first = next(iter(self.commands))
-        lines += [f"server=${{1:-{shlex.quote(first)}}}", "if [ $# -gt 0 ]; then shift; fi"]
-        lines.append("case $server in")
+        lines += [f"server=${{1:-{_quoted(first)}}}", _HEAD, "case $server in"]
         for name, commands in self.commands.items():
-            lines.append(f"{shlex.quote(name)})")
+            lines.append(f"{_quoted(name)})")
             for command in commands:
                 words = " ".join(
                     f'"{word}"' if _VARIABLE.fullmatch(word) else shlex.quote(word)
                     for word in command
                 )
-                lines.append(f'  exec {words} "$@"' if len(commands) == 1 else f"  {words} &")
+                alone = len(commands) == 1
+                lines.append(f'  exec {words} "$@"' if alone else f"  {words}{_SIDE_BY_SIDE}")
             if len(commands) > 1:
-                lines.append("  wait")
+                lines += _TRAP
             lines.append("  ;;")
-        lines += ["*)", '  echo "unknown server: $server" >&2', "  exit 2", "  ;;", "esac", ""]
-        return "\n".join(lines)
+        return "\n".join([*lines, *_TAIL, ""])
+
+
+def _quoted(name: str) -> str:
+    """A name in quotes, which ``*`` and words of the shell need too."""
+    return "'" + name.replace("'", "'\"'\"'") + "'"
 
 
 def parse_script(text: str, source: str) -> ShellScript:
-    """The reverse of :meth:`ShellScript.text`, also of a script that was edited.
+    """The reverse of :meth:`ShellScript.text`.
 
     Raises
     ------
     InputError
-        It is no such script.
+        It is no such script: a line is none that :meth:`ShellScript.text` writes.
     """
+    lines = text.split("\n")
+    if lines[-1:] != [""] or lines[-1 - len(_TAIL) : -1] != _TAIL:
+        raise InputError("no end", source=source, place="the last lines", expected=EXPECTED)
     variables: dict[str, str] = {}
     exported: dict[str, str] = {}
     commands: dict[str, list[list[str]]] = {}
     name: str | None = None
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise InputError(f"{error}", source=source, place=f"line {number}") from error
-        ours = ("set", "case", "esac", "wait", "if", "fi", "echo", "exit")
-        if not words or words[0] in ours or words[0].startswith("server="):
-            continue
-        if words[0] == ":" and len(words) == 2 and ":=" in words[1]:
-            key, _, value = words[1].strip("${}").partition(":=")
-            variables[key] = value
-        elif words[0] == "export" and len(words) == 2 and "=" in words[1]:
-            key, _, value = words[1].partition("=")
-            exported[key] = value
-        elif words == [";;"]:
-            name = None
-        elif name is None and (found := _CASE.match(" ".join(words))):
-            name = found["name"]
-            if name != "*":
-                commands[name] = []
-        elif name is not None and name != "*":
-            commands[name].append([w for w in words if w not in ("exec", "&", "$@")])
-        elif name is None:
-            raise InputError(
-                f"{line.strip():.60}",
-                source=source,
-                place=f"line {number}",
-                expected="a script that prism-plan export has written",
-            )
-    if not commands:
-        raise InputError(
-            "no command of any server",
-            source=source,
-            expected="a script that prism-plan export has written",
-        )
+    in_case = False
+    for number, line in enumerate(lines[: -1 - len(_TAIL)], 1):
+        where = f"line {number}"
+        if name is not None:
+            if line == "  ;;":
+                name = None
+            elif line not in _TRAP:
+                commands[name].append(_words(line, source, where))
+        elif in_case:
+            name = _case(line, source, where)
+            if name in commands:
+                raise InputError(f"{name!r:.40} again", source=source, place=where)
+            commands[name] = []
+        elif line == "case $server in":
+            in_case = True
+        elif (found := _DEFAULT.fullmatch(line)) is not None:
+            variables[found["name"]] = found["value"]
+        elif (found := _EXPORT.fullmatch(line)) is not None and found["name"] not in exported:
+            values = _split(found["value"], source, where)
+            if len(values) != 1 or shlex.quote(values[0]) != found["value"]:
+                raise InputError(f"{line:.60}", source=source, place=where, expected=EXPECTED)
+            exported[found["name"]] = values[0]
+        elif line not in ("set -eu", _HEAD) and not line.startswith("#"):
+            words = _split(line, source, where)
+            if len(words) != 1 or not re.fullmatch(r"server=\$\{1:-.*\}", words[0]):
+                raise InputError(f"{line:.60}", source=source, place=where, expected=EXPECTED)
+    if not commands or name is not None or not all(commands.values()):
+        raise InputError("a server without a command", source=source, expected=EXPECTED)
     return ShellScript((), variables, exported, commands)
+
+
+def _split(line: str, source: str, where: str) -> list[str]:
+    try:
+        return shlex.split(line) or [""]
+    except ValueError as error:
+        raise InputError(f"{error}", source=source, place=where, expected=EXPECTED) from error
+
+
+def _case(line: str, source: str, where: str) -> str:
+    words = _split(line, source, where)
+    if len(words) != 1 or not line.startswith("'") or not line.endswith("')"):
+        raise InputError(f"{line:.60}", source=source, place=where, expected=EXPECTED)
+    return words[0][:-1]
+
+
+def _words(line: str, source: str, where: str) -> list[str]:
+    if line.startswith("  exec ") and line.endswith(' "$@"'):
+        inner = line[len("  exec ") : -len(' "$@"')]
+    elif line.startswith("  ") and line.endswith(_SIDE_BY_SIDE):
+        inner = line[2 : -len(_SIDE_BY_SIDE)]
+    else:
+        raise InputError(f"{line.strip():.60}", source=source, place=where, expected=EXPECTED)
+    words = _split(inner, source, where)
+    again = " ".join(
+        f'"{word}"' if _VARIABLE.fullmatch(word) else shlex.quote(word) for word in words
+    )
+    if again != inner:  # the shell would do something else with it
+        raise InputError(f"{inner:.60}", source=source, place=where, expected=EXPECTED)
+    return words
+
+
+def options_of(
+    words: Sequence[str], known: Collection[str], source: str, place: str,
+    switches: Collection[str] = (), repeated: Collection[str] = (),
+) -> dict[str, list[str]]:  # fmt: skip
+    """Values by option of a command's words, each option of ``known`` at most once.
+
+    ``switches`` have no value, ``repeated`` may be given again.
+
+    Raises
+    ------
+    InputError
+        Another option, which may undo what these say; a value is missing; an option twice.
+    """
+    found: dict[str, list[str]] = {}
+    at = 0
+    while at < len(words):
+        word = words[at]
+        if word not in known and word not in switches:
+            raise InputError(
+                f"{word!r:.60}", source=source, place=place,
+                expected=f"one of {', '.join([*known, *switches])}; others go after the name",
+            )  # fmt: skip
+        if word in found and word not in repeated:
+            raise InputError(f"{word} twice", source=source, place=place, expected="it once")
+        found.setdefault(word, [])
+        if word in switches:
+            at += 1
+            continue
+        if at + 1 >= len(words):
+            raise InputError(f"{word} at the end", source=source, place=place, expected="a value")
+        found[word].append(words[at + 1])
+        at += 2
+    return found

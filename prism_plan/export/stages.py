@@ -17,6 +17,8 @@ from prism_plan.placement import Placement
 from prism_plan.printable_text import quantity
 
 Ints = npt.NDArray[np.int64]
+#: For each server what each of its GPUs has for experts.
+Capacity = tuple[tuple[int, ...], ...]
 
 
 class Stage(NamedTuple):
@@ -70,8 +72,12 @@ def executes_at_home_of(plan: Placement, head: int) -> bool:
     return bool((plan.execution_table[head] == head).all())
 
 
-def stages(plan: Placement, model: ModelSpec, head: int) -> list[Stage]:
+def stages(
+    plan: Placement, model: ModelSpec, head: int, capacity: Capacity | None = None
+) -> list[Stage]:
     """The stages of a head's requests, in the order in which they execute.
+
+    ``capacity`` is what GPUs have for experts, by default what the plan says.
 
     On a server with several GPUs the layers of a span fill one GPU after the other, as far as each
     has room for whole layers.
@@ -83,32 +89,44 @@ def stages(plan: Placement, model: ModelSpec, head: int) -> list[Stage]:
         in the plan.
     """
     servers = plan.execution_table[head][moe_position_of(model)]
-    room = [list(gpus) for gpus in plan.gpu_capacity]
-    size = _sizes(plan.model, model)
+    room = _Room(plan, model, capacity or plan.gpu_capacity)
     found: list[Stage] = []
     for layer, server in enumerate(servers.tolist()):
         last = found[-1] if found else None
         same = last is not None and last.server == server
-        needed = size[layer]
-        gpus = range(len(room[server]))
-        begin = last.gpu if last is not None and same else 0
-        order = [*gpus[begin:], *gpus[:begin]]
-        gpu = next((g for g in order if room[server][g] >= needed), None)
-        if gpu is None:
-            unit = "experts" if plan.model.equal_expert_bytes else "bytes"
-            raise Infeasible(
-                f"GPUs of {plan.servers[server]!r} have {room[server]} {unit} left for decoder "
-                f"layer {layer}, which one of them has to hold whole",
-                shortfall=needed - max(room[server]),
-                unit=unit,
-                remedy="plan with one GPU a server, or with more memory",
-            )
-        room[server][gpu] -= needed
+        gpu = room.take(server, layer, last.gpu if last is not None and same else 0)
         if last is not None and same and last.gpu == gpu:
             found[-1] = last._replace(last=layer)
         else:
             found.append(Stage(server, gpu, layer, layer))
     return found
+
+
+class _Room:
+    """What is left of each GPU for the experts of whole layers."""
+
+    def __init__(self, plan: Placement, model: ModelSpec, capacity: Capacity) -> None:
+        self._plan = plan
+        self._left = [list(gpus) for gpus in capacity]
+        self._size = _sizes(plan.model, model)
+
+    def take(self, server: int, layer: int, begin: int = 0) -> int:
+        """The GPU of a server that takes a decoder layer: the first from ``begin`` with room."""
+        left, needed = self._left[server], self._size[layer]
+        gpus = range(len(left))
+        order = [*gpus[begin:], *gpus[:begin]]
+        gpu = next((g for g in order if left[g] >= needed), -1)
+        if gpu < 0:
+            unit = "experts" if self._plan.model.equal_expert_bytes else "bytes"
+            raise Infeasible(
+                f"GPUs of {self._plan.servers[server]!r} have {left} {unit} left for decoder "
+                f"layer {layer}, which one of them has to hold whole",
+                shortfall=needed - max(left),
+                unit=unit,
+                remedy="plan with one GPU a server, or with more memory",
+            )
+        left[gpu] -= needed
+        return gpu
 
 
 def _sizes(shape: ModelShape, model: ModelSpec) -> list[int]:
@@ -118,6 +136,26 @@ def _sizes(shape: ModelShape, model: ModelSpec) -> list[int]:
         unit = 1 if shape.equal_expert_bytes else shape.expert_bytes_by_layer[at]
         sizes[layer] = shape.num_experts * unit
     return sizes
+
+
+def gpus_of_held_layers(
+    plan: Placement, model: ModelSpec, head: int, capacity: Capacity | None = None
+) -> dict[int, tuple[int, int]]:
+    """Decoder layer -> server and GPU of its experts, of :func:`layers_held_elsewhere`.
+
+    The head's own layers have to be whole on its GPUs too.
+
+    Raises
+    ------
+    Infeasible
+        A layer fits no GPU whole.
+    """
+    room = _Room(plan, model, capacity or plan.gpu_capacity)
+    held = layers_held_elsewhere(plan, model, head)
+    for layer in model.moe_layers:
+        if layer not in held:
+            room.take(head, layer)
+    return {layer: (server, room.take(server, layer)) for layer, server in held.items()}
 
 
 def layers_held_elsewhere(plan: Placement, model: ModelSpec, head: int) -> dict[int, int]:

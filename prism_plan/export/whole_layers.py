@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,10 @@ from prism_plan.errors import Infeasible, InputError
 from prism_plan.export import llamacpp, pipeline_partitions
 from prism_plan.export.head_plans import HeadPlans
 from prism_plan.export.stages import (
+    Capacity,
     Stage,
     executes_at_home_of,
+    gpus_of_held_layers,
     head_of,
     layers_held_elsewhere,
     partial_layer,
@@ -22,6 +25,7 @@ from prism_plan.io.endpoints import RPC_PORT, EndpointTable
 from prism_plan.io.export import ExportFile, HeldPart, LayerEngine, SecondsPart, StagePart
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
+from prism_plan.printable_text import listed
 from prism_plan.trace import Trace
 
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")
@@ -70,7 +74,7 @@ def export_whole_layers(request: ExportRequest) -> tuple[str, ExportFile, Placem
     plans = None
     if request.trace is not None and request.cluster is not None:
         plans = HeadPlans(request.trace, request.cluster, name, request.context)
-    plan, replanned = request.plan, _refusal(request, request.plan, head)
+    plan, replanned = request.plan, _refusal(request, request.plan, head, plans)
     if replanned:
         if plans is None:
             raise InputError(
@@ -79,20 +83,30 @@ def export_whole_layers(request: ExportRequest) -> tuple[str, ExportFile, Placem
                 expected=f"whole layers, as {request.engine} has them",
                 remedy="give ``trace`` and ``cluster``: it is planned again in whole layers",
             )
-        plan = plans.whole_layers(lambda other: _refusal(request, other, head))
-    at_home = request.engine == "llamacpp" and _has_experts_elsewhere(request, plan, head)
-    found = [] if at_home else stages(plan, request.model, head)
-    text, warnings = _file(request, plan, found, head)
+        plan = plans.whole_layers(lambda other: _refusal(request, other, head, plans))
+    capacity = plans.capacity(plan) if plans is not None else None
+    found: list[Stage] = []
+    held: dict[int, tuple[int, int]] = {}
+    if request.engine == "llamacpp" and _has_experts_elsewhere(request, plan, head):
+        held = gpus_of_held_layers(plan, request.model, head, capacity)
+    else:
+        found = stages(plan, request.model, head, capacity)
+    text, warnings = _file(request, plan, found, held, head)
     default = _default(request, found)
     seconds = None
     if plans is not None:
         whole = [stage.num_layers for stage in found]
+        by_itself = None
+        if default:
+            if text_of_room := _default_does_not_fit(request, default, found, capacity):
+                warnings.append(text_of_room)
+            else:
+                by_itself = plans.seconds_of_counts(default, found)
         seconds = SecondsPart(
             plan=plans.seconds(request.plan),
-            export=plans.seconds_of_counts(whole, found) if found else plans.seconds(plan),
-            engine_default=plans.seconds_of_counts(default, found) if default else None,
+            export=plans.seconds_of_counts(whole, found) if found else plans.seconds_of_held(held),
+            engine_default=by_itself,
         )
-    held = layers_held_elsewhere(plan, request.model, head) if at_home else {}
     sidecar = ExportFile(
         format="prism-plan/export",
         version=1,
@@ -107,7 +121,10 @@ def export_whole_layers(request: ExportRequest) -> tuple[str, ExportFile, Placem
             StagePart(server=plan.servers[s.server], gpu=s.gpu, first=s.first, last=s.last)
             for s in found
         ],
-        held=[HeldPart(layer=n, server=plan.servers[m]) for n, m in sorted(held.items())],
+        held=[
+            HeldPart(layer=layer, server=plan.servers[server], gpu=gpu)
+            for layer, (server, gpu) in sorted(held.items())
+        ],
         replanned=replanned or None,
         engine_default=default,
         expected_latency_s=seconds,
@@ -129,18 +146,22 @@ def _has_experts_elsewhere(request: ExportRequest, plan: Placement, head: int) -
     return executes_at_home_of(plan, head) and bool(held)
 
 
-def _refusal(request: ExportRequest, plan: Placement, head: int) -> str:
+def _refusal(request: ExportRequest, plan: Placement, head: int, plans: HeadPlans | None) -> str:
     """Why the engine cannot have a plan, or empty."""
     if reason := partial_layer(plan, head):
         return reason
-    if _has_experts_elsewhere(request, plan, head):
-        if request.engine == "llamacpp":
-            return ""
-        return f"all layers execute at {plan.servers[head]!r}, and experts lie on other servers"
+    if plans is not None and (reason := plans.broken_promise(plan)):
+        return reason
     try:
-        found = stages(plan, request.model, head)
+        capacity = plans.capacity(plan) if plans is not None else None
+        if _has_experts_elsewhere(request, plan, head):
+            if request.engine == "llamacpp":
+                gpus_of_held_layers(plan, request.model, head, capacity)
+                return ""
+            return f"all layers execute at {plan.servers[head]!r}, and experts lie on other servers"
+        found = stages(plan, request.model, head, capacity)
     except Infeasible as error:
-        return str(error)
+        return str(error).removeprefix("infeasible: ")
     if request.engine == "llamacpp":
         if len(found) >= llamacpp.MAX_DEVICES:
             return f"{len(found)} runs of layers, and llama.cpp takes {llamacpp.MAX_DEVICES - 1}"
@@ -148,50 +169,82 @@ def _refusal(request: ExportRequest, plan: Placement, head: int) -> str:
     return pipeline_partitions.not_contiguous(found, plan.servers)
 
 
+def _default_does_not_fit(
+    request: ExportRequest, default: Sequence[int], found: Sequence[Stage],
+    capacity: Capacity | None,
+) -> str:  # fmt: skip
+    """Where the engine's own division puts more than a GPU has room for, or empty."""
+    if capacity is None:
+        return ""
+    model, begin = request.model, 0
+    for stage, count in zip(found, default, strict=True):
+        layers = [at for at, n in enumerate(model.moe_layers) if begin <= n < begin + count]
+        begin += count
+        equal = model.equal_expert_bytes
+        sizes = [1 if equal else model.expert_bytes_by_layer[at] for at in layers]
+        needed, has = model.num_experts * sum(sizes), capacity[stage.server][stage.gpu]
+        if needed > has:
+            name = request.plan.servers[stage.server]
+            return (
+                f"by itself {request.engine} would put {count} layers on {name} "
+                f"gpu[{stage.gpu}], which has no room for them"
+            )
+    return ""
+
+
 def _file(
-    request: ExportRequest, plan: Placement, found: Sequence[Stage], head: int
-) -> tuple[str, list[str]]:
+    request: ExportRequest, plan: Placement, found: Sequence[Stage],
+    held: Mapping[int, tuple[int, int]], head: int,
+) -> tuple[str, list[str]]:  # fmt: skip
     """The engine's file, and what whoever runs it should know."""
-    name = plan.servers[head]
+    name, servers = plan.servers[head], plan.servers
     comments = [
         f"{request.engine}: layers of requests of {name}, as {request.plan_path} plans them.",
         f"Written by prism-plan export; checked with {_checked_with(request.engine)}.",
     ]
+    warnings = []
+    heads = request.plan.plan.extra.get("heads")
+    if isinstance(heads, list) and name not in heads:
+        warnings.append(f"the plan was made for requests of {listed(map(str, heads))}")
+    num_gpus = {server: len(gpus) for server, gpus in zip(servers, plan.gpu_capacity, strict=True)}
     if request.engine != "llamacpp":
-        hosts = {plan.servers[stage.server]: "" for stage in found}
+        hosts = {servers[stage.server]: "" for stage in found}
         if request.engine != "trtllm-pp":
             hosts = {server: _host(request, server) for server in hosts}
-        order = " ".join(dict.fromkeys(plan.servers[stage.server] for stage in found))
-        warnings = [f"ranks are GPUs in this order of servers: {order}"]
+        order = ", ".join(f"{servers[stage.server]} gpu[{stage.gpu}]" for stage in found)
+        warnings.append(f"ranks in order: {order}")
         text = pipeline_partitions.partition_text(
-            request.engine, found, plan.servers, hosts, comments
+            request.engine, found, servers, hosts, num_gpus, comments
         )
         return text, warnings
-    held = {} if found else layers_held_elsewhere(plan, request.model, head)
-    gpus = [(stage.server, stage.gpu) for stage in found]
-    gpus += [(server, 0) for server in sorted(set(held.values()))]
-    own = (
-        request.endpoints[name].devices if request.endpoints and name in request.endpoints else None
-    )
+    gpus = [(stage.server, stage.gpu) for stage in found] + sorted(set(held.values()))
+    endpoint = (request.endpoints or {}).get(name)
+    own = None if endpoint is None else endpoint.devices
     if held and own is not None:
         gpus.insert(0, (head, 0))
+    if held and own is None:
+        warnings.append(
+            f"{name} computes attention, and the experts that stay, on its CPU: give its devices "
+            "in the endpoints for its GPU, which the expected seconds count on"
+        )
     gpus = list(dict.fromkeys(gpus))
+    used = dict.fromkeys(servers[server] for server, _ in gpus)
     devices = llamacpp.devices_of(
-        [(plan.servers[server], gpu) for server, gpu in gpus], name,
-        {plan.servers[server]: _host(request, plan.servers[server]) for server, _ in gpus},
-        {plan.servers[server]: _port(request, plan.servers[server]) for server, _ in gpus}, own,
+        [(servers[server], gpu) for server, gpu in gpus], name,
+        {server: _host(request, server) for server in used if server != name},
+        {server: _port(request, server) for server in used}, own, num_gpus,
     )  # fmt: skip
     of_gpu = dict(zip(gpus, devices, strict=True))
-    warnings = [
+    warnings += [
         "an rpc-server serves one client at a time, trusts whoever reaches it, and encrypts "
         "nothing: keep its port inside a VPN",
         "llama-server ends when it loses an rpc-server",
     ]
     layers, context = request.model.num_decoder_layers, request.context
     if found:
-        text = llamacpp.layers_script(found, of_gpu, plan.servers, name, layers, context, comments)
+        text = llamacpp.layers_script(found, of_gpu, servers, name, layers, context, comments)
     else:
-        text = llamacpp.experts_script(held, of_gpu, plan.servers, name, layers, context, comments)
+        text = llamacpp.experts_script(held, of_gpu, servers, name, layers, context, comments)
     return text, warnings
 
 
@@ -231,19 +284,19 @@ def _default(request: ExportRequest, found: Sequence[Stage]) -> list[int] | None
 
 
 def _launch(
-    request: ExportRequest, plan: Placement, found: Sequence[Stage], held: Mapping[int, int],
-    head: str,
+    request: ExportRequest, plan: Placement, found: Sequence[Stage],
+    held: Mapping[int, tuple[int, int]], head: str,
 ) -> list[str]:  # fmt: skip
     """What to run where, as lines."""
+    output = shlex.quote(request.output)
     if request.engine == "trtllm-pp":
-        return [f"trtllm-serve MODEL --extra_llm_api_options {request.output}"]
+        return [f"trtllm-serve MODEL --extra_llm_api_options {output}"]
     servers = dict.fromkeys(plan.servers[stage.server] for stage in found)
-    servers |= dict.fromkeys(plan.servers[server] for server in held.values())
-    others = [server for server in servers if server != head]
+    servers |= dict.fromkeys(plan.servers[server] for server, _ in held.values())
     if request.engine != "llamacpp":
-        return [f"on {server}: sh {request.output} {server}" for server in servers]
-    lines = [f"on {server}: sh {request.output} {server}" for server in others]
-    if head in servers and not (request.endpoints and head in request.endpoints
-                                and request.endpoints[head].devices):  # fmt: skip
-        lines.append(f"on {head}: sh {request.output} '{head} rpc'")
-    return [*lines, f"then on {head}: MODEL=model.gguf sh {request.output}"]
+        return [f"on {server}: sh {output} {shlex.quote(server)}" for server in servers]
+    lines = [f"on {name}: sh {output} {shlex.quote(name)}" for name in servers if name != head]
+    endpoint = (request.endpoints or {}).get(head)
+    if head in servers and (endpoint is None or endpoint.devices is None):
+        lines.append(f"on {head}: sh {output} {shlex.quote(llamacpp.at_head_name(head))}")
+    return [*lines, f"then on {head}: MODEL=model.gguf sh {output}"]

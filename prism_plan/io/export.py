@@ -44,6 +44,7 @@ class HeldPart(FormatModel):
 
     layer: Annotated[Count, Field(description="Decoder layer index.")]
     server: NonEmpty
+    gpu: Count
 
 
 class SecondsPart(FormatModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from prism_plan.errors import Infeasible, InputError, PrismError, UnsupportedFeature
 from prism_plan.export import llamacpp, pipeline_partitions
 from prism_plan.export.engine_checks import check_engine_file
-from prism_plan.export.llamacpp_log import verify_log
+from prism_plan.export.llamacpp_log import differs_from_export, verify_log
 from prism_plan.export.shell_script import ShellScript, parse_script
 from prism_plan.export.stages import head_of, moe_position_of, partial_layer, stages
 from prism_plan.export.whole_layers import ExportRequest, export_whole_layers
@@ -31,7 +32,7 @@ from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_writer import write_trace
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement, SolveReport
-from prism_plan.solvers import solve
+from prism_plan.solvers import Options, solve
 from tests.evaluate.simulation_material import SPEC, small_cluster, small_trace
 from tests.limits import HANG_S
 from tests.warm_processes import run_warm
@@ -328,6 +329,10 @@ def test_logs_of_llama() -> None:
         f"llama_kv_cache: layer {n:3d}: dev = {device}"
         for n, device in enumerate(("RPC0", "RPC0", "RPC1", "RPC2"))
     ]
+    lines += [
+        f"using device RPC{n} ({endpoint}) (unknown id) - 24105 MiB free"
+        for n, endpoint in enumerate(placing.endpoints)
+    ]
     assert verify_log(lines, placing, 4, "log") == []
     wrong = [line.replace("layer   2 assigned to device RPC1", "layer   2 assigned to device CPU")
              for line in lines]  # fmt: skip
@@ -335,6 +340,15 @@ def test_logs_of_llama() -> None:
     assert verify_log(lines[:4] + lines[5:], placing, 4, "log") == [
         "layer 4 is on no device, planned RPC2"
     ]
+    assert verify_log(lines[:-1], placing, 4, "log") == [
+        f"RPC2 is in no line, planned {placing.endpoints[2]}"
+    ]
+    other = [line.replace(placing.endpoints[1], "h:1") for line in lines]
+    assert verify_log(other, placing, 4, "log") == [f"RPC1 is h:1, planned {placing.endpoints[1]}"]
+    assert "not loaded" in verify_log([*lines, "failed to load model"], placing, 4, "log")[0]
+    twice = [*lines, "layer   0 assigned to device RPC1"]
+    assert "two runs" in verify_log(twice, placing, 4, "log")[0]
+    assert len(verify_log(lines[:5], placing, 4, "log")) == 7  # no caches, no devices
 
 
 def test_heads(tmp_path: Path) -> None:
@@ -431,3 +445,80 @@ def test_cluster_of_one_gpu_a_server_plans_for_every_engine() -> None:
             assert seconds is not None
             layers = [n for s in sidecar.stages for n in range(s.first, s.last + 1)]
             assert layers == list(range(SPEC.num_decoder_layers)) or sidecar.held
+
+
+def test_a_script_that_was_edited_is_not_its_export() -> None:
+    """Other runs, devices or experts than the sidecar's are told, whatever the log says."""
+    text, sidecar, _ = export_whole_layers(request_of("llamacpp", by_layers((1, 1, 2, 0)), MODEL4))
+    placing = llamacpp.read_placing(text, "out")
+    assert differs_from_export(placing, sidecar) == []
+    for old, new in (("-ts 2,1,2", "-ts 1,2,2"), ("RPC0,RPC1,RPC2", "RPC0,RPC0,RPC2")):
+        edited = llamacpp.read_placing(text.replace(old, new), "out")
+        assert differs_from_export(edited, sidecar)
+    away = by_layers((0, 1, 2, 1), executed=False)
+    text, sidecar, _ = export_whole_layers(request_of("llamacpp", away, MODEL4))
+    assert differs_from_export(llamacpp.read_placing(text, "out"), sidecar) == []
+    for old, new in (("(1|3)", "(1)"), ("(2)", "(0)")):
+        edited = llamacpp.read_placing(text.replace(old, new), "out")
+        assert differs_from_export(edited, sidecar)
+
+
+def test_where_attention_and_caches_are() -> None:
+    """Of experts that are away the layers and caches have to be the head's, and all parts away."""
+    away = by_layers((0, 1, 2, 1), executed=False)
+    text = export_whole_layers(request_of("llamacpp", away, MODEL4))[0]
+    placing = llamacpp.read_placing(text, "out")
+    lines = [f"layer {n} assigned to device CPU" for n in range(5)]
+    lines += [f"llama_kv_cache: layer {n}: dev = CPU" for n in range(4)]
+    lines += [f"using device RPC{n} ({one})" for n, one in enumerate(placing.endpoints)]
+    lines += [
+        f"tensor blk.{layer}.ffn_{part}_exps.weight buffer type overridden to {buffer}"
+        for layer, buffer in placing.overrides.items()
+        for part in ("up", "gate", "down")
+    ]
+    assert verify_log(lines, placing, 4, "log") == []
+    for old, new in (
+        ("layer 0 assigned to device CPU", "layer 0 assigned to device RPC0"),
+        ("layer 3: dev = CPU", "layer 3: dev = RPC1"),
+        ("blk.1.ffn_down", "blk.1.ffn_side"),
+    ):
+        assert verify_log([line.replace(old, new) for line in lines], placing, 4, "log")
+
+
+def test_what_a_cluster_has_room_for() -> None:
+    """With a cluster, caches of the head's tokens count, and the engine's own division too."""
+    trace, cluster = small_trace(), small_cluster(("0.04", "1"))
+    model = dataclasses.replace(trace.model, kv_bytes_per_token=100_000)
+    trace = dataclasses.replace(trace, model=model)
+    servers = []
+    for server in cluster.servers:
+        gpu = dataclasses.replace(
+            server.gpus[0], slots=None, memory_bytes=model.dense_bytes + 17 * 1_000_000
+        )
+        servers.append(dataclasses.replace(server, gpus=(gpu,)))
+    cluster = dataclasses.replace(cluster, servers=tuple(servers))
+    head = cluster.servers[0].name
+    plan = solve(Instance.build(trace, cluster.with_users_of([head]), reserve_kv=False), "latency",
+                 Options(whole_layers=True))  # fmt: skip
+    found = {}
+    for context in (1, 60, 1 << 20):
+        request = ExportRequest(
+            "llamacpp", plan, "p.json", "", model, "out", head, trace, cluster, None, context
+        )
+        try:
+            found[context] = export_whole_layers(request)[1].replanned
+        except Infeasible:
+            found[context] = "infeasible"
+    assert found[1] is None
+    assert found[1 << 20] == "infeasible"
+    at_home = dataclasses.replace(
+        cluster,
+        servers=tuple(dataclasses.replace(s, execute_at_home=True) for s in cluster.servers),
+    )
+    assert (plan.execution_table[0] != 0).any()
+    request = ExportRequest(
+        "llamacpp", plan, "p.json", "", model, "out", head, trace, at_home, None, 1
+    )
+    _, sidecar, again = export_whole_layers(request)
+    assert "execute_at_home" in (sidecar.replanned or "")
+    assert (again.execution_table[0] == 0).all()
