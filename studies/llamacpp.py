@@ -118,6 +118,7 @@ def own_split(endpoints: dict[str, EndpointTable]) -> str:
     devices = llamacpp.devices_of(
         [(name, 0) for name in NAMES], NAMES[0],
         {name: endpoints[name].host for name in NAMES}, dict.fromkeys(NAMES, PORT), None,
+        dict.fromkeys(NAMES, 1),
     )  # fmt: skip
     text = llamacpp.layers_script(
         [Stage(n, 0, n, n) for n in range(len(NAMES))], dict(zip(gpus, devices, strict=True)),

@@ -48,7 +48,7 @@ def run_and_record(
     earlier = list(before.get("earlier", []))
     if before.get("problems"):
         earlier.append({"commit": before["commit"], "problems": before["problems"]})
-    record |= {"commit": commit("studies/faults.json"), "processor": processor()}
+    record |= {"commit": commit(f"studies/{path.name}"), "processor": processor()}
     records[name] = record | ({"earlier": earlier} if earlier else {})
     write_records(path, records)
     print(

@@ -82,6 +82,7 @@ OTHER_READERS = {
     "studies/losses.json": "studies.faults.losses --tables",
     "studies/shaped-spans.json": "studies.shaped",
     "studies/hops.json": "studies.hops",
+    "studies/llamacpp.json": "studies.llamacpp",
     "studies/faults-spans.json": "studies.faults --spans --table",
     "tests/golden/exceptions.toml": "the golden comparison",
     "tests/golden/values/*": "the golden comparison",
