@@ -38,6 +38,7 @@ ESFT_TASKS = ("intent", "law", "summary", "translation")
 LONG_FILES = {
     "runtime_adapter/cli/test_serve.py": 186, "runtime_adapter/cli/test_spans.py": 126,
     "runtime_adapter/cli/test_faults.py": 116, "solvers/latency/test_solver.py": 110,
+    "runtime_adapter/cli/test_table_reviews.py": 50,
     "runtime_adapter/control/test_survival.py": 107, "test_jit.py": 106,
     "golden/test_golden.py": 105, "evaluate/test_sweep_backends.py": 104,
     "plotting/test_plotting.py": 84, "migration/test_replicas.py": 78,
