@@ -21,7 +21,7 @@ SAME_EXTRAS ?=
 BASE ?=
 CASES ?=
 # processes that share the tests; those of servers wait for each other much of the time
-TEST_PROCESSES ?= 4
+TEST_PROCESSES ?= 3
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 

@@ -131,7 +131,7 @@ class ExpertExchange:
                 if first[0] + second[0] >= 0 or first[1].layer == second[1].layer:
                     continue
                 both = (first[1], second[1])
-                if all(self._stands(change) for change in both) and self._fits(both):
+                if all(self._allowed(change) for change in both) and self._fits(both):
                     changed |= self._try(both)
         return changed
 
