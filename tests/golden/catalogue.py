@@ -81,6 +81,7 @@ OTHER_READERS = {
     "studies/attack.json": "studies.faults.attack --table",
     "studies/losses.json": "studies.faults.losses --tables",
     "studies/shaped-spans.json": "studies.shaped",
+    "studies/shaped-spans-832.json": "studies.testbed.experiment",
     "studies/hops.json": "studies.hops",
     "studies/llamacpp.json": "studies.llamacpp",
     "studies/faults-spans.json": "studies.faults --spans --table",
