@@ -22,9 +22,9 @@ from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.export import MapEngine, dump_export, export_from_json
 from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_writer import write_trace
-from prism_plan.model_spec import ModelSpec
 from prism_plan.solvers import solve
 from tests.evaluate.simulation_material import SPEC, small_trace
+from tests.export.drawn_models import drawn_model, model_of
 from tests.limits import HANG_S
 from tests.warm_processes import run_warm
 
@@ -106,16 +106,6 @@ def test_slots() -> None:
         project("sglang", EqualSlots(tuple(range(9)), 2), np.ones((9, 1, 4)))
 
 
-def drawn_model(rng: np.random.Generator) -> ModelSpec:
-    decoder = int(rng.integers(1, 6))
-    moe = sorted(rng.choice(decoder, int(rng.integers(1, decoder + 1)), replace=False).tolist())
-    return ModelSpec(
-        name="drawn", moe_layers=tuple(moe), num_experts=int(rng.integers(2, 7)), top_k=1,
-        hidden_size=8, dtype_bytes=2, expert_bytes=10, dense_bytes=10, kv_bytes_per_token=0,
-        num_decoder_layers=decoder,
-    )  # fmt: skip
-
-
 def test_files_of_drawn_maps(tmp_path: Path) -> None:
     """Every map of every engine passes its check, and reads back as it was."""
     rng = np.random.default_rng(0)
@@ -151,10 +141,7 @@ def sidecar_of(path: Path, ranks: int) -> None:
     Path(f"{path}.export.json").write_bytes(dump_export(export_from_json(values)))
 
 
-MODEL = ModelSpec(
-    name="m", moe_layers=(1, 2), num_experts=3, top_k=1, hidden_size=8, dtype_bytes=2,
-    expert_bytes=10, dense_bytes=10, kv_bytes_per_token=0, num_decoder_layers=3,
-)  # fmt: skip
+MODEL = model_of((1, 2), 3, 3)
 PHYSICAL = np.array([[[0, 1], [1, 2]], [[0, 2], [0, 1]]])
 SPOILED: dict[MapEngine, list[tuple[str, str]]] = {
     "sglang": [

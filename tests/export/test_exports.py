@@ -34,21 +34,12 @@ from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement, SolveReport
 from prism_plan.solvers import Options, solve
 from tests.evaluate.simulation_material import SPEC, small_cluster, small_trace
+from tests.export.drawn_models import drawn_model, model_of
 from tests.limits import HANG_S
 from tests.warm_processes import run_warm
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-
-
-def drawn_model(rng: np.random.Generator) -> ModelSpec:
-    """Up to eight decoder layers, some of them dense."""
-    decoder = int(rng.integers(1, 9))
-    moe = sorted(rng.choice(decoder, int(rng.integers(1, decoder + 1)), replace=False).tolist())
-    return ModelSpec(
-        name="drawn", moe_layers=tuple(moe), num_experts=int(rng.integers(2, 5)), top_k=1,
-        hidden_size=8, dtype_bytes=2, expert_bytes=10, dense_bytes=10, kv_bytes_per_token=0,
-        num_decoder_layers=decoder,
-    )  # fmt: skip
+MODEL4 = model_of((0, 1, 2, 3), 2, 4)
 
 
 def drawn_plan(rng: np.random.Generator, model: ModelSpec) -> Placement:
@@ -119,18 +110,11 @@ def test_two_hundred_drawn_plans(tmp_path: Path) -> None:
 
 def llama_text() -> str:
     """A script of two runs on three servers, of four layers."""
-    model = ModelSpec(
-        name="m", moe_layers=(0, 1, 2, 3), num_experts=2, top_k=1, hidden_size=8, dtype_bytes=2,
-        expert_bytes=10, dense_bytes=10, kv_bytes_per_token=0,
-    )  # fmt: skip
-    return export_whole_layers(request_of("llamacpp", by_layers((1, 1, 2, 0)), model))[0]
+    return export_whole_layers(request_of("llamacpp", by_layers((1, 1, 2, 0)), MODEL4))[0]
 
 
 def by_layers(servers: tuple[int, ...], *, executed: bool = True) -> Placement:
-    shape = ModelSpec(
-        name="m", moe_layers=(0, 1, 2, 3), num_experts=2, top_k=1, hidden_size=8, dtype_bytes=2,
-        expert_bytes=10, dense_bytes=10, kv_bytes_per_token=0,
-    ).shape()  # fmt: skip
+    shape = MODEL4.shape()
     held = np.zeros((3, 4, 2), bool)
     held[list(servers), range(4)] = True
     table = np.repeat(np.arange(3, dtype=np.int32)[:, None], 4, axis=1)
@@ -141,10 +125,6 @@ def by_layers(servers: tuple[int, ...], *, executed: bool = True) -> Placement:
     )
 
 
-MODEL4 = ModelSpec(
-    name="m", moe_layers=(0, 1, 2, 3), num_experts=2, top_k=1, hidden_size=8, dtype_bytes=2,
-    expert_bytes=10, dense_bytes=10, kv_bytes_per_token=0,
-)  # fmt: skip
 #: What is replaced in a good file, and by what; each must be refused.
 SPOILED: dict[Engine, list[tuple[str, str]]] = {
     "llamacpp": [

@@ -24,6 +24,7 @@ from prism_plan.export.expert_maps.map_files import map_text  # noqa: E402
 from prism_plan.export.expert_maps.projection import engines_own, project  # noqa: E402
 from prism_plan.export.pipeline_partitions import default_partition  # noqa: E402
 from prism_plan.model_spec import ModelSpec  # noqa: E402
+from tests.export.drawn_models import model_of  # noqa: E402
 from tests.limits import HANG_S  # noqa: E402
 
 VERSION = "0.5.23"
@@ -118,10 +119,7 @@ def test_sglang_calls_what_is_predicted(ranks: list[int], locations: Any, tmp_pa
 
     Also of its own balancing's map, which is worse.
     """
-    model = ModelSpec(
-        name="m", moe_layers=(1, 2, 3), num_experts=12, top_k=2, hidden_size=8, dtype_bytes=2,
-        expert_bytes=10, dense_bytes=10, kv_bytes_per_token=0, num_decoder_layers=4,
-    )  # fmt: skip
+    model = model_of((1, 2, 3), 12, 4)
     rng = np.random.default_rng(len(ranks))
     calls = rng.exponential(size=(max(ranks) + 1, 3, 12)) ** 3
     shape = EqualSlots(tuple(ranks), 6)

@@ -21,6 +21,16 @@ from tests.runtime_adapter.servers import Servers
 MODEL = "tiny-deepseek-v2"
 
 
+def two_servers() -> str:
+    """The cluster file of two servers that hold tiny-deepseek-v2 together."""
+    text = ['name = "two"']
+    for n, gpus in enumerate(SLOTS["deepseek-v2"][2]):
+        text += ["[[server]]", f'name = "edge-{n}"', f"tasks = {{ {TASKS[n]} = 1.0 }}"]
+        text += ["arrival_interval_s = 0.1"]
+        text += [line for slots in gpus for line in ("[[server.gpu]]", f"slots = {slots}")]
+    return "\n".join(text) + "\n"
+
+
 def test_weights_come_from_peers(tmp_path: Path) -> None:
     """Experts move although the checkpoint is gone by then: those that hold them give them.
 
@@ -63,12 +73,7 @@ def test_reviews_of_a_checkpoint_that_serves(tmp_path: Path) -> None:
     Here with states on channels beside the messages, as NCCL has them.
     """
     start = solve(instance("deepseek-v2", 2), "uniform")
-    text = ['name = "two"']
-    for n, gpus in enumerate(SLOTS["deepseek-v2"][2]):
-        text += ["[[server]]", f'name = "edge-{n}"', f"tasks = {{ {TASKS[n]} = 1.0 }}"]
-        text += ["arrival_interval_s = 0.1"]
-        text += [line for slots in gpus for line in ("[[server.gpu]]", f"slots = {slots}")]
-    (tmp_path / "cluster.toml").write_text("\n".join(text) + "\n")
+    (tmp_path / "cluster.toml").write_text(two_servers())
     run = Servers(
         tmp_path, start, MODEL, "--dtype", "float32", "--max-new-tokens", "10",
         "--cluster", "cluster.toml", "--migrate", "partial", "--migrate-every", "1.5",

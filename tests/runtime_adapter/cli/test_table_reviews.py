@@ -15,8 +15,9 @@ from prism_plan.io.placement import read_placement, write_placement
 from prism_plan.solvers import solve
 from tests.runtime_adapter.checkpoints import TRACES
 from tests.runtime_adapter.cli.test_move import called
+from tests.runtime_adapter.cli.test_move_while_serving import two_servers
 from tests.runtime_adapter.cli.test_serve import alone, lines
-from tests.runtime_adapter.moe.test_placed_experts import SLOTS, TASKS, instance
+from tests.runtime_adapter.moe.test_placed_experts import TASKS, instance
 from tests.runtime_adapter.replays import Material, Replays, cluster_text
 from tests.runtime_adapter.servers import Servers
 
@@ -55,12 +56,7 @@ def test_a_review_begins_a_table(tmp_path: Path) -> None:
 def test_tokens_while_reviews_change_tables(tmp_path: Path) -> None:
     """`serve --migrate prism --migrate-solver latency --trace`: every token stays right."""
     start = solve(instance("deepseek-v2", 2), "uniform")
-    text = ['name = "two"']
-    for n, gpus in enumerate(SLOTS["deepseek-v2"][2]):
-        text += ["[[server]]", f'name = "edge-{n}"', f"tasks = {{ {TASKS[n]} = 1.0 }}"]
-        text += ["arrival_interval_s = 0.1"]
-        text += [line for slots in gpus for line in ("[[server.gpu]]", f"slots = {slots}")]
-    (tmp_path / "cluster.toml").write_text("\n".join(text) + "\n")
+    (tmp_path / "cluster.toml").write_text(two_servers())
     run = Servers(
         tmp_path, start, "tiny-deepseek-v2", "--dtype", "float32", "--max-new-tokens", "10",
         "--cluster", "cluster.toml", "--migrate", "prism", "--migrate-solver", "latency",
