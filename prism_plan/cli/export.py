@@ -62,6 +62,8 @@ class ExportOptions(CommandOptions):
             self.refuse("cluster", found="has no effect without ``trace``")
         if self.engine == "trtllm-pp":
             self.refuse("endpoints", found=f"has no effect on {self.engine}, which names no host")
+        if self.trace is None and self.engine != "llamacpp":
+            self.refuse("context", found="has no effect without ``trace`` and ``cluster``")
         self.refuse("slots", found=f"has no effect on {self.engine}, only on expert maps")
         if self.trace is None and self.model is None:
             raise InputError(
@@ -215,12 +217,13 @@ def _lines(sidecar: ExportFile) -> list[str]:
             text += f"; by itself {sidecar.engine} would take {seconds.engine_default:.3g} s"
         lines.append(text)
     shares = sidecar.remote_share
-    if shares is not None:
-        lines.append(
+    if shares is not None and sidecar.ranks:
+        lines.insert(
+            0,
             f"{len(sidecar.ranks)} ranks of {sidecar.slots} slots a layer: {shares.export:.2%} of "
             f"calls are remote (no such map has fewer than {shares.bound:.2%}); the plan "
             f"{shares.plan:.2%}, with equal memory {shares.equal_memory:.2%}, with equal slots "
             f"{shares.equal_slots:.2%}; by itself {sidecar.engine} would have "
-            f"{shares.engine_default:.2%}"
+            f"{shares.engine_default:.2%}",
         )
     return [*lines, *sidecar.warnings, *sidecar.launch]

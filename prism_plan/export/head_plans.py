@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from prism_plan.cluster import Cluster
-from prism_plan.errors import Infeasible
+from prism_plan.errors import Infeasible, UnsupportedFeature
 from prism_plan.expert_capacity import gpu_capacity
 from prism_plan.export.stages import Stage, moe_position_of
 from prism_plan.instance import Instance
 from prism_plan.latency.expected_latency import latency_of
+from prism_plan.objective import remote_score
 from prism_plan.placement import Placement
 from prism_plan.solvers.contract import Options
 from prism_plan.solvers.latency.problem import LatencyProblem
@@ -48,9 +49,12 @@ class HeadPlans:
         Raises
         ------
         Infeasible
-            None fits, or the engine takes none that does; names the last reason.
+            None fits; names the reason of each solver.
+        UnsupportedFeature
+            The engine takes none of those that fit.
         """
-        reasons = []
+        refused: dict[str, str] = {}
+        infeasible: list[Infeasible] = []
         plans = []
         for solver, options in (
             ("latency", Options(seed=self._seed, whole_layers=True)),
@@ -59,19 +63,27 @@ class HeadPlans:
             try:
                 plan = solve(self._instance, solver, options)
             except Infeasible as error:
-                reasons.append(str(error))
+                infeasible.append(error)
+                refused[solver] = error.constraint
                 continue
             if reason := refusal(plan):
-                reasons.append(reason)
+                refused[solver] = reason
             else:
                 plans.append(plan)
         if not plans:
+            each = [f"{reason} ({solver})" for solver, reason in refused.items()]
+            if len(set(refused.values())) == 1:
+                each = list(set(refused.values()))
+            head = self._cluster.servers[self._head].name
+            text = f"no plan of whole layers for {head!r} suits the engine: {'; '.join(each)}"
+            if len(infeasible) < len(refused):
+                raise UnsupportedFeature(text)
+            least = min(infeasible, key=lambda error: error.shortfall)
             raise Infeasible(
-                f"no plan of whole layers for {self._cluster.servers[self._head].name!r} suits the "
-                f"engine: {reasons[-1]}",
-                shortfall=1,
-                unit="plan",
-                remedy="add memory, or take another engine",
+                text,
+                shortfall=least.shortfall,
+                unit=least.unit,
+                remedy="add memory, or take fewer ``context`` tokens",
             )
         return min(plans, key=self.seconds)
 
@@ -95,6 +107,16 @@ class HeadPlans:
     def seconds(self, plan: Placement) -> float:
         """Expected seconds of a mean request of the head under a plan."""
         return float(self._problem.expected(plan).of_home[self._head])
+
+    def remote_share(self, plan: Placement) -> float:
+        """Share of the head's expert calls that leave the server that executes the layer."""
+        return float(remote_score(self._instance.activations, plan.local_to_execution).share)
+
+    def share_of_layers(self, layers: Collection[int]) -> float:
+        """Share of the head's expert calls that are of these decoder layers."""
+        calls = self._instance.activations.sum(axis=(0, 2))
+        own = [at for at, layer in enumerate(self._trace.model.moe_layers) if layer in layers]
+        return float(calls[own].sum() / calls.sum())
 
     def seconds_of_counts(self, counts: Sequence[int], stages: Sequence[Stage]) -> float:
         """The same where the stages' GPUs execute ``counts`` layers, whether they fit or not."""

@@ -12,6 +12,7 @@ from prism_plan.printable_text import printable
 
 #: Words that the shell replaces; all others are quoted.
 _VARIABLE = re.compile(r"\$[A-Z_]+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _DEFAULT = re.compile(r': "\$\{(?P<name>[A-Z_]+):=(?P<value>[^{}"$`\\]*)\}"')
 _EXPORT = re.compile(r"export (?P<name>[A-Z_]+)=(?P<value>.*)")
 _SIDE_BY_SIDE = ' & pids="${pids:-} $!"'
@@ -36,7 +37,19 @@ class ShellScript:
     commands: Mapping[str, Sequence[Sequence[str]]]
 
     def text(self) -> str:
-        """The script, for any POSIX shell."""
+        """The script, for any POSIX shell.
+
+        Raises
+        ------
+        InputError
+            A server's name has characters that no line of a script can have.
+        """
+        for name in self.commands:
+            if _CONTROL.search(name) is not None:
+                raise InputError(
+                    f"server {name!r:.60}", place="servers",
+                    expected="a name without line breaks and control characters, for a script",
+                )  # fmt: skip
         lines = ["#!/bin/sh", *(f"# {printable(comment)}" for comment in self.comments), "set -eu"]
         lines += [f': "${{{name}:={value}}}"' for name, value in self.variables.items()]
         lines += [f"export {name}={shlex.quote(v)}" for name, v in self.exported.items()]

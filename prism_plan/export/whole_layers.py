@@ -22,7 +22,14 @@ from prism_plan.export.stages import (
     stages,
 )
 from prism_plan.io.endpoints import RPC_PORT, EndpointTable
-from prism_plan.io.export import ExportFile, HeldPart, LayerEngine, SecondsPart, StagePart
+from prism_plan.io.export import (
+    ExportFile,
+    HeldPart,
+    LayerEngine,
+    SecondsPart,
+    SharesPart,
+    StagePart,
+)
 from prism_plan.model_spec import ModelSpec
 from prism_plan.placement import Placement
 from prism_plan.printable_text import listed
@@ -93,8 +100,13 @@ def export_whole_layers(request: ExportRequest) -> tuple[str, ExportFile, Placem
         found = stages(plan, request.model, head, capacity)
     text, warnings = _file(request, plan, found, held, head)
     default = _default(request, found)
-    seconds = None
+    seconds = shares = None
     if plans is not None:
+        shares = SharesPart(
+            plan=plans.remote_share(request.plan),
+            export=plans.share_of_layers(held),
+            engine_default=0.0,  # of whole layers that execute where they are
+        )
         whole = [stage.num_layers for stage in found]
         by_itself = None
         if default:
@@ -128,6 +140,7 @@ def export_whole_layers(request: ExportRequest) -> tuple[str, ExportFile, Placem
         replanned=replanned or None,
         engine_default=default,
         expected_latency_s=seconds,
+        remote_share=shares,
         launch=_launch(request, plan, found, held, name),
         warnings=warnings,
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prism_plan.io.json import parse_json
 from prism_plan.io.pydantic_base import (
@@ -19,6 +19,7 @@ from prism_plan.io.pydantic_base import (
     Share,
     Version1,
     validate,
+    validation_error,
 )
 from prism_plan.io.text_files import read_text
 from prism_plan.printable_text import printable_json
@@ -38,6 +39,11 @@ class StagePart(FormatModel):
     first: Annotated[Count, Field(description="Decoder layer index.")]
     last: Count
 
+    @property
+    def num_layers(self) -> int:
+        """How many decoder layers."""
+        return self.last - self.first + 1
+
 
 class HeldPart(FormatModel):
     """A layer whose experts are not at the head."""
@@ -48,7 +54,11 @@ class HeldPart(FormatModel):
 
 
 class SecondsPart(FormatModel):
-    """Expected seconds of a mean request of the head, by the formula of solver latency."""
+    """Expected seconds of a mean request, by the formula of solver latency.
+
+    Of the head's requests; of expert maps those of all servers, where each call goes to the nearest
+    replica: an engine that chooses otherwise is slower.
+    """
 
     plan: Annotated[Amount | None, Field(description="Of the plan that was given.")]
     export: Amount
@@ -58,14 +68,20 @@ class SecondsPart(FormatModel):
 
 
 class SharesPart(FormatModel):
-    """Remote share of expert calls, each number with one more restriction than the one before."""
+    """Remote share of expert calls; of maps each number has one more restriction than the last."""
 
     plan: Annotated[Share, Field(description="Of the plan that was given.")]
-    equal_memory: Annotated[Share, Field(description="Every GPU with the memory of the smallest.")]
-    equal_slots: Annotated[Share, Field(description="And as many slots in every layer.")]
-    export: Annotated[Share, Field(description="And the engine's choice of replicas.")]
-    bound: Annotated[Share, Field(description="No map of this shape is below it.")]
-    engine_default: Annotated[Share, Field(description="The map that the engine makes by itself.")]
+    equal_memory: Annotated[
+        Share | None, Field(description="Every GPU with the memory of the smallest.")
+    ] = None
+    equal_slots: Annotated[Share | None, Field(description="And as many slots in every layer.")] = (
+        None
+    )
+    export: Annotated[Share, Field(description="Of maps: and the engine's choice of replicas.")]
+    bound: Annotated[Share | None, Field(description="No map of this shape is below it.")] = None
+    engine_default: Annotated[
+        Share | None, Field(description="What the engine makes by itself.")
+    ] = None
 
 
 class ExportFile(FormatModel):
@@ -96,9 +112,46 @@ class ExportFile(FormatModel):
         default=[], description="The server of each rank, of engines with expert maps."
     )
     slots: Positive | None = Field(default=None, description="Of each rank in each MoE layer.")
-    remote_share: SharesPart | None = None
+    remote_share: SharesPart | None = Field(
+        default=None, description="null: without trace and cluster."
+    )
     launch: ListOf[NonEmpty]
     warnings: ListOf[NonEmpty]
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> ExportFile:
+        kinds = {"stages": self.stages, "held": self.held, "ranks": self.ranks}
+        if (self.engine in get_args(MapEngine)) != bool(self.ranks):
+            raise validation_error(
+                f"{len(self.ranks)} ranks of {self.engine}",
+                "ranks of engines with expert maps, and of no others",
+                "ranks",
+            )
+        given = [name for name, parts in kinds.items() if parts]
+        if len(given) > 1:
+            raise validation_error(f"{' and '.join(given)}", "one of them", given[1])
+        at = 0
+        for number, stage in enumerate(self.stages):
+            if stage.first != at or not at <= stage.last < self.num_hidden_layers:
+                raise validation_error(
+                    f"layers {stage.first} to {stage.last}",
+                    f"layers from {at} on, of {self.num_hidden_layers}",
+                    "stages",
+                    number,
+                )
+            at = stage.last + 1
+        if self.stages and at != self.num_hidden_layers:
+            raise validation_error(
+                f"layers up to {at - 1}", f"all {self.num_hidden_layers}", "stages"
+            )
+        layers = [held.layer for held in self.held]
+        if layers != sorted(set(layers)) or (layers and layers[-1] >= self.num_hidden_layers):
+            raise validation_error(
+                f"layers {layers}"[:60],
+                f"each once, ascending, of {self.num_hidden_layers}",
+                "held",
+            )
+        return self
 
 
 def read_export(path: str | os.PathLike[str]) -> ExportFile:

@@ -12,6 +12,7 @@ import pytest
 
 from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
 from prism_plan.export.engine_checks import check_engine_file
+from prism_plan.export.expert_maps import projection
 from prism_plan.export.expert_maps.equal_slots import EqualSlots, equal_slots
 from prism_plan.export.expert_maps.export_map import MapRequest, export_map
 from prism_plan.export.expert_maps.map_files import map_text, read_map
@@ -88,6 +89,46 @@ def test_no_map_is_better(engine: MapEngine, seed: int) -> None:
         assert all(len(set(rank)) == slots for rank in layer)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_many_ranks(engine: MapEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not all sets of ranks are looked at the map is whole, and the bound below the best.
+
+    SGLang's own nodes need no sets: its map stays the best one of 40 ranks.
+    """
+    rng = np.random.default_rng(5)
+    shape = EqualSlots((0, 0, 1, 1, 2, 2), 3)
+    calls = rng.exponential(size=(3, 2, 8)) ** 2
+    best = project(engine, shape, calls)
+    monkeypatch.setattr(projection, "MAX_COLUMNS", 8)
+    found = project(engine, shape, calls)
+    assert found.bound <= best.share <= found.share + 1e-6
+    if engine == "sglang":
+        assert found.share == pytest.approx(best.share)
+        ranks = tuple(range(40))
+        many = project(engine, EqualSlots(ranks, 3), rng.exponential(size=(40, 2, 64)))
+        assert many.bound == pytest.approx(many.share)
+        found = many
+    else:
+        assert found.share < engines_own(shape, calls, engine).share
+    for layer in found.physical:
+        assert set(layer.ravel()) == set(range(layer.max() + 1))
+        assert all(len(set(rank)) == 3 for rank in layer)
+
+
+def test_flow_and_sets_agree() -> None:
+    """SGLang's best map by the flow has the share of the integer programme over all sets."""
+    rng = np.random.default_rng(2)
+    for ranks in ((0, 1, 2), (0, 0, 1, 1), (0, 1)):
+        for slots in (3, 5):
+            shape = EqualSlots(ranks, slots)
+            calls = rng.exponential(size=(max(ranks) + 1, 3, 6)) ** 2
+            physical, kept = projection._by_sets("sglang", shape, calls)
+            assert remote_share("sglang", physical, ranks, calls) == pytest.approx(
+                project("sglang", shape, calls).share
+            )
+            assert 1 - kept / calls.sum() == pytest.approx(project("sglang", shape, calls).bound)
+
+
 def test_slots() -> None:
     """A rank has what the smallest GPU has room for; less than a layer is refused with numbers."""
     shape = equal_slots([[541], [541], [617, 617]], 26, 64)
@@ -102,8 +143,8 @@ def test_slots() -> None:
         caught.value
     )
     assert caught.value.shortfall == 4
-    with pytest.raises(UnsupportedFeature, match="8 ranks at most"):
-        project("sglang", EqualSlots(tuple(range(9)), 2), np.ones((9, 1, 4)))
+    with pytest.raises(UnsupportedFeature, match="32 ranks at most"):
+        project("trtllm", EqualSlots(tuple(range(33)), 2), np.ones((33, 1, 4)))
 
 
 def test_files_of_drawn_maps(tmp_path: Path) -> None:
@@ -119,7 +160,7 @@ def test_files_of_drawn_maps(tmp_path: Path) -> None:
             physical = project(engine, shape, calls).physical
             path = tmp_path / "map"
             path.write_text(map_text(engine, physical, model))
-            sidecar_of(path, len(ranks))
+            sidecar_of(path, engine, shape)
             assert check_engine_file(str(path), engine, model)[1] == []
             rows, _ = read_map(engine, path.read_text(), "map")
             kept = list(rows.values())
@@ -129,14 +170,14 @@ def test_files_of_drawn_maps(tmp_path: Path) -> None:
             assert np.array_equal(np.array(kept).reshape(physical.shape), physical)
 
 
-def sidecar_of(path: Path, ranks: int) -> None:
-    """A sidecar that says how many ranks there are, and little else."""
+def sidecar_of(path: Path, engine: MapEngine, shape: EqualSlots) -> None:
+    """A sidecar that says which ranks and slots there are, and little else."""
     values = {
-        "format": "prism-plan/export", "version": 1, "engine": "sglang", "checked_with": "x",
+        "format": "prism-plan/export", "version": 1, "engine": engine, "checked_with": "x",
         "file": "map", "plan": "p", "plan_sha256": "", "home": None, "num_hidden_layers": 1,
         "stages": [], "held": [], "replanned": None, "engine_default": None,
-        "expected_latency_s": None, "ranks": ["s"] * ranks, "slots": 1, "launch": [],
-        "warnings": [],
+        "expected_latency_s": None, "ranks": ["s"] * len(shape.ranks), "slots": shape.slots,
+        "launch": [], "warnings": [],
     }  # fmt: skip
     Path(f"{path}.export.json").write_bytes(dump_export(export_from_json(values)))
 
@@ -172,7 +213,7 @@ def test_spoiled_maps_are_refused(engine: MapEngine, tmp_path: Path) -> None:
     """What engines accept in silence: a missing expert, a wrong number of layers or slots ..."""
     path = tmp_path / "map"
     text = map_text(engine, PHYSICAL, MODEL)
-    sidecar_of(path, 2)
+    sidecar_of(path, engine, EqualSlots((0, 1), 2))
     path.write_text(text)
     assert check_engine_file(str(path), engine, MODEL)[1] == []
     for old, new in SPOILED[engine]:
@@ -186,11 +227,35 @@ def test_spoiled_maps_are_refused(engine: MapEngine, tmp_path: Path) -> None:
         assert not any("\n" in problem for problem in problems)
 
 
-def three(slots: tuple[int, ...] = (15, 12, 9)) -> Any:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_maps_unlike_their_sidecars(engine: MapEngine, tmp_path: Path) -> None:
+    """A good map of other ranks, slots or another engine than the file beside it says."""
+    path = tmp_path / "map"
+    path.write_text(map_text(engine, PHYSICAL, MODEL))
+    other: MapEngine = "trtllm" if engine == "sglang" else "sglang"
+    for name, shape in (
+        (engine, EqualSlots((0, 1), 3)),
+        (engine, EqualSlots((0, 1, 1, 2), 2)),
+        (other, EqualSlots((0, 1), 2)),
+    ):
+        sidecar_of(path, name, shape)
+        assert check_engine_file(str(path), engine, MODEL)[1]
+
+
+def test_rules_have_no_map() -> None:
+    """A pinned expert would be nowhere in particular in a map, so that it is refused."""
+    trace = small_trace()
+    pinned = three(rule="pin = [[1, 0]]")
+    plan = solve(Instance.build(trace, three()), "exact")
+    with pytest.raises(UnsupportedFeature, match="without pinned experts"):
+        export_map(MapRequest("sglang", plan, "p.json", "0" * 64, trace, pinned, "map"))
+
+
+def three(slots: tuple[int, ...] = (15, 12, 9), rule: str = "") -> Any:
     text = ['name = "three"']
     for n, size in enumerate(slots):
         text += ["[[server]]", f'name = "s{n}"', f"tasks = {{ {'xyx'[n]} = 1.0 }}"]
-        text += ["arrival_interval_s = 5.0", "[[server.gpu]]", f"slots = {size}"]
+        text += ["arrival_interval_s = 5.0", rule, "[[server.gpu]]", f"slots = {size}"]
     return parse_cluster("\n".join(text) + "\n")
 
 
@@ -205,10 +270,17 @@ def test_shares_of_an_export(engine: MapEngine) -> None:
     shares = sidecar.remote_share
     assert shares is not None
     assert plan.plan.remote_share == pytest.approx(shares.plan)
+    assert shares.equal_memory is not None
+    assert shares.equal_slots is not None
+    assert shares.engine_default is not None
     assert shares.plan <= shares.equal_memory + 1e-12 <= shares.equal_slots + 2e-12
     assert shares.equal_slots <= shares.export + 1e-9
     assert shares.bound == pytest.approx(shares.export, abs=1e-6)
     assert shares.export <= shares.engine_default
+    seconds = sidecar.expected_latency_s
+    assert seconds is not None
+    assert seconds.plan is not None
+    assert 0 < seconds.plan < seconds.export
     assert (sidecar.ranks, sidecar.slots) == (["s0", "s1", "s2"], 3)
     if engine == "sglang":  # each server finds its own copies
         assert shares.export == pytest.approx(shares.equal_slots)

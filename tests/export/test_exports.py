@@ -296,6 +296,13 @@ def test_scripts_of_any_names(names: list[str], words: list[str]) -> None:
     assert parse_script(text, "x").exported == {"C": "d e"}
 
 
+def test_names_that_no_script_can_have() -> None:
+    """A line break in a server's name would be a line of the script."""
+    for name in ("a\nb", "a\rb", "\x1b[0m", "a\u2028b"):
+        with pytest.raises(InputError, match="a name without line breaks"):
+            ShellScript([], {}, {}, {name: [["true"]]}).text()
+
+
 def test_logs_of_llama() -> None:
     """A log that is not verbose is refused; layers elsewhere are named with both devices."""
     placing = llamacpp.read_placing(llama_text(), "out")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import UnsupportedFeature
+from prism_plan.execution_table import home_execution
 from prism_plan.export.expert_maps.equal_slots import EqualSlots, equal_slots
 from prism_plan.export.expert_maps.map_files import CHECKED_WITH, map_text
 from prism_plan.export.expert_maps.projection import engines_own, project
 from prism_plan.export.expert_maps.replica_rules import nodes_of
 from prism_plan.instance import Instance
-from prism_plan.io.export import ExportFile, MapEngine, SharesPart
+from prism_plan.io.export import ExportFile, MapEngine, SecondsPart, SharesPart
+from prism_plan.latency.expected_latency import latency_of
 from prism_plan.objective import remote_score
 from prism_plan.placement import Placement
+from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.run import solve
 from prism_plan.trace import Trace
 
@@ -57,12 +63,17 @@ def export_map(request: MapRequest) -> tuple[str, ExportFile]:
     Infeasible
         Equal slots do not hold all experts of a layer.
     UnsupportedFeature
-        Experts of unequal size, or too many ranks.
+        Experts of unequal size, rules of the cluster, or too many ranks.
     """
     model = request.trace.model
     if not model.equal_expert_bytes:
         raise UnsupportedFeature("an expert map has slots of one size, and the experts have not")
     instance = Instance.build(request.trace, request.cluster)
+    if instance.has_rules:
+        raise UnsupportedFeature(
+            "an expert map is planned without pinned experts, forbidden experts and layer caps; "
+            "take them out of the cluster file if the map may be without them"
+        )
     shape = equal_slots(instance.gpu_capacity, model.num_layers, model.num_experts, request.slots)
     calls = instance.activations
     found = project(request.engine, shape, calls)
@@ -84,15 +95,15 @@ def export_map(request: MapRequest) -> tuple[str, ExportFile]:
         held=[],
         replanned=None,
         engine_default=None,
-        expected_latency_s=None,
+        expected_latency_s=_seconds(request, instance, found.physical, own.physical),
         ranks=names,
         slots=shape.slots,
         remote_share=SharesPart(
             plan=plan, equal_memory=memory, equal_slots=layers, export=found.share,
-            bound=min(found.bound, found.share), engine_default=own.share,
+            bound=found.bound, engine_default=own.share,
         ),
         launch=_launch(request, shape, names),
-        warnings=[NO_ALL_TO_ALL, *_of_nodes(request.engine, shape)],
+        warnings=[NO_ALL_TO_ALL, *_of_engine(request.engine, shape)],
     )  # fmt: skip
     return map_text(request.engine, found.physical, model), sidecar
 
@@ -120,8 +131,28 @@ def _restricted(instance: Instance, shape: EqualSlots) -> tuple[float, float]:
     return float(found[0] or 0.0), float(found[1] or 0.0)
 
 
-def _of_nodes(engine: MapEngine, shape: EqualSlots) -> list[str]:
-    if engine != "sglang" or (nodes_of(shape.ranks) == np.array(shape.ranks)).all():
+def _seconds(request: MapRequest, instance: Instance, *maps: npt.NDArray[np.int64]) -> SecondsPart:
+    """Expected seconds of a mean request under the plan, the export, and the engine's own map."""
+    problem = LatencyProblem(instance, request.cluster, request.trace, seed=0)
+    found = []
+    for physical in maps:
+        layers, ranks, _ = physical.shape
+        on_gpu = np.zeros((ranks, layers, instance.model.num_experts), bool)
+        for layer, rank in np.ndindex(layers, ranks):
+            on_gpu[rank, layer, physical[layer, rank]] = True
+        table = home_execution(request.cluster.num_servers, layers)
+        found.append(float(latency_of(on_gpu, table, problem.workload, problem.site).mean_s))
+    plan = float(problem.expected(request.plan).mean_s)
+    return SecondsPart(plan=plan, export=found[0], engine_default=found[1])
+
+
+def _of_engine(engine: MapEngine, shape: EqualSlots) -> list[str]:
+    """What whoever starts the engine should know."""
+    if engine == "vllm-ascend":
+        return ["vLLM-Ascend loads the file with its first model runner alone (MRv1)"]
+    if engine == "trtllm":
+        return ["TensorRT-LLM ignores the file for models that its load balancer does not know"]
+    if (nodes_of(shape.ranks) == np.array(shape.ranks)).all():
         return []
     return [
         "SGLang's nodes have equally many GPUs: start each GPU as a node of its own; the share "
@@ -137,18 +168,20 @@ def _launch(request: MapRequest, shape: EqualSlots, names: Sequence[str]) -> lis
         return [
             f"python3 -m sglang.launch_server --model-path MODEL --tp-size {ranks} --ep-size "
             f"{ranks} --dp-size {ranks} --enable-dp-attention --moe-a2a-backend deepep "
-            f"--init-expert-location {request.output} --ep-num-redundant-experts {redundant} "
-            "--ep-dispatch-algorithm static",
+            f"--init-expert-location {shlex.quote(request.output)} --ep-num-redundant-experts "
+            f"{redundant} --ep-dispatch-algorithm static",
             order,
         ]
     if request.engine == "vllm-ascend":
+        given = json.dumps({"eplb_config": {"expert_map_path": request.output}})
         return [
-            "vllm serve MODEL --enable-expert-parallel --additional-config "
-            f"""'{{"eplb_config":{{"expert_map_path":"{request.output}"}}}}'""",
+            f"vllm serve MODEL --data-parallel-size {ranks} --tensor-parallel-size 1 "
+            f"--enable-expert-parallel --additional-config {shlex.quote(given)}",
             order,
         ]
     return [
-        f"trtllm-serve MODEL --ep_size {ranks} --extra_llm_api_options options.yaml, with "
-        f"moe_config: {{load_balancer: {request.output}}} and enable_attention_dp: true in it",
+        f"trtllm-serve MODEL --tp_size {ranks} --ep_size {ranks} --extra_llm_api_options "
+        f"options.yaml, with moe_config: {{load_balancer: {request.output}}} and "
+        "enable_attention_dp: true in it",
         order,
     ]

@@ -1,4 +1,10 @@
-"""The best expert map of equal slots, under the replica rule of the engine that is to run it."""
+"""The best expert map of equal slots, under the replica rule of the engine that is to run it.
+
+Where SGLang's nodes are the servers, a call stays on its server if any rank of it has the expert:
+then the exact flow with layer caps is the best map, of any number of ranks. Other rules are a small
+integer programme a layer, with a column for each expert and set of ranks that hold it; where all
+sets are too many, some are left out, and the flow's optimum is still a bound.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +16,17 @@ import numpy.typing as npt
 
 from prism_plan.errors import UnsupportedFeature
 from prism_plan.export.expert_maps.equal_slots import EqualSlots
-from prism_plan.export.expert_maps.replica_rules import local_share, remote_share
+from prism_plan.export.expert_maps.replica_rules import local_share, nodes_of, remote_share
 from prism_plan.io.export import MapEngine
 from prism_plan.solvers.eplb import balanced_packing, replicate_experts
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-#: Holder sets of so many ranks are enumerated.
-MAX_RANKS = 8
+#: Columns of a layer's integer programme: experts times sets of ranks.
+MAX_COLUMNS = 1 << 15
+#: Ranks of which pairs are looked at; a map of SGLang's has no such limit.
+MAX_RANKS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,48 +42,118 @@ class ExpertMap:
 
 
 def project(engine: MapEngine, shape: EqualSlots, calls: Floats) -> ExpertMap:
-    """The expert map with the fewest calls to other servers, layer by layer; ``calls`` [N, L, E].
+    """The expert map with the fewest calls to other servers; ``calls`` [N, L, E].
 
-    An integer programme for each layer: a column for each expert and set of ranks that hold it,
-    every expert once, every rank full.
+    It is proven best where ``share`` equals ``bound``: always for SGLang with equally many ranks on
+    every server, otherwise where all sets of ranks are looked at.
 
     Raises
     ------
     UnsupportedFeature
-        There are more ranks than sets of them can be enumerated.
+        There are more ranks than pairs of them can be looked at.
     """
-    if len(shape.ranks) > MAX_RANKS:
-        raise UnsupportedFeature(
-            f"expert maps are planned for {MAX_RANKS} ranks at most, and there are "
-            f"{len(shape.ranks)}"
-        )
-    sets = [
-        holders
-        for size in range(1, len(shape.ranks) + 1)
-        for holders in itertools.combinations(range(len(shape.ranks)), size)
-    ]
+    servers = np.array(shape.ranks)
+    if engine == "sglang" and (nodes_of(shape.ranks) == servers).all():
+        physical, kept = _by_flow(shape, calls)
+    else:
+        physical, kept = _by_sets(engine, shape, calls)
+    total = float(calls[np.unique(servers)].sum())
+    share = remote_share(engine, physical, shape.ranks, calls)
+    bound = 1.0 - kept / total if total else 0.0
+    return ExpertMap(physical, share, min(max(bound, 0.0), share))
+
+
+# ------------------------------------------------------------------------------------------- flow
+
+
+def _by_flow(shape: EqualSlots, calls: Floats) -> tuple[Ints, float]:
+    """The best map where a server finds each copy that it has, and the calls that stay then."""
+    groups = [shape.of_server(server) for server in sorted(set(shape.ranks))]
+    value = calls[sorted(set(shape.ranks))]  # [servers with ranks, L, E]
+    experts = calls.shape[2]
+    caps = np.array([min(shape.slots * len(ranks), experts) for ranks in groups])
+    physical = np.zeros((calls.shape[1], len(shape.ranks), shape.slots), np.int64)
+    kept = 0.0
+    for layer in range(calls.shape[1]):
+        held = _best_holders(value[:, layer], caps)
+        kept += float(value[:, layer][held].sum())
+        for own, ranks in zip(held, groups, strict=True):
+            listed = np.resize(np.flatnonzero(own), shape.slots * len(ranks))
+            physical[layer, ranks] = np.sort(listed.reshape(len(ranks), shape.slots))
+    return physical, kept
+
+
+def _best_holders(value: Floats, caps: Ints) -> npt.NDArray[np.bool_]:
+    """Which server holds which expert of a layer, bool [N, E]: all covered, all ``caps`` used.
+
+    ``value`` [N, E] are calls that stay where a server holds an expert. A transportation problem.
+    """
+    from scipy.optimize import linprog
+    from scipy.sparse import csr_array, kron
+
+    number, experts = value.shape
+    of_server = kron(csr_array(np.eye(number)), csr_array(np.ones((1, experts))))
+    covered = kron(csr_array(np.ones((1, number))), csr_array(np.eye(experts)))
+    scale = max(float(value.max()), 1e-300)
+    # its matrix is that of a bipartite graph, so that a vertex is integer
+    result = linprog(
+        -value.ravel() / scale,
+        A_ub=-covered, b_ub=-np.ones(experts), A_eq=of_server, b_eq=caps, bounds=(0, 1),
+        method="highs-ds",
+    )  # fmt: skip
+    if result.x is None:
+        raise UnsupportedFeature(f"no expert map was found: {result.message}")
+    return np.asarray(result.x.reshape(value.shape) > 0.5)
+
+
+# ------------------------------------------------------------------------------ integer programmes
+
+
+def _by_sets(engine: MapEngine, shape: EqualSlots, calls: Floats) -> tuple[Ints, float]:
+    """The best map of the sets that are looked at, and a bound on what stays under any map."""
+    experts, layers = calls.shape[2], calls.shape[1]
+    sets, every = _sets_of_ranks(len(shape.ranks), experts)
     servers = np.array(shape.ranks)
     of_rank = np.bincount(servers, minlength=len(calls))
     kept = np.array([local_share(engine, holders, shape.ranks) for holders in sets])  # [sets, R]
-    layers = calls.shape[1]
     physical = np.zeros((layers, len(shape.ranks), shape.slots), np.int64)
     stays = 0.0
     for layer in range(layers):
         per_rank = calls[servers, layer] / of_rank[servers][:, None]  # [R, E]
         value = per_rank.T @ kept.T  # [E, sets]
-        chosen, bound = _best_sets(value, sets, shape)
+        chosen, bound = _best_sets(value, sets, shape, 1e-6 if every else 1e-4)
         stays += bound
         _fill(physical[layer], chosen, sets)
-    total = float(calls[np.unique(servers)].sum())
-    return ExpertMap(
-        physical=physical,
-        share=remote_share(engine, physical, shape.ranks, calls),
-        bound=max(1.0 - stays / total, 0.0) if total else 0.0,
-    )
+    # no rule keeps a call on a server that has no copy
+    return physical, stays if every else _by_flow(shape, calls)[1]
 
 
-def _best_sets(value: Floats, sets: list[tuple[int, ...]], shape: EqualSlots) -> tuple[Ints, float]:
-    """The holder set of each expert [E], and an upper bound on the value of any choice."""
+def _sets_of_ranks(ranks: int, experts: int) -> tuple[list[tuple[int, ...]], bool]:
+    """Sets of ranks that may hold an expert, and whether these are all sets.
+
+    Raises
+    ------
+    UnsupportedFeature
+        Even pairs are too many.
+    """
+    if ranks > MAX_RANKS:
+        raise UnsupportedFeature(
+            f"expert maps are planned for {MAX_RANKS} ranks at most, and there are {ranks}; "
+            "SGLang's with equally many GPUs a server have no limit"
+        )
+    every = ((1 << ranks) - 1) * experts <= MAX_COLUMNS
+    sizes = range(1, ranks + 1) if every else sorted({1, 2, ranks})
+    found = [one for size in sizes for one in itertools.combinations(range(ranks), size)]
+    return found, every
+
+
+def _best_sets(
+    value: Floats, sets: list[tuple[int, ...]], shape: EqualSlots, gap: float
+) -> tuple[Ints, float]:
+    """The holder set of each expert [E], and an upper bound on the value of any choice of these.
+
+    ``gap``: how far, relatively, the choice may be from the best one.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array, kron, vstack
 
@@ -90,7 +168,7 @@ def _best_sets(value: Floats, sets: list[tuple[int, ...]], shape: EqualSlots) ->
         constraints=LinearConstraint(vstack([once, full]).tocsc(), limits, limits),
         integrality=np.ones(value.size),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-6},
+        options={"mip_rel_gap": gap},
     )
     if result.x is None:
         raise UnsupportedFeature(f"no expert map was found: {result.message}")
