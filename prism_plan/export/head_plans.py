@@ -7,18 +7,45 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from prism_plan.cluster import Cluster
+from prism_plan.cluster import Cluster, Server
 from prism_plan.errors import Infeasible, UnsupportedFeature
-from prism_plan.expert_capacity import gpu_capacity
+from prism_plan.expert_capacity import bytes_for_experts, gpu_capacity
 from prism_plan.export.stages import Stage, moe_position_of
 from prism_plan.instance import Instance
 from prism_plan.latency.expected_latency import latency_of
+from prism_plan.model_spec import ModelSpec
 from prism_plan.objective import remote_score
 from prism_plan.placement import Placement
 from prism_plan.solvers.contract import Options
 from prism_plan.solvers.latency.problem import LatencyProblem
 from prism_plan.solvers.run import solve
 from prism_plan.trace import Trace
+
+
+def with_whole_layers_a_gpu(server: Server, model: ModelSpec, tokens: int) -> Server:
+    """The server with what none of its several GPUs can use for whole layers reserved.
+
+    KV caches of ``tokens`` tokens are taken as if all layers executed there. Of a server with one
+    GPU nothing is lost by rounding, for planners count whole layers themselves.
+
+    Raises
+    ------
+    Infeasible
+        A GPU is too small for what must reside on it.
+    """
+    if len(server.gpus) == 1:
+        return server
+    of_layer = model.num_experts * max(model.expert_bytes_by_layer)
+    gpus = []
+    for at, gpu in enumerate(server.gpus):
+        if gpu.slots is not None:
+            whole = gpu.slots // model.num_experts * model.num_experts
+            gpus.append(dataclasses.replace(gpu, slots=whole))
+            continue
+        left = bytes_for_experts(model, server, at, tokens * model.kv_bytes_per_token)
+        reserve = gpu.reserve_bytes + left % of_layer
+        gpus.append(dataclasses.replace(gpu, reserve_bytes=reserve))
+    return dataclasses.replace(server, gpus=tuple(gpus))
 
 
 class HeadPlans:
@@ -33,12 +60,13 @@ class HeadPlans:
     ) -> None:
         served = cluster.with_users_of([head])
         servers = []
-        for server in served.servers:
-            tokens = server.kv_tokens if context is None else context
-            own = server.name == head
-            servers.append(dataclasses.replace(server, kv_tokens=tokens if own else 0))
-        self._cluster = dataclasses.replace(served, servers=tuple(servers))
         self._head = [server.name for server in cluster.servers].index(head)
+        tokens = served.servers[self._head].kv_tokens if context is None else context
+        for server in served.servers:
+            kept = tokens if server.name == head else 0
+            alone = dataclasses.replace(server, kv_tokens=kept)
+            servers.append(with_whole_layers_a_gpu(alone, trace.model, tokens))
+        self._cluster = dataclasses.replace(served, servers=tuple(servers))
         self._trace, self._seed = trace, seed
         self._instance = Instance.build(trace, self._cluster, reserve_kv=False)
         self._problem = LatencyProblem(self._instance, self._cluster, trace, seed)

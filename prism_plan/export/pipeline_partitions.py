@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from prism_plan.errors import InputError, UnsupportedFeature
+from prism_plan.errors import InputError
 from prism_plan.export.shell_script import ShellScript, parse_script
 from prism_plan.export.stages import Stage
 from prism_plan.io.json import parse_json
@@ -30,6 +30,8 @@ CHECKED_WITH: dict[PipelineEngine, str] = {
 }
 #: Where ranks meet, on the machine of the first one.
 MEETING_PORT = 29500
+#: SGLang's own, of a node that is not told another one.
+SGLANG_PORT = 30000
 
 
 def not_contiguous(stages: Sequence[Stage], servers: Sequence[str]) -> str:
@@ -71,34 +73,34 @@ def partition_text(
     engine: PipelineEngine, stages: Sequence[Stage], servers: Sequence[str],
     hosts: Mapping[str, str], num_gpus: Mapping[str, int], comments: Sequence[str],
 ) -> str:  # fmt: skip
-    """The file of an engine: a script for all machines, or TensorRT-LLM's options.
-
-    Raises
-    ------
-    UnsupportedFeature
-        The engine wants as many ranks on every machine, and these have not.
-    """
+    """The file of an engine: a script for all machines, or TensorRT-LLM's options."""
     counts = [stage.num_layers for stage in stages]
     if engine == "trtllm-pp":
         options = {"pipeline_parallel_size": len(counts), "pp_partition": counts}
         return json.dumps(options) + "\n"
-    names = list(dict.fromkeys(servers[stage.server] for stage in stages))
-    by_server = Counter(servers[stage.server] for stage in stages)
-    if len(set(by_server.values())) > 1:
-        listed = ", ".join(f"{name} {number}" for name, number in by_server.items())
-        raise UnsupportedFeature(
-            f"{engine} starts as many ranks on every machine, and the plan has {listed}; plan with "
-            "equally many GPUs a server"
+    nodes = nodes_of(stages)
+    first = hosts[servers[nodes[0][0].server]]
+    commands: dict[str, list[list[str]]] = {}
+    for number, node in enumerate(nodes):
+        name = servers[node[0].server]
+        before = len(commands.setdefault(name, []))
+        commands[name].append(
+            _visible([stage.gpu for stage in node], num_gpus[name])
+            + _command(engine, number, len(nodes), len(counts), first, before)
         )
-    commands = {
-        name: [
-            _visible([s.gpu for s in stages if servers[s.server] == name], num_gpus[name])
-            + _command(engine, number, len(names), len(counts), hosts[names[0]])
-        ]
-        for number, name in enumerate(names)
-    }
     exported = {VARIABLES[engine]: ",".join(map(str, counts))}
     return ShellScript(comments, {"MODEL": "model"}, exported, commands).text()
+
+
+def nodes_of(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """Stages by node of an engine, which wants as many ranks on every node.
+
+    A machine is a node where all have equally many GPUs, otherwise each GPU is.
+    """
+    by_server = [list(own) for _, own in itertools.groupby(stages, lambda stage: stage.server)]
+    if len({len(own) for own in by_server}) == 1:
+        return by_server
+    return [[stage] for stage in stages]
 
 
 def read_partition(engine: PipelineEngine, text: str, source: str) -> list[int]:
@@ -149,18 +151,20 @@ def check_partition(
     found = []
     if list(script.exported) != [VARIABLES[engine]]:
         found.append(f"exports {', '.join(script.exported)}; expected {VARIABLES[engine]} alone")
-    number, first = len(script.commands), ""
-    for rank, (name, commands) in enumerate(script.commands.items()):
-        if len(commands) != 1:
-            found.append(f"{name}: {len(commands)} commands; expected one")
-            continue
-        words = list(commands[0])
+    nodes = [
+        (name, before, words)
+        for name, commands in script.commands.items()
+        for before, words in enumerate(commands)
+    ]
+    number, first = len(nodes), ""
+    for rank, (name, before, given) in enumerate(nodes):
+        words = list(given)
         if words[0] == "env":
             words = words[2:]
         address = "--master-addr" if engine == "vllm-pp" else "--dist-init-addr"
         if rank == 0 and address in words[:-1]:
             first = words[words.index(address) + 1].partition(":")[0]
-        expected = _command(engine, rank, number, len(counts), first)
+        expected = _command(engine, rank, number, len(counts), first, before)
         if words != expected:
             wrong = (
                 next((a for a, b in itertools.zip_longest(words, expected) if a != b), None)
@@ -175,8 +179,13 @@ def _visible(gpus: Sequence[int], of: int) -> list[str]:
     return ["env", f"CUDA_VISIBLE_DEVICES={','.join(map(str, gpus))}"] if of > 1 else []
 
 
-def _command(engine: PipelineEngine, rank: int, nodes: int, size: int, first: str) -> list[str]:
-    """What node ``rank`` of ``nodes`` runs; ``first`` is the host of the first one."""
+def _command(
+    engine: PipelineEngine, rank: int, nodes: int, size: int, first: str, before: int
+) -> list[str]:
+    """What node ``rank`` of ``nodes`` runs; ``first`` is the host of the first one.
+
+    There are ``before`` nodes on the same machine: SGLang answers health checks on a port of each.
+    """
     common = ["--nnodes", str(nodes), "--node-rank", str(rank)]
     if engine == "vllm-pp":
         words = [
@@ -185,10 +194,11 @@ def _command(engine: PipelineEngine, rank: int, nodes: int, size: int, first: st
             "--master-addr", first, "--master-port", str(MEETING_PORT),
         ]  # fmt: skip
         return [*words, "--headless"] if rank else words
-    return [
+    words = [
         "python3", "-m", "sglang.launch_server", "--model-path", "$MODEL", "--pp-size", str(size),
         "--tp-size", "1", *common, "--dist-init-addr", f"{first}:{MEETING_PORT}",
     ]  # fmt: skip
+    return [*words, "--port", str(SGLANG_PORT + before)] if before else words
 
 
 def _options(text: str, source: str) -> dict[str, Any]:

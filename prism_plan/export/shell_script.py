@@ -15,7 +15,7 @@ _VARIABLE = re.compile(r"\$[A-Z_]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _DEFAULT = re.compile(r': "\$\{(?P<name>[A-Z_]+):=(?P<value>[^{}"$`\\]*)\}"')
 _EXPORT = re.compile(r"export (?P<name>[A-Z_]+)=(?P<value>.*)")
-_SIDE_BY_SIDE = ' & pids="${pids:-} $!"'
+_SIDE_BY_SIDE = ' "$@" & pids="${pids:-} $!"'
 _HEAD = "if [ $# -gt 0 ]; then shift; fi"
 _TAIL = ["*)", '  echo "unknown server: $server" >&2', "  exit 2", "  ;;", "esac"]
 _TRAP = ["  trap 'kill $pids' INT TERM EXIT", "  wait"]

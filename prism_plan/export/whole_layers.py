@@ -174,7 +174,7 @@ def _refusal(request: ExportRequest, plan: Placement, head: int, plans: HeadPlan
             return f"all layers execute at {plan.servers[head]!r}, and experts lie on other servers"
         found = stages(plan, request.model, head, capacity)
     except Infeasible as error:
-        return str(error).removeprefix("infeasible: ")
+        return error.constraint
     if request.engine == "llamacpp":
         if len(found) >= llamacpp.MAX_DEVICES:
             return f"{len(found)} runs of layers, and llama.cpp takes {llamacpp.MAX_DEVICES - 1}"
@@ -226,6 +226,12 @@ def _file(
             hosts = {server: _host(request, server) for server in hosts}
         order = ", ".join(f"{servers[stage.server]} gpu[{stage.gpu}]" for stage in found)
         warnings.append(f"ranks in order: {order}")
+        by_machine = len(pipeline_partitions.nodes_of(found)) == len(hosts)
+        if request.engine != "trtllm-pp" and not by_machine:
+            warnings.append(
+                f"{request.engine} has equally many ranks on each node, and machines have not: "
+                "each GPU is a node of its own, which has not been run"
+            )
         text = pipeline_partitions.partition_text(
             request.engine, found, servers, hosts, num_gpus, comments
         )

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_plan.errors import Infeasible, InputError, PrismError, UnsupportedFeature
+from prism_plan.errors import Infeasible, InputError, PrismError
 from prism_plan.export import llamacpp, pipeline_partitions
 from prism_plan.export.engine_checks import check_engine_file
 from prism_plan.export.llamacpp_log import differs_from_export, verify_log
@@ -206,7 +206,35 @@ def test_experts_elsewhere(tmp_path: Path) -> None:
         export_whole_layers(request_of("vllm-pp", plan, MODEL4))
 
 
-def test_gpus_of_one_server() -> None:
+def test_gpus_that_hold_one_layer_and_a_half(tmp_path: Path) -> None:
+    """Two GPUs with room for 1.5 layers each hold two whole ones, and the third goes elsewhere.
+
+    Together they have room for three, which is what planners of servers count.
+    """
+    trace = small_trace()
+    text = ['name = "two"', "[link]", "bandwidth_mbps = 500", "rtt_ms = 1"]
+    for n, gpus in enumerate(((9,), (12, 12))):
+        text += ["[[server]]", f'name = "s{n}"', "arrival_interval_s = 5.0"]
+        text += [f"tasks = {{ {'xy'[n]} = 1.0 }}"]
+        text += [line for size in gpus for line in ("[[server.gpu]]", f"slots = {size}")]
+    cluster = parse_cluster("\n".join(text) + "\n")
+    plan = solve(Instance.build(trace, cluster), "exact")
+    for engine in ENGINES:
+        request = ExportRequest(
+            engine, plan, "p.json", "0" * 64, SPEC, "out", "s0", trace, cluster, None, 16
+        )
+        text_of, sidecar, whole = export_whole_layers(request)
+        held = [
+            sum(stage.first <= layer <= stage.last for layer in SPEC.moe_layers)
+            for stage in sidecar.stages
+        ]
+        assert sorted(held) == [1, 1, 1]
+        assert partial_layer(whole, 0) == ""
+        (tmp_path / "out").write_text(text_of)
+        assert check_engine_file(str(tmp_path / "out"), engine, SPEC)[1] == []
+
+
+def test_gpus_of_one_server(tmp_path: Path) -> None:
     """Layers fill one GPU after the other; what fits none of them is refused with how much."""
     plan = by_layers((1, 1, 1, 0))
     two = plan.replace(gpu_capacity=((8,), (5, 2), (8,)), on_gpu=split(plan.on_gpu))
@@ -218,8 +246,14 @@ def test_gpus_of_one_server() -> None:
     with pytest.raises(Infeasible, match=r"have \[1, 1\] experts left for decoder layer 2") as one:
         stages(small, MODEL4, 0)
     assert one.value.shortfall == 1
-    with pytest.raises(UnsupportedFeature, match="s1 2, s0 1"):
-        export_whole_layers(request_of("vllm-pp", two, MODEL4))
+    for engine in ("vllm-pp", "sglang-pp"):  # each GPU is a node, for machines have unequally many
+        text = export_whole_layers(request_of(engine, two, MODEL4))[0]
+        (tmp_path / "out").write_text(text)
+        assert check_engine_file(str(tmp_path / "out"), engine, MODEL4)[1] == []
+        assert [text.count(f"--nnodes 3 --node-rank {rank}") for rank in range(3)] == [1, 1, 1]
+        assert ("--port 30001" in text) == (engine == "sglang-pp")
+        (tmp_path / "out").write_text(text.replace("--node-rank 1", "--node-rank 2"))
+        assert check_engine_file(str(tmp_path / "out"), engine, MODEL4)[1]
     text, sidecar, _ = export_whole_layers(request_of("llamacpp", two, MODEL4))
     assert "CUDA_VISIBLE_DEVICES=1" in text
     assert len(sidecar.stages) == 3
@@ -244,11 +278,7 @@ def test_partial_layers_are_planned_again(engine: Engine) -> None:
     again = ExportRequest(
         engine, plan, "p.json", "0" * 64, SPEC, "out", name, trace, cluster, None, 16
     )
-    try:
-        _, sidecar, whole = export_whole_layers(again)
-    except (Infeasible, UnsupportedFeature):  # its two GPUs make two ranks
-        assert engine != "llamacpp"
-        return
+    _, sidecar, whole = export_whole_layers(again)
     assert sidecar.replanned
     assert partial_layer(whole, 0) == ""
     seconds = sidecar.expected_latency_s
