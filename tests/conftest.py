@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from prism_plan.profiling.counts_csv import read_counts
 from prism_plan.profiling.esft import read_esft
 from prism_plan.profiling.sources import Source
 from prism_plan.trace import Trace
+from tests import warm_processes
 from tests.limits import HANG_S
 from tests.warm_processes import run_warm
 
@@ -81,14 +83,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Compile the kernels while the processes of pytest-xdist collect: else each compiles them."""
+    """Start what all processes of pytest-xdist share, and compiles, while they collect."""
     if "PYTEST_XDIST_WORKER" in os.environ or not session.config.getoption("numprocesses", None):
         return
-    compiling = subprocess.Popen(
-        [sys.executable, "-c", "from tests import warm_processes as w; w.compile_kernels_once()"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    session.config.add_cleanup(compiling.kill)
+    folder = tempfile.TemporaryDirectory(prefix="prism-warm-")
+    sources = warm_processes.share_sources(Path(folder.name))
+    session.config.add_cleanup(folder.cleanup)
+    for source in sources:
+        session.config.add_cleanup(source.close)
 
 
 @pytest.fixture(scope="session")

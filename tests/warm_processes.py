@@ -5,7 +5,8 @@ and loading numpy, numba and pandas half a second for each of a thousand short c
 the same command line in a process (and a session) of its own, and starts its own children as
 always. Tests that are about the start of a command, or its environment, use the real one.
 
-Run as a module this is that process: it takes requests on the socket of its descriptor 0.
+Run as a module this is that process: it takes requests on the socket of its descriptor 0, and of
+those who connect to the socket that it is told. The processes of pytest-xdist share it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from tests.limits import HANG_S
+
 Program = Literal["prism-plan", "prism-runtime"]
 ROOT = Path(__file__).resolve().parents[1]
 #: What each fork has loaded.
@@ -46,6 +49,8 @@ PRELOADED: dict[Program, tuple[str, ...]] = {
         "runtime_adapter.spans.model_work", "runtime_adapter.cli.main",
     ),
 }  # fmt: skip
+#: The variable with the folder of the sockets of shared processes.
+SHARED = "PRISM_PLAN_WARM_PROCESSES"
 POLL_S = 0.02
 _MAX_BYTES = 1 << 16
 
@@ -53,7 +58,7 @@ _MAX_BYTES = 1 << 16
 class WarmProcess:
     """A fork, with what tests use of ``subprocess.Popen``."""
 
-    def __init__(self, source: _Source, pid: int, stdin: IO[bytes] | None) -> None:
+    def __init__(self, source: Source, pid: int, stdin: IO[bytes] | None) -> None:
         self._source = source
         self.pid = pid
         self.stdin = stdin
@@ -80,19 +85,29 @@ class WarmProcess:
             os.kill(self.pid, signal.SIGKILL)
 
 
-class _Source:
-    """The process that forks, as tests talk to it."""
+class Source:
+    """The process that forks, as tests talk to it: a shared one, or one of their own."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, shared: Path | None = None) -> None:
+        path = os.environ.get(SHARED, "")
+        self._lock = threading.Lock()
+        if shared is None and path:
+            self._socket = _connected(Path(path) / program)
+            return
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        words = [] if shared is None else [str(shared / program)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm_processes", program],
+            [sys.executable, "-m", "tests.warm_processes", program, *words],
             cwd=ROOT, env=environment, stdin=there,
         )  # fmt: skip
         there.close()
         self._socket = here
-        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """End a process that :func:`share_sources` has started."""
+        self._socket.close()
+        self._process.wait(HANG_S)
 
     def ask(self, request: Mapping[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
         """Send a request; returns the answer."""
@@ -102,9 +117,31 @@ class _Source:
         return answer
 
 
+def _connected(path: Path) -> socket.socket:
+    """A connection to a process that forks; waits until it listens."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    deadline = time.monotonic() + HANG_S
+    while True:
+        try:
+            connection.connect(str(path))
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(POLL_S)
+        else:
+            return connection
+
+
+def share_sources(folder: Path) -> list[Source]:
+    """Start the processes that fork for all processes of pytest-xdist, until they are closed."""
+    os.environ.pop(SHARED, None)
+    sources = [Source(program, folder) for program in PRELOADED]
+    os.environ[SHARED] = str(folder)
+    return sources
+
+
 @functools.cache
-def _source(program: Program) -> _Source:
-    return _Source(program)
+def _source(program: Program) -> Source:
+    return Source(program)
 
 
 def start_warm(
@@ -197,43 +234,71 @@ def main() -> None:
     import importlib
 
     program = sys.argv[1]
-    connection = socket.socket(fileno=os.dup(0))
+    own = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
+    listener = None
     for name in PRELOADED[program]:  # type: ignore[index]
         importlib.import_module(name)
     if program == "prism-plan":
         compile_kernels_once()
+    if sys.argv[2:]:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(sys.argv[2])
+        listener.listen()
     gc.freeze()  # forks share what there is as long as nobody writes to it
+    connections = [own]
     codes: dict[int, int] = {}
     while True:
-        select.select([connection], [], [], 0.1)
+        waiting = [*connections, *([listener] if listener is not None else [])]
+        ready = select.select(waiting, [], [], 0.1)[0]
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
-        try:
-            raw, descriptors, _, _ = socket.recv_fds(connection, _MAX_BYTES, 4, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            continue
-        if not raw:
-            return
-        request = json.loads(raw)
-        if "poll" in request:
-            answer: dict[str, Any] = {"code": codes.get(request["poll"])}
-        else:
-            pid = os.fork()
-            if not pid:
+        for connection in ready:
+            if connection is listener:
+                connections.append(listener.accept()[0])
+            elif not _answer(program, connection, waiting, codes):  # type: ignore[arg-type]
+                if connection is own:
+                    return
+                connections.remove(connection)
                 connection.close()
-                try:
-                    _run(program, request["words"], request["cwd"], request["env"], descriptors)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(70)
-            answer = {"pid": pid}
-            for descriptor in descriptors:
-                os.close(descriptor)
+
+
+def _answer(
+    program: Program, connection: socket.socket, inherited: Sequence[socket.socket],
+    codes: Mapping[int, int],
+) -> bool:  # fmt: skip
+    """Take one request; gives whether the other side is still there.
+
+    A fork closes the sockets that it has ``inherited``.
+    """
+    try:
+        raw, descriptors, _, _ = socket.recv_fds(connection, _MAX_BYTES, 4)
+    except ConnectionError:
+        return False
+    if not raw:
+        return False
+    request = json.loads(raw)
+    if "poll" in request:
+        answer: dict[str, Any] = {"code": codes.get(request["poll"])}
+    else:
+        pid = os.fork()
+        if not pid:
+            for one in inherited:
+                one.close()
+            try:
+                _run(program, request["words"], request["cwd"], request["env"], descriptors)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(70)
+        answer = {"pid": pid}
+        for descriptor in descriptors:
+            os.close(descriptor)
+    with contextlib.suppress(ConnectionError):
         connection.send(json.dumps(answer).encode())
+    return True
 
 
 if __name__ == "__main__":

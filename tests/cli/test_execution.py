@@ -6,15 +6,15 @@ import csv
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from prism_plan.io.trace_reader import read_trace
 from tests.conftest import ROOT
+from tests.limits import HANG_S
+from tests.warm_processes import run_warm
 
-SCRIPT = Path(sys.executable).parent / "prism-plan"
 TRACE = ROOT / "traces" / "tiny-mixtral.parquet"
 #: A slow server whose users gain by the fast one beside it, over a fast link.
 SERVERS = """
@@ -39,9 +39,7 @@ CLUSTER = "c.toml"
 
 
 def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, cwd=folder, check=False
-    )
+    return run_warm([str(argument) for argument in arguments], cwd=folder, timeout_s=HANG_S)
 
 
 @pytest.fixture(scope="module")

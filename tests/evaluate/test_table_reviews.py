@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,7 @@ class _MemoryWatch(ReferenceEngine):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._loading: dict[int, int] = {}
+        self._known: dict[tuple[bytes, ...], list[int]] = {}
         super().__init__(*args, **options)
 
     def _load(self, gpu: int, layer: int, earliest_s: float) -> float:
@@ -153,20 +155,33 @@ class _MemoryWatch(ReferenceEngine):
         type(self).waited += bool(self._waiting_steps) and self._change is None
         type(self).late += self._change is not None
         model, g = self.scenario.model, 0
-        tables = self.tables_in_use()
-        for m, server in enumerate(self.cluster.servers):
-            kept = 0
-            for n, other in enumerate(self.cluster.servers):
-                # layer 0 has no experts and executes with layer 1: four decoder layers
-                most = max(int((table[n] == m) @ [2, 1, 1]) for table in tables)
-                kept += other.kv_tokens * most * model.kv_bytes_per_token // 4
+        held = self._gpu_holds.sum(axis=1).tolist()
+        for server, kept in zip(
+            self.cluster.servers, self._kept(self.tables_in_use()), strict=True
+        ):
             for number, gpu in enumerate(server.gpus):
-                held = int(self._gpu_holds[g].sum()) + self._loading.get(g, 0)
-                used = held * model.expert_bytes_by_layer[0]
+                used = (held[g] + self._loading.get(g, 0)) * model.expert_bytes_by_layer[0]
                 used += (model.dense_bytes + kept) * (number == 0)
                 assert used <= gpu.usable_bytes
                 g += 1
         type(self).checked += 1
+
+    def _kept(self, tables: Sequence[Any]) -> list[int]:
+        """Bytes of the caches of these tables by server; counted once for the same tables."""
+        key = tuple(table.tobytes() for table in tables)
+        if key not in self._known:
+            # layer 0 has no experts and executes with layer 1: four decoder layers
+            self._known[key] = [
+                sum(
+                    other.kv_tokens
+                    * max(int((table[n] == m) @ [2, 1, 1]) for table in tables)
+                    * self.scenario.model.kv_bytes_per_token
+                    // 4
+                    for n, other in enumerate(self.cluster.servers)
+                )
+                for m in range(self.cluster.num_servers)
+            ]
+        return self._known[key]
 
 
 def test_memory_holds_after_every_event(monkeypatch: pytest.MonkeyPatch) -> None:
