@@ -62,7 +62,7 @@ class ExportOptions(CommandOptions):
             self.refuse("cluster", found="has no effect without ``trace``")
         if self.engine == "trtllm-pp":
             self.refuse("endpoints", found=f"has no effect on {self.engine}, which names no host")
-        if self.trace is None and self.engine != "llamacpp":
+        if self.cluster is None and self.engine != "llamacpp":
             self.refuse("context", found="has no effect without ``trace`` and ``cluster``")
         self.refuse("slots", found=f"has no effect on {self.engine}, only on expert maps")
         if self.trace is None and self.model is None:
@@ -88,7 +88,12 @@ class ExportOptions(CommandOptions):
 @click.option("--model", metavar="MODEL", help="Instead of --trace: a model's sizes.")
 @click.option("--endpoints", metavar="F.toml", help="Hosts and ports; default: servers' names.")
 @click.option(
-    "--ctx", "context", default=4096, show_default=True, metavar="N", help="Tokens of KV caches."
+    "--ctx",
+    "context",
+    default=4096,
+    show_default=True,
+    metavar="N",
+    help="Tokens of the head's KV caches, in place of its kv_tokens.",
 )
 @click.option(
     "--slots", type=int, metavar="S", help="Of expert maps: slots of a rank in each layer."
@@ -185,6 +190,13 @@ def _of_layers(
                 source=args.endpoints,
                 expected=f"some of {', '.join(plan.servers)}",
             )
+    for name, endpoint in (endpoints or {}).items():
+        gpus = len(plan.gpu_capacity[plan.servers.index(name)])
+        if endpoint.devices is not None and len(endpoint.devices) != gpus:
+            raise InputError(
+                f"{len(endpoint.devices)} devices of {name!r}", source=args.endpoints,
+                place="devices", expected=f"{gpus}, one for each of its GPUs",
+            )  # fmt: skip
     text, sidecar, _ = export_whole_layers(
         ExportRequest(
             cast("LayerEngine", args.engine), plan, args.placement, sha256, model, args.output,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 
@@ -30,20 +31,43 @@ def check_engine_file(
     """
     text = read_text(path)
     sidecar = _sidecar_of(path)
+    beside = [] if sidecar is None else _unlike_sidecar(path, text, engine, sidecar)
+    summary, problems = _own_problems(path, text, engine, model, sidecar)
+    return summary, [*problems, *beside]
+
+
+def _unlike_sidecar(path: str, text: str, engine: Engine, sidecar: ExportFile) -> list[str]:
+    """Whether a file is another one than the sidecar was written with."""
+    if sidecar.engine != engine:
+        return [f"{path}{SIDECAR} is of {sidecar.engine}"]
+    if hashlib.sha256(text.encode()).hexdigest() != sidecar.file_sha256:
+        return [f"it is not the file that {path}{SIDECAR} was written with: export it again"]
+    return []
+
+
+def _own_problems(
+    path: str, text: str, engine: Engine, model: ModelSpec | None, sidecar: ExportFile | None
+) -> tuple[str, list[str]]:
     num_layers = None if model is None else model.num_decoder_layers
+    if num_layers is None and sidecar is not None:
+        num_layers = sidecar.num_hidden_layers
     problems = []
-    if sidecar is not None and sidecar.engine != engine:
-        return f"a file of {sidecar.engine}", [f"{path}{SIDECAR} is of {sidecar.engine}"]
     if engine == "sglang" or engine == "vllm-ascend" or engine == "trtllm":
         rows, ranks = read_map(engine, text, path)
         if sidecar is not None:
             ranks = ranks or len(sidecar.ranks)
             problems = _unlike_ranks(rows, ranks, sidecar)
         problems += check_map(engine, text, path, model, ranks)
-        return f"expert map of {quantity(len(rows), 'layer')}", problems
+        if engine == "sglang" and num_layers not in (None, len(rows)) and model is None:
+            problems.append(f"{len(rows)} layers, and the model has {num_layers}")
+        summary = f"expert map of {quantity(len(rows), 'layer')}"
+        if ranks is None:
+            summary += " (of how many ranks is not known: their slots were not checked)"
+        return summary, problems
     if engine == "llamacpp":
         placing = llamacpp.read_placing(text, path)
-        problems = llamacpp.check_script(text, path, num_layers)
+        moe_layers = None if model is None else model.moe_layers
+        problems = llamacpp.check_script(text, path, num_layers, moe_layers)
         if sidecar is not None:
             problems += differs_from_export(placing, sidecar)
         if placing.overrides:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from prism_plan.cluster import Cluster, Server
+from prism_plan.cluster import Cluster
 from prism_plan.errors import Infeasible, UnsupportedFeature
-from prism_plan.expert_capacity import bytes_for_experts, gpu_capacity
-from prism_plan.export.stages import Stage, moe_position_of
+from prism_plan.expert_capacity import gpu_capacity
+from prism_plan.export.engine_memory import with_dense_on_every_gpu, with_whole_layers_a_gpu
+from prism_plan.export.stages import Stage, executes_at_home_of, moe_position_of, stages
 from prism_plan.instance import Instance
-from prism_plan.latency.expected_latency import latency_of
-from prism_plan.model_spec import ModelSpec
+from prism_plan.latency.expected_latency import PARTS, latency_of
 from prism_plan.objective import remote_score
 from prism_plan.placement import Placement
 from prism_plan.solvers.contract import Options
@@ -22,52 +22,27 @@ from prism_plan.solvers.run import solve
 from prism_plan.trace import Trace
 
 
-def with_whole_layers_a_gpu(server: Server, model: ModelSpec, tokens: int) -> Server:
-    """The server with what none of its several GPUs can use for whole layers reserved.
-
-    KV caches of ``tokens`` tokens are taken as if all layers executed there. Of a server with one
-    GPU nothing is lost by rounding, for planners count whole layers themselves.
-
-    Raises
-    ------
-    Infeasible
-        A GPU is too small for what must reside on it.
-    """
-    if len(server.gpus) == 1:
-        return server
-    of_layer = model.num_experts * max(model.expert_bytes_by_layer)
-    gpus = []
-    for at, gpu in enumerate(server.gpus):
-        if gpu.slots is not None:
-            whole = gpu.slots // model.num_experts * model.num_experts
-            gpus.append(dataclasses.replace(gpu, slots=whole))
-            continue
-        left = bytes_for_experts(model, server, at, tokens * model.kv_bytes_per_token)
-        reserve = gpu.reserve_bytes + left % of_layer
-        gpus.append(dataclasses.replace(gpu, reserve_bytes=reserve))
-    return dataclasses.replace(server, gpus=tuple(gpus))
-
-
 class HeadPlans:
     """Plans for a head on a cluster, and the measure of their requests.
 
-    Memory is counted for the head alone, with caches of ``context`` tokens if they are given: an
-    engine of layers serves one head.
+    Memory is counted for the head alone, with caches of ``context`` tokens: an engine of layers
+    serves one head. States go from GPU to GPU, or are ``relayed`` by the head, as in llama.cpp.
     """
 
     def __init__(
-        self, trace: Trace, cluster: Cluster, head: str, context: int | None = None, seed: int = 0
-    ) -> None:
+        self, trace: Trace, cluster: Cluster, head: str, context: int, *, relayed: bool,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
         served = cluster.with_users_of([head])
         servers = []
         self._head = [server.name for server in cluster.servers].index(head)
-        tokens = served.servers[self._head].kv_tokens if context is None else context
         for server in served.servers:
-            kept = tokens if server.name == head else 0
+            kept = context if server.name == head else 0
             alone = dataclasses.replace(server, kv_tokens=kept)
-            servers.append(with_whole_layers_a_gpu(alone, trace.model, tokens))
+            alone = with_dense_on_every_gpu(alone, trace.model, context)
+            servers.append(with_whole_layers_a_gpu(alone, trace.model, context))
         self._cluster = dataclasses.replace(served, servers=tuple(servers))
-        self._trace, self._seed = trace, seed
+        self._trace, self._seed, self._relayed = trace, seed, relayed
         self._instance = Instance.build(trace, self._cluster, reserve_kv=False)
         self._problem = LatencyProblem(self._instance, self._cluster, trace, seed)
 
@@ -113,7 +88,7 @@ class HeadPlans:
                 unit=least.unit,
                 remedy="add memory, or take fewer ``context`` tokens",
             )
-        return min(plans, key=self.seconds)
+        return min(plans, key=self._measured)
 
     def capacity(self, plan: Placement) -> tuple[tuple[int, ...], ...]:
         """What caches of the head's tokens leave of the cluster's GPUs under a plan's table.
@@ -133,8 +108,15 @@ class HeadPlans:
         return ""
 
     def seconds(self, plan: Placement) -> float:
-        """Expected seconds of a mean request of the head under a plan."""
+        """Expected seconds of a mean request of the head under a plan, in our runtime."""
         return float(self._problem.expected(plan).of_home[self._head])
+
+    def _measured(self, plan: Placement) -> float:
+        """The same in the engine."""
+        if executes_at_home_of(plan, self._head):
+            return self.seconds(plan)
+        found = stages(plan, self._trace.model, self._head, self.capacity(plan))
+        return self.seconds_of_counts([stage.num_layers for stage in found], found)
 
     def remote_share(self, plan: Placement) -> float:
         """Share of the head's expert calls that leave the server that executes the layer."""
@@ -146,13 +128,13 @@ class HeadPlans:
         own = [at for at, layer in enumerate(self._trace.model.moe_layers) if layer in layers]
         return float(calls[own].sum() / calls.sum())
 
-    def seconds_of_counts(self, counts: Sequence[int], stages: Sequence[Stage]) -> float:
-        """The same where the stages' GPUs execute ``counts`` layers, whether they fit or not."""
+    def seconds_of_counts(self, counts: Sequence[int], gpus_of: Sequence[Stage]) -> float:
+        """Of a request where the GPUs of stages execute ``counts`` layers, if they fit or not."""
         problem, model = self._problem, self._trace.model
         start = problem.site.gpu_start
         on_gpu = np.zeros((int(start[-1]), model.num_layers, model.num_experts), bool)
-        servers = np.repeat([stage.server for stage in stages], counts)
-        gpus = np.repeat([start[stage.server] + stage.gpu for stage in stages], counts)
+        servers = np.repeat([stage.server for stage in gpus_of], counts)
+        gpus = np.repeat([start[stage.server] + stage.gpu for stage in gpus_of], counts)
         position = moe_position_of(model)
         table = np.repeat(np.arange(len(start) - 1, dtype=np.int32)[:, None], model.num_layers, 1)
         for layer, (server, gpu) in enumerate(zip(servers.tolist(), gpus.tolist(), strict=True)):
@@ -160,10 +142,38 @@ class HeadPlans:
                 on_gpu[gpu, position[layer]] = True
                 table[self._head, position[layer]] = server
         found = latency_of(on_gpu, table, problem.workload, problem.site)
-        return float(found.of_home[self._head])
+        if not self._relayed:
+            return float(found.of_home[self._head])
+        parts = dict(zip(PARTS, found.parts[self._head].tolist(), strict=True))
+        used = [stage for stage, count in zip(gpus_of, counts, strict=True) if count]
+        alone: float = sum(parts.values()) - parts["hops"] - parts["ports"]
+        return alone + self._relay_seconds(used)
+
+    def _relay_seconds(self, used: Sequence[Stage]) -> float:
+        """Seconds in which states of a mean request go from the head to each stage and back.
+
+        32-bit floats, as llama.cpp's RPC has them; the last stage answers for one token a pass
+        (logits are counted as a state: the vocabulary's size is not known).
+        """
+        workload, network = self._problem.workload, self._problem.site.network
+        weights = workload.shares[self._head] @ workload.members
+        decode = weights @ workload.prompts.decode_tokens
+        tokens = weights @ workload.prompts.prefill_tokens + decode
+        passes = weights @ (workload.prompts.prefill_tokens > 0) + decode
+        state = 4 * self._trace.model.hidden_size
+        total = 0.0
+        for number, stage in enumerate(used):
+            if stage.server == self._head:
+                continue
+            back = passes if number == len(used) - 1 else tokens
+            there, home = (self._head, stage.server), (stage.server, self._head)
+            for at, sent in ((there, tokens), (home, back)):
+                total += passes * (network.half_rtt_s[at] + network.hop_overhead_s)
+                total += sent * state * network.seconds_per_byte[at]
+        return float(total)
 
     def seconds_of_held(self, held: Mapping[int, tuple[int, int]]) -> float:
-        """The same where the head executes all layers, and experts of some are on other GPUs.
+        """Of a request where the head executes all layers, and experts of some are elsewhere.
 
         ``held``: decoder layer -> server and GPU; the others are on the head's first GPU.
         """

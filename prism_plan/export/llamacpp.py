@@ -8,7 +8,7 @@ build 11669 (RPC protocol 8).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +62,7 @@ def devices_of(
         ``own`` has no name of one of the head's GPUs; two GPUs are at one endpoint.
     """
     found: list[Device] = []
+    taken: set[tuple[str, int]] = set()
     remote = 0
     for server, gpu in gpus:
         if server == head and own is not None:
@@ -76,11 +77,13 @@ def devices_of(
         host = "127.0.0.1" if server == head else hosts[server]
         port = ports[server] + gpu
         endpoint = f"{host}:{port}"
-        if port > 65535 or endpoint in [device.endpoint for device in found]:
+        machine = hosts.get(server, server), port
+        if port > 65535 or machine in taken:
             raise InputError(
                 endpoint, parameter="endpoints", place=f"{server} gpu[{gpu}]",
                 expected="a port up to 65535, and another one for each GPU of a host",
             )  # fmt: skip
+        taken.add(machine)
         several = num_gpus[server] > 1
         found.append(Device(server, gpu, endpoint, f"RPC{remote}", several))
         remote += 1
@@ -259,8 +262,12 @@ def read_placing(text: str, source: str) -> Placing:
     )
 
 
-def check_script(text: str, source: str, num_layers: int | None) -> list[str]:
+def check_script(
+    text: str, source: str, num_layers: int | None, moe_layers: Collection[int] | None = None
+) -> list[str]:
     """Everything wrong with a script; also what llama.cpp accepts in silence.
+
+    ``num_layers`` and the ``moe_layers`` among them are the model's, where it is known.
 
     Raises
     ------
@@ -284,6 +291,11 @@ def check_script(text: str, source: str, num_layers: int | None) -> list[str]:
         found.append(f"{len(placing.devices)} devices; llama.cpp takes {MAX_DEVICES}")
     if placing.overrides:
         found += _override_problems(placing, num_layers)
+        found += [
+            f"-ot: layer {layer} has no experts, so that its pattern matches nothing"
+            for layer in placing.overrides
+            if moe_layers is not None and layer not in moe_layers
+        ]
     else:
         found += _count_problems(placing, num_layers)
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -28,6 +29,7 @@ CHECKED_WITH: dict[PipelineEngine, str] = {
     "sglang-pp": "SGLang 0.5.23",
     "trtllm-pp": "TensorRT-LLM of mid-2026 (read, not run)",
 }
+_VISIBLE = re.compile(r"CUDA_VISIBLE_DEVICES=[0-9]{1,3}(?:,[0-9]{1,3})*")
 #: Where ranks meet, on the machine of the first one.
 MEETING_PORT = 29500
 #: SGLang's own, of a node that is not told another one.
@@ -157,9 +159,15 @@ def check_partition(
         for before, words in enumerate(commands)
     ]
     number, first = len(nodes), ""
+    seen: dict[str, set[str]] = {}
     for rank, (name, before, given) in enumerate(nodes):
         words = list(given)
         if words[0] == "env":
+            if len(words) < 3 or not _VISIBLE.fullmatch(words[1]):
+                found.append(f"{name}: env {' '.join(words[1:2])!r:.60}; expected GPUs it may see")
+            elif words[1] in seen.setdefault(name, set()):
+                found.append(f"{name}: {words[1]} of two nodes")
+            seen.setdefault(name, set()).update(words[1:2])
             words = words[2:]
         address = "--master-addr" if engine == "vllm-pp" else "--dist-init-addr"
         if rank == 0 and address in words[:-1]:

@@ -18,7 +18,7 @@ _EXPORT = re.compile(r"export (?P<name>[A-Z_]+)=(?P<value>.*)")
 _SIDE_BY_SIDE = ' "$@" & pids="${pids:-} $!"'
 _HEAD = "if [ $# -gt 0 ]; then shift; fi"
 _TAIL = ["*)", '  echo "unknown server: $server" >&2', "  exit 2", "  ;;", "esac"]
-_TRAP = ["  trap 'kill $pids' INT TERM EXIT", "  wait"]
+_TRAP = ["  trap 'kill $pids 2>/dev/null || :' INT TERM EXIT", "  wait"]
 EXPECTED = "a script as prism-plan export writes it; options go after the server's name"
 
 
@@ -54,7 +54,7 @@ class ShellScript:
         lines += [f': "${{{name}:={value}}}"' for name, value in self.variables.items()]
         lines += [f"export {name}={shlex.quote(v)}" for name, v in self.exported.items()]
         first = next(iter(self.commands))
-        lines += [f"server=${{1:-{_quoted(first)}}}", _HEAD, "case $server in"]
+        lines += [_default_line(first), _HEAD, "case $server in"]
         for name, commands in self.commands.items():
             lines.append(f"{_quoted(name)})")
             for command in commands:
@@ -68,6 +68,11 @@ class ShellScript:
                 lines += _TRAP
             lines.append("  ;;")
         return "\n".join([*lines, *_TAIL, ""])
+
+
+def _default_line(first: str) -> str:
+    """The first server is meant where none is named."""
+    return f"server=${{1:-{_quoted(first)}}}"
 
 
 def _quoted(name: str) -> str:
@@ -91,6 +96,7 @@ def parse_script(text: str, source: str) -> ShellScript:
     commands: dict[str, list[list[str]]] = {}
     name: str | None = None
     in_case = False
+    default = ""
     for number, line in enumerate(lines[: -1 - len(_TAIL)], 1):
         where = f"line {number}"
         if name is not None:
@@ -113,9 +119,14 @@ def parse_script(text: str, source: str) -> ShellScript:
                 raise InputError(f"{line:.60}", source=source, place=where, expected=EXPECTED)
             exported[found["name"]] = values[0]
         elif line not in ("set -eu", _HEAD) and not line.startswith("#"):
-            words = _split(line, source, where)
-            if len(words) != 1 or not re.fullmatch(r"server=\$\{1:-.*\}", words[0]):
+            if default or not line.startswith("server="):
                 raise InputError(f"{line:.60}", source=source, place=where, expected=EXPECTED)
+            default = line
+    if default != _default_line(next(iter(commands), "")):
+        raise InputError(f"{default:.60}", source=source, place="server=", expected=EXPECTED)
+    for line in ("set -eu", _HEAD, *(_TRAP if max(map(len, commands.values())) > 1 else ())):
+        if line not in lines:
+            raise InputError(f"no line {line.strip()!r}", source=source, expected=EXPECTED)
     if not commands or name is not None or not all(commands.values()):
         raise InputError("a server without a command", source=source, expected=EXPECTED)
     return ShellScript((), variables, exported, commands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,10 @@ def export_whole_layers(request: ExportRequest) -> tuple[str, ExportFile, Placem
     name = request.plan.servers[head]
     plans = None
     if request.trace is not None and request.cluster is not None:
-        plans = HeadPlans(request.trace, request.cluster, name, request.context)
+        plans = HeadPlans(
+            request.trace, request.cluster, name, request.context,
+            relayed=request.engine == "llamacpp",
+        )  # fmt: skip
     plan, replanned = request.plan, _refusal(request, request.plan, head, plans)
     if replanned:
         if plans is None:
@@ -101,7 +105,9 @@ def export_whole_layers(request: ExportRequest) -> tuple[str, ExportFile, Placem
     text, warnings = _file(request, plan, found, held, head)
     default = _default(request, found)
     seconds = shares = None
-    if plans is not None:
+    if plans is None:
+        warnings.append("memory was not checked: that needs ``trace`` and ``cluster``")
+    else:
         shares = SharesPart(
             plan=plans.remote_share(request.plan),
             export=plans.share_of_layers(held),
@@ -125,6 +131,7 @@ def export_whole_layers(request: ExportRequest) -> tuple[str, ExportFile, Placem
         engine=request.engine,
         checked_with=_checked_with(request.engine),
         file=request.output,
+        file_sha256=hashlib.sha256(text.encode()).hexdigest(),
         plan=request.plan_path,
         plan_sha256=request.plan_sha256,
         home=name,
@@ -224,6 +231,12 @@ def _file(
         hosts = {servers[stage.server]: "" for stage in found}
         if request.engine != "trtllm-pp":
             hosts = {server: _host(request, server) for server in hosts}
+            if len(set(hosts.values())) < len(hosts):
+                raise InputError(
+                    f"servers {listed(list(hosts))} at {listed(sorted(set(hosts.values())))}",
+                    parameter="endpoints",
+                    expected="a host of its own for each server: engines would share its GPUs",
+                )
         order = ", ".join(f"{servers[stage.server]} gpu[{stage.gpu}]" for stage in found)
         warnings.append(f"ranks in order: {order}")
         by_machine = len(pipeline_partitions.nodes_of(found)) == len(hosts)
@@ -250,7 +263,7 @@ def _file(
     used = dict.fromkeys(servers[server] for server, _ in gpus)
     devices = llamacpp.devices_of(
         [(servers[server], gpu) for server, gpu in gpus], name,
-        {server: _host(request, server) for server in used if server != name},
+        {server: _host(request, server, of_head=server == name) for server in used},
         {server: _port(request, server) for server in used}, own, num_gpus,
     )  # fmt: skip
     of_gpu = dict(zip(gpus, devices, strict=True))
@@ -267,10 +280,11 @@ def _file(
     return text, warnings
 
 
-def _host(request: ExportRequest, server: str) -> str:
+def _host(request: ExportRequest, server: str, *, of_head: bool = False) -> str:
+    """The host of a server; that ``of_head`` is only compared with others, and may be any name."""
     if request.endpoints is not None and server in request.endpoints:
         return request.endpoints[server].host
-    if _HOST.fullmatch(server):
+    if of_head or _HOST.fullmatch(server):
         return server
     raise InputError(
         f"no host of server {server!r}",

@@ -56,8 +56,8 @@ class HeldPart(FormatModel):
 class SecondsPart(FormatModel):
     """Expected seconds of a mean request, by the formula of solver latency.
 
-    Of the head's requests; of expert maps those of all servers, where each call goes to the nearest
-    replica: an engine that chooses otherwise is slower.
+    Of the head's requests; of expert maps those of all servers, where a call goes to a replica on
+    its server if there is one: of engines that choose otherwise no seconds are given.
     """
 
     plan: Annotated[Amount | None, Field(description="Of the plan that was given.")]
@@ -92,6 +92,7 @@ class ExportFile(FormatModel):
     engine: Engine
     checked_with: Annotated[NonEmpty, Field(description="Version of the engine.")]
     file: NonEmpty
+    file_sha256: Annotated[str, Field(description="Of the engine's file as it was written.")]
     plan: NonEmpty
     plan_sha256: str
     home: Annotated[
@@ -107,7 +108,10 @@ class ExportFile(FormatModel):
     engine_default: Annotated[
         ListOf[Count] | None, Field(description="Layers of each rank or device by itself.")
     ]
-    expected_latency_s: SecondsPart | None = Field(description="null: without trace and cluster.")
+    expected_latency_s: SecondsPart | None = Field(
+        description="null: without trace and cluster; of maps also where the engine calls replicas "
+        "otherwise than the formula."
+    )
     ranks: ListOf[NonEmpty] = Field(
         default=[], description="The server of each rank, of engines with expert maps."
     )

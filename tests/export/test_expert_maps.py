@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -135,7 +138,7 @@ def test_slots() -> None:
     assert (shape.ranks, shape.slots, shape.physical) == ((0, 1, 2, 2), 20, 80)
     assert equal_slots([[99], [99]], 2, 8).slots == 8
     assert equal_slots([[99], [99]], 2, 8, 5).slots == 5
-    with pytest.raises(InputError, match="slots: 9; expected at most 8"):
+    with pytest.raises(InputError, match="slots: 9; expected 4 to 8"):
         equal_slots([[99], [99]], 2, 8, 9)
     with pytest.raises(Infeasible) as caught:
         equal_slots([[541], [541], [617]], 26, 64)
@@ -171,10 +174,11 @@ def test_files_of_drawn_maps(tmp_path: Path) -> None:
 
 
 def sidecar_of(path: Path, engine: MapEngine, shape: EqualSlots) -> None:
-    """A sidecar that says which ranks and slots there are, and little else."""
+    """A sidecar of the file as it is, with these ranks and slots, and little else."""
     values = {
         "format": "prism-plan/export", "version": 1, "engine": engine, "checked_with": "x",
-        "file": "map", "plan": "p", "plan_sha256": "", "home": None, "num_hidden_layers": 1,
+        "file": "map", "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "plan": "p", "plan_sha256": "", "home": None, "num_hidden_layers": 1,
         "stages": [], "held": [], "replanned": None, "engine_default": None,
         "expected_latency_s": None, "ranks": ["s"] * len(shape.ranks), "slots": shape.slots,
         "launch": [], "warnings": [],
@@ -201,7 +205,7 @@ SPOILED: dict[MapEngine, list[tuple[str, str]]] = {
     ],
     "trtllm": [
         ("num_slots: 4", "num_slots: 5"), ("num_slots", "slots"), ("  1:", "  2:"),
-        ("  1:", "  0:"),
+        ("  1:", "  0:"), ("[0, 1", "[0 1"),
         ("[0, 1, 1, 2]", "[0, 1, 1, 1]"), ("[0, 1, 1, 2]", "[0, 1, 1]"), ("iter: 0", "iter: 2"),
         ("[0, 1, 1, 2]", "[0, 1, 1, 3]"), ("  1: [0, 1, 1, 2]\n", ""), ("[0, 1", "[0, x"),
     ],
@@ -213,18 +217,22 @@ def test_spoiled_maps_are_refused(engine: MapEngine, tmp_path: Path) -> None:
     """What engines accept in silence: a missing expert, a wrong number of layers or slots ..."""
     path = tmp_path / "map"
     text = map_text(engine, PHYSICAL, MODEL)
-    sidecar_of(path, engine, EqualSlots((0, 1), 2))
     path.write_text(text)
+    sidecar_of(path, engine, EqualSlots((0, 1), 2))
     assert check_engine_file(str(path), engine, MODEL)[1] == []
     for old, new in SPOILED[engine]:
         assert old in text, (old, text)
         path.write_text(text.replace(old, new, 1))
+        sidecar_of(path, engine, EqualSlots((0, 1), 2))
         try:
             problems = check_engine_file(str(path), engine, MODEL)[1]
         except InputError as error:
             problems = [str(error)]
         assert problems, (old, new)
         assert not any("\n" in problem for problem in problems)
+    path.write_text(text.replace("0", "0 ", 1))
+    with contextlib.suppress(InputError):
+        assert "not the file that" in check_engine_file(str(path), engine, MODEL)[1][-1]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -278,15 +286,56 @@ def test_shares_of_an_export(engine: MapEngine) -> None:
     assert shares.bound == pytest.approx(shares.export, abs=1e-6)
     assert shares.export <= shares.engine_default
     seconds = sidecar.expected_latency_s
-    assert seconds is not None
-    assert seconds.plan is not None
-    assert 0 < seconds.plan < seconds.export
+    assert (seconds is None) == (engine != "sglang")  # others call replicas in their own way
+    if seconds is not None:
+        assert seconds.plan is not None
+        assert 0 < seconds.plan < seconds.export
     assert (sidecar.ranks, sidecar.slots) == (["s0", "s1", "s2"], 3)
     if engine == "sglang":  # each server finds its own copies
         assert shares.export == pytest.approx(shares.equal_slots)
     assert export_from_json(json.loads(dump_export(sidecar))) == sidecar
     assert "all-to-all" in sidecar.warnings[0]
     assert text
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_need_be_remote(engine: MapEngine) -> None:
+    """Where every rank has room for all experts no call leaves: also by TensorRT-LLM's turns.
+
+    There a call goes to any replica, so that more slots than experts need are worse than fewer.
+    """
+    trace, cluster = small_trace(), three((24, 24, 24))
+    plan = solve(Instance.build(trace, cluster), "exact")
+    request = MapRequest(engine, plan, "p.json", "0" * 64, trace, cluster, "map")
+    _, sidecar = export_map(request)
+    assert sidecar.remote_share is not None
+    if engine == "trtllm":
+        _, full = export_map(dataclasses.replace(request, slots=8))
+        assert full.remote_share is not None
+        assert sidecar.remote_share.export < full.remote_share.export == pytest.approx(2 / 3)
+        assert sidecar.slots is not None
+        assert sidecar.slots < 8
+    else:
+        assert sidecar.remote_share.export == pytest.approx(0.0, abs=1e-12)
+        assert sidecar.remote_share.bound == 0.0
+
+
+def test_launch_lines_of_several_machines() -> None:
+    """Each server starts its own ranks: those of vLLM by number, SGLang's nodes in order."""
+    trace, cluster = small_trace(), three()
+    plan = solve(Instance.build(trace, cluster), "exact")
+    for engine, words in (
+        ("sglang", [f"--nnodes 3 --node-rank {n} --dist-init-addr s0:29500" for n in range(3)]),
+        (
+            "vllm-ascend",
+            [f"--data-parallel-size-local 1 --data-parallel-start-rank {n}" for n in range(3)],
+        ),
+    ):
+        request = MapRequest(engine, plan, "p.json", "0" * 64, trace, cluster, "map")  # type: ignore[arg-type]
+        launch = export_map(request)[1].launch
+        assert [line.partition(":")[0] for line in launch] == ["on s0", "on s1", "on s2"]
+        for line, expected in zip(launch, words, strict=True):
+            assert expected in line
 
 
 def test_the_engines_own_map_is_eplb() -> None:
@@ -328,7 +377,7 @@ def test_the_command(tmp_path: Path) -> None:
         )
         for words, line in (
             (("--cluster", "c.toml", "--home", "s0"), "--home: has no effect on"),
-            (("--cluster", "c.toml", "--slots", "4"), "slots: 4; expected at most 3"),
+            (("--cluster", "c.toml", "--slots", "4"), "slots: 4; expected 3 to 3"),
             ((), "--cluster: not given"),
         ):
             found = run(*given, *words)

@@ -175,6 +175,53 @@ def test_spoiled_files_are_refused(engine: Engine, tmp_path: Path) -> None:
     assert sum(map(len, SPOILED.values())) >= 50
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_edited_files_are_told(engine: Engine, tmp_path: Path) -> None:
+    """Whatever an edit puts elsewhere, however well formed: the sidecar knows the file's digest."""
+    text, sidecar, _ = export_whole_layers(request_of(engine, by_layers((1, 1, 2, 0)), MODEL4))
+    (tmp_path / "out").write_text(text)
+    (tmp_path / "out.export.json").write_bytes(dump_export(sidecar))
+    assert check_engine_file(str(tmp_path / "out"), engine, MODEL4)[1] == []
+    for old, new in (("s1", "s3"), ("2", "1"), ("50052", "50053")):
+        if old in text:
+            (tmp_path / "out").write_text(text.replace(old, new))
+            with contextlib.suppress(InputError):
+                assert "export it again" in check_engine_file(str(tmp_path / "out"), engine)[1][-1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("server=${1:-'s0'}", "server=${1:-$(reboot)}"), ("set -eu\n", ""),
+        ("if [ $# -gt 0 ]; then shift; fi\n", ""), ("\n  wait", ""),
+        ("server=${1:-'s0'}", "server=${1:-'s2'}"),
+    ],
+)  # fmt: skip
+def test_lines_that_a_script_needs(old: str, new: str) -> None:
+    """A script with any of its own lines changed or left out is none of ours."""
+    text = ShellScript([], {}, {}, {"s0": [["true"], ["false"]], "s1": [["true"]]}).text()
+    assert parse_script(text, "x").commands
+    assert old in text
+    with pytest.raises(InputError):
+        parse_script(text.replace(old, new), "x")
+
+
+def test_machines_that_are_one(tmp_path: Path) -> None:
+    """Two servers at one host would share its ports and GPUs, the head's loopback too."""
+    plan = by_layers((1, 1, 2, 0))
+    same = {name: EndpointTable(name=name, host="box") for name in plan.servers}
+    for engine in ("llamacpp", "vllm-pp", "sglang-pp"):
+        with pytest.raises(InputError, match="endpoints"):
+            export_whole_layers(request_of(engine, plan, MODEL4, endpoints=same))
+
+
+def test_scripts_of_several_processes_end_well() -> None:
+    """When they have ended by themselves the script's own end is no failure."""
+    text = ShellScript([], {}, {}, {"s0": [["true"], ["echo", "a"]]}).text()
+    done = subprocess.run(["sh"], input=text, capture_output=True, text=True, timeout=HANG_S)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a\n", "")
+
+
 def test_experts_elsewhere(tmp_path: Path) -> None:
     """Of a plan at home llama.cpp gets patterns that match these layers, each once, and no other.
 

@@ -38,27 +38,29 @@ def equal_slots(
     Raises
     ------
     InputError
-        More slots are asked for than the smallest GPU has.
+        More slots are asked for than the smallest GPU has, or fewer than hold all experts.
     Infeasible
         All slots together are fewer than the experts of a layer.
     """
     ranks = tuple(n for n, gpus in enumerate(gpu_capacity) for _ in gpus)
     smallest = min(capacity for gpus in gpu_capacity for capacity in gpus)
     slots = min(smallest // num_layers, num_experts)
-    if asked is not None:
-        if asked > slots:
+    least = -(-num_experts // len(ranks))
+    if asked is not None and slots >= least:
+        if not least <= asked <= slots:
             raise InputError(
                 f"{asked}",
                 parameter="slots",
-                expected=f"at most {slots}: the smallest GPU has room for {smallest:,} experts of "
-                f"{quantity(num_layers, 'layer')}",
+                expected=f"{least} to {slots}: {quantity(len(ranks), 'rank')} have to hold "
+                f"{num_experts} experts a layer, and the smallest GPU has room for {smallest:,} "
+                f"experts of {quantity(num_layers, 'layer')}",
             )
         slots = asked
     if slots * len(ranks) < num_experts:
-        needed = -(-num_experts // len(ranks)) * num_layers
         raise Infeasible(
             f"{quantity(len(ranks), 'rank')} of {quantity(slots, 'slot')} a layer hold "
-            f"{slots * len(ranks)} of {num_experts} experts; the smallest GPU needs {needed:,}",
+            f"{slots * len(ranks)} of {num_experts} experts; the smallest GPU needs "
+            f"{least * num_layers:,}",
             shortfall=num_experts - slots * len(ranks),
             unit="slots",
             remedy="add memory to it, or leave it out",

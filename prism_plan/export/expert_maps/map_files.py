@@ -26,7 +26,7 @@ CHECKED_WITH: dict[MapEngine, str] = {
     "vllm-ascend": "vLLM-Ascend 182b75ea",
     "trtllm": "TensorRT-LLM of mid-2026 (read, not run)",
 }
-_LINE = re.compile(r"^  (?P<layer>[0-9]{1,5}): \[(?P<experts>[0-9, ]*)\]$")
+_LINE = re.compile(r"^  (?P<layer>[0-9]{1,5}): \[(?P<experts>[0-9]{1,7}(?:, [0-9]{1,7})*)\]$")
 
 
 def map_text(engine: MapEngine, physical: Ints, model: ModelSpec) -> str:
@@ -72,7 +72,7 @@ def check_map(
     rows, ranks = read_map(engine, text, source)
     num_ranks = ranks if ranks is not None else num_ranks
     lengths = {len(row) for row in rows.values()}
-    problems = []
+    problems = [] if rows else ["no layers"]
     if len(lengths) > 1:
         problems.append(f"layers have {', '.join(map(str, sorted(lengths)))} slots")
     if model is not None:
@@ -209,7 +209,7 @@ def _read_yaml(text: str, source: str) -> dict[int, list[int]]:
                 f"{line!r:.60}", source=source, place=f"line {number}",
                 expected="LAYER: [expert of each slot], each layer once",
             )  # fmt: skip
-        found[int(row["layer"])] = [int(part) for part in row["experts"].split(",") if part.strip()]
+        found[int(row["layer"])] = [int(part) for part in row["experts"].split(", ")]
     for layer, experts in found.items():
         if len(experts) != int(head[1]):
             raise InputError(

@@ -60,4 +60,4 @@ def remote_share(
             per_rank = calls[servers, layer, expert] / of_rank[servers]
             stays += float(per_rank @ kept)
     total = float(calls[np.unique(servers)].sum())
-    return 1.0 - stays / total if total else 0.0
+    return max(1.0 - stays / total, 0.0) if total else 0.0
