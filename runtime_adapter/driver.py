@@ -105,7 +105,7 @@ class Driver:
         self._chunk_tokens = chunk_tokens
         self._config = greedy_config(model)
         self._result_lock = threading.Lock()
-        self._budget = RepeatBudget()
+        self._budget = RepeatBudget(len(server.lanes))
 
     def serve(self, requests: Iterable[TokenizedRequest]) -> None:
         """Serve requests at their times, until all have ended.
@@ -149,17 +149,24 @@ class Driver:
                     raise InputError(job.request.error)
                 with self._room(lane, job):
                     self._generate_all(lane, job)
+                result.text = self._decoded(result.tokens)
             except PrismError as error:
                 result.error = str(error)
             except Exception as error:  # a request that fails does not end others
                 result.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            if result.error:
+                with contextlib.suppress(Exception):  # of a token that is none
+                    result.text = self._decoded(result.tokens)
             result.done_s = time.monotonic() - self._begin_s
-            result.text = self._tokenizer.decode(result.tokens, skip_special_tokens=True)
             with self._result_lock:
                 self._on_result(result)
             self._server.requests.ended(result.error, len(result.tokens))
         if self._journal is not None:
             self._journal.end(job.key)
+
+    def _decoded(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
     def _room(self, lane: RemoteDispatcher, job: _Job) -> contextlib.AbstractContextManager[None]:
         """Room in the home's KV caches, wherever they are."""

@@ -150,6 +150,15 @@ def _serve(
     begin_s: float,
 ) -> None:  # fmt: skip
     lane.request = result.request
+    passes = recorded.passes_after(0)
+    with server.path_requests.room(server.lanes.index(lane), sum(passes)):
+        _serve_in_room(server, lane, recorded, result, begin_s)
+
+
+def _serve_in_room(
+    server: LocalServer, lane: RemoteDispatcher, recorded: RecordedRequest, result: ReplayResult,
+    begin_s: float,
+) -> None:  # fmt: skip
     result.start_s = time.monotonic() - begin_s
     paths = server.path_requests
     path = paths.path()

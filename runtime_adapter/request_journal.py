@@ -14,6 +14,8 @@ that are then computed again. A last line that was cut is left out, and overwrit
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
@@ -72,6 +74,13 @@ class RequestJournal:
         try:
             if not stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode):
                 raise InputError("no regular file", source=self.path, expected="a journal")
+            try:
+                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    "another process writes to it", source=self.path,
+                    expected="a journal of one home", remedy="end that process first",
+                ) from error  # fmt: skip
             self._read()
         except BaseException:
             self._stream.close()
@@ -203,10 +212,14 @@ class RequestJournal:
     def _write(self, values: dict[str, Any]) -> None:
         line = json.dumps(values, allow_nan=False).encode() + b"\n"
         with self._lock:
+            begin = self._stream.tell()
             try:
                 written = self._stream.write(line)
                 while written is not None and written < len(line):
                     line = line[written:]
                     written = self._stream.write(line)
             except OSError as error:
+                with contextlib.suppress(OSError):  # half a line would be none for who reads it
+                    self._stream.truncate(begin)
+                    self._stream.seek(begin)
                 raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error

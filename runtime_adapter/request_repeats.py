@@ -13,20 +13,21 @@ from runtime_adapter.transport.peer import ConnectionLost
 from runtime_adapter.transport.rendezvous import RequestTimeout, RuntimeFailure
 from runtime_adapter.transport.wire_format import StepTooLong, WireError
 
-#: A request is run again so often, and all requests of a home together so often within a minute.
+#: A request is run again so often, and all requests of a home together so often within a minute,
+#: or so often for each of its lanes: one lost server may end the step of every lane.
 MAX_REPEATS, MAX_REPEATS_PER_MINUTE = 2, 20
 
 
 class RepeatBudget:
     """How often requests may be run again: a fault that stays must not double the load.
 
-    ``now`` is a clock in seconds.
+    ``lanes`` are those of the home; ``now`` is a clock in seconds.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, lanes: int = 1, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._lock = threading.Lock()
-        self._taken_s: deque[float] = deque(maxlen=MAX_REPEATS_PER_MINUTE)
+        self._taken_s: deque[float] = deque(maxlen=max(MAX_REPEATS_PER_MINUTE, MAX_REPEATS * lanes))
 
     def take(self) -> bool:
         """Whether one more request may be run again now."""

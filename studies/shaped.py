@@ -3,13 +3,16 @@
     python -m studies.testbed.experiment --trace T.parquet --cluster studies/shaped-v2lite.toml
         --seeds 0,1,2 --requests 6 -o studies/shaped.json     # as root; 45 min of a quiet machine
     python -m studies.shaped            # prints the table, writes studies/shaped.png
+    python -m studies.shaped shaped-spans-a100      # of plans that say where layers execute
 
-Results: studies/shaped.json; discussed in README.md and studies/README.md.
+Results: studies/shaped.json and those of the name that is given; discussed in README.md and
+studies/README.md.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -148,7 +151,8 @@ def draw(found: dict[float, dict[str, Rows]], path: Path) -> None:
 
 def main() -> None:
     """Print the table and draw."""
-    values = json.loads((HERE / "shaped.json").read_text())
+    name = sys.argv[1] if sys.argv[1:] else "shaped"
+    values = json.loads((HERE / f"{name}.json").read_text())
     found = by_round_trip(values)
     print(values["provenance"])
     for rtt_ms, solvers in found.items():
@@ -163,7 +167,7 @@ def main() -> None:
     print(f"\n{short_table(found)}")
     void = [row for row in values["rows"] if row["void"]]
     print(f"\nvoid: {len(void)} runs; repeated: {sum(r['attempts'] > 1 for r in values['rows'])}")
-    draw(found, HERE / "shaped.png")
+    draw(found, HERE / f"{name}.png")
 
 
 if __name__ == "__main__":

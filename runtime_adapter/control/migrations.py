@@ -103,6 +103,8 @@ class Migrations:
             )
         else:
             self._reach(active)
+            if not active.repair:
+                self._begin_table(active)
             text = f"migration {active.number} is done"
         if active.repair:
             self.repaired = not active.left
@@ -269,8 +271,8 @@ class Migrations:
         assert target is not None
         table = _table_of_run(state, target)
         if not np.array_equal(table, state.table):
-            state.table = table
             state.log.append(log_entries.TableBegan(active.number, table.tolist()))
+            state.table = table  # not before: a store that has died by now has not begun it
 
     def _reach(self, active: _ActiveMigration) -> None:
         """Remember the target as what servers are to hold, also when they come back.

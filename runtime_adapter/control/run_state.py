@@ -48,6 +48,9 @@ class RunState:
         self.placement_known = True
         #: The execution table that new requests use, int32 [N, L].
         self.table = config.placement.execution_table
+        #: Whether drivers may execute by another table, and the log does not say which it is.
+        self._table_in_doubt = False
+        self._table_in_log = False
         self.alive: list[int] = []
         self.left: set[int] = set()
         self.absent: set[int] = set()
@@ -73,6 +76,8 @@ class RunState:
         self._num_logs += 1
         if new.execution is not None:
             self.table = np.array(new.execution, np.int32)
+        self._table_in_log = new.execution is not None
+        self._table_in_doubt = self._num_logs > 1
         held: list[list[tuple[int, int]]] = [[] for _ in self._incarnations]
         for server, gpu, pair, _ in new.held:
             held[server].append((gpu, pair))
@@ -82,6 +87,7 @@ class RunState:
             self._incarnations[server] = int(member["incarnation"])
             if self._num_logs == 1 and self._incarnations[server] > 1:
                 self.placement_known = False  # unless an earlier scheduler has left it in the store
+                self._table_in_doubt = True
             if member["state"] == "up":
                 self._set_up(server, held[server])
             else:
@@ -98,6 +104,7 @@ class RunState:
             case log_entries.ServerJoined():
                 if self._num_logs == 1 and entry.incarnation > self._incarnations[entry.server] + 1:
                     self.placement_known = False  # it was up before this store and this scheduler
+                    self._table_in_doubt = True
                 self._incarnations[entry.server] = entry.incarnation
                 self._set_up(entry.server, [(gpu, pair) for gpu, pair, _ in entry.experts])
             case log_entries.ServerDown() | log_entries.ServerLeft():
@@ -142,6 +149,12 @@ class RunState:
             return
         self._reported.add(text)
         self.log.append(LogMessage(text[: log_entries.MAX_TEXT]))
+
+    def tell_table(self) -> None:
+        """Let drivers from before this log agree on the table with those that come anew."""
+        if self._table_in_doubt and not self._table_in_log:
+            self.log.append(log_entries.TableBegan(0, self.table.tolist()))
+            self._table_in_log = True
 
     def adopt_placement(self) -> None:
         """Take what is held for what servers are to hold, where that is not known.
@@ -196,6 +209,7 @@ def surviving_instance(instance: Instance, alive: Sequence[int], min_replicas: i
 
     return instance.replace(
         servers=tuple(instance.servers[n] for n in alive),
+        cluster=None if instance.cluster is None else surviving_cluster(instance.cluster, alive),
         activations=instance.activations[list(alive)],
         gpu_capacity=tuple(instance.gpu_capacity[n] for n in alive),
         layer_caps=tuple(instance.layer_caps[n] for n in alive),

@@ -181,6 +181,7 @@ class Scheduler:
             self._begin_log(entry)
             return
         changed = self.state.apply(entry)
+        self.state.tell_table()
         match entry:
             case log_entries.MoveRequested():
                 self._note_move(entry.move)
@@ -203,6 +204,7 @@ class Scheduler:
             self.migrations.answer(self._requested_moves[0], 5, text)
             self._requested_moves.pop(0)
         self.log.append(log_entries.SchedulerStarted())
+        self.state.tell_table()
         self._has_log = True
 
     def _note_move(self, move: str) -> None:

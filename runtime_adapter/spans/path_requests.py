@@ -28,6 +28,8 @@ from runtime_adapter.weights.expert_map import ExpertMap
 
 #: Attempts are numbered below this.
 MAX_NUMBER = 1 << 62
+#: A server of the table that has no address yet, for it is about to join, is waited for so long.
+FIRST_ADDRESS_S = 1.0
 #: Between two looks at the servers that a request waits for.
 LOOK_INTERVAL_S = 0.25
 
@@ -61,15 +63,19 @@ class PathRequests:
 
     def path(self) -> tuple[Span, ...]:
         """Where a request that begins now executes."""
-        now = time.monotonic()
-        lost = [
-            n
-            for n in self._peers.peers
-            if self._expert_map.lost(n) or self._avoided_until_s.get(n, now) > now
-        ]
         if self.spans is None:
             return tuple(spans(np.full(self._config.model.num_layers, self._rank)))
         row = self._table[self._rank]
+        for n in set(row.tolist()) - {self._rank}:
+            self._peers.wait_for_address(n, FIRST_ADDRESS_S)
+        now = time.monotonic()
+        lost = [
+            n
+            for n, peer in self._peers.peers.items()
+            if self._expert_map.lost(n)
+            or not peer.usable
+            or self._avoided_until_s.get(n, now) > now
+        ]
         return path_of_home(
             row, self._config.placement, self._expert_map, self._rank, lost, self.costs
         )
@@ -170,8 +176,11 @@ class PathRequests:
             if event.turn < turn:
                 continue  # sent twice, over two connections
             turn, since_s = turn + 1, time.monotonic()
+            (token,) = event.ids()
+            if token < 0:
+                raise StepFailed("a token that is none", may_pass=False)
             self._counters.add(event.counts)
-            add(event.ids()[0])
+            add(token)
             if event.ends:
                 return
 
@@ -204,5 +213,4 @@ class PathRequests:
         assert self.spans is not None
         self.spans.free(attempt)
         for server in sorted({span.server for span in setup.path} - {self._rank}):
-            with contextlib.suppress(ConnectionLost):
-                self.spans.send(server, SpanMessage(wire.FREE, attempt), None)
+            self.spans.send_free(server, attempt)

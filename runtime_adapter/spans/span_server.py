@@ -85,6 +85,14 @@ class _Lane:
         self.connections: dict[int, SpanConnection] = {}
         #: What home could not be told yet, for it does not answer.
         self.unsaid: SpanMessage | None = None
+        #: Of requests of this home, the last one that each server was told to free, and the servers
+        #: that may not know.
+        self.last_free: dict[int, Attempt] = {}
+        self.unfreed: set[int] = set()
+
+    def goes_to(self, server: int) -> bool:
+        """Whether the request that the lane runs now has a span at a server."""
+        return self.setup is not None and any(span.server == server for span in self.setup.path)
 
 
 class SpanServer:
@@ -333,12 +341,14 @@ class SpanServer:
                 raise StepFailed(
                     f"a step after {step.past} tokens, of which it has {past}", may_pass=True
                 )
+            assert lane.setup is not None
+            if past + step.tokens > lane.setup.kv_tokens:
+                raise StepFailed("a step beyond the request's own tokens", may_pass=False)
             assert lane.dispatcher is not None
             outputs = self._work.run(
                 lane.states[step.span], lane.dispatcher, inputs, past, step.tokens
             )
             lane.past[step.span] += step.tokens
-            assert lane.setup is not None
             return lane.setup, outputs
 
     def _send_token(
@@ -421,12 +431,29 @@ class SpanServer:
     # --------------------------------------------------------------------------------------- caches
 
     def free(self, attempt: Attempt) -> None:
-        """An attempt is over: its caches are freed, now or when the step under way has ended."""
-        with self._lock:
-            lane = self._lanes.get(attempt[:2])
-        if lane is not None:
-            lane.freed = max(lane.freed, attempt.number)
-            self._drop_if_idle(attempt, lane)
+        """An attempt is over: its caches are freed, now or when the step under way has ended.
+
+        Its first step may still be on its way here, and is not executed then.
+        """
+        lane = self._lane(attempt)
+        lane.freed = max(lane.freed, attempt.number)
+        self._drop_if_idle(attempt, lane)
+
+    def send_free(self, target: int, attempt: Attempt) -> None:
+        """Let another server free an attempt of this home, when it answers again at the latest."""
+        lane = self._lane(attempt)
+        lane.last_free[target] = attempt
+        try:
+            self._send(lane, target, SpanMessage(wire.FREE, attempt), None)
+        except ConnectionLost:
+            lane.unfreed.add(target)
+
+    def _send_unfreed(self, lane: _Lane) -> None:
+        """Tell servers that answer again what they missed."""
+        for target in list(lane.unfreed):
+            if self._peers.peers[target].usable:
+                lane.unfreed.discard(target)
+                self.send_free(target, lane.last_free[target])
 
     def _drop_if_idle(self, attempt: Attempt, lane: _Lane) -> None:
         if lane.lock.acquire(blocking=False):
@@ -471,9 +498,17 @@ class SpanServer:
                     try:
                         connection.renew()
                     except ConnectionLost as error:
-                        if lane.freed < lane.number:
+                        if server in lane.last_free:
+                            lane.unfreed.add(server)
+                        # what is kept may be of an attempt before, and for a server of its path;
+                        # home may lack tokens of one that has ended here
+                        needed = server == home or (
+                            lane.freed < lane.number and lane.goes_to(server)
+                        )
+                        if needed and lane.number >= 0:
                             self._fail(lane, attempt, str(error), may_pass=True, lost=server)
                 self._say_unsaid(lane)
+                self._send_unfreed(lane)
                 if home != self._rank and self._peers.is_down(home) and lane.freed < lane.number:
                     lane.freed = lane.number
                     # its worker may have been lost alone, and its requests go on

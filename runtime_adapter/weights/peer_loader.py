@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -30,6 +31,11 @@ from runtime_adapter.weights.expert_store import Change, ExpertStore
 
 #: No server of a run is asked more quickly for a connection.
 DIAL_S = 2.0
+#: A server that does not answer, and is not taken for lost, is asked again for so long: its machine
+#: may be busy.
+ASK_S = 5.0
+#: Between two such attempts.
+RETRY_S = 0.05
 
 
 class PeerLoader:
@@ -71,19 +77,27 @@ class PeerLoader:
             return self.store.put(pair, gpu, self.store.parts(weights))
         holders = [n for n in self._peers if self._expert_map.gpu_of[n, pair] >= 0]
         first = pair % max(len(holders), 1)
-        for n in holders[first:] + holders[:first]:
-            if self._request(n, pair, gpu):
-                return self.store.put(pair, gpu, self.store.parts(weights))
+        holders = holders[first:] + holders[:first]
+        deadline = time.monotonic() + min(ASK_S, self._timeout_s)
+        while holders:
+            for n in list(holders):
+                given = self._request(n, pair, gpu)
+                if given:
+                    return self.store.put(pair, gpu, self.store.parts(weights))
+                if given is False or not self._peers[n].usable or time.monotonic() > deadline:
+                    holders.remove(n)
+            time.sleep(RETRY_S if holders else 0.0)  # a busy machine may not answer at once
         logging.getLogger(__name__).warning(
             "no server gives %s; it is read from the checkpoint",
             self.store.shape.spec.pair_text(pair),
         )
         return self.checkpoint.load(pair, gpu)
 
-    def _request(self, n: int, pair: int, gpu: int) -> bool:
+    def _request(self, n: int, pair: int, gpu: int) -> bool | None:
         """Ask a server for an expert; returns whether the GPU's buffer now has its weights.
 
-        A server that sends nothing for the time limit is asked no further.
+        None where the server does not answer. One that sends nothing for the time limit is asked no
+        further.
         """
         kept = self._sockets.pop((n, gpu), None)
         for connection in (kept, None) if kept is not None else (None,):
@@ -93,7 +107,7 @@ class PeerLoader:
                     connection, _ = self._peers[n].dial("weights", gpu, timeout_s=DIAL_S)
                     connection.settimeout(self._timeout_s)
             except (OSError, HandshakeFailed, ConnectionLost):
-                return False
+                return None
             try:
                 found = _ask(connection, pair, memoryview(self._buffers[gpu].numpy()))
             except (OSError, wire.WireError):
@@ -101,7 +115,7 @@ class PeerLoader:
                 continue
             self._sockets[n, gpu] = connection
             return found
-        return False
+        return None
 
     def drop(self, pair: int, gpu: int) -> None:
         self.store.drop(pair, gpu)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prism_plan.errors import InputError
+from prism_plan.errors import InputError, OutputError
 from runtime_adapter.request_journal import JournalledRequest, RequestJournal
 
 IDENTITY = {"placement": "a", "checkpoint": "b", "requests": None}
@@ -21,6 +22,34 @@ def test_a_new_journal_is_empty(tmp_path: Path) -> None:
     with RequestJournal(tmp_path / "j", IDENTITY) as journal:
         assert not journal.continues
     assert os.stat(tmp_path / "j").st_mode & 0o077 == 0  # prompts are nobody else's
+
+
+def test_two_processes_do_not_share_a_journal(tmp_path: Path) -> None:
+    """Both would write over each other; when the first one has ended the second may."""
+    with (
+        RequestJournal(tmp_path / "j", IDENTITY),
+        pytest.raises(InputError, match="another process writes to it"),
+    ):
+        RequestJournal(tmp_path / "j", IDENTITY)
+    RequestJournal(tmp_path / "j", IDENTITY).__exit__()
+
+
+def test_a_line_that_did_not_fit_leaves_nothing(tmp_path: Path) -> None:
+    """After a disk was full a journal reads as before that, and goes on when there is room."""
+    with RequestJournal(tmp_path / "j", IDENTITY) as journal:
+        journal.accept("1", {"prompt": "x"})
+        size = os.stat(tmp_path / "j").st_size
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+        try:
+            with pytest.raises(OutputError, match="cannot be written"):
+                journal.tokens("1", [5])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert os.stat(tmp_path / "j").st_size == size
+        journal.tokens("1", [6])
+    with RequestJournal(tmp_path / "j", IDENTITY) as journal:
+        assert journal.unfinished == [JournalledRequest("1", {"prompt": "x"}, [6])]
 
 
 def test_unfinished_requests_come_back_with_their_tokens(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from prism_plan.instance import Instance
 from prism_plan.placement import Placement
 from runtime_adapter.control import repairs
 from runtime_adapter.control.log_entries import (
@@ -24,7 +25,10 @@ from runtime_adapter.control.log_entries import (
     ServerStopped,
     SlotsFreed,
     StopRequested,
+    TableBegan,
 )
+from runtime_adapter.control.run_state import surviving_instance
+from tests.evaluate.simulation_material import small_cluster, small_trace
 from tests.limits import HANG_S
 from tests.runtime_adapter.control.fleet import Fleet, drawn
 
@@ -196,6 +200,45 @@ def test_a_complete_move_outlives_a_restarted_scheduler() -> None:
     fleet.settle()
     assert (fleet.held() == wanted(target)).all()
     assert len(fleet.entries_of(MigrationStarted)) == 1
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_all_agree_on_the_table_after_a_restart_of_the_store(both: bool) -> None:
+    """Also who starts anew afterwards; of a new scheduler too, which knows the file's alone."""
+    start, target = (drawn(s, CAPACITY) for s in (1, 101))
+    table = np.array([[1, 2], [2, 0], [0, 1]], np.int32)
+    fleet = Fleet(start)
+    fleet.ask(target.replace(execution=table))
+    assert fleet.moved()[0] == 0
+    assert (fleet.scheduler.state.table == table).all()
+    (began,) = fleet.entries_of(TableBegan)
+    assert began.execution == table.tolist()
+    if both:
+        fleet.scheduler.log.close()
+    fleet.store.restart()
+    if both:
+        fleet.restart_scheduler()
+
+    def told() -> list[TableBegan]:
+        return [entry for entry in fleet.store.entries() if isinstance(entry, TableBegan)]
+
+    fleet.until(told)
+    fleet.until(lambda: fleet.scheduler.state.all_up)
+    fleet.settle()
+    (entry,) = told()
+    assert entry.execution == fleet.scheduler.state.table.tolist()
+    assert (entry.execution == table.tolist()) != both
+    fleet.close()
+
+
+def test_a_cluster_without_servers_that_are_down() -> None:
+    """What is planned among the servers that are up knows the cluster of these alone."""
+    trace, cluster = small_trace(), small_cluster()
+    instance = Instance.build(trace, cluster)
+    assert instance.cluster is not None
+    left = surviving_instance(instance, [0, 2], 1)
+    assert left.cluster is not None
+    assert [server.name for server in left.cluster.servers] == list(left.servers)
 
 
 # -------------------------------------------------------------------------------- losses, returns

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -181,7 +182,11 @@ def test_what_is_kept_is_sent_again_in_order() -> None:
         assert len(sender._kept) == 3
         sender.forget(1)
         sender.send([b"pass 3"], (2, 0))
-        sender.renew()  # notices that the other side has closed the connection
+        deadline = time.monotonic() + HANG_S
+        while len(server.connections) < 3:  # until it notices that the other side has closed it
+            assert time.monotonic() < deadline
+            sender.renew()
+            time.sleep(0.01)
         assert receive_exactly(server.connection(2), 13) == b"token 1pass 3"
         server.peer.set_address(None, 2)
         with pytest.raises(ConnectionLost):

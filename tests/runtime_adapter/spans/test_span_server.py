@@ -20,7 +20,14 @@ from prism_plan.errors import InputError  # noqa: E402
 from prism_plan.execution_table import spans  # noqa: E402
 from runtime_adapter.driver import greedy_config  # noqa: E402
 from runtime_adapter.request_repeats import StepFailed  # noqa: E402
-from runtime_adapter.spans.messages import RequestSetup  # noqa: E402
+from runtime_adapter.spans.messages import (  # noqa: E402
+    LAST,
+    START,
+    Attempt,
+    RequestSetup,
+    SpanMessage,
+    ids_payload,
+)
 from runtime_adapter.transport.rendezvous import ServerLost  # noqa: E402
 from runtime_adapter.weights.checkpoint_families import FAMILIES  # noqa: E402
 from tests.limits import HANG_S  # noqa: E402
@@ -251,6 +258,69 @@ def test_a_server_that_another_one_does_not_reach() -> None:
             cluster.run(0, [5, 6, 7], 4)
         assert failed.value.may_pass
         assert 2 not in {span.server for span in home.path()}
+
+
+def test_a_server_that_missed_the_end_of_a_request() -> None:
+    """It is told to free the caches when it answers again, although home has no request for it."""
+    model = model_of("mixtral")
+    ids, row = [5, 6, 7], [1] * len(moe_layers(model))
+    with SpanCluster(model, moe_layers(model), 2) as cluster:
+        address = cluster.listeners[1].address
+        tokens: list[int] = []
+
+        def cut_off(token: int) -> None:
+            tokens.append(token)
+            if len(tokens) == 3:
+                cluster.peers[0].peers[1].set_address(None, 1)
+                raise StepFailed("given up", may_pass=True)
+
+        setup = RequestSetup(0, tuple(spans(np.array(row))), 10_000, 10_003)
+        with pytest.raises(StepFailed, match="given up"):
+            cluster.homes[0].run(0, setup, ids, cut_off)
+        assert cluster.servers[1].cached_tokens()
+        cluster.peers[0].peers[1].set_address(address, 2)
+        until(lambda: not cluster.servers[1].cached_tokens())
+
+
+def test_an_end_that_overtakes_the_beginning() -> None:
+    """Caches of an attempt that is over before its first step arrives are not made."""
+    model = model_of("mixtral")
+    layers = len(moe_layers(model))
+    with SpanCluster(model, moe_layers(model), 2) as cluster:
+        attempt = Attempt(0, 0, 7)
+        setup = RequestSetup(0, tuple(spans(np.array([1] * layers))), 4, 7)
+        cluster.servers[1].free(attempt)
+        start = SpanMessage(
+            START, attempt, 0, 0, 3, LAST, 0, ids_payload([5, 6, 7]), setup.to_json()
+        )
+        cluster.servers[1].handle(start)
+        assert not cluster.servers[1].cached_tokens()
+
+
+def test_a_server_without_an_address() -> None:
+    """Requests go around one that has not joined yet, though nobody suspects it."""
+    model = model_of("mixtral")
+    layers = len(moe_layers(model))
+    with SpanCluster(model, moe_layers(model), 3) as cluster:
+        home = cluster.homes[0]
+        home._table = np.array([[1] * (layers - 1) + [2]] * 3)
+        assert {span.server for span in home.path()} == {1, 2}
+        cluster.peers[0].peers[2].set_address(None, 1)
+        assert not cluster.peers[0].peers[2].suspect
+        assert 2 not in {span.server for span in home.path()}
+
+
+def test_values_that_no_server_sends() -> None:
+    """A token below zero, and a step beyond the tokens that a request may have, end the request."""
+    model = model_of("mixtral")
+    row = [1] * len(moe_layers(model))
+    with SpanCluster(model, moe_layers(model), 2) as cluster:
+        setup = RequestSetup(0, tuple(spans(np.array(row))), 4, 5)
+        with pytest.raises(StepFailed, match="beyond the request's own tokens"):
+            cluster.homes[0].run(0, setup, [5] * 9, lambda token: None)
+        cluster.servers[1]._work.token = lambda outputs: -1  # type: ignore[method-assign]
+        with pytest.raises(StepFailed, match="a token that is none"):
+            cluster.run(0, [5, 6, 7], 4, row=row)
 
 
 def test_kv_tokens_bound_what_is_in_flight() -> None:

@@ -19,6 +19,7 @@ from runtime_adapter.transport.listener import Listener  # noqa: E402
 from runtime_adapter.transport.peer import Peer  # noqa: E402
 from runtime_adapter.transport.rendezvous import Rendezvous  # noqa: E402
 from runtime_adapter.transport.secrets import RunSecret  # noqa: E402
+from runtime_adapter.weights import peer_loader  # noqa: E402
 from runtime_adapter.weights.checkpoint_loader import CheckpointLoader  # noqa: E402
 from runtime_adapter.weights.expert_map import ExpertMap  # noqa: E402
 from runtime_adapter.weights.expert_store import ExpertStore  # noqa: E402
@@ -134,8 +135,27 @@ def test_the_next_holder_is_asked(lacks: str) -> None:
         assert us.held() == {0, 1, 2}
 
 
-def test_the_checkpoint_comes_last(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_holder_that_is_busy_is_asked_again() -> None:
+    """It answers a moment later, and the checkpoint is not read."""
+    store = filled(committed("mixtral"), DTYPE)
+    with holder(store) as one, contextlib.closing(Asking(one, None)) as us:
+        dial, times = us.peers[1].dial, iter(range(3))
+
+        def busy(*arguments: Any, **options: Any) -> Any:
+            if next(times) < 2:
+                raise TimeoutError
+            return dial(*arguments, **options)
+
+        us.peers[1].dial = busy  # type: ignore[method-assign]
+        us.loads(store, 0)
+        assert us.held() == {0}
+
+
+def test_the_checkpoint_comes_last(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When no server gives an expert it is read, which is said."""
+    monkeypatch.setattr(peer_loader, "ASK_S", 0.2)
     store = filled(committed("mixtral"), DTYPE)
     us = Asking(None, ("127.0.0.1", 1), from_checkpoint=True)
     with contextlib.closing(us):
