@@ -142,7 +142,7 @@ def draw(found: dict[float, dict[str, Rows]], path: Path) -> None:
             for rows in solvers.values()
             for run in rows.values()
         )
-        panels[0].set_ylim(0, 1.2 * slowest)  # of all panels
+        panels[0].set_ylim(0, 1.35 * slowest)  # of all panels
         panels[0].set_ylabel("mean request latency, s (a bar a seed)")
         handles = [Patch(facecolor="#999999"), mark, within]
         panels[0].legend(handles, ["measured", "predicted", f"measured ± {MAX_ERROR:.0%}"], ncols=3)

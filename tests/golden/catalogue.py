@@ -82,6 +82,8 @@ OTHER_READERS = {
     "studies/losses.json": "studies.faults.losses --tables",
     "studies/shaped-spans.json": "studies.shaped",
     "studies/shaped-spans-832.json": "studies.testbed.experiment",
+    "studies/shaped-spans-a100.json": "studies.shaped shaped-spans-a100",
+    "studies/shaped-a100.toml": "studies.testbed.experiment",
     "studies/hops.json": "studies.hops",
     "studies/llamacpp.json": "studies.llamacpp",
     "studies/faults-spans.json": "studies.faults --spans --table",
