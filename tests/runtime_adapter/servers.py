@@ -190,4 +190,11 @@ def family(pid: int) -> list[psutil.Process]:
 
 def gone(processes: Sequence[psutil.Process]) -> bool:
     """Whether all have ended (or wait for their parent to notice)."""
-    return all(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in processes)
+
+    def ended(one: psutil.Process) -> bool:
+        try:
+            return not one.is_running() or one.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:  # between the two
+            return True
+
+    return all(map(ended, processes))
