@@ -125,9 +125,12 @@ def test_calls_are_answered(tokens: int) -> None:
         Home({1: relay.address, 2: other.address}, max_tokens=tokens) as home,
     ):  # fmt: skip
         until(lambda: relay.count == 1)  # for pings
-        for seed in range(20):
+        home.run(tokens, 0)
+        connections = relay.count  # a busy machine may not take the first one in time
+        assert connections >= 2
+        for seed in range(1, 20):
             home.run(tokens, seed)
-        assert relay.count == 2
+        assert relay.count == connections
         assert one.compute.count >= 20
 
 
