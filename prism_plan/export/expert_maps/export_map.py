@@ -19,7 +19,12 @@ from prism_plan.execution_table import home_execution
 from prism_plan.export.engine_memory import with_dense_on_every_gpu
 from prism_plan.export.expert_maps.equal_slots import EqualSlots, equal_slots
 from prism_plan.export.expert_maps.map_files import CHECKED_WITH, map_text
-from prism_plan.export.expert_maps.projection import ExpertMap, engines_own, project
+from prism_plan.export.expert_maps.projection import (
+    ExpertMap,
+    engines_own,
+    local_with_equal_slots,
+    project,
+)
 from prism_plan.export.expert_maps.replica_rules import nodes_of
 from prism_plan.export.pipeline_partitions import MEETING_PORT, SGLANG_PORT
 from prism_plan.instance import Instance
@@ -148,22 +153,15 @@ def _restricted(instance: Instance, shape: EqualSlots) -> tuple[float, float]:
 
     Both of an engine that finds a copy on the caller's server, wherever it is there.
     """
-    layers = instance.model.num_layers
     smallest = min(capacity for gpus in instance.gpu_capacity for capacity in gpus)
     memory = instance.replace(
         gpu_capacity=tuple(tuple(smallest for _ in gpus) for gpus in instance.gpu_capacity)
     )
-    caps = tuple(
-        min(shape.slots * len(gpus), instance.model.num_experts) for gpus in instance.gpu_capacity
+    slots = local_with_equal_slots(shape, instance.activations)
+    return (
+        float(solve(memory, "exact").plan.remote_share or 0.0),
+        remote_score(instance.activations, slots).share,
     )
-    slots = instance.replace(
-        gpu_capacity=tuple(
-            tuple(shape.slots * layers for _ in gpus) for gpus in instance.gpu_capacity
-        ),
-        layer_caps=caps,
-    )
-    found = [solve(one, "exact").plan.remote_share for one in (memory, slots)]
-    return float(found[0] or 0.0), float(found[1] or 0.0)
 
 
 def _seconds(request: MapRequest, instance: Instance, *maps: npt.NDArray[np.int64]) -> SecondsPart:

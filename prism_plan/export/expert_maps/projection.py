@@ -17,8 +17,11 @@ import numpy.typing as npt
 from prism_plan.errors import UnsupportedFeature
 from prism_plan.export.expert_maps.equal_slots import EqualSlots
 from prism_plan.export.expert_maps.replica_rules import local_share, nodes_of, remote_share
+from prism_plan.instance import Instance
 from prism_plan.io.export import MapEngine
+from prism_plan.model_spec import ModelShape
 from prism_plan.solvers.eplb import balanced_packing, replicate_experts
+from prism_plan.solvers.run import solve
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -66,44 +69,35 @@ def project(engine: MapEngine, shape: EqualSlots, calls: Floats) -> ExpertMap:
 # ------------------------------------------------------------------------------------------- flow
 
 
+def local_with_equal_slots(shape: EqualSlots, calls: Floats) -> npt.NDArray[np.bool_]:
+    """Which server holds which expert in the best map where a server finds each copy that it has.
+
+    ``calls`` [N, L, E] of the servers with ranks, in order; returns bool [N, L, E], every slot used
+    unless a server has all experts. It is solver ``exact`` with layer caps.
+    """
+    servers, layers, experts = calls.shape
+    slots = [shape.slots * len(shape.of_server(server)) for server in sorted(set(shape.ranks))]
+    instance = Instance(
+        ModelShape("map", tuple(range(layers)), experts, 1, 1),
+        tuple(str(server) for server in range(servers)),
+        calls,
+        tuple((layers * own,) for own in slots),
+        layer_caps=tuple(min(own, experts) for own in slots),
+    )
+    return solve(instance, "exact").local
+
+
 def _by_flow(shape: EqualSlots, calls: Floats) -> tuple[Ints, float]:
     """The best map where a server finds each copy that it has, and the calls that stay then."""
     groups = [shape.of_server(server) for server in sorted(set(shape.ranks))]
-    value = calls[sorted(set(shape.ranks))]  # [servers with ranks, L, E]
-    experts = calls.shape[2]
-    caps = np.array([min(shape.slots * len(ranks), experts) for ranks in groups])
+    value = calls[sorted(set(shape.ranks))]
+    local = local_with_equal_slots(shape, value)
     physical = np.zeros((calls.shape[1], len(shape.ranks), shape.slots), np.int64)
-    kept = 0.0
-    for layer in range(calls.shape[1]):
-        held = _best_holders(value[:, layer], caps)
-        kept += float(value[:, layer][held].sum())
-        for own, ranks in zip(held, groups, strict=True):
-            listed = np.resize(np.flatnonzero(own), shape.slots * len(ranks))
+    for own, ranks in zip(local, groups, strict=True):
+        for layer, held in enumerate(own):
+            listed = np.resize(np.flatnonzero(held), shape.slots * len(ranks))
             physical[layer, ranks] = np.sort(listed.reshape(len(ranks), shape.slots))
-    return physical, kept
-
-
-def _best_holders(value: Floats, caps: Ints) -> npt.NDArray[np.bool_]:
-    """Which server holds which expert of a layer, bool [N, E]: all covered, all ``caps`` used.
-
-    ``value`` [N, E] are calls that stay where a server holds an expert. A transportation problem.
-    """
-    from scipy.optimize import linprog
-    from scipy.sparse import csr_array, kron
-
-    number, experts = value.shape
-    of_server = kron(csr_array(np.eye(number)), csr_array(np.ones((1, experts))))
-    covered = kron(csr_array(np.ones((1, number))), csr_array(np.eye(experts)))
-    scale = max(float(value.max()), 1e-300)
-    # its matrix is that of a bipartite graph, so that a vertex is integer
-    result = linprog(
-        -value.ravel() / scale,
-        A_ub=-covered, b_ub=-np.ones(experts), A_eq=of_server, b_eq=caps, bounds=(0, 1),
-        method="highs-ds",
-    )  # fmt: skip
-    if result.x is None:
-        raise UnsupportedFeature(f"no expert map was found: {result.message}")
-    return np.asarray(result.x.reshape(value.shape) > 0.5)
+    return physical, float(value[local].sum())
 
 
 # ------------------------------------------------------------------------------ integer programmes
