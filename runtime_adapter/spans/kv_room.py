@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
-import time
+from collections import deque
 from collections.abc import Hashable
 
 
 class KvRoom:
-    """Room for ``limit`` tokens, taken and given back by whoever names itself; no bound if 0."""
+    """Room for ``limit`` tokens, taken and given back by whoever names itself; no bound if 0.
+
+    First come, first served: a long request is not passed by short ones for which there is room.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._taken: dict[Hashable, int] = {}
+        self._waiting: deque[object] = deque()
         self._changed = threading.Condition()
 
     def fits(self, tokens: int) -> bool:
@@ -24,17 +28,22 @@ class KvRoom:
 
         Without a ``timeout_s`` only those wait that fit once the others are done.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self.give_back(owner)
+        if not self.fits(tokens):
+            return False
+        turn = object()
         with self._changed:
-            if self._taken.pop(owner, None) is not None:
-                self._changed.notify_all()
-            while self.limit and sum(self._taken.values()) + tokens > self.limit:
-                left_s = None if deadline is None else deadline - time.monotonic()
-                if not self.fits(tokens) or (left_s is not None and left_s <= 0):
-                    return False
-                self._changed.wait(left_s)
-            self._taken[owner] = tokens
-        return True
+            self._waiting.append(turn)
+            found = self._changed.wait_for(lambda: self._may_take(turn, tokens), timeout_s)
+            self._waiting.remove(turn)
+            if found:
+                self._taken[owner] = tokens
+            self._changed.notify_all()
+        return found
+
+    def _may_take(self, turn: object, tokens: int) -> bool:
+        has_room = not self.limit or sum(self._taken.values()) + tokens <= self.limit
+        return has_room and self._waiting[0] is turn
 
     def give_back(self, owner: Hashable) -> None:
         """What ``owner`` had is free."""

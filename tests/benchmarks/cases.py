@@ -274,7 +274,7 @@ def command(*arguments: object, compiled: bool = True) -> dict[str, Any]:
 
 
 def solve_command(compiled: bool) -> Callable[[tuple[Path, Path]], dict[str, Any]]:
-    """`prism-plan solve` with the exact solver on the real trace."""
+    """`prism-plan solve` with its default solver on the real trace."""
 
     def run(files: tuple[Path, Path]) -> dict[str, Any]:
         trace, output = files
