@@ -1,7 +1,9 @@
 """Executes the spans of this server, for requests of any home, and passes the results on.
 
 What arrives on a connection is executed in the connection's thread, and its result is sent from
-there: nothing waits for another thread. A request has at most one pass under way, so threads of one
+there: nothing waits for another thread. The first step alone has a thread of its own, for it may be
+a long prompt, or all of a request whose path is this server alone, and the end that its home
+decides on comes over the same connection. A request has at most one pass under way, so threads of a
 lane hardly ever meet; where they do (chunks of a prompt, a request that is given up), one waits.
 
 Each pass goes along the path from span to span. The server of the last span, the driver, makes a
@@ -166,7 +168,12 @@ class SpanServer:
                     message = reader.read()
                     if config.rtt_s:
                         wait_until(time.monotonic() + config.rtt_s / 2)
-                    self.handle(message)
+                    if message.kind == wire.START:  # may be all of a request, whose end comes here
+                        threading.Thread(
+                            target=self.handle, args=(message,), daemon=True, name="spans start"
+                        ).start()
+                    else:
+                        self.handle(message)
             except OSError:
                 pass  # the other side is gone, or dials anew
             except PrismError as error:

@@ -282,6 +282,31 @@ def test_a_server_that_missed_the_end_of_a_request() -> None:
         until(lambda: not cluster.servers[1].cached_tokens())
 
 
+def test_an_end_while_one_server_does_all_steps() -> None:
+    """A request whose path is one other server ends there when its home says so."""
+    model = model_of("mixtral")
+    ids, row = [5, 6, 7], [1] * len(moe_layers(model))
+    with SpanCluster(model, moe_layers(model), 2) as cluster:
+        server = cluster.servers[1]
+        token, made = server._work.token, itertools.count(1)
+
+        def wait_for_the_end(outputs: Any) -> int:
+            if next(made) > 3:
+                until(lambda: all(lane.freed >= lane.number for lane in server._lanes.values()))
+            return token(outputs)
+
+        server._work.token = wait_for_the_end  # type: ignore[method-assign]
+
+        def give_up(token: int) -> None:
+            raise StepFailed("given up", may_pass=True)
+
+        setup = RequestSetup(0, tuple(spans(np.array(row))), 10_000, 10_003)
+        with pytest.raises(StepFailed, match="given up"):
+            cluster.homes[0].run(0, setup, ids, give_up)
+        until(lambda: not server.cached_tokens())
+        assert next(made) < 100
+
+
 def test_an_end_that_overtakes_the_beginning() -> None:
     """Caches of an attempt that is over before its first step arrives are not made."""
     model = model_of("mixtral")
