@@ -32,7 +32,7 @@ from prism_plan.simulate.network import BYTES_PER_CALL
 from prism_plan.simulate.timing import Timing, timing
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.spans.messages import HEADER_BYTES as SPAN_HEADER_BYTES
-from runtime_adapter.spans.messages import RequestSetup
+from runtime_adapter.spans.messages import Bytes, RequestSetup
 from runtime_adapter.spans.path_requests import PathRequests
 from runtime_adapter.spans.timed_spans import EmptyStates
 from runtime_adapter.transport.send_queue import LONG_BYTES
@@ -85,12 +85,12 @@ class EmptySpans:
         return True
 
     def run(
-        self, state: bool, lane: RemoteDispatcher, inputs: torch.Tensor, past: int, tokens: int
-    ) -> torch.Tensor:
+        self, state: bool, lane: RemoteDispatcher, inputs: Bytes, past: int, tokens: int
+    ) -> Bytes:
         """States of no value."""
         return self._states.of(tokens)
 
-    def token(self, outputs: torch.Tensor) -> int:
+    def token(self, outputs: Any) -> int:
         """Any."""
         return 0
 

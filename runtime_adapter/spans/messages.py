@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from prism_plan.execution_table import Span
 from prism_plan.simulate.network import BYTES_PER_TOKEN_ID
 from runtime_adapter.moe.counters import Counters
-from runtime_adapter.transport.socket_io import receive_into
+from runtime_adapter.transport.buffered_reader import BufferedReader
 from runtime_adapter.transport.wire_format import WireError
 
 START, STATES, TOKEN, FREE, FAILED = 1, 2, 3, 4, 5
@@ -46,6 +45,7 @@ HEADER_BYTES = _HEADER.size + 8 * COUNTED
 MAX_SETUP_BYTES = 1 << 16
 
 Counts = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 
 
 class Attempt(NamedTuple):
@@ -114,7 +114,7 @@ class SpanMessage:
     tokens: int = 0
     flags: int = 0
     turn: int = 0
-    payload: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    payload: Bytes = field(default_factory=lambda: np.empty(0, np.uint8))
     setup: Any = None
     counts: Counts = field(default_factory=lambda: np.zeros(COUNTED, np.int64))
 
@@ -130,17 +130,17 @@ class SpanMessage:
             MAGIC, self.kind, *self.attempt[:2], self.attempt.number, len(self.payload), self.span,
             self.past, self.tokens, self.flags, len(setup), self.turn,
         )  # fmt: skip
-        return [header + self.counts.tobytes() + setup, memoryview(self.payload.numpy())]
+        return [header + self.counts.tobytes() + setup, self.payload.data]
 
     def ids(self) -> list[int]:
         """The payload as token ids."""
-        found: list[int] = self.payload.view(torch.int32).tolist()
+        found: list[int] = self.payload.view(np.int32).tolist()
         return found
 
 
-def ids_payload(ids: list[int]) -> torch.Tensor:
+def ids_payload(ids: list[int]) -> Bytes:
     """Token ids as a payload."""
-    return torch.tensor(ids, dtype=torch.int32).view(torch.uint8)
+    return np.array(ids, np.int32).view(np.uint8)
 
 
 class MessageReader:
@@ -152,7 +152,7 @@ class MessageReader:
     def __init__(
         self, connection: socket.socket, num_lanes: list[int], num_layers: int, token_bytes: int
     ) -> None:
-        self._connection = connection
+        self._reader = BufferedReader(connection)
         self._num_lanes = num_lanes
         self._num_layers = num_layers
         self._token_bytes = token_bytes
@@ -168,7 +168,7 @@ class MessageReader:
         WireError
             No server of this version sends it.
         """
-        receive_into(self._connection, self._fixed)
+        self._reader.read_into(self._fixed)
         (
             magic, kind, home, lane, number, size, span, past, tokens, flags, setup_bytes, turn,
         ) = _HEADER.unpack_from(self._fixed)  # fmt: skip
@@ -188,14 +188,14 @@ class MessageReader:
         setup = None
         if setup_bytes:
             raw = bytearray(setup_bytes)
-            receive_into(self._connection, memoryview(raw))
+            self._reader.read_into(memoryview(raw))
             try:
                 setup = json.loads(raw)
             except ValueError as error:
                 raise WireError("a message whose setup is no JSON") from error
-        payload = torch.empty(size, dtype=torch.uint8)
+        payload = np.empty(size, np.uint8)
         if size:
-            receive_into(self._connection, memoryview(payload.numpy()))
+            self._reader.read_into(payload.data)
         counts = np.frombuffer(self._fixed, np.int64, COUNTED, _HEADER.size).copy()
         attempt = Attempt(home, lane, number)
         return SpanMessage(kind, attempt, span, past, tokens, flags, turn, payload, setup, counts)

@@ -11,7 +11,7 @@ from prism_plan.execution_table import Span
 from prism_plan.model_spec import ModelSpec
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
 from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
-from runtime_adapter.spans.messages import RequestSetup
+from runtime_adapter.spans.messages import Bytes, RequestSetup
 from runtime_adapter.spans.span_model import ModelSpan, SpanCache, SpanModel
 from runtime_adapter.spans.span_work import decoder_layers
 
@@ -87,17 +87,19 @@ class ModelWork:
         return _State(part, part.new_cache(), setup.request)
 
     def run(
-        self, state: _State, lane: RemoteDispatcher, inputs: torch.Tensor, past: int, tokens: int
-    ) -> torch.Tensor:
+        self, state: _State, lane: RemoteDispatcher, inputs: Bytes, past: int, tokens: int
+    ) -> torch.Tensor | Bytes:
+        received = torch.from_numpy(inputs)
         if state.span.is_first:
-            taken = inputs.view(torch.int32).to(self._device, torch.int64)
+            taken = received.view(torch.int32).to(self._device, torch.int64)
         else:
-            taken = inputs.view(self._dtype).view(tokens, -1).to(self._device)
+            taken = received.view(self._dtype).view(tokens, -1).to(self._device)
         with self._backend.using(lane, state.request):
             given = state.span.run(taken, state.cache, past)
         if state.span.is_last:
             return given
-        return given.contiguous().cpu().view(torch.uint8).view(-1)
+        payload: Bytes = given.contiguous().cpu().view(torch.uint8).view(-1).numpy()
+        return payload
 
     def token(self, outputs: torch.Tensor) -> int:
         return int(outputs.argmax())

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from prism_plan.errors import PrismError
 from prism_plan.model_spec import ModelShape
@@ -287,15 +286,15 @@ class SpanServer:
             self._run(lane, attempt, step, message.payload, message.counts)
             return
         chunk = self._chunk_tokens or message.tokens
-        ids = message.payload.view(torch.int32)
+        ids = message.payload.view(np.int32)
         for begin in range(0, message.tokens, chunk):
             part = ids[begin : begin + chunk]
             last = begin + chunk >= message.tokens
             step = _Step(0, begin, len(part), message.turn, wire.LAST if last else 0)
-            self._run(lane, attempt, step, part.contiguous().view(torch.uint8), none)
+            self._run(lane, attempt, step, part.view(np.uint8), none)
 
     def _run(
-        self, lane: _Lane, attempt: Attempt, step: _Step, inputs: torch.Tensor, counts: wire.Counts
+        self, lane: _Lane, attempt: Attempt, step: _Step, inputs: wire.Bytes, counts: wire.Counts
     ) -> None:
         """Run some tokens through a span and pass them on; a driver of all spans goes on alone."""
         while True:
@@ -330,8 +329,8 @@ class SpanServer:
             counts = np.zeros_like(counts)
 
     def _run_span(
-        self, lane: _Lane, attempt: Attempt, step: _Step, inputs: torch.Tensor
-    ) -> tuple[RequestSetup, torch.Tensor] | None:
+        self, lane: _Lane, attempt: Attempt, step: _Step, inputs: wire.Bytes
+    ) -> tuple[RequestSetup, Any] | None:
         """Run one span; gives the request's setup and the results.
 
         None where the attempt is over, or has had this step.
@@ -359,7 +358,7 @@ class SpanServer:
             return lane.setup, outputs
 
     def _send_token(
-        self, lane: _Lane, attempt: Attempt, ids: torch.Tensor, past: int, turn: int, first: int,
+        self, lane: _Lane, attempt: Attempt, ids: wire.Bytes, past: int, turn: int, first: int,
         *, ended: bool,
     ) -> None:  # fmt: skip
         """Send a token to the first span's server, which goes on with it, and home."""
@@ -376,7 +375,7 @@ class SpanServer:
         if begins:
             token.flags = wire.BEGINS
             self._send(lane, first, token, (attempt.number, turn))
-            token = SpanMessage(wire.TOKEN, attempt, 0, past, 0, 0, turn, ids, counts=counts)
+            token.flags = 0  # its bytes are packed
         if ended:
             token.flags = wire.ENDED
         if home == self._rank:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
-
 from prism_plan.execution_table import Span
 from prism_plan.model_spec import ModelSpec
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
-from runtime_adapter.spans.messages import RequestSetup
+from runtime_adapter.spans.messages import Bytes, RequestSetup
 
 
 class SpanWork(Protocol):
@@ -18,16 +16,14 @@ class SpanWork(Protocol):
     def begin(self, setup: RequestSetup, span: Span) -> Any:
         """State of one request in one of its spans, with an empty cache."""
 
-    def run(
-        self, state: Any, lane: RemoteDispatcher, inputs: torch.Tensor, past: int, tokens: int
-    ) -> torch.Tensor:
+    def run(self, state: Any, lane: RemoteDispatcher, inputs: Bytes, past: int, tokens: int) -> Any:
         """Run some tokens after ``past`` ones.
 
         ``inputs`` are the payload of a message: ids for the first span, else hidden states. Gives
-        the payload for the next span, or of the last one what :meth:`token` takes.
+        the payload for the next span (:data:`Bytes`), or of the last one what :meth:`token` takes.
         """
 
-    def token(self, outputs: torch.Tensor) -> int:
+    def token(self, outputs: Any) -> int:
         """The token that a pass has made, from the last span's outputs."""
 
     def is_end(self, token: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 from prism_plan.execution_table import Span
 from prism_plan.simulate.requests import Requests
 from runtime_adapter.moe.remote_dispatcher import RemoteDispatcher
-from runtime_adapter.spans.messages import RequestSetup
+from runtime_adapter.spans.messages import Bytes, RequestSetup
 
 
 class RecordedRequest(NamedTuple):
@@ -62,13 +62,13 @@ class EmptyStates:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._zeros = torch.zeros(width, dtype=torch.uint8)
+        self._zeros = np.zeros(width, np.uint8)
 
-    def of(self, tokens: int) -> torch.Tensor:
+    def of(self, tokens: int) -> Bytes:
         """Those of so many tokens, [bytes]; nobody may write to them."""
         size = tokens * self._width
         if size > len(self._zeros):
-            self._zeros = torch.zeros(size, dtype=torch.uint8)
+            self._zeros = np.zeros(size, np.uint8)
         return self._zeros[:size]
 
 
@@ -87,14 +87,14 @@ class TimedSpans:
         return RecordedRequest.of(self._requests, setup.request), span
 
     def run(
-        self, state: tuple[RecordedRequest, Span], lane: RemoteDispatcher, inputs: torch.Tensor,
+        self, state: tuple[RecordedRequest, Span], lane: RemoteDispatcher, inputs: Bytes,
         past: int, tokens: int,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> Bytes:  # fmt: skip
         recorded, span = state
         run_layers(lane, recorded, past, tokens, self._width, span.first, span.last)
         return self._states.of(tokens)
 
-    def token(self, outputs: torch.Tensor) -> int:
+    def token(self, outputs: Any) -> int:
         """Any, for nobody reads it."""
         return 0
 
