@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from prism_plan.cluster import Cluster
 from prism_plan.io.cluster import parse_cluster
@@ -31,6 +32,10 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 
 # as the runtime's own programs have it: a lost connection is told in our words, not in a C++ trace
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
+# no test may fail because the machine is slow
+settings.register_profile("prism-plan", deadline=None)
+settings.load_profile("prism-plan")
 
 ROOT = Path(__file__).resolve().parent.parent
 ESFT_TASKS = ("intent", "law", "summary", "translation")

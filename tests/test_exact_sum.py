@@ -24,7 +24,7 @@ def ill_conditioned(seed: int, count: int) -> np.ndarray:
     return rng.permutation(np.concatenate([half, -half, small]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(values=arrays.arrays(np.float64, SHAPES, elements=FLOATS))
 def test_equals_fsum(values: np.ndarray) -> None:
     """Zeros, subnormal numbers and cancellation included, every bit is that of math.fsum."""

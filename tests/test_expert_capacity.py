@@ -114,7 +114,7 @@ def test_slots_given() -> None:
     kv_tokens=st.integers(0, 50),
     dense=st.integers(0, 3),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_slots_are_the_most_that_fit(
     sizes: list[int], reserve: int, kv_tokens: int, dense: int
 ) -> None:

@@ -104,7 +104,7 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
 
 
 @given(st.integers(0, 1), st.integers(0, 2), st.integers(0, 3), st.sampled_from([-1.0, np.nan]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_bad_activation_is_named(n: int, layer: int, expert: int, value: float) -> None:
     """A bad activation is named by server, decoder layer and expert, wherever it stands."""
     values = np.ones((2, 3, 4))
@@ -169,7 +169,7 @@ def test_replace() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 20), max_size=3), min_size=1, max_size=4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_slots(gpus: list[list[int]]) -> None:
     """C[n] is the sum over its GPUs, and no more than J: no server holds an expert twice."""
     names = tuple(f"s{n}" for n in range(len(gpus)))

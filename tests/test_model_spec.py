@@ -113,7 +113,7 @@ def test_load_unknown() -> None:
 
 
 @given(specs())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_derived_numbers(model: ModelSpec) -> None:
     """L, J and the sizes by layer follow from the fields."""
     assert model.num_layers == len(model.moe_layers)
@@ -189,7 +189,7 @@ def test_wrong_fields(field: str, value: object) -> None:
 
 
 @given(specs())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_json_round_trip(model: ModelSpec) -> None:
     """Spec and shape come back from JSON text as they were."""
     assert spec_from_json(json.loads(json.dumps(model.to_json()))) == model

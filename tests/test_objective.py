@@ -148,7 +148,7 @@ def best_cover(masks: list[int], full: int) -> list[int] | None:
     return None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 255), min_size=1, max_size=9))
 def test_smallest_cover(masks: list[int]) -> None:
     """Enumeration finds the smallest set, ties to the lowest indices; greedy covers as well."""

@@ -108,7 +108,7 @@ SHARES = st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any)
         max_size=3,
     ),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_activations(seed: int, servers: list[tuple[list[int], float, float | None]]) -> None:
     """f[n] = r·Σ s·m·p, or weight·(Σ s·m·p)/(Σ s·m), for any mix of tasks at each server."""
     trace = mixed_trace(seed)

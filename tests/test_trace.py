@@ -238,7 +238,7 @@ SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
 
 
 @given(st.data(), SHAPES, st.integers(1, 12))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_first_invalid_selection(
     data: st.DataObject, shape: tuple[int, int, int], experts: int
 ) -> None:
@@ -276,7 +276,7 @@ def test_steps_are_numbered_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), max_size=30), st.integers(1, 8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_request_lengths(rows: list[tuple[int, int]], batch: int) -> None:
     """Requests come by task and id with their numbers of tokens, however the rows are mixed."""
     counter = RequestCounter()
@@ -294,7 +294,7 @@ def test_request_lengths(rows: list[tuple[int, int]], batch: int) -> None:
 
 
 @given(st.data(), st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_planted_fault_is_found(data: st.DataObject, seed: int) -> None:
     """An id out of range or an expert named twice is found wherever it stands."""
     rng = np.random.default_rng(seed)
@@ -340,7 +340,7 @@ def test_bad_selection_is_named(ids: list[int], message: str) -> None:
     holdout=st.floats(0.001, 0.999),
     requests=st.lists(st.integers(2, 12), min_size=1, max_size=3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_split(seed: int, holdout: float, requests: list[int]) -> None:
     """A split keeps requests whole, in one part each, by task in the required share."""
     model = tiny_model()

@@ -13,7 +13,7 @@ from prism_plan.jit import code_is_kept
 def main() -> None:
     """Compile all kernels; exit with 1 where the machine code cannot be kept."""
     _require_cache()  # as far as kernels are known now: compiling would be of no use
-    print(f"{PROGRAM}: compiling what is not compiled yet: up to 20 seconds", file=sys.stderr)
+    print(f"{PROGRAM}: compiling what is not compiled yet: half a minute", file=sys.stderr)
     begin = time.perf_counter()
     compile_kernels()
     _require_cache()

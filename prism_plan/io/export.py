@@ -56,8 +56,8 @@ class HeldPart(FormatModel):
 class SecondsPart(FormatModel):
     """Expected seconds of a mean request, by the formula of solver latency.
 
-    Of the head's requests; of expert maps those of all servers, where a call goes to a replica on
-    its server if there is one: of engines that choose otherwise no seconds are given.
+    Of the head's requests; of expert maps those of all servers, whose calls go to the replicas that
+    the engine calls.
     """
 
     plan: Annotated[Amount | None, Field(description="Of the plan that was given.")]
@@ -108,10 +108,7 @@ class ExportFile(FormatModel):
     engine_default: Annotated[
         ListOf[Count] | None, Field(description="Layers of each rank or device by itself.")
     ]
-    expected_latency_s: SecondsPart | None = Field(
-        description="null: without trace and cluster; of maps also where the engine calls replicas "
-        "otherwise than the formula."
-    )
+    expected_latency_s: SecondsPart | None = Field(description="null: without trace and cluster.")
     ranks: ListOf[NonEmpty] = Field(
         default=[], description="The server of each rank, of engines with expert maps."
     )

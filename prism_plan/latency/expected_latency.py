@@ -160,7 +160,11 @@ def latency_of(
 
     Every expert that prompts call must be held somewhere; calls of others are left out.
     """
-    work = home_work(on_gpu, table, workload, site)
+    return latency_of_work(home_work(on_gpu, table, workload, site), workload, site)
+
+
+def latency_of_work(work: HomeWork, workload: Workload, site: Site) -> PlanLatency:
+    """The expected latency of requests that ask this of GPUs and links."""
     phase_s, gpus, ports = _with_contention(work, workload, site)
     seconds = phase_s.sum(axis=1)
     rates = workload.rates

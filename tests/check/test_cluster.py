@@ -311,7 +311,7 @@ def verdict(work: Callable[[], object]) -> int:
 
 
 @given(cluster=clusters(), unequal=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_check_says_what_solve_says(cluster: Cluster, unequal: bool) -> None:
     """With a trace `check` and `solve` (by a solver that knows all rules) have one exit code."""
     trace = TRACES[UNEQUAL.expert_bytes if unequal else SPEC.expert_bytes]
@@ -328,7 +328,7 @@ def test_check_says_what_solve_says(cluster: Cluster, unequal: bool) -> None:
 
 
 @given(cluster=clusters())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_alone_refuses_no_more(cluster: Cluster) -> None:
     """Some model and trace can be planned for whenever a cluster alone is accepted."""
     assume(all("z" not in server.tasks for server in cluster.servers))
@@ -339,7 +339,7 @@ def test_alone_refuses_no_more(cluster: Cluster) -> None:
 
 
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_first_fit_proves(seed: int) -> None:
     """Where first fit finds places for experts of unequal size, the integer program does too."""
     rng = np.random.default_rng(seed)
@@ -629,7 +629,7 @@ def test_a_table_may_fit_where_home_does_not(here: Path) -> None:
     assert not [text for text in report["problems"] if "the cluster says" in text]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_memory_with_a_placement_is_counted_anew(seed: int) -> None:
     """Per GPU: usable = dense + KV + reserve + left, left = experts + free, for random tables.

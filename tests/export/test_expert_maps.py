@@ -14,19 +14,28 @@ import numpy as np
 import pytest
 
 from prism_plan.errors import Infeasible, InputError, UnsupportedFeature
+from prism_plan.execution_table import home_execution
 from prism_plan.export.engine_checks import check_engine_file
 from prism_plan.export.expert_maps import projection
 from prism_plan.export.expert_maps.equal_slots import EqualSlots, equal_slots
 from prism_plan.export.expert_maps.export_map import MapRequest, export_map
 from prism_plan.export.expert_maps.map_files import map_text, read_map
+from prism_plan.export.expert_maps.map_seconds import map_seconds
 from prism_plan.export.expert_maps.projection import engines_own, project
-from prism_plan.export.expert_maps.replica_rules import local_share, nodes_of, remote_share
+from prism_plan.export.expert_maps.replica_rules import (
+    called_ranks,
+    local_share,
+    nodes_of,
+    remote_share,
+)
 from prism_plan.instance import Instance
 from prism_plan.io.cluster import parse_cluster
 from prism_plan.io.export import MapEngine, dump_export, export_from_json
 from prism_plan.io.placement import write_placement
 from prism_plan.io.trace_writer import write_trace
+from prism_plan.latency.expected_latency import latency_of
 from prism_plan.solvers import solve
+from prism_plan.solvers.latency.problem import LatencyProblem
 from tests.evaluate.simulation_material import SPEC, small_trace
 from tests.export.drawn_models import drawn_model, model_of
 from tests.limits import HANG_S
@@ -58,6 +67,52 @@ def test_replica_rules(engine: MapEngine) -> None:
                     chosen = called_rank(engine, rank, list(holders), ranks)
                     here = [ranks[other] == ranks[rank] for other in chosen]
                     assert share == pytest.approx(sum(here) / len(here))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_called_ranks(engine: MapEngine) -> None:
+    """Over its turns a rank calls those that the rule says, each equally often."""
+    for ranks in ([0, 0, 1, 1], [0, 1, 2], [0, 1, 1, 2], [0, 0]):
+        sets = [
+            list(holders)
+            for size in range(1, len(ranks) + 1)
+            for holders in itertools.combinations(range(len(ranks)), size)
+        ]
+        held = np.array([[[rank in holders for holders in sets]] for rank in range(len(ranks))])
+        for rank in range(len(ranks)):
+            called = [called_ranks(engine, held, ranks, rank, turn) for turn in range(12)]
+            often = np.sum(called, axis=0)[:, 0]  # [R, sets]
+            for holders, times in zip(sets, often.T.tolist(), strict=True):
+                expected = called_rank(engine, rank, holders, ranks)
+                share = 12 // len(expected)
+                assert times == [share * (other in expected) for other in range(len(ranks))]
+
+
+def test_seconds_of_maps() -> None:
+    """Of single copies all engines take what the formula says; of copies everywhere none is called.
+
+    TensorRT-LLM alone calls past its own copy, and a layer of single copies is called by all.
+    """
+    trace, cluster = small_trace(), three((24, 24, 24))
+    instance = Instance.build(trace, cluster)
+    problem = LatencyProblem(instance, cluster, trace, seed=0)
+    layers, experts = trace.model.num_layers, trace.model.num_experts
+    everywhere = np.broadcast_to(np.arange(experts), (layers, 3, experts))
+    at_home = problem.expected(solve(instance, "exact")).mean_s
+    assert map_seconds("sglang", everywhere, (0, 1, 2), problem) == pytest.approx(at_home)
+    # a rank has the number of its replica where all ranks have one
+    assert map_seconds("vllm-ascend", everywhere, (0, 1, 2), problem) == pytest.approx(at_home)
+    assert map_seconds("trtllm", everywhere, (0, 1, 2), problem) > at_home
+    slots = -(-experts // 3)
+    single = np.broadcast_to(np.arange(3 * slots).reshape(3, slots), (layers, 3, slots))
+    single = np.where(single < experts, single, np.arange(3)[None, :, None] * slots)
+    on_gpu = np.zeros((3, layers, experts), bool)
+    for layer, rank in np.ndindex(layers, 3):
+        on_gpu[rank, layer, single[layer, rank]] = True
+    table = home_execution(3, layers)
+    expected = latency_of(on_gpu, table, problem.workload, problem.site).mean_s
+    for engine in ENGINES:
+        assert map_seconds(engine, single, (0, 1, 2), problem) == pytest.approx(expected)
 
 
 def every_map(experts: int, ranks: int, slots: int) -> Any:
@@ -286,10 +341,9 @@ def test_shares_of_an_export(engine: MapEngine) -> None:
     assert shares.bound == pytest.approx(shares.export, abs=1e-6)
     assert shares.export <= shares.engine_default
     seconds = sidecar.expected_latency_s
-    assert (seconds is None) == (engine != "sglang")  # others call replicas in their own way
-    if seconds is not None:
-        assert seconds.plan is not None
-        assert 0 < seconds.plan < seconds.export
+    assert seconds is not None
+    assert seconds.plan is not None
+    assert 0 < seconds.plan < seconds.export
     assert (sidecar.ranks, sidecar.slots) == (["s0", "s1", "s2"], 3)
     if engine == "sglang":  # each server finds its own copies
         assert shares.export == pytest.approx(shares.equal_slots)

@@ -357,7 +357,7 @@ NAME = st.text(
 ).filter(lambda name: name.strip() == name)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(names=st.lists(NAME, min_size=1, max_size=3, unique=True), words=st.lists(NAME, max_size=3))
 def test_scripts_of_any_names(names: list[str], words: list[str]) -> None:
     """A shell runs the words of the server that is named, whatever characters they have."""

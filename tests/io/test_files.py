@@ -261,14 +261,14 @@ JSON = st.recursive(
 
 
 @given(JSON)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_json_values(value: object) -> None:
     """Every JSON value comes back as it was."""
     assert parse_json(json.dumps(value), "f") == value
 
 
 @given(JSON, st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_json_cut_short(value: object, data: st.DataObject) -> None:
     """An object cut anywhere is refused, never read in part."""
     text = json.dumps({"a": value})

@@ -75,7 +75,7 @@ def placements(draw: st.DrawFn) -> Placement:
     return placement.replace(kv_tokens=kv_tokens, execute_at_home=(names[0],))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(placement=placements())
 def test_round_trip_is_exact(
     placement: Placement, tmp_path_factory: pytest.TempPathFactory

@@ -123,7 +123,7 @@ def round_trip(path: Path, trace: Trace) -> Trace:
     ),
     weights=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_tokens_round_trip(
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,

@@ -82,7 +82,7 @@ def drawn_alone(rng: np.random.Generator, route: str) -> Scenario:
     return dataclasses.replace(scenario, network=network, placement=placement, route=route)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=SEEDS, route=st.sampled_from(["cover", "nearest"]))
 def test_a_request_on_its_own_takes_what_the_simulator_says(seed: int, route: str) -> None:
     """Without other requests the mean is that of the same requests one at a time, for any table.
@@ -224,7 +224,7 @@ def test_the_mean_weighs_homes_by_their_requests() -> None:
 # -------------------------------------------------------------------------------- the planners
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=SEEDS)
 def test_without_load_it_is_the_idle_time_of_the_planners(seed: int) -> None:
     """On the planner's prompts, by task, the measure of `paths` and `pipeline`, for any table."""

@@ -84,7 +84,7 @@ def small_cases(
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(case=small_cases())
 def test_an_order_is_found_if_and_only_if_one_exists(case: tuple[Placement, Placement]) -> None:
     """Search over all states is the referee, on clusters of slack 0 to 3."""
@@ -96,7 +96,7 @@ def test_an_order_is_found_if_and_only_if_one_exists(case: tuple[Placement, Plac
             migration_plan(a, b)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=small_cases(cover=False))
 def test_experts_that_nobody_holds_are_loaded_too(case: tuple[Placement, Placement]) -> None:
     """The same where the first placement leaves experts out: only the others are protected."""
@@ -108,7 +108,7 @@ def test_experts_that_nobody_holds_are_loaded_too(case: tuple[Placement, Placeme
             migration_plan(a, b)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(case=small_cases(), seed=st.integers(0, 2**32), share=st.floats(0.2, 1))
 def test_forbidden_places_stay_free_of_temporary_copies(
     case: tuple[Placement, Placement], seed: int, share: float
@@ -132,7 +132,7 @@ def test_forbidden_places_stay_free_of_temporary_copies(
             assert not forbidden[step.gpu, step.pair]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), gpus=st.integers(3, 7), slack=st.integers(1, 4), each=st.integers(2, 7))
 def test_full_clusters_with_a_little_slack(
     data: st.DataObject, gpus: int, slack: int, each: int
@@ -334,7 +334,7 @@ def unequal_cases(draw: st.DrawFn) -> tuple[Placement, Placement]:
     return a, b
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(case=unequal_cases())
 def test_unequal_sizes_are_sound(case: tuple[Placement, Placement]) -> None:
     """What is found is safe in every order; nothing is found where nothing exists."""
@@ -347,7 +347,7 @@ def test_unequal_sizes_are_sound(case: tuple[Placement, Placement]) -> None:
     assert_sound(plan, a, b, most=100)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=unequal_cases())
 def test_unequal_sizes_with_room_always_move(case: tuple[Placement, Placement]) -> None:
     """Room for all of both placements on every GPU: no extra load, no refusal."""
@@ -410,7 +410,7 @@ def test_load_seconds_by_hand() -> None:
         plan.load_seconds([1.0, 1.0])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(case=small_cases(most_slack=3), rates=st.lists(st.integers(1, 5), min_size=3, max_size=3))
 def test_makespan_lies_between_its_bounds(
     case: tuple[Placement, Placement], rates: list[int]

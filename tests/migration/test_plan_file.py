@@ -81,7 +81,7 @@ def plans(draw: st.DrawFn) -> MigrationPlan:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_round_trip_is_exact(plan: MigrationPlan, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Reading what was written gives every field back, and writing that the same bytes."""

@@ -166,7 +166,7 @@ def test_partial_is_near_the_best_where_costs_are_not_linear(seed: int, cost: An
         assert adopted_s(found) <= min(found.before_s, least + 0.2 * found.before_s)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 2**32),
     cost=st.sampled_from(["sum", "max"]),
@@ -403,7 +403,7 @@ def test_never_stays(seed: int) -> None:
 # --------------------------------------------------------------------------------------- over time
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(["prism", "partial"]))
 def test_a_stable_workload_stays_after_a_move(seed: int, kind: Any) -> None:
     """The same rates again after a move: nothing more to gain, no flapping."""

@@ -124,21 +124,21 @@ def assert_best(held: Placement, instance: Instance, calls: np.ndarray) -> None:
     assert score(before, found.local, instance, calls) == best
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(seed=SEEDS, layers=st.integers(1, 2))
 def test_no_placement_is_better(seed: int, layers: int) -> None:
     """Every placement of four experts on two or three servers is the referee, with rules."""
     assert_best(*drawn(seed, servers=3, layers=layers, experts=4 // layers))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS)
 def test_no_placement_is_better_where_sizes_differ(seed: int) -> None:
     """The same with layers whose experts differ in size, in bytes."""
     assert_best(*drawn(seed, servers=3, layers=2, experts=2, unequal=True))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=SEEDS, partly=st.booleans())
 def test_flow_and_integer_program_agree(seed: int, partly: bool) -> None:
     """On up to six servers and thirty experts of one size both reach the same goals."""

@@ -62,7 +62,7 @@ def planned(case: Case) -> MigrationPlan | None:
         return None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=SEEDS, several_gpus=st.booleans())
 def test_there_are_dips_only_where_no_order_does_without(seed: int, several_gpus: bool) -> None:
     """Search over all states is the referee; all orders of the steps keep what the plan says.
@@ -82,7 +82,7 @@ def test_there_are_dips_only_where_no_order_does_without(seed: int, several_gpus
     assert depth(plan) >= least
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS, kind=st.sampled_from(["forbidden", "unequal", "uncovered"]))
 def test_harder_cases_are_sound(seed: int, kind: str) -> None:
     """Forbidden places, unequal sizes, experts that nobody holds: what is said holds.
@@ -104,7 +104,7 @@ def test_harder_cases_are_sound(seed: int, kind: str) -> None:
             assert not forbidden[step.gpu, step.pair]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=SEEDS, several_gpus=st.booleans(), unequal=st.booleans(), uncovered=st.booleans())
 def test_larger_moves_in_random_orders(
     seed: int, several_gpus: bool, unequal: bool, uncovered: bool
@@ -127,7 +127,7 @@ def test_larger_moves_in_random_orders(
             assert too_few_copies(plan, done, case.a, case.b) is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS)
 def test_extra_loads_are_bounded(seed: int) -> None:
     """A group of GPUs that wait for each other costs no more extra loads than there are GPUs."""

@@ -24,7 +24,7 @@ def fed(counting: StatisticsOptions, periods: list[tuple[float, float]]) -> Stat
     return statistics
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
     seconds=st.lists(st.integers(1, 5000), min_size=1, max_size=20),

@@ -57,7 +57,7 @@ def skipping(reader: Callable[..., Trace], *paths: Path) -> tuple[Trace, Sequenc
 
 @engines
 @given(order=st.permutations(range(8)))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_what_is_kept(
     tmp_path_factory: pytest.TempPathFactory, engine: str, order: list[int]
 ) -> None:

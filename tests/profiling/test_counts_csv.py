@@ -66,7 +66,7 @@ def test_tiny_table(tmp_path: Path) -> None:
 
 
 @given(st.permutations(list(LAW)), st.permutations(["task", "layer", "expert", "count", "note"]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_order_does_not_matter(
     tmp_path_factory: pytest.TempPathFactory, keys: list[tuple[int, int]], columns: list[str]
 ) -> None:
@@ -124,7 +124,7 @@ def test_names_of_sglang(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 6), min_size=6, max_size=18))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_tables_of_one_label(tmp_path_factory: pytest.TempPathFactory, counts: list[int]) -> None:
     """Tables of all ranks under one label are added up, also where a rank lacks a layer."""
     folder = tmp_path_factory.mktemp("c")

@@ -47,7 +47,7 @@ ALL = [line for request, rows in ROWS.items() for line in of_request(request, ro
 
 
 @given(seed=st.integers(0, 2**32), packed=st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_order(tmp_path_factory: pytest.TempPathFactory, seed: int, packed: bool) -> None:
     """In any order, packed or not, the lines give the requests' rows by position."""
     shuffled = random.Random(seed).sample(ALL, len(ALL))

@@ -140,7 +140,7 @@ def counted(scenario: Scenario) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=SEEDS, home=st.booleans())
 def test_counts_are_those_of_requests_and_placement(engine: Any, seed: int, home: bool) -> None:
     """Calls, remote and waiting ones, destinations; where it is fixed also traffic and work."""
@@ -155,7 +155,7 @@ def test_counts_are_those_of_requests_and_placement(engine: Any, seed: int, home
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=SEEDS, home=st.booleans())
 def test_traffic_adds_up(engine: Any, seed: int, home: bool) -> None:
     """By every route: each (token, destination) travels both ways, each remote call is named once.
@@ -185,7 +185,7 @@ def test_traffic_adds_up(engine: Any, seed: int, home: bool) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=SEEDS)
 def test_cover_gives_the_planners_score(engine: Any, seed: int) -> None:
     """Under route `cover` a run counts what `objective` says of the same tokens and placement."""
@@ -217,7 +217,7 @@ def test_cover_gives_the_planners_score(engine: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=SEEDS)
 def test_offload_calls_nobody(engine: Any, seed: int) -> None:
     """Every call is computed at home (where layers execute at home); nothing is sent."""
@@ -230,7 +230,7 @@ def test_offload_calls_nobody(engine: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS)
 def test_a_gpu_is_busy_for_what_it_did(engine: Any, seed: int) -> None:
     """A server's dense work is known from the steps; a port is busy for what went through it."""
@@ -251,7 +251,7 @@ def test_a_gpu_is_busy_for_what_it_did(engine: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=SEEDS)
 def test_counts_add_up_while_tables_change(engine: Any, seed: int) -> None:
     """Each request counts by the table that it was admitted with: calls, hops, bytes, dense work.

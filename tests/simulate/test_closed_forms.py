@@ -128,7 +128,7 @@ def test_mean_wait_of_an_md1_queue(rho: float, number: int) -> None:
     assert outcome.gpu_busy_s[0] / outcome.now_s == pytest.approx(rho, rel=0.005)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     offload=st.booleans(),
@@ -154,7 +154,7 @@ def test_littles_law_in_every_run(seed: int, offload: bool, cut: float) -> None:
         np.testing.assert_allclose(outcome.present_s, spent, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), offload=st.booleans())
 def test_times_are_in_order(seed: int, offload: bool) -> None:
     """Arrival <= start < first token <= done; no GPU or port is busy longer than the run."""

@@ -52,7 +52,7 @@ def assert_equal(a: Engine, b: Engine) -> None:
     assert (a.all_finished, a.migrating) == (b.all_finished, b.migrating)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=SEEDS, ties=st.booleans(), offload=st.booleans())
 def test_engines_are_equal(seed: int, ties: bool, offload: bool) -> None:
     """All routes, offload, bursts, copies, concurrency, other execution servers, equal times."""
@@ -64,7 +64,7 @@ def test_engines_are_equal(seed: int, ties: bool, offload: bool) -> None:
     assert_equal(reference, compiled)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=SEEDS,
     ties=st.booleans(),
@@ -145,7 +145,7 @@ def taken(engine: Engine, seed: int, *, tables: bool = False) -> str:
     return ""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=SEEDS, ties=st.booleans())
 def test_engines_are_equal_while_experts_move(seed: int, ties: bool) -> None:
     """Migrations with needs, begun between pieces of a run, on GPUs that loads block or not."""
@@ -158,7 +158,7 @@ def test_engines_are_equal_while_experts_move(seed: int, ties: bool) -> None:
         assert "drops the only copy" in ended
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(seed=SEEDS, ties=st.booleans())
 def test_engines_are_equal_while_tables_change(seed: int, ties: bool) -> None:
     """New tables that begin at once or after steps, and steps that wait for older requests."""
@@ -174,7 +174,7 @@ def test_engines_are_equal_while_tables_change(seed: int, ties: bool) -> None:
         assert "drops the only copy" in ended
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS, offload=st.booleans(), piece=st.integers(1, 17))
 def test_a_run_in_pieces_is_the_same_run(seed: int, offload: bool, piece: int) -> None:
     """However often it is stopped, by number of events or by time, a run gives the same."""

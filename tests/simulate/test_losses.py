@@ -372,7 +372,7 @@ def checked(engine: Any, plan: LossPlan) -> None:
     assert not losses.restarts[np.isnan(outcome.start_s)].any()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seed=SEEDS,
     ties=st.booleans(),
@@ -407,7 +407,7 @@ def test_engines_are_equal_under_losses(
         assert np.array_equal(value, losses[1][name], equal_nan=name == "left_s"), name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS, ties=st.booleans())
 def test_requests_outlive_servers_that_hold_copies(seed: int, ties: bool) -> None:
     """Where every server holds every expert only requests of lost homes have no answer."""
@@ -427,7 +427,7 @@ def test_requests_outlive_servers_that_hold_copies(seed: int, ties: bool) -> Non
     assert set(run.losses().why) <= {0, LOST}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=SEEDS, ties=st.booleans(), contended=st.booleans())
 def test_without_losses_it_is_the_engine_without(seed: int, ties: bool, contended: bool) -> None:
     """The same events and figures, to the last bit."""

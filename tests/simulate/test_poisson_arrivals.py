@@ -56,7 +56,7 @@ def test_counts_are_poisson() -> None:
     duration_s=st.floats(0.1, 400.0),
     seed=st.integers(0, 5),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_one_stream_of_arrivals(number: int, burst: int, duration_s: float, seed: int) -> None:
     """By number and by duration arrivals are the same, and a longer run begins with a shorter."""
     short = arrivals_by_number(generator(seed), every(2.0), number, burst)

@@ -95,7 +95,7 @@ def drawn(seed: int) -> Scenario:
     return drawn_table_scenario(rng, ties=seed % 2 == 0, everywhere=seed % 3 == 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_random_tables(seed: int) -> None:
     """Both engines agree event for event, with Little's law and a direct count of what is sent."""

@@ -63,7 +63,7 @@ def tokens(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
     return holders, sent
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(tokens())
 def test_compiled_cover_is_the_definition(token: tuple[list[list[int]], list[int]]) -> None:
     """The recursion over subsets places every expert where the enumeration does."""
@@ -71,7 +71,7 @@ def test_compiled_cover_is_the_definition(token: tuple[list[list[int]], list[int
     assert compiled_choice(COVER, holders, sent) == cover(holders, sent)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(tokens())
 def test_cover_promises(token: tuple[list[list[int]], list[int]]) -> None:
     """Each expert goes to a holder; no set of fewer servers would do, none as small sent less."""
@@ -107,7 +107,7 @@ def splitmix(request: int, pair: int) -> int:
         return int((x ^ (x >> np.uint64(31)))[0])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1))
 def test_the_hash_is_the_same_everywhere(request: int, pair: int) -> None:
     """Python's whole numbers, numpy's 64 bits and the compiled code give one hash."""
@@ -137,7 +137,7 @@ def test_spread_is_a_function_of_request_and_expert() -> None:
     assert len({spread(request, 9, [1, 2, 3]) for request in range(20)}) == 3
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(tokens(), st.randoms(use_true_random=False))
 def test_compiled_nearest_and_spread_are_the_definitions(
     token: tuple[list[list[int]], list[int]], random: Random

@@ -104,7 +104,7 @@ def gather(batches: Sequence[TokenBatch], decode_tokens: int = 32) -> Prompts:
 
 
 @given(seed=st.integers(0, 1000), parts=st.integers(1, 6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_rows_in_any_order(seed: int, parts: int) -> None:
     """However rows and batches are mixed, each prompt has its tokens in order of position."""
     rng = np.random.default_rng(seed)
@@ -290,7 +290,7 @@ def test_duration() -> None:
     seed=st.integers(0, 3),
     kind=st.sampled_from(["tokens", "counts"]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_more_requests_extend(short: int, more: int, burst: int, seed: int, kind: str) -> None:
     """A longer run begins with all the requests of a shorter one."""
     trace = mixed_trace() if kind == "tokens" else counts_only(mixed_trace())
@@ -456,7 +456,7 @@ def test_fixed_times() -> None:
 
 
 @given(st.permutations(LINES))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_order_of_lines(lines: list[Arrival]) -> None:
     """The order of the lines changes nothing."""
     sites = cluster(LAW, {})

@@ -109,7 +109,7 @@ def assert_same(engine: Any, scenario: Scenario) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=SEEDS)
 def test_drawn_scenarios(engine: Any, seed: int) -> None:
     """All routes, copies, several GPUs, places, unequal ports, layers that execute elsewhere."""
@@ -118,7 +118,7 @@ def test_drawn_scenarios(engine: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=SEEDS)
 def test_under_contention(engine: Any, seed: int) -> None:
     """Slow links, where most messages wait and many are overtaken."""

@@ -51,7 +51,7 @@ def layers(draw: st.DrawFn) -> tuple[list[int], int]:
 
 
 @given(layers())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_inclusion_units(case: tuple[list[int], int]) -> None:
     """Units sum to K exactly, none is beyond one, and each is within one unit of its definition."""
     counts, top_k = case
@@ -86,7 +86,7 @@ def test_too_few_experts() -> None:
 
 
 @given(layers(), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_inclusion_is_exact_in_any_order(case: tuple[list[int], int], random: object) -> None:
     """Over all starts of the comb, each expert is taken exactly as often as its units say."""
     counts, top_k = case

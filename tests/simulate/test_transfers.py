@@ -351,7 +351,7 @@ def check_links(log: Log, found: list[Transfer]) -> tuple[int, int]:
     return waited, overtaken
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), ties=st.booleans())
 def test_the_rule_under_contention(seed: int, ties: bool) -> None:
     """Both engines, slow links, 15-20 requests at 5 servers of 3 places, several layers, hops.

@@ -57,7 +57,7 @@ def published(weight: np.ndarray, num_physical: int, num_gpus: int) -> list[list
     return gpus
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_equal_servers_equal_the_published_algorithm(data: st.DataObject) -> None:
     """On equal servers replication and packing are EPLB's, copy by copy, in order."""

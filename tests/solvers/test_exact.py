@@ -152,7 +152,7 @@ def test_the_certificate_is_checked_without_the_solver(seed: int, rules: bool) -
     assert bound == pytest.approx(math.fsum(instance.activations[local]), rel=1e-11)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), scale=st.floats(0, 10), rules=st.booleans())
 def test_any_prices_give_a_bound(seed: int, scale: float, rules: bool) -> None:
     """Weak duality: random prices bound the optimum from above, however bad they are."""
@@ -234,7 +234,7 @@ def test_scale_of_activations_does_not_matter() -> None:
         assert other.plan.termination == "optimal"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     weight=arrays.arrays(
         np.int64,
@@ -265,7 +265,7 @@ def _pop_all(key: Any, heap: Any, place: Any, lowered: Any, order: Any) -> None:
         order[i] = flow._pop(heap, place, key, len(key) - i)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(keys=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=60))
 def test_nodes_leave_the_heap_by_key_and_then_by_number(keys: list[tuple[int, int]]) -> None:
     """Ties go to the lowest node, also after keys were lowered: the order is total."""

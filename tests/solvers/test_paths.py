@@ -77,7 +77,7 @@ def alone(requests: Requests, number: int | np.integer) -> Requests:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=SEEDS)
 def test_the_measure_is_what_the_simulator_gives_a_lone_request(seed: int) -> None:
     """Every prompt of a task alone on the cluster: the mean of its latencies, for any table.
@@ -124,7 +124,7 @@ def drawn_request(rng: np.random.Generator, servers: int, layers: int, ties: boo
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=SEEDS, ties=st.booleans())
 def test_paths_are_optimal(seed: int, ties: bool) -> None:
     """No table of a home takes less idle time, by enumeration of all of them."""
@@ -151,7 +151,7 @@ def test_where_nothing_is_gained_layers_stay_at_home() -> None:
     assert table.tolist() == [[0] * 4, [1] * 4, [2] * 4]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=SEEDS)
 def test_a_table_takes_no_longer_than_home(seed: int) -> None:
     """A solver with paths gives the placement of the solver, and no home a longer idle time."""

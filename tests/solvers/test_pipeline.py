@@ -55,7 +55,7 @@ def least_s(request: MeanRequest, fits_until: np.ndarray) -> float:
     return min((request.of_row(row) for row in all_pipelines(fits_until)), default=np.inf)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=SEEDS, ties=st.booleans())
 def test_one_group_is_optimal(seed: int, ties: bool) -> None:
     """No order of servers and lengths of runs that fit is faster, by enumeration of all."""
@@ -68,7 +68,7 @@ def test_one_group_is_optimal(seed: int, ties: bool) -> None:
     assert (np.inf if row is None else request.of_row(row)) == pytest.approx(least, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS)
 def test_one_group_is_optimal_under_load(seed: int) -> None:
     """With the waiting for others too, which grows more than the work of a run does."""
@@ -114,7 +114,7 @@ def require_pipeline(row: np.ndarray, fits_until: np.ndarray) -> None:
     assert all(fits_until[run.server, run.first] > run.last for run in runs)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=SEEDS)
 def test_local_search_gives_pipelines(seed: int) -> None:
     """Beyond six servers every run fits, and exchanging two servers saves nothing.
@@ -161,7 +161,7 @@ def single_gpus(cluster: Cluster, slots: Sequence[int], **changes: Any) -> Clust
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=SEEDS)
 def test_groups_are_optimal(seed: int) -> None:
     """No partition of the servers into pipelines takes less idle time, by enumeration of all.
@@ -220,7 +220,7 @@ def test_a_server_that_keeps_its_layers_at_home_calls_the_pipeline() -> None:
     assert placement.execution_table[2].tolist() == [2, 2]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=SEEDS)
 def test_memory_with_caches_and_unequal_layers(seed: int) -> None:
     """Several GPUs, KV caches where layers execute, experts of unequal size: nothing is broken."""
@@ -257,7 +257,7 @@ def test_memory_with_caches_and_unequal_layers(seed: int) -> None:
             assert placement.local[row, np.arange(4)].all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS)
 def test_layers_are_dealt_out_in_proportion(seed: int) -> None:
     """Each expert on one GPU, within its room; GPUs of equal room differ by one expert a layer."""

@@ -33,7 +33,7 @@ def instance_of(activations: object, slots: list[int]) -> Instance:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=20))
 def test_entropy_is_scipys(values: list[float]) -> None:
     """Entropy in nats equals scipy's; no calls have no entropy."""
@@ -125,7 +125,7 @@ def test_greedy_needs_room() -> None:
         greedy_with_coverage(instance_of(np.ones((1, 1, 3)), [2]), np.array([[2]]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=9).filter(lambda v: sum(v) > 1e-6),
     st.floats(0, 0.5),

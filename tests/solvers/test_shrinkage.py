@@ -81,7 +81,6 @@ traces = st.builds(
 
 
 @given(traces)
-@settings(deadline=None)
 def test_shares_stay_shares_between_those_of_the_tasks(trace: Trace) -> None:
     """Sums over experts are kept; each number is between its own and the others' raw ones.
 
@@ -103,7 +102,6 @@ def test_shares_stay_shares_between_those_of_the_tasks(trace: Trace) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.booleans())
-@settings(deadline=None)
 def test_one_task_is_not_shrunk(seed: int, requests: int, counts: bool) -> None:
     """With one task there is nothing to shrink toward: the very numbers of the trace."""
     trace = drawn_trace(np.random.default_rng(seed), [requests])
@@ -112,7 +110,7 @@ def test_one_task_is_not_shrunk(seed: int, requests: int, counts: bool) -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_many_tokens_are_not_shrunk(seed: int) -> None:
     """The difference to the raw shares falls as the number of tokens, once tasks do differ."""
     trace = drawn_trace(np.random.default_rng(seed), [4, 4, 4], tokens=20)
@@ -140,7 +138,6 @@ def test_tasks_that_differ_by_chance_alone_are_pooled() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 4))
-@settings(deadline=None)
 def test_equal_errors_give_the_estimator_of_james_and_stein(seed: int, tasks: int) -> None:
     """With one error for all, the weight is 1 - error (T - 1) / squared distances, at least 0."""
     rng = np.random.default_rng(seed)

@@ -70,7 +70,7 @@ def test_enumeration_meets_the_optimum_where_no_choice_matters() -> None:
     assert sum(map(tie_free, drawn)) >= 6
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=SEEDS)
 def test_tables_are_the_measure_of_any_plan(seed: int) -> None:
     """A plan's layers by their tables, where nothing else fits the counts, and its messages."""

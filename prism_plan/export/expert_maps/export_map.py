@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from prism_plan.cluster import Cluster
 from prism_plan.errors import UnsupportedFeature
-from prism_plan.execution_table import home_execution
 from prism_plan.export.engine_memory import with_dense_on_every_gpu
 from prism_plan.export.expert_maps.equal_slots import EqualSlots, equal_slots
 from prism_plan.export.expert_maps.map_files import CHECKED_WITH, map_text
+from prism_plan.export.expert_maps.map_seconds import map_seconds
 from prism_plan.export.expert_maps.projection import (
     ExpertMap,
     engines_own,
@@ -29,7 +28,6 @@ from prism_plan.export.expert_maps.replica_rules import nodes_of
 from prism_plan.export.pipeline_partitions import MEETING_PORT, SGLANG_PORT
 from prism_plan.instance import Instance
 from prism_plan.io.export import ExportFile, MapEngine, SecondsPart, SharesPart
-from prism_plan.latency.expected_latency import latency_of
 from prism_plan.objective import remote_score
 from prism_plan.placement import Placement
 from prism_plan.solvers.latency.problem import LatencyProblem
@@ -115,9 +113,7 @@ def export_map(request: MapRequest) -> tuple[str, ExportFile]:
         held=[],
         replanned=None,
         engine_default=None,
-        expected_latency_s=_seconds(request, instance, found.physical, own.physical)
-        if request.engine == "sglang"
-        else None,
+        expected_latency_s=_seconds(request, instance, shape, found, own),
         ranks=names,
         slots=shape.slots,
         remote_share=SharesPart(
@@ -164,19 +160,16 @@ def _restricted(instance: Instance, shape: EqualSlots) -> tuple[float, float]:
     )
 
 
-def _seconds(request: MapRequest, instance: Instance, *maps: npt.NDArray[np.int64]) -> SecondsPart:
+def _seconds(
+    request: MapRequest, instance: Instance, shape: EqualSlots, found: ExpertMap, own: ExpertMap
+) -> SecondsPart:
     """Expected seconds of a mean request under the plan, the export, and the engine's own map."""
     problem = LatencyProblem(instance, request.cluster, request.trace, seed=0)
-    found = []
-    for physical in maps:
-        layers, ranks, _ = physical.shape
-        on_gpu = np.zeros((ranks, layers, instance.model.num_experts), bool)
-        for layer, rank in np.ndindex(layers, ranks):
-            on_gpu[rank, layer, physical[layer, rank]] = True
-        table = home_execution(request.cluster.num_servers, layers)
-        found.append(float(latency_of(on_gpu, table, problem.workload, problem.site).mean_s))
+    export, default = (
+        map_seconds(request.engine, one.physical, shape.ranks, problem) for one in (found, own)
+    )
     plan = float(problem.expected(request.plan).mean_s)
-    return SecondsPart(plan=plan, export=found[0], engine_default=found[1])
+    return SecondsPart(plan=plan, export=export, engine_default=default)
 
 
 def _of_engine(engine: MapEngine, shape: EqualSlots) -> list[str]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from prism_plan.io.export import MapEngine
 
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 def local_share(engine: MapEngine, holders: Sequence[int], ranks: Sequence[int]) -> Floats:
@@ -33,6 +34,30 @@ def local_share(engine: MapEngine, holders: Sequence[int], ranks: Sequence[int])
         chosen = held[np.arange(len(servers)) % len(held)]
         return np.asarray(chosen == servers, np.float64)
     return np.asarray(everywhere, np.float64)
+
+
+def called_ranks(
+    engine: MapEngine, held: Bools, ranks: Sequence[int], rank: int, turn: int
+) -> Bools:
+    """Which rank a rank calls for each expert in one of its turns, bool [R, L, E]: one for each.
+
+    ``held`` bool [R, L, E] are the experts of all ranks. Where the rule of :func:`local_share`
+    takes replicas at random or in turn, turns go through them, of each expert from another one on.
+    """
+    callable_ = held
+    if engine == "sglang":
+        nodes = nodes_of(ranks)
+        near = held & (nodes == nodes[rank])[:, None, None]
+        callable_ = np.where(near.any(axis=0), near, held)
+        own = held & (np.arange(len(held)) == rank)[:, None, None]
+        callable_ = np.where(own.any(axis=0), own, callable_)
+        number = turn + np.add.outer(*map(np.arange, held.shape[1:]))
+    elif engine == "vllm-ascend":
+        number = np.full(held.shape[1:], rank)
+    else:
+        number = turn + np.add.outer(*map(np.arange, held.shape[1:]))
+    number %= np.maximum(callable_.sum(axis=0), 1)
+    return np.asarray(callable_ & (callable_.cumsum(axis=0) == number + 1), np.bool_)
 
 
 def nodes_of(ranks: Sequence[int]) -> npt.NDArray[np.int64]:

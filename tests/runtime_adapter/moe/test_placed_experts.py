@@ -205,7 +205,7 @@ class Scales:
 
 
 @hypothesis.given(data=st.data(), tokens=st.integers(1, 6))
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 def test_weighted_sum(data: st.DataObject, tokens: int) -> None:
     """Equal to the sum written out; every expert is called once, with its tokens and no others."""
     named = [

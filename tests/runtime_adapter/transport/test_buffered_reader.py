@@ -6,15 +6,17 @@ import socket
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_adapter.transport.buffered_reader import AHEAD_BYTES, BufferedReader
 
 SIZES = st.one_of(st.integers(0, 300), st.integers(AHEAD_BYTES - 2, 2 * AHEAD_BYTES + 2))
+SENT = st.lists(st.integers(500, 3 * AHEAD_BYTES), min_size=1, max_size=8)
 
 
-@given(st.lists(SIZES, max_size=8), st.lists(st.integers(1, 3 * AHEAD_BYTES), min_size=1))
+@settings(max_examples=50)
+@given(st.lists(SIZES, max_size=8), SENT)
 def test_bytes_in_order(asked: list[int], sent: list[int]) -> None:
     """Every buffer has the bytes that follow the one before; then the end is told."""
     here, there = socket.socketpair()

@@ -197,7 +197,7 @@ def test_a_message_sent_back_is_no_answer() -> None:
             opened.result(HANG_S)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 8 * (40 + 2 + len(claim_text()) + 32) - 1), st.booleans())
 def test_one_flipped_bit_ends_it(bit: int, in_loop: bool) -> None:
     """No bit of what a client sends can be changed on its way."""
@@ -224,7 +224,7 @@ def test_one_flipped_bit_ends_it(bit: int, in_loop: bool) -> None:
             accepted.result(HANG_S)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 40 + 2 + len(claim_text()) + 31), st.booleans())
 def test_a_handshake_that_is_cut_off(size: int, in_loop: bool) -> None:
     """A client that ends in the middle is a lost connection, which may be made anew."""

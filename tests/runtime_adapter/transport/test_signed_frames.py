@@ -137,7 +137,7 @@ def test_event_loops_and_threads_sign_alike() -> None:
             frames.receive()
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.integers(0, 8 * (4 + 40 + SIGNATURE_BYTES) - 1), st.booleans())
 def test_one_flipped_bit_is_noticed(bit: int, in_loop: bool) -> None:
     """In the length, in the message or in its signature."""
@@ -147,7 +147,7 @@ def test_one_flipped_bit_is_noticed(bit: int, in_loop: bool) -> None:
         received(bytes(data), 1, in_loop=in_loop)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 4 + 40 + SIGNATURE_BYTES - 1), st.booleans())
 def test_a_message_that_is_cut_off_is_none(size: int, in_loop: bool) -> None:
     """The connection's end in the middle is no message."""

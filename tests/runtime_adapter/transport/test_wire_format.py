@@ -67,7 +67,7 @@ def unpack_words(
     experts=st.sampled_from([2, 8, 60, 64, 257]),
     servers=st.integers(1, 4),
 )
-@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.settings(max_examples=150)
 def test_calls_of_a_step(seed: int, tokens: int, experts: int, servers: int) -> None:
     """Each server's words name its calls, tokens in order; weights keep all bits but an id's.
 

@@ -270,7 +270,7 @@ def test_tensor_files_read_by_range(small_file: Path) -> None:
 
 
 @hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.settings(max_examples=150)
 def test_damaged_headers(small_file: Path, data: st.DataObject) -> None:
     """A file with damaged bytes is read within its bounds, or refused in one line."""
     content = bytearray(small_file.read_bytes())

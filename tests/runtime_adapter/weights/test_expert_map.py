@@ -41,7 +41,7 @@ CHANGES = st.one_of(
 
 
 @hypothesis.given(changes=st.lists(CHANGES, max_size=12), seed=st.integers(0, 99))
-@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=100)
 def test_arrays_follow_every_change(changes: list[tuple], seed: int) -> None:
     """After each change the router's arrays are what the held experts and the losses say."""
     held = np.random.default_rng(seed).random((4, 2, 3)) < 0.5

@@ -126,7 +126,7 @@ STEPS = st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 1)),
 
 
 @hypothesis.given(steps=STEPS)
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 def test_table_follows_any_order_of_loads_and_drops(steps: list[tuple[bool, int, int]]) -> None:
     """Against a plain set: who holds what, no slot is used twice, weights are the pair's own.
 

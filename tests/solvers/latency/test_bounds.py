@@ -51,7 +51,7 @@ def drawn_problem(rng: np.random.Generator, kind: str) -> LatencyProblem:
     return problem_of(counts_of(trace) if kind == "counts" else trace, cluster)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=SEEDS, kind=KINDS)
 def test_no_drawn_plan_is_below_the_bound_of_all(seed: int, kind: str) -> None:
     """Random experts with random tables, and with the tables of least idle time for them."""
@@ -68,7 +68,7 @@ def test_no_drawn_plan_is_below_the_bound_of_all(seed: int, kind: str) -> None:
             assert idle_s(problem, planned(problem, held, table)) >= bound * (1 - 1e-9)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=SEEDS, kind=st.sampled_from(["tokens", "counts"]))
 def test_no_plan_at_all_is_below_the_bound_of_all(seed: int, kind: str) -> None:
     """Two servers of one GPU, 2 layers of 3 experts: every placement, with its best table."""
@@ -124,7 +124,7 @@ def whole_plans(
             yield on_gpu, whole
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=SEEDS, kind=KINDS)
 def test_no_plan_of_whole_layers_is_below_its_bound(seed: int, kind: str) -> None:
     """Random whole layers, shared by GPUs in any way, with the best tables over them.

@@ -39,7 +39,7 @@ def longest(tokens: np.ndarray, on_gpu: np.ndarray, layer: int) -> int:
     return int(held.sum(axis=2).max(axis=0).sum())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=SEEDS)
 def test_every_expert_is_on_one_gpu_within_its_room(seed: int) -> None:
     """What is held and nothing else; GPUs of enough room differ by one expert of a layer at most.
@@ -68,7 +68,7 @@ def test_every_expert_is_on_one_gpu_within_its_room(seed: int) -> None:
             assert (of_layer.max(axis=0) - of_layer.min(axis=0) <= 1).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS)
 def test_unequal_sizes_keep_to_bytes(seed: int) -> None:
     """Experts of unequal size by layer: each GPU's bytes are kept, or it is said that none fits."""
@@ -86,7 +86,7 @@ def test_unequal_sizes_keep_to_bytes(seed: int) -> None:
     assert (packed.sum(axis=2) @ size <= capacity).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS)
 def test_exchanges_never_make_tokens_longer(seed: int) -> None:
     """Beside the same experts distributed by load alone; no single exchange is left that helps."""

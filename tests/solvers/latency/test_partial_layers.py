@@ -49,7 +49,7 @@ def assert_allowed(problem: LatencyProblem, plan: Placement) -> None:
     assert violations(plan, instance=counted) == []
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=SEEDS, kind=KINDS, start=STARTS)
 def test_an_improved_plan_is_no_slower(seed: int, kind: str, start: str) -> None:
     """By the formula; from any start, which stays as it is. It keeps to memory, rules and homes.
@@ -72,7 +72,7 @@ def test_an_improved_plan_is_no_slower(seed: int, kind: str, start: str) -> None
     assert (np.diff(seconds) <= 0).all()
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=SEEDS, kind=KINDS)
 def test_plans_from_simple_tables_are_allowed(seed: int, kind: str) -> None:
     """All keep to memory, rules, replicas and homes."""
@@ -84,7 +84,7 @@ def test_plans_from_simple_tables_are_allowed(seed: int, kind: str) -> None:
         assert_allowed(problem, made)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @example(seed=5760, kind="rules", start="exact+paths")
 @given(seed=SEEDS, kind=KINDS, start=STARTS)
 def test_expert_exchanges_keep_rules_and_lose_nothing(seed: int, kind: str, start: str) -> None:
@@ -112,7 +112,7 @@ def test_expert_exchanges_keep_rules_and_lose_nothing(seed: int, kind: str, star
     assert_allowed(problem, made)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=SEEDS, start=STARTS)
 def test_costs_after_changes_are_those_of_the_experts_held(seed: int, start: str) -> None:
     """On servers of one GPU: after any copies that came and went, as if made anew.

@@ -112,7 +112,7 @@ DRAWN: dict[str, Any] = {
 }
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @example(seed=60841347, kind="counts", whole_layers=True, min_replicas=1, near="pipeline")
 @given(**DRAWN)
 def test_plans_keep_to_everything(**drawn: Any) -> None:
@@ -121,7 +121,7 @@ def test_plans_keep_to_everything(**drawn: Any) -> None:
 
 
 @pytest.mark.long
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(**DRAWN)
 def test_many_plans_keep_to_everything(**drawn: Any) -> None:
     """Of many drawn cases; see :func:`assert_keeps_to_everything`."""

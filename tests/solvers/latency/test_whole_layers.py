@@ -129,7 +129,7 @@ def least(p: GroupProblem) -> float:
     return best
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=SEEDS)
 def test_paths_of_a_request_on_its_own_are_optimal(seed: int) -> None:
     """On an idle cluster each home has the best path over what servers hold, by enumeration."""
@@ -148,7 +148,7 @@ def test_paths_of_a_request_on_its_own_are_optimal(seed: int) -> None:
     assert seconds == pytest.approx(objective(p, held, table), rel=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=SEEDS, busy=st.sampled_from([0.0, 0.1, 0.5, 2.0]), fairness=st.sampled_from([0.0, 0.3]))
 def test_seconds_are_those_of_the_definition(seed: int, busy: float, fairness: float) -> None:
     """Work, waiting at servers and places, messages: as plain Python has them.
@@ -166,7 +166,7 @@ def test_seconds_are_those_of_the_definition(seed: int, busy: float, fairness: f
     assert seconds <= objective(p, held, idle) * (1 + 1e-9) or seconds == np.inf
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS, busy=st.sampled_from([0.0, 0.5]))
 def test_local_search_is_never_worse_than_its_start(seed: int, busy: float) -> None:
     """It keeps to memory and to its steps, and tells the seconds of what it gives back."""

@@ -52,7 +52,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from(METHODS),
     st.dictionaries(st.sampled_from(FIELDS), json_values),

@@ -44,7 +44,7 @@ any_entry: st.SearchStrategy[LogEntry] = st.one_of(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(any_entry, max_size=40), st.data())
 def test_a_snapshot_and_the_entries_after_it_give_the_same_state(
     log: list[LogEntry], data: st.DataObject
