@@ -26,7 +26,7 @@ from runtime_adapter.moe.timed_work import TimedCompute, TimedLoader
 from runtime_adapter.request_lanes import run_in_lanes
 from runtime_adapter.request_repeats import MAX_REPEATS, may_pass
 from runtime_adapter.server import LocalServer
-from runtime_adapter.server_config import ServerConfig, migration_config
+from runtime_adapter.server_config import ServerConfig, kv_tokens_of_run, migration_config
 from runtime_adapter.spans.messages import RequestSetup
 from runtime_adapter.spans.timed_spans import RecordedRequest, run_layers
 from runtime_adapter.transport.rendezvous import Rendezvous
@@ -99,6 +99,7 @@ def replay_config(
         dtype=torch.uint8,
         width=model.hidden_size * model.dtype_bytes,
         max_tokens=max(int(prompts.prefill_tokens[own_prompts].max(initial=1)), 1),
+        kv_tokens=kv_tokens_of_run(placement, cluster),
         route=route,
         num_lanes=lanes[rank],
         rtt_s=rtt_s,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,11 @@ class ServerConfig:
     ``facts`` must be equal on all servers (placement digest, route, ...). Hidden states on the wire
     have ``width`` numbers of ``dtype`` a token (``torch.uint8`` where nothing is computed);
     ``max_tokens`` of this server's own steps, which wait for other servers for up to
-    ``request_timeout_s``; prompts of more than ``chunk_tokens`` go through the model in chunks (0:
-    whole); ``num_lanes`` requests at once; ``threads`` of the CPU that the worker
-    may use for a call; ``channels`` where states do not travel with the messages. ``store`` is how
-    this server starts the run's store, if it is the one to do so.
+    ``request_timeout_s``; ``kv_tokens`` bound the tokens that requests of a home have in flight, by
+    its name; prompts of more than ``chunk_tokens`` go through the model in chunks (0: whole);
+    ``num_lanes`` requests at once; ``threads`` of the CPU that the worker may use for a call;
+    ``channels`` where states do not travel with the messages. ``store`` is how this server starts
+    the run's store, if it is the one to do so.
     """
 
     rendezvous: Rendezvous
@@ -73,6 +75,7 @@ class ServerConfig:
     dtype: torch.dtype
     width: int
     max_tokens: int
+    kv_tokens: Mapping[str, int] = field(default_factory=dict)
     chunk_tokens: int = 0
     route: Route = "cover"
     num_lanes: int = 1
@@ -94,6 +97,16 @@ class ServerConfig:
     def name(self) -> str:
         """The name of the server."""
         return self.placement.servers[self.rendezvous.rank]
+
+
+def kv_tokens_of_run(placement: Placement, cluster: Cluster | None) -> dict[str, int]:
+    """Tokens in flight for which the run has memory, by home: the plan's, or the cluster file's.
+
+    Plans without a table have none of their own.
+    """
+    if placement.kv_tokens or cluster is None:
+        return dict(placement.kv_tokens)
+    return {server.name: server.kv_tokens for server in cluster.servers if server.kv_tokens}
 
 
 def migration_config(
@@ -121,6 +134,7 @@ def migration_config(
     UnsupportedFeature
         The migration policy does not support what the cluster asks.
     """
+    kv_tokens = kv_tokens_of_run(placement, cluster)
     if not movable and options.migrate == "never":
         cluster = None
     if cluster is None:
@@ -138,7 +152,9 @@ def migration_config(
             instance = instance.replace(gpu_capacity=placement.gpu_capacity)
         if options.migrate != "never":
             require_supported_migration(instance, options)
-    scheduler = SchedulerConfig(placement, instance, model, cluster, options, timeout_s)
+    scheduler = SchedulerConfig(
+        placement, instance, model, cluster, options, timeout_s, kv_tokens=kv_tokens
+    )
     return MigrationConfig(loader, scheduler, movable)
 
 

@@ -213,7 +213,12 @@ def command(args: ServeOptions) -> None:
     from runtime_adapter.moe.thread_local_dispatcher import ThreadLocalDispatcher
     from runtime_adapter.request_journal import RequestJournal
     from runtime_adapter.server import LocalServer
-    from runtime_adapter.server_config import OwnStoreConfig, ServerConfig, migration_config
+    from runtime_adapter.server_config import (
+        OwnStoreConfig,
+        ServerConfig,
+        kv_tokens_of_run,
+        migration_config,
+    )
     from runtime_adapter.spans.model_work import ModelWork
     from runtime_adapter.spans.request_path import PathCosts
     from runtime_adapter.tokenized_requests import RequestTokenizer, context_tokens, load_tokenizer
@@ -339,6 +344,7 @@ def command(args: ServeOptions) -> None:
         dtype=dtype,
         width=spec.hidden_size,
         max_tokens=max_tokens,
+        kv_tokens=kv_tokens_of_run(placement, cluster),
         chunk_tokens=args.prefill_chunk,
         route=args.route,
         num_lanes=args.concurrency,
@@ -373,7 +379,7 @@ def command(args: ServeOptions) -> None:
             incoming = itertools.chain(begun, stream)
         driver = Driver(
             server, model, tokenizer, backend, begin_s, lambda result: write(vars(result)),
-            journal=journal, paths=None if work is None else server.path_requests,
+            journal=journal, paths=server.path_requests,
             chunk_tokens=args.prefill_chunk,
         )  # fmt: skip
         driver.serve(incoming)

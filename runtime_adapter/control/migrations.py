@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,7 @@ class Migrations:
         try:
             instance = state.instance
             target = _target(state, placement_from_json(state.log.get(f"move/{move}")), instance)
+            _require_same_caches(state.config.kv_tokens, target)
             table = _table_of_run(state, target)
             if not np.array_equal(table, state.table):
                 require_cache_memory(state.config, [state.table, table])
@@ -377,6 +379,27 @@ def _table_of_run(state: RunState, target: Placement) -> npt.NDArray[np.int32]:
     places = [state.config.placement.servers.index(name) for name in target.servers]
     table[places] = np.array(places)[target.execution_table]
     return table
+
+
+def _require_same_caches(kv_tokens: Mapping[str, int], target: Placement) -> None:
+    """Refuse a plan that is made for other caches than the run's servers bound.
+
+    Raises
+    ------
+    InputError
+        Names the first home whose ``kv_tokens`` differ.
+    """
+    for name in target.servers if target.kv_tokens else ():
+        given, own = target.kv_tokens.get(name, 0), kv_tokens.get(name, 0)
+        if given != own:
+            raise InputError(
+                f"{given:,} of {name!r}",
+                source=NAMES[1],
+                place="kv_tokens",
+                expected=f"{own:,}, with which the run has started" if own
+                else "none, as the run has started without",
+                remedy="plan with these, or start the run again",
+            )  # fmt: skip
 
 
 def _target(state: RunState, requested: Placement, instance: Instance) -> Placement:

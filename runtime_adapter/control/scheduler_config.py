@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -34,7 +35,8 @@ class SchedulerConfig:
 
     ``instance`` has the capacities and rules that placements keep, its activations are not used;
     without a ``cluster`` there are no reviews, only repairs and moves that are requested. A server
-    that is silent for ``timeout_s`` is lost. Placements are written to ``placements_dir``, where
+    that is silent for ``timeout_s`` is lost. ``kv_tokens`` bound what requests of a home, by its
+    name, have in flight. Placements are written to ``placements_dir``, where
     one is given, and reviews that change where layers execute read the requests of a ``trace``;
     both are the scheduler's own process's, and no part of the JSON.
     """
@@ -47,6 +49,7 @@ class SchedulerConfig:
     timeout_s: float = 10.0
     placements_dir: str | None = None
     trace: Trace | None = None
+    kv_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as JSON values, for :meth:`from_json`."""
@@ -65,6 +68,7 @@ class SchedulerConfig:
             "pinned": [list(rule) for rule in instance.pinned],
             "forbidden": [list(rule) for rule in instance.forbidden],
             "min_replicas": instance.min_replicas,
+            "kv_tokens": dict(self.kv_tokens),
         }
 
     @classmethod
@@ -115,8 +119,9 @@ class SchedulerConfig:
                 timeout_s=float(values["timeout_s"]),
                 placements_dir=placements_dir,
                 trace=trace,
+                kv_tokens={str(name): int(n) for name, n in values["kv_tokens"].items()},
             )
-        except (KeyError, TypeError, ValueError, ValidationError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
             if isinstance(error, InputError):
                 raise
             text = " ".join(f"{type(error).__name__}: {error}".split())

@@ -53,7 +53,7 @@ class PathRequests:
         self._numbers = itertools.count(time.time_ns() // 1000)
         self._lock = threading.Lock()
         self._events: dict[Attempt, queue.SimpleQueue[SpanMessage]] = {}
-        self._room = KvRoom(config.placement.kv_tokens.get(config.name, 0))
+        self._room = KvRoom(config.kv_tokens.get(config.name, 0))
         #: Servers that do not answer another one of a path, and until when to do without them.
         self._avoided_until_s: dict[int, float] = {}
         self._table = config.placement.execution_table
@@ -100,7 +100,7 @@ class PathRequests:
         if not self._room.take(lane, tokens):
             raise InputError(
                 f"a request of {tokens:,} tokens, prompt and answer",
-                expected=f"at most {self._room.limit:,}, for which the plan has memory "
+                expected=f"at most {self._room.limit:,}, for which there is memory "
                 f"(kv_tokens of {self._config.name!r})",
             )
         try:

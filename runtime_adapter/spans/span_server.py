@@ -117,8 +117,7 @@ class SpanServer:
         self._report = report
         self._send_queue = send_queue
         self._chunk_tokens = config.chunk_tokens
-        kv_tokens, servers = config.placement.kv_tokens, config.placement.servers
-        self._rooms = [KvRoom(kv_tokens.get(name, 0)) for name in servers]
+        self._rooms = [KvRoom(config.kv_tokens.get(name, 0)) for name in config.placement.servers]
         self._lock = threading.Lock()
         self._lanes: dict[tuple[int, int], _Lane] = {}
         self._incoming: set[socket.socket] = set()

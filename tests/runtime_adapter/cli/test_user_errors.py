@@ -67,6 +67,23 @@ def test_a_journal_that_is_a_pipe(tmp_path: Path) -> None:
     )
 
 
+def test_a_request_for_which_there_is_no_cache_memory(tmp_path: Path) -> None:
+    """A plan without a table has the cluster file's kv_tokens: longer requests are refused."""
+    lives, _, placement = fates()
+    alone = placement.replace(
+        servers=NAMES[:1], gpu_capacity=((128,),),
+        on_gpu=np.array([placement.on_gpu.any(axis=0)]),
+    )  # fmt: skip
+    text = 'name = "c"\n[[server]]\nname = "edge-0"\ntasks = { chat = 1.0 }\nkv_tokens = 3\n'
+    (tmp_path / "c.toml").write_text(text + "[[server.gpu]]\nslots = 128\n")
+    with Servers(tmp_path, alone, f"tiny-{MODEL}", *OWN) as run:
+        run.start("edge-0", [{"prompt": lives}], "--cluster", str(tmp_path / "c.toml"))
+        assert run.codes() == {"edge-0": 5}
+        (answer,) = run.answers("edge-0")
+    assert "tokens, prompt and answer; expected at most 3" in answer["error"]
+    assert answer["tokens"] == []
+
+
 def test_a_run_in_which_answers_cannot_be_written(tmp_path: Path) -> None:
     """A full disk ends the server with one line about the file, and exit code 2."""
     lives, _, placement = fates()

@@ -243,6 +243,13 @@ def test_a_lost_server_ends_the_move() -> None:
             2,
             "other",
         ),
+        (
+            two(list(range(8)), [8, 9], [10, 11]).replace(
+                execution=np.array([[1, 1], [1, 1]]), kv_tokens={"s1": 50}
+            ),
+            2,
+            "kv_tokens: 50 of 's1'; expected none, as the run has started without",
+        ),
     ],
 )
 def test_what_cannot_be_moved_to_is_refused(target: Any, code: int, words: str) -> None:

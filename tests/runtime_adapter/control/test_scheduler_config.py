@@ -42,7 +42,13 @@ def config(**options: Any) -> SchedulerConfig:
     )
     instance = Instance.of_cluster(CLUSTER, MODEL)
     return SchedulerConfig(
-        placement, instance, MODEL, CLUSTER, SimulationOptions(**options), timeout_s=3.5
+        placement,
+        instance,
+        MODEL,
+        CLUSTER,
+        SimulationOptions(**options),
+        timeout_s=3.5,
+        kv_tokens={"a": 25},
     )
 
 
@@ -63,6 +69,7 @@ def test_a_configuration_survives_json(options: dict[str, Any]) -> None:
     assert found.timeout_s == 3.5
     assert found.cluster == given.cluster
     assert found.model == given.model
+    assert found.kv_tokens == {"a": 25}
     for name in OPTIONS:
         assert getattr(found.options, name) == getattr(given.options, name)
     assert (found.placement.on_gpu == given.placement.on_gpu).all()

@@ -83,10 +83,10 @@ class SpanCluster:
             config: Any = SimpleNamespace(
                 rendezvous=SimpleNamespace(rank=n, timeout_s=TIMEOUT_S), name=name, model=self.spec,
                 placement=SimpleNamespace(
-                    servers=self.names, kv_tokens=kv, execution_table=self.table, model=self.spec
+                    servers=self.names, execution_table=self.table, model=self.spec
                 ),
                 width=model.config.hidden_size, dtype=torch.float32, chunk_tokens=chunk_tokens,
-                request_timeout_s=60.0, rtt_s=0.0,
+                request_timeout_s=60.0, rtt_s=0.0, kv_tokens=kv,
             )  # fmt: skip
             peers: Any = Peers(name, others)
             # every server holds every expert
