@@ -84,6 +84,8 @@ OTHER_READERS = {
     "studies/shaped-spans-832.json": "studies.testbed.experiment",
     "studies/shaped-spans-a100.json": "studies.shaped shaped-spans-a100",
     "studies/shaped-a100.toml": "studies.testbed.experiment",
+    "studies/shaped-a100-832.toml": "studies.testbed.experiment",
+    "studies/shaped-spans-a100-832.json": "studies.shaped shaped-spans-a100-832",
     "studies/hops.json": "studies.hops",
     "studies/llamacpp.json": "studies.llamacpp",
     "studies/faults-spans.json": "studies.faults --spans --table",

@@ -99,13 +99,24 @@ def test_a_run_in_which_answers_cannot_be_written(tmp_path: Path) -> None:
         ]
 
 
+#: Runs the command, and prints a line when the first of its modules is loaded.
+TELL_OF_LOADING = """
+import sys
+import runtime_adapter.cli
+
+class Tell:
+    def find_spec(self, *_):
+        sys.meta_path.remove(self)
+        print(flush=True)
+
+sys.meta_path.insert(0, Tell())
+runtime_adapter.cli.main()
+"""
+
+
 def test_ctrl_c_while_modules_load(tmp_path: Path) -> None:
-    """Whenever it comes after Python has started, there is no traceback."""
-    words = [
-        sys.executable,
-        "-c",
-        "import runtime_adapter.cli as cli; print(flush=True); cli.main()",
-    ]
+    """Whenever it comes after the command has begun, there is no traceback."""
+    words = [sys.executable, "-c", TELL_OF_LOADING]
     for wait_s in (0.0, 0.1, 0.3):
         process = subprocess.Popen(
             [*words, "status", "--store", "127.0.0.1:1", "--timeout", "600"],
