@@ -1,12 +1,12 @@
-"""What a call to another server costs beside a raw gloo round trip of the same bytes.
+"""What a call to another server costs beside raw round trips of the same bytes.
 
     python -m studies.transport -o studies/transport.json       # a minute; prints a table
 
 Servers without experts' arithmetic on this machine's loopback, states of DeepSeek-V2-Lite (hidden
 size 2048, bfloat16, top-6 of 64). Calls and raw round trips alternate, so that both see the same
-machine. Calls go over the runtime's own connections; a raw round trip is a send and a receive on a
-gloo group of torch.distributed, to a process that does nothing else. The last row is of a server
-that a third one calls with 128 tokens all the time.
+machine. Calls go over the runtime's own connections, which are TCP; a raw round trip is of plain
+blocking sockets, or a send and a receive on a gloo group of torch.distributed, to a process that
+does nothing else. The last row is of a server that a third one calls with 128 tokens all the time.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from runtime_adapter.torch_private import gloo_device, gloo_pair
 from runtime_adapter.transport.call_threads import run_in_parallel
 from runtime_adapter.transport.peer import Peer
 from runtime_adapter.transport.rendezvous import Rendezvous
+from runtime_adapter.transport.socket_io import receive_into
 from runtime_adapter.transport.wire_format import HEADER_BYTES, call_bytes
 from runtime_adapter.weights.expert_map import ExpertMap
 from runtime_adapter.weights.expert_store import Change
@@ -106,15 +107,20 @@ def free_port() -> int:
     return port
 
 
-def echo(port: int, sizes: list[tuple[int, int]], times: int) -> None:
+def echo(port: int, tcp_port: int, sizes: list[tuple[int, int]], times: int) -> None:
     """Receive and send back so many bytes, in the order in which they are measured."""
     torch.set_num_threads(1)
     group = raw_group(port, 1)
-    for out, back in sizes:
-        buffer, answer = (torch.zeros(n, dtype=torch.uint8) for n in (out, back))
-        for _ in range(times):
-            group.recv([buffer], 0, 0).wait(PATIENCE)
-            group.send([answer], 0, 0).wait(PATIENCE)
+    with socket.create_connection(("127.0.0.1", tcp_port), PATIENCE_S) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(None)
+        for out, back in sizes:
+            buffer, answer = (torch.zeros(n, dtype=torch.uint8) for n in (out, back))
+            for _ in range(times):
+                receive_into(connection, memoryview(buffer.numpy()))
+                connection.sendall(memoryview(answer.numpy()))
+                group.recv([buffer], 0, 0).wait(PATIENCE)
+                group.send([answer], 0, 0).wait(PATIENCE)
 
 
 def idle_config(held: Any, port: int, rank: int, max_tokens: int) -> ServerConfig:
@@ -172,6 +178,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     port, raw_port = free_port(), free_port()
+    listener = socket.create_server(("127.0.0.1", 0))
+    tcp_port = listener.getsockname()[1]
     top_k, warm = MODEL.top_k, 20
     # the answer's header counts as well: these are the bytes on the wire
     sizes = [
@@ -184,7 +192,7 @@ def main() -> None:
     go, stop = context.Event(), context.Event()
     times = given.repeats + warm
     others = [
-        context.Process(target=echo, args=(raw_port, sizes, times), daemon=True),
+        context.Process(target=echo, args=(raw_port, tcp_port, sizes, times), daemon=True),
         context.Process(target=keep_busy, args=(port, max_tokens, go, stop)),
     ]
     for process in others:
@@ -193,10 +201,13 @@ def main() -> None:
     try:
         run_in_parallel([one.__enter__ for one in servers])
         group = raw_group(raw_port, 0)
+        connection, _ = listener.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         servers[0].agree_on_start()
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; quantiles 0.1 and 0.5")
         print(
-            f"{'tokens':>6} {'bytes':>9} {'raw ms':>15} {'call ms':>15} {'ratio':>12} {'MB/s':>11}"
+            f"{'tokens':>6} {'bytes':>9} {'call ms':>15} {'TCP ms':>15} {'ratio':>11} "
+            f"{'gloo ms':>15} {'ratio':>11}"
         )
         for busy, tokens, (out, back) in zip(
             [False] * len(given.tokens) + [True], [*given.tokens, 1], sizes, strict=True
@@ -204,20 +215,18 @@ def main() -> None:
             if busy:
                 go.set()
                 time.sleep(0.5)
-            call, raw = measure_size(
-                servers[0].lanes[0], group, tokens, out, back, given.repeats, warm
+            call, tcp, gloo = measure_size(
+                servers[0].lanes[0], connection, group, tokens, out, back, given.repeats, warm
             )
             rows.append(
-                {"tokens": tokens, "bytes": out + back, "busy": busy, "raw_s": raw, "call_s": call}
-            )
-            low, mid = zip(raw, call, strict=True)
-            print(
-                f"{tokens:6} {out + back:9,} {1e3 * low[0]:7.3f} {1e3 * mid[0]:7.3f} "
-                f"{1e3 * low[1]:7.3f} {1e3 * mid[1]:7.3f} "
-                f"{low[1] / low[0]:6.2f}{mid[1] / mid[0]:6.2f} "
-                f"{(out + back) / low[1] / 1e6:6.0f}{(out + back) / mid[1] / 1e6:5.0f}"
-                + (" busy" if busy else "")
-            )
+                {"tokens": tokens, "bytes": out + back, "busy": busy, "call_s": call,
+                 "tcp_s": tcp, "gloo_s": gloo}
+            )  # fmt: skip
+            text = f"{tokens:6} {out + back:9,} " + _both(call, 1e3, 3)
+            for raw in (tcp, gloo):
+                ratio = [one / other for one, other in zip(call, raw, strict=True)]
+                text += f" {_both(raw, 1e3, 3)} {_both(ratio, 1.0, 2)}"
+            print(text + (" busy" if busy else ""))
         stop.set()
         run_in_parallel([one.finish for one in servers])
     finally:
@@ -240,24 +249,35 @@ def random_step(tokens: int) -> tuple[torch.Tensor, Any, Any]:
     return torch.ones(tokens, MODEL.hidden_size, dtype=STATES), experts, weights
 
 
+def _both(values: list[float], scale: float, digits: int) -> str:
+    """Two numbers of a table."""
+    return " ".join(f"{scale * value:{digits + 4}.{digits}f}" for value in values)
+
+
 def measure_size(
-    lane: RemoteDispatcher, group: Any, tokens: int, out: int, back: int, repeats: int, warm: int
-) -> list[list[float]]:
-    """Quantiles 0.1 and 0.5 of seconds of a call and of a raw round trip, in turns."""
+    lane: RemoteDispatcher, connection: socket.socket, group: Any, tokens: int, out: int, back: int,
+    repeats: int, warm: int,
+) -> list[list[float]]:  # fmt: skip
+    """Quantiles 0.1 and 0.5 of seconds of a call and of raw round trips (TCP, gloo), in turns."""
     step = random_step(tokens)
     message, buffer = torch.zeros(out, dtype=torch.uint8), torch.zeros(back, dtype=torch.uint8)
 
-    def raw() -> None:
+    def tcp() -> None:
+        connection.sendall(memoryview(message.numpy()))
+        receive_into(connection, memoryview(buffer.numpy()))
+
+    def gloo() -> None:
         sending = group.send([message], 1, 0)
         receiving = group.recv([buffer], 1, 0)
         sending.wait(PATIENCE)
         receiving.wait(PATIENCE)
 
-    calls, raws = [], []
+    works: list[Callable[[], Any]] = [lambda: lane.run(0, *step), tcp, gloo]
+    times: list[list[float]] = [[], [], []]
     for _ in range(warm + repeats):
-        calls.append(seconds(lambda: lane.run(0, *step)))
-        raws.append(seconds(raw))
-    return [np.quantile(times[warm:], (0.1, 0.5)).tolist() for times in (calls, raws)]
+        for work, found in zip(works, times, strict=True):
+            found.append(seconds(work))
+    return [np.quantile(found[warm:], (0.1, 0.5)).tolist() for found in times]
 
 
 if __name__ == "__main__":
