@@ -44,20 +44,20 @@ def called_ranks(
     ``held`` bool [R, L, E] are the experts of all ranks. Where the rule of :func:`local_share`
     takes replicas at random or in turn, turns go through them, of each expert from another one on.
     """
-    callable_ = held
+    allowed = held
     if engine == "sglang":
         nodes = nodes_of(ranks)
         near = held & (nodes == nodes[rank])[:, None, None]
-        callable_ = np.where(near.any(axis=0), near, held)
+        allowed = np.where(near.any(axis=0), near, held)
         own = held & (np.arange(len(held)) == rank)[:, None, None]
-        callable_ = np.where(own.any(axis=0), own, callable_)
+        allowed = np.where(own.any(axis=0), own, allowed)
         number = turn + np.add.outer(*map(np.arange, held.shape[1:]))
     elif engine == "vllm-ascend":
         number = np.full(held.shape[1:], rank)
     else:
         number = turn + np.add.outer(*map(np.arange, held.shape[1:]))
-    number %= np.maximum(callable_.sum(axis=0), 1)
-    return np.asarray(callable_ & (callable_.cumsum(axis=0) == number + 1), np.bool_)
+    number %= np.maximum(allowed.sum(axis=0), 1)
+    return np.asarray(allowed & (allowed.cumsum(axis=0) == number + 1), np.bool_)
 
 
 def nodes_of(ranks: Sequence[int]) -> npt.NDArray[np.int64]:
