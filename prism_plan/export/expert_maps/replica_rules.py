@@ -45,17 +45,15 @@ def called_ranks(
     takes replicas at random or in turn, turns go through them, of each expert from another one on.
     """
     allowed = held
+    number = turn + np.add.outer(*map(np.arange, held.shape[1:]))
     if engine == "sglang":
         nodes = nodes_of(ranks)
         near = held & (nodes == nodes[rank])[:, None, None]
         allowed = np.where(near.any(axis=0), near, held)
         own = held & (np.arange(len(held)) == rank)[:, None, None]
         allowed = np.where(own.any(axis=0), own, allowed)
-        number = turn + np.add.outer(*map(np.arange, held.shape[1:]))
     elif engine == "vllm-ascend":
-        number = np.full(held.shape[1:], rank)
-    else:
-        number = turn + np.add.outer(*map(np.arange, held.shape[1:]))
+        number[:] = rank
     number %= np.maximum(allowed.sum(axis=0), 1)
     return np.asarray(allowed & (allowed.cumsum(axis=0) == number + 1), np.bool_)
 

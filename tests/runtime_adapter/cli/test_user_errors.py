@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from prism_plan.placement import Placement
 from tests.limits import HANG_S
 from tests.runtime_adapter.cli.test_faults import (
     MODEL,
@@ -67,13 +68,18 @@ def test_a_journal_that_is_a_pipe(tmp_path: Path) -> None:
     )
 
 
-def test_a_request_for_which_there_is_no_cache_memory(tmp_path: Path) -> None:
-    """A plan without a table has the cluster file's kv_tokens: longer requests are refused."""
+def alone_with_all() -> tuple[str, Placement]:
+    """A prompt, and the placement of one server that holds every expert."""
     lives, _, placement = fates()
-    alone = placement.replace(
+    return lives, placement.replace(
         servers=NAMES[:1], gpu_capacity=((128,),),
         on_gpu=np.array([placement.on_gpu.any(axis=0)]),
     )  # fmt: skip
+
+
+def test_a_request_for_which_there_is_no_cache_memory(tmp_path: Path) -> None:
+    """A plan without a table has the cluster file's kv_tokens: longer requests are refused."""
+    lives, alone = alone_with_all()
     text = 'name = "c"\n[[server]]\nname = "edge-0"\ntasks = { chat = 1.0 }\nkv_tokens = 3\n'
     (tmp_path / "c.toml").write_text(text + "[[server.gpu]]\nslots = 128\n")
     with Servers(tmp_path, alone, f"tiny-{MODEL}", *OWN) as run:
@@ -86,12 +92,8 @@ def test_a_request_for_which_there_is_no_cache_memory(tmp_path: Path) -> None:
 
 def test_a_run_in_which_answers_cannot_be_written(tmp_path: Path) -> None:
     """A full disk ends the server with one line about the file, and exit code 2."""
-    lives, _, placement = fates()
-    alone_ = placement.replace(
-        servers=NAMES[:1], gpu_capacity=((128,),),
-        on_gpu=np.array([placement.on_gpu.any(axis=0)]),
-    )  # fmt: skip
-    with Servers(tmp_path, alone_, f"tiny-{MODEL}", *OWN) as run:
+    lives, alone = alone_with_all()
+    with Servers(tmp_path, alone, f"tiny-{MODEL}", *OWN) as run:
         run.start("edge-0", [{"prompt": lives}], "-o", "/dev/full")
         assert run.codes() == {"edge-0": 2}
         assert run.errors("edge-0") == [
